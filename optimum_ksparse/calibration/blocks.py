@@ -1,0 +1,84 @@
+"""Finding the decoder blocks of a model from the model itself, with no table of architectures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
+
+
+@dataclass
+class DecoderBlocks:
+    """Where a model keeps its decoder blocks.
+
+    Attributes:
+        decoder: the module that runs the blocks; takes `input_ids`.
+        decoder_name: its path in the model, "" where it is the model.
+        list_name: path of the list of blocks in the decoder.
+        blocks: the blocks, in order.
+    """
+
+    decoder: nn.Module
+    decoder_name: str
+    list_name: str
+    blocks: list[nn.Module]
+
+    def name_in_decoder(self, index: int, name: str) -> str:
+        """Path in the decoder of the module `name` of block `index`."""
+        return f"{self.list_name}.{index}.{name}"
+
+    def name_in_model(self, index: int, name: str) -> str:
+        """The same from the model's root, as in `model.named_modules()`."""
+        inner = self.name_in_decoder(index, name)
+        return f"{self.decoder_name}.{inner}" if self.decoder_name else inner
+
+
+def find_blocks(model: PreTrainedModel) -> DecoderBlocks:
+    """Finds the decoder blocks: the `ModuleList` with the most parameters under `get_decoder()`, never one inside another.
+
+    Raises:
+        ValueError: the model is an encoder-decoder or an encoder, or has no such list; says what was found.
+    """
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, found {kind}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is an encoder-decoder; only decoder-only language models can be pruned")
+    decoder = model.get_decoder()
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in decoder.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            lists[name] = module
+    if not lists:
+        children = ", ".join(f"{name} ({type(child).__name__})" for name, child in decoder.named_children())
+        raise ValueError(
+            f"{kind} has no decoder blocks: no ModuleList in {type(decoder).__name__}, which holds {children or 'nothing'}; "
+            "only decoder-only language models can be pruned"
+        )
+    list_name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    blocks = list(lists[list_name])
+    # Attention modules of transformers say whether they look ahead.
+    bidirectional = [name for name, m in lists[list_name].named_modules() if getattr(m, "is_causal", None) is False]
+    if bidirectional:
+        raise ValueError(
+            f"{kind} is not a decoder: its attention {list_name}.{bidirectional[0]} is bidirectional; "
+            "only decoder-only language models can be pruned"
+        )
+    decoder_name = next(name for name, module in model.named_modules() if module is decoder)
+    return DecoderBlocks(decoder, decoder_name, list_name, blocks)
+
+
+def find_fused_matrices(block: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameters of a block that hold a stack of matrices, such as experts fused into one tensor: path → shape.
+    Convolutions, and stacks of vectors, are none."""
+    fused = {}
+    for module_name, module in block.named_modules():
+        if isinstance(module, _ConvNd):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 3 and parameter.shape[-1] > 1 and parameter.shape[-2] > 1:
+                fused[f"{module_name}.{name}".lstrip(".")] = tuple(parameter.shape)
+    return fused

@@ -1,0 +1,241 @@
+"""Running calibration tokens through one decoder block at a time.
+
+What the model passes to each block besides the hidden states (masks, position embeddings, sliding windows, ALiBi) is
+recorded as the model itself computes it, for each block and batch, while the blocks are replaced by stand-ins that hand
+the hidden states on. It is then replayed as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..statistics import ColumnNorms
+from .blocks import DecoderBlocks
+
+
+class StopForward(Exception):
+    """Raised by a hook that has seen what it needed."""
+
+
+@dataclass
+class _Call:
+    """Arguments of one call of a block, with the hidden states left out: `hidden_key` says where they go."""
+
+    args: list[Any]
+    kwargs: dict[str, Any]
+    hidden_key: int | str
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> Any:
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if isinstance(self.hidden_key, int):
+            args[self.hidden_key] = hidden
+        else:
+            kwargs[self.hidden_key] = hidden
+        return block(*args, **kwargs)
+
+
+@dataclass
+class _Pool:
+    """Keeps one copy of equal tensors: most blocks and batches get the same mask and the same position embeddings."""
+
+    tensors: dict[Any, list[torch.Tensor]] = field(default_factory=dict)
+    limit: int = 4
+
+    def share(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            known = self.tensors.setdefault((value.shape, value.dtype, value.device), [])
+            for tensor in known:
+                if tensor is value or torch.equal(tensor, value):
+                    return tensor
+            if len(known) < self.limit:
+                known.append(value)
+            return value
+        if type(value) in (list, tuple):
+            return type(value)(self.share(item) for item in value)
+        if type(value) is dict:
+            return {key: self.share(item) for key, item in value.items()}
+        return value
+
+
+class BlockReplay:
+    """The calibration activations on their way through the blocks.
+
+    Args:
+        decoder_blocks: the model's blocks.
+        tokens: [num_samples, seq_len] int64.
+        batch_size: samples in one call of a block.
+        skip_first: leave the first position out of the statistics.
+
+    Attributes:
+        hidden: input of the current block for each batch, [batch, seq_len, hidden].
+    """
+
+    def __init__(
+        self, decoder_blocks: DecoderBlocks, tokens: torch.Tensor, batch_size: int, skip_first: bool = False
+    ) -> None:
+        self.tokens, self.batch_size, self.skip_first = tokens, batch_size, skip_first
+        self._decoder_blocks = decoder_blocks
+        self.hidden: list[torch.Tensor] = []
+        # calls[block][batch]
+        self._calls: list[list[_Call]] = [[] for _ in decoder_blocks.blocks]
+        self._capture(self._probe())
+
+    def _run_decoder(self, tokens: torch.Tensor) -> None:
+        decoder = self._decoder_blocks.decoder
+        parameters = inspect.signature(decoder.forward).parameters
+        device = next((p.device for p in decoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        use_cache = {"use_cache": False} if "use_cache" in parameters or "kwargs" in parameters else {}
+        decoder(input_ids=tokens.to(device), **use_cache)
+
+    def _probe(self) -> list[tuple[Any, ...] | None]:
+        """Runs one sample through the dense model, to learn what each block returns beside the hidden states (None: nothing
+        but them) and to stop before any weight is touched where the model overflows."""
+        rests: list[tuple[Any, ...] | None] = [None] * len(self._decoder_blocks.blocks)
+
+        def record(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                hidden = _hidden_of(output)
+                name = f"{self._decoder_blocks.list_name}.{index}"
+                if not isinstance(hidden, torch.Tensor):
+                    raise TypeError(f"block {name} ({type(module).__name__}) returns {type(hidden).__name__}, not a tensor")
+                if not bool(hidden.isfinite().all()):
+                    raise ValueError(
+                        f"block {name} gives NaN or Inf in {hidden.dtype} on the calibration data: the model cannot be "
+                        "calibrated as it is; look at its weights, or load it in float32 or bfloat16"
+                    )
+                rests[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
+
+            return hook
+
+        handles = [b.register_forward_hook(record(i)) for i, b in enumerate(self._decoder_blocks.blocks)]
+        try:
+            self._run_decoder(self.tokens[:1])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return rests
+
+    def _capture(self, rests: list[tuple[Any, ...] | None]) -> None:
+        """Records the arguments of every block for every batch, and the first block's hidden states."""
+        pool = _Pool()
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden_key: int | str = 0 if args else "hidden_states"
+                values, named = list(args), dict(kwargs)
+                hidden = values[0] if args else named[hidden_key]  # type: ignore[index]
+                if args:
+                    values[0] = None
+                if index == 0:
+                    self.hidden.append(hidden)
+                self._calls[index].append(_Call(pool.share(values), pool.share(named), hidden_key))
+                return hidden if rests[index] is None else (hidden, *rests[index])  # type: ignore[misc]
+
+            return forward
+
+        with _replaced_forward(self._decoder_blocks.blocks, stand_in):
+            for batch in self.tokens.split(self.batch_size):
+                self._run_decoder(batch)
+
+    def outputs(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
+        """Runs every batch through `block`, the one at `index`, and yields its hidden states."""
+        for hidden, call in zip(self.hidden, self._calls[index], strict=True):
+            yield _hidden_of(call.run(block, hidden))
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Makes the outputs of the block at `index` the inputs of the next one. Its arguments are dropped."""
+        for batch, output in enumerate(self.outputs(index, block)):
+            self.hidden[batch] = output
+        self._calls[index].clear()
+
+    def input_groups(self, index: int, block: nn.Module, layers: dict[str, nn.Module]) -> list[list[str]]:
+        """Names of `layers`, layers fed by the same tensor together, in the order in which the block calls them. A layer
+        that the first batch does not call comes last, alone."""
+        groups: dict[Any, list[str]] = {}
+        inputs = []  # keeps the tensors alive, so that no address is used twice
+
+        def record(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                x = args[0]
+                inputs.append(x)
+                key = (x.data_ptr(), x.shape, x.stride(), x._version)
+                groups.setdefault(key, []).append(name)
+
+            return hook
+
+        with _hooks(layers, record):
+            self._calls[index][0].run(block, self.hidden[0])
+        names = [list(dict.fromkeys(group)) for group in groups.values()]
+        called = [name for group in names for name in group]
+        repeated = {name for name in called if called.count(name) > 1}
+        kept = [[name for name in group if name not in repeated] for group in names]
+        alone = [[name] for name in layers if name in repeated or name not in called]
+        return [group for group in kept if group] + alone
+
+    def collect(
+        self, index: int, block: nn.Module, layers: dict[str, nn.Module], statistics: dict[str, ColumnNorms]
+    ) -> None:
+        """Runs every batch through the block and updates `statistics` of each of `layers` (by the same names) with its
+        inputs. The forward pass ends where all have been seen."""
+        batch_shape: list[int] = []
+        waiting: set[str] = set()
+
+        def record(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                x = args[0]
+                if self.skip_first and x.numel() == batch_shape[0] * batch_shape[1] * x.shape[-1]:
+                    # Some models flatten samples and positions; routed tokens have lost their positions and all count.
+                    x = x.reshape(*batch_shape, x.shape[-1])[:, 1:]
+                statistics[name].update(x)
+                if waiting and waiting.discard(name) is None and not waiting:
+                    raise StopForward
+
+            return hook
+
+        # Stopping early needs layers that are called once and always; routed experts are not.
+        once = all(len(group) == 1 for group in self.input_groups(index, block, layers))
+        with _hooks(layers, record):
+            for hidden, call in zip(self.hidden, self._calls[index], strict=True):
+                batch_shape[:] = hidden.shape[:2]
+                waiting = set(layers) if once else set()
+                try:
+                    call.run(block, hidden)
+                except StopForward:
+                    pass
+
+
+def _hidden_of(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+@contextmanager
+def _hooks(layers: dict[str, nn.Module], make: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    handles = [layer.register_forward_pre_hook(make(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _replaced_forward(blocks: list[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Gives each block the forward `make(index)`; hooks of accelerate, which live in the same place, come back after."""
+    own = [vars(block).get("forward") for block in blocks]
+    for index, block in enumerate(blocks):
+        block.forward = make(index)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward  # type: ignore[method-assign]

@@ -1,0 +1,271 @@
+"""`SparsityConfig`: what the user asks for. Data and validation, no behaviour."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .pattern import Pattern
+from .pruners import METHODS
+
+QUANT_METHOD = "optimum-ksparse"
+DATASET_NAMES = ("mc4-ko", "c4", "kowiki", "self")
+TEXT_SUFFIXES = (".txt", ".jsonl")
+STORAGES = ("packed", "dense")
+
+# Settings that leave the pruned weights as they are: they may differ when a sparse checkpoint is loaded again.
+RUN_TIME_SETTINGS = ("batch_size", "storage")
+
+_DATASET_FORMS = (
+    f"one of {', '.join(map(repr, DATASET_NAMES))}; a path to a .txt or .jsonl file; a list of texts; a datasets.Dataset; "
+    "token ids [num_samples, seq_len]"
+)
+
+
+class SparsityConfig(QuantizationConfigMixin):
+    """How to prune a model, and how to store it.
+
+    Args:
+        method: `"wanda"`, `"sparsegpt"` or `"magnitude"` (which reads no data).
+        pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), or a fraction of zeros (`"50%"`, `0.5`).
+        dataset: calibration text: `"mc4-ko"`, `"c4"`, `"kowiki"` (streamed from the Hub), `"self"` (the model writes its
+            own), a path to a `.txt` (paragraphs apart by blank lines) or `.jsonl` file, a list of texts, a
+            `datasets.Dataset` with a `text` or `messages` column, or token ids [num_samples, seq_len], used as they are.
+        tokenizer: name, folder or object; None takes the model's own.
+        num_samples: calibration sequences.
+        seq_len: tokens in each of them, the beginning token included.
+        batch_size: calibration sequences in one forward pass.
+        seed: draws documents, crops and generated text.
+        block_size: columns that `sparsegpt` sweeps before it updates the rest; `m` must divide it.
+        damping: share of the mean diagonal that `sparsegpt` adds to the diagonal of the Gram matrix.
+        true_sequential: collect statistics anew for each group of layers inside a block (q, k, v, then o, …), with the
+            groups before it pruned. Slower: one forward pass of the block for each group.
+        modules_to_not_convert: names, suffixes or regular expressions of linear maps in the blocks to leave dense.
+        skip_unsupported: leave what cannot be pruned dense and list it in the report, instead of raising.
+        storage: `"packed"` (0.5625 of the dense bytes at 50 % in 16 bit; needs this plugin to load) or `"dense"` (zeros
+            written out; loads everywhere).
+        prepend_bos: begin each calibration sequence with the beginning token; None does so where the tokenizer does.
+        bos_in_statistics: count the beginning token's position in the statistics.
+        layers: filled in when a model has been pruned: for each sparse layer its path in the decoder, pattern and number
+            of values. Not for users.
+
+    Raises:
+        TypeError, ValueError: names the argument, what was found and what is allowed.
+        FileNotFoundError: the calibration file is missing.
+    """
+
+    def __init__(
+        self,
+        method: str = "wanda",
+        pattern: str | float | Pattern = "2:4",
+        dataset: Any = "mc4-ko",
+        tokenizer: Any = None,
+        num_samples: int = 128,
+        seq_len: int = 2048,
+        batch_size: int = 4,
+        seed: int = 0,
+        block_size: int = 128,
+        damping: float = 0.01,
+        true_sequential: bool = False,
+        modules_to_not_convert: Sequence[str] | None = None,
+        skip_unsupported: bool = False,
+        storage: str = "packed",
+        prepend_bos: bool | None = None,
+        bos_in_statistics: bool = True,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.method = _one_of("method", method, METHODS)
+        self.pattern = str(Pattern(pattern))
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.num_samples = _integer("num_samples", num_samples, 1)
+        self.seq_len = _integer("seq_len", seq_len, 2)
+        self.batch_size = _integer("batch_size", batch_size, 1)
+        self.seed = _integer("seed", seed, 0)
+        self.block_size = _integer("block_size", block_size, 1)
+        self.damping = _number("damping", damping, 0, 1)
+        self.true_sequential = _boolean("true_sequential", true_sequential)
+        self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
+        self.skip_unsupported = _boolean("skip_unsupported", skip_unsupported)
+        self.storage = _one_of("storage", storage, STORAGES)
+        self.prepend_bos = prepend_bos if prepend_bos is None else _boolean("prepend_bos", prepend_bos)
+        self.bos_in_statistics = _boolean("bos_in_statistics", bos_in_statistics)
+        self.layers = None if layers is None else {name: dict(layer) for name, layer in layers.items()}
+
+        m = Pattern(self.pattern).m
+        if self.method == "sparsegpt" and m is not None and self.block_size % m:
+            raise ValueError(f"block_size={self.block_size} is not a multiple of m={m} of pattern={self.pattern!r}")
+        _check_dataset(dataset)
+        if is_token_ids(dataset):
+            self.num_samples, self.seq_len = token_ids_shape(dataset)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable settings. Data that JSON cannot hold, and files, are described by a fingerprint; folders that
+        name a place on this machine are cut to their last part."""
+        settings = dict(self.__dict__)
+        settings["dataset"] = describe_dataset(self.dataset)
+        settings["tokenizer"] = describe_source(getattr(self.tokenizer, "name_or_path", self.tokenizer))
+        return settings
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        settings = {**config_dict, **{k: v for k, v in kwargs.items() if k in config_dict}}
+        unused = {k: v for k, v in kwargs.items() if k not in config_dict}
+        found = settings.pop("quant_method", QUANT_METHOD)
+        if found != QUANT_METHOD:
+            raise ValueError(f"quant_method={found!r} is not {QUANT_METHOD!r}")
+        check_keys(settings, SETTINGS, "SparsityConfig")
+        config = cls(**settings)
+        return (config, unused) if return_unused_kwargs else config
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparsityConfig:
+        # transformers copies configs often; the calibration data are read only, and may be large.
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+
+def _setting_names() -> tuple[str, ...]:
+    code = SparsityConfig.__init__.__code__
+    return code.co_varnames[1 : code.co_argcount]
+
+
+SETTINGS = _setting_names()
+
+
+def check_keys(found: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+    """Raises ValueError for a key of `found` that is not allowed, naming the nearest one that is."""
+    for key in found:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"{where} has no setting {key!r}: {hint}allowed: {', '.join(allowed)} "
+                "(a checkpoint with settings unknown here was written by a newer optimum-ksparse: upgrade it)"
+            )
+
+
+def is_token_ids(dataset: Any) -> bool:
+    """True for integer tensors, arrays and nested lists of integers."""
+    if isinstance(dataset, list | tuple):
+        return len(dataset) > 0 and isinstance(dataset[0], list | tuple)
+    return isinstance(dataset, torch.Tensor) or type(dataset).__module__.split(".")[0] == "numpy"
+
+
+def token_ids_shape(dataset: Any) -> tuple[int, int]:
+    """[num_samples, seq_len] of token ids; ValueError where they are not two-dimensional integers."""
+    try:
+        ids = torch.as_tensor(dataset)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"dataset: token ids must be a rectangle [num_samples, seq_len] of integers: {error}") from None
+    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not ids.numel():
+        raise ValueError(
+            f"dataset: token ids must be integers [num_samples, seq_len], found {ids.dtype} {list(ids.shape)}"
+        )
+    return ids.shape[0], ids.shape[1]
+
+
+def describe_dataset(dataset: Any) -> Any:
+    """The dataset as JSON can hold it: a name as it is, everything else by kind, size and SHA-256. What this function
+    returned before is returned unchanged."""
+    if dataset is None or isinstance(dataset, Mapping):
+        return dataset
+    if isinstance(dataset, str | os.PathLike):
+        if dataset in DATASET_NAMES:
+            return dataset
+        with open(dataset, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"file": os.path.basename(dataset), "sha256": digest}
+    if is_token_ids(dataset):
+        ids = torch.as_tensor(dataset).to("cpu", torch.int64).contiguous()
+        return {"token_ids": list(ids.shape), "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
+    if isinstance(dataset, list | tuple):
+        hashed = hashlib.sha256()
+        for text in dataset:
+            encoded = text.encode("utf-8", "surrogatepass")
+            hashed.update(len(encoded).to_bytes(8, "little") + encoded)
+        return {"texts": len(dataset), "sha256": hashed.hexdigest()}
+    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    return {"dataset": type(dataset).__name__, "rows": rows, "fingerprint": getattr(dataset, "_fingerprint", None)}
+
+
+def describe_source(source: Any) -> str | None:
+    """Where a model or tokenizer came from, without the path of a local folder."""
+    if not source:
+        return None
+    source = os.fspath(source)
+    return os.path.basename(os.path.normpath(source)) if os.path.exists(source) or os.path.isabs(source) else source
+
+
+def _check_dataset(dataset: Any) -> None:
+    if isinstance(dataset, str | os.PathLike):
+        if dataset in DATASET_NAMES:
+            return
+        if not os.fspath(dataset).endswith(TEXT_SUFFIXES):
+            raise ValueError(f"dataset={os.fspath(dataset)!r} is not known; allowed: {_DATASET_FORMS}")
+        if not os.path.isfile(dataset):
+            raise FileNotFoundError(f"dataset={os.fspath(dataset)!r}: there is no such file; allowed: {_DATASET_FORMS}")
+    elif is_token_ids(dataset):
+        token_ids_shape(dataset)
+    elif isinstance(dataset, list | tuple):
+        if not dataset:
+            raise ValueError(f"dataset is an empty list; allowed: {_DATASET_FORMS}")
+        for i, text in enumerate(dataset):
+            if not isinstance(text, str):
+                raise TypeError(f"dataset[{i}] is {type(text).__name__}, a list must hold texts; allowed: {_DATASET_FORMS}")
+    elif isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
+        if not dataset.keys() & {"sha256", "fingerprint"}:
+            raise ValueError(f"dataset is a dict without the fingerprint that a checkpoint records; allowed: {_DATASET_FORMS}")
+    elif not hasattr(dataset, "column_names"):
+        raise TypeError(f"dataset is {type(dataset).__name__}; allowed: {_DATASET_FORMS}")
+    elif hasattr(dataset, "keys") and hasattr(dataset, "column_names"):
+        raise TypeError(f"dataset is a DatasetDict with the splits {', '.join(dataset.keys())}: pass one of them")
+
+
+def _one_of(name: str, value: Any, allowed: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, found {type(value).__name__}; allowed: {', '.join(allowed)}")
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
+    return value
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least {least}, found {value!r}")
+    if value < least:
+        raise ValueError(f"{name}={value} is too small, it must be at least {least}")
+    return value
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number from {least} to {most}, found {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}={value} is out of range, it must be from {least} to {most}")
+    return float(value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, found {value!r}")
+    return value
+
+
+def _names(name: str, value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name} must be a list of strings or None, found {value!r}")
+    return list(value)

@@ -1,0 +1,181 @@
+"""`SparseLinear`: a linear map that keeps its weight packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..pattern import Pattern
+from . import kernels
+from .packing import check_bits, pack, unpack, values_shape
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """True for `nn.Linear`, its subclasses, and GPT-2's `Conv1D`."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """The weight [out, in] of a dense linear map; `Conv1D` stores the transpose."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight  # type: ignore[return-value]
+
+
+class SparseLinear(nn.Linear):
+    """y = x·Wᵀ + b with a sparse W that is stored packed (table in `packing`), decompressed in the forward pass.
+
+    Runs in float32, bfloat16 and float16 on any device, under autocast and `torch.compile`. Its weight trains like any
+    other: the gradient has the shape of the packed values, so that zeros stay zero under any optimizer.
+
+    Args:
+        in_features, out_features, bias: as in `nn.Linear`.
+        pattern: which weights are kept.
+        num_values: how many are kept; needed for an unstructured pattern only.
+        dense_type: class of the module it stands for, which `to_dense` gives back (`nn.Linear`, a subclass, `Conv1D`).
+        device, dtype: of the parameters, which are left uninitialised.
+
+    Attributes:
+        weight: kept values, n:m: [out, in·n/m], unstructured: [nnz].
+        weight_mask: [out, ceil(in/8)] uint8.
+        bias: [out] or None.
+    """
+
+    weight_mask: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        pattern: Pattern,
+        num_values: int | None = None,
+        dense_type: type[nn.Module] = nn.Linear,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear would make, and initialise, a dense weight
+        self.in_features, self.out_features = in_features, out_features
+        self.pattern = pattern
+        self.dense_type = dense_type
+        if num_values is None:
+            if pattern.m is None or pattern.n is None:
+                raise ValueError(f"num_values must be given for the unstructured pattern {pattern}")
+            num_values = out_features * in_features // pattern.m * pattern.n
+        shape = values_shape(pattern, out_features, in_features, num_values)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        bits = torch.empty(out_features, -(-in_features // 8), device=device, dtype=torch.uint8)
+        self.register_buffer("weight_mask", bits)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(
+        cls,
+        linear: nn.Module,
+        mask: torch.Tensor,
+        pattern: Pattern | None = None,
+        weight: torch.Tensor | None = None,
+    ) -> SparseLinear:
+        """Packs a dense linear map.
+
+        Args:
+            linear: `nn.Linear`, a subclass, or `Conv1D`; is not changed.
+            mask: [out, in] bool, True where the weight is kept.
+            pattern: the mask's pattern; None means unstructured, with the mask's own density.
+            weight: [out, in], used instead of the module's own (an updated weight).
+
+        Raises:
+            TypeError: `linear` is not a linear map.
+            ValueError: the mask does not fit the weight or the pattern.
+        """
+        if not is_linear_map(linear):
+            raise TypeError(f"linear must be nn.Linear or Conv1D, found {type(linear).__name__}")
+        weight = dense_weight(linear) if weight is None else weight
+        mask = mask.to(weight.device, torch.bool)
+        kept = int(mask.sum())
+        if pattern is None:
+            if not 0 < kept < mask.numel():
+                raise ValueError(f"mask keeps {kept} of {mask.numel()} weights: give the pattern")
+            pattern = Pattern(f"{mask.numel() - kept}/{mask.numel()}")
+        values, bits = pack(weight, mask, pattern)
+        dense_type = linear.dense_type if isinstance(linear, SparseLinear) else type(linear)
+        sparse = cls(
+            weight.shape[1],
+            weight.shape[0],
+            linear.bias is not None,
+            pattern=pattern,
+            num_values=kept,
+            dense_type=dense_type,
+            device="meta",
+        )
+        source = linear.weight
+        sparse.weight = nn.Parameter(values, requires_grad=source.requires_grad)  # type: ignore[arg-type]
+        sparse.weight_mask = bits
+        if linear.bias is not None:
+            sparse.bias = linear.bias  # type: ignore[assignment]
+        return sparse.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, values = x.to(dtype), values.to(dtype)
+            bias = bias if bias is None else bias.to(dtype)  # type: ignore[assignment]
+        return kernels.linear(x, values, self.weight_mask, bias)
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that is kept."""
+        return self.weight.numel() / (self.in_features * self.out_features)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the weight, were it dense in its dtype."""
+        return self.in_features * self.out_features * self.weight.element_size()
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of values and mask."""
+        return self.weight.nbytes + self.weight_mask.nbytes
+
+    def to_dense_weight(self) -> torch.Tensor:
+        """The weight [out, in] with its zeros."""
+        return unpack(self.weight.detach(), self.weight_mask, self.in_features)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """A dense module of the class that this one stands for, with the zeros written out."""
+        conv1d = issubclass(self.dense_type, Conv1D)
+        with torch.device("meta"):
+            if conv1d:
+                dense: nn.Module = Conv1D(self.out_features, self.in_features)
+            else:
+                dense = self.dense_type(self.in_features, self.out_features, bias=self.bias is not None)
+        weight = self.to_dense_weight()
+        dense.weight = nn.Parameter(weight.T.contiguous() if conv1d else weight, requires_grad=self.weight.requires_grad)
+        dense.bias = self.bias
+        return dense.train(self.training)
+
+    def check_mask(self, name: str) -> None:
+        """Raises ValueError, naming the module `name`, where the mask does not fit the values or the pattern."""
+        check_bits(self.weight_mask, self.pattern, self.in_features, self.weight.numel(), f"{name}.weight_mask")
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        error_messages = rest[-1]
+        bits = state_dict.get(f"{prefix}weight_mask")
+        if bits is not None and bits.shape == self.weight_mask.shape and bits.device.type != "meta":
+            try:
+                check_bits(bits, self.pattern, self.in_features, self.weight.numel(), f"{prefix}weight_mask")
+            except ValueError as error:
+                error_messages.append(str(error))
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}"

@@ -1,0 +1,23 @@
+"""Magnitude pruning: the smallest weights go. Han et al. 2015, arXiv 1506.02626."""
+
+from __future__ import annotations
+
+import torch
+
+from ..pattern import Pattern
+
+
+def prune(weight: torch.Tensor, statistics: None, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score |W|, ranked over the whole layer, or within each group of `n:m`.
+
+    Args:
+        weight: [out, in].
+        statistics: not read; the method needs no data.
+        pattern: what to keep.
+
+    Returns:
+        The pruned weight and its mask, both [out, in].
+    """
+    scores = weight.abs()
+    mask = pattern.mask(scores if pattern.is_structured else scores.reshape(1, -1)).view_as(weight)
+    return weight * mask, mask

@@ -1,0 +1,121 @@
+"""SparseGPT: prune column by column, each error made good by the columns still to come. Frantar and Alistarh 2023,
+arXiv 2301.00774, algorithm 1."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+
+from ..pattern import Pattern, lowest
+from ..statistics import GramMatrix
+
+
+def prune(
+    weight: torch.Tensor, statistics: GramMatrix, pattern: Pattern, *, block_size: int = 128, damping: float = 0.01
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeroes weights by W²/U_jj² and updates the kept ones to the right of them, with U the upper Cholesky factor of the
+    inverse of H + damping·mean(diag H)·I.
+
+    Unstructured: ranked over each block of `block_size` columns and all rows. `n:m`: each group is ranked when the sweep
+    reaches it, by weights already updated.
+
+    Args:
+        weight: [out, in].
+        statistics: Gram matrix of the inputs.
+        pattern: what to keep.
+        block_size: columns swept before the rest of the matrix is updated; `m` must divide it.
+        damping: share of the mean of the diagonal of H that is added to it.
+
+    Returns:
+        The updated, pruned weight in the dtype of `weight`, and its mask, both [out, in].
+
+    Raises:
+        ValueError: `m` does not divide `block_size`.
+        ArithmeticError: H stays singular with a damping of 1.
+    """
+    if pattern.m is not None and block_size % pattern.m:
+        raise ValueError(f"block_size={block_size} is not a multiple of m={pattern.m} of pattern {pattern}")
+    rows, columns = weight.shape
+    factor = _inverse_factor(statistics, damping).to(weight.device)
+    # Transposed, so that each column of the sweep is contiguous in memory.
+    updated = weight.float().T.contiguous()
+    updated[(statistics.squared_norms == 0).to(weight.device)] = 0
+    mask = torch.empty_like(updated, dtype=torch.bool)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        block, block_factor = updated[start:stop], factor[start:stop, start:stop]
+        if not pattern.is_structured:
+            scores = block.square() / block_factor.diagonal().square().unsqueeze(1)
+            # The difference of two running counts, so that the whole layer has the exact number of zeros.
+            zeros = pattern.num_zeros(rows * stop) - pattern.num_zeros(rows * start)
+            mask[start:stop] = ~lowest(scores.reshape(1, -1), zeros).view_as(scores)
+        errors = _sweep(block, block_factor, pattern, mask[start:stop])
+        updated[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    updated.masked_fill_(~mask, 0)
+    return updated.T.to(weight.dtype).contiguous(), mask.T.contiguous()
+
+
+def _sweep(block: torch.Tensor, factor: torch.Tensor, pattern: Pattern, mask: torch.Tensor) -> torch.Tensor:
+    """Sweeps one block of columns, in place.
+
+    Args:
+        block: [columns, out] float32, the transposed weights, updated in place.
+        factor: [columns, columns], this block's corner of U.
+        pattern: `n:m` chooses `mask` group by group; otherwise `mask` is taken as it is.
+        mask: [columns, out] bool.
+
+    Returns:
+        [columns, out], the errors (w − q)/U_jj.
+    """
+    errors = torch.empty_like(block)
+    diagonal = factor.diagonal()
+    for j in range(len(block)):
+        if pattern.m is not None and j % pattern.m == 0:
+            group = slice(j, j + pattern.m)
+            scores = block[group].square() / diagonal[group].square().unsqueeze(1)
+            mask[group] = pattern.mask(scores.T).T
+        torch.div(block[j].masked_fill(mask[j], 0), diagonal[j], out=errors[j])
+        block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    return errors
+
+
+# A factor lives as long as its statistics: layers fed by the same tensor share both.
+_FACTORS: weakref.WeakKeyDictionary[GramMatrix, tuple[tuple[int, float], torch.Tensor, float]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _inverse_factor(statistics: GramMatrix, damping: float) -> torch.Tensor:
+    """Upper Cholesky factor U of (H + damping·mean(diag H)·I)⁻¹, [in, in] float32. Where H is singular the damping is
+    raised by ten times up to 1, with a warning."""
+    key = (statistics.num_tokens, damping)
+    if statistics not in _FACTORS or _FACTORS[statistics][0] != key:
+        _FACTORS[statistics] = (key, *_factorise(statistics.gram, damping))
+    _, factor, used = _FACTORS[statistics]
+    if used != damping:
+        warnings.warn(f"singular Gram matrix: damping raised from {damping:g} to {used:g}", stacklevel=2)
+    return factor
+
+
+def _factorise(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """The factor and the damping with which it exists."""
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    # Dead inputs count as zeros here, whatever the scale of H: their 1 below only makes H invertible.
+    mean = diagonal.mean()
+    while True:
+        damped = gram.clone()
+        damped.diagonal().add_(dead.float() + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(factor.isfinite().all()):
+            return factor, damping
+        if damping >= 1:
+            raise ArithmeticError(
+                f"the Gram matrix [{len(gram)}, {len(gram)}] stays singular with a damping of {damping:g}: "
+                "use more calibration samples, or look for overflow in the layer's inputs"
+            )
+        damping = min(10 * damping, 1.0) or 0.01

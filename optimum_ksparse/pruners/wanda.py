@@ -1,0 +1,23 @@
+"""Wanda: weights and activations. Sun et al. 2023, arXiv 2306.11695, equation 1."""
+
+from __future__ import annotations
+
+import torch
+
+from ..pattern import Pattern
+from ..statistics import ColumnNorms
+
+
+def prune(weight: torch.Tensor, statistics: ColumnNorms, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score |W_ij|·‖X_j‖₂, ranked within each output row, or within each group of `n:m`. Weights are not updated.
+
+    Args:
+        weight: [out, in].
+        statistics: mean squared inputs; their common factor 1/tokens leaves the ranking as it is.
+        pattern: what to keep.
+
+    Returns:
+        The pruned weight and its mask, both [out, in].
+    """
+    mask = pattern.mask(weight.float().abs() * statistics.squared_norms.to(weight.device).sqrt())
+    return weight * mask, mask

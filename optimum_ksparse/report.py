@@ -1,0 +1,128 @@
+"""`SparsityReport`: what pruning did, layer by layer; saved as `sparsity_report.json` beside the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .config import check_keys
+
+REPORT_NAME = "sparsity_report.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class LayerReport:
+    """One pruned layer. `shape` is [out, in]; `relative_output_error` is ‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F on a sample of the
+    calibration tokens, None where the method read no data; `note` is what the method warned of."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    num_values: int
+    dense_bytes: int
+    packed_bytes: int
+    relative_output_error: float | None
+    seconds: float
+    note: str = ""
+
+    @property
+    def density(self) -> float:
+        return self.num_values / (self.shape[0] * self.shape[1])
+
+
+@dataclass
+class SparsityReport:
+    """What pruning did to a model.
+
+    Attributes:
+        config: the settings, as `SparsityConfig.to_dict()` without its layers.
+        calibration: where the calibration tokens came from, their number and form; empty for a method without data.
+        layers: one `LayerReport` for each sparse layer, in the order of the model.
+        skipped: linear maps left dense, each with the reason.
+        base_model, base_revision: what was pruned, as it was named (a local folder by its last part).
+        num_parameters: logical parameters of the whole model, zeros included.
+        seconds: from the loaded to the pruned model. peak_memory_bytes: of the process (and of the GPU, where used).
+        versions: of the libraries that did it.
+    """
+
+    config: dict[str, Any]
+    calibration: dict[str, Any] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    base_model: str | None = None
+    base_revision: str | None = None
+    num_parameters: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def num_weights(self) -> int:
+        """Logical weights of the sparse layers, zeros included."""
+        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+
+    @property
+    def density(self) -> float:
+        """Share of the sparse layers' weights that is kept."""
+        return sum(layer.num_values for layer in self.layers) / max(1, self.num_weights)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the sparse layers' weights, were they dense."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the sparse layers' values and masks."""
+        return sum(layer.packed_bytes for layer in self.layers)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `sparsity_report.json` into `directory`."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        (Path(directory) / REPORT_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparsityReport:
+        """Reads a report from its file. Raises ValueError where it is damaged or of a newer schema."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["schema_version"] > SCHEMA_VERSION:
+                raise ValueError(f"schema_version {data['schema_version']} is newer than {SCHEMA_VERSION}: upgrade")
+            check_keys(data, [f.name for f in fields(cls)], "the report")
+            data["layers"] = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
+            return cls(**data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.path.basename(path)} is not a report of optimum-ksparse: {error}") from error
+
+    def __str__(self) -> str:
+        """A table with a row for each kind of layer (same path but for the block's number), and the totals."""
+        kinds: dict[tuple[str, tuple[int, int], str], list[LayerReport]] = defaultdict(list)
+        for layer in self.layers:
+            kinds[re.sub(r"\.\d+\.", ".*.", layer.name, count=1), layer.shape, layer.pattern].append(layer)
+        rows = [("layer", "count", "shape", "pattern", "density", "output error", "seconds")]
+        for (name, shape, pattern), group in kinds.items():
+            errors = [layer.relative_output_error for layer in group if layer.relative_output_error is not None]
+            density = sum(layer.density for layer in group) / len(group)
+            seconds = sum(layer.seconds for layer in group)
+            error = f"{sum(errors) / len(errors):.4f}" if errors else "not measured"
+            rows.append(
+                (name, str(len(group)), f"{shape[0]} x {shape[1]}", pattern, f"{density:.4f}", error, f"{seconds:.1f}")
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        ratio = self.packed_bytes / max(1, self.dense_bytes)
+        lines.append(
+            f"{len(self.layers)} sparse layers, density {self.density:.4f}; {self.num_weights:,} of "
+            f"{self.num_parameters:,} parameters; packed {self.packed_bytes:,} of {self.dense_bytes:,} bytes ({ratio:.4f})"
+        )
+        lines += [f"left dense: {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]
+        return "\n".join(lines)

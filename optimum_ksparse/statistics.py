@@ -1,0 +1,68 @@
+"""Running statistics of a layer's inputs, over all calibration tokens."""
+
+from __future__ import annotations
+
+import torch
+
+# Rows kept of the inputs, on which a layer's output error is measured after pruning.
+SAMPLE_ROWS = 512
+
+
+class ColumnNorms:
+    """Mean squared inputs, [in] float32: ‖X_j‖² / tokens for each input feature j.
+
+    Args:
+        in_features: width of the inputs.
+        device: where the sums are kept; inputs are reduced where they are.
+        expected_tokens: how many rows all updates will bring, so that `sample` is spread evenly over them. None keeps the
+            first rows.
+
+    Attributes:
+        num_tokens: rows seen.
+        squared_norms: [in] float32, ‖X_j‖² / tokens.
+        sample: [≤ 512, in], evenly spread rows of the inputs in their own dtype.
+    """
+
+    def __init__(
+        self, in_features: int, device: torch.device | str = "cpu", expected_tokens: int | None = None
+    ) -> None:
+        self.num_tokens = 0
+        self.squared_norms = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._stride = max(1, -(-(expected_tokens or 0) // SAMPLE_ROWS))
+        self._rows: list[torch.Tensor] = []
+
+    @property
+    def sample(self) -> torch.Tensor:
+        return torch.cat(self._rows)[:SAMPLE_ROWS]
+
+    def update(self, x: torch.Tensor) -> None:
+        """Adds inputs [..., in] of any floating dtype."""
+        rows = x.reshape(-1, x.shape[-1])
+        if not len(rows):
+            return
+        # The first row kept lies half a stride in, and the phase runs on over updates.
+        first = (self._stride // 2 - self.num_tokens) % self._stride
+        if self.num_tokens + first < SAMPLE_ROWS * self._stride:
+            self._rows.append(rows[first :: self._stride].clone())
+        self.num_tokens += len(rows)
+        self._accumulate(rows.float(), len(rows) / self.num_tokens)
+
+    def _accumulate(self, rows: torch.Tensor, share: float) -> None:
+        """Running mean: the new rows have the weight `share`."""
+        squares = torch.linalg.vector_norm(rows, dim=0).square_() / len(rows)
+        self.squared_norms.lerp_(squares.to(self.squared_norms.device), share)
+
+
+class GramMatrix(ColumnNorms):
+    """Gram matrix H = XᵀX / tokens, [in, in] float32, whose diagonal is `squared_norms`."""
+
+    def __init__(
+        self, in_features: int, device: torch.device | str = "cpu", expected_tokens: int | None = None
+    ) -> None:
+        super().__init__(in_features, device, expected_tokens)
+        self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.squared_norms = self.gram.diagonal()
+
+    def _accumulate(self, rows: torch.Tensor, share: float) -> None:
+        rows = rows.to(self.gram.device)
+        self.gram.addmm_(rows.T, rows, beta=1 - share, alpha=share / len(rows))
