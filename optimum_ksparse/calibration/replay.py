@@ -8,6 +8,7 @@ the hidden states on. It is then replayed as it was.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,19 +27,16 @@ class StopForward(Exception):
 
 @dataclass
 class _Call:
-    """Arguments of one call of a block, with the hidden states left out: `hidden_key` says where they go."""
+    """Arguments of one call of a block beside the hidden states, which are the first one, or the one of `hidden_name`."""
 
     args: list[Any]
     kwargs: dict[str, Any]
-    hidden_key: int | str
+    hidden_name: str | None
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> Any:
-        args, kwargs = list(self.args), dict(self.kwargs)
-        if isinstance(self.hidden_key, int):
-            args[self.hidden_key] = hidden
-        else:
-            kwargs[self.hidden_key] = hidden
-        return block(*args, **kwargs)
+        if self.hidden_name is None:
+            return block(hidden, *self.args, **self.kwargs)
+        return block(*self.args, **{self.hidden_name: hidden}, **self.kwargs)
 
 
 @dataclass
@@ -128,15 +126,14 @@ class BlockReplay:
 
         def stand_in(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden_key: int | str = 0 if args else "hidden_states"
                 values, named = list(args), dict(kwargs)
-                hidden = values[0] if args else named[hidden_key]  # type: ignore[index]
-                if args:
-                    values[0] = None
+                name = None if args else _hidden_name(named)
+                hidden = values.pop(0) if name is None else named.pop(name)
                 if index == 0:
                     self.hidden.append(hidden)
-                self._calls[index].append(_Call(pool.share(values), pool.share(named), hidden_key))
-                return hidden if rests[index] is None else (hidden, *rests[index])  # type: ignore[misc]
+                self._calls[index].append(_Call(pool.share(values), pool.share(named), name))
+                rest = rests[index]
+                return hidden if rest is None else (hidden, *rest)
 
             return forward
 
@@ -156,63 +153,103 @@ class BlockReplay:
         self._calls[index].clear()
 
     def input_groups(self, index: int, block: nn.Module, layers: dict[str, nn.Module]) -> list[list[str]]:
-        """Names of `layers`, layers fed by the same tensor together, in the order in which the block calls them. A layer
-        that the first batch does not call comes last, alone."""
-        groups: dict[Any, list[str]] = {}
-        inputs = []  # keeps the tensors alive, so that no address is used twice
-
-        def record(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                x = args[0]
-                inputs.append(x)
-                key = (x.data_ptr(), x.shape, x.stride(), x._version)
-                groups.setdefault(key, []).append(name)
-
-            return hook
-
-        with _hooks(layers, record):
-            self._calls[index][0].run(block, self.hidden[0])
-        names = [list(dict.fromkeys(group)) for group in groups.values()]
-        called = [name for group in names for name in group]
-        repeated = {name for name in called if called.count(name) > 1}
-        kept = [[name for name in group if name not in repeated] for group in names]
-        alone = [[name] for name in layers if name in repeated or name not in called]
-        return [group for group in kept if group] + alone
+        """Names of `layers` that one batch calls, layers fed by the same tensor together, in the order of the calls."""
+        leaders: dict[str, str] = {}
+        self._observe(index, block, layers, leaders, lambda name, x: None, batches=1)
+        groups: dict[str, list[str]] = {}
+        for name, leader in leaders.items():
+            groups.setdefault(leader, []).append(name)
+        return list(groups.values())
 
     def collect(
-        self, index: int, block: nn.Module, layers: dict[str, nn.Module], statistics: dict[str, ColumnNorms]
+        self, index: int, block: nn.Module, layers: dict[str, nn.Module], make: Callable[[nn.Module], ColumnNorms]
+    ) -> dict[str, ColumnNorms]:
+        """Runs every batch through the block and collects statistics of the inputs of `layers`.
+
+        Args:
+            index, block: the current block.
+            layers: linear maps of the block by name.
+            make: empty statistics for a layer.
+
+        Returns:
+            Statistics by layer name; layers fed by the same tensor share one object. A layer that no token reached is
+            missing.
+        """
+        leaders: dict[str, str] = {}
+        statistics: dict[str, ColumnNorms] = {}
+
+        def update(name: str, x: torch.Tensor) -> None:
+            if name not in statistics:
+                statistics[name] = make(layers[name])
+            statistics[name].update(x)
+
+        self._observe(index, block, layers, leaders, update, batches=len(self.hidden))
+        return {name: statistics[leader] for name, leader in leaders.items() if leader in statistics}
+
+    def _observe(
+        self,
+        index: int,
+        block: nn.Module,
+        layers: dict[str, nn.Module],
+        leaders: dict[str, str],
+        update: Callable[[str, torch.Tensor], None],
+        batches: int,
     ) -> None:
-        """Runs every batch through the block and updates `statistics` of each of `layers` (by the same names) with its
-        inputs. The forward pass ends where all have been seen."""
-        batch_shape: list[int] = []
-        waiting: set[str] = set()
+        """Calls `update(leader, x)` once for each tensor that feeds layers, and fills `leaders`: layer name → the name under
+        which its inputs are counted. A tensor's first layer leads the others. Once all layers and their number of calls are
+        known, a forward pass ends at its last call."""
+        calls: Counter[str] = Counter()
+        expected = 0
+        seen: dict[Any, str] = {}
+        alive: list[torch.Tensor] = []  # no address is used twice while its tensor lives
 
         def record(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 x = args[0]
-                if self.skip_first and x.numel() == batch_shape[0] * batch_shape[1] * x.shape[-1]:
-                    # Some models flatten samples and positions; routed tokens have lost their positions and all count.
-                    x = x.reshape(*batch_shape, x.shape[-1])[:, 1:]
-                statistics[name].update(x)
-                if waiting and waiting.discard(name) is None and not waiting:
+                calls[name] += 1
+                if name not in leaders:
+                    leaders[name] = seen.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), name)
+                    alive.append(x)
+                if leaders[name] == name or calls[name] > 1:
+                    update(leaders[name], self._counted(x, batch_shape))
+                if calls.total() == expected:
                     raise StopForward
 
             return hook
 
-        # Stopping early needs layers that are called once and always; routed experts are not.
-        once = all(len(group) == 1 for group in self.input_groups(index, block, layers))
         with _hooks(layers, record):
-            for hidden, call in zip(self.hidden, self._calls[index], strict=True):
-                batch_shape[:] = hidden.shape[:2]
-                waiting = set(layers) if once else set()
+            for hidden, call in zip(self.hidden[:batches], self._calls[index], strict=False):
+                batch_shape = hidden.shape[:2]
+                calls.clear()
                 try:
                     call.run(block, hidden)
                 except StopForward:
                     pass
+                # Routed experts are called for some batches and not for others: then nothing can be cut short.
+                expected = calls.total() if len(leaders) == len(layers) == len(calls) else 0
+                seen.clear()
+                alive.clear()
+
+    def _counted(self, x: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
+        """The rows of a layer's input that count in the statistics. Some models flatten samples and positions; tokens routed
+        to experts have lost their positions, and all count."""
+        if self.skip_first and x.numel() == batch_shape.numel() * x.shape[-1]:
+            return x.reshape(*batch_shape, x.shape[-1])[:, 1:]
+        return x
 
 
 def _hidden_of(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def _hidden_name(kwargs: dict[str, Any]) -> str:
+    """The keyword of the hidden states [batch, seq_len, hidden]: the one of that name, or the first that looks like them."""
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3:
+            return name
+    raise TypeError(f"a block is called without hidden states, with {', '.join(kwargs) or 'nothing'}")
 
 
 @contextmanager

@@ -1,0 +1,195 @@
+"""The functions that every path ends in: prune a model in place, or one layer without a model."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from .calibration import BlockReplay, CalibrationTokens, calibration_tokens, find_blocks
+from .checkpoint import layer_records, sparse_modules
+from .config import QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
+from .pattern import Pattern
+from .pruners import METHODS
+from .pruning import find_targets, prune_blocks
+from .report import SparsityReport
+from .version import __version__
+
+
+def sparsify(
+    model: PreTrainedModel, config: SparsityConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> SparsityReport:
+    """Prunes a loaded model in place and swaps in `SparseLinear`.
+
+    Everything that can be checked is checked before a weight is touched, one calibration sample run through the dense model
+    included. The model is then a sparse one for `save_pretrained`, `push_to_hub`, `Trainer` and `dequantize`; its report is
+    `model.sparsity_report`.
+
+    Args:
+        model: a decoder-only model in float32, bfloat16 or float16, on one device, on several, or offloaded by accelerate.
+        config: what to do.
+        tokenizer: for calibration text; None takes `config.tokenizer`, then the model's own name.
+
+    Raises:
+        TypeError, ValueError: the model cannot be pruned, or the settings or the data do not fit it.
+        ArithmeticError: a layer's Gram matrix stays singular.
+        ConnectionError: the calibration data cannot be read from the Hub.
+    """
+    _check_model(model, config)
+    started = time.perf_counter()
+    blocks = find_blocks(model)
+    targets, skipped = find_targets(blocks, config)
+    recorded = SparsityConfig.from_dict(config.to_dict())  # the data may be gone when the model is saved
+
+    training = model.training
+    model.eval()
+    try:
+        data = _calibration(model, config, tokenizer)
+        replay = None
+        if data is not None:
+            skip_first = data.begins_with_bos and not config.bos_in_statistics
+            with torch.no_grad():
+                replay = BlockReplay(blocks, data.ids, config.batch_size, skip_first)
+        num_parameters = model.num_parameters()
+        rows = prune_blocks(blocks, targets, config, replay)
+    finally:
+        model.train(training)
+
+    attach(model, recorded)
+    settings = recorded.to_dict()
+    settings.pop("layers")
+    report = SparsityReport(
+        config=settings,
+        calibration={} if data is None else data.description,
+        layers=rows,
+        skipped=skipped,
+        base_model=describe_source(model.name_or_path),
+        base_revision=getattr(model.config, "_commit_hash", None),
+        num_parameters=num_parameters,
+        seconds=round(time.perf_counter() - started, 2),
+        peak_memory_bytes=peak_memory(),
+        versions=versions(),
+    )
+    model.sparsity_report = report
+    return report
+
+
+def prune_weight(
+    weight: torch.Tensor, inputs: torch.Tensor | None, *, method: str, pattern: str | float | Pattern, **settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prunes one layer without a model.
+
+    Args:
+        weight: [out, in], any floating dtype.
+        inputs: [tokens, in] or [samples, tokens, in]; None for a method without data.
+        method, pattern, settings: as in `SparsityConfig`; a setting that the method does not take is an error.
+
+    Returns:
+        The pruned weight in its dtype and the mask (bool, True = kept), both [out, in].
+
+    Raises:
+        TypeError: an unknown setting.
+        ValueError: an unknown method or pattern, shapes that do not fit, NaN or Inf.
+        ArithmeticError: the Gram matrix stays singular.
+    """
+    config = SparsityConfig(method=method, pattern=pattern)
+    chosen, parsed = METHODS[config.method], Pattern(pattern)
+    unknown = set(settings) - set(chosen.settings)
+    if unknown:
+        allowed = ", ".join(chosen.settings) or "none"
+        raise TypeError(f"method={method!r} has no setting {sorted(unknown)[0]!r}; it takes: {allowed}")
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be floating point [out, in], found {weight.dtype} {list(weight.shape)}")
+    parsed.check_in_features(weight.shape[1])
+    if not bool(weight.isfinite().all()):
+        raise ValueError("weight holds NaN or Inf")
+    statistics = None
+    if chosen.statistics is not None:
+        if inputs is None or inputs.dim() not in (2, 3) or inputs.shape[-1] != weight.shape[1] or not inputs.numel():
+            found = None if inputs is None else list(inputs.shape)
+            raise ValueError(
+                f"inputs must be [tokens, {weight.shape[1]}] or [samples, tokens, {weight.shape[1]}], found {found}"
+            )
+        if not bool(inputs.isfinite().all()):
+            raise ValueError("inputs hold NaN or Inf")
+        statistics = chosen.statistics(weight.shape[1], weight.device)
+        for sample in inputs if inputs.dim() == 3 else [inputs]:
+            statistics.update(sample)
+    return chosen.prune(weight.detach(), statistics, parsed, **settings)
+
+
+def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags."""
+    config.layers = layer_records(model)
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of this process, and of its GPU where one was used."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    try:
+        # ru_maxrss is inherited over exec; the high-water mark of the process itself is not.
+        with open("/proc/self/status") as status:
+            peak["process"] = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that it computes with."""
+    found = {"optimum-ksparse": __version__, "python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "accelerate", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
+    if not isinstance(config, SparsityConfig):
+        raise TypeError(f"config must be a SparsityConfig, found {type(config).__name__}")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, found {type(model).__name__}")
+    if sparse_modules(model):
+        raise ValueError("the model is sparse already; model.dequantize() makes it dense again")
+    if getattr(model, "hf_quantizer", None) is not None:
+        method = model.hf_quantizer.quantization_config.quant_method
+        raise ValueError(f"the model is quantized ({method}); prune the model that it was made from")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("the model carries an adapter; merge it, or prune the model before adding one")
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("DeepSpeed ZeRO-3 holds a part of each weight; prune in a process without it, then load the result")
+    sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if sharded is not None:
+        raise ValueError(f"{sharded} is spread over processes (tensor parallel or FSDP); prune in one process, then load it")
+
+
+def _calibration(
+    model: PreTrainedModel, config: SparsityConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> CalibrationTokens | None:
+    if METHODS[config.method].statistics is None:
+        return None
+    source = tokenizer if tokenizer is not None else config.tokenizer or model.name_or_path
+    if isinstance(source, str) and source and not is_token_ids(config.dataset):
+        try:
+            source = AutoTokenizer.from_pretrained(source)
+        except Exception as error:  # transformers and huggingface_hub raise many kinds here
+            if config.dataset != "self":
+                raise ValueError(f"no tokenizer could be loaded from {source!r}: pass tokenizer=; {error}") from error
+    return calibration_tokens(config, model, None if isinstance(source, str) else source)

@@ -1,0 +1,121 @@
+"""Every form of `dataset` as a stream of documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+# name → (repository on the Hub, configuration)
+HUB_DATASETS = {
+    "mc4-ko": ("allenai/c4", "ko"),
+    "c4": ("allenai/c4", "en"),
+    "kowiki": ("wikimedia/wikipedia", "20231101.ko"),
+}
+_SHUFFLE_BUFFER = 10_000
+_OFFLINE_FORMS = (
+    "without a network, use a path to a .txt or .jsonl file, a list of texts, a datasets.Dataset, token ids "
+    '[num_samples, seq_len], or dataset="self"'
+)
+
+
+def documents(dataset: Any, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yields the documents of `dataset` in an order drawn with `seed`, empty ones left out. Conversations go through the
+    tokenizer's chat template.
+
+    Raises:
+        ImportError: a name was given and `datasets` is not installed.
+        ConnectionError: a name was given and cannot be read.
+        ValueError: a file or a dataset has no text; names line and field.
+    """
+    if isinstance(dataset, str) and dataset in HUB_DATASETS:
+        rows: Iterable[Any] = _stream(dataset, seed)
+    elif isinstance(dataset, str | os.PathLike):
+        rows = _shuffled(_read_file(os.fspath(dataset)), seed)
+    elif isinstance(dataset, list | tuple):
+        rows = _shuffled(list(dataset), seed)
+    elif hasattr(dataset, "column_names"):
+        rows = _dataset_rows(dataset, seed)
+    else:
+        raise ValueError(
+            f"dataset is the fingerprint of earlier calibration data, {dataset}, not the data: pass them again to prune with"
+        )
+    for row in rows:
+        text = _text_of(row, tokenizer)
+        if text.strip():
+            yield text
+
+
+def _stream(name: str, seed: int) -> Iterator[Any]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(f"dataset={name!r} needs the package datasets: pip install datasets; or {_OFFLINE_FORMS}") from error
+    repository, configuration = HUB_DATASETS[name]
+    try:
+        stream = load_dataset(repository, configuration, split="train", streaming=True)
+        yield from stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+    except Exception as error:  # the libraries between here and the network raise their own kinds
+        raise ConnectionError(
+            f"dataset={name!r} ({repository}, {configuration}) cannot be read from the Hub: "
+            f"{type(error).__name__}: {error}; {_OFFLINE_FORMS}"
+        ) from error
+
+
+def _shuffled(rows: list[Any], seed: int) -> list[Any]:
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def _read_file(path: str) -> list[Any]:
+    """Paragraphs of a .txt file (apart by blank lines), or rows of a .jsonl file."""
+    with open(path, encoding="utf-8") as file:
+        if path.endswith(".txt"):
+            return [paragraph for paragraph in file.read().split("\n\n") if paragraph.strip()]
+        rows = []
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{os.path.basename(path)}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is not JSON: {error}") from None
+            rows.append(_checked_row(row, where))
+        return rows
+
+
+def _checked_row(row: Any, where: str) -> Any:
+    if isinstance(row, str):
+        return row
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return row["text"]
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        return {"messages": row["messages"]}
+    fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    raise ValueError(f"{where} has neither a text in `text` nor a list in `messages`, but {fields}")
+
+
+def _dataset_rows(dataset: Any, seed: int) -> Iterator[Any]:
+    columns = list(dataset.column_names or ())  # a streamed dataset may not know its columns
+    if columns and not {"text", "messages"} & set(columns):
+        raise ValueError(f"dataset has the columns {', '.join(columns)}; needed: `text`, or `messages` for conversations")
+    for number, row in enumerate(dataset.shuffle(seed=seed)):
+        yield _checked_row(row, f"dataset, row {number} after shuffling")
+
+
+def _text_of(row: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    if isinstance(row, dict) and "messages" in row:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "dataset has `messages`, and the tokenizer has no chat template to write them with: "
+                "pass a tokenizer that has one, or plain `text`"
+            )
+        text = str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+        # Some templates write the beginning token out; whether a sample begins with it is `prepend_bos`.
+        return text.removeprefix(tokenizer.bos_token) if isinstance(tokenizer.bos_token, str) else text
+    return row if isinstance(row, str) else str(row["text"])

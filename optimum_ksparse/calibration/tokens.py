@@ -1,0 +1,201 @@
+"""Calibration text → token blocks [num_samples, seq_len]."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import SparsityConfig, describe_dataset, is_token_ids
+from .documents import documents
+
+_SEPARATOR = "\n\n"
+# Documents read for each sample wanted before short ones are packed: a streamed corpus has no end to wait for.
+_MOST_DOCUMENTS = 100
+
+
+@dataclass
+class CalibrationTokens:
+    """Calibration samples.
+
+    Attributes:
+        ids: [num_samples, seq_len] int64.
+        begins_with_bos: the first position of each sample is the beginning token.
+        description: for the report: where the tokens came from, how many, and in which form: "crops" (one from each
+            document long enough), "packed" (short texts one after another), "token ids" or "generated".
+    """
+
+    ids: torch.Tensor
+    begins_with_bos: bool
+    description: dict[str, Any]
+
+
+def calibration_tokens(
+    config: SparsityConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> CalibrationTokens:
+    """Makes the calibration samples that `config` asks for.
+
+    Raises:
+        ValueError: `seq_len` is above the model's context, the text gives too few samples, a token is not in the
+            vocabulary, or a tokenizer is needed and missing.
+    """
+    check_context(model, config.seq_len)
+    if is_token_ids(config.dataset):
+        ids = torch.as_tensor(config.dataset).to("cpu", torch.int64)
+        begins_with_bos = bool((ids[:, 0] == _bos_token_id(model, tokenizer)).all())
+        form = "token ids"
+    elif isinstance(config.dataset, str) and config.dataset == "self":
+        ids, begins_with_bos, form = _generate(config, model, tokenizer), True, "generated"
+    else:
+        if tokenizer is None:
+            raise ValueError(
+                f"a tokenizer is needed to calibrate on dataset={describe_dataset(config.dataset)!r}: pass tokenizer=, "
+                "or token ids [num_samples, seq_len] as the dataset"
+            )
+        begins_with_bos = prepends_bos(tokenizer, config.prepend_bos)
+        ids, form = _tokenize(config, tokenizer, begins_with_bos)
+    _check_vocabulary(ids, model)
+    description = {
+        "dataset": describe_dataset(config.dataset),
+        "form": form,
+        "num_samples": ids.shape[0],
+        "seq_len": ids.shape[1],
+        "seed": config.seed,
+        "begins_with_bos": begins_with_bos,
+        "bos_in_statistics": config.bos_in_statistics,
+    }
+    return CalibrationTokens(ids, begins_with_bos, description)
+
+
+def prepends_bos(tokenizer: PreTrainedTokenizerBase, setting: bool | None) -> bool:
+    """Whether samples begin with the beginning token: `setting`, or, where that is None, what the tokenizer does by itself.
+
+    Raises:
+        ValueError: `setting` is True and the tokenizer has no beginning token.
+    """
+    bos = tokenizer.bos_token_id
+    if setting and bos is None:
+        raise ValueError("prepend_bos=True, and the tokenizer has no beginning token (bos_token)")
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos] if setting is None else setting
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions that the model can attend over; None where it has no limit (ALiBi, state spaces)."""
+    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def check_context(model: PreTrainedModel, seq_len: int) -> None:
+    """Raises ValueError where `seq_len` is above the model's context."""
+    length = context_length(model)
+    if length is not None and seq_len > length:
+        raise ValueError(f"seq_len={seq_len} is above the model's context of {length} positions: pass at most seq_len={length}")
+
+
+def _tokenize(config: SparsityConfig, tokenizer: PreTrainedTokenizerBase, bos: bool) -> tuple[torch.Tensor, str]:
+    """One crop from each of the first `num_samples` documents that are long enough, in the order drawn with the seed; where
+    there are fewer, all documents one after another, cut into samples."""
+    length = config.seq_len - bos
+    draw = random.Random(config.seed)
+    read: list[list[int]] = []
+    crops: list[list[int]] = []
+    num_tokens = 0
+    progress = tqdm(total=config.num_samples, desc="Calibration text", unit="sample")
+    for ids in _encode(documents(config.dataset, config.seed, tokenizer), tokenizer):
+        num_tokens += len(ids)
+        read.append(ids)
+        if len(ids) >= length:
+            start = draw.randint(0, len(ids) - length)
+            crops.append(ids[start : start + length])
+            progress.update()
+        plenty = len(read) >= _MOST_DOCUMENTS * config.num_samples and num_tokens >= config.num_samples * length
+        if len(crops) == config.num_samples or plenty:
+            break
+    progress.close()
+    form = "crops"
+    if len(crops) < config.num_samples:
+        form = "packed"
+        separator = tokenizer(_SEPARATOR, add_special_tokens=False)["input_ids"]
+        stream = [token for ids in read for token in (*ids, *separator)]
+        possible = len(stream) // length
+        if possible < config.num_samples:
+            raise ValueError(
+                f"num_samples={config.num_samples} with seq_len={config.seq_len} needs "
+                f"{config.num_samples * length:,} tokens of text; the dataset has {len(read):,} documents with "
+                f"{num_tokens:,} tokens, enough for num_samples={possible}"
+            )
+        crops = [stream[i * length : (i + 1) * length] for i in range(config.num_samples)]
+    samples = torch.tensor(crops, dtype=torch.int64)
+    if bos:
+        samples = torch.nn.functional.pad(samples, (1, 0), value=tokenizer.bos_token_id)
+    return samples, form
+
+
+def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> Iterable[list[int]]:
+    """Token ids of each text, without special tokens; each text is tokenised once."""
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == batch_size:
+            yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+            batch = []
+    if batch:
+        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+@torch.no_grad()
+def _generate(
+    config: SparsityConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> torch.Tensor:
+    """Samples text from the model itself, from its beginning token on, with the seed; the end token is not drawn before
+    `seq_len`, so that each sample is one text."""
+    if not model.can_generate():
+        raise ValueError(f'dataset="self" needs a model that generates, {type(model).__name__} does not: load the causal LM')
+    bos = _bos_token_id(model, tokenizer)
+    if bos < 0:
+        raise ValueError('dataset="self" needs a beginning token, and neither model nor tokenizer has one')
+    samples = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(config.seed)
+        for start in tqdm(range(0, config.num_samples, 32), desc="Calibration text written by the model"):
+            count = min(32, config.num_samples - start)
+            prompt = torch.full((count, 1), bos, dtype=torch.int64, device=model.device)
+            samples.append(
+                model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    min_new_tokens=config.seq_len - 1,
+                    max_new_tokens=config.seq_len - 1,
+                ).cpu()
+            )
+    return torch.cat(samples)
+
+
+def _bos_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Id of the beginning token, −1 where there is none."""
+    text_config = model.config.get_text_config(decoder=True)
+    for found in (getattr(tokenizer, "bos_token_id", None), getattr(text_config, "bos_token_id", None)):
+        if isinstance(found, int):
+            return found
+    return -1
+
+
+def _check_vocabulary(ids: torch.Tensor, model: PreTrainedModel) -> None:
+    size = model.get_input_embeddings().num_embeddings
+    wrong = (ids < 0) | (ids >= size)
+    if bool(wrong.any()):
+        sample, position = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"dataset: token id {int(ids[sample, position])} at sample {sample}, position {position} is not in the model's "
+            f"vocabulary of {size}: is this the model's own tokenizer?"
+        )

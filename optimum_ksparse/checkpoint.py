@@ -1,0 +1,233 @@
+"""Sparse models on disk and in accelerate's keeping: which layers are sparse, packed and dense storage, staged writing.
+
+| key in a packed checkpoint | shape | dtype |
+|---|---|---|
+| `<layer>.weight` | n:m: [out, in·n/m]; unstructured: [nnz] | the model's |
+| `<layer>.weight_mask` | [out, ceil(in/8)] | uint8 |
+| `<layer>.bias` | [out] | the model's |
+
+A dense checkpoint holds `<layer>.weight` as any other model does, with its zeros.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from .nn import SparseLinear, dense_weight, is_linear_map
+from .pattern import Pattern
+
+_WEIGHT_FILE = re.compile(r"model(\.[^.-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[^.]+)?\.json)?")
+_MASK_SUFFIX = ".weight_mask"
+
+
+def sparse_modules(root: nn.Module) -> dict[str, SparseLinear]:
+    """All sparse linear modules under `root` by path."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, SparseLinear)}
+
+
+def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """What `config.json` says of each sparse layer: path in the decoder → pattern and number of values."""
+    return {
+        name: {"pattern": str(module.pattern), "num_values": module.weight.numel()}
+        for name, module in sparse_modules(model.get_decoder()).items()
+    }
+
+
+def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Puts an empty `SparseLinear` on the meta device in the place of each layer that a checkpoint records.
+
+    Raises:
+        ValueError: a record names no linear map of the model, or cannot be true of its shape.
+    """
+    decoder = model.get_decoder()
+    for name, record in layers.items():
+        linear = _linear_map(decoder, name, type(model).__name__)
+        out_features, in_features = dense_weight(linear).shape
+        try:
+            sparse = SparseLinear(
+                in_features,
+                out_features,
+                linear.bias is not None,
+                pattern=Pattern(record["pattern"]),
+                num_values=record["num_values"],
+                dense_type=type(linear),
+                device="meta",
+                dtype=linear.weight.dtype,  # type: ignore[arg-type]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the checkpoint's record of layer {name} cannot be right: {error}") from error
+        decoder.set_submodule(name, sparse)
+
+
+def _linear_map(decoder: nn.Module, name: str, kind: str) -> nn.Module:
+    try:
+        linear = decoder.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if linear is None or not is_linear_map(linear):
+        found = "nothing" if linear is None else type(linear).__name__
+        raise ValueError(f"the checkpoint records a sparse layer {name}, where {kind} has {found}; is it for another model?")
+    return linear
+
+
+def check_files(files: Iterable[str], layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks the headers of safetensors files against the recorded layers, before any tensor is read.
+
+    Raises:
+        ValueError: a file is truncated, or a tensor is missing or has another shape or dtype than recorded; names it.
+    """
+    headers: dict[str, tuple[list[int], str]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118: not a dict
+                    view = file.get_slice(key)
+                    headers[key] = (view.get_shape(), view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{os.path.basename(path)} is truncated or damaged: {error}") from error
+    masks = {key.removesuffix(_MASK_SUFFIX): key for key in headers if key.endswith(_MASK_SUFFIX)}
+    for name, record in layers.items():
+        stored = next((key for key in masks if key == name or key.endswith(f".{name}")), None)
+        if stored is None or f"{stored}.weight" not in headers:
+            missing = f"{name}{_MASK_SUFFIX}" if stored is None else f"{stored}.weight"
+            raise ValueError(f"tensor {missing} is missing from the checkpoint, whose config records a sparse layer {name}")
+        shape, dtype = headers[masks[stored]]
+        if len(shape) != 2 or dtype != "U8":
+            raise ValueError(f"tensor {masks[stored]} is {dtype} {shape}, a mask must be U8 [out, ceil(in/8)]")
+        values, dtype = headers[f"{stored}.weight"]
+        if torch.Size(values).numel() != record.get("num_values") or dtype not in ("F32", "F16", "BF16"):
+            raise ValueError(
+                f"tensor {stored}.weight is {dtype} {values}, the config records {record.get('num_values')} values in "
+                "F32, F16 or BF16"
+            )
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state dict with every packed weight written out dense, in the layout of the module it came from."""
+    state = dict(model.state_dict())
+    for name, module in sparse_modules(model).items():
+        with aligned(module):
+            for key, tensor in module.to_dense().state_dict().items():
+                state[f"{name}.{key}"] = tensor
+        del state[f"{name}{_MASK_SUFFIX}"]
+    return state
+
+
+def sparsify_dense(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Makes sparse modules of the layers of a dense checkpoint whose weights hold the zeros of a recorded pattern.
+
+    Raises:
+        ValueError: the weights do not have the recorded pattern (any more); names the layer. The model is not changed.
+    """
+    decoder = model.get_decoder()
+    linears = {name: _linear_map(decoder, name, type(model).__name__) for name in layers}
+    for name, linear in linears.items():
+        with aligned(linear):
+            Pattern(layers[name]["pattern"]).verify(dense_weight(linear), f"{name}.weight")
+    for name, linear in linears.items():
+        pattern = Pattern(layers[name]["pattern"])
+        with aligned(linear):
+            weight = dense_weight(linear)
+            # A kept weight may be zero: groups are filled up to n, an unstructured mask needs no filling.
+            mask = pattern.mask(weight.abs()) if pattern.is_structured else weight != 0
+            replace_module(decoder, name, SparseLinear.from_dense(linear, mask, pattern))
+
+
+def aligned(module: nn.Module) -> AbstractContextManager[None]:
+    """Within it, the parameters of a module that accelerate has offloaded are there."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)  # type: ignore[no-any-return]
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` in the place of `root`'s submodule `name`. Where accelerate keeps that one (on another device, offloaded
+    to memory or to disk), it keeps the new one in the same way."""
+    old = root.get_submodule(name)
+    root.set_submodule(name, module)
+    hook = getattr(old, "_hf_hook", None)
+    if hook is None:
+        return
+    from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    for hook in hooks:
+        if isinstance(hook, AlignDevicesHook):
+            moved = AlignDevicesHook(
+                execution_device=hook.execution_device,
+                offload=hook.offload,
+                io_same_device=hook.io_same_device,
+                weights_map=_offloaded(module, hook.weights_map) if hook.offload else None,
+                offload_buffers=hook.offload_buffers,
+                place_submodules=hook.place_submodules,
+                skip_keys=hook.skip_keys,
+            )
+            add_hook_to_module(module, moved)
+
+
+def _offloaded(module: nn.Module, old: Any) -> Mapping[str, torch.Tensor]:
+    """A weights map for accelerate: on disk in the offload folder where the old one is there, otherwise in memory."""
+    from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, offload_weight
+
+    tensors = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+    loader = getattr(old, "dataset", None)
+    folder = getattr(loader, "save_folder", None)
+    if folder is None or f"{old.prefix}weight" in loader.state_dict:  # type: ignore[union-attr]
+        return tensors
+    index: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        # Another name than the old one's, whose file may still be mapped.
+        offload_weight(tensor.contiguous(), f"{old.prefix}{type(module).__name__}.{name}", folder, index)
+    return PrefixedDataset(  # type: ignore[no-any-return]
+        OffloadedWeightsLoader(save_folder=folder, index=index), f"{old.prefix}{type(module).__name__}."
+    )
+
+
+@contextmanager
+def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder in `directory`, whose files take their places there when the block ends without an error; weight
+    files that they replace are removed. On an error, Ctrl-C or a full disk, `directory` is as it was.
+
+    Raises:
+        OSError: `directory` is not a folder, or cannot be written to.
+    """
+    directory = Path(directory)
+    created = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=directory))
+    try:
+        yield staging
+        files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+        # config.json last: with it, the checkpoint is the new one.
+        for file in sorted(files, key=lambda file: file.name == "config.json"):
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / file, directory / file)
+        _remove_replaced(directory, {file.name for file in files})
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if created and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def _remove_replaced(directory: Path, new: set[str]) -> None:
+    """Removes weight files of an earlier checkpoint of the same variant, which would be read beside the new ones."""
+    matches = [match for name in new if (match := _WEIGHT_FILE.fullmatch(name))]
+    variants = {match[1] or match[4] for match in matches}
+    for path in directory.iterdir():
+        match = _WEIGHT_FILE.fullmatch(path.name)
+        if match and path.name not in new and (match[1] or match[4]) in variants:
+            path.unlink()

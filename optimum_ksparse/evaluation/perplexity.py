@@ -1,0 +1,202 @@
+"""Perplexity and bits per byte over text."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ..calibration import prepends_bos
+from ..calibration.tokens import check_context
+
+# Logits held at a time: a vocabulary of 262,144 words and 512 positions would take half a gigabyte in float32.
+_LOGITS_BYTES = 64 * 2**20
+
+
+@dataclass
+class _Window:
+    """`ids` are the tokens that the model sees; the last `scored` of them are scored."""
+
+    ids: list[int]
+    scored: int
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    seq_len: int,
+    stride: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int = 4,
+    max_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Perplexity of a causal LM over `texts`, joined by two newlines and tokenised as one string without special tokens.
+
+    The text is cut into windows of `seq_len` positions. With a beginning token, a window is that token and `seq_len` − 1
+    others, all of which are scored; without one its first token is not. Without `stride` windows do not overlap; with it
+    each begins `stride` tokens after the one before, and scores the tokens that no window before it has scored. The last
+    window may be shorter. Log-softmax is taken in float32, a part of the positions at a time.
+
+    Args:
+        model: causal LM, dense or sparse.
+        tokenizer: the model's.
+        texts: what to measure on.
+        seq_len: window positions, at most the model's context.
+        stride: tokens from one window to the next.
+        prepend_bos: begin each window with the beginning token; None does so where the tokenizer does.
+        batch_size: windows in one forward pass.
+        max_tokens: window positions to use at most; a whole number of windows where `seq_len` divides it.
+
+    Returns:
+        `perplexity`, `bits_per_byte` (bits per UTF-8 byte of the scored text, comparable over tokenizers), `num_tokens`
+        (scored), `num_bytes`, `num_windows`, `seq_len`, `stride`, `prepend_bos`.
+
+    Raises:
+        TypeError: `texts` is one string, or the model has no language model head.
+        ValueError: an argument is out of range, or the text has no token to score.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of strings, found one string: pass [text]")
+    if not isinstance(seq_len, int) or seq_len < 2:
+        raise ValueError(f"seq_len={seq_len} must be an integer of at least 2")
+    check_context(model, seq_len)
+    bos = prepends_bos(tokenizer, prepend_bos)
+    if stride is not None and not 1 <= stride <= seq_len - 1:
+        raise ValueError(f"stride={stride} is out of range, it must be from 1 to seq_len - 1 = {seq_len - 1}")
+    if batch_size < 1 or (max_tokens is not None and max_tokens < 2):
+        raise ValueError(f"batch_size={batch_size} must be at least 1, and max_tokens={max_tokens} at least 2")
+
+    text = "\n\n".join(texts)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    ids = encoded["input_ids"]
+    prefix = [tokenizer.bos_token_id] if bos else []
+    spans = list(_spans(len(ids), seq_len, stride, bos, max_tokens))
+    if not spans:
+        raise ValueError(f"texts hold {len(ids)} tokens, too few to score one in a window of seq_len={seq_len}")
+    windows = [_Window(prefix + ids[start:stop], stop - scored_from) for start, scored_from, stop in spans]
+
+    loss = _total_loss(model, windows, batch_size)
+    num_tokens = sum(window.scored for window in windows)
+    if tokenizer.is_fast:
+        num_bytes = _bytes_of_spans(text, encoded["offset_mapping"], [(a, b) for _, a, b in spans])
+    else:
+        num_bytes = sum(len(tokenizer.decode(ids[a:b]).encode()) for _, a, b in spans)
+    mean = loss / num_tokens
+    return {
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "bits_per_byte": loss / math.log(2) / max(1, num_bytes),
+        "num_tokens": num_tokens,
+        "num_bytes": num_bytes,
+        "num_windows": len(windows),
+        "seq_len": seq_len,
+        "stride": stride,
+        "prepend_bos": bos,
+    }
+
+
+def _spans(
+    count: int, seq_len: int, stride: int | None, bos: bool, max_tokens: int | None
+) -> Iterator[tuple[int, int, int]]:
+    """Windows over `count` tokens as (start, first scored, stop); every token is scored at most once."""
+    length = seq_len - bos
+    positions = 0
+    done = 0  # tokens before this one are scored
+    start = 0
+    while start < count:
+        stop = min(start + length, count)
+        if max_tokens is not None:
+            stop = min(stop, start + max_tokens - positions - bos)
+        scored_from = max(done, start + (not bos) if stride is None or start == 0 else done)
+        if scored_from >= stop:
+            return
+        yield start, scored_from, stop
+        positions += stop - start + bos
+        if stop == count or (max_tokens is not None and positions >= max_tokens):
+            return
+        done = stop
+        start += length if stride is None else stride
+
+
+@torch.no_grad()
+def _total_loss(model: PreTrainedModel, windows: list[_Window], batch_size: int) -> float:
+    """Summed negative log-likelihood in nats of all scored tokens."""
+    if model.base_model is model or model.get_output_embeddings() is None:
+        raise TypeError(f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM")
+    training = model.training
+    model.eval()
+    total = 0.0
+    progress = tqdm(total=len(windows), desc="Perplexity", unit="window")
+    try:
+        # Only the last window has another length.
+        groups = [windows] if len(windows[0].ids) == len(windows[-1].ids) else [windows[:-1], windows[-1:]]
+        for group in groups:
+            for i in range(0, len(group), batch_size):
+                total += _batch_loss(model, group[i : i + batch_size])
+                progress.update(len(group[i : i + batch_size]))
+    finally:
+        progress.close()
+        model.train(training)
+    return total
+
+
+def _batch_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    ids = torch.tensor([window.ids for window in batch], device=device)
+    takes_cache = inspect.signature(model.base_model.forward).parameters.keys() & {"use_cache", "kwargs"}
+    hidden = model.base_model(input_ids=ids, **({"use_cache": False} if takes_cache else {}))[0]
+    scored = torch.tensor([window.scored for window in batch], device=device)
+    # Position p predicts token p + 1.
+    positions = torch.arange(ids.shape[1] - 1, device=device)
+    counts = positions >= ids.shape[1] - 1 - scored.unsqueeze(1)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    chunk = max(1, _LOGITS_BYTES // (4 * vocabulary * len(batch)))
+    total = 0.0
+    with _frozen_base(model) as set_hidden:
+        for part in positions.split(chunk):
+            set_hidden(hidden[:, part])
+            logits = model(input_ids=ids[:, part]).logits
+            targets = ids[:, part + 1].to(logits.device)
+            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+            total += float((losses.view_as(targets) * counts[:, part].to(losses.device)).double().sum())
+    return total
+
+
+@contextmanager
+def _frozen_base(model: PreTrainedModel) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Within it the model's base returns given hidden states, so that the model's own head, with all that it does to logits
+    (soft caps, scales), runs on a part of the positions at a time."""
+    base = model.base_model
+    own = vars(base).get("forward")
+    current: list[torch.Tensor] = []
+
+    def forward(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=current[0])
+
+    base.forward = forward
+    try:
+        yield lambda hidden: current.__setitem__(slice(None), [hidden])
+    finally:
+        if own is None:
+            del base.forward
+        else:
+            base.forward = own
+
+
+def _bytes_of_spans(text: str, offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> int:
+    """UTF-8 bytes that the tokens of `spans` add to the text: a character split over tokens counts once, whitespace between
+    two tokens with the second one."""
+    ends = [0]
+    for _, end in offsets:
+        ends.append(max(ends[-1], end))
+    return sum(len(text[ends[a] : ends[b]].encode("utf-8", "surrogatepass")) for a, b in spans)

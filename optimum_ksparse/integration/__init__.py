@@ -1,0 +1,21 @@
+"""What transformers calls: the quantizer's hooks, and the wrappers of `from_pretrained` and `save_pretrained`."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+
+from ..config import QUANT_METHOD, SparsityConfig
+from .loading import wrap_from_pretrained
+from .quantizer import SparsityQuantizer
+from .saving import wrap_save_pretrained
+
+
+def register() -> None:
+    """Registers with transformers; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SparsityConfig)
+        register_quantizer(QUANT_METHOD)(SparsityQuantizer)
+    # All Auto classes and model classes end in these two.
+    wrap_from_pretrained(PreTrainedModel)
+    wrap_save_pretrained(PreTrainedModel)

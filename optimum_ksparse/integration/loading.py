@@ -1,0 +1,200 @@
+"""The wrapper of `from_pretrained`: prunes while loading, and finishes the loading of checkpoints that are sparse already."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from transformers import AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.utils import cached_file, logging
+
+from ..api import attach, sparsify
+from ..calibration import find_blocks
+from ..checkpoint import sparse_modules, sparsify_dense
+from ..config import QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig, is_token_ids
+from ..pattern import Pattern
+from ..pruners import METHODS
+from ..report import REPORT_NAME, SparsityReport
+from .saving import DENSE_CONFIG_KEY
+
+logger = logging.get_logger(__name__)
+
+# Arguments that say where on the Hub something is read.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+_PARALLEL_ARGUMENTS = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
+
+
+def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
+    """Wraps `cls.from_pretrained` once. Signature and docstring stay; a `SparsityConfig` is taken from `sparsity_config` or
+    from `quantization_config`."""
+    original = cls.from_pretrained.__func__  # type: ignore[attr-defined]
+    if getattr(original, "_ksparse", False):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type[PreTrainedModel], source: Any = None, *args: Any, **kwargs: Any) -> Any:
+        source = kwargs.pop("pretrained_model_name_or_path", source)
+        config = _take_config(kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        recorded = None
+        if config is not None:
+            recorded = _recorded_config(cls, source, kwargs)
+            if recorded is None:
+                _check_arguments(kwargs)
+            else:
+                _check_agreement(config, recorded)
+        model, info = original(cls, source, *args, output_loading_info=True, **kwargs)
+        if config is not None and recorded is None:
+            _check_loaded(model, info)
+            sparsify(model, config, _tokenizer(source, config, kwargs))
+        else:
+            _finish_sparse(model, info, config, source, kwargs)
+        return (model, info) if wants_info else model
+
+    from_pretrained._ksparse = True  # type: ignore[attr-defined]
+    cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+
+
+def _take_config(kwargs: dict[str, Any]) -> SparsityConfig | None:
+    """Takes the `SparsityConfig` out of the arguments; None where there is none."""
+    found = [name for name in ("sparsity_config", "quantization_config") if _is_ours(name, kwargs.get(name))]
+    if len(found) == 2:
+        raise ValueError("sparsity_config and quantization_config both hold sparsity settings; pass one of them")
+    if not found:
+        kwargs.pop("sparsity_config", None)
+        return None
+    config = kwargs.pop(found[0])
+    kwargs.pop("sparsity_config", None)
+    return SparsityConfig.from_dict(config) if isinstance(config, dict) else config
+
+
+def _is_ours(name: str, value: Any) -> bool:
+    if isinstance(value, SparsityConfig):
+        return True
+    if name == "sparsity_config" and value is not None and not isinstance(value, dict):
+        raise TypeError(f"sparsity_config must be a SparsityConfig or a dict of its settings, found {type(value).__name__}")
+    return isinstance(value, dict) and (name == "sparsity_config" or value.get("quant_method") == QUANT_METHOD)
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+    """Refuses, before anything is loaded, what cannot be pruned."""
+    for name in _PARALLEL_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} and sparsity_config do not go together: prune in one process, save, then load the result")
+    if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
+        raise ValueError("a model cannot be pruned while DeepSpeed ZeRO-3 or FSDP loads it: prune in one process, then load it")
+    other = kwargs.get("quantization_config")
+    if isinstance(other, GgufConfig) or (other is None and kwargs.get("gguf_file") is not None):
+        if other is not None and not other.dequantize:
+            raise ValueError("pruning needs the weights of a GGUF file unpacked: pass GgufConfig(dequantize=True)")
+        kwargs["quantization_config"] = other or GgufConfig(dequantize=True)
+    elif other is not None:
+        raise ValueError(f"sparsity_config and {type(other).__name__} do not go together: quantized weights cannot be pruned")
+
+
+def _recorded_config(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, Any]) -> SparsityConfig | None:
+    """The settings with which a checkpoint was pruned; None for one that is not sparse."""
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        settings = getattr(config, "quantization_config", None) or getattr(config, DENSE_CONFIG_KEY, None)
+    elif kwargs.get("gguf_file") is not None or (source is None and config is None):
+        return None
+    else:
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        values, _ = PreTrainedConfig.get_config_dict(source if config is None else config, **hub)
+        settings = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
+    if isinstance(settings, SparsityConfig) or settings is None:
+        return settings
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if settings.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"the checkpoint is quantized ({settings.get('quant_method')}), and quantized weights cannot be pruned: "
+            "prune the model that it was made from"
+        )
+    return SparsityConfig.from_dict(settings)
+
+
+def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:
+    """Raises ValueError where settings passed for a sparse checkpoint are not the ones with which it was pruned."""
+    passed, found = config.to_dict(), recorded.to_dict()
+    differences = []
+    for name in passed.keys() - {*RUN_TIME_SETTINGS, "layers", "tokenizer"}:
+        same = passed[name] == found[name]
+        if name == "pattern":
+            same = Pattern(passed[name]) == Pattern(found[name])
+        if not same:
+            differences.append(f"{name}: passed {passed[name]!r}, recorded {found[name]!r}")
+    if differences:
+        raise ValueError(
+            "the checkpoint is sparse already, with other settings (" + "; ".join(sorted(differences)) + "): load it without "
+            "a sparsity_config, or prune the dense model that it was made from"
+        )
+
+
+def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raises ValueError where weights of the decoder blocks were not in the checkpoint and are random."""
+    blocks = find_blocks(model)
+    prefix = f"{blocks.decoder_name}." if blocks.decoder_name else ""
+    prefix += f"{blocks.list_name}."
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
+    missing += sorted(str(name) for name in info.get("mismatched_keys", ()) if prefix in str(name))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights of the decoder of {type(model).__name__} are not in the checkpoint and would be random, "
+            f"among them {missing[0]}: load it with the class that it was saved from"
+        )
+
+
+def _tokenizer(source: Any, config: SparsityConfig, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer for the calibration text: `config.tokenizer`, or the one beside the model's weights."""
+    if METHODS[config.method].statistics is None or is_token_ids(config.dataset):
+        return None
+    if isinstance(config.tokenizer, PreTrainedTokenizerBase):
+        return config.tokenizer
+    names = ("trust_remote_code", *_HUB_ARGUMENTS) if config.tokenizer is None else ("token", "cache_dir")
+    arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    if config.tokenizer is None and kwargs.get("gguf_file") is not None:
+        arguments["gguf_file"] = kwargs["gguf_file"]
+    name = config.tokenizer or source
+    try:
+        return AutoTokenizer.from_pretrained(name, **arguments)
+    except Exception as error:  # transformers and huggingface_hub raise many kinds here
+        if config.dataset == "self":
+            return None
+        raise ValueError(
+            f"no tokenizer could be loaded from {os.fspath(name)!r}: name one with SparsityConfig(tokenizer=...), or pass token "
+            f"ids as the dataset; {error}"
+        ) from error
+
+
+def _finish_sparse(
+    model: PreTrainedModel, info: dict[str, Any], config: SparsityConfig | None, source: Any, kwargs: dict[str, Any]
+) -> None:
+    """Checks a sparse checkpoint's masks, makes sparse modules of a dense-stored one, and reads its report."""
+    dense_settings = getattr(model.config, DENSE_CONFIG_KEY, None)
+    modules = sparse_modules(model)
+    if modules:
+        _check_loaded(model, info)
+        for name, module in modules.items():
+            if module.weight_mask.device.type != "meta":
+                module.check_mask(name)
+    elif isinstance(dense_settings, dict) and dense_settings.get("layers"):
+        recorded = SparsityConfig.from_dict(dense_settings)
+        _check_loaded(model, info)
+        delattr(model.config, DENSE_CONFIG_KEY)
+        try:
+            sparsify_dense(model, recorded.layers or {})
+        except ValueError as error:
+            logger.warning(f"The checkpoint says that it is sparse, but {error}; it is loaded as a dense model.")
+            return
+        attach(model, recorded)
+    else:
+        return
+    for name in RUN_TIME_SETTINGS if config is not None else ():
+        setattr(model.config.quantization_config, name, getattr(config, name))
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    path = cached_file(source, REPORT_NAME, _raise_exceptions_for_missing_entries=False, **hub) if source else None
+    if path is not None:
+        model.sparsity_report = SparsityReport.load(path)

@@ -1,0 +1,64 @@
+"""`SparsityQuantizer`: the hooks that transformers calls for a model that is sparse already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.quantizers.base import HfQuantizer
+
+from ..checkpoint import aligned, check_files, dense_state_dict, install_layers, replace_module, sparse_modules
+from ..config import SparsityConfig
+
+
+class SparsityQuantizer(HfQuantizer):
+    """Loads, saves and undoes packed sparse models. Pruning itself is done by `sparsify`."""
+
+    requires_calibration = False
+    quantization_config: SparsityConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("a packed sparse checkpoint cannot be loaded under DeepSpeed ZeRO-3; use ZeRO-2, DDP or FSDP")
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if self.quantization_config.layers is None:
+            raise ValueError("quantization_config of the checkpoint records no `layers`; it was not written by this plugin")
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError("a packed sparse checkpoint cannot be split by tensor parallelism; use device_map, DDP or FSDP")
+        if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
+            check_files(checkpoint_files, self.quantization_config.layers)
+        install_layers(model, self.quantization_config.layers)
+        return model
+
+    @torch.no_grad()
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in sparse_modules(model).items():
+            with aligned(module):
+                dense = module.to_dense()
+            replace_module(model, name, dense if dtype is None else dense.to(dtype))
+        if hasattr(model, "sparsity_report"):
+            del model.sparsity_report
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        return (dense_state_dict(model) if self.quantization_config.storage == "dense" else None), {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

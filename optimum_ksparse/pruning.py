@@ -1,0 +1,208 @@
+"""The block loop, the only one: collect → prune → propagate, one decoder block at a time, with progress and report rows."""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .calibration import BlockReplay, DecoderBlocks
+from .calibration.blocks import find_fused_matrices
+from .checkpoint import aligned, replace_module
+from .config import SparsityConfig
+from .nn import SparseLinear, dense_weight, is_linear_map
+from .pattern import Pattern
+from .pruners import METHODS
+from .report import LayerReport
+from .statistics import ColumnNorms
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, nn.Module]], dict[str, str]]:
+    """What to prune: for each block its linear maps by name, and the ones left dense (path in the decoder → reason).
+
+    Raises:
+        ValueError: a linear map cannot be pruned and `skip_unsupported` is False, a pattern in `modules_to_not_convert`
+            matches nothing, or nothing is left to prune.
+    """
+    pattern = Pattern(config.pattern)
+    targets: list[dict[str, nn.Module]] = []
+    skipped: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for index, block in enumerate(blocks.blocks):
+        layers = {}
+        candidates = {name: module for name, module in block.named_modules() if is_linear_map(module)}
+        fused = find_fused_matrices(block)
+        for name in (*candidates, *fused):
+            path = blocks.name_in_decoder(index, name)
+            if not should_convert_module(blocks.name_in_model(index, name), config.modules_to_not_convert):
+                skipped[path] = "in modules_to_not_convert"
+                continue
+            reason = _fused_reason(fused[name]) if name in fused else _unsupported(candidates[name], pattern, owners, path)
+            if reason is None:
+                layers[name] = candidates[name]
+            elif config.skip_unsupported:
+                skipped[path] = reason
+            else:
+                raise ValueError(
+                    f"{path} cannot be pruned: {reason}; leave it dense with modules_to_not_convert=[{name!r}], "
+                    "or every such layer with skip_unsupported=True"
+                )
+        targets.append(layers)
+    if not any(targets):
+        found = f"{len(blocks.blocks)} x {type(blocks.blocks[0]).__name__} in {blocks.list_name}"
+        raise ValueError(f"there is no linear map to prune in {found}" + (f", {len(skipped)} are left out" if skipped else ""))
+    _check_names(blocks, config.modules_to_not_convert)
+    return targets, skipped
+
+
+def _fused_reason(shape: tuple[int, ...]) -> str:
+    return f"it is one parameter of {len(shape)} dimensions, {list(shape)} (experts fused into one tensor), not a linear map"
+
+
+def _unsupported(linear: nn.Module, pattern: Pattern, owners: dict[int, str], path: str) -> str | None:
+    """Why a linear map cannot be pruned; None where it can."""
+    if isinstance(linear, SparseLinear):
+        return "it is sparse already; model.dequantize() makes it dense"
+    with aligned(linear):
+        weight = dense_weight(linear)
+        if weight.dtype not in _DTYPES:
+            return f"its weight is {weight.dtype}; supported: float32, bfloat16, float16"
+        if pattern.m is not None and weight.shape[1] % pattern.m:
+            return f"it has {weight.shape[1]} input features, which m={pattern.m} of pattern {pattern} does not divide"
+        if not bool(weight.isfinite().all()):
+            return "its weight holds NaN or Inf"
+        owner = owners.setdefault(id(linear.weight), path)
+        if owner != path:
+            return f"it shares its weight with {owner}"
+        return None if _is_plain(linear) else f"{type(linear).__name__} computes something else than x·Wᵀ + b"
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """True where a subclass's own forward is still x·Wᵀ + b, tried on random inputs."""
+    if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight = dense_weight(linear)
+    x = torch.rand(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        expected = F.linear(x, weight, linear.bias)
+        return bool(torch.allclose(linear(x), expected, rtol=0.05, atol=float(0.05 * expected.abs().max())))
+
+
+def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
+    """Raises ValueError for a name that matches no module at all: most likely it is misspelt."""
+    modules = [name for name, _ in blocks.decoder.named_modules()]
+    modules += [f"{blocks.decoder_name}.{name}" for name in modules]
+    for name in names or []:
+        known = name == "lm_head" or any(not should_convert_module(module, [name]) for module in modules)
+        if not known:
+            linears = sorted({name for block in blocks.blocks for name, m in block.named_modules() if is_linear_map(m)})
+            raise ValueError(f"modules_to_not_convert: {name!r} matches nothing; the blocks hold {', '.join(linears)}")
+
+
+@torch.no_grad()
+def prune_blocks(
+    blocks: DecoderBlocks, targets: list[dict[str, nn.Module]], config: SparsityConfig, replay: BlockReplay | None
+) -> list[LayerReport]:
+    """Prunes `targets` block by block and puts `SparseLinear` in their places.
+
+    Args:
+        blocks: the model's blocks.
+        targets: for each block its layers to prune by name, as `find_targets` gives them.
+        config: method, pattern and settings.
+        replay: the calibration activations at the first block; None for a method without data.
+
+    Returns:
+        A row for each layer. Layers are pruned in the model's order, so on an error the blocks before it are sparse.
+
+    Raises:
+        ValueError: activations are NaN or Inf, or no token reached a layer; names the layer.
+        ArithmeticError: a Gram matrix stays singular; names the layer.
+    """
+    rows = []
+    for index, block in enumerate(tqdm(blocks.blocks, desc=f"Pruning ({config.method} {config.pattern})", unit="block")):
+        for layers in _rounds(index, block, targets[index], config, replay):
+            statistics = _collect(index, block, layers, config, replay)
+            for name, linear in layers.items():
+                path = blocks.name_in_decoder(index, name)
+                if replay is not None and name not in statistics:
+                    raise ValueError(f"{path}: no calibration token reached it; use more samples, or modules_to_not_convert")
+                sparse, row = _prune_layer(path, linear, statistics.get(name), config)
+                replace_module(blocks.decoder, path, sparse)
+                rows.append(row)
+        if replay is not None and index + 1 < len(blocks.blocks):
+            replay.advance(index, block)
+    return rows
+
+
+def _rounds(
+    index: int, block: nn.Module, layers: dict[str, nn.Module], config: SparsityConfig, replay: BlockReplay | None
+) -> list[dict[str, nn.Module]]:
+    """The layers to prune from one collection of statistics: all of a block, or group by group."""
+    if replay is None or not config.true_sequential:
+        return [layers]
+    groups = replay.input_groups(index, block, layers)
+    called = {name for group in groups for name in group}
+    groups += [[name] for name in layers if name not in called]
+    return [{name: layers[name] for name in group} for group in groups]
+
+
+def _collect(
+    index: int, block: nn.Module, layers: dict[str, nn.Module], config: SparsityConfig, replay: BlockReplay | None
+) -> dict[str, ColumnNorms]:
+    kind = METHODS[config.method].statistics
+    if replay is None or kind is None:
+        return {}
+
+    def make(linear: nn.Module) -> ColumnNorms:
+        device = replay.hidden[0].device
+        with aligned(linear):
+            return kind(dense_weight(linear).shape[1], device, replay.tokens.numel())
+
+    return replay.collect(index, block, layers, make)
+
+
+def _prune_layer(
+    path: str, linear: nn.Module, statistics: ColumnNorms | None, config: SparsityConfig
+) -> tuple[SparseLinear, LayerReport]:
+    if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
+        raise ValueError(f"{path}: its inputs hold NaN or Inf; load the model in float32 or bfloat16")
+    method, pattern = METHODS[config.method], Pattern(config.pattern)
+    settings = {name: getattr(config, name) for name in method.settings}
+    started = time.perf_counter()
+    with aligned(linear), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weight = dense_weight(linear)
+        try:
+            pruned, mask = method.prune(weight, statistics, pattern, **settings)
+        except ArithmeticError as error:
+            raise ArithmeticError(f"{path}: {error}") from error
+        sparse = SparseLinear.from_dense(linear, mask, pattern, pruned)
+        error = None if statistics is None else relative_output_error(statistics.sample, weight, pruned)
+    row = LayerReport(
+        name=path,
+        shape=(sparse.out_features, sparse.in_features),
+        pattern=str(pattern),
+        num_values=sparse.weight.numel(),
+        dense_bytes=sparse.dense_bytes,
+        packed_bytes=sparse.packed_bytes,
+        relative_output_error=error,
+        seconds=round(time.perf_counter() - started, 4),
+        note="; ".join(str(warning.message) for warning in caught),
+    )
+    return sparse, row
+
+
+def relative_output_error(inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> float:
+    """‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F of `inputs` [tokens, in] for weights [out, in], computed in float32."""
+    x = inputs.to(weight.device, torch.float32)
+    dense = torch.linalg.norm(x @ weight.float().T)
+    difference = torch.linalg.norm(x @ (pruned.float() - weight.float()).T)
+    return float(difference / dense) if dense > 0 else 0.0
