@@ -16,6 +16,9 @@ from .pattern import Pattern
 from .pruners import METHODS
 
 QUANT_METHOD = "optimum-ksparse"
+# Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes would
+# choke on the keyword argument of that name.
+DENSE_CONFIG_KEY = "ksparse"
 DATASET_NAMES = ("mc4-ko", "c4", "kowiki", "self")
 TEXT_SUFFIXES = (".txt", ".jsonl")
 STORAGES = ("packed", "dense")

@@ -13,11 +13,10 @@ from transformers.utils import cached_file, logging
 from ..api import attach, sparsify
 from ..calibration import find_blocks
 from ..checkpoint import sparse_modules, sparsify_dense
-from ..config import QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig, is_token_ids
+from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig, is_token_ids
 from ..pattern import Pattern
 from ..pruners import METHODS
 from ..report import REPORT_NAME, SparsityReport
-from .saving import DENSE_CONFIG_KEY
 
 logger = logging.get_logger(__name__)
 

@@ -11,11 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..checkpoint import layer_records, sparse_modules, staged
-from ..config import SparsityConfig
+from ..config import DENSE_CONFIG_KEY, SparsityConfig
 from ..report import SparsityReport
 
-# Under `sparsity_config` the Auto classes would choke on the keyword argument of that name.
-DENSE_CONFIG_KEY = "ksparse"
 
 
 def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:

@@ -40,7 +40,7 @@ def prune(
     rows, columns = weight.shape
     factor = _inverse_factor(statistics, damping).to(weight.device)
     # Transposed, so that each column of the sweep is contiguous in memory.
-    updated = weight.float().T.contiguous()
+    updated = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     updated[(statistics.squared_norms == 0).to(weight.device)] = 0
     mask = torch.empty_like(updated, dtype=torch.bool)
     for start in range(0, columns, block_size):

@@ -1,0 +1,38 @@
+# make demo   sets everything up, prunes a real model, shows what it cost and gained
+# make test   sets everything up, checks and tests
+#
+# The demo with another model: make demo MODEL=<Hub id or folder> PATTERN=4:8 METHOD=sparsegpt
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+MODEL ?=
+PATTERN ?= 2:4
+METHOD ?= wanda
+DEMO_DIR ?= .demo
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --model "$(MODEL)" --pattern "$(PATTERN)" --method "$(METHOD)" --folder "$(DEMO_DIR)"
+
+test: $(VENV)/.dev check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One environment; each stamp says that an extra's requirements are in it.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable ".[$*]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) $(DEMO_DIR) build dist

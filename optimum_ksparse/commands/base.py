@@ -1,0 +1,51 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+
+class Command(BaseOptimumCLICommand):  # type: ignore[misc]
+    """A command that ends with one line on standard error, and status 1, where the user can mend what went wrong. Heavy
+    imports belong into `execute`: an import error at the top would break every `optimum-cli` command."""
+
+    def execute(self) -> None:
+        raise NotImplementedError
+
+    def run(self) -> None:
+        try:
+            self.execute()
+        except KeyboardInterrupt:
+            print("interrupted: nothing was written", file=sys.stderr)
+            sys.exit(130)
+        except (OSError, ValueError, TypeError, ArithmeticError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+
+
+def read_recipe(path: str, allowed: list[str]) -> dict[str, Any]:
+    """Settings of a YAML recipe. Raises ValueError for a file that is no mapping, or an unknown key, naming the nearest."""
+    import yaml
+
+    from ..config import check_keys
+
+    with open(path, encoding="utf-8") as file:
+        try:
+            recipe = yaml.safe_load(file) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold settings as `key: value`, found {type(recipe).__name__}")
+    check_keys(recipe, allowed, path)
+    return recipe
+
+
+def boolean(text: str) -> bool:
+    """argparse type of a setting that is true or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"

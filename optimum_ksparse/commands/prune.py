@@ -1,0 +1,84 @@
+"""`optimum-cli ksparse prune`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from typing import Any
+
+from .base import Command, boolean, read_recipe
+
+# Settings of SparsityConfig as flags: name → argparse arguments. Defaults are SparsityConfig's own.
+_FLAGS: dict[str, dict[str, Any]] = {
+    "method": {"help": "wanda, sparsegpt or magnitude"},
+    "pattern": {"help": '"2:4", "4:8", any "n:m" (n nonzero weights in every m), or a share of zeros such as "50%%"'},
+    "dataset": {"help": "calibration text: mc4-ko, c4, kowiki, self, or a .txt or .jsonl file"},
+    "tokenizer": {"help": "name or folder, where it is not the model's own"},
+    "num_samples": {"type": int, "help": "calibration sequences"},
+    "seq_len": {"type": int, "help": "tokens in each of them"},
+    "batch_size": {"type": int, "help": "sequences in one forward pass"},
+    "seed": {"type": int, "help": "draws documents and crops"},
+    "block_size": {"type": int, "help": "columns swept at a time by sparsegpt"},
+    "damping": {"type": float, "help": "damping of sparsegpt"},
+    "true_sequential": {"type": boolean, "help": "collect statistics anew for each group of layers in a block"},
+    "modules_to_not_convert": {"nargs": "+", "help": "linear maps to leave dense"},
+    "skip_unsupported": {"type": boolean, "help": "leave what cannot be pruned dense, instead of an error"},
+    "storage": {"help": "packed or dense"},
+    "prepend_bos": {"type": boolean, "help": "begin each sequence with the beginning token"},
+    "bos_in_statistics": {"type": boolean, "help": "count its position in the statistics"},
+}
+_LOADING_FLAGS: dict[str, dict[str, Any]] = {
+    "dtype": {"help": "float32, bfloat16, float16, or auto (default: the checkpoint's)"},
+    "device_map": {"help": "as in from_pretrained: auto, cpu, cuda:0, …"},
+    "revision": {"help": "branch, tag or commit of the model"},
+    "gguf_file": {"help": "the GGUF file in the model's folder or repository"},
+    "max_shard_size": {"help": "of the saved files, such as 5GB"},
+}
+
+
+class PruneCommand(Command):
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("model", nargs="?", help="Hub id or folder")
+        parser.add_argument("output", nargs="?", help="folder to write the sparse checkpoint to")
+        parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override it")
+        parser.add_argument("--trust-remote-code", dest="trust_remote_code", action="store_const", const=True)
+        for name, arguments in {**_FLAGS, **_LOADING_FLAGS}.items():
+            metavar = {} if "metavar" in arguments else {"metavar": "VALUE"}
+            parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, **metavar, **arguments)
+
+    def execute(self) -> None:
+        settings = self._settings()
+        missing = [name for name in ("model", "output") if not settings.get(name)]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing: optimum-cli ksparse prune MODEL OUTPUT [--config recipe.yaml]")
+        model_name, output = settings.pop("model"), settings.pop("output")
+        save = {"max_shard_size": settings.pop("max_shard_size")} if "max_shard_size" in settings else {}
+        loading = {name: settings.pop(name) for name in (*_LOADING_FLAGS, "trust_remote_code") if name in settings}
+
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from ..checkpoint import staged
+        from ..config import SparsityConfig
+
+        config = SparsityConfig(**settings)
+        with staged(output):  # an output that cannot be written to is an error before the work, not after it
+            pass
+        model = AutoModelForCausalLM.from_pretrained(model_name, sparsity_config=config, **loading)
+        names = ("revision", "gguf_file", "trust_remote_code")
+        tokenizer = AutoTokenizer.from_pretrained(model_name, **{k: loading[k] for k in names if k in loading})
+        model.save_pretrained(output, **save)
+        tokenizer.save_pretrained(output)
+        print(model.sparsity_report)
+        print(f"saved in {output}")
+
+    def _settings(self) -> dict[str, Any]:
+        """The recipe's settings, overridden by the flags that were given."""
+        allowed = ["model", "output", "trust_remote_code", *_FLAGS, *_LOADING_FLAGS]
+        recipe = read_recipe(self.args.config, allowed) if self.args.config else {}
+        given: dict[str, Any] = {name: getattr(self.args, name) for name in allowed}
+        # One path with a recipe that names the model is the output.
+        if given["model"] and not given["output"] and recipe.get("model") and not recipe.get("output"):
+            given["model"], given["output"] = None, given["model"]
+        return {**recipe, **{name: value for name, value in given.items() if value is not None}}
+
+

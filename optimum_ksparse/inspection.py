@@ -1,0 +1,92 @@
+"""What a sparse checkpoint holds, read from its config, its report and the headers of its weight files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import cached_file
+
+from .config import DENSE_CONFIG_KEY, QUANT_METHOD
+from .report import REPORT_NAME, SparsityReport
+
+
+@dataclass
+class CheckpointSummary:
+    """Attributes:
+    source: as it was named.
+    settings: what it was pruned with, without the list of layers.
+    layers: the recorded sparse layers, path in the decoder → pattern and number of values.
+    num_parameters: logical, zeros included.
+    file_bytes: weight file → bytes.
+    report: None where the checkpoint has none.
+    """
+
+    source: str
+    settings: dict[str, Any]
+    layers: dict[str, dict[str, Any]]
+    num_parameters: int
+    file_bytes: dict[str, int]
+    report: SparsityReport | None
+
+    def to_dict(self) -> dict[str, Any]:
+        totals = {}
+        if self.report is not None:
+            totals = {name: getattr(self.report, name) for name in ("density", "dense_bytes", "packed_bytes")}
+        return {
+            "checkpoint": self.source,
+            "settings": self.settings,
+            "num_sparse_layers": len(self.layers),
+            "num_parameters": self.num_parameters,
+            "num_values": sum(layer["num_values"] for layer in self.layers.values()),
+            "file_bytes": self.file_bytes,
+            **totals,
+        }
+
+    def __str__(self) -> str:
+        lines = [self.source]
+        lines += [f"  {name}: {value}" for name, value in self.settings.items() if value is not None]
+        lines.append(f"{self.num_parameters:,} parameters, zeros included; {len(self.layers)} sparse layers")
+        lines.append(f"{sum(self.file_bytes.values()):,} bytes of weights in {len(self.file_bytes)} file(s)")
+        lines.append("no sparsity_report.json" if self.report is None else str(self.report))
+        return "\n".join(lines)
+
+
+def inspect_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> CheckpointSummary:
+    """Summarises a sparse checkpoint, a local folder or one on the Hub, without reading a weight.
+
+    Raises:
+        OSError: there is no such checkpoint.
+        ValueError: it is not sparse.
+    """
+    source = os.fspath(source)
+    values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    settings = dict(values.get("quantization_config") or values.get(DENSE_CONFIG_KEY) or {})
+    if settings.pop("quant_method", None) != QUANT_METHOD:
+        raise ValueError(f"{source} is not a checkpoint of optimum-ksparse: its config has no sparsity settings")
+    layers = settings.pop("layers", None) or {}
+    path = cached_file(source, REPORT_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    report = None if path is None else SparsityReport.load(path)
+    num_parameters = report.num_parameters if report is not None else _count_parameters(source, revision)
+    return CheckpointSummary(source, settings, layers, num_parameters, _file_bytes(source, revision), report)
+
+
+def _count_parameters(source: str, revision: str | None) -> int:
+    """Logical parameters, of the model built without weights."""
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    causal = any("CausalLM" in name for name in config.architectures or ())
+    with torch.device("meta"):
+        return int((AutoModelForCausalLM if causal else AutoModel).from_config(config).num_parameters())
+
+
+def _file_bytes(source: str, revision: str | None) -> dict[str, int]:
+    if os.path.isdir(source):
+        return {path.name: path.stat().st_size for path in sorted(Path(source).glob("*.safetensors"))}
+    from huggingface_hub import HfApi
+
+    files = HfApi().list_repo_tree(source, revision=revision)
+    return {file.path: file.size for file in files if file.path.endswith(".safetensors")}

@@ -1,0 +1,119 @@
+"""Tiny random models and a real tokenizer, made here; no test reads the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED = REPOSITORY.parent / "shared"
+VOCABULARY = 384
+CONTEXT = 64
+
+# One small configuration for each kind of decoder: class name of the config and what it needs beside the common sizes.
+_LLAMA = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+ARCHITECTURES: dict[str, tuple[str, dict]] = {
+    "gpt_neox": ("GPTNeoXConfig", {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "llama": ("LlamaConfig", _LLAMA),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_LLAMA,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "opt": ("OPTConfig", {"ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "falcon": ("FalconConfig", {"num_hidden_layers": 2, "num_attention_heads": 4}),
+    "falcon_alibi": (
+        "FalconConfig",
+        {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "alibi": True,
+            "new_decoder_architecture": True,
+        },
+    ),
+    "gpt2": ("GPT2Config", {"n_layer": 2, "n_head": 4}),
+    "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 8}),
+    "phi3": ("Phi3Config", {**_LLAMA, "pad_token_id": 0}),
+    "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 8}),
+    "mpt": ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    ),
+    "rwkv": (
+        "RwkvConfig",
+        {"num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": CONTEXT},
+    ),
+}
+
+
+def make_config(name: str, **overrides: object) -> transformers.PretrainedConfig:
+    """A tiny configuration of one of `ARCHITECTURES`."""
+    kind, settings = ARCHITECTURES[name]
+    common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": CONTEXT}
+    if kind != "MptConfig":
+        common["hidden_size"] = 32
+    return getattr(transformers, kind)(**{**common, **settings, **overrides})
+
+
+@pytest.fixture
+def make_model() -> Callable[..., PreTrainedModel]:
+    """Makes a tiny random causal LM: `make_model("llama", dtype=torch.bfloat16, num_hidden_layers=3)`."""
+
+    def make(name: str = "llama", dtype: torch.dtype = torch.float32, **overrides: object) -> PreTrainedModel:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(make_config(name, **overrides)).to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level BPE trained on the sample text; it adds no beginning token by itself."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(sample_texts("calibration"), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> torch.Tensor:
+    """[6, 24] random token ids for models of this file."""
+    return torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
+
+
+def sample_texts(half: str) -> list[str]:
+    """Paragraphs of the Korean sample text: half "calibration" or "evaluation"."""
+    return (REPOSITORY / f"examples/data/korean_{half}.txt").read_text(encoding="utf-8").split("\n\n")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and oracles, which is not part of the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the folder {SHARED.name} with real data and oracles is not beside the repository")
+    return SHARED
