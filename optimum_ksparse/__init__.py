@@ -1,7 +1,7 @@
 """Sparse language models for Hugging Face: prune while loading, save, load, measure.
 
-Importing this package registers it with transformers: `from_pretrained` takes a `sparsity_config`, and sparse checkpoints
-load.
+Importing this package registers it with transformers: `from_pretrained` takes a `sparsity_config`, and sparse
+checkpoints load.
 """
 
 from .api import prune_weight, sparsify

@@ -28,12 +28,13 @@ def sparsify(
 ) -> SparsityReport:
     """Prunes a loaded model in place and swaps in `SparseLinear`.
 
-    Everything that can be checked is checked before a weight is touched, one calibration sample run through the dense model
-    included. The model is then a sparse one for `save_pretrained`, `push_to_hub`, `Trainer` and `dequantize`; its report is
-    `model.sparsity_report`.
+    Everything that can be checked is checked before a weight is touched, one calibration sample run through the dense
+    model included. The model is then a sparse one for `save_pretrained`, `push_to_hub`, `Trainer` and `dequantize`;
+    its report is `model.sparsity_report`.
 
     Args:
-        model: a decoder-only model in float32, bfloat16 or float16, on one device, on several, or offloaded by accelerate.
+        model: a decoder-only model in float32, bfloat16 or float16, on one device, on several, or offloaded by
+            accelerate.
         config: what to do.
         tokenizer: for calibration text; None takes `config.tokenizer`, then the model's own name.
 
@@ -77,7 +78,7 @@ def sparsify(
         peak_memory_bytes=peak_memory(),
         versions=versions(),
     )
-    model.sparsity_report = report
+    model.sparsity_report = report  # type: ignore[assignment]
     return report
 
 
@@ -129,8 +130,8 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags."""
     config.layers = layer_records(model)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
 
@@ -168,16 +169,21 @@ def _check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         raise TypeError(f"model must be a transformers PreTrainedModel, found {type(model).__name__}")
     if sparse_modules(model):
         raise ValueError("the model is sparse already; model.dequantize() makes it dense again")
-    if getattr(model, "hf_quantizer", None) is not None:
-        method = model.hf_quantizer.quantization_config.quant_method
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        method = quantizer.quantization_config.quant_method
         raise ValueError(f"the model is quantized ({method}); prune the model that it was made from")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model carries an adapter; merge it, or prune the model before adding one")
     if is_deepspeed_zero3_enabled():
-        raise ValueError("DeepSpeed ZeRO-3 holds a part of each weight; prune in a process without it, then load the result")
+        raise ValueError(
+            "DeepSpeed ZeRO-3 holds a part of each weight; prune in a process without it, then load the result"
+        )
     sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
     if sharded is not None:
-        raise ValueError(f"{sharded} is spread over processes (tensor parallel or FSDP); prune in one process, then load it")
+        raise ValueError(
+            f"{sharded} is spread over processes (tensor parallel or FSDP); prune in one process, then load it"
+        )
 
 
 def _calibration(

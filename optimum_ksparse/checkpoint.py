@@ -1,4 +1,5 @@
-"""Sparse models on disk and in accelerate's keeping: which layers are sparse, packed and dense storage, staged writing.
+"""Sparse models on disk and in accelerate's keeping: which layers are sparse, packed and dense storage, staged
+writing.
 
 | key in a packed checkpoint | shape | dtype |
 |---|---|---|
@@ -78,7 +79,9 @@ def _linear_map(decoder: nn.Module, name: str, kind: str) -> nn.Module:
         linear = None
     if linear is None or not is_linear_map(linear):
         found = "nothing" if linear is None else type(linear).__name__
-        raise ValueError(f"the checkpoint records a sparse layer {name}, where {kind} has {found}; is it for another model?")
+        raise ValueError(
+            f"the checkpoint records a sparse layer {name}, where {kind} has {found}; is it for another model?"
+        )
     return linear
 
 
@@ -92,7 +95,7 @@ def check_files(files: Iterable[str], layers: Mapping[str, Mapping[str, Any]]) -
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118: not a dict
+                for key in file.keys():  # noqa: SIM118 (not a dict)
                     view = file.get_slice(key)
                     headers[key] = (view.get_shape(), view.get_dtype())
         except (SafetensorError, OSError) as error:
@@ -102,7 +105,9 @@ def check_files(files: Iterable[str], layers: Mapping[str, Mapping[str, Any]]) -
         stored = next((key for key in masks if key == name or key.endswith(f".{name}")), None)
         if stored is None or f"{stored}.weight" not in headers:
             missing = f"{name}{_MASK_SUFFIX}" if stored is None else f"{stored}.weight"
-            raise ValueError(f"tensor {missing} is missing from the checkpoint, whose config records a sparse layer {name}")
+            raise ValueError(
+                f"tensor {missing} is missing from the checkpoint, whose config records a sparse layer {name}"
+            )
         shape, dtype = headers[masks[stored]]
         if len(shape) != 2 or dtype != "U8":
             raise ValueError(f"tensor {masks[stored]} is {dtype} {shape}, a mask must be U8 [out, ceil(in/8)]")
@@ -151,12 +156,12 @@ def aligned(module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
     from accelerate.utils import align_module_device
 
-    return align_module_device(module)  # type: ignore[no-any-return]
+    return align_module_device(module)
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` in the place of `root`'s submodule `name`. Where accelerate keeps that one (on another device, offloaded
-    to memory or to disk), it keeps the new one in the same way."""
+    """Puts `module` in the place of `root`'s submodule `name`. Where accelerate keeps that one (on another device,
+    offloaded to memory or to disk), it keeps the new one in the same way."""
     old = root.get_submodule(name)
     root.set_submodule(name, module)
     hook = getattr(old, "_hf_hook", None)
@@ -192,15 +197,15 @@ def _offloaded(module: nn.Module, old: Any) -> Mapping[str, torch.Tensor]:
     for name, tensor in tensors.items():
         # Another name than the old one's, whose file may still be mapped.
         offload_weight(tensor.contiguous(), f"{old.prefix}{type(module).__name__}.{name}", folder, index)
-    return PrefixedDataset(  # type: ignore[no-any-return]
+    return PrefixedDataset(
         OffloadedWeightsLoader(save_folder=folder, index=index), f"{old.prefix}{type(module).__name__}."
     )
 
 
 @contextmanager
 def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder in `directory`, whose files take their places there when the block ends without an error; weight
-    files that they replace are removed. On an error, Ctrl-C or a full disk, `directory` is as it was.
+    """A temporary folder in `directory`, whose files take their places there when the block ends without an error;
+    weight files that they replace are removed. On an error, Ctrl-C or a full disk, `directory` is as it was.
 
     Raises:
         OSError: `directory` is not a folder, or cannot be written to.

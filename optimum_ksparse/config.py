@@ -16,8 +16,8 @@ from .pattern import Pattern
 from .pruners import METHODS
 
 QUANT_METHOD = "optimum-ksparse"
-# Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes would
-# choke on the keyword argument of that name.
+# Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes
+# would choke on the keyword argument of that name.
 DENSE_CONFIG_KEY = "ksparse"
 DATASET_NAMES = ("mc4-ko", "c4", "kowiki", "self")
 TEXT_SUFFIXES = (".txt", ".jsonl")
@@ -27,7 +27,8 @@ STORAGES = ("packed", "dense")
 RUN_TIME_SETTINGS = ("batch_size", "storage")
 
 _DATASET_FORMS = (
-    f"one of {', '.join(map(repr, DATASET_NAMES))}; a path to a .txt or .jsonl file; a list of texts; a datasets.Dataset; "
+    f"one of {', '.join(map(repr, DATASET_NAMES))}; a path to a .txt or .jsonl file; a list of texts; a "
+    "datasets.Dataset; "
     "token ids [num_samples, seq_len]"
 )
 
@@ -38,9 +39,10 @@ class SparsityConfig(QuantizationConfigMixin):
     Args:
         method: `"wanda"`, `"sparsegpt"` or `"magnitude"` (which reads no data).
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), or a fraction of zeros (`"50%"`, `0.5`).
-        dataset: calibration text: `"mc4-ko"`, `"c4"`, `"kowiki"` (streamed from the Hub), `"self"` (the model writes its
-            own), a path to a `.txt` (paragraphs apart by blank lines) or `.jsonl` file, a list of texts, a
-            `datasets.Dataset` with a `text` or `messages` column, or token ids [num_samples, seq_len], used as they are.
+        dataset: calibration text: `"mc4-ko"`, `"c4"`, `"kowiki"` (streamed from the Hub), `"self"` (the model writes
+            its own), a path to a `.txt` (paragraphs apart by blank lines) or `.jsonl` file, a list of texts, a
+            `datasets.Dataset` with a `text` or `messages` column, or token ids [num_samples, seq_len], used as they
+            are.
         tokenizer: name, folder or object; None takes the model's own.
         num_samples: calibration sequences.
         seq_len: tokens in each of them, the beginning token included.
@@ -52,12 +54,12 @@ class SparsityConfig(QuantizationConfigMixin):
             groups before it pruned. Slower: one forward pass of the block for each group.
         modules_to_not_convert: names, suffixes or regular expressions of linear maps in the blocks to leave dense.
         skip_unsupported: leave what cannot be pruned dense and list it in the report, instead of raising.
-        storage: `"packed"` (0.5625 of the dense bytes at 50 % in 16 bit; needs this plugin to load) or `"dense"` (zeros
-            written out; loads everywhere).
+        storage: `"packed"` (0.5625 of the dense bytes at 50 % in 16 bit; needs this plugin to load) or `"dense"`
+            (zeros written out; loads everywhere).
         prepend_bos: begin each calibration sequence with the beginning token; None does so where the tokenizer does.
         bos_in_statistics: count the beginning token's position in the statistics.
-        layers: filled in when a model has been pruned: for each sparse layer its path in the decoder, pattern and number
-            of values. Not for users.
+        layers: filled in when a model has been pruned: for each sparse layer its path in the decoder, pattern and
+            number of values. Not for users.
 
     Raises:
         TypeError, ValueError: names the argument, what was found and what is allowed.
@@ -84,7 +86,7 @@ class SparsityConfig(QuantizationConfigMixin):
         bos_in_statistics: bool = True,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.method = _one_of("method", method, METHODS)
         self.pattern = str(Pattern(pattern))
         self.dataset = dataset
@@ -111,8 +113,8 @@ class SparsityConfig(QuantizationConfigMixin):
             self.num_samples, self.seq_len = token_ids_shape(dataset)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable settings. Data that JSON cannot hold, and files, are described by a fingerprint; folders that
-        name a place on this machine are cut to their last part."""
+        """JSON-serialisable settings. Data that JSON cannot hold, and files, are described by a fingerprint; folders
+        that name a place on this machine are cut to their last part."""
         settings = dict(self.__dict__)
         settings["dataset"] = describe_dataset(self.dataset)
         settings["tokenizer"] = describe_source(getattr(self.tokenizer, "name_or_path", self.tokenizer))
@@ -171,7 +173,9 @@ def token_ids_shape(dataset: Any) -> tuple[int, int]:
     try:
         ids = torch.as_tensor(dataset)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"dataset: token ids must be a rectangle [num_samples, seq_len] of integers: {error}") from None
+        raise ValueError(
+            f"dataset: token ids must be a rectangle [num_samples, seq_len] of integers: {error}"
+        ) from None
     if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not ids.numel():
         raise ValueError(
             f"dataset: token ids must be integers [num_samples, seq_len], found {ids.dtype} {list(ids.shape)}"
@@ -218,7 +222,9 @@ def _check_dataset(dataset: Any) -> None:
         if not os.fspath(dataset).endswith(TEXT_SUFFIXES):
             raise ValueError(f"dataset={os.fspath(dataset)!r} is not known; allowed: {_DATASET_FORMS}")
         if not os.path.isfile(dataset):
-            raise FileNotFoundError(f"dataset={os.fspath(dataset)!r}: there is no such file; allowed: {_DATASET_FORMS}")
+            raise FileNotFoundError(
+                f"dataset={os.fspath(dataset)!r}: there is no such file; allowed: {_DATASET_FORMS}"
+            )
     elif is_token_ids(dataset):
         token_ids_shape(dataset)
     elif isinstance(dataset, list | tuple):
@@ -226,10 +232,14 @@ def _check_dataset(dataset: Any) -> None:
             raise ValueError(f"dataset is an empty list; allowed: {_DATASET_FORMS}")
         for i, text in enumerate(dataset):
             if not isinstance(text, str):
-                raise TypeError(f"dataset[{i}] is {type(text).__name__}, a list must hold texts; allowed: {_DATASET_FORMS}")
+                raise TypeError(
+                    f"dataset[{i}] is {type(text).__name__}, a list must hold texts; allowed: {_DATASET_FORMS}"
+                )
     elif isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
         if not dataset.keys() & {"sha256", "fingerprint"}:
-            raise ValueError(f"dataset is a dict without the fingerprint that a checkpoint records; allowed: {_DATASET_FORMS}")
+            raise ValueError(
+                f"dataset is a dict without the fingerprint that a checkpoint records; allowed: {_DATASET_FORMS}"
+            )
     elif not hasattr(dataset, "column_names"):
         raise TypeError(f"dataset is {type(dataset).__name__}; allowed: {_DATASET_FORMS}")
     elif hasattr(dataset, "keys") and hasattr(dataset, "column_names"):
@@ -255,7 +265,7 @@ def _integer(name: str, value: Any, least: int) -> int:
 def _number(name: str, value: Any, least: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number from {least} to {most}, found {value!r}")
-    if not least <= value <= most:
+    if not least <= float(value) <= most:
         raise ValueError(f"{name}={value} is out of range, it must be from {least} to {most}")
     return float(value)
 

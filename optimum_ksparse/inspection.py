@@ -88,5 +88,5 @@ def _file_bytes(source: str, revision: str | None) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in sorted(Path(source).glob("*.safetensors"))}
     from huggingface_hub import HfApi
 
-    files = HfApi().list_repo_tree(source, revision=revision)
-    return {file.path: file.size for file in files if file.path.endswith(".safetensors")}
+    info = HfApi().model_info(source, revision=revision, files_metadata=True)
+    return {file.rfilename: file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")}

@@ -1,7 +1,7 @@
 """The sparsity pattern as a value object: parsing, masks and verification.
 
-Words: in ``n:m`` at most ``n`` of every ``m`` consecutive weights along the input dimension are NONZERO (the hardware's
-convention). ``"50%"`` and ``"0.5"`` are a sparsity: the fraction of ZEROS.
+Words: in ``n:m`` at most ``n`` of every ``m`` consecutive weights along the input dimension are NONZERO (the
+hardware's convention). ``"50%"`` and ``"0.5"`` are a sparsity: the fraction of ZEROS.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Pattern:
     """Which weights may be nonzero.
 
     Args:
-        pattern: `"n:m"` (`n` nonzero weights in every `m` consecutive ones of a row), or the fraction of zeros as a per
-            cent (`"50%"`) or as a number between 0 and 1 (`"0.5"`, `0.5`, `"1/3"`). Another `Pattern` is copied.
+        pattern: `"n:m"` (`n` nonzero weights in every `m` consecutive ones of a row), or the fraction of zeros as a
+            per cent (`"50%"`) or as a number between 0 and 1 (`"0.5"`, `0.5`, `"1/3"`). Another `Pattern` is copied.
 
     Attributes:
         n, m: the two numbers of `n:m`; None for an unstructured pattern.
@@ -70,13 +70,16 @@ class Pattern:
         return float(1 - self.sparsity)
 
     def num_zeros(self, count: int) -> int:
-        """Exact number of zeros among `count` weights of an unstructured pattern or of whole groups: ⌊count·sparsity⌋."""
+        """Exact number of zeros among `count` weights of an unstructured pattern or of whole groups:
+        ⌊count·sparsity⌋."""
         return int(count * self.sparsity)
 
     def check_in_features(self, in_features: int, name: str = "weight") -> None:
         """Raises ValueError where the groups of `n:m` do not fill a row of `in_features` weights."""
         if self.m is not None and in_features % self.m:
-            raise ValueError(f"{name} has {in_features} input features, which m={self.m} of pattern {self} does not divide")
+            raise ValueError(
+                f"{name} has {in_features} input features, which m={self.m} of pattern {self} does not divide"
+            )
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """Keeps the highest scores: of each group for `n:m`, otherwise of each row (the last dimension).
@@ -140,8 +143,8 @@ class Pattern:
 
 
 def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Marks exactly `count` lowest scores of each row, the earlier one first among equals. Selecting the count-th value
-    is linear; a stable sort of the same scores takes several times as long."""
+    """Marks exactly `count` lowest scores of each row, the earlier one first among equals. Selecting the count-th
+    value is linear; a stable sort of the same scores takes several times as long."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     # float16 and bfloat16 have no selection kernel on every device, and float32 holds them exactly.

@@ -1,4 +1,4 @@
-"""The block loop, the only one: collect → prune → propagate, one decoder block at a time, with progress and report rows."""
+"""The block loop, the only one: collect → prune → propagate, one decoder block at a time; a report row a layer."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
     """What to prune: for each block its linear maps by name, and the ones left dense (path in the decoder → reason).
 
     Raises:
-        ValueError: a linear map cannot be pruned and `skip_unsupported` is False, a pattern in `modules_to_not_convert`
-            matches nothing, or nothing is left to prune.
+        ValueError: a linear map cannot be pruned and `skip_unsupported` is False, a name in
+            `modules_to_not_convert` matches nothing, or nothing is left to prune.
     """
     pattern = Pattern(config.pattern)
     targets: list[dict[str, nn.Module]] = []
@@ -45,7 +45,9 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
             if not should_convert_module(blocks.name_in_model(index, name), config.modules_to_not_convert):
                 skipped[path] = "in modules_to_not_convert"
                 continue
-            reason = _fused_reason(fused[name]) if name in fused else _unsupported(candidates[name], pattern, owners, path)
+            reason = (
+                _fused_reason(fused[name]) if name in fused else _unsupported(candidates[name], pattern, owners, path)
+            )
             if reason is None:
                 layers[name] = candidates[name]
             elif config.skip_unsupported:
@@ -58,13 +60,15 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
         targets.append(layers)
     if not any(targets):
         found = f"{len(blocks.blocks)} x {type(blocks.blocks[0]).__name__} in {blocks.list_name}"
-        raise ValueError(f"there is no linear map to prune in {found}" + (f", {len(skipped)} are left out" if skipped else ""))
+        raise ValueError(
+            f"there is no linear map to prune in {found}" + (f", {len(skipped)} are left out" if skipped else "")
+        )
     _check_names(blocks, config.modules_to_not_convert)
     return targets, skipped
 
 
 def _fused_reason(shape: tuple[int, ...]) -> str:
-    return f"it is one parameter of {len(shape)} dimensions, {list(shape)} (experts fused into one tensor), not a linear map"
+    return f"it is one parameter {list(shape)}, experts fused into one tensor, not a linear map"
 
 
 def _unsupported(linear: nn.Module, pattern: Pattern, owners: dict[int, str], path: str) -> str | None:
@@ -92,7 +96,7 @@ def _is_plain(linear: nn.Module) -> bool:
     weight = dense_weight(linear)
     x = torch.rand(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     with torch.no_grad():
-        expected = F.linear(x, weight, linear.bias)
+        expected = F.linear(x, weight, linear.bias)  # type: ignore[arg-type]
         return bool(torch.allclose(linear(x), expected, rtol=0.05, atol=float(0.05 * expected.abs().max())))
 
 
@@ -103,7 +107,9 @@ def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
     for name in names or []:
         known = name == "lm_head" or any(not should_convert_module(module, [name]) for module in modules)
         if not known:
-            linears = sorted({name for block in blocks.blocks for name, m in block.named_modules() if is_linear_map(m)})
+            linears = sorted(
+                {name for block in blocks.blocks for name, m in block.named_modules() if is_linear_map(m)}
+            )
             raise ValueError(f"modules_to_not_convert: {name!r} matches nothing; the blocks hold {', '.join(linears)}")
 
 
@@ -127,13 +133,17 @@ def prune_blocks(
         ArithmeticError: a Gram matrix stays singular; names the layer.
     """
     rows = []
-    for index, block in enumerate(tqdm(blocks.blocks, desc=f"Pruning ({config.method} {config.pattern})", unit="block")):
+    for index, block in enumerate(
+        tqdm(blocks.blocks, desc=f"Pruning ({config.method} {config.pattern})", unit="block")
+    ):
         for layers in _rounds(index, block, targets[index], config, replay):
             statistics = _collect(index, block, layers, config, replay)
             for name, linear in layers.items():
                 path = blocks.name_in_decoder(index, name)
                 if replay is not None and name not in statistics:
-                    raise ValueError(f"{path}: no calibration token reached it; use more samples, or modules_to_not_convert")
+                    raise ValueError(
+                        f"{path}: no calibration token reached it; use more samples, or modules_to_not_convert"
+                    )
                 sparse, row = _prune_layer(path, linear, statistics.get(name), config)
                 replace_module(blocks.decoder, path, sparse)
                 rows.append(row)
@@ -185,7 +195,7 @@ def _prune_layer(
         except ArithmeticError as error:
             raise ArithmeticError(f"{path}: {error}") from error
         sparse = SparseLinear.from_dense(linear, mask, pattern, pruned)
-        error = None if statistics is None else relative_output_error(statistics.sample, weight, pruned)
+        output_error = None if statistics is None else relative_output_error(statistics.sample, weight, pruned)
     row = LayerReport(
         name=path,
         shape=(sparse.out_features, sparse.in_features),
@@ -193,7 +203,7 @@ def _prune_layer(
         num_values=sparse.weight.numel(),
         dense_bytes=sparse.dense_bytes,
         packed_bytes=sparse.packed_bytes,
-        relative_output_error=error,
+        relative_output_error=output_error,
         seconds=round(time.perf_counter() - started, 4),
         note="; ".join(str(warning.message) for warning in caught),
     )

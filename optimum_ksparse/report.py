@@ -116,12 +116,15 @@ class SparsityReport:
                 (name, str(len(group)), f"{shape[0]} x {shape[1]}", pattern, f"{density:.4f}", error, f"{seconds:.1f}")
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         ratio = self.packed_bytes / max(1, self.dense_bytes)
         lines.append(
             f"{len(self.layers)} sparse layers, density {self.density:.4f}; {self.num_weights:,} of "
-            f"{self.num_parameters:,} parameters; packed {self.packed_bytes:,} of {self.dense_bytes:,} bytes ({ratio:.4f})"
+            f"{self.num_parameters:,} parameters; packed {self.packed_bytes:,} of {self.dense_bytes:,} bytes "
+            f"({ratio:.4f})"
         )
         lines += [f"left dense: {name}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]

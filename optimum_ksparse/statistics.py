@@ -14,8 +14,8 @@ class ColumnNorms:
     Args:
         in_features: width of the inputs.
         device: where the sums are kept; inputs are reduced where they are.
-        expected_tokens: how many rows all updates will bring, so that `sample` is spread evenly over them. None keeps the
-            first rows.
+        expected_tokens: how many rows all updates will bring, so that `sample` is spread evenly over them. None keeps
+            the first rows.
 
     Attributes:
         num_tokens: rows seen.

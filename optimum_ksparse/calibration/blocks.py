@@ -36,7 +36,8 @@ class DecoderBlocks:
 
 
 def find_blocks(model: PreTrainedModel) -> DecoderBlocks:
-    """Finds the decoder blocks: the `ModuleList` with the most parameters under `get_decoder()`, never one inside another.
+    """Finds the decoder blocks: the `ModuleList` with the most parameters under `get_decoder()`, never one inside
+    another.
 
     Raises:
         ValueError: the model is an encoder-decoder or an encoder, or has no such list; says what was found.
@@ -55,7 +56,8 @@ def find_blocks(model: PreTrainedModel) -> DecoderBlocks:
     if not lists:
         children = ", ".join(f"{name} ({type(child).__name__})" for name, child in decoder.named_children())
         raise ValueError(
-            f"{kind} has no decoder blocks: no ModuleList in {type(decoder).__name__}, which holds {children or 'nothing'}; "
+            f"{kind} has no decoder blocks: no ModuleList in {type(decoder).__name__}, which holds "
+            f"{children or 'nothing'}; "
             "only decoder-only language models can be pruned"
         )
     list_name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))

@@ -24,8 +24,8 @@ _OFFLINE_FORMS = (
 
 
 def documents(dataset: Any, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yields the documents of `dataset` in an order drawn with `seed`, empty ones left out. Conversations go through the
-    tokenizer's chat template.
+    """Yields the documents of `dataset` in an order drawn with `seed`, empty ones left out. Conversations go through
+    the tokenizer's chat template.
 
     Raises:
         ImportError: a name was given and `datasets` is not installed.
@@ -42,7 +42,8 @@ def documents(dataset: Any, seed: int, tokenizer: PreTrainedTokenizerBase) -> It
         rows = _dataset_rows(dataset, seed)
     else:
         raise ValueError(
-            f"dataset is the fingerprint of earlier calibration data, {dataset}, not the data: pass them again to prune with"
+            f"dataset is the fingerprint of earlier calibration data, {dataset}, not the data: pass them again to "
+            "prune with"
         )
     for row in rows:
         text = _text_of(row, tokenizer)
@@ -54,7 +55,9 @@ def _stream(name: str, seed: int) -> Iterator[Any]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(f"dataset={name!r} needs the package datasets: pip install datasets; or {_OFFLINE_FORMS}") from error
+        raise ImportError(
+            f"dataset={name!r} needs the package datasets: pip install datasets; or {_OFFLINE_FORMS}"
+        ) from error
     repository, configuration = HUB_DATASETS[name]
     try:
         stream = load_dataset(repository, configuration, split="train", streaming=True)
@@ -103,7 +106,9 @@ def _checked_row(row: Any, where: str) -> Any:
 def _dataset_rows(dataset: Any, seed: int) -> Iterator[Any]:
     columns = list(dataset.column_names or ())  # a streamed dataset may not know its columns
     if columns and not {"text", "messages"} & set(columns):
-        raise ValueError(f"dataset has the columns {', '.join(columns)}; needed: `text`, or `messages` for conversations")
+        raise ValueError(
+            f"dataset has the columns {', '.join(columns)}; needed: `text`, or `messages` for conversations"
+        )
     for number, row in enumerate(dataset.shuffle(seed=seed)):
         yield _checked_row(row, f"dataset, row {number} after shuffling")
 

@@ -1,8 +1,8 @@
 """Running calibration tokens through one decoder block at a time.
 
 What the model passes to each block besides the hidden states (masks, position embeddings, sliding windows, ALiBi) is
-recorded as the model itself computes it, for each block and batch, while the blocks are replaced by stand-ins that hand
-the hidden states on. It is then replayed as it was.
+recorded as the model itself computes it, for each block and batch, while the blocks are replaced by stand-ins that
+hand the hidden states on. It is then replayed as it was.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from ..statistics import ColumnNorms
 from .blocks import DecoderBlocks
 
 
-class StopForward(Exception):
+class _StopForward(Exception):  # noqa: N818 (not an error)
     """Raised by a hook that has seen what it needed."""
 
 
 @dataclass
 class _Call:
-    """Arguments of one call of a block beside the hidden states, which are the first one, or the one of `hidden_name`."""
+    """Arguments of one call of a block beside the hidden states, which are the first one, or the one of
+    `hidden_name`."""
 
     args: list[Any]
     kwargs: dict[str, Any]
@@ -93,8 +94,8 @@ class BlockReplay:
         decoder(input_ids=tokens.to(device), **use_cache)
 
     def _probe(self) -> list[tuple[Any, ...] | None]:
-        """Runs one sample through the dense model, to learn what each block returns beside the hidden states (None: nothing
-        but them) and to stop before any weight is touched where the model overflows."""
+        """Runs one sample through the dense model, to learn what each block returns beside the hidden states (None:
+        nothing but them) and to stop before any weight is touched where the model overflows."""
         rests: list[tuple[Any, ...] | None] = [None] * len(self._decoder_blocks.blocks)
 
         def record(index: int) -> Callable[..., None]:
@@ -102,10 +103,13 @@ class BlockReplay:
                 hidden = _hidden_of(output)
                 name = f"{self._decoder_blocks.list_name}.{index}"
                 if not isinstance(hidden, torch.Tensor):
-                    raise TypeError(f"block {name} ({type(module).__name__}) returns {type(hidden).__name__}, not a tensor")
+                    raise TypeError(
+                        f"block {name} ({type(module).__name__}) returns {type(hidden).__name__}, not a tensor"
+                    )
                 if not bool(hidden.isfinite().all()):
                     raise ValueError(
-                        f"block {name} gives NaN or Inf in {hidden.dtype} on the calibration data: the model cannot be "
+                        f"block {name} gives NaN or Inf in {hidden.dtype} on the calibration data: the model cannot "
+                        "be "
                         "calibrated as it is; look at its weights, or load it in float32 or bfloat16"
                     )
                 rests[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
@@ -153,7 +157,8 @@ class BlockReplay:
         self._calls[index].clear()
 
     def input_groups(self, index: int, block: nn.Module, layers: dict[str, nn.Module]) -> list[list[str]]:
-        """Names of `layers` that one batch calls, layers fed by the same tensor together, in the order of the calls."""
+        """Names of `layers` that one batch calls, layers fed by the same tensor together, in the order of the
+        calls."""
         leaders: dict[str, str] = {}
         self._observe(index, block, layers, leaders, lambda name, x: None, batches=1)
         groups: dict[str, list[str]] = {}
@@ -195,9 +200,9 @@ class BlockReplay:
         update: Callable[[str, torch.Tensor], None],
         batches: int,
     ) -> None:
-        """Calls `update(leader, x)` once for each tensor that feeds layers, and fills `leaders`: layer name → the name under
-        which its inputs are counted. A tensor's first layer leads the others. Once all layers and their number of calls are
-        known, a forward pass ends at its last call."""
+        """Calls `update(leader, x)` once for each tensor that feeds layers, and fills `leaders`: layer name → the name
+        under which its inputs are counted. A tensor's first layer leads the others. Once all layers and their number
+        of calls are known, a forward pass ends at its last call."""
         calls: Counter[str] = Counter()
         expected = 0
         seen: dict[Any, str] = {}
@@ -213,7 +218,7 @@ class BlockReplay:
                 if leaders[name] == name or calls[name] > 1:
                     update(leaders[name], self._counted(x, batch_shape))
                 if calls.total() == expected:
-                    raise StopForward
+                    raise _StopForward
 
             return hook
 
@@ -223,7 +228,7 @@ class BlockReplay:
                 calls.clear()
                 try:
                     call.run(block, hidden)
-                except StopForward:
+                except _StopForward:
                     pass
                 # Routed experts are called for some batches and not for others: then nothing can be cut short.
                 expected = calls.total() if len(leaders) == len(layers) == len(calls) else 0
@@ -231,8 +236,8 @@ class BlockReplay:
                 alive.clear()
 
     def _counted(self, x: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
-        """The rows of a layer's input that count in the statistics. Some models flatten samples and positions; tokens routed
-        to experts have lost their positions, and all count."""
+        """The rows of a layer's input that count in the statistics. Some models flatten samples and positions; tokens
+        routed to experts have lost their positions, and all count."""
         if self.skip_first and x.numel() == batch_shape.numel() * x.shape[-1]:
             return x.reshape(*batch_shape, x.shape[-1])[:, 1:]
         return x
@@ -243,7 +248,8 @@ def _hidden_of(output: Any) -> Any:
 
 
 def _hidden_name(kwargs: dict[str, Any]) -> str:
-    """The keyword of the hidden states [batch, seq_len, hidden]: the one of that name, or the first that looks like them."""
+    """The keyword of the hidden states [batch, seq_len, hidden]: the one of that name, or the first that looks like
+    them."""
     if "hidden_states" in kwargs:
         return "hidden_states"
     for name, value in kwargs.items():
@@ -264,10 +270,11 @@ def _hooks(layers: dict[str, nn.Module], make: Callable[[str], Callable[..., Non
 
 @contextmanager
 def _replaced_forward(blocks: list[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Gives each block the forward `make(index)`; hooks of accelerate, which live in the same place, come back after."""
+    """Gives each block the forward `make(index)`; hooks of accelerate, which live in the same place, come back
+    after."""
     own = [vars(block).get("forward") for block in blocks]
     for index, block in enumerate(blocks):
-        block.forward = make(index)  # type: ignore[method-assign]
+        block.forward = make(index)
     try:
         yield
     finally:
@@ -275,4 +282,4 @@ def _replaced_forward(blocks: list[nn.Module], make: Callable[[int], Callable[..
             if forward is None:
                 del block.forward
             else:
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward

@@ -54,7 +54,8 @@ def calibration_tokens(
     else:
         if tokenizer is None:
             raise ValueError(
-                f"a tokenizer is needed to calibrate on dataset={describe_dataset(config.dataset)!r}: pass tokenizer=, "
+                f"a tokenizer is needed to calibrate on dataset={describe_dataset(config.dataset)!r}: pass "
+                "tokenizer=, "
                 "or token ids [num_samples, seq_len] as the dataset"
             )
         begins_with_bos = prepends_bos(tokenizer, config.prepend_bos)
@@ -73,7 +74,8 @@ def calibration_tokens(
 
 
 def prepends_bos(tokenizer: PreTrainedTokenizerBase, setting: bool | None) -> bool:
-    """Whether samples begin with the beginning token: `setting`, or, where that is None, what the tokenizer does by itself.
+    """Whether samples begin with the beginning token: `setting`, or, where that is None, what the tokenizer does by
+    itself.
 
     Raises:
         ValueError: `setting` is True and the tokenizer has no beginning token.
@@ -94,12 +96,14 @@ def check_context(model: PreTrainedModel, seq_len: int) -> None:
     """Raises ValueError where `seq_len` is above the model's context."""
     length = context_length(model)
     if length is not None and seq_len > length:
-        raise ValueError(f"seq_len={seq_len} is above the model's context of {length} positions: pass at most seq_len={length}")
+        raise ValueError(
+            f"seq_len={seq_len} is above the model's context of {length} positions: pass at most seq_len={length}"
+        )
 
 
 def _tokenize(config: SparsityConfig, tokenizer: PreTrainedTokenizerBase, bos: bool) -> tuple[torch.Tensor, str]:
-    """One crop from each of the first `num_samples` documents that are long enough, in the order drawn with the seed; where
-    there are fewer, all documents one after another, cut into samples."""
+    """One crop from each of the first `num_samples` documents that are long enough, in the order drawn with the seed;
+    where there are fewer, all documents one after another, cut into samples."""
     length = config.seq_len - bos
     draw = random.Random(config.seed)
     read: list[list[int]] = []
@@ -152,10 +156,12 @@ def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, batch_size
 def _generate(
     config: SparsityConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> torch.Tensor:
-    """Samples text from the model itself, from its beginning token on, with the seed; the end token is not drawn before
-    `seq_len`, so that each sample is one text."""
+    """Samples text from the model itself, from its beginning token on, with the seed; the end token is not drawn
+    before `seq_len`, so that each sample is one text."""
     if not model.can_generate():
-        raise ValueError(f'dataset="self" needs a model that generates, {type(model).__name__} does not: load the causal LM')
+        raise ValueError(
+            f'dataset="self" needs a model that generates, {type(model).__name__} does not: load the causal LM'
+        )
     bos = _bos_token_id(model, tokenizer)
     if bos < 0:
         raise ValueError('dataset="self" needs a beginning token, and neither model nor tokenizer has one')
@@ -167,7 +173,7 @@ def _generate(
             count = min(32, config.num_samples - start)
             prompt = torch.full((count, 1), bos, dtype=torch.int64, device=model.device)
             samples.append(
-                model.generate(
+                model.generate(  # type: ignore[operator]
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     do_sample=True,
@@ -191,11 +197,12 @@ def _bos_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 
 
 def _check_vocabulary(ids: torch.Tensor, model: PreTrainedModel) -> None:
-    size = model.get_input_embeddings().num_embeddings
+    size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     wrong = (ids < 0) | (ids >= size)
     if bool(wrong.any()):
         sample, position = (int(i) for i in wrong.nonzero()[0])
         raise ValueError(
-            f"dataset: token id {int(ids[sample, position])} at sample {sample}, position {position} is not in the model's "
+            f"dataset: token id {int(ids[sample, position])} at sample {sample}, position {position} is not in the "
+            "model's "
             f"vocabulary of {size}: is this the model's own tokenizer?"
         )

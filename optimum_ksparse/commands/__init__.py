@@ -6,7 +6,7 @@ from .info import InfoCommand
 from .prune import PruneCommand
 
 
-class KSparseCommand(BaseOptimumCLICommand):  # type: ignore[misc]
+class KSparseCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="ksparse", help="Prune language models to 2:4, 4:8, any n:m or unstructured sparsity.")
     SUBCOMMANDS = (
         CommandInfo(name="prune", help="Prune a model and save it.", subcommand_class=PruneCommand),

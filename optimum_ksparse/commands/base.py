@@ -9,9 +9,9 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand
 
 
-class Command(BaseOptimumCLICommand):  # type: ignore[misc]
-    """A command that ends with one line on standard error, and status 1, where the user can mend what went wrong. Heavy
-    imports belong into `execute`: an import error at the top would break every `optimum-cli` command."""
+class Command(BaseOptimumCLICommand):
+    """A command that ends with one line on standard error, and status 1, where the user can mend what went wrong.
+    Heavy imports belong into `execute`: an import error at the top would break every `optimum-cli` command."""
 
     def execute(self) -> None:
         raise NotImplementedError
@@ -28,7 +28,8 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]
 
 
 def read_recipe(path: str, allowed: list[str]) -> dict[str, Any]:
-    """Settings of a YAML recipe. Raises ValueError for a file that is no mapping, or an unknown key, naming the nearest."""
+    """Settings of a YAML recipe. Raises ValueError for a file that is no mapping, or an unknown key, naming the
+    nearest."""
     import yaml
 
     from ..config import check_keys

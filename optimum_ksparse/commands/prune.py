@@ -40,11 +40,12 @@ class PruneCommand(Command):
     def parse_args(parser: ArgumentParser) -> None:
         parser.add_argument("model", nargs="?", help="Hub id or folder")
         parser.add_argument("output", nargs="?", help="folder to write the sparse checkpoint to")
-        parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override it")
+        parser.add_argument(
+            "--config", metavar="RECIPE", help="YAML file with any of these settings; flags override it"
+        )
         parser.add_argument("--trust-remote-code", dest="trust_remote_code", action="store_const", const=True)
         for name, arguments in {**_FLAGS, **_LOADING_FLAGS}.items():
-            metavar = {} if "metavar" in arguments else {"metavar": "VALUE"}
-            parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, **metavar, **arguments)
+            parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar="VALUE", **arguments)
 
     def execute(self) -> None:
         settings = self._settings()
@@ -80,5 +81,3 @@ class PruneCommand(Command):
         if given["model"] and not given["output"] and recipe.get("model") and not recipe.get("output"):
             given["model"], given["output"] = None, given["model"]
         return {**recipe, **{name: value for name, value in given.items() if value is not None}}
-
-

@@ -41,12 +41,13 @@ def evaluate_perplexity(
     batch_size: int = 4,
     max_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of a causal LM over `texts`, joined by two newlines and tokenised as one string without special tokens.
+    """Perplexity of a causal LM over `texts`, joined by two newlines and tokenised as one string without special
+    tokens.
 
-    The text is cut into windows of `seq_len` positions. With a beginning token, a window is that token and `seq_len` − 1
-    others, all of which are scored; without one its first token is not. Without `stride` windows do not overlap; with it
-    each begins `stride` tokens after the one before, and scores the tokens that no window before it has scored. The last
-    window may be shorter. Log-softmax is taken in float32, a part of the positions at a time.
+    The text is cut into windows of `seq_len` positions. With a beginning token, a window is that token and `seq_len` −
+    1 others, all of which are scored; without one its first token is not. Without `stride` windows do not overlap;
+    with it each begins `stride` tokens after the one before, and scores the tokens that no window before it has
+    scored. The last window may be shorter. Log-softmax is taken in float32, a part of the positions at a time.
 
     Args:
         model: causal LM, dense or sparse.
@@ -59,8 +60,8 @@ def evaluate_perplexity(
         max_tokens: window positions to use at most; a whole number of windows where `seq_len` divides it.
 
     Returns:
-        `perplexity`, `bits_per_byte` (bits per UTF-8 byte of the scored text, comparable over tokenizers), `num_tokens`
-        (scored), `num_bytes`, `num_windows`, `seq_len`, `stride`, `prepend_bos`.
+        `perplexity`, `bits_per_byte` (bits per UTF-8 byte of the scored text, comparable over tokenizers),
+        `num_tokens` (scored), `num_bytes`, `num_windows`, `seq_len`, `stride`, `prepend_bos`.
 
     Raises:
         TypeError: `texts` is one string, or the model has no language model head.
@@ -91,7 +92,7 @@ def evaluate_perplexity(
     if tokenizer.is_fast:
         num_bytes = _bytes_of_spans(text, encoded["offset_mapping"], [(a, b) for _, a, b in spans])
     else:
-        num_bytes = sum(len(tokenizer.decode(ids[a:b]).encode()) for _, a, b in spans)
+        num_bytes = sum(len(str(tokenizer.decode(ids[a:b])).encode()) for _, a, b in spans)
     mean = loss / num_tokens
     return {
         "perplexity": math.exp(mean) if mean < 700 else math.inf,
@@ -174,8 +175,8 @@ def _batch_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
 
 @contextmanager
 def _frozen_base(model: PreTrainedModel) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Within it the model's base returns given hidden states, so that the model's own head, with all that it does to logits
-    (soft caps, scales), runs on a part of the positions at a time."""
+    """Within it the model's base returns given hidden states, so that the model's own head, with all that it does to
+    logits (soft caps, scales), runs on a part of the positions at a time."""
     base = model.base_model
     own = vars(base).get("forward")
     current: list[torch.Tensor] = []
@@ -194,8 +195,8 @@ def _frozen_base(model: PreTrainedModel) -> Iterator[Callable[[torch.Tensor], No
 
 
 def _bytes_of_spans(text: str, offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> int:
-    """UTF-8 bytes that the tokens of `spans` add to the text: a character split over tokens counts once, whitespace between
-    two tokens with the second one."""
+    """UTF-8 bytes that the tokens of `spans` add to the text: a character split over tokens counts once, whitespace
+    between two tokens with the second one."""
     ends = [0]
     for _, end in offsets:
         ends.append(max(ends[-1], end))

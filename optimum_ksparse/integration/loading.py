@@ -1,4 +1,5 @@
-"""The wrapper of `from_pretrained`: prunes while loading, and finishes the loading of checkpoints that are sparse already."""
+"""The wrapper of `from_pretrained`: prunes while loading, and finishes the loading of checkpoints that are sparse
+already."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ _PARALLEL_ARGUMENTS = ("tp_plan", "tp_size", "distributed_config", "device_mesh"
 
 
 def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
-    """Wraps `cls.from_pretrained` once. Signature and docstring stay; a `SparsityConfig` is taken from `sparsity_config` or
+    """Wraps `cls.from_pretrained` once. Signature and docstring stay; a `SparsityConfig` is taken from
+    `sparsity_config` or
     from `quantization_config`."""
     original = cls.from_pretrained.__func__  # type: ignore[attr-defined]
     if getattr(original, "_ksparse", False):
@@ -73,7 +75,9 @@ def _is_ours(name: str, value: Any) -> bool:
     if isinstance(value, SparsityConfig):
         return True
     if name == "sparsity_config" and value is not None and not isinstance(value, dict):
-        raise TypeError(f"sparsity_config must be a SparsityConfig or a dict of its settings, found {type(value).__name__}")
+        raise TypeError(
+            f"sparsity_config must be a SparsityConfig or a dict of its settings, found {type(value).__name__}"
+        )
     return isinstance(value, dict) and (name == "sparsity_config" or value.get("quant_method") == QUANT_METHOD)
 
 
@@ -81,16 +85,22 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
     """Refuses, before anything is loaded, what cannot be pruned."""
     for name in _PARALLEL_ARGUMENTS:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name} and sparsity_config do not go together: prune in one process, save, then load the result")
+            raise ValueError(
+                f"{name} and sparsity_config do not go together: prune in one process, save, then load the result"
+            )
     if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
-        raise ValueError("a model cannot be pruned while DeepSpeed ZeRO-3 or FSDP loads it: prune in one process, then load it")
+        raise ValueError(
+            "a model cannot be pruned while DeepSpeed ZeRO-3 or FSDP loads it: prune in one process, then load it"
+        )
     other = kwargs.get("quantization_config")
     if isinstance(other, GgufConfig) or (other is None and kwargs.get("gguf_file") is not None):
         if other is not None and not other.dequantize:
             raise ValueError("pruning needs the weights of a GGUF file unpacked: pass GgufConfig(dequantize=True)")
         kwargs["quantization_config"] = other or GgufConfig(dequantize=True)
     elif other is not None:
-        raise ValueError(f"sparsity_config and {type(other).__name__} do not go together: quantized weights cannot be pruned")
+        raise ValueError(
+            f"sparsity_config and {type(other).__name__} do not go together: quantized weights cannot be pruned"
+        )
 
 
 def _recorded_config(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, Any]) -> SparsityConfig | None:
@@ -127,7 +137,9 @@ def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:
             differences.append(f"{name}: passed {passed[name]!r}, recorded {found[name]!r}")
     if differences:
         raise ValueError(
-            "the checkpoint is sparse already, with other settings (" + "; ".join(sorted(differences)) + "): load it without "
+            "the checkpoint is sparse already, with other settings ("
+            + "; ".join(sorted(differences))
+            + "): load it without "
             "a sparsity_config, or prune the dense model that it was made from"
         )
 
@@ -141,7 +153,8 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
     missing += sorted(str(name) for name in info.get("mismatched_keys", ()) if prefix in str(name))
     if missing:
         raise ValueError(
-            f"{len(missing)} weights of the decoder of {type(model).__name__} are not in the checkpoint and would be random, "
+            f"{len(missing)} weights of the decoder of {type(model).__name__} are not in the checkpoint and would be "
+            "random, "
             f"among them {missing[0]}: load it with the class that it was saved from"
         )
 
@@ -163,7 +176,8 @@ def _tokenizer(source: Any, config: SparsityConfig, kwargs: dict[str, Any]) -> P
         if config.dataset == "self":
             return None
         raise ValueError(
-            f"no tokenizer could be loaded from {os.fspath(name)!r}: name one with SparsityConfig(tokenizer=...), or pass token "
+            f"no tokenizer could be loaded from {os.fspath(name)!r}: name one with SparsityConfig(tokenizer=...), or "
+            "pass token "
             f"ids as the dataset; {error}"
         ) from error
 
@@ -196,4 +210,4 @@ def _finish_sparse(
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     path = cached_file(source, REPORT_NAME, _raise_exceptions_for_missing_entries=False, **hub) if source else None
     if path is not None:
-        model.sparsity_report = SparsityReport.load(path)
+        model.sparsity_report = SparsityReport.load(path)  # type: ignore[assignment]

@@ -21,15 +21,21 @@ class SparsityQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if is_deepspeed_zero3_enabled():
-            raise ValueError("a packed sparse checkpoint cannot be loaded under DeepSpeed ZeRO-3; use ZeRO-2, DDP or FSDP")
+            raise ValueError(
+                "a packed sparse checkpoint cannot be loaded under DeepSpeed ZeRO-3; use ZeRO-2, DDP or FSDP"
+            )
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if self.quantization_config.layers is None:
-            raise ValueError("quantization_config of the checkpoint records no `layers`; it was not written by this plugin")
+            raise ValueError(
+                "quantization_config of the checkpoint records no `layers`; it was not written by this plugin"
+            )
         if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError("a packed sparse checkpoint cannot be split by tensor parallelism; use device_map, DDP or FSDP")
+            raise ValueError(
+                "a packed sparse checkpoint cannot be split by tensor parallelism; use device_map, DDP or FSDP"
+            )
         if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
             check_files(checkpoint_files, self.quantization_config.layers)
         install_layers(model, self.quantization_config.layers)
@@ -45,7 +51,9 @@ class SparsityQuantizer(HfQuantizer):
             del model.sparsity_report
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         return (dense_state_dict(model) if self.quantization_config.storage == "dense" else None), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,40 +16,54 @@ from ..config import DENSE_CONFIG_KEY, SparsityConfig
 from ..report import SparsityReport
 
 
-
 def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
     """Wraps `cls.save_pretrained` once; models without sparse layers pass through."""
     original = cls.save_pretrained
     if getattr(original, "_ksparse", False):
         return
 
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def save_pretrained(
-        self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         config = getattr(self.config, "quantization_config", None)
-        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
-        if not isinstance(config, SparsityConfig) or not sparse_modules(self) or not is_main_process:
-            return original(self, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
-        if os.path.isfile(save_directory):
-            raise NotADirectoryError(f"save_directory={os.fspath(save_directory)!r} is a file; pass a folder")
-        hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if push_to_hub and key in kwargs}
+        bound = signature.bind(self, *args, **kwargs).arguments
+        if (
+            not isinstance(config, SparsityConfig)
+            or not sparse_modules(self)
+            or not bound.get("is_main_process", True)
+        ):
+            return original(self, *args, **kwargs)
+        directory = bound["save_directory"]
+        if os.path.isfile(directory):
+            raise NotADirectoryError(f"save_directory={os.fspath(directory)!r} is a file; pass a folder")
         config.layers = layer_records(self)
-        with staged(save_directory) as staging, _config_for_storage(self, config):
-            original(self, staging, *args, **kwargs)
+        known = {name: value for name, value in bound.items() if name not in ("self", "push_to_hub", "kwargs")}
+        with staged(directory) as staging, _config_for_storage(self, config):
+            original(self, **{**known, "save_directory": staging})
             report = getattr(self, "sparsity_report", None)
             if isinstance(report, SparsityReport):
                 report.save(staging)
-        if push_to_hub:
-            repo_id = hub.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.push_to_hub(repo_id, **hub)
+        if bound.get("push_to_hub"):
+            # What is left are arguments for the Hub; the repository is named after the folder, as transformers does.
+            hub = {"repo_id": os.path.basename(os.path.normpath(directory)), "token": bound.get("token")}
+            self.push_to_hub(**{**hub, **bound.get("kwargs", {})})
         return None
 
     save_pretrained._ksparse = True  # type: ignore[attr-defined]
     cls.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
-_HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+_HUB_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+)
 
 
 @contextmanager

@@ -156,7 +156,9 @@ class SparseLinear(nn.Linear):
             else:
                 dense = self.dense_type(self.in_features, self.out_features, bias=self.bias is not None)
         weight = self.to_dense_weight()
-        dense.weight = nn.Parameter(weight.T.contiguous() if conv1d else weight, requires_grad=self.weight.requires_grad)
+        dense.weight = nn.Parameter(
+            weight.T.contiguous() if conv1d else weight, requires_grad=self.weight.requires_grad
+        )
         dense.bias = self.bias
         return dense.train(self.training)
 
@@ -175,7 +177,7 @@ class SparseLinear(nn.Linear):
             except ValueError as error:
                 error_messages.append(str(error))
                 return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}"

@@ -29,7 +29,9 @@ def pack(weight: torch.Tensor, mask: torch.Tensor, pattern: Pattern) -> tuple[to
     if pattern.m is not None:
         pattern.check_in_features(weight.shape[1])
         if bool((mask.unflatten(-1, (-1, pattern.m)).sum(-1) != pattern.n).any()):
-            raise ValueError(f"mask does not keep exactly {pattern.n} weights in every {pattern.m}, as pattern {pattern} does")
+            raise ValueError(
+                f"mask does not keep exactly {pattern.n} weights in every {pattern.m}, as pattern {pattern} does"
+            )
     values = weight[mask]
     return (values.view(weight.shape[0], -1) if pattern.is_structured else values), pack_mask(mask)
 
@@ -67,8 +69,8 @@ def values_shape(pattern: Pattern, out_features: int, in_features: int, num_valu
 
 
 def check_bits(bits: torch.Tensor, pattern: Pattern, in_features: int, num_values: int, name: str) -> None:
-    """Checks a mask that was read from a file: padding bits are zero, and it keeps as many weights as there are values, for
-    `n:m` exactly n in every group.
+    """Checks a mask that was read from a file: padding bits are zero, and it keeps as many weights as there are
+    values, for `n:m` exactly n in every group.
 
     Raises:
         ValueError: names the tensor `name` and says what is wrong.

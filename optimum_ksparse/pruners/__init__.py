@@ -1,9 +1,9 @@
 """One file a method, pure tensor maths: `(weight, statistics, pattern, **settings) -> (weight, mask)`.
 
 `weight` is [out, in] in any floating dtype and is not changed; the returned weight has its dtype and is zero where the
-returned mask ([out, in], bool, True = kept) is False. A method warns (`warnings.warn`) of what the user should know, such
-as a raised damping; the block loop writes it into the report. To add a method: its file, its line in `METHODS`, a test, a
-recipe.
+returned mask ([out, in], bool, True = kept) is False. A method warns (`warnings.warn`) of what the user should know,
+such as a raised damping; the block loop writes it into the report. To add a method: its file, its line in `METHODS`, a
+test, a recipe.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Method:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Names of the keyword settings that the method takes; `SparsityConfig` has a field of the same name for each."""
+        """Names of the keyword settings that the method takes; `SparsityConfig` has a field of the same name for
+        each."""
         parameters = inspect.signature(self.prune).parameters.values()
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 

@@ -15,11 +15,11 @@ from ..statistics import GramMatrix
 def prune(
     weight: torch.Tensor, statistics: GramMatrix, pattern: Pattern, *, block_size: int = 128, damping: float = 0.01
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeroes weights by W²/U_jj² and updates the kept ones to the right of them, with U the upper Cholesky factor of the
-    inverse of H + damping·mean(diag H)·I.
+    """Zeroes weights by W²/U_jj² and updates the kept ones to the right of them, with U the upper Cholesky factor of
+    the inverse of H + damping·mean(diag H)·I.
 
-    Unstructured: ranked over each block of `block_size` columns and all rows. `n:m`: each group is ranked when the sweep
-    reaches it, by weights already updated.
+    Unstructured: ranked over each block of `block_size` columns and all rows. `n:m`: each group is ranked when the
+    sweep reaches it, by weights already updated.
 
     Args:
         weight: [out, in].

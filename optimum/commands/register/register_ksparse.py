@@ -1,4 +1,5 @@
-"""Adds `optimum-cli ksparse`. There is no `__init__.py` here or above: `optimum` is a namespace shared with other packages."""
+"""Adds `optimum-cli ksparse`. There is no `__init__.py` here or above: `optimum` is a namespace shared with other
+packages."""
 
 from optimum_ksparse.commands import KSparseCommand
 

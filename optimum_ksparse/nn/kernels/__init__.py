@@ -1,5 +1,5 @@
-"""Custom operators of the sparse linear module. Registered as operators, so that `torch.compile` takes each as one node,
-and so that training keeps packed weights: backward decompresses again instead of saving a dense weight."""
+"""Custom operators of the sparse linear module. Registered as operators, so that `torch.compile` takes each as one
+node, and so that training keeps packed weights: backward decompresses again instead of saving a dense weight."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _(x: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, bias: torch.Ten
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, values, bits, bias = inputs
+    x, values, bits, _ = inputs
     ctx.in_features, ctx.values_shape = x.shape[-1], list(values.shape)
     # The input is needed for the gradient of the weight only: LoRA on frozen weights does not keep it.
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None, bits)
