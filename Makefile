@@ -16,7 +16,7 @@ DEMO_DIR ?= .demo
 .PHONY: demo test check clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py --model "$(MODEL)" --pattern "$(PATTERN)" --method "$(METHOD)" --folder "$(DEMO_DIR)"
+	$(BIN)/python examples/demo.py "$(MODEL)" "$(PATTERN)" "$(METHOD)" "$(DEMO_DIR)"
 
 test: $(VENV)/.dev check
 	$(BIN)/python -m pytest

@@ -85,11 +85,15 @@ def _linear_map(decoder: nn.Module, name: str, kind: str) -> nn.Module:
     return linear
 
 
-def check_files(files: Iterable[str], layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Checks the headers of safetensors files against the recorded layers, before any tensor is read.
+def check_files(files: Iterable[str], modules: Mapping[str, SparseLinear]) -> None:
+    """Checks the headers of safetensors files against the (still empty) sparse modules, before any tensor is read.
+
+    Args:
+        files: paths of all weight files of the checkpoint.
+        modules: sparse modules by their path in the decoder; a tensor's name may have something before that.
 
     Raises:
-        ValueError: a file is truncated, or a tensor is missing or has another shape or dtype than recorded; names it.
+        ValueError: a file is truncated, or a tensor is missing or has another shape or dtype; names it.
     """
     headers: dict[str, tuple[list[int], str]] = {}
     for path in files:
@@ -100,23 +104,23 @@ def check_files(files: Iterable[str], layers: Mapping[str, Mapping[str, Any]]) -
                     headers[key] = (view.get_shape(), view.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{os.path.basename(path)} is truncated or damaged: {error}") from error
-    masks = {key.removesuffix(_MASK_SUFFIX): key for key in headers if key.endswith(_MASK_SUFFIX)}
-    for name, record in layers.items():
-        stored = next((key for key in masks if key == name or key.endswith(f".{name}")), None)
-        if stored is None or f"{stored}.weight" not in headers:
-            missing = f"{name}{_MASK_SUFFIX}" if stored is None else f"{stored}.weight"
-            raise ValueError(
-                f"tensor {missing} is missing from the checkpoint, whose config records a sparse layer {name}"
-            )
-        shape, dtype = headers[masks[stored]]
-        if len(shape) != 2 or dtype != "U8":
-            raise ValueError(f"tensor {masks[stored]} is {dtype} {shape}, a mask must be U8 [out, ceil(in/8)]")
-        values, dtype = headers[f"{stored}.weight"]
-        if torch.Size(values).numel() != record.get("num_values") or dtype not in ("F32", "F16", "BF16"):
-            raise ValueError(
-                f"tensor {stored}.weight is {dtype} {values}, the config records {record.get('num_values')} values in "
-                "F32, F16 or BF16"
-            )
+    by_suffix = {key.split(".", depth)[-1]: key for key in headers for depth in range(key.count("."))}
+    for name, module in modules.items():
+        for tensor, expected, dtypes in (
+            (f"{name}.weight", module.weight, ("F32", "F16", "BF16")),
+            (f"{name}{_MASK_SUFFIX}", module.weight_mask, ("U8",)),
+        ):
+            key = by_suffix.get(tensor)
+            if key is None:
+                raise ValueError(
+                    f"tensor {tensor} is missing from the checkpoint, whose config records a sparse layer {name}"
+                )
+            shape, dtype = headers[key]
+            if shape != list(expected.shape) or dtype not in dtypes:
+                raise ValueError(
+                    f"tensor {key} is {dtype} {shape}, the checkpoint's config and model need "
+                    f"{' or '.join(dtypes)} {list(expected.shape)}"
+                )
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

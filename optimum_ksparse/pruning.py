@@ -83,7 +83,8 @@ def _unsupported(linear: nn.Module, pattern: Pattern, owners: dict[int, str], pa
             return f"it has {weight.shape[1]} input features, which m={pattern.m} of pattern {pattern} does not divide"
         if not bool(weight.isfinite().all()):
             return "its weight holds NaN or Inf"
-        owner = owners.setdefault(id(linear.weight), path)
+        # An offloaded weight is another object each time it is brought in.
+        owner = path if hasattr(linear, "_hf_hook") else owners.setdefault(id(linear.weight), path)
         if owner != path:
             return f"it shares its weight with {owner}"
         return None if _is_plain(linear) else f"{type(linear).__name__} computes something else than x·Wᵀ + b"

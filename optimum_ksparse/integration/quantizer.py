@@ -36,9 +36,9 @@ class SparsityQuantizer(HfQuantizer):
             raise ValueError(
                 "a packed sparse checkpoint cannot be split by tensor parallelism; use device_map, DDP or FSDP"
             )
-        if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
-            check_files(checkpoint_files, self.quantization_config.layers)
         install_layers(model, self.quantization_config.layers)
+        if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
+            check_files(checkpoint_files, sparse_modules(model.get_decoder()))
         return model
 
     @torch.no_grad()

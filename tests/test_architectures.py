@@ -1,0 +1,517 @@
+"""Pruning whole models: every kind of decoder, and what is refused before a weight changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+from optimum_ksparse import SparseLinear, SparsityConfig, SparsityReport, sparsify
+from optimum_ksparse.calibration import find_blocks
+
+from .conftest import ARCHITECTURES, CONTEXT, VOCABULARY
+
+torch.set_num_threads(1)
+
+MakeModel = Callable[..., PreTrainedModel]
+METHODS = [("sparsegpt", "2:4"), ("wanda", "50%")]
+ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.fixture
+def prune(token_ids: torch.Tensor) -> Callable[..., SparsityReport]:
+    def run(model: PreTrainedModel, method: str = "wanda", pattern: str = "2:4", **settings: object) -> SparsityReport:
+        defaults = {"dataset": token_ids, "batch_size": 4, "block_size": 16}
+        return sparsify(model, SparsityConfig(method=method, pattern=pattern, **{**defaults, **settings}))
+
+    return run
+
+
+@contextmanager
+def refused(model: PreTrainedModel, error: type[Exception], match: str) -> Iterator[None]:
+    """Expects an error that leaves the model as it was."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(error, match=match):
+        yield
+    after = dict(model.state_dict())
+    assert after.keys() == before.keys()
+    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+
+
+def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def sparse_names(model: PreTrainedModel) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def block_linear_names(model: PreTrainedModel) -> set[str]:
+    blocks = find_blocks(model)
+    return {
+        blocks.name_in_model(index, name)
+        for index, block in enumerate(blocks.blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def embedding_addresses(model: PreTrainedModel) -> tuple[int, int]:
+    return model.get_input_embeddings().weight.data_ptr(), model.get_output_embeddings().weight.data_ptr()
+
+
+@pytest.mark.parametrize(("method", "pattern"), METHODS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_linear_maps_of_the_blocks_and_no_others_become_sparse(
+    name: str, method: str, pattern: str, make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model(name)
+    expected = block_linear_names(model)
+    assert expected
+    report = prune(model, method, pattern)
+    assert sparse_names(model) == expected
+    assert {f"{find_blocks(model).decoder_name}.{row.name}" for row in report.layers} == expected
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            dense = module.to_dense_weight()
+            assert 2 * module.weight.numel() == 2 * int(dense.count_nonzero()) == dense.numel()
+
+
+@pytest.mark.parametrize(("method", "pattern"), METHODS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_pruning_changes_every_layers_outputs_by_less_than_themselves(
+    name: str,
+    method: str,
+    pattern: str,
+    make_model: MakeModel,
+    prune: Callable[..., SparsityReport],
+    token_ids: torch.Tensor,
+) -> None:
+    model = make_model(name)
+    before = logits(model, token_ids)
+    report = prune(model, method, pattern)
+    assert all(0 < row.relative_output_error < 1 for row in report.layers)
+    after = logits(model, token_ids)
+    assert after.isfinite().all()
+    assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize(("method", "pattern"), METHODS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_saved_model_loads_with_equal_logits(
+    name: str,
+    method: str,
+    pattern: str,
+    make_model: MakeModel,
+    prune: Callable[..., SparsityReport],
+    token_ids: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    model = make_model(name)
+    prune(model, method, pattern)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sparse_names(loaded) == sparse_names(model)
+    assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_embeddings_stay_tied_or_untied(
+    name: str, make_model: MakeModel, prune: Callable[..., SparsityReport], tmp_path: Path
+) -> None:
+    model = make_model(name)
+    before = embedding_addresses(model)
+    tied = before[0] == before[1]
+    assert tied == model.config.tie_word_embeddings
+    prune(model)
+    assert embedding_addresses(model) == before
+    model.save_pretrained(tmp_path)
+    first, second = embedding_addresses(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert (first == second) == tied
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_dequantize_gives_the_original_classes_and_the_same_logits(
+    name: str, make_model: MakeModel, prune: Callable[..., SparsityReport], token_ids: torch.Tensor
+) -> None:
+    model = make_model(name)
+    classes = {path: type(module) for path, module in model.named_modules()}
+    prune(model, "sparsegpt")
+    sparse = logits(model, token_ids)
+    model.dequantize()
+    assert {path: type(module) for path, module in model.named_modules()} == classes
+    torch.testing.assert_close(logits(model, token_ids), sparse, rtol=1e-5, atol=1e-5)
+
+
+def test_rwkv_scaled_for_inference_keeps_its_logits_when_saved(
+    make_model: MakeModel, prune: Callable[..., SparsityReport], token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = make_model("rwkv", rescale_every=1)
+    prune(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded, token_ids), logits(model, token_ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("method", "pattern"), METHODS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon_alibi"])
+def test_half_precision_models_are_pruned_saved_and_loaded(
+    name: str,
+    method: str,
+    pattern: str,
+    dtype: torch.dtype,
+    make_model: MakeModel,
+    prune: Callable[..., SparsityReport],
+    token_ids: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    make_model(name, dtype).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    prune(model, method, pattern)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    model.save_pretrained(tmp_path / "sparse")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert loaded.dtype == dtype
+    found = logits(model, token_ids)
+    assert found.isfinite().all()
+    assert torch.equal(logits(loaded, token_ids), found)
+
+
+def make_moe(kind: str) -> PreTrainedModel:
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "num_experts_per_tok": 2,
+    }
+    torch.manual_seed(0)
+    if kind == "mixtral":
+        return AutoModelForCausalLM.from_config(MixtralConfig(**common, num_local_experts=4)).eval()
+    config = Qwen3MoeConfig(**common, head_dim=8, num_experts=4, moe_intermediate_size=64)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_fused_experts_are_refused_by_name_and_shape(kind: str, prune: Callable[..., SparsityReport]) -> None:
+    model = make_moe(kind)
+    with refused(model, ValueError, r"layers\.0\.mlp\.experts\.gate_up_proj .*\[4, 128, 32\]"):
+        prune(model)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_skip_unsupported_prunes_attention_and_lists_fused_experts(
+    kind: str, prune: Callable[..., SparsityReport], token_ids: torch.Tensor
+) -> None:
+    model = make_moe(kind)
+    report = prune(model, skip_unsupported=True)
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert sparse_names(model) == {f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in projections}
+    experts = {f"layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")}
+    assert report.skipped.keys() == experts
+    assert all("fused" in reason for reason in report.skipped.values())
+    assert logits(model, token_ids).isfinite().all()
+
+
+def test_fused_experts_can_be_left_dense_by_the_name_that_the_error_gives(
+    prune: Callable[..., SparsityReport],
+) -> None:
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    report = prune(make_moe("mixtral"), modules_to_not_convert=names)
+    assert report.skipped.keys() == {f"layers.{i}.{name}" for i in range(2) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"), [(BertForMaskedLM, BertConfig), (DebertaV2ForMaskedLM, DebertaV2Config)]
+)
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_encoder_is_refused(
+    model_class: type, config_class: type, method: str, prune: Callable[..., SparsityReport]
+) -> None:
+    model = model_class(config_class(**ENCODER)).eval()
+    with refused(model, ValueError, f"{model_class.__name__} is not a decoder"):
+        prune(model, method)
+
+
+def test_encoder_decoder_is_refused(prune: Callable[..., SparsityReport]) -> None:
+    config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    model = T5ForConditionalGeneration(config).eval()
+    with refused(model, ValueError, "T5ForConditionalGeneration is an encoder-decoder"):
+        prune(model)
+
+
+def test_model_without_a_list_of_blocks_is_refused_with_what_it_holds(prune: Callable[..., SparsityReport]) -> None:
+    class Flat(PreTrainedModel):
+        config_class = PreTrainedConfig
+
+        def __init__(self) -> None:
+            super().__init__(PreTrainedConfig())
+            self.mixer = nn.Linear(32, 32)
+            self.post_init()
+
+    model = Flat()
+    with refused(
+        model, ValueError, r"Flat has no decoder blocks: no ModuleList in Flat, which holds mixer \(Linear\)"
+    ):
+        prune(model)
+
+
+def test_module_that_is_no_transformers_model_is_refused(prune: Callable[..., SparsityReport]) -> None:
+    with pytest.raises(TypeError, match="PreTrainedModel, found Sequential"):
+        prune(nn.Sequential(nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "overrides", "match"),
+    [
+        ("2:5", {}, r"layers\.0\.self_attn\.q_proj .*32 input features, which m=5"),
+        ("2:6", {}, r"layers\.0\.self_attn\.q_proj .*32 input features, which m=6"),
+        ("2:4", {"intermediate_size": 62}, r"layers\.0\.mlp\.down_proj .*62 input features, which m=4"),
+    ],
+)
+def test_input_size_that_m_does_not_divide_is_refused(
+    pattern: str, overrides: dict, match: str, make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model("llama", **overrides)
+    with refused(model, ValueError, match):
+        prune(model, pattern=pattern)
+
+
+def test_skip_unsupported_leaves_indivisible_layers_dense(
+    make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model("llama", intermediate_size=62)
+    report = prune(model, skip_unsupported=True)
+    assert report.skipped.keys() == {"layers.0.mlp.down_proj", "layers.1.mlp.down_proj"}
+    assert all("62 input features" in reason for reason in report.skipped.values())
+
+
+@pytest.mark.parametrize(
+    ("excluded", "expected"),
+    [
+        ("o_proj", {"layers.0.self_attn.o_proj", "layers.1.self_attn.o_proj"}),
+        ("layers.1.mlp.up_proj", {"layers.1.mlp.up_proj"}),
+        ("model.layers.1.mlp.up_proj", {"layers.1.mlp.up_proj"}),
+        (
+            r".*\.0\.mlp\..*",
+            {"layers.0.mlp.gate_proj", "layers.0.mlp.up_proj", "layers.0.mlp.down_proj"},
+        ),
+    ],
+)
+def test_modules_to_not_convert_stay_dense_and_are_listed(
+    excluded: str, expected: set[str], make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model()
+    weights = {name: model.get_submodule(f"model.{name}").weight.clone() for name in expected}
+    report = prune(model, "sparsegpt", modules_to_not_convert=[excluded])
+    assert report.skipped == dict.fromkeys(expected, "in modules_to_not_convert")
+    assert block_linear_names(model) - sparse_names(model) == {f"model.{name}" for name in expected}
+    for name, weight in weights.items():
+        assert torch.equal(model.get_submodule(f"model.{name}").weight, weight)
+
+
+def test_lm_head_may_be_named_among_modules_to_not_convert(
+    make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    assert prune(make_model(), modules_to_not_convert=["lm_head"]).skipped == {}
+
+
+def test_misspelt_module_to_not_convert_is_refused_with_the_names_there_are(
+    make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model()
+    with refused(model, ValueError, r"'q_prj' matches nothing; the blocks hold .*self_attn\.q_proj"):
+        prune(model, modules_to_not_convert=["o_proj", "q_prj"])
+
+
+@pytest.mark.parametrize("excluded", ["mlp", "layers.1"])
+def test_module_to_not_convert_that_leaves_nothing_dense_is_not_ignored(
+    excluded: str, make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    try:
+        report = prune(make_model(), modules_to_not_convert=[excluded])
+    except ValueError as error:
+        assert excluded in str(error)
+    else:
+        assert report.skipped
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weight_that_is_not_finite_is_refused_by_name(
+    value: float, make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with refused(model, ValueError, r"layers\.1\.mlp\.up_proj .*NaN or Inf"):
+        prune(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_infinite_embedding_is_refused(
+    method: str,
+    dtype: torch.dtype,
+    make_model: MakeModel,
+    prune: Callable[..., SparsityReport],
+    token_ids: torch.Tensor,
+) -> None:
+    model = make_model(dtype=dtype)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token_ids[0, 0]] = float("inf")
+    with refused(model, ValueError, r"layers\.0 .*NaN or Inf"):
+        prune(model, method)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_overflow_in_a_later_block_is_refused_before_the_first_is_pruned(
+    method: str, make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model(dtype=torch.float16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(6e4)
+        model.model.layers[1].mlp.up_proj.weight.fill_(5e2)
+    with refused(model, ValueError, r"layers\.1 .*NaN or Inf in torch\.float16"):
+        prune(model, method)
+
+
+def test_infinite_activation_in_a_later_sample_names_the_layer(
+    make_model: MakeModel, prune: Callable[..., SparsityReport], token_ids: torch.Tensor
+) -> None:
+    model = make_model()
+    tokens = token_ids.clamp(min=4)
+    tokens[5, 3] = 3
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] = float("inf")
+    with refused(model, ValueError, r"layers\.0\.self_attn\.q_proj: its inputs hold NaN or Inf"):
+        prune(model, dataset=tokens)
+
+
+def test_sparse_model_is_refused(make_model: MakeModel, prune: Callable[..., SparsityReport]) -> None:
+    model = make_model()
+    prune(model)
+    with refused(model, ValueError, "sparse already"):
+        prune(model)
+
+
+def test_dequantized_model_can_be_pruned_again(make_model: MakeModel, prune: Callable[..., SparsityReport]) -> None:
+    model = make_model()
+    prune(model)
+    model.dequantize()
+    assert prune(model, pattern="1:4").density == 0.25
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class RewrittenLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+def test_subclass_that_computes_something_else_is_refused_by_name(
+    make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model()
+    model.model.layers[1].mlp.up_proj = ScaledLinear(32, 64, bias=False)
+    with refused(model, ValueError, r"layers\.1\.mlp\.up_proj .*ScaledLinear computes something else"):
+        prune(model)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_subclass_that_computes_the_same_is_pruned(
+    bias: bool, make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model()
+    model.model.layers[1].mlp.up_proj = RewrittenLinear(32, 64, bias=bias)
+    prune(model)
+    assert isinstance(model.model.layers[1].mlp.up_proj, SparseLinear)
+    model.dequantize()
+    assert type(model.model.layers[1].mlp.up_proj) is RewrittenLinear
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_kept(training: bool, make_model: MakeModel, prune: Callable[..., SparsityReport]) -> None:
+    model = make_model().train(training)
+    prune(model)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_training_mode_is_kept_on_an_error(
+    make_model: MakeModel, prune: Callable[..., SparsityReport], token_ids: torch.Tensor
+) -> None:
+    model = make_model().train()
+    with refused(model, ValueError, "vocabulary"):
+        prune(model, dataset=token_ids + VOCABULARY)
+    assert all(module.training for module in model.modules())
+
+
+def test_dropout_does_not_touch_calibration(make_model: MakeModel, prune: Callable[..., SparsityReport]) -> None:
+    model = make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    twin = copy.deepcopy(model).train()
+    prune(model, "sparsegpt")
+    prune(twin, "sparsegpt")
+    torch.testing.assert_close(dict(twin.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_linear_maps_that_share_a_weight_are_refused_by_both_names(
+    make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model()
+    first, second = model.model.layers
+    second.self_attn.q_proj.weight = first.self_attn.q_proj.weight
+    with refused(
+        model, ValueError, r"layers\.1\.self_attn\.q_proj .*shares its weight with layers\.0\.self_attn\.q_proj"
+    ):
+        prune(model)
+
+
+def test_linear_map_in_two_places_of_a_block_is_refused_by_name(
+    make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model(num_key_value_heads=4)
+    attention = model.model.layers[0].self_attn
+    attention.k_proj = attention.q_proj
+    with refused(model, ValueError, r"shares its weight with layers\.0\.self_attn\.q_proj"):
+        prune(model)
+
+
+def test_linear_map_that_no_token_reaches_is_refused_before_its_block_is_pruned(
+    make_model: MakeModel, prune: Callable[..., SparsityReport]
+) -> None:
+    model = make_model()
+    model.model.layers[0].mlp.unused = nn.Linear(32, 32)
+    with refused(model, ValueError, r"layers\.0\.mlp\.unused: no calibration token reached it"):
+        prune(model)

@@ -1,0 +1,268 @@
+"""Packed and dense storage: what is written, that it is whole, and that damage is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from optimum_ksparse import SparsityConfig, sparsify
+from optimum_ksparse.checkpoint import sparse_modules, staged
+from optimum_ksparse.config import DENSE_CONFIG_KEY
+from optimum_ksparse.report import SparsityReport
+
+
+@pytest.fixture
+def make_sparse(make_model, token_ids):
+    def make(pattern="2:4", storage="packed", name="llama", **kwargs):
+        model = make_model(name, **kwargs)
+        sparsify(model, SparsityConfig("magnitude", pattern, dataset=token_ids, storage=storage))
+        return model
+
+    return make
+
+
+def logits(model, token_ids):
+    with torch.no_grad():
+        return model(token_ids).logits
+
+
+def header(path):
+    tensors = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%", "62.5%"])
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_round_trip(make_sparse, tmp_path, token_ids, pattern, storage):
+    model = make_sparse(pattern, storage)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sparse_modules(again).keys() == sparse_modules(model).keys()
+    assert torch.equal(logits(model, token_ids), logits(again, token_ids))
+    assert again.sparsity_report == model.sparsity_report
+    again.save_pretrained(tmp_path / "again")
+    first, second = header(tmp_path), header(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share"), [(torch.bfloat16, 0.5625), (torch.float16, 0.5625), (torch.float32, 0.53125)]
+)
+def test_packed_bytes(make_sparse, tmp_path, dtype, share):
+    model = make_sparse(dtype=dtype)
+    model.save_pretrained(tmp_path)
+    stored = header(tmp_path)
+    for name, module in sparse_modules(model).items():
+        packed = stored[f"{name}.weight"].nbytes + stored[f"{name}.weight_mask"].nbytes
+        assert packed == share * module.in_features * module.out_features * dtype.itemsize
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_shards(make_sparse, tmp_path, token_ids, storage):
+    model = make_sparse("50%", storage)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), token_ids), logits(model, token_ids))
+    model.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_config_of_packed_storage(make_sparse, tmp_path):
+    make_sparse().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == "optimum-ksparse"
+    assert settings["layers"]["layers.0.self_attn.q_proj"] == {"pattern": "2:4", "num_values": 512}
+    assert SparsityReport.load(tmp_path / "sparsity_report.json").density == 0.5
+
+
+def test_gpt2_keeps_its_transposed_layout_in_dense_storage(make_sparse, tmp_path, token_ids):
+    model = make_sparse(storage="dense", name="gpt2")
+    model.save_pretrained(tmp_path)
+    assert header(tmp_path)["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), token_ids), logits(model, token_ids))
+
+
+PLAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+assert "optimum_ksparse" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])
+"""
+
+
+def load_without_the_plugin(folder, token_ids, tmp_path):
+    torch.save(token_ids, tmp_path / "ids.pt")
+    arguments = [sys.executable, "-c", PLAIN, folder, tmp_path / "ids.pt", tmp_path / "logits.pt"]
+    return subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
+
+
+def test_packed_without_the_plugin_stops(make_sparse, tmp_path, token_ids):
+    make_sparse().save_pretrained(tmp_path / "packed")
+    done = load_without_the_plugin(tmp_path / "packed", token_ids, tmp_path)
+    assert done.returncode != 0
+    assert "size mismatch" in done.stderr.lower() or "mismatched" in done.stderr.lower()
+    assert "optimum-ksparse" in done.stderr
+
+
+def test_dense_without_the_plugin_gives_the_same_logits(make_sparse, tmp_path, token_ids):
+    model = make_sparse(storage="dense")
+    model.save_pretrained(tmp_path / "dense")
+    done = load_without_the_plugin(tmp_path / "dense", token_ids, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), logits(model, token_ids), atol=1e-6)
+
+
+def test_a_dense_checkpoint_filled_in_later_loads_dense_with_a_warning(make_sparse, tmp_path, token_ids, caplog):
+    make_sparse(storage="dense").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not sparse_modules(model)
+    assert not hasattr(model.config, DENSE_CONFIG_KEY)
+
+
+def alter(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+MASK = "model.layers.0.mlp.up_proj.weight_mask"
+VALUES = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor"),
+    [
+        (lambda w: w[MASK].bitwise_not_().bitwise_and_(0), MASK),
+        (lambda w: w[MASK].copy_(w[MASK] | 255), MASK),
+        (lambda w: w.update({MASK: w[MASK][:, :-1].contiguous()}), MASK),
+        (lambda w: w.update({MASK: w[MASK].int()}), MASK),
+        (lambda w: w.pop(MASK), "layers.0.mlp.up_proj.weight_mask"),
+        (lambda w: w.pop(VALUES), VALUES),
+        (lambda w: w.update({VALUES: w[VALUES][:-1].contiguous()}), VALUES),
+        (lambda w: w.update({VALUES: w[VALUES].int()}), VALUES),
+    ],
+)
+def test_an_altered_file_is_an_error_that_names_the_tensor(make_sparse, tmp_path, change, tensor):
+    make_sparse().save_pretrained(tmp_path)
+    alter(tmp_path, change)
+    with pytest.raises((ValueError, RuntimeError), match=tensor.removeprefix("model.")):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_truncated_file_is_an_error_that_names_it(make_sparse, tmp_path):
+    make_sparse().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1000)
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"pattern": "2:4", "num_values": 10**9}, "num_values is 1000000000"),
+        ({"pattern": "50%", "num_values": -1}, "num_values is -1"),
+        ({"pattern": "2:4"}, "record of layer layers.0.mlp.up_proj"),
+        ({"pattern": "9:4", "num_values": 1024}, "not a pattern"),
+    ],
+)
+def test_a_record_that_cannot_be_true_is_an_error(make_sparse, tmp_path, record, message):
+    make_sparse().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["layers"]["layers.0.mlp.up_proj"] = record
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_save_leaves_the_earlier_checkpoint_whole(make_sparse, tmp_path, monkeypatch, error):
+    model = make_sparse()
+    model.save_pretrained(tmp_path / "kept")
+    before = snapshot(tmp_path / "kept")
+    written = []
+
+    def fail(tensors, path, *args, **kwargs):
+        written.append(path)
+        if len(written) == 2:
+            raise error
+        return save_file(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    for folder in ("kept", "new"):
+        written.clear()
+        with pytest.raises(type(error) if isinstance(error, OSError) else error):
+            model.save_pretrained(tmp_path / folder, max_shard_size="40KB")
+    assert snapshot(tmp_path / "kept") == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(make_sparse, tmp_path):
+    """A real limit on the size of files, in a process of its own."""
+    model = make_sparse()
+    model.save_pretrained(tmp_path / "kept")
+    before = snapshot(tmp_path / "kept")
+    script = f"""
+import resource, signal, optimum_ksparse
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "kept")!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+model.save_pretrained({str(tmp_path / "kept")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert snapshot(tmp_path / "kept") == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(make_sparse, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file"):
+        make_sparse().save_pretrained(tmp_path / "file")
+    with pytest.raises(OSError, match="file"):
+        make_sparse().save_pretrained(tmp_path / "file" / "folder")
+
+
+def test_staged_keeps_other_files_and_removes_replaced_shards(tmp_path):
+    for name in (
+        "README.md",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "model.fp16.safetensors",
+    ):
+        (tmp_path / name).write_text("old")
+    with staged(tmp_path) as staging:
+        (staging / "model.safetensors").write_text("new")
+    assert sorted(snapshot(tmp_path)) == ["README.md", "model.fp16.safetensors", "model.safetensors"]
+
+
+def test_a_model_in_training_saves_what_it_learnt(make_sparse, tmp_path, token_ids):
+    model = make_sparse("50%")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        model(token_ids, labels=token_ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, token_ids), logits(model.eval(), token_ids))

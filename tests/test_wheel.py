@@ -1,0 +1,89 @@
+"""The built wheel works outside the repository: installed into an environment that does not know the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .conftest import REPOSITORY, sample_texts
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        REPOSITORY,
+    ]
+    subprocess.run(command, check=True)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory) -> Path:
+    """An empty environment with the wheel. What the wheel depends on is linked in from this one, package by package, so that
+    no network is needed and the checkout (which an editable install would show) stays out of sight."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "ksparse" not in entry.name and entry.name != "optimum" and entry.suffix != ".pth":
+            (site / entry.name).symlink_to(entry)
+    # `optimum` is a namespace: its folder must be able to hold ours too.
+    (site / "optimum" / "commands").mkdir(parents=True)
+    origin = Path(sysconfig.get_path("purelib")) / "optimum"
+    for source in (*origin.iterdir(), *(origin / "commands").iterdir()):
+        target = site / "optimum" / source.relative_to(origin)
+        if not target.exists():
+            target.symlink_to(source)
+    arguments = ["--quiet", "--no-deps", "--no-index", "--target", site, wheel]
+    subprocess.run([sys.executable, "-m", "pip", "install", *arguments], check=True)
+    return folder
+
+
+def test_the_wheel_holds_the_package_and_the_command(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "optimum_ksparse/__init__.py" in names
+    assert "optimum/commands/register/register_ksparse.py" in names
+    assert not [name for name in names if name.startswith("optimum/") and name.endswith("__init__.py")]
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"optimum_ksparse", "optimum"}
+
+
+@pytest.mark.end_to_end
+def test_prune_and_load_from_an_empty_folder(environment, tmp_path, make_model, tokenizer):
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("\n\n".join(sample_texts("calibration")), encoding="utf-8")
+    recipe = {"pattern": "2:4", "dataset": "text.txt", "num_samples": 4, "seq_len": 32}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    python = environment / "bin" / "python"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+    def run(*arguments):
+        done = subprocess.run([python, *arguments], capture_output=True, text=True, cwd=tmp_path, env=clean)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = run("-c", "import optimum_ksparse; print(optimum_ksparse.__file__)").strip()
+    assert str(environment) in where
+    cli = ("-m", "optimum.commands.optimum_cli", "ksparse")
+    assert "14 sparse layers" in run(*cli, "prune", "dense", "sparse", "--config", "recipe.yaml")
+    assert "pattern: 2:4" in run(*cli, "info", "sparse")
+    load = "from transformers import AutoModelForCausalLM as A; print(A.from_pretrained('sparse').sparsity_report.density)"
+    assert run("-c", f"import optimum_ksparse; {load}").strip() == "0.5"
