@@ -100,12 +100,12 @@ def prune_weight(
         ValueError: an unknown method or pattern, shapes that do not fit, NaN or Inf.
         ArithmeticError: the Gram matrix stays singular.
     """
-    config = SparsityConfig(method=method, pattern=pattern)
-    chosen, parsed = METHODS[config.method], Pattern(pattern)
+    chosen, parsed = METHODS[SparsityConfig(method, pattern).method], Pattern(pattern)
     unknown = set(settings) - set(chosen.settings)
     if unknown:
         allowed = ", ".join(chosen.settings) or "none"
         raise TypeError(f"method={method!r} has no setting {sorted(unknown)[0]!r}; it takes: {allowed}")
+    SparsityConfig(method, pattern, **settings)  # validates them
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be floating point [out, in], found {weight.dtype} {list(weight.shape)}")
     parsed.check_in_features(weight.shape[1])

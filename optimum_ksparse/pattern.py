@@ -52,6 +52,8 @@ class Pattern:
             self.sparsity = 1 - Fraction(self.n, self.m)
             return
         try:
+            if not re.fullmatch(r"[0-9]{1,12}/[0-9]{1,12}|[0-9]{0,3}(\.[0-9]{1,20})?%?", self.text):
+                raise ValueError
             # Through the text, so that 0.29 means 29/100 and not the nearest binary fraction, which lies below it.
             self.sparsity = Fraction(self.text[:-1]) / 100 if self.text.endswith("%") else Fraction(self.text)
         except (ValueError, ZeroDivisionError):

@@ -70,7 +70,8 @@ def test_importing_needs_torch_and_transformers_alone():
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"datasets", "peft", "optimum", "lm_eval", "evaluate", "matplotlib", "accelerate", "gguf"}:
+        missing = {"datasets", "peft", "optimum", "lm_eval", "evaluate", "matplotlib", "accelerate", "gguf"}
+        if name.split(".")[0] in missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Refuse())
 import torch, optimum_ksparse

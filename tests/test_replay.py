@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from optimum_ksparse import SparseLinear, SparsityConfig, sparsify
+from optimum_ksparse import SparseLinear, SparsityConfig, prune_weight, sparsify
 from optimum_ksparse.calibration import BlockReplay, find_blocks
 from optimum_ksparse.nn import dense_weight
 from optimum_ksparse.statistics import ColumnNorms, GramMatrix
@@ -219,6 +219,55 @@ def test_layers_called_twice_count_every_input_once(
         torch.testing.assert_close(statistics[name].gram, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
 
 
+class RoutedMLP(ChunkedMLP):
+    """Calls `up_proj` only for batches of `routed` samples."""
+
+    routed = 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.gate_proj(x)
+        return self.down_proj(hidden * self.up_proj(2 * x) if len(x) == self.routed else hidden)
+
+
+@pytest.mark.parametrize("routed", [4, 2])
+def test_layer_called_for_some_batches_counts_their_tokens(
+    routed: int, make_model: MakeModel, token_ids: torch.Tensor
+) -> None:
+    model = make_model()
+    model.model.layers[0].mlp = RoutedMLP(model.model.layers[0].mlp)
+    model.model.layers[0].mlp.routed = routed
+    statistics = collect(replay_at(model, token_ids, 0), 0)
+    assert statistics["mlp.up_proj"].num_tokens == routed * token_ids.shape[1]
+    for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"):
+        assert statistics[name].num_tokens == token_ids.numel()
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_bos_in_statistics_counts_the_first_position_or_not(
+    counted: bool, make_model: MakeModel, token_ids: torch.Tensor
+) -> None:
+    tokens = token_ids.clone()
+    tokens[:, 0] = 1
+    model = make_model("opt")
+    layer = model.model.decoder.layers[0].fc1
+    weight = layer.weight.detach().clone()
+    inputs = layer_inputs(model, model.model.decoder.layers[0], tokens)["fc1"].float()
+    sparsify(model, SparsityConfig(method="sparsegpt", dataset=tokens, bos_in_statistics=counted))
+    expected, _ = prune_weight(weight, inputs if counted else inputs[:, 1:], method="sparsegpt", pattern="2:4")
+    found = model.model.decoder.layers[0].fc1.to_dense_weight()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_first_position_counts_where_it_is_no_beginning_token(make_model: MakeModel, token_ids: torch.Tensor) -> None:
+    reports = [
+        sparsify(make_model(), SparsityConfig(dataset=token_ids, bos_in_statistics=counted))
+        for counted in (True, False)
+    ]
+    assert not reports[0].calibration["begins_with_bos"]
+    errors = [[row.relative_output_error for row in report.layers] for report in reports]
+    assert errors[0] == errors[1]
+
+
 @pytest.mark.parametrize(("name", "last_layer"), [("llama", "mlp.down_proj"), ("gpt2", "mlp.c_proj"), ("opt", "fc2")])
 def test_forward_pass_stops_at_the_last_layer(
     name: str, last_layer: str, make_model: MakeModel, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
@@ -284,7 +333,7 @@ def test_later_blocks_are_calibrated_on_the_pruned_ones(
     first_called = next(iter(inputs))
     for layer in inputs if true_sequential else [first_called]:
         rows = inputs[layer].flatten(0, 1)
-        weight = dense_weight(dense[layer]).double()
+        weight = dense_weight(dense[layer]).detach().double()
         pruned = blocks.blocks[last].get_submodule(layer).to_dense_weight().double()
         expected = torch.linalg.norm(rows @ (pruned - weight).T) / torch.linalg.norm(rows @ weight.T)
         assert errors[blocks.name_in_decoder(last, layer)] == pytest.approx(float(expected), rel=1e-3)

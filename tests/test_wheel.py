@@ -37,8 +37,8 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory) -> Path:
-    """An empty environment with the wheel. What the wheel depends on is linked in from this one, package by package, so that
-    no network is needed and the checkout (which an editable install would show) stays out of sight."""
+    """An empty environment with the wheel. What the wheel depends on is linked in from this one, entry by entry, so
+    that no network is needed and the checkout (which an editable install would show) stays out of sight."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
@@ -85,5 +85,5 @@ def test_prune_and_load_from_an_empty_folder(environment, tmp_path, make_model, 
     cli = ("-m", "optimum.commands.optimum_cli", "ksparse")
     assert "14 sparse layers" in run(*cli, "prune", "dense", "sparse", "--config", "recipe.yaml")
     assert "pattern: 2:4" in run(*cli, "info", "sparse")
-    load = "from transformers import AutoModelForCausalLM as A; print(A.from_pretrained('sparse').sparsity_report.density)"
-    assert run("-c", f"import optimum_ksparse; {load}").strip() == "0.5"
+    load = "from transformers import AutoModelForCausalLM as auto; model = auto.from_pretrained('sparse')"
+    assert run("-c", f"import optimum_ksparse; {load}; print(model.sparsity_report.density)").strip() == "0.5"

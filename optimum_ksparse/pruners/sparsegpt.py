@@ -32,9 +32,11 @@ def prune(
         The updated, pruned weight in the dtype of `weight`, and its mask, both [out, in].
 
     Raises:
-        ValueError: `m` does not divide `block_size`.
+        ValueError: `m` does not divide `block_size`, or `damping` is out of range.
         ArithmeticError: H stays singular with a damping of 1.
     """
+    if not 0 <= damping <= 1:
+        raise ValueError(f"damping={damping} is out of range, it must be from 0 to 1")
     if pattern.m is not None and block_size % pattern.m:
         raise ValueError(f"block_size={block_size} is not a multiple of m={pattern.m} of pattern {pattern}")
     rows, columns = weight.shape
@@ -105,7 +107,10 @@ def _factorise(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]
     dead = diagonal == 0
     # Dead inputs count as zeros here, whatever the scale of H: their 1 below only makes H invertible.
     mean = diagonal.mean()
-    while True:
+    tries = [damping]
+    while tries[-1] < 1:
+        tries.append(min(10 * tries[-1] or 0.01, 1.0))
+    for damping in tries:
         damped = gram.clone()
         damped.diagonal().add_(dead.float() + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -113,9 +118,7 @@ def _factorise(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and bool(factor.isfinite().all()):
             return factor, damping
-        if damping >= 1:
-            raise ArithmeticError(
-                f"the Gram matrix [{len(gram)}, {len(gram)}] stays singular with a damping of {damping:g}: "
-                "use more calibration samples, or look for overflow in the layer's inputs"
-            )
-        damping = min(10 * damping, 1.0) or 0.01
+    raise ArithmeticError(
+        f"the Gram matrix [{len(gram)}, {len(gram)}] stays singular with a damping of {damping:g}: "
+        "use more calibration samples, or look for overflow in the layer's inputs"
+    )

