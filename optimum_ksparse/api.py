@@ -72,7 +72,6 @@ def sparsify(
         layers=rows,
         skipped=skipped,
         base_model=describe_source(model.name_or_path),
-        base_revision=getattr(model.config, "_commit_hash", None),
         num_parameters=num_parameters,
         seconds=round(time.perf_counter() - started, 2),
         peak_memory_bytes=peak_memory(),

@@ -45,7 +45,8 @@ class SparsityReport:
         calibration: where the calibration tokens came from, their number and form; empty for a method without data.
         layers: one `LayerReport` for each sparse layer, in the order of the model.
         skipped: linear maps left dense, each with the reason.
-        base_model, base_revision: what was pruned, as it was named (a local folder by its last part).
+        base_model: what was pruned, as it was named (a local folder by its last part).
+        base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
         num_parameters: logical parameters of the whole model, zeros included.
         seconds: from the loaded to the pruned model. peak_memory_bytes: of the process (and of the GPU, where used).
         versions: of the libraries that did it.

@@ -17,6 +17,7 @@ from transformers import (
     DebertaV2Config,
     DebertaV2ForMaskedLM,
     MixtralConfig,
+    ModernBertDecoderConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
@@ -261,6 +262,15 @@ def test_encoder_is_refused(
     model = model_class(config_class(**ENCODER)).eval()
     with refused(model, ValueError, f"{model_class.__name__} is not a decoder"):
         prune(model, method)
+
+
+def test_decoder_that_calls_its_output_layer_decoder_is_pruned(prune: Callable[..., SparsityReport]) -> None:
+    config = ModernBertDecoderConfig(
+        **ENCODER, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert len(prune(model).layers) == 2 * 6
+    assert model.decoder.weight.shape == (VOCABULARY, 32)
 
 
 def test_encoder_decoder_is_refused(prune: Callable[..., SparsityReport]) -> None:

@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     Gemma2Config,
+    MixtralConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -158,6 +159,23 @@ def test_equals_the_reference_for_every_architecture(name: str, make_model: Make
     model = make_model(name)
     found = evaluate_perplexity(model, tokenizer, TEXTS[:1], seq_len=16, stride=11, prepend_bos=True, batch_size=2)
     check(model, tokenizer, TEXTS[:1], found, seq_len=16, stride=11, bos=True)
+
+
+def test_equals_the_reference_for_a_mixture_of_experts(tokenizer: Tokenizer) -> None:
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=CONTEXT,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    found = evaluate_perplexity(model, tokenizer, TEXTS[:1], seq_len=16)
+    check(model, tokenizer, TEXTS[:1], found, seq_len=16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

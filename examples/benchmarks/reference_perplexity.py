@@ -1,10 +1,11 @@
 """Perplexity of pruned models beside the published code's, as JSON lines.
 
-python examples/benchmarks/reference_perplexity.py MODEL CALIBRATION.jsonl EVALUATION.jsonl [METHOD:PATTERN[:SETTING=VALUE]…]
+python examples/benchmarks/reference_perplexity.py MODEL CALIBRATION.jsonl EVALUATION.jsonl [RUN…]
 
-For example `wanda:2of4`, `sparsegpt:50%`, `wanda:2of4:bos_in_statistics=false`; the dense model is always measured first.
-Calibration: the first 32 samples of 512 tokens; measurement: the first 24 windows of 512 (each with the beginning token,
-where the tokenizer adds one), of texts joined by two newlines and tokenised as one string.
+A run is METHOD:PATTERN[:SETTING=VALUE]…, as `wanda:2of4`, `sparsegpt:50%` or `wanda:2of4:bos_in_statistics=false`;
+the dense model is always measured first. Calibration: the first 32 samples of 512 tokens; measurement: the first 24
+windows of 512 (each with the beginning token, where the tokenizer adds one), of texts joined by two newlines and
+tokenised as one string.
 """
 
 import json

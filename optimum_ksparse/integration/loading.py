@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
-from transformers.utils import cached_file, logging
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
 
 from ..api import attach, sparsify
 from ..calibration import find_blocks
@@ -49,7 +49,10 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
         model, info = original(cls, source, *args, output_loading_info=True, **kwargs)
         if config is not None and recorded is None:
             _check_loaded(model, info)
-            sparsify(model, config, _tokenizer(source, config, kwargs))
+            report = sparsify(model, config, _tokenizer(source, config, kwargs))
+            # A file of a Hub snapshot lies in a folder named after its commit.
+            config_file = _file(source, kwargs.get("gguf_file") or CONFIG_NAME, kwargs)
+            report.base_revision = extract_commit_hash(config_file, None)
         else:
             _finish_sparse(model, info, config, source, kwargs)
         return (model, info) if wants_info else model
@@ -207,7 +210,14 @@ def _finish_sparse(
         return
     for name in RUN_TIME_SETTINGS if config is not None else ():
         setattr(model.config.quantization_config, name, getattr(config, name))
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    path = cached_file(source, REPORT_NAME, _raise_exceptions_for_missing_entries=False, **hub) if source else None
+    path = _file(source, REPORT_NAME, kwargs)
     if path is not None:
         model.sparsity_report = SparsityReport.load(path)  # type: ignore[assignment]
+
+
+def _file(source: Any, name: str, kwargs: dict[str, Any]) -> str | None:
+    """Path of a file beside the weights; None where there is none."""
+    if source is None:
+        return None
+    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs and key != "force_download"}
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
