@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from .calibration import BlockReplay, CalibrationTokens, calibration_tokens, find_blocks
+from .calibration import BlockReplay, CalibrationTokens, calibration_tokens, evaluation_mode, find_blocks
 from .checkpoint import layer_records, sparse_modules
 from .config import QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
 from .pattern import Pattern
@@ -49,19 +49,14 @@ def sparsify(
     targets, skipped = find_targets(blocks, config)
     recorded = SparsityConfig.from_dict(config.to_dict())  # the data may be gone when the model is saved
 
-    training = model.training
-    model.eval()
-    try:
+    num_parameters = model.num_parameters()
+    with evaluation_mode(model), torch.no_grad():
         data = _calibration(model, config, tokenizer)
         replay = None
         if data is not None:
             skip_first = data.begins_with_bos and not config.bos_in_statistics
-            with torch.no_grad():
-                replay = BlockReplay(blocks, data.ids, config.batch_size, skip_first)
-        num_parameters = model.num_parameters()
+            replay = BlockReplay(blocks, data.ids, config.batch_size, skip_first)
         rows = prune_blocks(blocks, targets, config, replay)
-    finally:
-        model.train(training)
 
     attach(model, recorded)
     settings = recorded.to_dict()

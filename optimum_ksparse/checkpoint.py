@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from .calibration import decoder_of
 from .nn import SparseLinear, dense_weight, is_linear_map
 from .pattern import Pattern
 
@@ -42,7 +43,7 @@ def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """What `config.json` says of each sparse layer: path in the decoder → pattern and number of values."""
     return {
         name: {"pattern": str(module.pattern), "num_values": module.weight.numel()}
-        for name, module in sparse_modules(model.get_decoder()).items()
+        for name, module in sparse_modules(decoder_of(model)).items()
     }
 
 
@@ -52,7 +53,7 @@ def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
     Raises:
         ValueError: a record names no linear map of the model, or cannot be true of its shape.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     for name, record in layers.items():
         linear = _linear_map(decoder, name, type(model).__name__)
         out_features, in_features = dense_weight(linear).shape
@@ -69,6 +70,8 @@ def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the checkpoint's record of layer {name} cannot be right: {error}") from error
+        # transformers initialises what it has not loaded, by rules for dense weights; here everything must be loaded.
+        sparse._is_hf_initialized = True  # type: ignore[assignment]
         decoder.set_submodule(name, sparse)
 
 
@@ -140,7 +143,7 @@ def sparsify_dense(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
     Raises:
         ValueError: the weights do not have the recorded pattern (any more); names the layer. The model is not changed.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     linears = {name: _linear_map(decoder, name, type(model).__name__) for name in layers}
     for name, linear in linears.items():
         with aligned(linear):

@@ -74,7 +74,7 @@ class SparsityConfig(QuantizationConfigMixin):
         tokenizer: Any = None,
         num_samples: int = 128,
         seq_len: int = 2048,
-        batch_size: int = 4,
+        batch_size: int = 1,
         seed: int = 0,
         block_size: int = 128,
         damping: float = 0.01,

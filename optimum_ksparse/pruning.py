@@ -16,7 +16,7 @@ from .calibration import BlockReplay, DecoderBlocks
 from .calibration.blocks import find_fused_matrices
 from .checkpoint import aligned, replace_module
 from .config import SparsityConfig
-from .nn import SparseLinear, dense_weight, is_linear_map
+from .nn import SparseLinear, dense_weight, densified, is_linear_map
 from .pattern import Pattern
 from .pruners import METHODS
 from .report import LayerReport
@@ -38,7 +38,8 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
     owners: dict[int, str] = {}
     for index, block in enumerate(blocks.blocks):
         layers = {}
-        candidates = {name: module for name, module in block.named_modules() if is_linear_map(module)}
+        modules = block.named_modules(remove_duplicate=False)  # one module at two places is shared
+        candidates = {name: module for name, module in modules if is_linear_map(module)}
         fused = find_fused_matrices(block)
         for name in (*candidates, *fused):
             path = blocks.name_in_decoder(index, name)
@@ -68,7 +69,7 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
 
 
 def _fused_reason(shape: tuple[int, ...]) -> str:
-    return f"it is one parameter {list(shape)}, experts fused into one tensor, not a linear map"
+    return f"it is one parameter {list(shape)}, a stack of matrices (such as experts fused into one tensor)"
 
 
 def _unsupported(linear: nn.Module, pattern: Pattern, owners: dict[int, str], path: str) -> str | None:
@@ -102,16 +103,18 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
-    """Raises ValueError for a name that matches no module at all: most likely it is misspelt."""
-    modules = [name for name, _ in blocks.decoder.named_modules()]
-    modules += [f"{blocks.decoder_name}.{name}" for name in modules]
+    """Raises ValueError for a name that leaves nothing dense: most likely it is misspelt. What is outside the blocks
+    (the output head) is dense anyway and may be named."""
+    prunable = set()
+    for index, block in enumerate(blocks.blocks):
+        linears = [name for name, module in block.named_modules() if is_linear_map(module)]
+        prunable |= {blocks.name_in_model(index, name) for name in (*linears, *find_fused_matrices(block))}
+    inside = blocks.name_in_model(0, "").removesuffix("0.")
+    outside = {name for name, _ in blocks.model.named_modules() if not f"{name}.".startswith(inside)}
     for name in names or []:
-        known = name == "lm_head" or any(not should_convert_module(module, [name]) for module in modules)
-        if not known:
-            linears = sorted(
-                {name for block in blocks.blocks for name, m in block.named_modules() if is_linear_map(m)}
-            )
-            raise ValueError(f"modules_to_not_convert: {name!r} matches nothing; the blocks hold {', '.join(linears)}")
+        if all(should_convert_module(module, [name]) for module in prunable | outside):
+            kinds = sorted({module.removeprefix(inside).split(".", 1)[1] for module in prunable})
+            raise ValueError(f"modules_to_not_convert: {name!r} matches nothing; the blocks hold {', '.join(kinds)}")
 
 
 @torch.no_grad()
@@ -139,17 +142,19 @@ def prune_blocks(
     ):
         for layers in _rounds(index, block, targets[index], config, replay):
             statistics = _collect(index, block, layers, config, replay)
+            unreached = [blocks.name_in_decoder(index, name) for name in layers if name not in statistics]
+            if replay is not None and unreached:
+                raise ValueError(
+                    f"{unreached[0]}: no calibration token reached it; use more samples, or modules_to_not_convert"
+                )
             for name, linear in layers.items():
                 path = blocks.name_in_decoder(index, name)
-                if replay is not None and name not in statistics:
-                    raise ValueError(
-                        f"{path}: no calibration token reached it; use more samples, or modules_to_not_convert"
-                    )
                 sparse, row = _prune_layer(path, linear, statistics.get(name), config)
                 replace_module(blocks.decoder, path, sparse)
                 rows.append(row)
         if replay is not None and index + 1 < len(blocks.blocks):
-            replay.advance(index, block)
+            with densified(block):
+                replay.advance(index, block)
     return rows
 
 

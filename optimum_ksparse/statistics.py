@@ -36,21 +36,25 @@ class ColumnNorms:
         return torch.cat(self._rows)[:SAMPLE_ROWS]
 
     def update(self, x: torch.Tensor) -> None:
-        """Adds inputs [..., in] of any floating dtype."""
-        rows = x.reshape(-1, x.shape[-1])
-        if not len(rows):
-            return
+        """Adds inputs [..., in] of any floating dtype. Samples [batch, tokens, in] are added one by one, so that the
+        result does not depend on how they are batched."""
+        for rows in x if x.dim() == 3 else [x.reshape(-1, x.shape[-1])]:
+            if len(rows):
+                self._keep_sample(rows)
+                self._accumulate(rows.float(), self.num_tokens + len(rows))
+                self.num_tokens += len(rows)
+
+    def _keep_sample(self, rows: torch.Tensor) -> None:
         # The first row kept lies half a stride in, and the phase runs on over updates.
         first = (self._stride // 2 - self.num_tokens) % self._stride
         if self.num_tokens + first < SAMPLE_ROWS * self._stride:
-            self._rows.append(rows[first :: self._stride].clone())
-        self.num_tokens += len(rows)
-        self._accumulate(rows.float(), len(rows) / self.num_tokens)
+            self._rows.append(rows[first :: self._stride][:SAMPLE_ROWS].clone())
 
-    def _accumulate(self, rows: torch.Tensor, share: float) -> None:
-        """Running mean: the new rows have the weight `share`."""
-        squares = torch.linalg.vector_norm(rows, dim=0).square_() / len(rows)
-        self.squared_norms.lerp_(squares.to(self.squared_norms.device), share)
+    def _accumulate(self, rows: torch.Tensor, total: int) -> None:
+        """Running mean over `total` rows, these included; in the order of Wanda's published code, which it equals bit
+        for bit where the rows of a sample are a power of two."""
+        squares = torch.linalg.vector_norm(rows, dim=0).square_().to(self.squared_norms.device)
+        self.squared_norms.mul_(self.num_tokens / total).add_(squares.div_(total))
 
 
 class GramMatrix(ColumnNorms):
@@ -63,6 +67,6 @@ class GramMatrix(ColumnNorms):
         self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.squared_norms = self.gram.diagonal()
 
-    def _accumulate(self, rows: torch.Tensor, share: float) -> None:
+    def _accumulate(self, rows: torch.Tensor, total: int) -> None:
         rows = rows.to(self.gram.device)
-        self.gram.addmm_(rows.T, rows, beta=1 - share, alpha=share / len(rows))
+        self.gram.addmm_(rows.T, rows, beta=self.num_tokens / total, alpha=1 / total)

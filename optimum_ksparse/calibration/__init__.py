@@ -1,7 +1,16 @@
 """Calibration: text → token blocks; finding a model's decoder blocks; running tokens through one block at a time."""
 
-from .blocks import DecoderBlocks, find_blocks
+from .blocks import DecoderBlocks, decoder_of, evaluation_mode, find_blocks
 from .replay import BlockReplay
 from .tokens import CalibrationTokens, calibration_tokens, prepends_bos
 
-__all__ = ["BlockReplay", "CalibrationTokens", "DecoderBlocks", "calibration_tokens", "find_blocks", "prepends_bos"]
+__all__ = [
+    "BlockReplay",
+    "CalibrationTokens",
+    "DecoderBlocks",
+    "calibration_tokens",
+    "decoder_of",
+    "evaluation_mode",
+    "find_blocks",
+    "prepends_bos",
+]

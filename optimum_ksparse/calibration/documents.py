@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -76,20 +77,24 @@ def _shuffled(rows: list[Any], seed: int) -> list[Any]:
 
 def _read_file(path: str) -> list[Any]:
     """Paragraphs of a .txt file (apart by blank lines), or rows of a .jsonl file."""
-    with open(path, encoding="utf-8") as file:
-        if path.endswith(".txt"):
-            return [paragraph for paragraph in file.read().split("\n\n") if paragraph.strip()]
-        rows = []
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{os.path.basename(path)}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error}") from None
-            rows.append(_checked_row(row, where))
-        return rows
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.path.basename(path)} is not UTF-8: {error}; convert it first") from None
+    if path.endswith(".txt"):
+        return re.split(r"\n\s*\n", text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{os.path.basename(path)}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+        rows.append(_checked_row(row, where))
+    return rows
 
 
 def _checked_row(row: Any, where: str) -> Any:

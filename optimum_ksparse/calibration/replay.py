@@ -135,6 +135,11 @@ class BlockReplay:
                 hidden = values.pop(0) if name is None else named.pop(name)
                 if index == 0:
                     self.hidden.append(hidden)
+                elif not torch.equal(hidden, self.hidden[-1]):
+                    raise ValueError(
+                        f"{type(self._decoder_blocks.decoder).__name__} changes the hidden states between blocks "
+                        f"{index - 1} and {index}, so its blocks cannot be calibrated one at a time"
+                    )
                 self._calls[index].append(_Call(pool.share(values), pool.share(named), name))
                 rest = rests[index]
                 return hidden if rest is None else (hidden, *rest)
@@ -212,11 +217,12 @@ class BlockReplay:
             def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 x = args[0]
                 calls[name] += 1
-                if name not in leaders:
-                    leaders[name] = seen.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), name)
+                key = (x.data_ptr(), x.shape, x.stride(), x._version)
+                if key not in seen:
+                    seen[key] = leaders.get(name, name)
                     alive.append(x)
-                if leaders[name] == name or calls[name] > 1:
-                    update(leaders[name], self._counted(x, batch_shape))
+                    update(seen[key], self._counted(x, batch_shape))
+                leaders.setdefault(name, seen[key])
                 if calls.total() == expected:
                     raise _StopForward
 

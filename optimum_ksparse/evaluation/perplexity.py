@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
-from ..calibration import prepends_bos
+from ..calibration import evaluation_mode, prepends_bos
 from ..calibration.tokens import check_context
 
 # Logits held at a time: a vocabulary of 262,144 words and 512 positions would take half a gigabyte in float32.
-_LOGITS_BYTES = 64 * 2**20
+_LOGITS_BYTES = 128 * 2**20
 
 
 @dataclass
@@ -92,7 +92,7 @@ def evaluate_perplexity(
     if tokenizer.is_fast:
         num_bytes = _bytes_of_spans(text, encoded["offset_mapping"], [(a, b) for _, a, b in spans])
     else:
-        num_bytes = sum(len(str(tokenizer.decode(ids[a:b])).encode()) for _, a, b in spans)
+        num_bytes = _bytes_of_ids(tokenizer, ids, [(a, b) for _, a, b in spans])
     mean = loss / num_tokens
     return {
         "perplexity": math.exp(mean) if mean < 700 else math.inf,
@@ -134,20 +134,15 @@ def _total_loss(model: PreTrainedModel, windows: list[_Window], batch_size: int)
     """Summed negative log-likelihood in nats of all scored tokens."""
     if model.base_model is model or model.get_output_embeddings() is None:
         raise TypeError(f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM")
-    training = model.training
-    model.eval()
     total = 0.0
-    progress = tqdm(total=len(windows), desc="Perplexity", unit="window")
-    try:
-        # Only the last window has another length.
-        groups = [windows] if len(windows[0].ids) == len(windows[-1].ids) else [windows[:-1], windows[-1:]]
+    # Only the last window has another length.
+    groups = [windows] if len(windows[0].ids) == len(windows[-1].ids) else [windows[:-1], windows[-1:]]
+    with evaluation_mode(model), tqdm(total=len(windows), desc="Perplexity", unit="window") as progress:
         for group in groups:
             for i in range(0, len(group), batch_size):
-                total += _batch_loss(model, group[i : i + batch_size])
-                progress.update(len(group[i : i + batch_size]))
-    finally:
-        progress.close()
-        model.train(training)
+                batch = group[i : i + batch_size]
+                total += _batch_loss(model, batch)
+                progress.update(len(batch))
     return total
 
 
@@ -155,7 +150,8 @@ def _batch_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     ids = torch.tensor([window.ids for window in batch], device=device)
     takes_cache = inspect.signature(model.base_model.forward).parameters.keys() & {"use_cache", "kwargs"}
-    hidden = model.base_model(input_ids=ids, **({"use_cache": False} if takes_cache else {}))[0]
+    output = model.base_model(input_ids=ids, **({"use_cache": False} if takes_cache else {}))
+    hidden = output[0]
     scored = torch.tensor([window.scored for window in batch], device=device)
     # Position p predicts token p + 1.
     positions = torch.arange(ids.shape[1] - 1, device=device)
@@ -163,7 +159,7 @@ def _batch_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
     vocabulary = model.get_output_embeddings().weight.shape[0]
     chunk = max(1, _LOGITS_BYTES // (4 * vocabulary * len(batch)))
     total = 0.0
-    with _frozen_base(model) as set_hidden:
+    with _frozen_base(model, type(output)) as set_hidden:
         for part in positions.split(chunk):
             set_hidden(hidden[:, part])
             logits = model(input_ids=ids[:, part]).logits
@@ -174,15 +170,15 @@ def _batch_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
 
 
 @contextmanager
-def _frozen_base(model: PreTrainedModel) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Within it the model's base returns given hidden states, so that the model's own head, with all that it does to
-    logits (soft caps, scales), runs on a part of the positions at a time."""
+def _frozen_base(model: PreTrainedModel, kind: type[ModelOutput]) -> Iterator[Callable[[torch.Tensor], None]]:
+    """Within it the model's base returns given hidden states in an output of its own `kind`, so that the model's own
+    head, with all that it does to logits (soft caps, scales), runs on a part of the positions at a time."""
     base = model.base_model
     own = vars(base).get("forward")
     current: list[torch.Tensor] = []
 
-    def forward(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=current[0])
+    def forward(*args: Any, **kwargs: Any) -> ModelOutput:
+        return kind(last_hidden_state=current[0])
 
     base.forward = forward
     try:
@@ -201,3 +197,15 @@ def _bytes_of_spans(text: str, offsets: list[tuple[int, int]], spans: list[tuple
     for _, end in offsets:
         ends.append(max(ends[-1], end))
     return sum(len(text[ends[a] : ends[b]].encode("utf-8", "surrogatepass")) for a, b in spans)
+
+
+def _bytes_of_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: list[tuple[int, int]]) -> int:
+    """The same for a tokenizer without offsets, by decoding runs of scored tokens; half a character at a run's end is
+    not counted."""
+    runs: list[list[int]] = []
+    for start, stop in spans:
+        if runs and runs[-1][1] == start:
+            runs[-1][1] = stop
+        else:
+            runs.append([start, stop])
+    return sum(len(str(tokenizer.decode(ids[start:stop])).strip("\ufffd").encode()) for start, stop in runs)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.base import HfQuantizer
 
+from ..calibration import decoder_of
 from ..checkpoint import aligned, check_files, dense_state_dict, install_layers, replace_module, sparse_modules
 from ..config import SparsityConfig
 
@@ -38,7 +39,7 @@ class SparsityQuantizer(HfQuantizer):
             )
         install_layers(model, self.quantization_config.layers)
         if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
-            check_files(checkpoint_files, sparse_modules(model.get_decoder()))
+            check_files(checkpoint_files, sparse_modules(decoder_of(model)))
         return model
 
     @torch.no_grad()

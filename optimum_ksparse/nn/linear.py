@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,6 +46,8 @@ class SparseLinear(nn.Linear):
     """
 
     weight_mask: torch.Tensor
+    # Set by `densified` for a while: the dense weight, which the forward pass then uses as it is.
+    _dense_weight: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -120,6 +124,8 @@ class SparseLinear(nn.Linear):
         return sparse.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._dense_weight is not None:
+            return F.linear(x, self._dense_weight, self.bias)
         values, bias = self.weight, self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -181,3 +187,17 @@ class SparseLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}"
+
+
+@contextmanager
+def densified(root: nn.Module) -> Iterator[None]:
+    """Within it, sparse modules under `root` keep their weights dense instead of decompressing them in each forward
+    pass; for many passes without gradients. Modules that accelerate has offloaded are left as they are."""
+    modules = [m for m in root.modules() if isinstance(m, SparseLinear) and m.weight.device.type != "meta"]
+    for module in modules:
+        module._dense_weight = module.to_dense_weight()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._dense_weight = None
