@@ -28,8 +28,7 @@ RUN_TIME_SETTINGS = ("batch_size", "storage")
 
 _DATASET_FORMS = (
     f"one of {', '.join(map(repr, DATASET_NAMES))}; a path to a .txt or .jsonl file; a list of texts; a "
-    "datasets.Dataset; "
-    "token ids [num_samples, seq_len]"
+    "datasets.Dataset; token ids [num_samples, seq_len]"
 )
 
 

@@ -42,18 +42,15 @@ def environment(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if "ksparse" not in entry.name and entry.name != "optimum" and entry.suffix != ".pth":
-            (site / entry.name).symlink_to(entry)
-    # `optimum` is a namespace: its folder must be able to hold ours too.
-    (site / "optimum" / "commands").mkdir(parents=True)
-    origin = Path(sysconfig.get_path("purelib")) / "optimum"
-    for source in (*origin.iterdir(), *(origin / "commands").iterdir()):
-        target = site / "optimum" / source.relative_to(origin)
-        if not target.exists():
-            target.symlink_to(source)
     arguments = ["--quiet", "--no-deps", "--no-index", "--target", site, wheel]
     subprocess.run([sys.executable, "-m", "pip", "install", *arguments], check=True)
+    origin = Path(sysconfig.get_path("purelib"))
+    entries = [entry for entry in origin.iterdir() if "ksparse" not in entry.name and entry.suffix != ".pth"]
+    # `optimum` is a namespace: its folders hold files of both.
+    for entry in (*entries, *(origin / "optimum").iterdir(), *(origin / "optimum" / "commands").iterdir()):
+        target = site / entry.relative_to(origin)
+        if not target.exists():
+            target.symlink_to(entry)
     return folder
 
 

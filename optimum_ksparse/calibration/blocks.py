@@ -68,8 +68,7 @@ def find_blocks(model: PreTrainedModel) -> DecoderBlocks:
         children = ", ".join(f"{name} ({type(child).__name__})" for name, child in decoder.named_children())
         raise ValueError(
             f"{kind} has no decoder blocks: no ModuleList in {type(decoder).__name__}, which holds "
-            f"{children or 'nothing'}; "
-            "only decoder-only language models can be pruned"
+            f"{children or 'nothing'}; only decoder-only language models can be pruned"
         )
     list_name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
     blocks = list(lists[list_name])

@@ -109,8 +109,7 @@ class BlockReplay:
                 if not bool(hidden.isfinite().all()):
                     raise ValueError(
                         f"block {name} gives NaN or Inf in {hidden.dtype} on the calibration data: the model cannot "
-                        "be "
-                        "calibrated as it is; look at its weights, or load it in float32 or bfloat16"
+                        "be calibrated as it is; look at its weights, or load it in float32 or bfloat16"
                     )
                 rests[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
 
@@ -135,7 +134,7 @@ class BlockReplay:
                 hidden = values.pop(0) if name is None else named.pop(name)
                 if index == 0:
                     self.hidden.append(hidden)
-                elif not torch.equal(hidden, self.hidden[-1]):
+                elif hidden is not self.hidden[-1] and not torch.equal(hidden, self.hidden[-1]):
                     raise ValueError(
                         f"{type(self._decoder_blocks.decoder).__name__} changes the hidden states between blocks "
                         f"{index - 1} and {index}, so its blocks cannot be calibrated one at a time"

@@ -55,8 +55,7 @@ def calibration_tokens(
         if tokenizer is None:
             raise ValueError(
                 f"a tokenizer is needed to calibrate on dataset={describe_dataset(config.dataset)!r}: pass "
-                "tokenizer=, "
-                "or token ids [num_samples, seq_len] as the dataset"
+                "tokenizer=, or token ids [num_samples, seq_len] as the dataset"
             )
         begins_with_bos = prepends_bos(tokenizer, config.prepend_bos)
         ids, form = _tokenize(config, tokenizer, begins_with_bos)
@@ -203,6 +202,5 @@ def _check_vocabulary(ids: torch.Tensor, model: PreTrainedModel) -> None:
         sample, position = (int(i) for i in wrong.nonzero()[0])
         raise ValueError(
             f"dataset: token id {int(ids[sample, position])} at sample {sample}, position {position} is not in the "
-            "model's "
-            f"vocabulary of {size}: is this the model's own tokenizer?"
+            f"model's vocabulary of {size}: is this the model's own tokenizer?"
         )

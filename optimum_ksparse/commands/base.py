@@ -23,7 +23,7 @@ class Command(BaseOptimumCLICommand):
             print("interrupted: nothing was written", file=sys.stderr)
             sys.exit(130)
         except (OSError, ValueError, TypeError, ArithmeticError, ImportError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", *str(error).split(), file=sys.stderr)
             sys.exit(1)
 
 

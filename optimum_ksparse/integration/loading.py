@@ -157,8 +157,7 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
     if missing:
         raise ValueError(
             f"{len(missing)} weights of the decoder of {type(model).__name__} are not in the checkpoint and would be "
-            "random, "
-            f"among them {missing[0]}: load it with the class that it was saved from"
+            f"random, among them {missing[0]}: load it with the class that it was saved from"
         )
 
 
@@ -180,8 +179,7 @@ def _tokenizer(source: Any, config: SparsityConfig, kwargs: dict[str, Any]) -> P
             return None
         raise ValueError(
             f"no tokenizer could be loaded from {os.fspath(name)!r}: name one with SparsityConfig(tokenizer=...), or "
-            "pass token "
-            f"ids as the dataset; {error}"
+            f"pass token ids as the dataset; {error}"
         ) from error
 
 

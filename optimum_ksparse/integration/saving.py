@@ -54,18 +54,6 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
     cls.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
-_HUB_ARGUMENTS = (
-    "repo_id",
-    "commit_message",
-    "commit_description",
-    "private",
-    "token",
-    "revision",
-    "create_pr",
-    "tags",
-)
-
-
 @contextmanager
 def _config_for_storage(model: PreTrainedModel, config: SparsityConfig) -> Iterator[None]:
     """Dense storage: the settings go under a key of our own, and no `quantization_config` asks for this plugin."""

@@ -93,12 +93,14 @@ class SparseLinear(nn.Linear):
             weight: [out, in], used instead of the module's own (an updated weight).
 
         Raises:
-            TypeError: `linear` is not a linear map.
+            TypeError: `linear` is not a dense linear map.
             ValueError: the mask does not fit the weight or the pattern.
         """
-        if not is_linear_map(linear):
-            raise TypeError(f"linear must be nn.Linear or Conv1D, found {type(linear).__name__}")
+        if not is_linear_map(linear) or isinstance(linear, cls):
+            raise TypeError(f"linear must be a dense nn.Linear or Conv1D, found {type(linear).__name__}")
         weight = dense_weight(linear) if weight is None else weight
+        if weight.shape != dense_weight(linear).shape:
+            raise ValueError(f"weight is {list(weight.shape)}, the module's is {list(dense_weight(linear).shape)}")
         mask = mask.to(weight.device, torch.bool)
         kept = int(mask.sum())
         if pattern is None:
@@ -106,14 +108,13 @@ class SparseLinear(nn.Linear):
                 raise ValueError(f"mask keeps {kept} of {mask.numel()} weights: give the pattern")
             pattern = Pattern(f"{mask.numel() - kept}/{mask.numel()}")
         values, bits = pack(weight, mask, pattern)
-        dense_type = linear.dense_type if isinstance(linear, SparseLinear) else type(linear)
         sparse = cls(
             weight.shape[1],
             weight.shape[0],
             linear.bias is not None,
             pattern=pattern,
             num_values=kept,
-            dense_type=dense_type,
+            dense_type=type(linear),
             device="meta",
         )
         source = linear.weight
@@ -131,7 +132,7 @@ class SparseLinear(nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values = x.to(dtype), values.to(dtype)
             bias = bias if bias is None else bias.to(dtype)  # type: ignore[assignment]
-        return kernels.linear(x, values, self.weight_mask, bias)
+        return kernels.linear(x, values, self.weight_mask, bias, self.in_features)
 
     @property
     def density(self) -> float:

@@ -34,19 +34,23 @@ def _(dense: torch.Tensor, bits: torch.Tensor, values_shape: list[int]) -> torch
 
 
 @torch.library.custom_op("ksparse::linear", mutates_args=())
-def linear(x: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """y = x·Wᵀ + b with packed W. x: [..., in], values and bits as in `packing`, bias: [out]; y: [..., out]."""
-    return F.linear(x, unpack(values, bits, x.shape[-1]), bias)
+def linear(
+    x: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, bias: torch.Tensor | None, in_features: int
+) -> torch.Tensor:
+    """y = x·Wᵀ + b, W packed as in `packing`. x: [..., in_features], bias: [out]; y: [..., out]."""
+    return F.linear(x, unpack(values, bits, in_features), bias)
 
 
 @linear.register_fake
-def _(x: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _(
+    x: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, bias: torch.Tensor | None, in_features: int
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], bits.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, values, bits, _ = inputs
-    ctx.in_features, ctx.values_shape = x.shape[-1], list(values.shape)
+    x, values, bits, _, ctx.in_features = inputs
+    ctx.values_shape = list(values.shape)
     # The input is needed for the gradient of the weight only: LoRA on frozen weights does not keep it.
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None, bits)
 
@@ -57,10 +61,11 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = grad @ decompress(values, bits, ctx.in_features)
     if ctx.needs_input_grad[1]:
-        grad_values = gather(grad.flatten(0, -2).T @ x.flatten(0, -2), bits, ctx.values_shape)
+        dense = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, ctx.in_features)
+        grad_values = gather(dense, bits, ctx.values_shape)
     if ctx.needs_input_grad[3]:
-        grad_bias = grad.flatten(0, -2).sum(0)
-    return grad_x, grad_values, None, grad_bias
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, grad_values, None, grad_bias, None
 
 
 linear.register_autograd(_backward, setup_context=_save)
