@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -53,10 +55,23 @@ def prune(
             # The difference of two running counts, so that the whole layer has the exact number of zeros.
             zeros = pattern.num_zeros(rows * stop) - pattern.num_zeros(rows * start)
             mask[start:stop] = ~lowest(scores.reshape(1, -1), zeros).view_as(scores)
-        errors = _sweep(block, block_factor, pattern, mask[start:stop])
+        with _one_thread():
+            errors = _sweep(block, block_factor, pattern, mask[start:stop])
         updated[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     updated.masked_fill_(~mask, 0)
     return updated.T.to(weight.dtype).contiguous(), mask.T.contiguous()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The sweep's operations are too small to share over threads: waking them costs more than they save, and on a
+    machine that is busy with something else ten times as much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _sweep(block: torch.Tensor, factor: torch.Tensor, pattern: Pattern, mask: torch.Tensor) -> torch.Tensor:
