@@ -76,6 +76,7 @@ def sparsify(
     return report
 
 
+@torch.no_grad()
 def prune_weight(
     weight: torch.Tensor, inputs: torch.Tensor | None, *, method: str, pattern: str | float | Pattern, **settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +95,7 @@ def prune_weight(
         ValueError: an unknown method or pattern, shapes that do not fit, NaN or Inf.
         ArithmeticError: the Gram matrix stays singular.
     """
-    chosen, parsed = METHODS[SparsityConfig(method, pattern).method], Pattern(pattern)
+    chosen, parsed = METHODS[SparsityConfig(method).method], Pattern(pattern)
     unknown = set(settings) - set(chosen.settings)
     if unknown:
         allowed = ", ".join(chosen.settings) or "none"
@@ -115,9 +116,10 @@ def prune_weight(
         if not bool(inputs.isfinite().all()):
             raise ValueError("inputs hold NaN or Inf")
         statistics = chosen.statistics(weight.shape[1], weight.device)
-        for sample in inputs if inputs.dim() == 3 else [inputs]:
-            statistics.update(sample)
-    return chosen.prune(weight.detach(), statistics, parsed, **settings)
+        statistics.update(inputs)
+        if not bool(statistics.squared_norms.isfinite().all()):
+            raise ValueError("inputs are too large: their squares overflow to Inf in float32")
+    return chosen.prune(weight, statistics, parsed, **settings)
 
 
 def attach(model: PreTrainedModel, config: SparsityConfig) -> None:

@@ -89,7 +89,7 @@ class SparsityConfig(QuantizationConfigMixin):
         self.method = _one_of("method", method, METHODS)
         self.pattern = str(Pattern(pattern))
         self.dataset = dataset
-        self.tokenizer = tokenizer
+        self.tokenizer = _tokenizer("tokenizer", tokenizer)
         self.num_samples = _integer("num_samples", num_samples, 1)
         self.seq_len = _integer("seq_len", seq_len, 2)
         self.batch_size = _integer("batch_size", batch_size, 1)
@@ -108,14 +108,16 @@ class SparsityConfig(QuantizationConfigMixin):
         if self.method == "sparsegpt" and m is not None and self.block_size % m:
             raise ValueError(f"block_size={self.block_size} is not a multiple of m={m} of pattern={self.pattern!r}")
         _check_dataset(dataset)
+        # Now, because a file may be gone when the pruned model is saved.
+        self._description = describe_dataset(dataset)
         if is_token_ids(dataset):
             self.num_samples, self.seq_len = token_ids_shape(dataset)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable settings. Data that JSON cannot hold, and files, are described by a fingerprint; folders
         that name a place on this machine are cut to their last part."""
-        settings = dict(self.__dict__)
-        settings["dataset"] = describe_dataset(self.dataset)
+        settings = {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+        settings["dataset"] = self._description
         settings["tokenizer"] = describe_source(getattr(self.tokenizer, "name_or_path", self.tokenizer))
         return settings
 
@@ -175,9 +177,11 @@ def token_ids_shape(dataset: Any) -> tuple[int, int]:
         raise ValueError(
             f"dataset: token ids must be a rectangle [num_samples, seq_len] of integers: {error}"
         ) from None
-    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or not ids.numel():
+    integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not integers or ids.dim() != 2 or not ids.shape[0] or ids.shape[1] < 2:
         raise ValueError(
-            f"dataset: token ids must be integers [num_samples, seq_len], found {ids.dtype} {list(ids.shape)}"
+            "dataset: token ids must be integers [num_samples, seq_len] with a seq_len of at least 2, "
+            f"found {ids.dtype} {list(ids.shape)}"
         )
     return ids.shape[0], ids.shape[1]
 
@@ -275,9 +279,15 @@ def _boolean(name: str, value: Any) -> bool:
     return value
 
 
+def _tokenizer(name: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, str | os.PathLike) and not hasattr(value, "name_or_path"):
+        raise TypeError(f"{name} must be a name, a folder, a tokenizer or None, found {type(value).__name__}")
+    return value
+
+
 def _names(name: str, value: Any) -> list[str] | None:
     if value is None:
         return None
-    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
         raise TypeError(f"{name} must be a list of strings or None, found {value!r}")
     return list(value)

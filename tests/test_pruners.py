@@ -267,8 +267,17 @@ def test_a_raised_damping_warns(layer):
 
 def test_a_gram_matrix_that_stays_singular_raises(layer):
     weight, x = layer
+    statistics = collect(GramMatrix, x)
+    statistics.gram[0, 1] = statistics.gram[1, 0] = 1e6
     with pytest.raises(ArithmeticError, match=r"Gram matrix \[32, 32\] stays singular with a damping of 1: use more"):
-        prune_weight(weight, x * 1e25, method="sparsegpt", pattern="2:4")
+        METHODS["sparsegpt"].prune(weight, statistics, Pattern("2:4"))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_inputs_whose_squares_overflow_are_refused(layer, method):
+    weight, x = layer
+    with pytest.raises((ValueError, ArithmeticError), match=r"overflow|Inf"):
+        prune_weight(weight, x * 1e25, method=method, pattern="2:4")
 
 
 @pytest.mark.parametrize("damping", [-0.1, 1.5, float("nan")])

@@ -128,8 +128,9 @@ class SparseLinear(nn.Linear):
         if self._dense_weight is not None:
             return F.linear(x, self._dense_weight, self.bias)
         values, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
             x, values = x.to(dtype), values.to(dtype)
             bias = bias if bias is None else bias.to(dtype)  # type: ignore[assignment]
         return kernels.linear(x, values, self.weight_mask, bias, self.in_features)
@@ -195,9 +196,9 @@ def densified(root: nn.Module) -> Iterator[None]:
     """Within it, sparse modules under `root` keep their weights dense instead of decompressing them in each forward
     pass; for many passes without gradients. Modules that accelerate has offloaded are left as they are."""
     modules = [m for m in root.modules() if isinstance(m, SparseLinear) and m.weight.device.type != "meta"]
-    for module in modules:
-        module._dense_weight = module.to_dense_weight()
     try:
+        for module in modules:
+            module._dense_weight = module.to_dense_weight()
         yield
     finally:
         for module in modules:

@@ -20,4 +20,4 @@ def prune(weight: torch.Tensor, statistics: None, pattern: Pattern) -> tuple[tor
     """
     scores = weight.abs()
     mask = pattern.mask(scores if pattern.is_structured else scores.reshape(1, -1)).view_as(weight)
-    return weight * mask, mask
+    return weight.masked_fill(~mask, 0), mask

@@ -20,4 +20,4 @@ def prune(weight: torch.Tensor, statistics: ColumnNorms, pattern: Pattern) -> tu
         The pruned weight and its mask, both [out, in].
     """
     mask = pattern.mask(weight.float().abs() * statistics.squared_norms.to(weight.device).sqrt())
-    return weight * mask, mask
+    return weight.masked_fill(~mask, 0), mask

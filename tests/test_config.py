@@ -1,0 +1,301 @@
+"""`SparsityConfig`: validation, its JSON form, and how data and places are described."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from optimum_ksparse import Pattern, SparsityConfig
+from optimum_ksparse.config import QUANT_METHOD, SETTINGS
+
+NAMES = "'mc4-ko', 'c4', 'kowiki', 'self'"
+IDS = [[5, 6, 7], [8, 9, 10]]
+
+
+def recorded(config):
+    """Settings as a checkpoint holds them."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+settings_drawn = st.fixed_dictionaries(
+    {},
+    optional={
+        "method": st.sampled_from(["wanda", "sparsegpt", "magnitude"]),
+        "pattern": st.sampled_from(["2:4", "4:8", "1:16", "50%", "62.5%", "1/3", "0.29", 0.5, Pattern("2:4")]),
+        "dataset": st.sampled_from(["mc4-ko", "c4", "kowiki", "self"])
+        | st.lists(st.text(), min_size=1, max_size=3)
+        | st.lists(st.lists(st.integers(0, 2**31), min_size=4, max_size=4), min_size=1, max_size=3),
+        "tokenizer": st.none() | st.sampled_from(["EleutherAI/polyglot-ko-1.3b", "gpt2"]),
+        "num_samples": st.integers(1, 10**6),
+        "seq_len": st.integers(2, 10**6),
+        "batch_size": st.integers(1, 10**3),
+        "seed": st.integers(0, 2**63),
+        "block_size": st.integers(1, 64).map(lambda blocks: 16 * blocks),
+        "damping": st.floats(0, 1) | st.sampled_from([0, 1]),
+        "true_sequential": st.booleans(),
+        "modules_to_not_convert": st.none() | st.lists(st.text()),
+        "skip_unsupported": st.booleans(),
+        "storage": st.sampled_from(["packed", "dense"]),
+        "prepend_bos": st.none() | st.booleans(),
+        "bos_in_statistics": st.booleans(),
+        "layers": st.none() | st.just({"layers.0.q": {"pattern": "2:4", "num_values": 8}}),
+    },
+)
+
+
+@given(settings_drawn)
+@hypothesis_settings(deadline=None, max_examples=100)
+def test_json_round_trip_keeps_every_setting(drawn):
+    config = SparsityConfig(**drawn)
+    first = recorded(config)
+    again = SparsityConfig.from_dict(first)
+    assert again.to_dict() == first == config.to_dict()
+    assert set(first) == {*SETTINGS, "quant_method"}
+    for name in drawn.keys() - {"dataset", "pattern", "num_samples", "seq_len"}:
+        assert getattr(again, name) == drawn[name]
+    assert Pattern(again.pattern) == Pattern(drawn.get("pattern", "2:4"))
+
+
+def test_defaults_are_stored_in_full():
+    config = SparsityConfig()
+    assert recorded(config)["quant_method"] == QUANT_METHOD == "optimum-ksparse"
+    assert dict(config) == config.to_dict()
+    assert json.loads(config.to_json_string(use_diff=False))["method"] == "wanda"
+    assert '"pattern": "2:4"' in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"method": "wandb"}, ValueError, "method='wandb' is not known; allowed: magnitude, wanda, sparsegpt"),
+        ({"method": 3}, TypeError, "method must be a string, found int; allowed: magnitude, wanda, sparsegpt"),
+        ({"pattern": "4:2"}, ValueError, "pattern='4:2' is not a pattern; allowed: .*n:m"),
+        ({"pattern": "100%"}, ValueError, "pattern='100%' is out of range; allowed: "),
+        ({"pattern": None}, TypeError, "pattern must be a string or a number, found NoneType; allowed: "),
+        ({"storage": "zip"}, ValueError, "storage='zip' is not known; allowed: packed, dense"),
+        ({"storage": None}, TypeError, "storage must be a string, found NoneType; allowed: packed, dense"),
+        ({"num_samples": 0}, ValueError, "num_samples=0 is too small, it must be at least 1"),
+        ({"num_samples": 8.0}, TypeError, "num_samples must be an integer of at least 1, found 8.0"),
+        ({"num_samples": True}, TypeError, "num_samples must be an integer of at least 1, found True"),
+        ({"seq_len": 1}, ValueError, "seq_len=1 is too small, it must be at least 2"),
+        ({"seq_len": "2048"}, TypeError, "seq_len must be an integer of at least 2, found '2048'"),
+        ({"batch_size": 0}, ValueError, "batch_size=0 is too small, it must be at least 1"),
+        ({"batch_size": None}, TypeError, "batch_size must be an integer of at least 1, found None"),
+        ({"seed": -1}, ValueError, "seed=-1 is too small, it must be at least 0"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer of at least 0, found 0.5"),
+        ({"block_size": 0}, ValueError, "block_size=0 is too small, it must be at least 1"),
+        ({"block_size": "x"}, TypeError, "block_size must be an integer of at least 1, found 'x'"),
+        (
+            {"method": "sparsegpt", "pattern": "3:5"},
+            ValueError,
+            "block_size=128 is not a multiple of m=5 of pattern='3:5'",
+        ),
+        ({"damping": -0.1}, ValueError, "damping=-0.1 is out of range, it must be from 0 to 1"),
+        ({"damping": 1.1}, ValueError, "damping=1.1 is out of range, it must be from 0 to 1"),
+        ({"damping": float("nan")}, ValueError, "damping=nan is out of range, it must be from 0 to 1"),
+        ({"damping": "0.01"}, TypeError, "damping must be a number from 0 to 1, found '0.01'"),
+        ({"damping": False}, TypeError, "damping must be a number from 0 to 1, found False"),
+        ({"true_sequential": 1}, TypeError, "true_sequential must be True or False, found 1"),
+        ({"skip_unsupported": "no"}, TypeError, "skip_unsupported must be True or False, found 'no'"),
+        ({"prepend_bos": 1}, TypeError, "prepend_bos must be True or False, found 1"),
+        ({"bos_in_statistics": None}, TypeError, "bos_in_statistics must be True or False, found None"),
+        (
+            {"modules_to_not_convert": "lm_head"},
+            TypeError,
+            "modules_to_not_convert must be a list of strings or None, found 'lm_head'",
+        ),
+        ({"modules_to_not_convert": ["a", 1]}, TypeError, r"modules_to_not_convert must be .*, found \['a', 1\]"),
+        ({"modules_to_not_convert": 5}, TypeError, "modules_to_not_convert must be .*, found 5"),
+        (
+            {"modules_to_not_convert": iter(["a"])},
+            TypeError,
+            "modules_to_not_convert must be a list of strings or None",
+        ),
+        ({"tokenizer": 5}, TypeError, "tokenizer must be .*, found (int|5)"),
+        ({"dataset": "mc5-ko"}, ValueError, f"dataset='mc5-ko' is not known; allowed: one of {NAMES}; a path to a"),
+        ({"dataset": "texts.csv"}, ValueError, f"dataset='texts.csv' is not known; allowed: one of {NAMES}"),
+        ({"dataset": "missing.txt"}, FileNotFoundError, f"dataset='missing.txt': there is no such .* {NAMES}"),
+        ({"dataset": Path("missing.jsonl")}, FileNotFoundError, "dataset='missing.jsonl': there is no such file"),
+        ({"dataset": []}, ValueError, "dataset is an empty list; allowed: one of"),
+        ({"dataset": ["text", 5]}, TypeError, r"dataset\[1\] is int, a list must hold texts; allowed: one of"),
+        ({"dataset": [5, 6]}, TypeError, r"dataset\[0\] is int, a list must hold texts; allowed: one of"),
+        ({"dataset": None}, TypeError, "dataset is NoneType; allowed: one of"),
+        ({"dataset": 5}, TypeError, "dataset is int; allowed: one of"),
+        ({"dataset": {"train": "x"}}, ValueError, "dataset is a dict without the fingerprint .*; allowed: one of"),
+        ({"dataset": [[1, 2], [3]]}, ValueError, r"dataset: token ids must be a rectangle \[num_samples, seq_len\]"),
+        ({"dataset": [[1, 2], "text"]}, ValueError, r"dataset: token ids must be a rectangle"),
+        (
+            {"dataset": [[]]},
+            ValueError,
+            r"dataset: token ids must be integers \[num_samples, seq_len\], found .*\[1, 0",
+        ),
+        ({"dataset": torch.ones(2, 3)}, ValueError, r"dataset: token ids must be integers .*torch.float32 \[2, 3\]"),
+        ({"dataset": torch.ones(2, 3) > 0}, ValueError, r"dataset: token ids must be integers .*torch.bool"),
+        ({"dataset": torch.arange(3)}, ValueError, r"dataset: token ids must be integers .*torch.int64 \[3\]"),
+        ({"dataset": np.zeros((2, 3))}, ValueError, r"dataset: token ids must be integers .*torch.float64 \[2, 3\]"),
+        ({"dataset": np.array(["text"])}, ValueError, r"dataset: token ids must be a rectangle"),
+        ({"dataset": torch.ones(3, 1, dtype=torch.int64)}, ValueError, r"seq_len|\[3, 1\]"),
+    ],
+)
+def test_refuses(settings, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        SparsityConfig(**settings)
+
+
+def test_block_size_matters_to_sparsegpt_with_groups_only():
+    SparsityConfig("wanda", "3:5")
+    SparsityConfig("sparsegpt", "50%", block_size=5)
+    SparsityConfig("sparsegpt", "3:5", block_size=125)
+
+
+def test_list_of_texts_is_described_by_number_and_hash():
+    config = SparsityConfig(dataset=["하나", "둘"])
+    assert config.dataset == ["하나", "둘"]
+    assert recorded(config)["dataset"].keys() == {"texts", "sha256"}
+    assert recorded(config)["dataset"]["texts"] == 2
+    others = [["하나둘", ""], ["하나"], ["둘", "하나"], ["하나", "둘", ""]]
+    hashes = {recorded(SparsityConfig(dataset=texts))["dataset"]["sha256"] for texts in [config.dataset, *others]}
+    assert len(hashes) == 5
+    assert recorded(SparsityConfig(dataset=("하나", "둘")))["dataset"] == recorded(config)["dataset"]
+    assert recorded(SparsityConfig(dataset=["\ud800"]))["dataset"]["texts"] == 1
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor(IDS),
+        torch.tensor(IDS, dtype=torch.int32),
+        torch.tensor(IDS).T.contiguous().T,
+        np.array(IDS),
+        np.array(IDS, dtype=np.uint16),
+        IDS,
+        tuple(tuple(row) for row in IDS),
+    ],
+)
+def test_token_ids_set_their_size_and_are_described_by_shape_and_hash(ids):
+    config = SparsityConfig(dataset=ids, num_samples=99, seq_len=99)
+    assert (config.num_samples, config.seq_len) == (2, 3)
+    assert config.dataset is ids
+    expected = hashlib.sha256(np.array(IDS, dtype="<i8").tobytes()).hexdigest()
+    assert recorded(config)["dataset"] == {"token_ids": [2, 3], "sha256": expected}
+
+
+@pytest.mark.parametrize("as_path", [str, Path])
+@pytest.mark.parametrize("name", ["texts.txt", "texts.jsonl"])
+def test_file_is_described_by_name_and_hash_without_its_folder(tmp_path, as_path, name):
+    path = tmp_path / "private" / name
+    path.parent.mkdir()
+    path.write_text("하나\n\n둘", encoding="utf-8")
+    described = recorded(SparsityConfig(dataset=as_path(path)))
+    assert described["dataset"] == {"file": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert "private" not in json.dumps(described)
+
+
+def test_dataset_is_described_by_its_fingerprint():
+    dataset = datasets.Dataset.from_dict({"text": ["하나", "둘"]})
+    config = SparsityConfig(dataset=dataset)
+    expected = {"dataset": "Dataset", "rows": 2, "fingerprint": dataset._fingerprint}
+    assert recorded(config)["dataset"] == expected
+    assert recorded(SparsityConfig.from_dict(recorded(config)))["dataset"] == expected
+
+
+def test_streamed_dataset_is_taken():
+    config = SparsityConfig(dataset=datasets.Dataset.from_dict({"text": ["하나"]}).to_iterable_dataset())
+    assert recorded(config)["dataset"] == {"dataset": "IterableDataset", "rows": None, "fingerprint": None}
+    SparsityConfig.from_dict(recorded(config))
+
+
+def test_splits_are_refused():
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["하나"]})})
+    with pytest.raises(TypeError, match="dataset is a DatasetDict with the splits train: pass one of them"):
+        SparsityConfig(dataset=splits)
+
+
+@pytest.mark.parametrize("reloaded", [True, False])
+def test_description_stays_when_the_file_is_gone(tmp_path, reloaded):
+    path = tmp_path / "texts.txt"
+    path.write_text("하나", encoding="utf-8")
+    config = SparsityConfig(dataset=path)
+    if reloaded:
+        config = SparsityConfig.from_dict(config.to_dict())
+    before = config.to_dict()
+    path.unlink()
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("as_path", [str, Path])
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_folder_of_a_tokenizer_is_not_recorded(tmp_path, as_path, exists):
+    folder = tmp_path / "private" / "tokenizer"
+    if exists:
+        folder.mkdir(parents=True)
+    config = SparsityConfig(tokenizer=as_path(folder))
+    assert config.tokenizer == as_path(folder)
+    assert recorded(config)["tokenizer"] == "tokenizer"
+    assert "private" not in repr(config)
+    assert recorded(SparsityConfig(tokenizer=f"{folder}/"))["tokenizer"] == "tokenizer"
+
+
+def test_a_tokenizer_is_recorded_by_where_it_came_from(tokenizer, tmp_path):
+    assert recorded(SparsityConfig(tokenizer="EleutherAI/polyglot-ko-1.3b"))["tokenizer"] == (
+        "EleutherAI/polyglot-ko-1.3b"
+    )
+    assert recorded(SparsityConfig(tokenizer=tokenizer))["tokenizer"] is None
+    loaded = SimpleNamespace(name_or_path=str(tmp_path))
+    assert recorded(SparsityConfig(tokenizer=loaded))["tokenizer"] == tmp_path.name
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("batchsize", "did you mean 'batch_size'"), ("patern", "did you mean 'pattern'"), ("zzz", "allowed: method")],
+)
+def test_an_unknown_key_is_refused_and_the_nearest_named(key, hint):
+    with pytest.raises(ValueError, match=f"SparsityConfig has no setting '{key}': {hint}.*newer optimum-ksparse"):
+        SparsityConfig.from_dict({"method": "wanda", key: 4})
+
+
+def test_settings_of_another_quantization_method_are_refused():
+    with pytest.raises(ValueError, match="quant_method='gptq' is not 'optimum-ksparse'"):
+        SparsityConfig.from_dict({"quant_method": "gptq", "bits": 4})
+
+
+def test_from_dict_takes_known_keywords_and_returns_the_others():
+    given_settings = {"method": "wanda", "seed": 1}
+    config, unused = SparsityConfig.from_dict(given_settings, return_unused_kwargs=True, seed=2, device_map="auto")
+    assert config.seed == 2
+    assert unused == {"device_map": "auto"}
+    assert given_settings == {"method": "wanda", "seed": 1}
+    assert SparsityConfig.from_dict({"seed": 3}).seed == 3
+
+
+def test_deepcopy_shares_the_data():
+    ids = torch.tensor(IDS)
+    config = SparsityConfig(dataset=ids)
+    copied = copy.deepcopy(config)
+    assert copied is not config
+    assert copied.dataset is ids
+    assert copied.to_dict() == config.to_dict()
+    copied.batch_size = 7
+    assert config.batch_size != 7
+
+
+def test_arguments_are_copied_where_they_could_change_later():
+    names, layers = ["lm_head"], {"layers.0.q": {"pattern": "2:4"}}
+    config = SparsityConfig(modules_to_not_convert=names, layers=layers)
+    names.append("q_proj")
+    layers["layers.0.q"]["pattern"] = "4:8"
+    layers["layers.1.q"] = {}
+    assert config.modules_to_not_convert == ["lm_head"]
+    assert config.layers == {"layers.0.q": {"pattern": "2:4"}}
