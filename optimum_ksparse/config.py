@@ -107,7 +107,8 @@ class SparsityConfig(QuantizationConfigMixin):
         m = Pattern(self.pattern).m
         if self.method == "sparsegpt" and m is not None and self.block_size % m:
             raise ValueError(f"block_size={self.block_size} is not a multiple of m={m} of pattern={self.pattern!r}")
-        _check_dataset(dataset)
+        if dataset is not None or METHODS[self.method].statistics is not None:
+            _check_dataset(dataset)
         # Now, because a file may be gone when the pruned model is saved.
         self._description = describe_dataset(dataset)
         if is_token_ids(dataset):
@@ -180,8 +181,8 @@ def token_ids_shape(dataset: Any) -> tuple[int, int]:
     integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     if not integers or ids.dim() != 2 or not ids.shape[0] or ids.shape[1] < 2:
         raise ValueError(
-            "dataset: token ids must be integers [num_samples, seq_len] with a seq_len of at least 2, "
-            f"found {ids.dtype} {list(ids.shape)}"
+            f"dataset: token ids must be integers [num_samples, seq_len], found {ids.dtype} {list(ids.shape)}; "
+            "seq_len must be at least 2"
         )
     return ids.shape[0], ids.shape[1]
 
