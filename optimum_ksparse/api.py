@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -24,7 +25,11 @@ from .version import __version__
 
 
 def sparsify(
-    model: PreTrainedModel, config: SparsityConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    restore_on_error: bool = True,
 ) -> SparsityReport:
     """Prunes a loaded model in place and swaps in `SparseLinear`.
 
@@ -37,6 +42,8 @@ def sparsify(
             accelerate.
         config: what to do.
         tokenizer: for calibration text; None takes `config.tokenizer`, then the model's own name.
+        restore_on_error: on an error or Ctrl-C give the model its dense modules back. They stay in memory until the
+            end for that; False lets each go as it is pruned, and leaves a model to throw away.
 
     Raises:
         TypeError, ValueError: the model cannot be pruned, or the settings or the data do not fit it.
@@ -56,7 +63,13 @@ def sparsify(
         if data is not None:
             skip_first = data.begins_with_bos and not config.bos_in_statistics
             replay = BlockReplay(blocks, data.ids, config.batch_size, skip_first)
-        rows = prune_blocks(blocks, targets, config, replay)
+        replaced: dict[str, nn.Module] = {}
+        try:
+            rows = prune_blocks(blocks, targets, config, replay, replaced if restore_on_error else None)
+        except BaseException:
+            for path, dense in replaced.items():
+                blocks.decoder.set_submodule(path, dense)
+            raise
 
     attach(model, recorded)
     settings = recorded.to_dict()
@@ -101,6 +114,9 @@ def prune_weight(
         allowed = ", ".join(chosen.settings) or "none"
         raise TypeError(f"method={method!r} has no setting {sorted(unknown)[0]!r}; it takes: {allowed}")
     SparsityConfig(method, pattern, **settings)  # validates them
+    for name, tensor in {"weight": weight, "inputs": inputs}.items():
+        if not isinstance(tensor, torch.Tensor) and (name == "weight" or tensor is not None):
+            raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be floating point [out, in], found {weight.dtype} {list(weight.shape)}")
     parsed.check_in_features(weight.shape[1])
@@ -169,6 +185,8 @@ def _check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
     if quantizer is not None:
         method = quantizer.quantization_config.quant_method
         raise ValueError(f"the model is quantized ({method}); prune the model that it was made from")
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        raise ValueError("the model, or a part of it, is compiled; prune it first, then compile it")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model carries an adapter; merge it, or prune the model before adding one")
     if is_deepspeed_zero3_enabled():
@@ -182,16 +200,35 @@ def _check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         )
 
 
+def load_tokenizer(config: SparsityConfig, source: Any, **arguments: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer for the calibration text: `config.tokenizer`, or the one of `source`, loaded with `arguments` of
+    `from_pretrained`. None where none is needed.
+
+    Raises:
+        ValueError: one is needed, and none can be loaded.
+    """
+    if METHODS[config.method].statistics is None or is_token_ids(config.dataset):
+        return None
+    if isinstance(config.tokenizer, PreTrainedTokenizerBase):
+        return config.tokenizer
+    if config.tokenizer is not None:  # another repository than the weights': it has its own revisions and folders
+        source = config.tokenizer
+        arguments = {k: v for k, v in arguments.items() if k not in ("revision", "subfolder", "gguf_file")}
+    try:
+        return AutoTokenizer.from_pretrained(source, **arguments)
+    except Exception as error:  # transformers and huggingface_hub raise many kinds here
+        if isinstance(config.dataset, str) and config.dataset == "self":
+            return None
+        raise ValueError(
+            f"no tokenizer could be loaded from {describe_source(source)!r}: name one with "
+            "SparsityConfig(tokenizer=...), or "
+            f"pass token ids as the dataset; {error}"
+        ) from error
+
+
 def _calibration(
     model: PreTrainedModel, config: SparsityConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> CalibrationTokens | None:
     if METHODS[config.method].statistics is None:
         return None
-    source = tokenizer if tokenizer is not None else config.tokenizer or model.name_or_path
-    if isinstance(source, str) and source and not is_token_ids(config.dataset):
-        try:
-            source = AutoTokenizer.from_pretrained(source)
-        except Exception as error:  # transformers and huggingface_hub raise many kinds here
-            if config.dataset != "self":
-                raise ValueError(f"no tokenizer could be loaded from {source!r}: pass tokenizer=; {error}") from error
-    return calibration_tokens(config, model, None if isinstance(source, str) else source)
+    return calibration_tokens(config, model, tokenizer or load_tokenizer(config, model.name_or_path))

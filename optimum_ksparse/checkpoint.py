@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from .calibration import decoder_of
 from .nn import SparseLinear, dense_weight, is_linear_map
 from .pattern import Pattern
+from .report import REPORT_NAME
 
 _WEIGHT_FILE = re.compile(r"model(\.[^.-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[^.]+)?\.json)?")
 _MASK_SUFFIX = ".weight_mask"
@@ -107,21 +108,23 @@ def check_files(files: Iterable[str], modules: Mapping[str, SparseLinear]) -> No
                     headers[key] = (view.get_shape(), view.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{os.path.basename(path)} is truncated or damaged: {error}") from error
-    by_suffix = {key.split(".", depth)[-1]: key for key in headers for depth in range(key.count("."))}
+    # Only sparse layers have masks: the towers of a multimodal model may hold layers of the same names.
+    layers = [key.removesuffix(_MASK_SUFFIX) for key in headers if key.endswith(_MASK_SUFFIX)]
+    stored = {layer.split(".", depth)[-1]: layer for layer in layers for depth in range(layer.count(".") + 1)}
     for name, module in modules.items():
+        layer = stored.get(name, name)
         for tensor, expected, dtypes in (
-            (f"{name}.weight", module.weight, ("F32", "F16", "BF16")),
-            (f"{name}{_MASK_SUFFIX}", module.weight_mask, ("U8",)),
+            (f"{layer}{_MASK_SUFFIX}", module.weight_mask, ("U8",)),
+            (f"{layer}.weight", module.weight, ("F32", "F16", "BF16")),
         ):
-            key = by_suffix.get(tensor)
-            if key is None:
+            if tensor not in headers:
                 raise ValueError(
                     f"tensor {tensor} is missing from the checkpoint, whose config records a sparse layer {name}"
                 )
-            shape, dtype = headers[key]
+            shape, dtype = headers[tensor]
             if shape != list(expected.shape) or dtype not in dtypes:
                 raise ValueError(
-                    f"tensor {key} is {dtype} {shape}, the checkpoint's config and model need "
+                    f"tensor {tensor} is {dtype} {shape}, the checkpoint's config and model need "
                     f"{' or '.join(dtypes)} {list(expected.shape)}"
                 )
 
@@ -221,25 +224,50 @@ def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
     created = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=directory))
+    replaced = Path(tempfile.mkdtemp(prefix=".replaced-", dir=directory))
     try:
         yield staging
-        files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
-        # config.json last: with it, the checkpoint is the new one.
-        for file in sorted(files, key=lambda file: file.name == "config.json"):
-            (directory / file).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / file, directory / file)
-        _remove_replaced(directory, {file.name for file in files})
+        _swap(directory, staging, replaced)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         if created and not any(directory.iterdir()):
             directory.rmdir()
 
 
-def _remove_replaced(directory: Path, new: set[str]) -> None:
-    """Removes weight files of an earlier checkpoint of the same variant, which would be read beside the new ones."""
+def _swap(directory: Path, new: Path, old: Path) -> None:
+    """Moves the files of `new` into `directory`, and those of an earlier checkpoint that they replace into `old`;
+    undoes it where it is interrupted."""
+    files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+    moved: list[tuple[Path, Path]] = []
+
+    def move(source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        moved.append((source, target))  # before the move, so that an interrupt between the two is undone as well
+        os.replace(source, target)
+
+    try:
+        for file in (*(file for file in files if (directory / file).exists()), *_outdated(directory, files)):
+            move(directory / file, old / file)
+        for file in files:
+            move(new / file, directory / file)
+    except BaseException:
+        for source, target in reversed(moved):
+            if target.exists() and not source.exists():
+                os.replace(target, source)
+        raise
+
+
+def _outdated(directory: Path, files: list[Path]) -> list[Path]:
+    """What an earlier checkpoint of the same variant leaves that would be read beside the new files: other weight
+    files, and a report where the new checkpoint has none."""
+    new = {file.name for file in files}
     matches = [match for name in new if (match := _WEIGHT_FILE.fullmatch(name))]
     variants = {match[1] or match[4] for match in matches}
+    outdated = []
     for path in directory.iterdir():
         match = _WEIGHT_FILE.fullmatch(path.name)
-        if match and path.name not in new and (match[1] or match[4]) in variants:
-            path.unlink()
+        weights = match is not None and (match[1] or match[4]) in variants
+        if path.name not in new and (weights or (matches and path.name == REPORT_NAME)):
+            outdated.append(Path(path.name))
+    return outdated

@@ -35,7 +35,7 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
     pattern = Pattern(config.pattern)
     targets: list[dict[str, nn.Module]] = []
     skipped: dict[str, str] = {}
-    owners: dict[int, str] = {}
+    owners = _owners(blocks)
     for index, block in enumerate(blocks.blocks):
         layers = {}
         modules = block.named_modules(remove_duplicate=False)  # one module at two places is shared
@@ -72,7 +72,18 @@ def _fused_reason(shape: tuple[int, ...]) -> str:
     return f"it is one parameter {list(shape)}, a stack of matrices (such as experts fused into one tensor)"
 
 
-def _unsupported(linear: nn.Module, pattern: Pattern, owners: dict[int, str], path: str) -> str | None:
+def _owners(blocks: DecoderBlocks) -> dict[int, list[str]]:
+    """Paths of the linear maps that use each weight, by the weight's id. An offloaded weight is another object each
+    time it is brought in; accelerate keeps shared ones itself."""
+    owners: dict[int, list[str]] = {}
+    for index, block in enumerate(blocks.blocks):
+        for name, module in block.named_modules(remove_duplicate=False):  # one module at two places is shared
+            if is_linear_map(module) and not hasattr(module, "_hf_hook"):
+                owners.setdefault(id(module.weight), []).append(blocks.name_in_decoder(index, name))
+    return owners
+
+
+def _unsupported(linear: nn.Module, pattern: Pattern, owners: dict[int, list[str]], path: str) -> str | None:
     """Why a linear map cannot be pruned; None where it can."""
     if isinstance(linear, SparseLinear):
         return "it is sparse already; model.dequantize() makes it dense"
@@ -84,10 +95,9 @@ def _unsupported(linear: nn.Module, pattern: Pattern, owners: dict[int, str], pa
             return f"it has {weight.shape[1]} input features, which m={pattern.m} of pattern {pattern} does not divide"
         if not bool(weight.isfinite().all()):
             return "its weight holds NaN or Inf"
-        # An offloaded weight is another object each time it is brought in.
-        owner = path if hasattr(linear, "_hf_hook") else owners.setdefault(id(linear.weight), path)
-        if owner != path:
-            return f"it shares its weight with {owner}"
+        shared = [owner for owner in owners.get(id(linear.weight), ()) if owner != path]
+        if shared:
+            return f"it shares its weight with {shared[0]}"
         return None if _is_plain(linear) else f"{type(linear).__name__} computes something else than x·Wᵀ + b"
 
 
@@ -119,7 +129,11 @@ def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
 
 @torch.no_grad()
 def prune_blocks(
-    blocks: DecoderBlocks, targets: list[dict[str, nn.Module]], config: SparsityConfig, replay: BlockReplay | None
+    blocks: DecoderBlocks,
+    targets: list[dict[str, nn.Module]],
+    config: SparsityConfig,
+    replay: BlockReplay | None,
+    replaced: dict[str, nn.Module] | None = None,
 ) -> list[LayerReport]:
     """Prunes `targets` block by block and puts `SparseLinear` in their places.
 
@@ -128,6 +142,8 @@ def prune_blocks(
         targets: for each block its layers to prune by name, as `find_targets` gives them.
         config: method, pattern and settings.
         replay: the calibration activations at the first block; None for a method without data.
+        replaced: is given the dense module of each pruned layer, by its path in the decoder, as soon as it is
+            replaced.
 
     Returns:
         A row for each layer. Layers are pruned in the model's order, so on an error the blocks before it are sparse.
@@ -150,6 +166,8 @@ def prune_blocks(
             for name, linear in layers.items():
                 path = blocks.name_in_decoder(index, name)
                 sparse, row = _prune_layer(path, linear, statistics.get(name), config)
+                if replaced is not None:
+                    replaced[path] = linear
                 replace_module(blocks.decoder, path, sparse)
                 rows.append(row)
         if replay is not None and index + 1 < len(blocks.blocks):
@@ -216,9 +234,10 @@ def _prune_layer(
     return sparse, row
 
 
-def relative_output_error(inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> float:
-    """‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F of `inputs` [tokens, in] for weights [out, in], computed in float32."""
+def relative_output_error(inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> float | None:
+    """‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F of `inputs` [tokens, in] for weights [out, in], computed in float32; None where there
+    are no inputs or the dense output is zero."""
     x = inputs.to(weight.device, torch.float32)
     dense = torch.linalg.norm(x @ weight.float().T)
     difference = torch.linalg.norm(x @ (pruned.float() - weight.float()).T)
-    return float(difference / dense) if dense > 0 else 0.0
+    return float(difference / dense) if dense > 0 else None

@@ -33,6 +33,8 @@ class ColumnNorms:
 
     @property
     def sample(self) -> torch.Tensor:
+        if not self._rows:
+            return self.squared_norms.new_empty(0, len(self.squared_norms))
         return torch.cat(self._rows)[:SAMPLE_ROWS]
 
     def update(self, x: torch.Tensor) -> None:

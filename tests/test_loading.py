@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -15,14 +15,18 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     LlamaForCausalLM,
     PreTrainedModel,
     pipeline,
 )
 
-from optimum_ksparse import SparseLinear, SparsityConfig
+from optimum_ksparse import SparseLinear, SparsityConfig, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.integration import register
+from optimum_ksparse.pruners import METHODS
 
 from .conftest import sample_texts
 
@@ -216,8 +220,6 @@ def test_dequantize_gives_the_class_back(packed, token_ids):
 def test_a_model_offloaded_by_accelerate(tmp_path, make_model, token_ids, config, where):
     import accelerate
 
-    from optimum_ksparse import sparsify
-
     reference = make_model()
     sparsify(reference, config)
     model = make_model()
@@ -248,5 +250,80 @@ def test_a_device_map_with_a_disk(tmp_path, dense, config, token_ids):
     assert torch.equal(logits(offloaded, token_ids), logits(reference, token_ids))
 
 
-def test_version_is_in_the_range_of_pyproject():
-    assert int(transformers.__version__.split(".")[0]) >= 5
+def multimodal():
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma3Config(
+        text_config={**text, "vocab_size": 384, "num_key_value_heads": 2, "head_dim": 8},
+        vision_config={**text, "hidden_size": 16, "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+        image_token_index=383,
+    )
+    torch.manual_seed(0)
+    return Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_the_text_decoder_of_a_multimodal_model(tmp_path, token_ids, storage):
+    """Its vision tower has layers of the same names."""
+    model = multimodal()
+    ids = token_ids.clamp(max=380)
+    sparsify(model, SparsityConfig("magnitude", dataset=None, storage=storage))
+    assert all("language_model" in name for name in sparse_modules(model))
+    model.save_pretrained(tmp_path)
+    again = Gemma3ForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    if storage == "packed":
+        with pytest.raises(ValueError, match="would be random|were passed over"):
+            Gemma3ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_settings_for_a_dense_stored_checkpoint_that_lost_its_zeros_are_an_error(dense, tmp_path, token_ids):
+    config = SparsityConfig(dataset=token_ids, storage="dense")
+    AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config).save_pretrained(tmp_path / "sparse")
+    weights = load_file(tmp_path / "sparse" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(weights, tmp_path / "sparse" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="says that it is sparse, but layers.0.mlp.up_proj.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", sparsity_config=config)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
+def test_an_interrupted_sparsify_gives_the_dense_model_back(make_model, config, token_ids, monkeypatch, error):
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prune, calls = METHODS["wanda"].prune, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 9:
+            raise error("now")
+        return prune(*args, **kwargs)
+
+    monkeypatch.setitem(METHODS, "wanda", dataclasses.replace(METHODS["wanda"], prune=interrupted))
+    with pytest.raises(error):
+        sparsify(model, config)
+    assert not sparse_modules(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    monkeypatch.undo()
+    assert sparsify(model, config).density == 0.5
+
+
+def test_a_compiled_model_is_refused(make_model, config):
+    model = make_model()
+    model.model.layers[0].compile(backend="eager")
+    with pytest.raises(ValueError, match="prune it first, then compile"):
+        sparsify(model, config)
+
+
+def test_a_damaged_report_does_not_stop_a_model_from_loading(packed):
+    (packed / "sparsity_report.json").write_text("{")
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    assert sparse_modules(model)
+    assert not hasattr(model, "sparsity_report")
+
+
+def test_a_local_folder_is_not_named_in_full(packed, dense):
+    for file in ("config.json", "sparsity_report.json"):
+        assert str(dense.parent) not in (packed / file).read_text()

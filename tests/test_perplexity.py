@@ -412,3 +412,11 @@ def test_model_without_a_head_is_an_error(name: str, make_model: MakeModel, toke
     model = AutoModel.from_config(make_model(name).config).eval()
     with pytest.raises(TypeError, match=f"{type(model).__name__} has no language model head"):
         evaluate_perplexity(model, tokenizer, TEXTS, seq_len=16)
+
+
+def test_nan_is_an_error_and_not_infinite_perplexity(make_model, tokenizer):
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        evaluate_perplexity(model, tokenizer, ["안녕하세요, 반갑습니다."], seq_len=16)

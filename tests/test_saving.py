@@ -266,3 +266,114 @@ def test_a_model_in_training_saves_what_it_learnt(make_sparse, tmp_path, token_i
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again, token_ids), logits(model.eval(), token_ids))
+
+
+def test_an_interrupt_while_files_are_swapped_is_undone(make_sparse, tmp_path, monkeypatch):
+    make_sparse().save_pretrained(tmp_path)
+    before = snapshot(tmp_path)
+    replace = os.replace
+    for fatal in range(1, 8):
+        calls = []
+
+        def interrupted(source, target, calls=calls, fatal=fatal):
+            calls.append(target)
+            if len(calls) == fatal:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr("optimum_ksparse.checkpoint.os.replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_sparse("50%").save_pretrained(tmp_path)
+        monkeypatch.undo()
+        assert snapshot(tmp_path) == before
+
+
+def test_dequantize_after_saving_keeps_the_dtype(make_sparse, tmp_path, token_ids):
+    model = make_sparse(dtype=torch.bfloat16)
+    expected = logits(model, token_ids)
+    model.save_pretrained(tmp_path / "sparse")
+    model.dequantize()
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(logits(model, token_ids), expected)
+    model.save_pretrained(tmp_path / "dense")
+    done = load_without_the_plugin(tmp_path / "dense", token_ids, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=0.02)
+    assert make_sparse().dequantize(dtype="bfloat16").model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_sparse_modules_of_unknown_origin_are_not_saved(make_sparse, tmp_path):
+    model = make_sparse()
+    del model.config.quantization_config
+    with pytest.raises(ValueError, match="sparse modules that sparsify"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_trainer_trains_saves_and_resumes(make_sparse, tmp_path, token_ids, storage):
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": ids, "labels": ids} for ids in token_ids]
+
+    def trainer(model, steps):
+        arguments = TrainingArguments(
+            tmp_path, max_steps=steps, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1
+        )
+        return Trainer(model, arguments, train_dataset=data)
+
+    straight = make_sparse(storage=storage)
+    zeros = {name: module.weight_mask.clone() for name, module in sparse_modules(straight).items()}
+    trainer(straight, 4).train()
+    assert all(torch.equal(module.weight_mask, zeros[name]) for name, module in sparse_modules(straight).items())
+    resumed = make_sparse(storage=storage)
+    trainer(resumed, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.allclose(logits(resumed.eval(), token_ids), logits(straight.eval(), token_ids), atol=1e-5)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    assert torch.equal(logits(again, token_ids), logits(resumed, token_ids))
+    assert again.sparsity_report.density == 0.5
+
+
+def test_a_dense_state_dict_with_other_zeros_is_refused(make_sparse):
+    model = make_sparse()
+    state = {key: value.clone() for key, value in make_sparse().dequantize().state_dict().items()}
+    model.load_state_dict(state)
+    state["model.layers.0.mlp.up_proj.weight"] += 1
+    with pytest.raises(RuntimeError, match="up_proj.weight is dense and not zero"):
+        model.load_state_dict(state)
+
+
+FSDP = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import optimum_ksparse
+from transformers import AutoModelForCausalLM
+dist.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+for block in model.model.layers:
+    fully_shard(block)
+fully_shard(model)
+logits = model(torch.load(sys.argv[2])).logits
+logits.sum().backward()
+if dist.get_rank() == 0:
+    torch.save(logits.detach(), sys.argv[3])
+dist.destroy_process_group()
+"""
+
+
+def test_fsdp_gives_the_same_logits(make_sparse, tmp_path, token_ids):
+    model = make_sparse("50%")
+    model.save_pretrained(tmp_path / "sparse")
+    torch.save(token_ids, tmp_path / "ids.pt")
+    (tmp_path / "fsdp.py").write_text(FSDP)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        tmp_path / "fsdp.py",
+    ]
+    files = [tmp_path / "sparse", tmp_path / "ids.pt", tmp_path / "logits.pt"]
+    done = subprocess.run([*launcher, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), logits(model, token_ids), atol=1e-6)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimum_ksparse.pruning import relative_output_error
 from optimum_ksparse.statistics import SAMPLE_ROWS, ColumnNorms, GramMatrix
 
 KINDS = (ColumnNorms, GramMatrix)
@@ -137,3 +138,11 @@ def test_sample_has_at_most_512_rows_where_more_come_than_expected(expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sample_keeps_the_dtype(dtype):
     assert collected(ColumnNorms, inputs(4).to(dtype)).sample.dtype == dtype
+
+
+def test_an_unsampled_layer_has_no_output_error():
+    norms = ColumnNorms(16, expected_tokens=262_144)
+    norms.update(torch.randn(20, 16))
+    assert norms.sample.shape == (0, 16)
+    assert relative_output_error(norms.sample, torch.randn(4, 16), torch.zeros(4, 16)) is None
+    assert ColumnNorms(16).sample.shape == (0, 16)

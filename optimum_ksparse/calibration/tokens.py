@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SparsityConfig, describe_dataset, is_token_ids
 from .documents import documents
@@ -108,18 +108,17 @@ def _tokenize(config: SparsityConfig, tokenizer: PreTrainedTokenizerBase, bos: b
     read: list[list[int]] = []
     crops: list[list[int]] = []
     num_tokens = 0
-    progress = tqdm(total=config.num_samples, desc="Calibration text", unit="sample")
-    for ids in _encode(documents(config.dataset, config.seed, tokenizer), tokenizer):
-        num_tokens += len(ids)
-        read.append(ids)
-        if len(ids) >= length:
-            start = draw.randint(0, len(ids) - length)
-            crops.append(ids[start : start + length])
-            progress.update()
-        plenty = len(read) >= _MOST_DOCUMENTS * config.num_samples and num_tokens >= config.num_samples * length
-        if len(crops) == config.num_samples or plenty:
-            break
-    progress.close()
+    with tqdm(total=config.num_samples, desc="Calibration text", unit="sample") as progress:
+        for ids in _encode(documents(config.dataset, config.seed, tokenizer), tokenizer):
+            num_tokens += len(ids)
+            read.append(ids)
+            if len(ids) >= length:
+                start = draw.randint(0, len(ids) - length)
+                crops.append(ids[start : start + length])
+                progress.update()
+            plenty = len(read) >= _MOST_DOCUMENTS * config.num_samples and num_tokens >= config.num_samples * length
+            if len(crops) == config.num_samples or plenty:
+                break
     form = "crops"
     if len(crops) < config.num_samples:
         form = "packed"
@@ -164,6 +163,11 @@ def _generate(
     bos = _bos_token_id(model, tokenizer)
     if bos < 0:
         raise ValueError('dataset="self" needs a beginning token, and neither model nor tokenizer has one')
+    # Not the model's own settings, which may cut, repeat or rank what it writes.
+    length, eos = config.seq_len - 1, model.generation_config.eos_token_id
+    settings = GenerationConfig(
+        do_sample=True, top_k=0, min_new_tokens=length, max_new_tokens=length, eos_token_id=eos, pad_token_id=bos
+    )
     samples = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -173,14 +177,7 @@ def _generate(
             prompt = torch.full((count, 1), bos, dtype=torch.int64, device=model.device)
             samples.append(
                 model.generate(  # type: ignore[operator]
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    min_new_tokens=config.seq_len - 1,
-                    max_new_tokens=config.seq_len - 1,
+                    prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
                 ).cpu()
             )
     return torch.cat(samples)

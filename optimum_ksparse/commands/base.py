@@ -20,7 +20,7 @@ class Command(BaseOptimumCLICommand):
         try:
             self.execute()
         except KeyboardInterrupt:
-            print("interrupted: nothing was written", file=sys.stderr)
+            print("interrupted", file=sys.stderr)
             sys.exit(130)
         except (OSError, ValueError, TypeError, ArithmeticError, ImportError) as error:
             print("error:", *str(error).split(), file=sys.stderr)

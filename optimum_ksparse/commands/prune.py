@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser
 from typing import Any
 
@@ -65,10 +66,14 @@ class PruneCommand(Command):
         with staged(output):  # an output that cannot be written to is an error before the work, not after it
             pass
         model = AutoModelForCausalLM.from_pretrained(model_name, sparsity_config=config, **loading)
-        names = ("revision", "gguf_file", "trust_remote_code")
-        tokenizer = AutoTokenizer.from_pretrained(model_name, **{k: loading[k] for k in names if k in loading})
         model.save_pretrained(output, **save)
-        tokenizer.save_pretrained(output)
+        names = ("revision", "gguf_file", "trust_remote_code")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_name, **{k: loading[k] for k in names if k in loading})
+        except (OSError, ValueError) as error:
+            print(f"{output} has no tokenizer: none could be loaded from {model_name}: {error}", file=sys.stderr)
+        else:
+            tokenizer.save_pretrained(output)
         print(model.sparsity_report)
         print(f"saved in {output}")
 

@@ -88,6 +88,10 @@ def evaluate_perplexity(
     windows = [_Window(prefix + ids[start:stop], stop - scored_from) for start, scored_from, stop in spans]
 
     loss = _total_loss(model, windows, batch_size)
+    if math.isnan(loss):
+        raise ValueError(
+            f"{type(model).__name__} gives NaN for this text; load it in float32 or bfloat16, or look at its weights"
+        )
     num_tokens = sum(window.scored for window in windows)
     if tokenizer.is_fast:
         num_bytes = _bytes_of_spans(text, encoded["offset_mapping"], [(a, b) for _, a, b in spans])

@@ -4,19 +4,17 @@ already."""
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
-from transformers import AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
 
-from ..api import attach, sparsify
+from ..api import attach, load_tokenizer, sparsify
 from ..calibration import find_blocks
 from ..checkpoint import sparse_modules, sparsify_dense
-from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig, is_token_ids
+from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig
 from ..pattern import Pattern
-from ..pruners import METHODS
 from ..report import REPORT_NAME, SparsityReport
 
 logger = logging.get_logger(__name__)
@@ -49,7 +47,10 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
         model, info = original(cls, source, *args, output_loading_info=True, **kwargs)
         if config is not None and recorded is None:
             _check_loaded(model, info)
-            report = sparsify(model, config, _tokenizer(source, config, kwargs))
+            names = ("trust_remote_code", "gguf_file", *_HUB_ARGUMENTS)
+            arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            tokenizer = load_tokenizer(config, source, **arguments)
+            report = sparsify(model, config, tokenizer, restore_on_error=False)
             # A file of a Hub snapshot lies in a folder named after its commit.
             config_file = _file(source, kwargs.get("gguf_file") or CONFIG_NAME, kwargs)
             report.base_revision = extract_commit_hash(config_file, None)
@@ -161,28 +162,6 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
         )
 
 
-def _tokenizer(source: Any, config: SparsityConfig, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer for the calibration text: `config.tokenizer`, or the one beside the model's weights."""
-    if METHODS[config.method].statistics is None or is_token_ids(config.dataset):
-        return None
-    if isinstance(config.tokenizer, PreTrainedTokenizerBase):
-        return config.tokenizer
-    names = ("trust_remote_code", *_HUB_ARGUMENTS) if config.tokenizer is None else ("token", "cache_dir")
-    arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    if config.tokenizer is None and kwargs.get("gguf_file") is not None:
-        arguments["gguf_file"] = kwargs["gguf_file"]
-    name = config.tokenizer or source
-    try:
-        return AutoTokenizer.from_pretrained(name, **arguments)
-    except Exception as error:  # transformers and huggingface_hub raise many kinds here
-        if config.dataset == "self":
-            return None
-        raise ValueError(
-            f"no tokenizer could be loaded from {os.fspath(name)!r}: name one with SparsityConfig(tokenizer=...), or "
-            f"pass token ids as the dataset; {error}"
-        ) from error
-
-
 def _finish_sparse(
     model: PreTrainedModel, info: dict[str, Any], config: SparsityConfig | None, source: Any, kwargs: dict[str, Any]
 ) -> None:
@@ -201,16 +180,37 @@ def _finish_sparse(
         try:
             sparsify_dense(model, recorded.layers or {})
         except ValueError as error:
+            if config is not None:
+                raise ValueError(f"the checkpoint says that it is sparse, but {error}") from error
             logger.warning(f"The checkpoint says that it is sparse, but {error}; it is loaded as a dense model.")
             return
         attach(model, recorded)
     else:
+        _check_not_lost(info, source, kwargs)
         return
     for name in RUN_TIME_SETTINGS if config is not None else ():
         setattr(model.config.quantization_config, name, getattr(config, name))
     path = _file(source, REPORT_NAME, kwargs)
     if path is not None:
-        model.sparsity_report = SparsityReport.load(path)  # type: ignore[assignment]
+        try:
+            model.sparsity_report = SparsityReport.load(path)  # type: ignore[assignment]
+        except ValueError as error:
+            logger.warning(f"The model has no sparsity_report: {error}")
+
+
+def _check_not_lost(info: dict[str, Any], source: Any, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError where a sparse checkpoint was loaded as a model without sparse modules, as the text model of a
+    multimodal one is: its packed weights were passed over and random ones are in their places."""
+    if not info["missing_keys"] or source is None or kwargs.get("gguf_file") is not None:
+        return
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    settings = PreTrainedConfig.get_config_dict(source, **hub)[0].get("quantization_config")
+    if isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD:
+        raise ValueError(
+            f"{len(info['missing_keys'])} weights of this sparse checkpoint were passed over and would be random: "
+            "load it "
+            "with the class that it was saved from"
+        )
 
 
 def _file(source: Any, name: str, kwargs: dict[str, Any]) -> str | None:

@@ -43,13 +43,16 @@ class SparsityQuantizer(HfQuantizer):
         return model
 
     @torch.no_grad()
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Back to dense modules; each keeps its dtype unless `dtype` is given."""
+        dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         for name, module in sparse_modules(model).items():
             with aligned(module):
                 dense = module.to_dense()
             replace_module(model, name, dense if dtype is None else dense.to(dtype))
         if hasattr(model, "sparsity_report"):
             del model.sparsity_report
+        self.remove_quantization_config(model)
         return model
 
     def get_state_dict_and_metadata(

@@ -28,12 +28,12 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         config = getattr(self.config, "quantization_config", None)
         bound = signature.bind(self, *args, **kwargs).arguments
-        if (
-            not isinstance(config, SparsityConfig)
-            or not sparse_modules(self)
-            or not bound.get("is_main_process", True)
-        ):
+        if not sparse_modules(self) or not bound.get("is_main_process", True):
             return original(self, *args, **kwargs)
+        if not isinstance(config, SparsityConfig):
+            raise ValueError(
+                "the model holds sparse modules that sparsify() did not make; nothing could load them again"
+            )
         directory = bound["save_directory"]
         if os.path.isfile(directory):
             raise NotADirectoryError(f"save_directory={os.fspath(directory)!r} is a file; pass a folder")
@@ -46,7 +46,8 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
                 report.save(staging)
         if bound.get("push_to_hub"):
             # What is left are arguments for the Hub; the repository is named after the folder, as transformers does.
-            hub = {"repo_id": os.path.basename(os.path.normpath(directory)), "token": bound.get("token")}
+            hub: dict[str, Any] = {name: bound[name] for name in ("token", "max_shard_size") if name in bound}
+            hub["repo_id"] = os.path.basename(os.path.normpath(directory))
             self.push_to_hub(**{**hub, **bound.get("kwargs", {})})
         return None
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..pattern import Pattern
 from . import kernels
-from .packing import check_bits, pack, unpack, values_shape
+from .packing import check_bits, pack, unpack, unpack_mask, values_shape
 
 
 def is_linear_map(module: nn.Module) -> bool:
@@ -178,6 +178,11 @@ class SparseLinear(nn.Linear):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
         error_messages = rest[-1]
+        try:
+            state_dict = self._packed(state_dict, prefix)
+        except ValueError as error:
+            error_messages.append(str(error))
+            return
         bits = state_dict.get(f"{prefix}weight_mask")
         if bits is not None and bits.shape == self.weight_mask.shape and bits.device.type != "meta":
             try:
@@ -186,6 +191,20 @@ class SparseLinear(nn.Linear):
                 error_messages.append(str(error))
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+
+    def _packed(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """A state dict that may come from dense storage, with this layer's weight gathered at its mask."""
+        weight = state_dict.get(f"{prefix}weight")
+        dense_shape = (self.out_features, self.in_features)
+        if weight is not None and issubclass(self.dense_type, Conv1D):
+            weight = weight.T
+        if weight is None or f"{prefix}weight_mask" in state_dict or tuple(weight.shape) != dense_shape:
+            return state_dict
+        mask = unpack_mask(self.weight_mask, self.in_features).to(weight.device)
+        if bool((weight[~mask] != 0).any()):
+            raise ValueError(f"{prefix}weight is dense and not zero where this layer's mask is")
+        packed = {f"{prefix}weight": weight[mask].view(self.weight.shape), f"{prefix}weight_mask": self.weight_mask}
+        return {**state_dict, **packed}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}"

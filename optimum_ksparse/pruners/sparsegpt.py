@@ -3,10 +3,11 @@ arXiv 2301.00774, algorithm 1."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -55,7 +56,7 @@ def prune(
             # The difference of two running counts, so that the whole layer has the exact number of zeros.
             zeros = pattern.num_zeros(rows * stop) - pattern.num_zeros(rows * start)
             mask[start:stop] = ~lowest(scores.reshape(1, -1), zeros).view_as(scores)
-        with _one_thread():
+        with _one_thread() if weight.device.type == "cpu" else nullcontext():
             errors = _sweep(block, block_factor, pattern, mask[start:stop])
         updated[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     updated.masked_fill_(~mask, 0)
@@ -105,8 +106,8 @@ _FACTORS: weakref.WeakKeyDictionary[GramMatrix, tuple[tuple[int, float], torch.T
 
 
 def _inverse_factor(statistics: GramMatrix, damping: float) -> torch.Tensor:
-    """Upper Cholesky factor U of (H + damping·mean(diag H)·I)⁻¹, [in, in] float32. Where H is singular the damping is
-    raised by ten times up to 1, with a warning."""
+    """Upper Cholesky factor U of (H + damping·mean(diag H)·I)⁻¹, [in, in] float32. Where H is singular in float32
+    and in float64 the damping is raised by ten times up to 1, with a warning."""
     key = (statistics.num_tokens, damping)
     if statistics not in _FACTORS or _FACTORS[statistics][0] != key:
         _FACTORS[statistics] = (key, *_factorise(statistics.gram, damping))
@@ -125,14 +126,14 @@ def _factorise(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]
     tries = [damping]
     while tries[-1] < 1:
         tries.append(min(10 * tries[-1] or 0.01, 1.0))
-    for damping in tries:
-        damped = gram.clone()
-        damped.diagonal().add_(dead.float() + damping * mean)
+    for damping, dtype in itertools.product(tries, (torch.float32, torch.float64)):
+        damped = gram.to(dtype, copy=True)
+        damped.diagonal().add_(dead.to(dtype) + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and bool(factor.isfinite().all()):
-            return factor, damping
+            return factor.float(), damping
     raise ArithmeticError(
         f"the Gram matrix [{len(gram)}, {len(gram)}] stays singular with a damping of {damping:g}: "
         "use more calibration samples, or look for overflow in the layer's inputs"
