@@ -129,7 +129,8 @@ class SparseLinear(nn.Linear):
             return F.linear(x, self._dense_weight, self.bias)
         values, bias = self.weight, self.bias
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # The meta device has no autocast, and torch 2.11 cannot trace the question whether a device has.
+        if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x, values = x.to(dtype), values.to(dtype)
             bias = bias if bias is None else bias.to(dtype)  # type: ignore[assignment]
