@@ -26,8 +26,7 @@ _PARALLEL_ARGUMENTS = ("tp_plan", "tp_size", "distributed_config", "device_mesh"
 
 def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
     """Wraps `cls.from_pretrained` once. Signature and docstring stay; a `SparsityConfig` is taken from
-    `sparsity_config` or
-    from `quantization_config`."""
+    `sparsity_config` or from `quantization_config`."""
     original = cls.from_pretrained.__func__  # type: ignore[attr-defined]
     if getattr(original, "_ksparse", False):
         return
