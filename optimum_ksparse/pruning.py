@@ -139,7 +139,7 @@ def prune_blocks(
 
     Args:
         blocks: the model's blocks.
-        targets: for each block its layers to prune by name, as `find_targets` gives them.
+        targets: for each block its layers to prune by name, as `find_targets` gives them; emptied on the way.
         config: method, pattern and settings.
         replay: the calibration activations at the first block; None for a method without data.
         replaced: is given the dense module of each pruned layer, by its path in the decoder, as soon as it is
@@ -173,6 +173,7 @@ def prune_blocks(
         if replay is not None and index + 1 < len(blocks.blocks):
             with densified(block):
                 replay.advance(index, block)
+        targets[index] = {}  # the last hold on the block's dense weights
     return rows
 
 

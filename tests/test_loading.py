@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import weakref
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ from transformers import (
 )
 
 from optimum_ksparse import SparseLinear, SparsityConfig, sparsify
+from optimum_ksparse.calibration import BlockReplay
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.integration import register
 from optimum_ksparse.pruners import METHODS
+from optimum_ksparse.pruning import prune_blocks
 
 from .conftest import sample_texts
 
@@ -308,6 +311,24 @@ def test_an_interrupted_sparsify_gives_the_dense_model_back(make_model, config, 
     assert all(torch.equal(before[name], after[name]) for name in before)
     monkeypatch.undo()
     assert sparsify(model, config).density == 0.5
+
+
+def test_dense_weights_are_let_go_block_by_block(dense, config, monkeypatch):
+    first_block, alive = [], []
+
+    def observe(blocks, targets, *rest):
+        first_block.extend(weakref.ref(linear) for linear in targets[0].values())
+        return prune_blocks(blocks, targets, *rest)
+
+    def collect(self, index, *rest):
+        alive.append([index, sum(linear() is not None for linear in first_block)])
+        return BlockReplay.collect(self, index, *rest)
+
+    monkeypatch.setattr("optimum_ksparse.api.prune_blocks", observe)
+    monkeypatch.setattr("optimum_ksparse.api.BlockReplay", type("Observed", (BlockReplay,), {"collect": collect}))
+    AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config)
+    assert alive[0] == [0, 7]
+    assert alive[1][1] <= 1  # the last layer, which the loop still names
 
 
 def test_a_compiled_model_is_refused(make_model, config):
