@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -149,11 +148,10 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes of this process, and of its GPU where one was used."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    """Peak bytes of this process where the system tells, and of its GPU where one was used."""
+    peak = {}
     try:
-        # ru_maxrss is inherited over exec; the high-water mark of the process itself is not.
+        # Linux only; ru_maxrss is no substitute, because it is inherited over exec.
         with open("/proc/self/status") as status:
             peak["process"] = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     except (OSError, StopIteration):
@@ -221,8 +219,7 @@ def load_tokenizer(config: SparsityConfig, source: Any, **arguments: Any) -> Pre
             return None
         raise ValueError(
             f"no tokenizer could be loaded from {describe_source(source)!r}: name one with "
-            "SparsityConfig(tokenizer=...), or "
-            f"pass token ids as the dataset; {error}"
+            f"SparsityConfig(tokenizer=...), or pass token ids as the dataset; {error}"
         ) from error
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -208,6 +209,14 @@ def test_other_models_load_and_save_as_before(dense, tmp_path, token_ids):
     model.save_pretrained(tmp_path / "plain")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert torch.equal(logits(model, token_ids), logits(again, token_ids))
+
+
+def test_other_models_load_from_a_folder_without_a_config(dense, token_ids):
+    """With a new head, whose weights are missing from the checkpoint."""
+    config = AutoConfig.from_pretrained(dense)
+    (dense / "config.json").unlink()
+    model = AutoModelForSequenceClassification.from_pretrained(dense, config=config)
+    assert not sparse_modules(model)
 
 
 def test_dequantize_gives_the_class_back(packed, token_ids):

@@ -4,6 +4,8 @@ already."""
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
@@ -142,8 +144,7 @@ def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:
         raise ValueError(
             "the checkpoint is sparse already, with other settings ("
             + "; ".join(sorted(differences))
-            + "): load it without "
-            "a sparsity_config, or prune the dense model that it was made from"
+            + "): load it without a sparsity_config, or prune the dense model that it was made from"
         )
 
 
@@ -200,15 +201,14 @@ def _finish_sparse(
 def _check_not_lost(info: dict[str, Any], source: Any, kwargs: dict[str, Any]) -> None:
     """Raises ValueError where a sparse checkpoint was loaded as a model without sparse modules, as the text model of a
     multimodal one is: its packed weights were passed over and random ones are in their places."""
-    if not info["missing_keys"] or source is None or kwargs.get("gguf_file") is not None:
+    if not info["missing_keys"] or kwargs.get("gguf_file") is not None:
         return
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    settings = PreTrainedConfig.get_config_dict(source, **hub)[0].get("quantization_config")
+    path = _file(source, CONFIG_NAME, kwargs)  # a folder may have none, where the config was passed
+    settings = None if path is None else json.loads(Path(path).read_text(encoding="utf-8")).get("quantization_config")
     if isinstance(settings, dict) and settings.get("quant_method") == QUANT_METHOD:
         raise ValueError(
             f"{len(info['missing_keys'])} weights of this sparse checkpoint were passed over and would be random: "
-            "load it "
-            "with the class that it was saved from"
+            "load it with the class that it was saved from"
         )
 
 
