@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from .pattern import Pattern
 from .pruners import METHODS
 from .pruning import find_targets, prune_blocks
 from .report import SparsityReport
-from .version import __version__
+from .version import library_versions
 
 
 def sparsify(
@@ -79,10 +77,11 @@ def sparsify(
         layers=rows,
         skipped=skipped,
         base_model=describe_source(model.name_or_path),
+        base_revision=getattr(model.config, "_commit_hash", None),
         num_parameters=num_parameters,
         seconds=round(time.perf_counter() - started, 2),
         peak_memory_bytes=peak_memory(),
-        versions=versions(),
+        versions=library_versions("torch", "transformers", "accelerate", "datasets"),
     )
     model.sparsity_report = report  # type: ignore[assignment]
     return report
@@ -159,17 +158,6 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         peak["gpu"] = torch.cuda.max_memory_allocated()
     return peak
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that it computes with."""
-    found = {"optimum-ksparse": __version__, "python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "accelerate", "datasets"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _check_model(model: PreTrainedModel, config: SparsityConfig) -> None:

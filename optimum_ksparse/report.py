@@ -47,6 +47,7 @@ class SparsityReport:
         skipped: linear maps left dense, each with the reason.
         base_model: what was pruned, as it was named (a local folder by its last part).
         base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
+        base_arguments: what else `from_pretrained` needed to find it: `gguf_file`, `subfolder`.
         num_parameters: logical parameters of the whole model, zeros included.
         seconds: from the loaded to the pruned model. peak_memory_bytes: of the process (and of the GPU, where used).
         versions: of the libraries that did it.
@@ -58,6 +59,7 @@ class SparsityReport:
     skipped: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     base_revision: str | None = None
+    base_arguments: dict[str, str] = field(default_factory=dict)
     num_parameters: int = 0
     seconds: float = 0.0
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)

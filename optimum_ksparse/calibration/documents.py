@@ -6,7 +6,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,8 @@ HUB_DATASETS = {
     "kowiki": ("wikimedia/wikipedia", "20231101.ko"),
 }
 _SHUFFLE_BUFFER = 10_000
+# Articles of "kowiki" whose page id this number divides are for measuring, and all others for calibration.
+HELD_OUT_EVERY = 50
 _OFFLINE_FORMS = (
     "without a network, use a path to a .txt or .jsonl file, a list of texts, a datasets.Dataset, token ids "
     '[num_samples, seq_len], or dataset="self"'
@@ -34,9 +36,9 @@ def documents(dataset: Any, seed: int, tokenizer: PreTrainedTokenizerBase) -> It
         ValueError: a file or a dataset has no text; names line and field.
     """
     if isinstance(dataset, str) and dataset in HUB_DATASETS:
-        rows: Iterable[Any] = _stream(dataset, seed)
+        rows: Iterable[Any] = _calibration_stream(dataset, seed)
     elif isinstance(dataset, str | os.PathLike):
-        rows = _shuffled(_read_file(os.fspath(dataset)), seed)
+        rows = _shuffled(read_file(os.fspath(dataset)), seed)
     elif isinstance(dataset, list | tuple):
         rows = _shuffled(list(dataset), seed)
     elif hasattr(dataset, "column_names"):
@@ -52,21 +54,39 @@ def documents(dataset: Any, seed: int, tokenizer: PreTrainedTokenizerBase) -> It
             yield text
 
 
-def _stream(name: str, seed: int) -> Iterator[Any]:
+def _calibration_stream(name: str, seed: int) -> Iterator[Any]:
+    rows = stream(name, lambda found: found.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
+    return (row for row in rows if name != "kowiki" or not is_held_out(row))
+
+
+def is_held_out(row: Any) -> bool:
+    """Whether an article of "kowiki" is for measuring."""
+    return int(row["id"]) % HELD_OUT_EVERY == 0
+
+
+def stream(
+    name: str, prepare: Callable[[Any], Any] = lambda found: found, offline: str = _OFFLINE_FORMS
+) -> Iterator[Any]:
+    """Rows of the training split of one of `HUB_DATASETS`, streamed; `prepare` may shuffle the stream,
+    `offline` tells the user what works without a network.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        ConnectionError: the Hub cannot be reached, or does not have it.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"dataset={name!r} needs the package datasets: pip install datasets; or {_OFFLINE_FORMS}"
+            f"dataset={name!r} needs the package datasets: pip install datasets; or {offline}"
         ) from error
     repository, configuration = HUB_DATASETS[name]
     try:
-        stream = load_dataset(repository, configuration, split="train", streaming=True)
-        yield from stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        yield from prepare(load_dataset(repository, configuration, split="train", streaming=True))
     except Exception as error:  # the libraries between here and the network raise their own kinds
         raise ConnectionError(
             f"dataset={name!r} ({repository}, {configuration}) cannot be read from the Hub: "
-            f"{type(error).__name__}: {error}; {_OFFLINE_FORMS}"
+            f"{type(error).__name__}: {error}; {offline}"
         ) from error
 
 
@@ -75,7 +95,7 @@ def _shuffled(rows: list[Any], seed: int) -> list[Any]:
     return rows
 
 
-def _read_file(path: str) -> list[Any]:
+def read_file(path: str) -> list[Any]:
     """Paragraphs of a .txt file (apart by blank lines), or rows of a .jsonl file."""
     try:
         with open(path, encoding="utf-8") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from transformers.utils import ModelOutput
 
 from ..calibration import evaluation_mode, prepends_bos
 from ..calibration.tokens import check_context
+from .environment import check_causal_lm, environment
+from .texts import evaluation_texts
 
 # Logits held at a time: a vocabulary of 262,144 words and 512 positions would take half a gigabyte in float32.
 _LOGITS_BYTES = 128 * 2**20
@@ -33,7 +36,7 @@ class _Window:
 def evaluate_perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: str | os.PathLike[str] | Sequence[str],
     *,
     seq_len: int,
     stride: int | None = None,
@@ -52,7 +55,9 @@ def evaluate_perplexity(
     Args:
         model: causal LM, dense or sparse.
         tokenizer: the model's.
-        texts: what to measure on.
+        texts: a list of texts, a `.txt` (paragraphs apart by blank lines) or `.jsonl` file (a `text` in each line), or
+            `"kowiki"`: of the Korean Wikipedia (`wikimedia/wikipedia`, `20231101.ko`) the first 256 articles whose
+            page id 50 divides, in the order of its files, which calibration never draws.
         seq_len: window positions, at most the model's context.
         stride: tokens from one window to the next.
         prepend_bos: begin each window with the beginning token; None does so where the tokenizer does.
@@ -61,14 +66,15 @@ def evaluate_perplexity(
 
     Returns:
         `perplexity`, `bits_per_byte` (bits per UTF-8 byte of the scored text, comparable over tokenizers),
-        `num_tokens` (scored), `num_bytes`, `num_windows`, `seq_len`, `stride`, `prepend_bos`.
+        `num_tokens` (scored), `num_bytes`, `num_windows`, and how it was measured: `texts` (name, or number and
+        SHA-256), `seq_len`, `stride`, `max_tokens`, `prepend_bos`, `dtype`, `batch_size`, `device`, `versions`.
 
     Raises:
-        TypeError: `texts` is one string, or the model has no language model head.
+        TypeError: the model has no language model head.
         ValueError: an argument is out of range, or the text has no token to score.
+        FileNotFoundError: the file is missing.
+        ConnectionError: `"kowiki"` cannot be read from the Hub.
     """
-    if isinstance(texts, str):
-        raise TypeError("texts must be a list of strings, found one string: pass [text]")
     if not isinstance(seq_len, int) or seq_len < 2:
         raise ValueError(f"seq_len={seq_len} must be an integer of at least 2")
     check_context(model, seq_len)
@@ -78,7 +84,10 @@ def evaluate_perplexity(
     if batch_size < 1 or (max_tokens is not None and max_tokens < 2):
         raise ValueError(f"batch_size={batch_size} must be at least 1, and max_tokens={max_tokens} at least 2")
 
-    text = "\n\n".join(texts)
+    check_causal_lm(model)
+    documents, description = evaluation_texts(texts)
+
+    text = "\n\n".join(documents)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     ids = encoded["input_ids"]
     prefix = [tokenizer.bos_token_id] if bos else []
@@ -104,9 +113,13 @@ def evaluate_perplexity(
         "num_tokens": num_tokens,
         "num_bytes": num_bytes,
         "num_windows": len(windows),
+        "texts": description,
         "seq_len": seq_len,
         "stride": stride,
+        "max_tokens": max_tokens,
         "prepend_bos": bos,
+        "batch_size": batch_size,
+        **environment(model),
     }
 
 
@@ -136,8 +149,6 @@ def _spans(
 @torch.no_grad()
 def _total_loss(model: PreTrainedModel, windows: list[_Window], batch_size: int) -> float:
     """Summed negative log-likelihood in nats of all scored tokens."""
-    if model.base_model is model or model.get_output_embeddings() is None:
-        raise TypeError(f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM")
     total = 0.0
     # Only the last window has another length.
     groups = [windows] if len(windows[0].ids) == len(windows[-1].ids) else [windows[:-1], windows[-1:]]

@@ -55,6 +55,7 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
             # A file of a Hub snapshot lies in a folder named after its commit.
             config_file = _file(source, kwargs.get("gguf_file") or CONFIG_NAME, kwargs)
             report.base_revision = extract_commit_hash(config_file, None)
+            report.base_arguments = {name: kwargs[name] for name in ("gguf_file", "subfolder") if kwargs.get(name)}
         else:
             _finish_sparse(model, info, config, source, kwargs)
         return (model, info) if wants_info else model

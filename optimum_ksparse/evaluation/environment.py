@@ -1,0 +1,35 @@
+"""On what something was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..version import library_versions
+
+
+def environment(model: PreTrainedModel, *libraries: str) -> dict[str, Any]:
+    """`dtype` and `device` of a model, and the `versions` of what computes with it."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": _device(model),
+        "versions": library_versions("torch", "transformers", *libraries),
+    }
+
+
+def check_causal_lm(model: Any) -> None:
+    """Raises TypeError for what is not a causal LM of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, found {type(model).__name__}")
+    if model.base_model is model or model.get_output_embeddings() is None:
+        raise TypeError(f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM")
+
+
+def _device(model: PreTrainedModel) -> str:
+    kinds = dict.fromkeys(p.device for p in model.parameters() if p.device.type != "meta")
+    names = dict.fromkeys(
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type for device in kinds
+    )
+    return ", ".join(names) or "cpu"

@@ -1,0 +1,280 @@
+"""KoBEST (Jang et al. 2022, https://arxiv.org/abs/2204.04541) through lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..calibration import evaluation_mode, prepends_bos
+from .environment import check_causal_lm, environment
+
+# Mean F1 is over the four tasks of the study that this project repeats; WiC stands beside it.
+STUDY_TASKS = ("copa", "hellaswag", "boolq", "sentineg")
+KOBEST_TASKS = (*STUDY_TASKS, "wic")
+KOBEST_DATASET = "skt/kobest_v1"
+# split → what the harness calls it in a task
+_SPLITS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
+# What lm-evaluation-harness seeds the drawing of few-shot examples with, unless told otherwise.
+_FEWSHOT_SEED = 1234
+
+# task → its text fields and its number of answers
+_FIELDS: dict[str, tuple[tuple[str, ...], int]] = {
+    "boolq": (("paragraph", "question"), 2),
+    "copa": (("premise", "question", "alternative_1", "alternative_2"), 2),
+    "hellaswag": (("context", "ending_1", "ending_2", "ending_3", "ending_4"), 4),
+    "sentineg": (("sentence",), 2),
+    "wic": (("word", "context_1", "context_2"), 2),
+}
+
+
+def evaluate_kobest(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: Sequence[str] = KOBEST_TASKS,
+    num_fewshot: int = 0,
+    limit: int | None = None,
+    batch_size: int = 8,
+    data_dir: str | os.PathLike[str] | None = None,
+    prepend_bos: bool | None = None,
+) -> dict[str, Any]:
+    """Accuracy and macro F1 of a causal LM on KoBEST, by the tasks of lm-evaluation-harness (extra `eval`).
+
+    Args:
+        model: causal LM, dense or sparse, where it is.
+        tokenizer: the model's; it is not changed.
+        tasks: any of `"copa"`, `"hellaswag"`, `"boolq"`, `"sentineg"`, `"wic"`.
+        num_fewshot: solved examples before each item, drawn from the training split.
+        limit: items of each task, from the first on; None takes all. Figures with a limit are for trying out.
+        batch_size: items in one forward pass.
+        data_dir: a folder of `<task>/<train | validation | test>.jsonl` with the fields of `skt/kobest_v1`, which
+            needs no network. The test split is measured, where there is none the validation split.
+        prepend_bos: begin each item with the beginning token; None does so where the tokenizer does.
+
+    Returns:
+        For each task a dict of `acc`, `acc_stderr` (standard error of the accuracy), `f1` (macro), for HellaSwag
+        `acc_norm` (choices by likelihood per character) as well, `num_samples`, and how they were measured:
+        `task_version`, `num_fewshot`, `limit`, `data`, `split`, `items_sha256` (of the prompts), `prepend_bos`,
+        `dtype`, `batch_size`, `device`, `versions`. Beside the tasks `mean_f1` over COPA, HellaSwag, BoolQ and
+        SentiNeg, None where not all four were measured.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        TypeError, ValueError: an argument is out of range, or a line of the data is not as it must be.
+        FileNotFoundError: a file of `data_dir` is missing.
+        ConnectionError: the data cannot be read from the Hub.
+    """
+    tasks = check_tasks(tasks)
+    check_integer("num_fewshot", num_fewshot, 0)
+    check_integer("batch_size", batch_size, 1)
+    if limit is not None:
+        check_integer("limit", limit, 1)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer must be the model's tokenizer, found {type(tokenizer).__name__}")
+    check_causal_lm(model)
+    import_lm_eval()
+    files = {task: None if data_dir is None else task_files(task, data_dir, num_fewshot) for task in tasks}
+    splits = {task: "test" if found is None or "test" in found else "validation" for task, found in files.items()}
+    measured = environment(model, "lm-eval")
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, _quiet(), evaluation_mode(model):
+        built = {task: _build_task(task, files[task], num_fewshot, Path(folder)) for task in tasks}
+        for task in tasks:
+            results[task] = {
+                **_run(built[task], model, tokenizer, limit, batch_size, prepend_bos),
+                "task": f"kobest_{task}",
+                "num_fewshot": num_fewshot,
+                "limit": limit,
+                "data": describe_data(task, data_dir),
+                "split": splits[task],
+                "prepend_bos": prepends_bos(tokenizer, prepend_bos),
+                "batch_size": batch_size,
+                **measured,
+            }
+    results["mean_f1"] = mean_f1(results)
+    return results
+
+
+def mean_f1(results: dict[str, Any]) -> float | None:
+    """Mean macro F1 over the study's four tasks; None where not all were measured."""
+    if any(task not in results for task in STUDY_TASKS):
+        return None
+    return math.fsum(results[task]["f1"] for task in STUDY_TASKS) / len(STUDY_TASKS)
+
+
+def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks as a tuple. Raises ValueError for one that is not known, naming the nearest."""
+    if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
+        raise TypeError(f"tasks must be a list of names out of {', '.join(KOBEST_TASKS)}; found {tasks!r}")
+    if not tasks:
+        raise ValueError(f"tasks is empty; allowed: {', '.join(KOBEST_TASKS)}")
+    for task in tasks:
+        if task not in KOBEST_TASKS:
+            near = difflib.get_close_matches(task.removeprefix("kobest_"), KOBEST_TASKS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"tasks: {task!r} is not a task of KoBEST; {hint}allowed: {', '.join(KOBEST_TASKS)}")
+    return tuple(dict.fromkeys(tasks))
+
+
+def describe_data(task: str, data_dir: str | os.PathLike[str] | None) -> dict[str, str]:
+    """Which data a task is measured on: the name on the Hub, or the SHA-256 of local files."""
+    if data_dir is None:
+        return {"name": KOBEST_DATASET}
+    hashed = hashlib.sha256()
+    for split in _SPLITS:
+        path = Path(data_dir) / task / f"{split}.jsonl"
+        if path.is_file():
+            hashed.update(f"{split}:".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return {"files_sha256": hashed.hexdigest()}
+
+
+def task_files(task: str, data_dir: str | os.PathLike[str], num_fewshot: int = 0) -> dict[str, str]:
+    """Split → checked file of a task in `data_dir`.
+
+    Raises:
+        FileNotFoundError: there is neither a test nor a validation file, or no training file for few-shot examples.
+        ValueError: a file has no items, or a line is not an item of the task; names file, line and field.
+    """
+    folder = Path(data_dir) / task
+    files = {split: folder / f"{split}.jsonl" for split in _SPLITS if (folder / f"{split}.jsonl").is_file()}
+    if not files.keys() & {"test", "validation"}:
+        raise FileNotFoundError(
+            f"data_dir has no {task}/test.jsonl or {task}/validation.jsonl: it must hold a folder for each task"
+        )
+    if num_fewshot and "train" not in files:
+        raise FileNotFoundError(f"num_fewshot={num_fewshot} needs {task}/train.jsonl in data_dir")
+    for split, path in files.items():
+        if split != "train" or num_fewshot:
+            _check_items(task, path)
+    return {split: str(path.resolve()) for split, path in files.items()}
+
+
+def _check_items(task: str, path: Path) -> None:
+    where = f"{task}/{path.name}"
+    fields, num_answers = _FIELDS[task]
+    count = 0
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}, line {number} is not JSON: {error}") from None
+            if not isinstance(item, dict):
+                raise ValueError(f"{where}, line {number} is {type(item).__name__}, not an object")
+            for field in fields:
+                if not isinstance(item.get(field), str):
+                    raise ValueError(f"{where}, line {number}: the field {field!r} must be a text")
+            label = item.get("label")
+            if isinstance(label, bool) or label not in range(num_answers):
+                raise ValueError(f"{where}, line {number}: label={label!r} must be from 0 to {num_answers - 1}")
+            if task == "copa" and item["question"].strip() not in ("원인", "결과"):
+                raise ValueError(f"{where}, line {number}: question={item['question']!r} must be 원인 or 결과")
+            count += 1
+    if not count:
+        raise ValueError(f"{where} has no items")
+
+
+def _build_task(task: str, files: dict[str, str] | None, num_fewshot: int, folder: Path) -> Any:
+    """The harness's own task, on the data that were asked for."""
+    import lm_eval.tasks
+
+    name = f"kobest_{task}"
+    packaged = Path(lm_eval.tasks.__file__).parent / "kobest" / f"{name}.yaml"
+    settings: dict[str, Any] = {"include": str(packaged), "task": name, "num_fewshot": num_fewshot}
+    if files is not None:
+        settings |= {
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
+            **{setting: split if split in files else None for split, setting in _SPLITS.items()},
+        }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+    try:
+        built = lm_eval.tasks.get_task_dict([name], manager)[name]
+    except Exception as error:  # datasets, huggingface_hub and the network raise many kinds here
+        if files is not None:
+            raise
+        raise ConnectionError(
+            f"KoBEST ({KOBEST_DATASET}, {task}) cannot be read from the Hub: {type(error).__name__}: {error}; without "
+            "a network pass data_dir, a folder of <task>/<split>.jsonl"
+        ) from error
+    built.set_fewshot_seed(_FEWSHOT_SEED)
+    return built
+
+
+def _run(
+    task: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    batch_size: int,
+    prepend_bos: bool | None,
+) -> dict[str, Any]:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    name = task.config.task
+    # A copy, because the harness gives a tokenizer without a padding token one.
+    lm = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=prepend_bos)
+    found = lm_eval.evaluate(lm, {name: task}, limit=limit, bootstrap_iters=0)
+    metrics, num_samples = found["results"][name], found["n-samples"][name]["effective"]
+    items = hashlib.sha256()
+    for sample in sorted(found["samples"][name], key=lambda sample: sample["doc_id"]):
+        items.update(sample["doc_hash"].encode() + sample["prompt_hash"].encode() + sample["target_hash"].encode())
+    acc = float(metrics["acc,none"])
+    row = {
+        "acc": acc,
+        "acc_stderr": math.sqrt(acc * (1 - acc) / (num_samples - 1)) if num_samples > 1 else None,
+        "f1": float(metrics["f1,none"]),
+    }
+    if "acc_norm,none" in metrics:
+        row["acc_norm"] = float(metrics["acc_norm,none"])
+    return {
+        **row,
+        "num_samples": num_samples,
+        "task_version": found["versions"][name],
+        "items_sha256": items.hexdigest(),
+    }
+
+
+def import_lm_eval() -> None:
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'KoBEST needs lm-eval: pip install "optimum-ksparse[eval]" ({error})') from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness warns of a model that is passed live, and of the metric hub being out of reach though its tasks
+    bring their own F1; its errors and progress bars stay."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least {least}, found {value!r}")
+    if value < least:
+        raise ValueError(f"{name}={value} is too small, it must be at least {least}")
