@@ -1,12 +1,13 @@
-"""Sparse language models for Hugging Face: prune while loading, save, load, measure.
+"""Sparse language models for Hugging Face: prune while loading, save, load, measure, publish.
 
 Importing this package registers it with transformers: `from_pretrained` takes a `sparsity_config`, and sparse
-checkpoints load.
+checkpoints load, `push_to_hub` publishes them with a card.
 """
 
 from .api import prune_weight, sparsify
 from .config import SparsityConfig
-from .evaluation import evaluate_perplexity
+from .evaluation import EvaluationProtocol, EvaluationResults, evaluate_kobest, evaluate_model, evaluate_perplexity
+from .hub import write_card
 from .integration import register
 from .nn import SparseLinear
 from .pattern import Pattern
@@ -16,12 +17,17 @@ from .version import __version__
 register()
 
 __all__ = [
+    "EvaluationProtocol",
+    "EvaluationResults",
     "Pattern",
     "SparseLinear",
     "SparsityConfig",
     "SparsityReport",
     "__version__",
+    "evaluate_kobest",
+    "evaluate_model",
     "evaluate_perplexity",
     "prune_weight",
     "sparsify",
+    "write_card",
 ]

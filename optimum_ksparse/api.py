@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from .calibration import BlockReplay, CalibrationTokens, calibration_tokens, evaluation_mode, find_blocks
+from .calibration import (
+    BlockReplay,
+    CalibrationTokens,
+    calibration_tokens,
+    evaluation_mode,
+    find_blocks,
+    read_tokenizer,
+)
 from .checkpoint import layer_records, sparse_modules
 from .config import QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
 from .pattern import Pattern
@@ -201,7 +208,7 @@ def load_tokenizer(config: SparsityConfig, source: Any, **arguments: Any) -> Pre
         source = config.tokenizer
         arguments = {k: v for k, v in arguments.items() if k not in ("revision", "subfolder", "gguf_file")}
     try:
-        return AutoTokenizer.from_pretrained(source, **arguments)
+        return read_tokenizer(source, **arguments)
     except Exception as error:  # transformers and huggingface_hub raise many kinds here
         if isinstance(config.dataset, str) and config.dataset == "self":
             return None

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from .calibration import decoder_of
 from .nn import SparseLinear, dense_weight, is_linear_map
 from .pattern import Pattern
-from .report import REPORT_NAME
+from .report import REPORT_NAME, RESULTS_NAME
 
 _WEIGHT_FILE = re.compile(r"model(\.[^.-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[^.]+)?\.json)?")
 _MASK_SUFFIX = ".weight_mask"
@@ -258,9 +258,14 @@ def _swap(directory: Path, new: Path, old: Path) -> None:
         raise
 
 
+def is_weight_file(name: str) -> bool:
+    """Whether a file holds weights of a checkpoint, or their index."""
+    return _WEIGHT_FILE.fullmatch(name) is not None
+
+
 def _outdated(directory: Path, files: list[Path]) -> list[Path]:
     """What an earlier checkpoint of the same variant leaves that would be read beside the new files: other weight
-    files, and a report where the new checkpoint has none."""
+    files, and a report or results where the new checkpoint has none."""
     new = {file.name for file in files}
     matches = [match for name in new if (match := _WEIGHT_FILE.fullmatch(name))]
     variants = {match[1] or match[4] for match in matches}
@@ -268,6 +273,6 @@ def _outdated(directory: Path, files: list[Path]) -> list[Path]:
     for path in directory.iterdir():
         match = _WEIGHT_FILE.fullmatch(path.name)
         weights = match is not None and (match[1] or match[4]) in variants
-        if path.name not in new and (weights or (matches and path.name == REPORT_NAME)):
+        if path.name not in new and (weights or (matches and path.name in (REPORT_NAME, RESULTS_NAME))):
             outdated.append(Path(path.name))
     return outdated

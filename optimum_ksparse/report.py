@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from .config import check_keys
 
 REPORT_NAME = "sparsity_report.json"
+RESULTS_NAME = "evaluation_results.json"  # what was measured; see `evaluation.EvaluationResults`
 SCHEMA_VERSION = 1
 
 
@@ -34,6 +34,26 @@ class LayerReport:
     @property
     def density(self) -> float:
         return self.num_values / (self.shape[0] * self.shape[1])
+
+
+@dataclass
+class LayerKind:
+    """Layers of the same path but for the block's number, of the same shape and pattern; `name` has `*` for it."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    layers: list[LayerReport]
+
+    @property
+    def density(self) -> float:
+        return sum(layer.density for layer in self.layers) / len(self.layers)
+
+    @property
+    def relative_output_error(self) -> float | None:
+        """Mean over the layers; None where none was measured."""
+        errors = [layer.relative_output_error for layer in self.layers if layer.relative_output_error is not None]
+        return sum(errors) / len(errors) if errors else None
 
 
 @dataclass
@@ -86,6 +106,15 @@ class SparsityReport:
         """Bytes of the sparse layers' values and masks."""
         return sum(layer.packed_bytes for layer in self.layers)
 
+    def kinds(self) -> list[LayerKind]:
+        """The layers grouped by kind, in the order of the model."""
+        kinds: dict[tuple[str, tuple[int, int], str], LayerKind] = {}
+        for layer in self.layers:
+            name = re.sub(r"\.\d+\.", ".*.", layer.name, count=1)
+            key = name, layer.shape, layer.pattern
+            kinds.setdefault(key, LayerKind(*key, [])).layers.append(layer)
+        return list(kinds.values())
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `sparsity_report.json` into `directory`."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -106,18 +135,12 @@ class SparsityReport:
 
     def __str__(self) -> str:
         """A table with a row for each kind of layer (same path but for the block's number), and the totals."""
-        kinds: dict[tuple[str, tuple[int, int], str], list[LayerReport]] = defaultdict(list)
-        for layer in self.layers:
-            kinds[re.sub(r"\.\d+\.", ".*.", layer.name, count=1), layer.shape, layer.pattern].append(layer)
         rows = [("layer", "count", "shape", "pattern", "density", "output error", "seconds")]
-        for (name, shape, pattern), group in kinds.items():
-            errors = [layer.relative_output_error for layer in group if layer.relative_output_error is not None]
-            density = sum(layer.density for layer in group) / len(group)
-            seconds = sum(layer.seconds for layer in group)
-            error = f"{sum(errors) / len(errors):.4f}" if errors else "not measured"
-            rows.append(
-                (name, str(len(group)), f"{shape[0]} x {shape[1]}", pattern, f"{density:.4f}", error, f"{seconds:.1f}")
-            )
+        for kind in self.kinds():
+            seconds = sum(layer.seconds for layer in kind.layers)
+            error = "not measured" if kind.relative_output_error is None else f"{kind.relative_output_error:.4f}"
+            shape, density = f"{kind.shape[0]} x {kind.shape[1]}", f"{kind.density:.4f}"
+            rows.append((kind.name, str(len(kind.layers)), shape, kind.pattern, density, error, f"{seconds:.1f}"))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

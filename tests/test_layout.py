@@ -24,6 +24,7 @@ ROOMS = [
     ["checkpoint"],
     ["pruning"],
     ["evaluation"],
+    ["hub"],
     ["api", "inspection"],
     ["integration", "commands"],
 ]

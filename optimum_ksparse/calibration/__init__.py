@@ -2,6 +2,7 @@
 
 from .blocks import DecoderBlocks, decoder_of, evaluation_mode, find_blocks
 from .replay import BlockReplay
+from .tokenizer import read_tokenizer
 from .tokens import CalibrationTokens, calibration_tokens, prepends_bos
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "evaluation_mode",
     "find_blocks",
     "prepends_bos",
+    "read_tokenizer",
 ]

@@ -1,4 +1,4 @@
-"""KoBEST (Jang et al. 2022, https://arxiv.org/abs/2204.04541) through lm-evaluation-harness."""
+"""KoBEST (Kim et al. 2022, https://arxiv.org/abs/2204.04541) through lm-evaluation-harness."""
 
 from __future__ import annotations
 

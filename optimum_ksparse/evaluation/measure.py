@@ -181,15 +181,19 @@ def evaluate_model(
     tokenizer: PreTrainedTokenizerBase,
     protocol: EvaluationProtocol | None = None,
     *,
+    baseline: Baseline | str | bool = False,
     on_measured: Callable[[EvaluationResults], None] | None = None,
 ) -> EvaluationResults:
-    """Measures a sparse model; the results are also `model.evaluation_results`, which `save_pretrained` and
-    `push_to_hub` write. What has been measured of the same weights by the same protocol is not measured again.
+    """Measures a sparse model, and after it the dense model it was made from; the results are also
+    `model.evaluation_results`, which `save_pretrained` and `push_to_hub` write. What has been measured of the same
+    weights by the same protocol is not measured again.
 
     Args:
         model: sparse causal LM.
         tokenizer: the model's.
         protocol: what to measure, and how; None takes the default of `EvaluationProtocol`.
+        baseline: True measures the recorded dense model as well, a Hub id or folder that one. It is loaded in the same
+            dtype, and has the GPU to itself.
         on_measured: called after each measurement, so that a long run can keep what it has.
 
     Raises:
@@ -197,12 +201,30 @@ def evaluate_model(
             `evaluate_kobest`.
     """
     protocol = _check(model, tokenizer, protocol)
+    dense = recorded_baseline(model) if baseline is True else baseline
+    if isinstance(dense, str):
+        dense = Baseline(dense)
     found = fingerprint(model)
     results = getattr(model, "evaluation_results", None)
     if not isinstance(results, EvaluationResults) or results.fingerprint != found:
         results = EvaluationResults(found)
     model.evaluation_results = results  # type: ignore[assignment]
     _measure_missing(results, "sparse", model, tokenizer, protocol, on_measured)
+    if isinstance(dense, Baseline):
+        report = getattr(model, "sparsity_report", None)
+        size = report.num_parameters if isinstance(report, SparsityReport) else None
+        with set_aside(model) as device:
+            evaluate_baseline(
+                results,
+                dense,
+                tokenizer,
+                protocol,
+                like=model,
+                dtype=model.dtype,
+                device=device,
+                num_parameters=size,
+                on_measured=on_measured,
+            )
     return results
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import check_keys
+from ..report import RESULTS_NAME
 from .kobest import KOBEST_TASKS, mean_f1
 
-RESULTS_NAME = "evaluation_results.json"
 SCHEMA_VERSION = 1
 
 # What a row of `evaluate_perplexity` or `evaluate_kobest` holds: field → types and smallest and largest value.
@@ -86,6 +86,15 @@ class Measurement:
     def num_fewshot(self) -> int:
         return int(self.protocol.get("num_fewshot", 0))
 
+    def recovered(self, metric: str, dense: Measurement) -> float | None:
+        """The share of the dense model's figure: for perplexity and bits per byte, where less is better, dense ÷
+        sparse. None where a figure is missing, or would be divided by zero."""
+        ours, theirs = self.metrics.get(metric), dense.metrics.get(metric)
+        share = (theirs, ours) if metric in _PERPLEXITY_METRICS else (ours, theirs)
+        if share[0] is None or not share[1]:
+            return None
+        return float(share[0] / share[1])
+
     def differences(self, other: Measurement) -> list[str]:
         """The parts of the protocol in which the two differ; none where they are comparable."""
         keys = dict.fromkeys((*self.protocol, *other.protocol))
@@ -128,6 +137,10 @@ class EvaluationResults:
             others = [other for other in self.dense if other.name == ours.name]
             found.append((ours, min(others, key=lambda other: len(ours.differences(other)), default=None)))
         return found
+
+    def comparable(self) -> list[tuple[Measurement, Measurement]]:
+        """The pairs that were measured by the same protocol: sparse, dense."""
+        return [(ours, other) for ours, other in self.pairs() if other is not None and not ours.differences(other)]
 
     def mean_f1(self, part: str, num_fewshot: int = 0) -> float | None:
         """Mean macro F1 of `part` ("sparse" or "dense") over the study's four tasks; None where not all were

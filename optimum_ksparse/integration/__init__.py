@@ -1,12 +1,15 @@
-"""What transformers calls: the quantizer's hooks, and the wrappers of `from_pretrained` and `save_pretrained`."""
+"""What transformers calls: the quantizer's hooks, and the wrappers of `from_pretrained`, `save_pretrained` and
+`push_to_hub`."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.utils import PushToHubMixin
 
 from ..config import QUANT_METHOD, SparsityConfig
 from .loading import wrap_from_pretrained
+from .publishing import wrap_push_to_hub
 from .quantizer import SparsityQuantizer
 from .saving import wrap_save_pretrained
 
@@ -19,3 +22,5 @@ def register() -> None:
     # All Auto classes and model classes end in these two.
     wrap_from_pretrained(PreTrainedModel)
     wrap_save_pretrained(PreTrainedModel)
+    # That of PreTrainedModel ends here, and so does that of PEFT's models.
+    wrap_push_to_hub(PushToHubMixin)

@@ -16,8 +16,9 @@ from ..api import attach, load_tokenizer, sparsify
 from ..calibration import find_blocks
 from ..checkpoint import sparse_modules, sparsify_dense
 from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig
+from ..evaluation import EvaluationResults
 from ..pattern import Pattern
-from ..report import REPORT_NAME, SparsityReport
+from ..report import REPORT_NAME, RESULTS_NAME, SparsityReport
 
 logger = logging.get_logger(__name__)
 
@@ -197,6 +198,12 @@ def _finish_sparse(
             model.sparsity_report = SparsityReport.load(path)  # type: ignore[assignment]
         except ValueError as error:
             logger.warning(f"The model has no sparsity_report: {error}")
+    path = _file(source, RESULTS_NAME, kwargs)
+    if path is not None:
+        try:
+            model.evaluation_results = EvaluationResults.load(path)  # type: ignore[assignment]
+        except ValueError as error:
+            logger.warning(f"The model has no evaluation_results: {error}")
 
 
 def _check_not_lost(info: dict[str, Any], source: Any, kwargs: dict[str, Any]) -> None:

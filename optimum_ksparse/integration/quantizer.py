@@ -50,8 +50,9 @@ class SparsityQuantizer(HfQuantizer):
             with aligned(module):
                 dense = module.to_dense()
             replace_module(model, name, dense if dtype is None else dense.to(dtype))
-        if hasattr(model, "sparsity_report"):
-            del model.sparsity_report
+        for name in ("sparsity_report", "evaluation_results"):
+            if hasattr(model, name):
+                delattr(model, name)
         self.remove_quantization_config(model)
         return model
 

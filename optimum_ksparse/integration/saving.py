@@ -7,13 +7,18 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..checkpoint import layer_records, sparse_modules, staged
 from ..config import DENSE_CONFIG_KEY, SparsityConfig
+from ..evaluation import EvaluationResults, fingerprint
 from ..report import SparsityReport
+
+logger = logging.get_logger(__name__)
 
 
 def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
@@ -44,6 +49,9 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
             report = getattr(self, "sparsity_report", None)
             if isinstance(report, SparsityReport):
                 report.save(staging)
+            results = getattr(self, "evaluation_results", None)
+            if isinstance(results, EvaluationResults):
+                _save_results(self, results, staging)
         if bound.get("push_to_hub"):
             # What is left are arguments for the Hub; the repository is named after the folder, as transformers does.
             hub: dict[str, Any] = {name: bound[name] for name in ("token", "max_shard_size") if name in bound}
@@ -53,6 +61,13 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
 
     save_pretrained._ksparse = True  # type: ignore[attr-defined]
     cls.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _save_results(model: PreTrainedModel, results: EvaluationResults, directory: Path) -> None:
+    if results.fingerprint == fingerprint(model):
+        results.save(directory)
+    else:
+        logger.warning("model.evaluation_results was measured on other weights than these; it is not saved with them.")
 
 
 @contextmanager

@@ -1,0 +1,15 @@
+"""The Hub: report and results → card → push."""
+
+from .push import push_model
+from .sources import choose_baseline, choose_tokenizer
+from .writing import CARD_NAME, check_language, current_results, write_card
+
+__all__ = [
+    "CARD_NAME",
+    "check_language",
+    "choose_baseline",
+    "choose_tokenizer",
+    "current_results",
+    "push_model",
+    "write_card",
+]

@@ -1,0 +1,97 @@
+"""The card's figures, as PNG beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..evaluation import EvaluationResults
+from ..report import SparsityReport
+
+ERROR_FIGURE = "relative_output_error.png"
+RESULTS_FIGURE = "dense_and_sparse.png"
+_DENSE, _SPARSE = "#9aa5b1", "#1f6feb"
+
+logger = logging.get_logger(__name__)
+
+
+def draw_figures(directory: Path, report: SparsityReport | None, results: EvaluationResults | None) -> dict[str, bool]:
+    """Draws what there are data for; which figures were drawn. None without matplotlib, which is said once. The same
+    data give the same bytes."""
+    drawn = {ERROR_FIGURE: False, RESULTS_FIGURE: False}
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        logger.warning_once('The card gets no figures: they need matplotlib: pip install "optimum-ksparse[plot]"')
+        return drawn
+    if report is not None and any(layer.relative_output_error is not None for layer in report.layers):
+        _save(_output_errors(report), directory / ERROR_FIGURE)
+        drawn[ERROR_FIGURE] = True
+    if results is not None and results.comparable():
+        _save(_dense_and_sparse(results), directory / RESULTS_FIGURE)
+        drawn[RESULTS_FIGURE] = True
+    return drawn
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=120, metadata={"Software": None})  # no version in it: the same data, the same bytes
+
+
+def _output_errors(report: SparsityReport) -> Any:
+    figure = _figure(8, 4)
+    axes = figure.add_subplot()
+    for kind in report.kinds():
+        points = [(i, layer.relative_output_error) for i, layer in enumerate(kind.layers)]
+        points = [(i, error) for i, error in points if error is not None]
+        if points:
+            name = kind.name.split(".*.")[-1]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=_plain(name))
+    axes.set_xlabel("block")
+    axes.set_ylabel("relative output error")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def _dense_and_sparse(results: EvaluationResults) -> Any:
+    pairs = results.comparable()
+    panels = [
+        ("perplexity (lower is better)", [pair for pair in pairs if pair[0].name == "perplexity"], "perplexity"),
+        ("KoBEST macro F1 (higher is better)", [pair for pair in pairs if pair[0].name != "perplexity"], "f1"),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    figure = _figure(2 + sum(1 + 1.1 * len(rows) for _, rows, _ in panels), 3.6)
+    widths = [1 + len(rows) for _, rows, _ in panels]
+    for axes, (title, rows, metric) in zip(
+        figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0], panels, strict=True
+    ):
+        for offset, color, label, side in ((-0.2, _DENSE, "dense", 1), (0.2, _SPARSE, "sparse", 0)):
+            heights = [pair[side].metrics[metric] or 0 for pair in rows]
+            bars = axes.bar([i + offset for i in range(len(rows))], heights, 0.38, color=color, label=label)
+            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+        labels = [pair[0].name + (f"\n{pair[0].num_fewshot}-shot" if pair[0].num_fewshot else "") for pair in rows]
+        axes.set_xticks(range(len(rows)), labels)
+        axes.set_title(title, fontsize=10)
+        axes.margins(y=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def _plain(text: str) -> str:
+    """Without the signs that matplotlib reads as mathematics, or hides."""
+    return text.replace("$", r"\$").lstrip("_")

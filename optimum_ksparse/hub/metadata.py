@@ -1,0 +1,148 @@
+"""The card's metadata: what the Hub reads from the YAML block at the top of README.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData, hf_hub_download
+from huggingface_hub.repocard import metadata_load
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..calibration.documents import HUB_DATASETS
+from ..evaluation import Baseline, EvaluationResults, Measurement
+from ..evaluation.kobest import KOBEST_DATASET
+from ..pattern import Pattern
+from ..report import SparsityReport
+
+# Taken over from the base model's card, where they have these types.
+_INHERITED: dict[str, tuple[type, ...]] = {
+    "license": (str,),
+    "license_name": (str,),
+    "license_link": (str,),
+    "language": (str, list),
+    "pipeline_tag": (str,),
+}
+# A person's entries are kept where these lists are written anew; for the other keys of `_OURS` ours replace them.
+_UNITED = ("tags", "datasets", "metrics")
+_OURS = ("base_model", "base_model_relation", "library_name", "model-index")
+
+
+def is_repo_id(name: str | None) -> bool:
+    """Whether a name can be one of a repository on the Hub."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return False
+    return bool(name)
+
+
+def base_card(base: Baseline | None) -> dict[str, Any]:
+    """Metadata of the base model's own card; empty where it has none or cannot be read."""
+    if base is None:
+        return {}
+    path = Path(base.source) / "README.md"
+    try:
+        if not path.parent.is_dir():
+            path = Path(
+                hf_hub_download(base.source, "README.md", revision=base.revision, token=base.arguments.get("token"))
+            )
+        found = metadata_load(path) or {}
+    except Exception:  # no network, no card, no access, damaged YAML: then nothing is known
+        return {}
+    return {key: found[key] for key, types in _INHERITED.items() if isinstance(found.get(key), types)}
+
+
+def build_metadata(
+    report: SparsityReport | None,
+    results: EvaluationResults | None,
+    *,
+    name: str,
+    base_model: str | None,
+    inherited: dict[str, Any],
+    is_adapter: bool = False,
+    is_causal: bool = True,
+    tags: list[str] | None = None,
+) -> ModelCardData:
+    """The metadata of a sparse model, or of an adapter on one.
+
+    Args:
+        name: of the model, for the model index.
+        base_model: Hub id of the dense base, or of an adapter's sparse base; None for a local folder.
+        inherited: of the base model's card: license, language, pipeline tag.
+        tags: further tags.
+    """
+    language, dataset = inherited.get("language"), None
+    found_tags = ["optimum-ksparse", "sparse", "pruned"]
+    if report is not None:
+        dataset = report.calibration.get("dataset")
+        found_tags += [str(report.config.get("method")), _pattern_tag(str(report.config.get("pattern")))]
+    repository = HUB_DATASETS[dataset][0] if isinstance(dataset, str) and dataset in HUB_DATASETS else None
+    if language is None and dataset in ("mc4-ko", "kowiki"):
+        language = "ko"
+    measured = results.sparse if results is not None else []
+    metrics = ["perplexity"] * any(row.name == "perplexity" for row in measured)
+    metrics += ["accuracy", "f1"] * any(row.name != "perplexity" for row in measured)
+    return ModelCardData(
+        language=language,
+        license=inherited.get("license"),
+        license_name=inherited.get("license_name"),
+        license_link=inherited.get("license_link"),
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag=inherited.get("pipeline_tag") or ("text-generation" if is_causal else None),
+        base_model=base_model,
+        base_model_relation=("adapter" if is_adapter else "quantized") if base_model else None,
+        datasets=[repository] if repository else None,
+        metrics=metrics or None,
+        tags=found_tags + [tag for tag in tags or [] if tag not in found_tags],
+        model_name=name,
+        eval_results=[result for row in measured for result in _eval_results(row)] or None,
+    )
+
+
+def merge_metadata(existing: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Our metadata in those of a card that exists: a person's keys stay, except those that state what the weights are
+    and what was measured of them; lists are united."""
+    merged = dict(existing)
+    for key, value in ours.items():
+        if key in _UNITED and isinstance(existing.get(key), list | str):
+            theirs = existing[key] if isinstance(existing[key], list) else [existing[key]]
+            merged[key] = [*theirs, *(item for item in value if item not in theirs)]
+        elif key in _OURS or key not in existing:
+            merged[key] = value
+    return merged
+
+
+def _pattern_tag(pattern: str) -> str:
+    parsed = Pattern(pattern)
+    return f"{parsed.n}of{parsed.m}" if parsed.is_structured else "unstructured"
+
+
+def _eval_results(row: Measurement) -> list[EvalResult]:
+    if row.name == "perplexity":
+        texts = row.protocol["texts"]
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=texts.get("dataset", "local"),
+                dataset_name="Korean Wikipedia" if texts.get("name") == "kowiki" else "local text",
+                dataset_config=texts.get("configuration"),
+                dataset_args={"sha256": texts.get("sha256")},
+                metric_type="perplexity",
+                metric_value=row.metrics["perplexity"],
+                metric_args={key: row.protocol[key] for key in ("seq_len", "stride", "prepend_bos", "num_tokens")},
+            )
+        ]
+    how = {key: row.protocol[key] for key in ("num_fewshot", "limit", "num_samples")}
+    common: dict[str, Any] = {
+        "task_type": "text-classification" if row.name in ("boolq", "sentineg", "wic") else "multiple-choice",
+        "dataset_type": KOBEST_DATASET,
+        "dataset_name": "KoBEST",
+        "dataset_config": row.name,
+        "dataset_split": row.protocol["split"],
+        "metric_args": how,
+    }
+    return [
+        EvalResult(metric_type="accuracy", metric_value=row.metrics["acc"], **common),
+        EvalResult(metric_type="f1", metric_name="macro F1", metric_value=row.metrics["f1"], **common),
+    ]

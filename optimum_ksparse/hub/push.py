@@ -1,0 +1,175 @@
+"""Publishing a sparse model, or an adapter on one, in one commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..config import describe_source
+from ..evaluation import EvaluationProtocol, evaluate_model
+from ..report import REPORT_NAME
+from .commit import commit_folder, hub_errors
+from .sources import choose_baseline, choose_tokenizer
+from .writing import CARD_NAME, check_language, current_results, is_adapter, sparse_part
+
+logger = logging.get_logger(__name__)
+
+_BRANCH = re.compile(r"[\w][\w./-]*", re.ASCII)
+
+
+def push_model(
+    model: Any,
+    repo_id: str,
+    *,
+    evaluate: bool | EvaluationProtocol = False,
+    baseline: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | bool | None = None,
+    language: str = "en",
+    dense_revision: str | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | str | None = None,
+) -> CommitInfo:
+    """Publishes a sparse model, or an adapter on one: config, weights, tokenizer, report, results, figures and card in
+    one commit. What did not change is not uploaded again, what a person wrote into the card stays, and weight files
+    of an earlier push that are no part of this one go. Where it fails nothing is published.
+
+    Args:
+        model: a sparse model of transformers, or a PEFT model on one.
+        repo_id: `"user/name"`, or a name in the token's own namespace.
+        evaluate: measure before the push what is not measured yet: the sparse model, then the dense model that it was
+            made from, alone on the device. True takes the default protocol.
+        baseline: Hub id or folder of that dense model, where the recorded one is not at hand.
+        tokenizer: to publish with the model; None loads the recorded one, False leaves it out.
+        language: of the card, "en" or "ko".
+        dense_revision: a branch for the same weights with their zeros written out, which plain transformers loads.
+        commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as in
+            transformers.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be right, there is no tokenizer, or the results are of other weights.
+        PermissionError: the Hub does not accept the token, or the token may not write there.
+        ConnectionError: the Hub cannot be reached, or breaks off.
+    """
+    plain = sparse_part(model)
+    if evaluate not in (True, False) and not isinstance(evaluate, EvaluationProtocol):
+        raise TypeError(f"evaluate must be True, False or an EvaluationProtocol, found {type(evaluate).__name__}")
+    check_language(language)
+    _check_repository(repo_id, revision, dense_revision, create_pr)
+    _check_storage(model, plain, dense_revision)
+    found_tokenizer = choose_tokenizer(plain, tokenizer, token)
+    if evaluate:
+        protocol = evaluate if isinstance(evaluate, EvaluationProtocol) else EvaluationProtocol()
+        dense = choose_baseline(plain, baseline, token)
+        if found_tokenizer is None:
+            raise ValueError("evaluate needs the tokenizer: pass one instead of tokenizer=False")
+    else:
+        current_results(plain)  # results of other weights are refused before anything is created
+    api = HfApi(token=token)
+    with hub_errors(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        for branch in (revision, dense_revision):
+            if branch is not None and not branch.startswith("refs/pr"):
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+    if evaluate:
+        evaluate_model(plain, found_tokenizer, protocol, baseline=dense)  # type: ignore[arg-type]
+    results = current_results(plain)
+    if results is None or not results.dense:
+        lacking = "no figures" if results is None else "no dense column"
+        logger.warning(
+            f"The card has {lacking} and says 'not evaluated' there: push_to_hub(..., evaluate=True) measures, "
+            "or `optimum-cli ksparse eval CHECKPOINT --baseline` before the push."
+        )
+    more_tags = [tags] if isinstance(tags, str) else list(tags or [])
+    message = commit_message or ("Upload adapter" if is_adapter(model) else "Upload sparse model")
+    card: dict[str, Any] = {"language": language, "repo_id": repo_id, "tags": more_tags, "token": token}
+    card["dense_revision"] = dense_revision
+    with tempfile.TemporaryDirectory() as folder:
+        _save(model, Path(folder), found_tokenizer, max_shard_size)
+        info = commit_folder(
+            api, repo_id, Path(folder), model, card, message, commit_description, revision, create_pr=create_pr
+        )
+    if dense_revision is not None:
+        with tempfile.TemporaryDirectory() as folder, _dense_storage(plain):
+            _save(model, Path(folder), found_tokenizer, max_shard_size)
+            commit_folder(api, repo_id, Path(folder), model, card, message, commit_description, dense_revision)
+    return info
+
+
+def _check_repository(repo_id: str, revision: str | None, dense_revision: str | None, create_pr: bool) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except (HFValidationError, TypeError) as error:
+        raise ValueError(f'repo_id={repo_id!r} cannot be a name on the Hub; use "user/name": {error}') from None
+    for name, branch in {"revision": revision, "dense_revision": dense_revision}.items():
+        if branch is not None and not is_branch(branch):
+            raise ValueError(f"{name}={branch!r} cannot be a branch: letters, digits, '.', '_', '-' and '/' may be")
+    if dense_revision is not None and dense_revision == (revision or "main"):
+        raise ValueError(f"dense_revision={dense_revision!r} is where the packed model goes; name another branch")
+    if dense_revision is not None and create_pr:
+        raise ValueError("dense_revision and create_pr do not go together: push the dense variant to its branch")
+
+
+def is_branch(name: str) -> bool:
+    """Whether a name can be a branch, and stand in a card as it is."""
+    return bool(_BRANCH.fullmatch(name)) and ".." not in name
+
+
+def _check_storage(model: Any, plain: PreTrainedModel, dense_revision: str | None) -> None:
+    if dense_revision is None:
+        return
+    if is_adapter(model):
+        raise ValueError("dense_revision: an adapter has no dense variant; publish its base with one")
+    if plain.config.quantization_config.storage == "dense":
+        raise ValueError('dense_revision: the model has storage="dense" itself')
+
+
+def _save(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None, max_shard_size: int | str) -> None:
+    """Everything but the card into an empty folder."""
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    else:
+        model.save_pretrained(folder)
+        results = current_results(sparse_part(model))
+        if results is not None:
+            results.save(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    config = folder / "adapter_config.json"
+    if config.is_file():
+        _hide_local_base(config)
+        (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT's form, with the path of a local base in it
+        (folder / REPORT_NAME).unlink(missing_ok=True)  # the base's own
+
+
+def _hide_local_base(config: Path) -> None:
+    """PEFT writes the path of a local base model into an adapter's config."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = describe_source(settings.get("base_model_name_or_path"))
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+@contextmanager
+def _dense_storage(model: PreTrainedModel) -> Iterator[None]:
+    config = model.config.quantization_config
+    config.storage = "dense"
+    try:
+        yield
+    finally:
+        config.storage = "packed"

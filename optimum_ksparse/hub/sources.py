@@ -1,0 +1,67 @@
+"""Where a sparse model's tokenizer and its dense baseline are."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..calibration import read_tokenizer
+from ..config import describe_source
+from ..evaluation import Baseline, recorded_baseline
+from ..report import SparsityReport
+
+
+def choose_tokenizer(
+    model: PreTrainedModel, given: PreTrainedTokenizerBase | str | bool | None, token: Any
+) -> PreTrainedTokenizerBase | None:
+    if given is False:
+        return None
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    if given is not None and not isinstance(given, str | os.PathLike):
+        raise TypeError(f"tokenizer must be a tokenizer, its name, None or False, found {type(given).__name__}")
+    if given is not None:
+        return read_tokenizer(os.fspath(given), token=token)
+    return recorded_tokenizer(model, token=token)
+
+
+def recorded_tokenizer(model: PreTrainedModel, **arguments: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that a sparse model was calibrated with or came with, or its base model's.
+
+    Raises:
+        ValueError: none of them can be loaded.
+    """
+    config = model.config.quantization_config
+    report = getattr(model, "sparsity_report", None)
+    if isinstance(config.tokenizer, PreTrainedTokenizerBase):
+        return config.tokenizer
+    sources: list[tuple[str | None, dict[str, Any]]] = [
+        (config.tokenizer, {}),
+        (model.name_or_path, {"revision": getattr(model.config, "_commit_hash", None)}),
+    ]
+    if isinstance(report, SparsityReport):
+        own = {**report.base_arguments, "revision": report.base_revision}
+        sources[1][1].update(report.base_arguments if describe_source(model.name_or_path) == report.base_model else {})
+        if report.base_revision is not None:
+            sources.append((report.base_model, own))
+    failed = []
+    for source, more in sources:
+        if not source:
+            continue
+        known = {name: value for name, value in {**arguments, **more}.items() if value is not None}
+        try:
+            return read_tokenizer(os.fspath(source), **known)
+        except Exception as error:  # transformers and huggingface_hub raise many kinds here
+            failed.append(f"{describe_source(source)}: {type(error).__name__}")
+    raise ValueError(
+        f"no tokenizer was found ({'; '.join(failed) or 'no source is recorded'}): pass tokenizer=, or "
+        "tokenizer=False to publish without one"
+    )
+
+
+def choose_baseline(model: PreTrainedModel, given: str | os.PathLike[str] | None, token: Any) -> Baseline:
+    found = recorded_baseline(model) if given is None else Baseline(os.fspath(given))
+    more = {} if token is None else {"token": token}
+    return Baseline(found.source, found.revision, {**found.arguments, **more})

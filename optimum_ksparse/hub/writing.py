@@ -1,0 +1,165 @@
+"""Writing a model's card and figures into a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import SparsityConfig, describe_source
+from ..evaluation import Baseline, EvaluationResults, fingerprint
+from ..report import RESULTS_NAME, SparsityReport
+from .card import LANGUAGES, AdapterFacts, CardSubject, render_card
+from .figures import draw_figures
+from .metadata import base_card, build_metadata, is_repo_id
+
+CARD_NAME = "README.md"
+
+
+def sparse_part(model: Any) -> PreTrainedModel:
+    """The transformers model of a sparse model, or of a PEFT model on one.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    plain = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    config = getattr(getattr(plain, "config", None), "quantization_config", None)
+    if not isinstance(plain, PreTrainedModel) or not isinstance(config, SparsityConfig):
+        raise TypeError(f"{type(model).__name__} is no sparse model: prune it, or load a sparse checkpoint")
+    return plain
+
+
+def current_results(model: PreTrainedModel) -> EvaluationResults | None:
+    """The model's results, None where it has none.
+
+    Raises:
+        ValueError: they are of other weights than the model has now.
+    """
+    results = getattr(model, "evaluation_results", None)
+    if not isinstance(results, EvaluationResults):
+        return None
+    if results.fingerprint != fingerprint(model):
+        raise ValueError(
+            f"{RESULTS_NAME} (model.evaluation_results) was measured on other weights, or in another dtype: measure "
+            "again with evaluate=True or `optimum-cli ksparse eval`, or delete the results"
+        )
+    return results
+
+
+def check_language(language: str) -> None:
+    if language not in LANGUAGES:
+        raise ValueError(f"language={language!r} is not known; allowed: {', '.join(LANGUAGES)}")
+
+
+def is_adapter(model: Any) -> bool:
+    """A PEFT model, or a transformers model to which an adapter was added."""
+    return hasattr(model, "peft_config") and (
+        not isinstance(model, PreTrainedModel) or bool(getattr(model, "_hf_peft_config_loaded", False))
+    )
+
+
+def write_card(
+    model: Any,
+    directory: str | os.PathLike[str],
+    *,
+    language: str = "en",
+    repo_id: str | None = None,
+    dense_revision: str | None = None,
+    tags: list[str] | None = None,
+    existing: str | None = None,
+    token: bool | str | None = None,
+) -> Path:
+    """Writes the card of a model that lies in `directory`, and its figures beside it. Returns the card's path.
+
+    Args:
+        repo_id: where the model is (to be) published; None while it is not.
+        existing: text of the card to go on from; None takes the one in `directory`.
+
+    Raises:
+        ValueError: the model's results are of other weights, or the metadata of the card that is there are damaged.
+    """
+    check_language(language)
+    directory = Path(directory)
+    plain = sparse_part(model)
+    report = getattr(plain, "sparsity_report", None)
+    report = report if isinstance(report, SparsityReport) else None
+    results = current_results(plain)
+    base_model, base_name, base_revision = _base(model, plain, report)
+    path = directory / CARD_NAME
+    if existing is None:
+        existing = path.read_text(encoding="utf-8") if path.is_file() else ""
+    name = (repo_id or directory.resolve().name).split("/")[-1]
+    adapter = _adapter_facts(model, directory)
+    is_causal = plain.can_generate()
+    subject = CardSubject(
+        name=name,
+        report=report,
+        results=results,
+        metadata=build_metadata(
+            report,
+            results,
+            name=name,
+            base_model=base_model,
+            inherited=base_card(_card_source(base_model, base_revision, plain, token)),
+            is_adapter=adapter is not None,
+            is_causal=is_causal,
+            tags=[*(plain.model_tags or []), *(tags or [])],
+        ),
+        storage=plain.config.quantization_config.storage,
+        dtype=str(plain.dtype).removeprefix("torch."),
+        file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+        repo_id=repo_id,
+        base_model=base_model,
+        base_name=base_name,
+        base_revision=base_revision,
+        dense_revision=dense_revision,
+        figures=draw_figures(directory, None if adapter is not None else report, results),
+        adapter=adapter,
+        is_causal=is_causal,
+    )
+    unfinished = directory / f".{CARD_NAME}.unfinished"
+    unfinished.write_text(render_card(subject, language, existing), encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def _card_source(base_model: str | None, revision: str | None, model: PreTrainedModel, token: Any) -> Baseline | None:
+    if base_model is not None:
+        return Baseline(base_model, revision, {} if token is None else {"token": token})
+    folder = model.name_or_path or ""
+    return Baseline(folder) if os.path.isdir(folder) else None
+
+
+def _base(
+    model: Any, plain: PreTrainedModel, report: SparsityReport | None
+) -> tuple[str | None, str | None, str | None]:
+    """Hub id (None for a local folder), name, and commit of what the model, or the adapter, was made from."""
+    if is_adapter(model):
+        name, revision = describe_source(plain.name_or_path), getattr(plain.config, "_commit_hash", None)
+    else:
+        name, revision = (report.base_model, report.base_revision) if report is not None else (None, None)
+    on_hub = revision is not None and is_repo_id(name)
+    return name if on_hub else None, name, revision if on_hub else None
+
+
+def _adapter_facts(model: Any, directory: Path) -> AdapterFacts | None:
+    if not is_adapter(model):
+        return None
+    from safetensors import safe_open
+
+    name = getattr(model, "active_adapter", None)
+    name = name() if callable(name) else name
+    config = model.peft_config[name if isinstance(name, str) else next(iter(model.peft_config))].to_dict()
+    shown = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
+    settings = {key: config[key] for key in shown if config.get(key)}
+    for key, value in settings.items():
+        if isinstance(value, set | list | tuple):
+            settings[key] = ", ".join(sorted(value))
+    count = 0
+    for path in directory.glob("adapter_model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118
+    return AdapterFacts(str(getattr(config["peft_type"], "value", config["peft_type"])), settings, count)
