@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from .calibration import decoder_of
 from .nn import SparseLinear, dense_weight, is_linear_map
@@ -127,6 +128,14 @@ def check_files(files: Iterable[str], modules: Mapping[str, SparseLinear]) -> No
                     f"tensor {tensor} is {dtype} {shape}, the checkpoint's config and model need "
                     f"{' or '.join(dtypes)} {list(expected.shape)}"
                 )
+
+
+def commit_of(source: Any, file_name: str = CONFIG_NAME, **hub_arguments: Any) -> str | None:
+    """Commit of the repository on the Hub that a model is, or was, loaded from; None for a folder."""
+    # A file of a Hub snapshot lies in a folder named after its commit.
+    path = cached_file(source, file_name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    commit: str | None = extract_commit_hash(path, None)
+    return commit
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

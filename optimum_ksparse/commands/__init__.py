@@ -2,14 +2,20 @@
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from .card import CardCommand
+from .eval import EvalCommand
 from .info import InfoCommand
 from .prune import PruneCommand
+from .push import PushCommand
 
 
 class KSparseCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="ksparse", help="Prune language models to 2:4, 4:8, any n:m or unstructured sparsity.")
     SUBCOMMANDS = (
         CommandInfo(name="prune", help="Prune a model and save it.", subcommand_class=PruneCommand),
+        CommandInfo(name="eval", help="Measure perplexity and KoBEST.", subcommand_class=EvalCommand),
+        CommandInfo(name="card", help="Write the model card.", subcommand_class=CardCommand),
+        CommandInfo(name="push", help="Publish on the Hub, with card.", subcommand_class=PushCommand),
         CommandInfo(name="info", help="What a sparse checkpoint holds.", subcommand_class=InfoCommand),
     )
 

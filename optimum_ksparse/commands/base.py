@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand
@@ -43,6 +44,24 @@ def read_recipe(path: str, allowed: list[str]) -> dict[str, Any]:
         raise ValueError(f"{path} must hold settings as `key: value`, found {type(recipe).__name__}")
     check_keys(recipe, allowed, path)
     return recipe
+
+
+def read_settings(args: argparse.Namespace, allowed: list[str]) -> dict[str, Any]:
+    """Settings of the recipe of `--config`, overridden by the flags that were given."""
+    recipe = read_recipe(args.config, allowed) if args.config else {}
+    given = {name: getattr(args, name) for name in allowed}
+    return {**recipe, **{name: value for name, value in given.items() if value is not None}}
+
+
+def load_checkpoint(source: str, settings: Mapping[str, Any]) -> Any:
+    """The model of a checkpoint, of an adapter with its base; in its own dtype unless `settings` say otherwise."""
+    from transformers import AutoModelForCausalLM
+
+    import optimum_ksparse  # noqa: F401 (registers sparse checkpoints)
+
+    names = ("dtype", "device_map", "revision", "trust_remote_code")
+    loading = {name: settings[name] for name in names if settings.get(name) is not None}
+    return AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
 
 
 def boolean(text: str) -> bool:

@@ -11,11 +11,12 @@ from .measure import (
     set_aside,
 )
 from .perplexity import evaluate_perplexity
-from .results import RESULTS_NAME, EvaluationResults, Measurement
+from .results import EvaluationResults, Measurement
+from .table import TASK_TITLES, result_rows, results_table
 
 __all__ = [
     "KOBEST_TASKS",
-    "RESULTS_NAME",
+    "TASK_TITLES",
     "Baseline",
     "EvaluationProtocol",
     "EvaluationResults",
@@ -26,5 +27,7 @@ __all__ = [
     "evaluate_perplexity",
     "fingerprint",
     "recorded_baseline",
+    "result_rows",
+    "results_table",
     "set_aside",
 ]

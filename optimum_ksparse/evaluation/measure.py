@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from ..calibration import prepends_bos
 from ..calibration.tokens import check_context, context_length
-from ..checkpoint import sparse_modules
+from ..checkpoint import commit_of, sparse_modules
 from ..config import describe_source
 from ..report import SparsityReport
 from .environment import check_causal_lm
@@ -138,6 +139,15 @@ class Baseline:
     revision: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def commit(self) -> str | None:
+        """The commit that `load` finds; None for a folder."""
+        names = ("token", "subfolder", "cache_dir")
+        hub = {name: self.arguments[name] for name in names if self.arguments.get(name) is not None}
+        return commit_of(
+            self.source, self.arguments.get("gguf_file") or CONFIG_NAME, revision=self.revision or "main", **hub
+        )
+
     def load(self, like: PreTrainedModel | type[PreTrainedModel], dtype: torch.dtype, device: Any) -> PreTrainedModel:
         """Loads it with a class of model, in a dtype, on a device or by a device map."""
         arguments = dict(self.arguments)
@@ -186,10 +196,10 @@ def evaluate_model(
 ) -> EvaluationResults:
     """Measures a sparse model, and after it the dense model it was made from; the results are also
     `model.evaluation_results`, which `save_pretrained` and `push_to_hub` write. What has been measured of the same
-    weights by the same protocol is not measured again.
+    weights by the same protocol is not measured again. A dense model is measured as well, into the dense column.
 
     Args:
-        model: sparse causal LM.
+        model: causal LM.
         tokenizer: the model's.
         protocol: what to measure, and how; None takes the default of `EvaluationProtocol`.
         baseline: True measures the recorded dense model as well, a Hub id or folder that one. It is loaded in the same
@@ -209,7 +219,13 @@ def evaluate_model(
     if not isinstance(results, EvaluationResults) or results.fingerprint != found:
         results = EvaluationResults(found)
     model.evaluation_results = results  # type: ignore[assignment]
-    _measure_missing(results, "sparse", model, tokenizer, protocol, on_measured)
+    part = "sparse" if sparse_modules(model) else "dense"
+    if part == "dense":
+        if dense:
+            raise ValueError("the model is dense: it is its own baseline")
+        results.dense_model = describe_source(model.name_or_path)
+        results.dense_revision = Baseline(model.name_or_path).commit if model.name_or_path else None
+    _measure_missing(results, part, model, tokenizer, protocol, on_measured)
     if isinstance(dense, Baseline):
         report = getattr(model, "sparsity_report", None)
         size = report.num_parameters if isinstance(report, SparsityReport) else None
@@ -258,7 +274,7 @@ def evaluate_baseline(
                 f"model that was pruned had {num_parameters:,}: it is another model"
             )
         name = describe_source(baseline.source)
-        revision = getattr(model.config, "_commit_hash", None) or baseline.revision
+        revision = baseline.commit
         if (results.dense_model, results.dense_revision) != (name, revision):
             results.dense.clear()  # figures of another dense model
         results.dense_model, results.dense_revision = name, revision

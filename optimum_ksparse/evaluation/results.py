@@ -100,6 +100,9 @@ class Measurement:
         keys = dict.fromkeys((*self.protocol, *other.protocol))
         return [key for key in keys if self.protocol.get(key) != other.protocol.get(key)]
 
+    def num_differences(self, other: Measurement) -> int:
+        return len(self.differences(other))
+
     def follows(self, request: Mapping[str, Any]) -> bool:
         """Whether this was measured as `request`, a part of a protocol, asks."""
         for key, asked in request.items():
@@ -129,18 +132,20 @@ class EvaluationResults:
     dense_revision: str | None = None
     schema_version: int = SCHEMA_VERSION
 
-    def pairs(self) -> list[tuple[Measurement, Measurement | None]]:
+    def pairs(self) -> list[tuple[Measurement | None, Measurement | None]]:
         """Each measurement of the sparse model with that of the dense model by the same protocol, or, where there is
-        none, one of the same name by another; see `Measurement.differences`."""
-        found: list[tuple[Measurement, Measurement | None]] = []
+        none, one of the same name by another (see `Measurement.differences`); then those of the dense model alone."""
+        found: list[tuple[Measurement | None, Measurement | None]] = []
         for ours in self.sparse:
             others = [other for other in self.dense if other.name == ours.name]
-            found.append((ours, min(others, key=lambda other: len(ours.differences(other)), default=None)))
-        return found
+            found.append((ours, min(others, key=ours.num_differences, default=None)))
+        taken = [other for _, other in found]
+        return found + [(None, other) for other in self.dense if other not in taken]
 
     def comparable(self) -> list[tuple[Measurement, Measurement]]:
         """The pairs that were measured by the same protocol: sparse, dense."""
-        return [(ours, other) for ours, other in self.pairs() if other is not None and not ours.differences(other)]
+        pairs = [(ours, other) for ours, other in self.pairs() if ours is not None and other is not None]
+        return [(ours, other) for ours, other in pairs if not ours.differences(other)]
 
     def mean_f1(self, part: str, num_fewshot: int = 0) -> float | None:
         """Mean macro F1 of `part` ("sparse" or "dense") over the study's four tasks; None where not all were

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from ..evaluation import KOBEST_TASKS, EvaluationResults, Measurement
+from ..evaluation import TASK_TITLES, EvaluationResults, result_rows
 from ..pattern import Pattern
 from ..report import SparsityReport
 from .markdown import environment
@@ -21,9 +21,6 @@ BEGIN = "<!-- optimum-ksparse: begin. This section is written anew at each push;
 END = "<!-- optimum-ksparse: end -->"
 _SECTION = re.compile(r"<!-- optimum-ksparse: begin\b.*?<!-- optimum-ksparse: end -->", re.DOTALL)
 _MARKER = re.compile(r"<!-- optimum-ksparse: (begin\b[^\n]*?|end )-->")
-
-_TASK_TITLES = {"boolq": "BoolQ", "copa": "COPA", "hellaswag": "HellaSwag", "sentineg": "SentiNeg", "wic": "WiC"}
-_CHANCE = {"boolq": 50, "copa": 50, "hellaswag": 25, "sentineg": 50, "wic": 50}
 
 
 @dataclass
@@ -66,20 +63,6 @@ class CardSubject:
     is_causal: bool = True
 
 
-@dataclass
-class ResultRow:
-    """One line of the results table. `differences` names what keeps the two from being comparable."""
-
-    task: str
-    metric: str
-    num_fewshot: int
-    dense: float | None
-    sparse: float | None
-    recovered: float | None
-    stderr: tuple[float | None, float | None]
-    differences: list[str]
-
-
 def render_card(subject: CardSubject, language: str = "en", existing: str | None = None) -> str:
     """The card as the text of README.md.
 
@@ -96,41 +79,6 @@ def render_card(subject: CardSubject, language: str = "en", existing: str | None
     return f"---\n{block}---\n\n{_insert(body, section)}\n"
 
 
-def result_rows(results: EvaluationResults | None) -> list[ResultRow]:
-    """Perplexity, then the tasks of KoBEST in their order; what was not measured has no figures."""
-    rows: list[ResultRow] = []
-    pairs = results.pairs() if results is not None else []
-    for name in ("perplexity", *KOBEST_TASKS):
-        metrics = ("perplexity", "bits_per_byte") if name == "perplexity" else ("acc", "f1")
-        measured = [pair for pair in pairs if pair[0].name == name]
-        for metric in metrics:
-            rows += [_result_row(name, metric, *pair) for pair in measured] or [_result_row(name, metric, None, None)]
-    for shots in sorted({ours.num_fewshot for ours, _ in pairs if ours.name in KOBEST_TASKS}) or [0]:
-        sparse = results.mean_f1("sparse", shots) if results is not None else None
-        dense = results.mean_f1("dense", shots) if results is not None else None
-        fair = not any(row.differences for row in rows if row.num_fewshot == shots and row.metric == "f1")
-        recovered = sparse / dense if sparse is not None and dense and fair else None
-        rows.append(ResultRow("mean", "f1", shots, dense if fair else None, sparse, recovered, (None, None), []))
-    return rows
-
-
-def _result_row(name: str, metric: str, ours: Measurement | None, other: Measurement | None) -> ResultRow:
-    if ours is None:
-        return ResultRow(_TASK_TITLES.get(name, name), metric, 0, None, None, None, (None, None), [])
-    differences = [] if other is None else ours.differences(other)
-    errors = [row.metrics.get("acc_stderr") if row is not None and metric == "acc" else None for row in (other, ours)]
-    return ResultRow(
-        task=_TASK_TITLES.get(name, name),
-        metric=metric,
-        num_fewshot=ours.num_fewshot,
-        dense=other.metrics.get(metric) if other is not None else None,
-        sparse=ours.metrics.get(metric),
-        recovered=ours.recovered(metric, other) if other is not None and not differences else None,
-        stderr=(errors[0], errors[1]),
-        differences=differences,
-    )
-
-
 def _view(subject: CardSubject) -> dict[str, Any]:
     """What the templates see."""
     results, report = subject.results, subject.report
@@ -142,7 +90,7 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "results": results,
         "rows": result_rows(results),
         "perplexities": [row for row in sparse if row.name == "perplexity"],
-        "tasks": [(_TASK_TITLES[row.name], _CHANCE[row.name], row) for row in sparse if row.name in _TASK_TITLES],
+        "tasks": [(TASK_TITLES[row.name], row) for row in sparse if row.name in TASK_TITLES],
         "environments": _environments(results),
         "pattern": pattern,
         "limited": any(row.protocol.get("limit") for row in sparse),

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+from transformers.utils import logging
 
 from ..checkpoint import is_weight_file
 from ..report import REPORT_NAME, RESULTS_NAME
 from .figures import ERROR_FIGURE, RESULTS_FIGURE
 from .writing import CARD_NAME, write_card
 
+logger = logging.get_logger(__name__)
+
+_T = TypeVar("_T")
 # Beside the weights; on the Hub they go when a push has none of them any more.
 _OWNED = (REPORT_NAME, RESULTS_NAME, ERROR_FIGURE, RESULTS_FIGURE)
-_MOST_TRIES = 3
+# Seconds between tries. The client itself retries uploads, but neither commits nor look-ups.
+_WAITS = (1, 2, 4)
+# Too many requests, time-outs, and 412: somebody else committed between our look at the repository and our commit.
+_PASSING = (408, 412, 429)
 
 
 def commit_folder(
@@ -34,71 +41,83 @@ def commit_folder(
     create_pr: bool = False,
 ) -> CommitInfo:
     """One commit with the folder's files and the card (`card` are arguments of `write_card`), on top of what is there.
-    Where somebody else commits at the same time, the card is made anew from theirs."""
-    for attempt in range(1, _MOST_TRIES + 1):
-        with hub_errors(repo_id):
-            head = api.repo_info(repo_id, revision=revision).sha
-            there = set(api.list_repo_files(repo_id, revision=head))
-            existing = _remote_card(api, repo_id, head) if CARD_NAME in there else ""
-        write_card(model, folder, existing=existing, **card)
+    A retry begins with what is there then: where somebody else committed, the card is made anew from theirs, and
+    where our commit had arrived after all, there is nothing left to do."""
+
+    def attempt() -> CommitInfo:
+        head = api.repo_info(repo_id, revision=revision).sha
+        there = set(api.list_repo_files(repo_id, revision=head))
+        existing = _remote_card(api, repo_id, head) if CARD_NAME in there else card["existing"]
+        write_card(model, folder, **{**card, "existing": existing})
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         stale = [name for name in there - set(files) if is_weight_file(name) or name in _OWNED]
         operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in files]
         operations += [CommitOperationDelete(name) for name in sorted(stale)]
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=message,
+            commit_description=description,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head,
+        )
+
+    return with_retries(repo_id, attempt)
+
+
+def with_retries(repo_id: str, action: Callable[[], _T]) -> _T:
+    """Calls `action`, which may be called again, and again where the network or the server stumbles.
+
+    Raises:
+        PermissionError: the Hub does not accept the token, or the token may not do this.
+        ConnectionError: it did not work out in four tries, or the Hub refuses; says what the user can do.
+    """
+    for wait in (*_WAITS, None):
         try:
-            with hub_errors(repo_id):
-                return api.create_commit(
-                    repo_id,
-                    operations,
-                    commit_message=message,
-                    commit_description=description,
-                    revision=revision,
-                    create_pr=create_pr,
-                    parent_commit=head,
-                )
-        except _OutrunError:
-            if attempt == _MOST_TRIES:
-                raise
+            return action()
+        except (HTTPError, LocalEntryNotFoundError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not isinstance(error.__cause__, HTTPError):
+                raise  # uploads of large files fail with a RuntimeError, but so do other things
+            _check_access(repo_id, error)
+            if wait is None or not _passes(error):
+                raise ConnectionError(
+                    f"the push to {repo_id} broke off ({_reason(error)}); nothing of it is published, model and "
+                    "results are as they were: push again"
+                ) from error
+            logger.warning(f"The Hub stumbled ({_reason(error)}); trying again in {wait} s.")
+            time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def _status(error: Exception) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+
+
+def _passes(error: Exception) -> bool:
+    status = _status(error)
+    return status is None or status in _PASSING or status >= 500
+
+
+def _check_access(repo_id: str, error: Exception) -> None:
+    status = _status(error)
+    if status == 401:
+        raise PermissionError(
+            f"the Hub does not accept the token, or there is none (401), for {repo_id}: log in with `hf auth login` "
+            "or pass token="
+        ) from error
+    if status == 403:
+        raise PermissionError(
+            f"the token may not write to {repo_id} (403): use one with write access there, or create_pr=True"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
 def _remote_card(api: HfApi, repo_id: str, revision: str | None) -> str:
     with tempfile.TemporaryDirectory() as cache:
         path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, cache_dir=cache)
         return Path(path).read_text(encoding="utf-8")
-
-
-class _OutrunError(ConnectionError):
-    """Somebody else committed first."""
-
-
-@contextmanager
-def hub_errors(repo_id: str) -> Iterator[None]:
-    """Says what the user can do, instead of which request failed."""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status == 401:
-            raise PermissionError(
-                f"the Hub does not accept the token, or there is none (401), for {repo_id}: log in with "
-                "`hf auth login` or pass token="
-            ) from error
-        if status == 403:
-            raise PermissionError(
-                f"the token may not write to {repo_id} (403): use one with write access there, or create_pr=True"
-            ) from error
-        if status == 412:
-            raise _OutrunError(f"somebody else keeps committing to {repo_id}; push again") from error
-        raise ConnectionError(_broken(repo_id, error)) from error
-    # Uploads of large files fail with a RuntimeError, downloads without a network with a LocalEntryNotFoundError.
-    except (HTTPError, LocalEntryNotFoundError, RuntimeError) as error:
-        raise ConnectionError(_broken(repo_id, error)) from error
-
-
-def _broken(repo_id: str, error: Exception) -> str:
-    cause = error.__cause__ or error
-    return (
-        f"the push to {repo_id} broke off ({type(cause).__name__}: {cause}); nothing of it is published, model and "
-        "results are as they were: push again"
-    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..evaluation import EvaluationResults
+from ..evaluation import KOBEST_TASKS, EvaluationResults
 from ..report import SparsityReport
 
 ERROR_FIGURE = "relative_output_error.png"
@@ -68,7 +68,8 @@ def _output_errors(report: SparsityReport) -> Any:
 
 
 def _dense_and_sparse(results: EvaluationResults) -> Any:
-    pairs = results.comparable()
+    order = ("perplexity", *KOBEST_TASKS)
+    pairs = sorted(results.comparable(), key=lambda pair: (order.index(pair[0].name), pair[0].num_fewshot))
     panels = [
         ("perplexity (lower is better)", [pair for pair in pairs if pair[0].name == "perplexity"], "perplexity"),
         ("KoBEST macro F1 (higher is better)", [pair for pair in pairs if pair[0].name != "perplexity"], "f1"),

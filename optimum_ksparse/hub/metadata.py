@@ -83,6 +83,7 @@ def build_metadata(
     measured = results.sparse if results is not None else []
     metrics = ["perplexity"] * any(row.name == "perplexity" for row in measured)
     metrics += ["accuracy", "f1"] * any(row.name != "perplexity" for row in measured)
+    eval_results = [result for row in measured for result in _eval_results(row)] or None
     return ModelCardData(
         language=language,
         license=inherited.get("license"),
@@ -95,8 +96,8 @@ def build_metadata(
         datasets=[repository] if repository else None,
         metrics=metrics or None,
         tags=found_tags + [tag for tag in tags or [] if tag not in found_tags],
-        model_name=name,
-        eval_results=[result for row in measured for result in _eval_results(row)] or None,
+        model_name=name if eval_results else None,  # of the model index
+        eval_results=eval_results,
     )
 
 
@@ -119,6 +120,8 @@ def _pattern_tag(pattern: str) -> str:
 
 
 def _eval_results(row: Measurement) -> list[EvalResult]:
+    if row.name == "perplexity" and row.metrics["perplexity"] is None:
+        return []
     if row.name == "perplexity":
         texts = row.protocol["texts"]
         return [

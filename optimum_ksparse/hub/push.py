@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..config import describe_source
 from ..evaluation import EvaluationProtocol, evaluate_model
 from ..report import REPORT_NAME
-from .commit import commit_folder, hub_errors
+from .commit import commit_folder, with_retries
 from .sources import choose_baseline, choose_tokenizer
 from .writing import CARD_NAME, check_language, current_results, is_adapter, sparse_part
 
@@ -45,6 +45,7 @@ def push_model(
     create_pr: bool = False,
     max_shard_size: int | str = "50GB",
     tags: list[str] | str | None = None,
+    readme: str | None = None,
 ) -> CommitInfo:
     """Publishes a sparse model, or an adapter on one: config, weights, tokenizer, report, results, figures and card in
     one commit. What did not change is not uploaded again, what a person wrote into the card stays, and weight files
@@ -59,6 +60,7 @@ def push_model(
         tokenizer: to publish with the model; None loads the recorded one, False leaves it out.
         language: of the card, "en" or "ko".
         dense_revision: a branch for the same weights with their zeros written out, which plain transformers loads.
+        readme: text of a card to go on from where the repository has none yet.
         commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as in
             transformers.
 
@@ -80,16 +82,15 @@ def push_model(
         if found_tokenizer is None:
             raise ValueError("evaluate needs the tokenizer: pass one instead of tokenizer=False")
     else:
-        current_results(plain)  # results of other weights are refused before anything is created
+        current_results(model)  # results of other weights are refused before anything is created
     api = HfApi(token=token)
-    with hub_errors(repo_id):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        for branch in (revision, dense_revision):
-            if branch is not None and not branch.startswith("refs/pr"):
-                api.create_branch(repo_id, branch=branch, exist_ok=True)
+    repo_id = with_retries(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    for branch in (revision, dense_revision):
+        if branch is not None and not branch.startswith("refs/"):
+            with_retries(repo_id, lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))  # noqa: B023
     if evaluate:
         evaluate_model(plain, found_tokenizer, protocol, baseline=dense)  # type: ignore[arg-type]
-    results = current_results(plain)
+    results = current_results(model)
     if results is None or not results.dense:
         lacking = "no figures" if results is None else "no dense column"
         logger.warning(
@@ -99,7 +100,7 @@ def push_model(
     more_tags = [tags] if isinstance(tags, str) else list(tags or [])
     message = commit_message or ("Upload adapter" if is_adapter(model) else "Upload sparse model")
     card: dict[str, Any] = {"language": language, "repo_id": repo_id, "tags": more_tags, "token": token}
-    card["dense_revision"] = dense_revision
+    card |= {"dense_revision": dense_revision, "existing": readme or ""}
     with tempfile.TemporaryDirectory() as folder:
         _save(model, Path(folder), found_tokenizer, max_shard_size)
         info = commit_folder(
@@ -146,7 +147,7 @@ def _save(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None, m
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     else:
         model.save_pretrained(folder)
-        results = current_results(sparse_part(model))
+        results = current_results(model)
         if results is not None:
             results.save(folder)
     if tokenizer is not None:

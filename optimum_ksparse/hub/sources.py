@@ -33,13 +33,13 @@ def recorded_tokenizer(model: PreTrainedModel, **arguments: Any) -> PreTrainedTo
     Raises:
         ValueError: none of them can be loaded.
     """
-    config = model.config.quantization_config
     report = getattr(model, "sparsity_report", None)
-    if isinstance(config.tokenizer, PreTrainedTokenizerBase):
-        return config.tokenizer
+    recorded = getattr(getattr(model.config, "quantization_config", None), "tokenizer", None)
+    if isinstance(recorded, PreTrainedTokenizerBase):
+        return recorded
     sources: list[tuple[str | None, dict[str, Any]]] = [
-        (config.tokenizer, {}),
-        (model.name_or_path, {"revision": getattr(model.config, "_commit_hash", None)}),
+        (recorded, {}),
+        (model.name_or_path, {"revision": getattr(model, "sparse_revision", None)}),
     ]
     if isinstance(report, SparsityReport):
         own = {**report.base_arguments, "revision": report.base_revision}

@@ -32,16 +32,19 @@ def sparse_part(model: Any) -> PreTrainedModel:
     return plain
 
 
-def current_results(model: PreTrainedModel) -> EvaluationResults | None:
-    """The model's results, None where it has none.
+def current_results(model: Any) -> EvaluationResults | None:
+    """The results of a model, or of an adapter on its base; None where it has none.
 
     Raises:
         ValueError: they are of other weights than the model has now.
     """
-    results = getattr(model, "evaluation_results", None)
+    plain = sparse_part(model)
+    results = getattr(plain, "evaluation_results", None)
     if not isinstance(results, EvaluationResults):
         return None
-    if results.fingerprint != fingerprint(model):
+    if results.fingerprint != fingerprint(plain):
+        if is_adapter(model):
+            return None  # the base's own, from before the adapter
         raise ValueError(
             f"{RESULTS_NAME} (model.evaluation_results) was measured on other weights, or in another dtype: measure "
             "again with evaluate=True or `optimum-cli ksparse eval`, or delete the results"
@@ -86,7 +89,7 @@ def write_card(
     plain = sparse_part(model)
     report = getattr(plain, "sparsity_report", None)
     report = report if isinstance(report, SparsityReport) else None
-    results = current_results(plain)
+    results = current_results(model)
     base_model, base_name, base_revision = _base(model, plain, report)
     path = directory / CARD_NAME
     if existing is None:
@@ -138,7 +141,7 @@ def _base(
 ) -> tuple[str | None, str | None, str | None]:
     """Hub id (None for a local folder), name, and commit of what the model, or the adapter, was made from."""
     if is_adapter(model):
-        name, revision = describe_source(plain.name_or_path), getattr(plain.config, "_commit_hash", None)
+        name, revision = describe_source(plain.name_or_path), getattr(plain, "sparse_revision", None)
     else:
         name, revision = (report.base_model, report.base_revision) if report is not None else (None, None)
     on_hub = revision is not None and is_repo_id(name)

@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
-from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..api import attach, load_tokenizer, sparsify
 from ..calibration import find_blocks
-from ..checkpoint import sparse_modules, sparsify_dense
+from ..checkpoint import commit_of, sparse_modules, sparsify_dense
 from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig
 from ..evaluation import EvaluationResults
 from ..pattern import Pattern
@@ -53,9 +53,7 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
             arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             tokenizer = load_tokenizer(config, source, **arguments)
             report = sparsify(model, config, tokenizer, restore_on_error=False)
-            # A file of a Hub snapshot lies in a folder named after its commit.
-            config_file = _file(source, kwargs.get("gguf_file") or CONFIG_NAME, kwargs)
-            report.base_revision = extract_commit_hash(config_file, None)
+            report.base_revision = commit_of(source, kwargs.get("gguf_file") or CONFIG_NAME, **_hub(kwargs))
             report.base_arguments = {name: kwargs[name] for name in ("gguf_file", "subfolder") if kwargs.get(name)}
         else:
             _finish_sparse(model, info, config, source, kwargs)
@@ -192,6 +190,7 @@ def _finish_sparse(
         return
     for name in RUN_TIME_SETTINGS if config is not None else ():
         setattr(model.config.quantization_config, name, getattr(config, name))
+    model.sparse_revision = None if source is None else commit_of(source, **_hub(kwargs))  # type: ignore[assignment]
     path = _file(source, REPORT_NAME, kwargs)
     if path is not None:
         try:
@@ -224,5 +223,9 @@ def _file(source: Any, name: str, kwargs: dict[str, Any]) -> str | None:
     """Path of a file beside the weights; None where there is none."""
     if source is None:
         return None
-    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs and key != "force_download"}
-    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **_hub(kwargs))
+
+
+def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that say where on the Hub the files are that have just been read."""
+    return {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs and key != "force_download"}

@@ -1,0 +1,80 @@
+"""`optimum-cli ksparse eval`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from .base import Command, load_checkpoint, read_settings
+from .protocol import LOADING_FLAGS, PROTOCOL_FLAGS, add_flags, protocol_of
+
+_USAGE = "optimum-cli ksparse eval CHECKPOINT [--baseline [MODEL]] [--config recipe.yaml]"
+
+
+class EvalCommand(Command):
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        parser.add_argument("checkpoint", nargs="?", help="folder or Hub id of a sparse (or a dense) model")
+        parser.add_argument(
+            "--baseline",
+            nargs="?",
+            const=True,
+            metavar="MODEL",
+            help="measure the dense model too: the recorded one, or this folder or Hub id",
+        )
+        parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
+        parser.add_argument("--revision", help="branch, tag or commit of the checkpoint")
+        parser.add_argument("--output", help="folder for evaluation_results.json (default: the checkpoint's)")
+        parser.add_argument("--overwrite", action="store_const", const=True, help="discard results of other weights")
+        parser.add_argument("--trust-remote-code", dest="trust_remote_code", action="store_const", const=True)
+        add_flags(parser, PROTOCOL_FLAGS, LOADING_FLAGS)
+
+    def execute(self) -> None:
+        own = ["checkpoint", "baseline", "revision", "output", "overwrite", "trust_remote_code"]
+        settings = read_settings(self.args, [*own, *PROTOCOL_FLAGS, *LOADING_FLAGS])
+        if not settings.get("checkpoint"):
+            raise ValueError(f"checkpoint is missing: {_USAGE}")
+        protocol = protocol_of(settings)
+
+        from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, fingerprint, results_table
+        from ..hub import choose_baseline, choose_tokenizer
+        from ..report import RESULTS_NAME
+
+        checkpoint = settings["checkpoint"]
+        output = Path(settings.get("output") or _folder_of(checkpoint))
+        known = EvaluationResults.load(output / RESULTS_NAME) if (output / RESULTS_NAME).is_file() else None
+        model = load_checkpoint(checkpoint, settings)
+        if known is not None:
+            if known.fingerprint == fingerprint(model):
+                model.evaluation_results = known
+            elif not settings.get("overwrite"):
+                raise ValueError(
+                    f"{output / RESULTS_NAME} holds results of other weights, or of another dtype: move it away, or "
+                    "discard it with --overwrite"
+                )
+        tokenizer = choose_tokenizer(model, settings.get("tokenizer"), None)
+        assert tokenizer is not None  # only tokenizer=False leaves it out
+        baseline: Any = settings.get("baseline")
+        dense = choose_baseline(model, None if baseline is True else baseline, None) if baseline else None
+        output.mkdir(parents=True, exist_ok=True)
+
+        def keep(results: EvaluationResults) -> None:
+            results.save(output)
+
+        results = evaluate_model(model, tokenizer, protocol, on_measured=keep)
+        if dense is not None:
+            report = getattr(model, "sparsity_report", None)
+            size, like, dtype = getattr(report, "num_parameters", None), type(model), model.dtype
+            device = settings.get("device_map") or model.device
+            del model, report  # the dense model has the machine to itself
+            how = {"like": like, "dtype": dtype, "device": device, "num_parameters": size}
+            evaluate_baseline(results, dense, tokenizer, protocol, on_measured=keep, **how)
+        keep(results)
+        print(results_table(results))
+        print(f"written to {output / RESULTS_NAME}")
+
+
+def _folder_of(checkpoint: str) -> str:
+    """A local checkpoint's own folder; for one on the Hub a folder of its name here."""
+    return checkpoint if Path(checkpoint).is_dir() else checkpoint.split("/")[-1]

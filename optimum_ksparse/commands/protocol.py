@@ -1,0 +1,45 @@
+"""What `eval` and `push` share: how to measure, as flags and in recipes."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from typing import Any
+
+from .base import boolean
+
+# Settings of EvaluationProtocol: name → argparse arguments. Defaults are EvaluationProtocol's own.
+PROTOCOL_FLAGS: dict[str, dict[str, Any]] = {
+    "texts": {"help": "for perplexity: kowiki (default), a .txt or .jsonl file, or none"},
+    "seq_len": {"type": int, "help": "window positions (default: the model's context, at most 2048)"},
+    "stride": {"type": int, "help": "tokens from one window to the next (default: windows do not overlap)"},
+    "max_tokens": {"type": int, "help": "window positions to use at most"},
+    "tasks": {"nargs": "+", "help": "of KoBEST: copa, hellaswag, boolq, sentineg, wic (default: all), or none"},
+    "num_fewshot": {"type": int, "help": "solved examples before each item (default: 0)"},
+    "limit": {"type": int, "help": "items of each task, for trying out (default: all)"},
+    "data_dir": {"help": "folder of <task>/<split>.jsonl, instead of the Hub"},
+    "prepend_bos": {"type": boolean, "help": "begin windows and items with the beginning token"},
+    "batch_size": {"type": int, "help": "windows or items in one forward pass"},
+}
+LOADING_FLAGS: dict[str, dict[str, Any]] = {
+    "dtype": {"help": "float32, bfloat16, float16, or auto (default: the checkpoint's)"},
+    "device_map": {"help": "as in from_pretrained: auto, cpu, cuda:0, …"},
+    "tokenizer": {"help": "name or folder, where it is not beside the model"},
+}
+
+
+def add_flags(parser: ArgumentParser, *groups: dict[str, dict[str, Any]]) -> None:
+    for group in groups:
+        for name, arguments in group.items():
+            parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar="VALUE", **arguments)
+
+
+def protocol_of(settings: dict[str, Any]) -> Any:
+    """The `EvaluationProtocol` of a recipe and flags; their settings are taken out of `settings`."""
+    from ..evaluation import EvaluationProtocol
+
+    chosen = {name: settings.pop(name) for name in PROTOCOL_FLAGS if name in settings}
+    if chosen.get("texts") == "none":
+        chosen["texts"] = None
+    if chosen.get("tasks") in ("none", ["none"], []):
+        chosen["tasks"] = ()
+    return EvaluationProtocol(**chosen)
