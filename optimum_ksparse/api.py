@@ -84,7 +84,7 @@ def sparsify(
         layers=rows,
         skipped=skipped,
         base_model=describe_source(model.name_or_path),
-        base_revision=getattr(model.config, "_commit_hash", None),
+        base_revision=getattr(model, "hub_commit", None),
         num_parameters=num_parameters,
         seconds=round(time.perf_counter() - started, 2),
         peak_memory_bytes=peak_memory(),

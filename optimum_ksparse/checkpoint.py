@@ -132,8 +132,11 @@ def check_files(files: Iterable[str], modules: Mapping[str, SparseLinear]) -> No
 
 def commit_of(source: Any, file_name: str = CONFIG_NAME, **hub_arguments: Any) -> str | None:
     """Commit of the repository on the Hub that a model is, or was, loaded from; None for a folder."""
+    try:
+        path = cached_file(source, file_name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    except OSError:
+        return None
     # A file of a Hub snapshot lies in a folder named after its commit.
-    path = cached_file(source, file_name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
     commit: str | None = extract_commit_hash(path, None)
     return commit
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
 
 from ..calibration import prepends_bos
 from ..calibration.tokens import check_context, context_length
-from ..checkpoint import commit_of, sparse_modules
+from ..checkpoint import sparse_modules
 from ..config import describe_source
 from ..report import SparsityReport
 from .environment import check_causal_lm
@@ -139,15 +138,6 @@ class Baseline:
     revision: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def commit(self) -> str | None:
-        """The commit that `load` finds; None for a folder."""
-        names = ("token", "subfolder", "cache_dir")
-        hub = {name: self.arguments[name] for name in names if self.arguments.get(name) is not None}
-        return commit_of(
-            self.source, self.arguments.get("gguf_file") or CONFIG_NAME, revision=self.revision or "main", **hub
-        )
-
     def load(self, like: PreTrainedModel | type[PreTrainedModel], dtype: torch.dtype, device: Any) -> PreTrainedModel:
         """Loads it with a class of model, in a dtype, on a device or by a device map."""
         arguments = dict(self.arguments)
@@ -224,7 +214,7 @@ def evaluate_model(
         if dense:
             raise ValueError("the model is dense: it is its own baseline")
         results.dense_model = describe_source(model.name_or_path)
-        results.dense_revision = Baseline(model.name_or_path).commit if model.name_or_path else None
+        results.dense_revision = getattr(model, "hub_commit", None)
     _measure_missing(results, part, model, tokenizer, protocol, on_measured)
     if isinstance(dense, Baseline):
         report = getattr(model, "sparsity_report", None)
@@ -274,7 +264,7 @@ def evaluate_baseline(
                 f"model that was pruned had {num_parameters:,}: it is another model"
             )
         name = describe_source(baseline.source)
-        revision = baseline.commit
+        revision = getattr(model, "hub_commit", None)
         if (results.dense_model, results.dense_revision) != (name, revision):
             results.dense.clear()  # figures of another dense model
         results.dense_model, results.dense_revision = name, revision

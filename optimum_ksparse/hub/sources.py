@@ -39,7 +39,7 @@ def recorded_tokenizer(model: PreTrainedModel, **arguments: Any) -> PreTrainedTo
         return recorded
     sources: list[tuple[str | None, dict[str, Any]]] = [
         (recorded, {}),
-        (model.name_or_path, {"revision": getattr(model, "sparse_revision", None)}),
+        (model.name_or_path, {"revision": getattr(model, "hub_commit", None)}),
     ]
     if isinstance(report, SparsityReport):
         own = {**report.base_arguments, "revision": report.base_revision}

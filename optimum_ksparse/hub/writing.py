@@ -141,7 +141,7 @@ def _base(
 ) -> tuple[str | None, str | None, str | None]:
     """Hub id (None for a local folder), name, and commit of what the model, or the adapter, was made from."""
     if is_adapter(model):
-        name, revision = describe_source(plain.name_or_path), getattr(plain, "sparse_revision", None)
+        name, revision = describe_source(plain.name_or_path), getattr(plain, "hub_commit", None)
     else:
         name, revision = (report.base_model, report.base_revision) if report is not None else (None, None)
     on_hub = revision is not None and is_repo_id(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
             else:
                 _check_agreement(config, recorded)
         model, info = original(cls, source, *args, output_loading_info=True, **kwargs)
+        # transformers does not keep it, and reports and cards name what a model was made from.
+        model.hub_commit = _commit(source, kwargs)
         if config is not None and recorded is None:
             _check_loaded(model, info)
             names = ("trust_remote_code", "gguf_file", *_HUB_ARGUMENTS)
             arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             tokenizer = load_tokenizer(config, source, **arguments)
             report = sparsify(model, config, tokenizer, restore_on_error=False)
-            report.base_revision = commit_of(source, kwargs.get("gguf_file") or CONFIG_NAME, **_hub(kwargs))
             report.base_arguments = {name: kwargs[name] for name in ("gguf_file", "subfolder") if kwargs.get(name)}
         else:
             _finish_sparse(model, info, config, source, kwargs)
@@ -190,7 +192,6 @@ def _finish_sparse(
         return
     for name in RUN_TIME_SETTINGS if config is not None else ():
         setattr(model.config.quantization_config, name, getattr(config, name))
-    model.sparse_revision = None if source is None else commit_of(source, **_hub(kwargs))  # type: ignore[assignment]
     path = _file(source, REPORT_NAME, kwargs)
     if path is not None:
         try:
@@ -224,6 +225,13 @@ def _file(source: Any, name: str, kwargs: dict[str, Any]) -> str | None:
     if source is None:
         return None
     return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **_hub(kwargs))
+
+
+def _commit(source: Any, kwargs: dict[str, Any]) -> str | None:
+    if not isinstance(source, str | os.PathLike) or os.path.isdir(source):
+        return None
+    # What has just been loaded is in the cache.
+    return commit_of(source, kwargs.get("gguf_file") or CONFIG_NAME, **{**_hub(kwargs), "local_files_only": True})
 
 
 def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
