@@ -1,12 +1,28 @@
-"""Tiny random models and a real tokenizer, made here; no test reads the network."""
+"""Tiny random models and a real tokenizer, made here; no test reads the network: the Hub is a server on 127.0.0.1."""
+# ruff: noqa: E402  (the environment is read when huggingface_hub is imported)
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+from .loopback_hub import LoopbackHub
+
+HUB = LoopbackHub().start()
+HF_HOME = Path(tempfile.mkdtemp(prefix="ksparse-hf-home-"))
+atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(name, None)
+for name in ("HF_TOKEN_PATH", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
+    os.environ.pop(name, None)  # they would win over HF_HOME
+os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HOME": str(HF_HOME)}
+os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+for name in ("NO_PROXY", "no_proxy"):
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
 
 import pytest
 import torch
@@ -117,3 +133,13 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the folder {SHARED.name} with real data and oracles is not beside the repository")
     return SHARED
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    """The Hub that every client talks to, here and in the processes of a test: empty, as are the clients' caches."""
+    HUB.reset()
+    for cache in ("hub", "datasets"):
+        shutil.rmtree(HF_HOME / cache, ignore_errors=True)
+    yield HUB
+    HUB.reset()

@@ -70,7 +70,7 @@ def test_prune_then_info(dense, tmp_path):
         ),
         (("prune", "dense", "text.txt/out", "--dataset", "text.txt"), "text.txt"),
         (("prune", "dense", "out", "--dataset", "text.txt", "--seq-len", "128"), "above the model's context of 64"),
-        (("prune", "nothing-here", "out", "--dataset", "text.txt"), "cached files"),
+        (("prune", "nothing-here", "out", "--dataset", "text.txt"), "nothing-here is not a local folder"),
         (("prune", "dense", "out", "--config", "bad.yaml"), "did you mean 'pattern'"),
         (("info", "dense"), "not a checkpoint of optimum-ksparse"),
     ],
