@@ -58,6 +58,7 @@ def test_the_wheel_holds_the_package_and_the_command(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "optimum_ksparse/__init__.py" in names
     assert "optimum/commands/register/register_ksparse.py" in names
+    assert {f"optimum_ksparse/hub/templates/card_{language}.md.jinja" for language in ("en", "ko")} <= set(names)
     assert not [name for name in names if name.startswith("optimum/") and name.endswith("__init__.py")]
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"optimum_ksparse", "optimum"}
 
@@ -82,5 +83,9 @@ def test_prune_and_load_from_an_empty_folder(environment, tmp_path, make_model, 
     cli = ("-m", "optimum.commands.optimum_cli", "ksparse")
     assert "14 sparse layers" in run(*cli, "prune", "dense", "sparse", "--config", "recipe.yaml")
     assert "pattern: 2:4" in run(*cli, "info", "sparse")
+    measure = ("--texts", "text.txt", "--seq-len", "32", "--max-tokens", "96", "--tasks", "none", "--baseline", "dense")
+    assert "perplexity" in run(*cli, "eval", "sparse", *measure)
+    run(*cli, "card", "sparse", "--language", "ko")
+    assert "# sparse" in (tmp_path / "sparse" / "README.md").read_text(encoding="utf-8")
     load = "from transformers import AutoModelForCausalLM as auto; model = auto.from_pretrained('sparse')"
     assert run("-c", f"import optimum_ksparse; {load}; print(model.sparsity_report.density)").strip() == "0.5"
