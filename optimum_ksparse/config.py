@@ -90,11 +90,11 @@ class SparsityConfig(QuantizationConfigMixin):
         self.pattern = str(Pattern(pattern))
         self.dataset = dataset
         self.tokenizer = _tokenizer("tokenizer", tokenizer)
-        self.num_samples = _integer("num_samples", num_samples, 1)
-        self.seq_len = _integer("seq_len", seq_len, 2)
-        self.batch_size = _integer("batch_size", batch_size, 1)
-        self.seed = _integer("seed", seed, 0)
-        self.block_size = _integer("block_size", block_size, 1)
+        self.num_samples = check_integer("num_samples", num_samples, 1)
+        self.seq_len = check_integer("seq_len", seq_len, 2)
+        self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.seed = check_integer("seed", seed, 0)
+        self.block_size = check_integer("block_size", block_size, 1)
         self.damping = _number("damping", damping, 0, 1)
         self.true_sequential = _boolean("true_sequential", true_sequential)
         self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
@@ -258,7 +258,8 @@ def _one_of(name: str, value: Any, allowed: Any) -> str:
     return value
 
 
-def _integer(name: str, value: Any, least: int) -> int:
+def check_integer(name: str, value: Any, least: int) -> int:
+    """`value`, where it is an integer of at least `least`; otherwise TypeError or ValueError that names it."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer of at least {least}, found {value!r}")
     if value < least:

@@ -46,6 +46,13 @@ def read_recipe(path: str, allowed: list[str]) -> dict[str, Any]:
     return recipe
 
 
+def add_flags(parser: argparse.ArgumentParser, *groups: dict[str, dict[str, Any]]) -> None:
+    """Adds settings as flags: name → argparse arguments."""
+    for group in groups:
+        for name, arguments in group.items():
+            parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar="VALUE", **arguments)
+
+
 def read_settings(args: argparse.Namespace, allowed: list[str]) -> dict[str, Any]:
     """Settings of the recipe of `--config`, overridden by the flags that were given."""
     recipe = read_recipe(args.config, allowed) if args.config else {}

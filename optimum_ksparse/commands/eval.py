@@ -6,8 +6,8 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from .base import Command, load_checkpoint, read_settings
-from .protocol import LOADING_FLAGS, PROTOCOL_FLAGS, add_flags, protocol_of
+from .base import Command, add_flags, load_checkpoint, read_settings
+from .protocol import LOADING_FLAGS, PROTOCOL_FLAGS, protocol_of
 
 _USAGE = "optimum-cli ksparse eval CHECKPOINT [--baseline [MODEL]] [--config recipe.yaml]"
 

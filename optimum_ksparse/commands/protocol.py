@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from typing import Any
 
 from .base import boolean
@@ -25,12 +24,6 @@ LOADING_FLAGS: dict[str, dict[str, Any]] = {
     "device_map": {"help": "as in from_pretrained: auto, cpu, cuda:0, …"},
     "tokenizer": {"help": "name or folder, where it is not beside the model"},
 }
-
-
-def add_flags(parser: ArgumentParser, *groups: dict[str, dict[str, Any]]) -> None:
-    for group in groups:
-        for name, arguments in group.items():
-            parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar="VALUE", **arguments)
 
 
 def protocol_of(settings: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentParser
 from typing import Any
 
-from .base import Command, boolean, read_recipe
+from .base import Command, add_flags, boolean, read_recipe
 
 # Settings of SparsityConfig as flags: name → argparse arguments. Defaults are SparsityConfig's own.
 _FLAGS: dict[str, dict[str, Any]] = {
@@ -45,8 +45,7 @@ class PruneCommand(Command):
             "--config", metavar="RECIPE", help="YAML file with any of these settings; flags override it"
         )
         parser.add_argument("--trust-remote-code", dest="trust_remote_code", action="store_const", const=True)
-        for name, arguments in {**_FLAGS, **_LOADING_FLAGS}.items():
-            parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar="VALUE", **arguments)
+        add_flags(parser, _FLAGS, _LOADING_FLAGS)
 
     def execute(self) -> None:
         settings = self._settings()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-from .base import Command, load_checkpoint, read_settings
-from .protocol import LOADING_FLAGS, PROTOCOL_FLAGS, add_flags, protocol_of
+from .base import Command, add_flags, load_checkpoint, read_settings
+from .protocol import LOADING_FLAGS, PROTOCOL_FLAGS, protocol_of
 
 _OPTIONS = ("private", "revision", "create_pr", "commit_message", "language", "dense_revision", "baseline")
 

@@ -19,6 +19,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import evaluation_mode, prepends_bos
+from ..config import check_integer
 from .environment import check_causal_lm, environment
 
 # Mean F1 is over the four tasks of the study that this project repeats; WiC stands beside it.
@@ -271,10 +272,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer of at least {least}, found {value!r}")
-    if value < least:
-        raise ValueError(f"{name}={value} is too small, it must be at least {least}")

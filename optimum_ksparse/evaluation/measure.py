@@ -15,13 +15,12 @@ from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..calibration import prepends_bos
 from ..calibration.tokens import check_context, context_length
 from ..checkpoint import sparse_modules
-from ..config import describe_source
+from ..config import check_integer, describe_source
 from ..report import SparsityReport
 from .environment import check_causal_lm
 from .fingerprint import fingerprint
 from .kobest import (
     KOBEST_TASKS,
-    check_integer,
     check_tasks,
     describe_data,
     evaluate_kobest,

@@ -192,18 +192,17 @@ def _finish_sparse(
         return
     for name in RUN_TIME_SETTINGS if config is not None else ():
         setattr(model.config.quantization_config, name, getattr(config, name))
-    path = _file(source, REPORT_NAME, kwargs)
-    if path is not None:
+    records = {
+        "sparsity_report": (REPORT_NAME, SparsityReport),
+        "evaluation_results": (RESULTS_NAME, EvaluationResults),
+    }
+    for attribute, (name, kind) in records.items():
+        path = _file(source, name, kwargs)
         try:
-            model.sparsity_report = SparsityReport.load(path)  # type: ignore[assignment]
+            if path is not None:
+                setattr(model, attribute, kind.load(path))
         except ValueError as error:
-            logger.warning(f"The model has no sparsity_report: {error}")
-    path = _file(source, RESULTS_NAME, kwargs)
-    if path is not None:
-        try:
-            model.evaluation_results = EvaluationResults.load(path)  # type: ignore[assignment]
-        except ValueError as error:
-            logger.warning(f"The model has no evaluation_results: {error}")
+            logger.warning(f"The model has no {attribute}: {error}")
 
 
 def _check_not_lost(info: dict[str, Any], source: Any, kwargs: dict[str, Any]) -> None:
