@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -61,14 +62,24 @@ def read_settings(args: argparse.Namespace, allowed: list[str]) -> dict[str, Any
 
 
 def load_checkpoint(source: str, settings: Mapping[str, Any]) -> Any:
-    """The model of a checkpoint, of an adapter with its base; in its own dtype unless `settings` say otherwise."""
+    """The model of a checkpoint, of an adapter with its base; in its own dtype unless `settings` say otherwise.
+
+    Raises:
+        ValueError: the results in its folder are damaged, which `from_pretrained` merely warns of.
+    """
     from transformers import AutoModelForCausalLM
 
-    import optimum_ksparse  # noqa: F401 (registers sparse checkpoints)
+    from ..evaluation import EvaluationResults
+    from ..report import RESULTS_NAME
 
+    results = os.path.join(source, RESULTS_NAME)
+    known = EvaluationResults.load(results) if os.path.isfile(results) else None
     names = ("dtype", "device_map", "revision", "trust_remote_code")
     loading = {name: settings[name] for name in names if settings.get(name) is not None}
-    return AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
+    model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
+    if known is not None:
+        model.evaluation_results = known  # an adapter's own, instead of its base's
+    return model
 
 
 def boolean(text: str) -> bool:

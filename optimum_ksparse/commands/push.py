@@ -50,13 +50,10 @@ class PushCommand(Command):
 
         from ..evaluation import EvaluationResults
         from ..hub import CARD_NAME, push_model
-        from ..report import RESULTS_NAME
 
         folder = Path(settings["checkpoint"])
         if not folder.is_dir():
             raise FileNotFoundError(f"checkpoint={settings['checkpoint']!r} is no folder; download or save it first")
-        if (folder / RESULTS_NAME).is_file():
-            EvaluationResults.load(folder / RESULTS_NAME)  # a damaged file is an error here, and not a card without it
         model = load_checkpoint(settings["checkpoint"], settings)
         card = folder / CARD_NAME
         info = push_model(

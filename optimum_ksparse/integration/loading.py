@@ -192,7 +192,7 @@ def _finish_sparse(
         return
     for name in RUN_TIME_SETTINGS if config is not None else ():
         setattr(model.config.quantization_config, name, getattr(config, name))
-    records = {
+    records: dict[str, tuple[str, Any]] = {
         "sparsity_report": (REPORT_NAME, SparsityReport),
         "evaluation_results": (RESULTS_NAME, EvaluationResults),
     }
