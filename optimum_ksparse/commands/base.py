@@ -78,7 +78,8 @@ def load_checkpoint(source: str, settings: Mapping[str, Any]) -> Any:
     loading = {name: settings[name] for name in names if settings.get(name) is not None}
     model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
     if known is not None:
-        model.evaluation_results = known  # an adapter's own, instead of its base's
+        # An adapter's own, instead of its base's.
+        model.evaluation_results = known  # type: ignore[assignment]
     return model
 
 
