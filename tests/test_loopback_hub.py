@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
-import httpx2
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -34,9 +33,11 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .loopback_hub import LoopbackHub
@@ -410,7 +411,7 @@ def test_upload_that_always_loses_its_connection_commits_nothing(
     folder = write(tmp_path, {"a.bin": weights(), "a.txt": b"new"})
     with pytest.raises(RuntimeError, match="Error while uploading 'a.bin' to the Hub") as caught:
         api.upload_folder(repo_id="user/name", folder_path=folder)
-    assert isinstance(caught.value.__cause__, httpx2.TransportError)
+    assert isinstance(caught.value.__cause__, HTTPError)
     assert naps == [1, 2, 4, 8, 8]
     assert (hub.files("user/name"), hub.repo("user/name").objects) == ({"a.txt": b"old"}, {})
     api.upload_folder(repo_id="user/name", folder_path=folder)
@@ -441,7 +442,7 @@ def test_download_that_loses_its_connection_goes_on(
 )
 def test_range(wanted: str, status: int, part: bytes, hub: LoopbackHub) -> None:
     hub.add_repo("user/name", {"a.txt": b"0123456789"})
-    found = httpx2.get(f"{hub.url}/user/name/resolve/main/a.txt", headers={"Range": wanted})
+    found = get_session().get(f"{hub.url}/user/name/resolve/main/a.txt", headers={"Range": wanted})
     assert (found.status_code, found.content) == (status, part)
 
 
@@ -548,7 +549,7 @@ def test_start_and_stop() -> None:
     other = LoopbackHub().start()
     other.add_repo("user/name", {"a.txt": b"1"})
     address = f"{other.url}/user/name/resolve/main/a.txt"
-    assert httpx2.get(address).content == b"1"
+    assert get_session().get(address).content == b"1"
     other.stop()
-    with pytest.raises(httpx2.ConnectError):
-        httpx2.get(address)
+    with pytest.raises(HTTPError):
+        get_session().get(address)
