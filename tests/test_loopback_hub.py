@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -549,7 +551,7 @@ def test_start_and_stop() -> None:
     other = LoopbackHub().start()
     other.add_repo("user/name", {"a.txt": b"1"})
     address = f"{other.url}/user/name/resolve/main/a.txt"
-    assert get_session().get(address).content == b"1"
+    assert urllib.request.urlopen(address).read() == b"1"
     other.stop()
-    with pytest.raises(HTTPError):
-        get_session().get(address)
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from tokenizers import processors
@@ -21,8 +24,12 @@ from transformers import (
 )
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity, sparsify
+from optimum_ksparse.calibration.documents import HELD_OUT_EVERY, HUB_DATASETS, documents
+from optimum_ksparse.config import describe_dataset
+from optimum_ksparse.evaluation.texts import NUM_ARTICLES
 
 from .conftest import ARCHITECTURES, CONTEXT, VOCABULARY, sample_texts
+from .loopback_hub import LoopbackHub
 
 torch.set_num_threads(1)
 
@@ -120,8 +127,11 @@ def check(
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for key in ("perplexity", "bits_per_byte"):
-        assert found.pop(key) == pytest.approx(expected.pop(key), rel=1e-5)
-    assert found == expected
+        assert found[key] == pytest.approx(expected[key], rel=1e-5)
+    rounded = ("perplexity", "bits_per_byte", "batch_size")
+    assert {k: v for k, v in found.items() if k not in rounded} == {
+        k: v for k, v in expected.items() if k not in rounded
+    }
 
 
 def count_tokens(tokenizer: Tokenizer, texts: list[str]) -> int:
@@ -226,6 +236,7 @@ def test_every_token_is_scored_once_with_a_stride(
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_batch_size_changes_nothing(batch_size: int, sharp_model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     found = evaluate_perplexity(sharp_model, tokenizer, TEXTS, seq_len=32, stride=20, batch_size=batch_size)
+    assert found["batch_size"] == batch_size
     expected = evaluate_perplexity(sharp_model, tokenizer, TEXTS, seq_len=32, stride=20, batch_size=4)
     assert_same(found, expected)
 
@@ -375,8 +386,19 @@ def test_training_mode_and_forward_are_restored_on_an_error(
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"texts": "한 줄의 글"}, TypeError, r"texts must be a list .* pass \[text\]"),
-        ({"texts": []}, ValueError, "texts hold 0 tokens, too few to score one"),
+        (
+            {"texts": "한 줄의 글"},
+            ValueError,
+            r"texts='한 줄의 글' is not known; .* a list of texts \(\[text\] for one",
+        ),
+        ({"texts": "글" * 100}, ValueError, "texts='글{79}…' is not known"),
+        ({"texts": "mc4-ko"}, ValueError, "texts='mc4-ko' is not known; allowed: \"kowiki\""),
+        ({"texts": "nowhere.txt"}, FileNotFoundError, "texts='nowhere.txt': there is no such file"),
+        ({"texts": Path("nowhere.jsonl")}, FileNotFoundError, "texts='nowhere.jsonl': there is no such file"),
+        ({"texts": ["글", 5]}, TypeError, "texts is list, or holds something that is no text"),
+        ({"texts": b"abc"}, TypeError, "texts is bytes"),
+        ({"texts": None}, TypeError, "texts is NoneType"),
+        ({"texts": []}, ValueError, "texts is empty"),
         ({"texts": [""]}, ValueError, "texts hold 0 tokens, too few to score one"),
         ({"texts": ["a"], "prepend_bos": False}, ValueError, "texts hold 1 tokens, too few to score one"),
         ({"seq_len": CONTEXT + 1}, ValueError, "seq_len=65 is above the model's context of 64 positions"),
@@ -420,3 +442,156 @@ def test_nan_is_an_error_and_not_infinite_perplexity(make_model, tokenizer):
         model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         evaluate_perplexity(model, tokenizer, ["안녕하세요, 반갑습니다."], seq_len=16)
+
+
+FILES: dict[str, Callable[[list[str]], str]] = {
+    "t.txt": "\n\n".join,
+    "spaced.txt": "\n \n\n".join,
+    "t.jsonl": lambda texts: "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts),
+    "strings.jsonl": lambda texts: "\n\n".join(json.dumps(text, ensure_ascii=False) for text in texts),
+}
+
+
+@pytest.mark.parametrize("form", [str, Path])
+@pytest.mark.parametrize("name", FILES)
+def test_file_gives_the_same_as_its_texts(
+    name: str, form: Callable[[Path], Any], sharp_model: PreTrainedModel, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(FILES[name](TEXTS), encoding="utf-8")
+    found = evaluate_perplexity(sharp_model, tokenizer, form(path), seq_len=16)
+    expected = evaluate_perplexity(sharp_model, tokenizer, TEXTS, seq_len=16)
+    assert found.pop("texts") == describe_dataset(path)
+    assert expected.pop("texts") == describe_dataset(TEXTS)
+    assert found == expected
+
+
+def test_description_says_which_texts_they_were(make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = make_model()
+
+    def describe(texts: Any) -> dict[str, Any]:
+        return evaluate_perplexity(model, tokenizer, texts, seq_len=16, max_tokens=16)["texts"]
+
+    assert describe(TEXTS) == describe(tuple(TEXTS))
+    assert describe(TEXTS)["texts"] == len(TEXTS)
+    # Texts that differ only where one ends and the next begins are others.
+    hashes = [
+        describe(texts)["sha256"] for texts in (["글 하나", "둘"], ["글", "하나둘"], ["글 하나둘"], ["둘", "글 하나"])
+    ]
+    assert len({*hashes}) == 4
+    first, second = (tmp_path / name for name in ("a.txt", "b.txt"))
+    for path in (first, second):
+        path.write_text(TEXTS[0], encoding="utf-8")
+    assert describe(first) == {"file": "a.txt", "sha256": describe(second)["sha256"]}
+    second.write_text(TEXTS[1], encoding="utf-8")
+    assert describe(first)["sha256"] != describe(second)["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.jsonl", b'"a"\n{"messages": []}', "a.jsonl, row 2 is a conversation"),
+        ("a.jsonl", b'{"text": 5}', "a.jsonl, line 1 has neither a text"),
+        ("a.jsonl", b'"a"\n{"text":', "a.jsonl, line 2 is not JSON"),
+        ("a.txt", "글".encode("cp949"), "a.txt is not UTF-8"),
+        ("a.txt", b"", "texts hold 0 tokens"),
+        ("a.jsonl", b"", "texts hold 0 tokens"),
+    ],
+)
+def test_damaged_file_is_named(
+    name: str, content: bytes, match: str, make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=match) as error:
+        evaluate_perplexity(make_model(), tokenizer, tmp_path / name, seq_len=16)
+    assert str(tmp_path) not in str(error.value)
+
+
+def article(number: int) -> dict[str, str]:
+    return {
+        "id": str(number),
+        "url": f"https://ko.wikipedia.org/wiki/{number}",
+        "title": "글",
+        "text": f"{number}번 글",
+    }
+
+
+def held_out(texts: list[str]) -> list[bool]:
+    return [int(text.removesuffix("번 글")) % HELD_OUT_EVERY == 0 for text in texts]
+
+
+@pytest.fixture
+def wikipedia(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Page ids of a Korean Wikipedia that is streamed from memory."""
+    numbers = [7 * i % 20_011 for i in range(1, 20_001)]
+
+    def load_dataset(*names: str, **settings: Any) -> datasets.IterableDataset:
+        assert names == HUB_DATASETS["kowiki"]
+        assert settings == {"split": "train", "streaming": True}
+        return datasets.IterableDataset.from_generator(lambda: map(article, numbers))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return numbers
+
+
+def test_kowiki_is_the_first_held_out_articles(
+    wikipedia: list[int], make_model: MakeModel, tokenizer: Tokenizer
+) -> None:
+    model = make_model()
+    expected = [f"{number}번 글" for number in wikipedia if number % HELD_OUT_EVERY == 0][:NUM_ARTICLES]
+    assert len(expected) == NUM_ARTICLES == 256
+    found = evaluate_perplexity(model, tokenizer, "kowiki", seq_len=32)
+    same = evaluate_perplexity(model, tokenizer, expected, seq_len=32)
+    assert found.pop("texts") == {
+        "name": "kowiki",
+        "dataset": "wikimedia/wikipedia",
+        "configuration": "20231101.ko",
+        "slice": "first 256 articles whose id is divisible by 50",
+        "sha256": same.pop("texts")["sha256"],
+    }
+    assert found == same
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_calibration_never_draws_a_held_out_article(wikipedia: list[int], seed: int, tokenizer: Tokenizer) -> None:
+    drawn = list(documents("kowiki", seed, tokenizer))
+    assert not any(held_out(drawn))
+    assert len(drawn) == sum(number % HELD_OUT_EVERY != 0 for number in wikipedia)
+    assert drawn != [f"{number}번 글" for number in wikipedia if number % HELD_OUT_EVERY]
+
+
+@pytest.mark.parametrize("name", ["mc4-ko", "c4"])
+def test_other_calibration_text_is_drawn_whole(
+    name: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"{number}번 글"} for number in range(100)]
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(lambda: iter(rows))
+    )
+    assert sorted(documents(name, 0, tokenizer)) == sorted(row["text"] for row in rows)
+
+
+def test_kowiki_is_streamed_from_the_hub(
+    hub: LoopbackHub, make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimum_ksparse.evaluation.texts.NUM_ARTICLES", 3)
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # five seconds
+    files = {"README.md": b"---\nconfigs:\n- config_name: 20231101.ko\n  data_files: 20231101.ko/*.parquet\n---\n"}
+    for part in range(2):
+        path = tmp_path / f"train-{part:05}-of-00002.parquet"
+        datasets.Dataset.from_list([article(100 * part + i) for i in range(100)]).to_parquet(path)
+        files[f"20231101.ko/{path.name}"] = path.read_bytes()
+    hub.add_repo("wikimedia/wikipedia", files, repo_type="dataset")
+    found = evaluate_perplexity(make_model(), tokenizer, "kowiki", seq_len=8)["texts"]
+    assert found["sha256"] == describe_dataset([f"{number}번 글" for number in (0, 50, 100)])["sha256"]
+    assert found["slice"].startswith("first 3 articles")
+    assert not any(held_out(list(documents("kowiki", 0, tokenizer))))
+
+
+def test_without_the_hub_the_error_says_what_works(
+    hub: LoopbackHub, make_model: MakeModel, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(
+        ConnectionError, match="'kowiki' .*; without a network, measure on a .txt or .jsonl file or on"
+    ):
+        evaluate_perplexity(make_model(), tokenizer, "kowiki", seq_len=8)
