@@ -49,8 +49,9 @@ class PushCommand(Command):
         protocol = protocol_of(settings)
 
         from ..evaluation import EvaluationResults
-        from ..hub import CARD_NAME, push_model
+        from ..hub import CARD_NAME, check_repository, push_model
 
+        check_repository(settings["repo_id"], settings.get("revision"), settings.get("dense_revision"))
         folder = Path(settings["checkpoint"])
         if not folder.is_dir():
             raise FileNotFoundError(f"checkpoint={settings['checkpoint']!r} is no folder; download or save it first")

@@ -1,12 +1,13 @@
 """The Hub: report and results → card → push."""
 
-from .push import push_model
+from .push import check_repository, push_model
 from .sources import choose_baseline, choose_tokenizer
 from .writing import CARD_NAME, check_language, current_results, write_card
 
 __all__ = [
     "CARD_NAME",
     "check_language",
+    "check_repository",
     "choose_baseline",
     "choose_tokenizer",
     "current_results",

@@ -81,9 +81,10 @@ def with_retries(repo_id: str, action: Callable[[], _T]) -> _T:
                 raise  # uploads of large files fail with a RuntimeError, but so do other things
             _check_access(repo_id, error)
             if wait is None or not _passes(error):
+                offline = "" if _status(error) else "; without a network save_pretrained and write_card work"
                 raise ConnectionError(
                     f"the push to {repo_id} broke off ({_reason(error)}); nothing of it is published, model and "
-                    "results are as they were: push again"
+                    f"results are as they were: push again{offline}"
                 ) from error
             logger.warning(f"The Hub stumbled ({_reason(error)}); trying again in {wait} s.")
             time.sleep(wait)

@@ -73,7 +73,7 @@ def push_model(
     if evaluate not in (True, False) and not isinstance(evaluate, EvaluationProtocol):
         raise TypeError(f"evaluate must be True, False or an EvaluationProtocol, found {type(evaluate).__name__}")
     check_language(language)
-    _check_repository(repo_id, revision, dense_revision, create_pr)
+    check_repository(repo_id, revision, dense_revision, create_pr)
     _check_storage(model, plain, dense_revision)
     found_tokenizer = choose_tokenizer(plain, tokenizer, token)
     if evaluate:
@@ -113,7 +113,10 @@ def push_model(
     return info
 
 
-def _check_repository(repo_id: str, revision: str | None, dense_revision: str | None, create_pr: bool) -> None:
+def check_repository(
+    repo_id: str, revision: str | None = None, dense_revision: str | None = None, create_pr: bool = False
+) -> None:
+    """Raises ValueError for names that the Hub does not allow, or that do not go together."""
     try:
         validate_repo_id(repo_id)
     except (HFValidationError, TypeError) as error:
