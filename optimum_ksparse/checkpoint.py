@@ -224,6 +224,16 @@ def _offloaded(module: nn.Module, old: Any) -> Mapping[str, torch.Tensor]:
     )
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 @contextmanager
 def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder in `directory`, whose files take their places there when the block ends without an error;

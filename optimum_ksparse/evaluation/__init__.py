@@ -1,7 +1,8 @@
 """Measuring models."""
 
 from .fingerprint import fingerprint
-from .kobest import KOBEST_TASKS, evaluate_kobest
+from .kobest import evaluate_kobest
+from .kobest_data import KOBEST_TASKS
 from .measure import (
     Baseline,
     EvaluationProtocol,

@@ -27,6 +27,13 @@ def check_causal_lm(model: Any) -> None:
         raise TypeError(f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM")
 
 
+def check_prepend_bos(setting: Any) -> bool | None:
+    """`setting`, where it is True, False or None; otherwise TypeError."""
+    if setting is not None and not isinstance(setting, bool):
+        raise TypeError(f"prepend_bos must be True, False or None, found {setting!r}")
+    return setting
+
+
 def _device(model: PreTrainedModel) -> str:
     kinds = dict.fromkeys(p.device for p in model.parameters() if p.device.type != "meta")
     names = dict.fromkeys(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..checkpoint import aligned
 from ..nn import SparseLinear
@@ -15,25 +16,25 @@ from ..nn import SparseLinear
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over all tensors of a model.
+    """SHA-256 over all tensors of a model, in its order.
 
     Storage (packed or dense), shards, devices and the names of tensors do not change it; another value or dtype of
     any weight does.
     """
-    modules = list(model.modules())
-    digests: set[str] = set()  # tied weights count once
-    for module in tqdm(modules, desc="Fingerprint", unit="module", delay=2, leave=False):
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    digests: list[str] = []
+    for module in tqdm(list(model.modules()), desc="Fingerprint", unit="module", delay=2, leave=False):
         with aligned(module):
-            digests.update(_digest(tensor) for tensor in _tensors(module))
-    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+            found = [_digest(tensor) for tensor in _tensors(module)]
+        # A head that is tied to the embeddings is stored once, and may be one tensor or two when it is loaded.
+        digests += [digest for digest in found if module is not head or digest not in digests]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and saved buffers of the module itself; a packed weight written out."""
+    """Parameters and saved buffers of the module itself; a packed weight written out as the dense module holds it."""
     if isinstance(module, SparseLinear):
-        yield module.to_dense_weight()
-        if module.bias is not None:
-            yield module.bias
+        yield from module.to_dense().state_dict().values()
         return
     yield from module.parameters(recurse=False)
     for name, buffer in module.named_buffers(recurse=False):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import hashlib
-import json
 import logging
 import math
 import os
+import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,25 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import evaluation_mode, prepends_bos
 from ..config import check_integer
-from .environment import check_causal_lm, environment
+from .environment import check_causal_lm, check_prepend_bos, environment
+from .kobest_data import FIELDS, KOBEST_DATASET, KOBEST_TASKS, STUDY_TASKS, describe_data, read_items
 
-# Mean F1 is over the four tasks of the study that this project repeats; WiC stands beside it.
-STUDY_TASKS = ("copa", "hellaswag", "boolq", "sentineg")
-KOBEST_TASKS = (*STUDY_TASKS, "wic")
-KOBEST_DATASET = "skt/kobest_v1"
-# split → what the harness calls it in a task
-_SPLITS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
 # What lm-evaluation-harness seeds the drawing of few-shot examples with, unless told otherwise.
 _FEWSHOT_SEED = 1234
-
-# task → its text fields and its number of answers
-_FIELDS: dict[str, tuple[tuple[str, ...], int]] = {
-    "boolq": (("paragraph", "question"), 2),
-    "copa": (("premise", "question", "alternative_1", "alternative_2"), 2),
-    "hellaswag": (("context", "ending_1", "ending_2", "ending_3", "ending_4"), 4),
-    "sentineg": (("sentence",), 2),
-    "wic": (("word", "context_1", "context_2"), 2),
-}
+# split → what the harness calls it in a task
+_SPLITS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
 
 
 def evaluate_kobest(
@@ -86,22 +75,23 @@ def evaluate_kobest(
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer must be the model's tokenizer, found {type(tokenizer).__name__}")
     check_causal_lm(model)
+    begins = prepends_bos(tokenizer, check_prepend_bos(prepend_bos))
     import_lm_eval()
-    files = {task: None if data_dir is None else task_files(task, data_dir, num_fewshot) for task in tasks}
-    splits = {task: "test" if found is None or "test" in found else "validation" for task, found in files.items()}
+    items = {task: None if data_dir is None else read_items(task, data_dir, num_fewshot) for task in tasks}
+    splits = {task: "test" if found is None or "test" in found else "validation" for task, found in items.items()}
     measured = environment(model, "lm-eval")
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, _quiet(), evaluation_mode(model):
-        built = {task: _build_task(task, files[task], num_fewshot, Path(folder)) for task in tasks}
+    with tempfile.TemporaryDirectory() as folder, _undisturbed(), evaluation_mode(model):
+        built = {task: _build_task(task, items[task], num_fewshot, Path(folder)) for task in tasks}
         for task in tasks:
             results[task] = {
                 **_run(built[task], model, tokenizer, limit, batch_size, prepend_bos),
                 "task": f"kobest_{task}",
                 "num_fewshot": num_fewshot,
                 "limit": limit,
-                "data": describe_data(task, data_dir),
+                "data": describe_data(task, data_dir, num_fewshot),
                 "split": splits[task],
-                "prepend_bos": prepends_bos(tokenizer, prepend_bos),
+                "prepend_bos": begins,
                 "batch_size": batch_size,
                 **measured,
             }
@@ -118,7 +108,7 @@ def mean_f1(results: dict[str, Any]) -> float | None:
 
 def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """The tasks as a tuple. Raises ValueError for one that is not known, naming the nearest."""
-    if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
+    if not isinstance(tasks, list | tuple) or not all(isinstance(task, str) for task in tasks):
         raise TypeError(f"tasks must be a list of names out of {', '.join(KOBEST_TASKS)}; found {tasks!r}")
     if not tasks:
         raise ValueError(f"tasks is empty; allowed: {', '.join(KOBEST_TASKS)}")
@@ -130,76 +120,18 @@ def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tasks))
 
 
-def describe_data(task: str, data_dir: str | os.PathLike[str] | None) -> dict[str, str]:
-    """Which data a task is measured on: the name on the Hub, or the SHA-256 of local files."""
-    if data_dir is None:
-        return {"name": KOBEST_DATASET}
-    hashed = hashlib.sha256()
-    for split in _SPLITS:
-        path = Path(data_dir) / task / f"{split}.jsonl"
-        if path.is_file():
-            hashed.update(f"{split}:".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return {"files_sha256": hashed.hexdigest()}
-
-
-def task_files(task: str, data_dir: str | os.PathLike[str], num_fewshot: int = 0) -> dict[str, str]:
-    """Split → checked file of a task in `data_dir`.
-
-    Raises:
-        FileNotFoundError: there is neither a test nor a validation file, or no training file for few-shot examples.
-        ValueError: a file has no items, or a line is not an item of the task; names file, line and field.
-    """
-    folder = Path(data_dir) / task
-    files = {split: folder / f"{split}.jsonl" for split in _SPLITS if (folder / f"{split}.jsonl").is_file()}
-    if not files.keys() & {"test", "validation"}:
-        raise FileNotFoundError(
-            f"data_dir has no {task}/test.jsonl or {task}/validation.jsonl: it must hold a folder for each task"
-        )
-    if num_fewshot and "train" not in files:
-        raise FileNotFoundError(f"num_fewshot={num_fewshot} needs {task}/train.jsonl in data_dir")
-    for split, path in files.items():
-        if split != "train" or num_fewshot:
-            _check_items(task, path)
-    return {split: str(path.resolve()) for split, path in files.items()}
-
-
-def _check_items(task: str, path: Path) -> None:
-    where = f"{task}/{path.name}"
-    fields, num_answers = _FIELDS[task]
-    count = 0
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}, line {number} is not JSON: {error}") from None
-            if not isinstance(item, dict):
-                raise ValueError(f"{where}, line {number} is {type(item).__name__}, not an object")
-            for field in fields:
-                if not isinstance(item.get(field), str):
-                    raise ValueError(f"{where}, line {number}: the field {field!r} must be a text")
-            label = item.get("label")
-            if isinstance(label, bool) or label not in range(num_answers):
-                raise ValueError(f"{where}, line {number}: label={label!r} must be from 0 to {num_answers - 1}")
-            if task == "copa" and item["question"].strip() not in ("원인", "결과"):
-                raise ValueError(f"{where}, line {number}: question={item['question']!r} must be 원인 or 결과")
-            count += 1
-    if not count:
-        raise ValueError(f"{where} has no items")
-
-
-def _build_task(task: str, files: dict[str, str] | None, num_fewshot: int, folder: Path) -> Any:
+def _build_task(task: str, items: dict[str, list[dict[str, Any]]] | None, num_fewshot: int, folder: Path) -> Any:
     """The harness's own task, on the data that were asked for."""
     import lm_eval.tasks
 
     name = f"kobest_{task}"
     packaged = Path(lm_eval.tasks.__file__).parent / "kobest" / f"{name}.yaml"
     settings: dict[str, Any] = {"include": str(packaged), "task": name, "num_fewshot": num_fewshot}
-    if files is not None:
+    if items is not None:
+        # Not the files themselves: the reader of JSON lines takes texts for dates, and stumbles over blank lines.
+        files = {split: _write_parquet(task, rows, folder / f"{task}-{split}") for split, rows in items.items()}
         settings |= {
-            "dataset_path": "json",
+            "dataset_path": "parquet",
             "dataset_name": None,
             "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
             **{setting: split if split in files else None for split, setting in _SPLITS.items()},
@@ -207,9 +139,12 @@ def _build_task(task: str, files: dict[str, str] | None, num_fewshot: int, folde
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
     manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
     try:
-        built = lm_eval.tasks.get_task_dict([name], manager)[name]
+        if hasattr(manager, "load"):
+            built = manager.load([name])["tasks"][name]
+        else:  # lm-eval before 0.4.12
+            built = lm_eval.tasks.get_task_dict([name], manager)[name]
     except Exception as error:  # datasets, huggingface_hub and the network raise many kinds here
-        if files is not None:
+        if items is not None:
             raise
         raise ConnectionError(
             f"KoBEST ({KOBEST_DATASET}, {task}) cannot be read from the Hub: {type(error).__name__}: {error}; without "
@@ -217,6 +152,15 @@ def _build_task(task: str, files: dict[str, str] | None, num_fewshot: int, folde
         ) from error
     built.set_fewshot_seed(_FEWSHOT_SEED)
     return built
+
+
+def _write_parquet(task: str, rows: list[dict[str, Any]], path: Path) -> str:
+    from datasets import Dataset, Features, Value
+
+    fields, _ = FIELDS[task]
+    features = Features({**{field: Value("string") for field in fields}, "label": Value("int64")})
+    Dataset.from_list(rows, features=features).to_parquet(path)
+    return str(path)
 
 
 def _run(
@@ -233,6 +177,9 @@ def _run(
     name = task.config.task
     # A copy, because the harness gives a tokenizer without a padding token one.
     lm = HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=prepend_bos)
+    if prepend_bos and not prepends_bos(tokenizer, None):
+        # The harness can ask a tokenizer for its special tokens only, and this one adds none by itself.
+        lm.tok_encode = functools.partial(_encode_with_bos, lm.tok_encode, tokenizer.bos_token_id)
     found = lm_eval.evaluate(lm, {name: task}, limit=limit, bootstrap_iters=0)
     metrics, num_samples = found["results"][name], found["n-samples"][name]["effective"]
     items = hashlib.sha256()
@@ -254,6 +201,13 @@ def _run(
     }
 
 
+def _encode_with_bos(
+    encode: Callable[..., list[int]], bos: int, text: str, add_special_tokens: bool | None = None, **kwargs: Any
+) -> list[int]:
+    ids = encode(text, add_special_tokens=False, **kwargs)
+    return ids if add_special_tokens is False else [bos, *ids]
+
+
 def import_lm_eval() -> None:
     try:
         import lm_eval.models.huggingface  # noqa: F401
@@ -262,13 +216,14 @@ def import_lm_eval() -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _undisturbed() -> Iterator[None]:
     """The harness warns of a model that is passed live, and of the metric hub being out of reach though its tasks
-    bring their own F1; its errors and progress bars stay."""
+    bring their own F1; its errors and progress bars stay. Datasets draw from Python's random numbers."""
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, state = logger.level, random.getstate()
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         logger.setLevel(level)
+        random.setstate(state)

@@ -17,16 +17,10 @@ from ..calibration.tokens import check_context, context_length
 from ..checkpoint import sparse_modules
 from ..config import check_integer, describe_source
 from ..report import SparsityReport
-from .environment import check_causal_lm
+from .environment import check_causal_lm, check_prepend_bos
 from .fingerprint import fingerprint
-from .kobest import (
-    KOBEST_TASKS,
-    check_tasks,
-    describe_data,
-    evaluate_kobest,
-    import_lm_eval,
-    task_files,
-)
+from .kobest import check_tasks, evaluate_kobest, import_lm_eval
+from .kobest_data import KOBEST_TASKS, describe_data, read_items
 from .perplexity import evaluate_perplexity
 from .results import EvaluationResults, Measurement
 from .texts import describe_texts
@@ -67,15 +61,15 @@ class EvaluationProtocol:
             value = getattr(self, name)
             if value is not None or name in ("num_fewshot", "batch_size"):
                 check_integer(name, value, lowest)
-        if self.prepend_bos not in (None, True, False):
-            raise TypeError(f"prepend_bos must be True, False or None, found {self.prepend_bos!r}")
+        check_prepend_bos(self.prepend_bos)
+        _check_stride(self.stride, self.seq_len)
         if self.texts is not None:
             describe_texts(self.texts)
-        object.__setattr__(self, "tasks", check_tasks(self.tasks) if len(self.tasks) else ())
+        object.__setattr__(self, "tasks", () if self.tasks in ([], ()) else check_tasks(self.tasks))
         if self.texts is None and not self.tasks:
             raise ValueError("texts is None and tasks is empty: there is nothing to measure")
         for task in self.tasks if self.data_dir is not None else ():
-            task_files(task, self.data_dir, self.num_fewshot)  # type: ignore[arg-type]
+            read_items(task, self.data_dir, self.num_fewshot)  # type: ignore[arg-type]
 
     def requests(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
         """For each measurement that this asks for, the part of its protocol that is known beforehand."""
@@ -85,10 +79,10 @@ class EvaluationProtocol:
         }
         asked: dict[str, dict[str, Any]] = {}
         if self.texts is not None:
-            windows = {"seq_len": self._seq_len(model), "stride": self.stride, "max_tokens": self.max_tokens}
+            windows = {"seq_len": self.window(model), "stride": self.stride, "max_tokens": self.max_tokens}
             asked["perplexity"] = {"texts": describe_texts(self.texts), **windows, **common}
         for task in self.tasks:
-            data = describe_data(task, self.data_dir)
+            data = describe_data(task, self.data_dir, self.num_fewshot)
             asked[task] = {"num_fewshot": self.num_fewshot, "limit": self.limit, "data": data, **common}
         return asked
 
@@ -100,7 +94,7 @@ class EvaluationProtocol:
                 model,
                 tokenizer,
                 self.texts,
-                seq_len=self._seq_len(model),
+                seq_len=self.window(model),
                 stride=self.stride,
                 prepend_bos=self.prepend_bos,
                 batch_size=self.batch_size,
@@ -119,7 +113,8 @@ class EvaluationProtocol:
             )[name]
         return Measurement.from_row(name, row)
 
-    def _seq_len(self, model: PreTrainedModel) -> int:
+    def window(self, model: PreTrainedModel) -> int:
+        """Window positions for a model."""
         return self.seq_len or min(_MOST_POSITIONS, context_length(model) or _MOST_POSITIONS)
 
 
@@ -180,7 +175,7 @@ def evaluate_model(
     tokenizer: PreTrainedTokenizerBase,
     protocol: EvaluationProtocol | None = None,
     *,
-    baseline: Baseline | str | bool = False,
+    baseline: Baseline | str | os.PathLike[str] | bool = False,
     on_measured: Callable[[EvaluationResults], None] | None = None,
 ) -> EvaluationResults:
     """Measures a sparse model, and after it the dense model it was made from; the results are also
@@ -201,8 +196,8 @@ def evaluate_model(
     """
     protocol = _check(model, tokenizer, protocol)
     dense = recorded_baseline(model) if baseline is True else baseline
-    if isinstance(dense, str):
-        dense = Baseline(dense)
+    if isinstance(dense, str | os.PathLike):
+        dense = Baseline(os.fspath(dense))
     found = fingerprint(model)
     results = getattr(model, "evaluation_results", None)
     if not isinstance(results, EvaluationResults) or results.fingerprint != found:
@@ -311,6 +306,11 @@ def _measure_missing(
             on_measured(results)
 
 
+def _check_stride(stride: int | None, seq_len: int | None) -> None:
+    if stride is not None and seq_len is not None and stride > seq_len - 1:
+        raise ValueError(f"stride={stride} is out of range, it must be from 1 to seq_len - 1 = {seq_len - 1}")
+
+
 def _check(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: EvaluationProtocol | None
 ) -> EvaluationProtocol:
@@ -321,8 +321,10 @@ def _check(
     check_causal_lm(model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer must be the model's tokenizer, found {type(tokenizer).__name__}")
-    if protocol.texts is not None and protocol.seq_len is not None:
-        check_context(model, protocol.seq_len)
+    prepends_bos(tokenizer, protocol.prepend_bos)
+    if protocol.texts is not None:
+        check_context(model, protocol.window(model))
+        _check_stride(protocol.stride, protocol.window(model))
     if protocol.tasks:
         import_lm_eval()
     return protocol

@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import write_text
 from ..config import check_keys
 from ..report import RESULTS_NAME
-from .kobest import KOBEST_TASKS, mean_f1
+from .kobest import mean_f1
+from .kobest_data import KOBEST_TASKS, STUDY_TASKS
 
 SCHEMA_VERSION = 1
 
@@ -73,11 +75,10 @@ class Measurement:
     @classmethod
     def from_row(cls, name: str, row: Mapping[str, Any]) -> Measurement:
         """Sorts what `evaluate_perplexity` or `evaluate_kobest` returned into its three parts."""
-        metrics, protocol = _schema(name)
-        metrics = {**metrics, **_OPTIONAL_METRICS}
+        metrics, optional, protocol = _schema(name)
         return cls(
             name,
-            {key: None if row[key] == math.inf else row[key] for key in metrics if key in row},
+            {key: None if row[key] == math.inf else row[key] for key in (*metrics, *optional) if key in row},
             {key: row[key] for key in protocol},
             {key: row[key] for key in _ENVIRONMENT},
         )
@@ -150,7 +151,7 @@ class EvaluationResults:
     def mean_f1(self, part: str, num_fewshot: int = 0) -> float | None:
         """Mean macro F1 of `part` ("sparse" or "dense") over the study's four tasks; None where not all were
         measured in one way."""
-        rows = [row for row in getattr(self, part) if row.name in KOBEST_TASKS and row.num_fewshot == num_fewshot]
+        rows = [row for row in getattr(self, part) if row.name in STUDY_TASKS and row.num_fewshot == num_fewshot]
         if len({tuple(row.protocol[key] for key in ("limit", "split", "dtype", "prepend_bos")) for row in rows}) > 1:
             return None
         return mean_f1({row.name: row.metrics for row in rows})
@@ -165,10 +166,7 @@ class EvaluationResults:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `evaluation_results.json` into `directory`, whole or not at all."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-        unfinished = Path(directory) / f".{RESULTS_NAME}.unfinished"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, Path(directory) / RESULTS_NAME)
+        write_text(Path(directory) / RESULTS_NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EvaluationResults:
@@ -191,16 +189,18 @@ class EvaluationResults:
             for part in ("sparse", "dense"):
                 _check_field(part, data.get(part), (list,), None, None)
                 data[part] = [_read_measurement(f"{part}[{i}]", row) for i, row in enumerate(data[part])]
+                _check_unique(part, data[part])
             return cls(**data)
-        except ValueError as error:  # JSON and encoding errors are ValueErrors
+        except (ValueError, RecursionError) as error:  # JSON and encoding errors are ValueErrors
             raise ValueError(f"{os.path.basename(path)} is not a results file of optimum-ksparse: {error}") from None
 
 
-def _schema(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _schema(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Metrics, those that may be missing, and protocol of a measurement."""
     if name == "perplexity":
-        return _PERPLEXITY_METRICS, _PERPLEXITY_PROTOCOL
+        return _PERPLEXITY_METRICS, {}, _PERPLEXITY_PROTOCOL
     if name in KOBEST_TASKS:
-        return _KOBEST_METRICS, _KOBEST_PROTOCOL
+        return _KOBEST_METRICS, _OPTIONAL_METRICS, _KOBEST_PROTOCOL
     raise ValueError(f"name={name!r} is not known; allowed: perplexity, {', '.join(KOBEST_TASKS)}")
 
 
@@ -209,18 +209,29 @@ def _read_measurement(where: str, row: Any) -> Measurement:
     check_keys(row, [f.name for f in fields(Measurement)], where)
     _check_field(f"{where}.name", row.get("name"), (str,), None, None)
     try:
-        metrics, protocol = _schema(row["name"])
+        metrics, optional_metrics, protocol = _schema(row["name"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    parts = {"metrics": (metrics, _OPTIONAL_METRICS), "protocol": (protocol, {}), "environment": (_ENVIRONMENT, {})}
+    parts = {"metrics": (metrics, optional_metrics), "protocol": (protocol, {}), "environment": (_ENVIRONMENT, {})}
     for part, (required, optional) in parts.items():
         found = row.get(part)
         _check_field(f"{where}.{part}", found, (dict,), None, None)
         check_keys(found, [*required, *optional], f"{where}.{part}")
         for key, (types, least, most) in {**required, **optional}.items():
-            if key in found or key in required:
-                _check_field(f"{where}.{part}.{key}", found.get(key), types, least, most)
+            if key in found:
+                _check_field(f"{where}.{part}.{key}", found[key], types, least, most)
+            elif key in required:
+                raise ValueError(f"{where}.{part}.{key} is missing")
     return Measurement(**row)
+
+
+def _check_unique(part: str, rows: list[Measurement]) -> None:
+    seen = set()
+    for i, row in enumerate(rows):
+        key = row.name, row.num_fewshot
+        if key in seen:
+            raise ValueError(f"{part}[{i}] is a second measurement of {row.name} with {row.num_fewshot} shots")
+        seen.add(key)
 
 
 def _check_field(where: str, value: Any, types: tuple[type, ...], least: Any, most: Any) -> None:
@@ -228,8 +239,10 @@ def _check_field(where: str, value: Any, types: tuple[type, ...], least: Any, mo
     names = " or ".join({"NoneType": "null", "dict": "object"}.get(t.__name__, t.__name__) for t in types)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise ValueError(f"{where} is {value!r}, must be {names}")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # Written so that NaN is out of range.
-    if is_number and not ((least is None or value >= least) and (most is None or value <= most)):
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"{where} is {value!r}, must be finite")
+    if (least is not None and value < least) or (most is not None and value > most):
         limits = f"from {least} to {most}" if most is not None else f"at least {least}"
         raise ValueError(f"{where} is {value!r}, must be {limits}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .kobest import KOBEST_TASKS
+from .kobest_data import KOBEST_TASKS
 from .results import EvaluationResults, Measurement
 
 TASK_TITLES = {"boolq": "BoolQ", "copa": "COPA", "hellaswag": "HellaSwag", "sentineg": "SentiNeg", "wic": "WiC"}

@@ -11,7 +11,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..calibration.documents import HUB_DATASETS
 from ..evaluation import Baseline, EvaluationResults, Measurement
-from ..evaluation.kobest import KOBEST_DATASET
+from ..evaluation.kobest_data import KOBEST_DATASET
 from ..pattern import Pattern
 from ..report import SparsityReport
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..checkpoint import write_text
 from ..config import SparsityConfig, describe_source
 from ..evaluation import Baseline, EvaluationResults, fingerprint
 from ..report import RESULTS_NAME, SparsityReport
@@ -123,9 +124,7 @@ def write_card(
         adapter=adapter,
         is_causal=is_causal,
     )
-    unfinished = directory / f".{CARD_NAME}.unfinished"
-    unfinished.write_text(render_card(subject, language, existing), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, render_card(subject, language, existing))
     return path
 
 
