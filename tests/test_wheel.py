@@ -83,8 +83,8 @@ def test_prune_and_load_from_an_empty_folder(environment, tmp_path, make_model, 
     cli = ("-m", "optimum.commands.optimum_cli", "ksparse")
     assert "14 sparse layers" in run(*cli, "prune", "dense", "sparse", "--config", "recipe.yaml")
     assert "pattern: 2:4" in run(*cli, "info", "sparse")
-    measure = ("--texts", "text.txt", "--seq-len", "32", "--max-tokens", "96", "--tasks", "none", "--baseline", "dense")
-    assert "perplexity" in run(*cli, "eval", "sparse", *measure)
+    how = ("--texts", "text.txt", "--seq-len", "32", "--max-tokens", "96", "--tasks", "none")
+    assert "perplexity" in run(*cli, "eval", "sparse", "--baseline", "dense", *how)
     run(*cli, "card", "sparse", "--language", "ko")
     assert "# sparse" in (tmp_path / "sparse" / "README.md").read_text(encoding="utf-8")
     load = "from transformers import AutoModelForCausalLM as auto; model = auto.from_pretrained('sparse')"

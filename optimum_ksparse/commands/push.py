@@ -49,9 +49,9 @@ class PushCommand(Command):
         protocol = protocol_of(settings)
 
         from ..evaluation import EvaluationResults
-        from ..hub import CARD_NAME, check_repository, push_model
+        from ..hub import CARD_NAME, check_target, push_model, read_card
 
-        check_repository(settings["repo_id"], settings.get("revision"), settings.get("dense_revision"))
+        check_target(settings["repo_id"], settings.get("revision"), settings.get("dense_revision"))
         folder = Path(settings["checkpoint"])
         if not folder.is_dir():
             raise FileNotFoundError(f"checkpoint={settings['checkpoint']!r} is no folder; download or save it first")
@@ -63,7 +63,7 @@ class PushCommand(Command):
             evaluate=protocol if settings.get("evaluate") else False,
             tokenizer=settings.get("tokenizer"),
             tags=settings.get("tags"),
-            readme=card.read_text(encoding="utf-8") if card.is_file() else None,
+            readme=read_card(card) if card.is_file() else None,
             **{name: settings[name] for name in _OPTIONS if name in settings},
         )
         results = getattr(model, "evaluation_results", None)

@@ -159,7 +159,8 @@ def recorded_baseline(model: PreTrainedModel) -> Baseline:
     report = getattr(model, "sparsity_report", None)
     if not isinstance(report, SparsityReport) or not report.base_model:
         raise ValueError("no sparsity_report names the model's dense base: pass baseline=<Hub id or folder>")
-    if report.base_revision is not None:
+    # A local folder is recorded by its last part, so that a name of two parts is one of the Hub's.
+    if report.base_revision is not None or "/" in report.base_model:
         return Baseline(report.base_model, report.base_revision, report.base_arguments)
     source = model.name_or_path or ""
     if os.path.isdir(source) and describe_source(source) == report.base_model:

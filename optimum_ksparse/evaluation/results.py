@@ -90,11 +90,18 @@ class Measurement:
     def recovered(self, metric: str, dense: Measurement) -> float | None:
         """The share of the dense model's figure: for perplexity and bits per byte, where less is better, dense ÷
         sparse. None where a figure is missing, or would be divided by zero."""
-        ours, theirs = self.metrics.get(metric), dense.metrics.get(metric)
+        ours, theirs = self.value(metric), dense.value(metric)
         share = (theirs, ours) if metric in _PERPLEXITY_METRICS else (ours, theirs)
-        if share[0] is None or not share[1]:
+        if share[0] is None or share[0] == math.inf or not share[1]:
             return None
-        return float(share[0] / share[1])
+        return share[0] / share[1]
+
+    def value(self, metric: str) -> float | None:
+        """A figure; a perplexity too large for a float is infinite, None is one that was not measured."""
+        value = self.metrics.get(metric)
+        if value is None and metric == "perplexity" and metric in self.metrics:
+            return math.inf
+        return None if value is None else float(value)
 
     def differences(self, other: Measurement) -> list[str]:
         """The parts of the protocol in which the two differ; none where they are comparable."""
@@ -222,6 +229,9 @@ def _read_measurement(where: str, row: Any) -> Measurement:
                 _check_field(f"{where}.{part}.{key}", found[key], types, least, most)
             elif key in required:
                 raise ValueError(f"{where}.{part}.{key} is missing")
+    if row["name"] == "perplexity":
+        texts = row["protocol"]["texts"]
+        _check_field(f"{where}.protocol.texts.sha256", texts.get("sha256"), (str,), None, None)
     return Measurement(**row)
 
 

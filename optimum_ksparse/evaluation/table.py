@@ -38,9 +38,12 @@ def result_rows(results: EvaluationResults | None) -> list[ResultRow]:
     for shots in sorted({row.num_fewshot for row in everything if row.name in KOBEST_TASKS}) or [0]:
         sparse = results.mean_f1("sparse", shots) if results is not None else None
         dense = results.mean_f1("dense", shots) if results is not None else None
-        fair = not any(row.differences for row in rows if row.num_fewshot == shots and row.metric == "f1")
-        recovered = sparse / dense if sparse is not None and dense and fair else None
-        rows.append(ResultRow("mean", "f1", shots, dense if fair else None, sparse, recovered, (None, None), []))
+        tasks = [row for row in rows if row.metric == "f1" and row.num_fewshot == shots and row.task != "WiC"]
+        differences = (
+            list(dict.fromkeys(name for row in tasks for name in row.differences)) if sparse and dense else []
+        )
+        recovered = sparse / dense if sparse is not None and dense and not differences else None
+        rows.append(ResultRow("mean", "f1", shots, dense, sparse, recovered, (None, None), differences))
     return rows
 
 
@@ -50,7 +53,7 @@ def _result_row(name: str, metric: str, ours: Measurement | None, other: Measure
     if ours is not None and other is not None:
         differences = ours.differences(other)
         recovered = None if differences else ours.recovered(metric, other)
-    dense, sparse = (row.metrics.get(metric) if row is not None else None for row in (other, ours))
+    dense, sparse = (row.value(metric) if row is not None else None for row in (other, ours))
     errors = [row.metrics.get("acc_stderr") if row is not None and metric == "acc" else None for row in (other, ours)]
     return ResultRow(
         task=TASK_TITLES.get(name, name),

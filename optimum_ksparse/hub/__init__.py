@@ -1,16 +1,17 @@
 """The Hub: report and results → card → push."""
 
-from .push import check_repository, push_model
+from .push import check_target, push_model
 from .sources import choose_baseline, choose_tokenizer
-from .writing import CARD_NAME, check_language, current_results, write_card
+from .writing import CARD_NAME, check_language, current_results, read_card, write_card
 
 __all__ = [
     "CARD_NAME",
     "check_language",
-    "check_repository",
+    "check_target",
     "choose_baseline",
     "choose_tokenizer",
     "current_results",
     "push_model",
+    "read_card",
     "write_card",
 ]

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..evaluation import TASK_TITLES, EvaluationResults, result_rows
 from ..pattern import Pattern
 from ..report import SparsityReport
+from ..version import __version__
+from .existing import BEGIN, END, has_section, insert_section, is_unfilled_form, split_card
 from .markdown import environment
 from .metadata import merge_metadata
 
 LANGUAGES = ("en", "ko")
-BEGIN = "<!-- optimum-ksparse: begin. This section is written anew at each push; write outside of it. -->"
-END = "<!-- optimum-ksparse: end -->"
-_SECTION = re.compile(r"<!-- optimum-ksparse: begin\b.*?<!-- optimum-ksparse: end -->", re.DOTALL)
-_MARKER = re.compile(r"<!-- optimum-ksparse: (begin\b[^\n]*?|end )-->")
 
 
 @dataclass
@@ -44,6 +40,7 @@ class CardSubject:
         dense_revision: branch that holds the dense variant, or None.
         figures: file → whether it was drawn.
         adapter: None for a model of its own.
+        auto_class: name of the class of transformers that loads it.
     """
 
     name: str
@@ -60,7 +57,7 @@ class CardSubject:
     dense_revision: str | None = None
     figures: dict[str, bool] = field(default_factory=dict)
     adapter: AdapterFacts | None = None
-    is_causal: bool = True
+    auto_class: str = "AutoModelForCausalLM"
 
 
 def render_card(subject: CardSubject, language: str = "en", existing: str | None = None) -> str:
@@ -71,29 +68,49 @@ def render_card(subject: CardSubject, language: str = "en", existing: str | None
         existing: the card that is there already. What a person wrote outside the marked section stays, and so do the
             metadata that this package does not set.
     """
-    front, body = _split(existing or "")
+    existing = (existing or "").removeprefix("\ufeff")
+    line_break = "\r\n" if "\r\n" in existing else "\n"
+    front, body = split_card(existing)
+    if is_unfilled_form(body):
+        front.pop("base_model", None)  # PEFT writes the path of a local one
+        body = ""
     template = environment().get_template(f"card_{language}.md.jinja")
     section = template.render(**_view(subject), begin=BEGIN, end=END).strip()
-    metadata = merge_metadata(front, subject.metadata.to_dict())
-    block = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)
-    return f"---\n{block}---\n\n{_insert(body, section)}\n"
+    metadata = merge_metadata(front, subject.metadata.to_dict(), again=has_section(body))
+    block = yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    ours = [part.replace("\n", line_break) for part in (f"---\n{block}---\n\n", section, "\n")]
+    return ours[0] + insert_section(body, ours[1], line_break) + ours[2]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts with line breaks and other signs that are not printed in quotes, so that they are read as they were
+    (YAML folds some of them, as U+0085, otherwise)."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _view(subject: CardSubject) -> dict[str, Any]:
     """What the templates see."""
     results, report = subject.results, subject.report
-    sparse = results.sparse if results is not None else []
+    measured = (results.sparse or results.dense) if results is not None else []
     pattern = Pattern(str(report.config["pattern"])) if report is not None else None
     return {
         "card": subject,
         "report": report,
         "results": results,
         "rows": result_rows(results),
-        "perplexities": [row for row in sparse if row.name == "perplexity"],
-        "tasks": [(TASK_TITLES[row.name], row) for row in sparse if row.name in TASK_TITLES],
+        "perplexities": [row for row in measured if row.name == "perplexity"],
+        "tasks": [(TASK_TITLES[row.name], row) for row in measured if row.name in TASK_TITLES],
         "environments": _environments(results),
         "pattern": pattern,
-        "limited": any(row.protocol.get("limit") for row in sparse),
+        "version": __version__,
+        "auto_class": subject.auto_class,
+        "limited": any(row.protocol.get("limit") for row in measured),
         "packed_ratio": report.packed_bytes / report.dense_bytes
         if report is not None and report.dense_bytes
         else None,
@@ -112,35 +129,3 @@ def _environments(results: EvaluationResults | None) -> list[tuple[str, dict[str
         else:
             found.append((device, dict(versions)))
     return found
-
-
-def _split(text: str) -> tuple[dict[str, Any], str]:
-    """Metadata and body of a card. Raises ValueError where its metadata are damaged, which would be lost."""
-    match = REGEX_YAML_BLOCK.search(text)
-    if match is None:
-        return {}, text.strip()
-    try:
-        front = yaml.safe_load(match.group(2)) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"the metadata of the README.md that is there are not YAML: mend them first; {error}"
-        ) from None
-    if not isinstance(front, dict):
-        raise ValueError("the metadata of the README.md that is there are no `key: value` pairs: mend them first")
-    return front, text[match.end() :].strip()
-
-
-def _insert(body: str, section: str) -> str:
-    """Puts the section in the place of the marked one, or after what a person wrote."""
-    if _is_boilerplate(body):
-        body = ""
-    if len(_SECTION.findall(body)) == 1:
-        return _SECTION.sub(lambda match: section, body)
-    # No section, or one that was edited so that its bounds are not clear: nothing that a person wrote may go.
-    body = _MARKER.sub("", body).strip()
-    return f"{body}\n\n{section}" if body else section
-
-
-def _is_boilerplate(body: str) -> bool:
-    """The unfilled form that transformers and PEFT write beside a checkpoint."""
-    return "# Model Card for" in body and body.count("[More Information Needed]") > 20

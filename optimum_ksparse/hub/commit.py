@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..checkpoint import is_weight_file
 from ..report import REPORT_NAME, RESULTS_NAME
 from .figures import ERROR_FIGURE, RESULTS_FIGURE
-from .writing import CARD_NAME, write_card
+from .writing import CARD_NAME, read_card, write_card
 
 logger = logging.get_logger(__name__)
 
@@ -121,4 +121,4 @@ def _reason(error: Exception) -> str:
 def _remote_card(api: HfApi, repo_id: str, revision: str | None) -> str:
     with tempfile.TemporaryDirectory() as cache:
         path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, cache_dir=cache)
-        return Path(path).read_text(encoding="utf-8")
+        return read_card(Path(path))

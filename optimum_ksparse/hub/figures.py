@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..evaluation import KOBEST_TASKS, EvaluationResults
+from ..evaluation import KOBEST_TASKS, EvaluationResults, Measurement
 from ..report import SparsityReport
 
 ERROR_FIGURE = "relative_output_error.png"
@@ -21,6 +21,8 @@ def draw_figures(directory: Path, report: SparsityReport | None, results: Evalua
     """Draws what there are data for; which figures were drawn. None without matplotlib, which is said once. The same
     data give the same bytes."""
     drawn = {ERROR_FIGURE: False, RESULTS_FIGURE: False}
+    for name in drawn:
+        (directory / name).unlink(missing_ok=True)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -29,10 +31,15 @@ def draw_figures(directory: Path, report: SparsityReport | None, results: Evalua
     if report is not None and any(layer.relative_output_error is not None for layer in report.layers):
         _save(_output_errors(report), directory / ERROR_FIGURE)
         drawn[ERROR_FIGURE] = True
-    if results is not None and results.comparable():
+    if results is not None and _drawable(results):
         _save(_dense_and_sparse(results), directory / RESULTS_FIGURE)
         drawn[RESULTS_FIGURE] = True
     return drawn
+
+
+def _drawable(results: EvaluationResults) -> list[tuple[Measurement, Measurement]]:
+    """Comparable pairs with finite figures."""
+    return [pair for pair in results.comparable() if all(row.metrics.get("perplexity", 0) is not None for row in pair)]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -69,7 +76,7 @@ def _output_errors(report: SparsityReport) -> Any:
 
 def _dense_and_sparse(results: EvaluationResults) -> Any:
     order = ("perplexity", *KOBEST_TASKS)
-    pairs = sorted(results.comparable(), key=lambda pair: (order.index(pair[0].name), pair[0].num_fewshot))
+    pairs = sorted(_drawable(results), key=lambda pair: (order.index(pair[0].name), pair[0].num_fewshot))
     panels = [
         ("perplexity (lower is better)", [pair for pair in pairs if pair[0].name == "perplexity"], "perplexity"),
         ("KoBEST macro F1 (higher is better)", [pair for pair in pairs if pair[0].name != "perplexity"], "f1"),
@@ -81,7 +88,7 @@ def _dense_and_sparse(results: EvaluationResults) -> Any:
         figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0], panels, strict=True
     ):
         for offset, color, label, side in ((-0.2, _DENSE, "dense", 1), (0.2, _SPARSE, "sparse", 0)):
-            heights = [pair[side].metrics[metric] or 0 for pair in rows]
+            heights = [pair[side].metrics[metric] for pair in rows]
             bars = axes.bar([i + offset for i in range(len(rows))], heights, 0.38, color=color, label=label)
             axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
         labels = [pair[0].name + (f"\n{pair[0].num_fewshot}-shot" if pair[0].num_fewshot else "") for pair in rows]

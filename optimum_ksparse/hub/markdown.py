@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import unicodedata
 from typing import Any
@@ -12,7 +13,8 @@ _LONGEST = 200
 _INLINE = re.compile(r"([\\`*_{}\[\]()#!|~$^])")
 _LEADING = re.compile(r"^([-+=:]|\d+(?=[.)](?:\s|$)))")
 _HARMLESS = re.compile(r"[\w.*:/+%-]{1,200}", re.ASCII)
-_LINK = {"://": ":&#47;&#47;", "www.": "www&#46;", "@": "&#64;"}
+# Readers make links of bare addresses, after references such as &#64; are read: a word joiner keeps them apart.
+_LINK = re.compile(r"(:)(?=//)|((?i:www))(?=\.)|()(?=@)")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
 
 
@@ -32,8 +34,7 @@ def escape(value: Any) -> Markdown:
     isolate = any(unicodedata.bidirectional(char) in ("R", "AL") for char in text)
     text = _INLINE.sub(r"\\\1", "".join(_HTML.get(char, char) for char in text))
     text = _LEADING.sub(lambda match: match[1] + "&#8203;" if match[1].isdigit() else "\\" + match[1], text)
-    for sign, reference in _LINK.items():
-        text = text.replace(sign, reference)
+    text = _LINK.sub(lambda match: f"{match[0]}\N{WORD JOINER}", text)
     return Markdown(f"\N{FIRST STRONG ISOLATE}{text}\N{POP DIRECTIONAL ISOLATE}" if isolate else text)
 
 
@@ -47,6 +48,8 @@ def number(value: float | None, digits: int | None = None, missing: str = "") ->
     """A count with commas, or a figure with that many digits after the point; `missing` for None."""
     if value is None:
         return Markdown(missing)
+    if value == math.inf:
+        return Markdown("∞")
     return Markdown(f"{value:,}" if digits is None else f"{value:,.{digits}f}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..calibration.documents import HUB_DATASETS
 from ..evaluation import Baseline, EvaluationResults, Measurement
 from ..evaluation.kobest_data import KOBEST_DATASET
 from ..pattern import Pattern
+from ..pruners import METHODS
 from ..report import SparsityReport
 
 # Taken over from the base model's card, where they have these types.
@@ -25,6 +27,7 @@ _INHERITED: dict[str, tuple[type, ...]] = {
 }
 # A person's entries are kept where these lists are written anew; for the other keys of `_OURS` ours replace them.
 _UNITED = ("tags", "datasets", "metrics")
+_PATTERN_TAG = re.compile(r"\d+of\d+|unstructured")
 _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
 
 
@@ -101,17 +104,44 @@ def build_metadata(
     )
 
 
-def merge_metadata(existing: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+def merge_metadata(existing: dict[str, Any], ours: dict[str, Any], *, again: bool = False) -> dict[str, Any]:
     """Our metadata in those of a card that exists: a person's keys stay, except those that state what the weights are
-    and what was measured of them; lists are united."""
-    merged = dict(existing)
+    and what was measured of them; lists are united.
+
+    Args:
+        again: the card is one of ours, so that what it says of other weights goes.
+    """
+    merged = _without_ours(existing) if again else dict(existing)
     for key, value in ours.items():
-        if key in _UNITED and isinstance(existing.get(key), list | str):
-            theirs = existing[key] if isinstance(existing[key], list) else [existing[key]]
-            merged[key] = [*theirs, *(item for item in value if item not in theirs)]
-        elif key in _OURS or key not in existing:
-            merged[key] = value
-    return merged
+        theirs = merged.get(key)
+        if key in _UNITED and theirs:
+            theirs = theirs if isinstance(theirs, list) else [theirs]
+            merged[key] = _in_order(existing[key], [*theirs, *(item for item in value if item not in theirs)])
+        elif key in _OURS or not theirs:
+            merged[key] = _in_order(existing.get(key), value) if key in _UNITED else value
+    # In the order of the card that is there, so that writing it again changes nothing.
+    return {key: merged[key] for key in (*existing, *merged) if key in merged}
+
+
+def _in_order(existing: Any, items: list[Any]) -> list[Any]:
+    """The items, those that are there already first and in their order."""
+    before = existing if isinstance(existing, list) else []
+    return [item for item in before if item in items] + [item for item in items if item not in before]
+
+
+def _without_ours(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Without the figures of an earlier push, and without its names of method, pattern and calibration data."""
+    kept = {key: value for key, value in metadata.items() if key not in ("model-index", "metrics")}
+    gone = {
+        "tags": lambda item: item in METHODS or _PATTERN_TAG.fullmatch(str(item)),
+        "datasets": lambda item: item in {repository for repository, _ in HUB_DATASETS.values()},
+    }
+    for key, ours in gone.items():
+        if isinstance(kept.get(key), list):
+            kept[key] = [item for item in kept[key] if not ours(item)]
+            if not kept[key]:
+                del kept[key]
+    return kept
 
 
 def _pattern_tag(pattern: str) -> str:
@@ -144,6 +174,7 @@ def _eval_results(row: Measurement) -> list[EvalResult]:
         "dataset_config": row.name,
         "dataset_split": row.protocol["split"],
         "metric_args": how,
+        "dataset_args": row.protocol["data"] if "files_sha256" in row.protocol["data"] else None,
     }
     return [
         EvalResult(metric_type="accuracy", metric_value=row.metrics["acc"], **common),

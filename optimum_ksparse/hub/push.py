@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -21,11 +19,17 @@ from ..evaluation import EvaluationProtocol, evaluate_model
 from ..report import REPORT_NAME
 from .commit import commit_folder, with_retries
 from .sources import choose_baseline, choose_tokenizer
-from .writing import CARD_NAME, check_language, current_results, is_adapter, sparse_part
+from .writing import (
+    CARD_NAME,
+    check_branch,
+    check_language,
+    check_repository,
+    current_results,
+    is_adapter,
+    sparse_part,
+)
 
 logger = logging.get_logger(__name__)
-
-_BRANCH = re.compile(r"[\w][\w./-]*", re.ASCII)
 
 
 def push_model(
@@ -73,7 +77,7 @@ def push_model(
     if evaluate not in (True, False) and not isinstance(evaluate, EvaluationProtocol):
         raise TypeError(f"evaluate must be True, False or an EvaluationProtocol, found {type(evaluate).__name__}")
     check_language(language)
-    check_repository(repo_id, revision, dense_revision, create_pr)
+    check_target(repo_id, revision, dense_revision, create_pr)
     _check_storage(model, plain, dense_revision)
     found_tokenizer = choose_tokenizer(plain, tokenizer, token)
     if evaluate:
@@ -113,26 +117,17 @@ def push_model(
     return info
 
 
-def check_repository(
+def check_target(
     repo_id: str, revision: str | None = None, dense_revision: str | None = None, create_pr: bool = False
 ) -> None:
     """Raises ValueError for names that the Hub does not allow, or that do not go together."""
-    try:
-        validate_repo_id(repo_id)
-    except (HFValidationError, TypeError) as error:
-        raise ValueError(f'repo_id={repo_id!r} cannot be a name on the Hub; use "user/name": {error}') from None
-    for name, branch in {"revision": revision, "dense_revision": dense_revision}.items():
-        if branch is not None and not is_branch(branch):
-            raise ValueError(f"{name}={branch!r} cannot be a branch: letters, digits, '.', '_', '-' and '/' may be")
+    check_repository(repo_id)
+    check_branch("revision", revision)
+    check_branch("dense_revision", dense_revision)
     if dense_revision is not None and dense_revision == (revision or "main"):
         raise ValueError(f"dense_revision={dense_revision!r} is where the packed model goes; name another branch")
     if dense_revision is not None and create_pr:
         raise ValueError("dense_revision and create_pr do not go together: push the dense variant to its branch")
-
-
-def is_branch(name: str) -> bool:
-    """Whether a name can be a branch, and stand in a card as it is."""
-    return bool(_BRANCH.fullmatch(name)) and ".." not in name
 
 
 def _check_storage(model: Any, plain: PreTrainedModel, dense_revision: str | None) -> None:

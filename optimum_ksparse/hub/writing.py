@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
 
 from ..checkpoint import write_text
@@ -18,6 +20,7 @@ from .figures import draw_figures
 from .metadata import base_card, build_metadata, is_repo_id
 
 CARD_NAME = "README.md"
+_BRANCH = re.compile(r"[\w][\w./-]*", re.ASCII)
 
 
 def sparse_part(model: Any) -> PreTrainedModel:
@@ -53,6 +56,32 @@ def current_results(model: Any) -> EvaluationResults | None:
     return results
 
 
+def read_card(path: Path) -> str:
+    """A README.md with its own line ends.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the {path.name} that is there is not UTF-8: mend it first; {error}") from None
+
+
+def check_repository(repo_id: Any) -> None:
+    """Raises ValueError for a name that the Hub does not allow."""
+    try:
+        validate_repo_id(repo_id)
+    except (HFValidationError, TypeError) as error:
+        raise ValueError(f'repo_id={repo_id!r} cannot be a name on the Hub; use "user/name": {error}') from None
+
+
+def check_branch(argument: str, name: str | None) -> None:
+    """Raises ValueError for what cannot be a branch, or could not stand in a card as it is."""
+    if name is not None and (not _BRANCH.fullmatch(name) or ".." in name):
+        raise ValueError(f"{argument}={name!r} cannot be a branch: letters, digits, '.', '_', '-' and '/' may be")
+
+
 def check_language(language: str) -> None:
     if language not in LANGUAGES:
         raise ValueError(f"language={language!r} is not known; allowed: {', '.join(LANGUAGES)}")
@@ -86,6 +115,9 @@ def write_card(
         ValueError: the model's results are of other weights, or the metadata of the card that is there are damaged.
     """
     check_language(language)
+    if repo_id is not None:
+        check_repository(repo_id)
+    check_branch("dense_revision", dense_revision)
     directory = Path(directory)
     plain = sparse_part(model)
     report = getattr(plain, "sparsity_report", None)
@@ -94,10 +126,10 @@ def write_card(
     base_model, base_name, base_revision = _base(model, plain, report)
     path = directory / CARD_NAME
     if existing is None:
-        existing = path.read_text(encoding="utf-8") if path.is_file() else ""
+        existing = read_card(path) if path.is_file() else ""
     name = (repo_id or directory.resolve().name).split("/")[-1]
     adapter = _adapter_facts(model, directory)
-    is_causal = plain.can_generate()
+    is_causal = plain.base_model is not plain and plain.get_output_embeddings() is not None and plain.can_generate()
     subject = CardSubject(
         name=name,
         report=report,
@@ -122,7 +154,7 @@ def write_card(
         dense_revision=dense_revision,
         figures=draw_figures(directory, None if adapter is not None else report, results),
         adapter=adapter,
-        is_causal=is_causal,
+        auto_class="AutoModelForCausalLM" if is_causal else type(plain).__name__,
     )
     write_text(path, render_card(subject, language, existing))
     return path
@@ -143,7 +175,8 @@ def _base(
         name, revision = describe_source(plain.name_or_path), getattr(plain, "hub_commit", None)
     else:
         name, revision = (report.base_model, report.base_revision) if report is not None else (None, None)
-    on_hub = revision is not None and is_repo_id(name)
+    # Without a commit: a local folder is recorded by its last part, so that a name of two is one of the Hub's.
+    on_hub = is_repo_id(name) and (revision is not None or "/" in str(name))
     return name if on_hub else None, name, revision if on_hub else None
 
 
