@@ -19,7 +19,7 @@ from .calibration import (
     find_blocks,
     read_tokenizer,
 )
-from .checkpoint import layer_records, sparse_modules
+from .checkpoint import describe_model, layer_records, sparse_modules
 from .config import QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
 from .pattern import Pattern
 from .pruners import METHODS
@@ -76,6 +76,8 @@ def sparsify(
             raise
 
     attach(model, recorded)
+    if config.tokenizer is not None:
+        model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
     settings = recorded.to_dict()
     settings.pop("layers")
     report = SparsityReport(
@@ -83,7 +85,7 @@ def sparsify(
         calibration={} if data is None else data.description,
         layers=rows,
         skipped=skipped,
-        base_model=describe_source(model.name_or_path),
+        base_model=describe_model(model),
         base_revision=getattr(model, "hub_commit", None),
         num_parameters=num_parameters,
         seconds=round(time.perf_counter() - started, 2),

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from .calibration import decoder_of
+from .config import describe_source
 from .nn import SparseLinear, dense_weight, is_linear_map
 from .pattern import Pattern
 from .report import REPORT_NAME, RESULTS_NAME
@@ -139,6 +140,15 @@ def commit_of(source: Any, file_name: str = CONFIG_NAME, **hub_arguments: Any) -
     # A file of a Hub snapshot lies in a folder named after its commit.
     commit: str | None = extract_commit_hash(path, None)
     return commit
+
+
+def describe_model(model: PreTrainedModel) -> str | None:
+    """Where a model was loaded from, as a report or a card may name it: a local folder by its last part."""
+    name = model.name_or_path
+    # Noted when it was loaded: from elsewhere a relative path reads like a name on the Hub.
+    if name and getattr(model, "is_from_folder", False):
+        return os.path.basename(os.path.normpath(name))
+    return describe_source(name)
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -280,21 +290,24 @@ def _swap(directory: Path, new: Path, old: Path) -> None:
         raise
 
 
-def is_weight_file(name: str) -> bool:
-    """Whether a file holds weights of a checkpoint, or their index."""
-    return _WEIGHT_FILE.fullmatch(name) is not None
+def outdated_weights(there: Iterable[str], new: Iterable[str]) -> list[str]:
+    """Weight files, and their indexes, of an earlier checkpoint of the same variant, which `new` ones replace."""
+    new = set(new)
+    variants = {match[1] or match[4] for name in new if (match := _WEIGHT_FILE.fullmatch(name))}
+    found = []
+    for name in there:
+        match = _WEIGHT_FILE.fullmatch(name)
+        if match is not None and name not in new and (match[1] or match[4]) in variants:
+            found.append(name)
+    return sorted(found)
 
 
 def _outdated(directory: Path, files: list[Path]) -> list[Path]:
     """What an earlier checkpoint of the same variant leaves that would be read beside the new files: other weight
     files, and a report or results where the new checkpoint has none."""
     new = {file.name for file in files}
-    matches = [match for name in new if (match := _WEIGHT_FILE.fullmatch(name))]
-    variants = {match[1] or match[4] for match in matches}
-    outdated = []
-    for path in directory.iterdir():
-        match = _WEIGHT_FILE.fullmatch(path.name)
-        weights = match is not None and (match[1] or match[4]) in variants
-        if path.name not in new and (weights or (matches and path.name in (REPORT_NAME, RESULTS_NAME))):
-            outdated.append(Path(path.name))
-    return outdated
+    there = {path.name for path in directory.iterdir()}
+    outdated = outdated_weights(there, new)
+    if any(_WEIGHT_FILE.fullmatch(name) for name in new):
+        outdated += [name for name in (REPORT_NAME, RESULTS_NAME) if name in there - new]
+    return [Path(name) for name in outdated]

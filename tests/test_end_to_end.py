@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_ksparse import SparsityConfig
 from optimum_ksparse.checkpoint import sparse_modules
+from optimum_ksparse.evaluation import KOBEST_TASKS, evaluate_kobest
 
 from .conftest import REPOSITORY
 
@@ -56,3 +58,18 @@ torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=5, do
     with torch.no_grad():
         assert torch.equal(model(torch.tensor([[2, 238165, 239888]])).logits, logits)
     assert written.shape == (1, 8)
+
+
+def test_kobest_is_that_of_the_harness(gguf, shared, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from .test_kobest import assert_equal, harness
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    data_dir = shared / "data/kobest"
+    items = int(os.environ.get("KOBEST_ITEMS", "4"))  # 50 take some ten minutes on 2 cores
+    found = evaluate_kobest(model, tokenizer, limit=items, batch_size=4, data_dir=data_dir)
+    assert_equal(found, harness(model, tokenizer, data_dir, tmp_path, limit=items))
+    assert [found[task]["num_samples"] for task in KOBEST_TASKS] == [items] * 5
+    assert all(0 < found[task]["f1"] < 1 for task in KOBEST_TASKS)

@@ -394,7 +394,8 @@ def test_items_begin_with_the_beginning_token_as_the_row_says(
         ({"num_fewshot": -1}, ValueError, "num_fewshot=-1 is too small, it must be at least 0"),
         ({"num_fewshot": False}, TypeError, "num_fewshot must be an integer"),
         ({"num_fewshot": None}, TypeError, "num_fewshot must be an integer"),
-        ({"num_fewshot": 6}, ValueError, "num_fewshot"),  # of five items
+        ({"num_fewshot": 6}, ValueError, "num_fewshot=6"),  # of five items
+        ({"num_fewshot": 5}, ValueError, "num_fewshot=5"),  # without a test split the harness draws one more
         ({"batch_size": 0}, ValueError, "batch_size=0"),
         ({"batch_size": "auto"}, TypeError, "batch_size must be an integer"),
         ({"prepend_bos": "yes"}, TypeError, "prepend_bos"),

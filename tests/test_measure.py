@@ -478,6 +478,11 @@ def test_recorded_baseline_of_a_hub_id_with_its_commit(
     assert len(results.comparable()) == 1
 
 
+def test_recorded_baseline_of_a_hub_id_without_its_commit(model: PreTrainedModel) -> None:
+    model.sparsity_report.base_model = "team/dense"
+    assert recorded_baseline(model) == Baseline("team/dense")
+
+
 @pytest.mark.parametrize("missing", ["report", "name", "folder", "moved"])
 def test_baseline_that_is_not_recorded_is_asked_for(
     missing: str, dense: Path, model: PreTrainedModel, tmp_path: Path

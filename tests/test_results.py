@@ -188,7 +188,7 @@ perplexities_drawn = st.builds(
     ),
     protocol=st.fixed_dictionaries(
         {
-            "texts": st.dictionaries(st.text(), json_values, max_size=3),
+            "texts": st.builds(dict, st.dictionaries(st.text(), json_values, max_size=3), sha256=st.text()),
             "seq_len": st.integers(2, 10**6),
             "stride": st.none() | counts,
             "max_tokens": st.none() | st.integers(2, 10**12),
@@ -278,6 +278,13 @@ def test_wrong_type_is_named(place: str, name: str, tmp_path: Path) -> None:
         refused(edit(tmp_path, place, VALUES[kind]), rf"{re.escape(place)} is .*, must be ")
 
 
+@pytest.mark.parametrize("value", [MISSING, None, 5, {}])
+def test_texts_without_their_hash_are_named(value: Any, tmp_path: Path) -> None:
+    refused(
+        edit(tmp_path, "dense[0].protocol.texts.sha256", value), r"dense\[0\].protocol.texts.sha256 is .*, must be str"
+    )
+
+
 @pytest.mark.parametrize("value", [None, 5, "글", []])
 def test_measurement_that_is_no_object_is_named(value: Any, tmp_path: Path) -> None:
     refused(edit(tmp_path, "sparse[1]", value), r"sparse\[1\] is .*, must be object")
@@ -308,8 +315,8 @@ def test_number_out_of_range_is_named(place: str, value: float, limits: str, tmp
 
 
 @pytest.mark.parametrize("place", NUMBERS)
-def test_number_that_json_cannot_hold_is_named(place: str, tmp_path: Path) -> None:
-    for value in (math.nan, math.inf, -math.inf):
+def test_number_that_is_not_finite_as_a_float_is_named(place: str, tmp_path: Path) -> None:
+    for value in (math.nan, math.inf, -math.inf, 10**400):
         refused(edit(tmp_path, place, value), rf"{re.escape(place)} is {value!r}, must be ")
 
 
@@ -505,7 +512,7 @@ def test_each_measurement_is_paired_with_the_most_similar_of_its_name() -> None:
         ("f1", 0.5, 0.0, None),
         ("f1", 0.0, 0.5, 0.0),
         ("perplexity", 20.0, 10.0, 0.5),
-        ("perplexity", None, 10.0, None),
+        ("perplexity", None, 10.0, 0.0),  # null is an infinite perplexity
         ("perplexity", 10.0, None, None),
         ("acc_norm", 0.5, 0.5, None),
     ],

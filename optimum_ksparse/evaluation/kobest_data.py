@@ -42,10 +42,10 @@ def read_items(task: str, data_dir: str | os.PathLike[str], num_fewshot: int = 0
         ValueError: a file has no items, or a line is not an item of the task; names file, line and field.
     """
     items = {split: _read_file(task, path) for split, path in _files(task, data_dir, num_fewshot).items()}
-    if num_fewshot > len(items.get("train", ())):
-        raise ValueError(
-            f"num_fewshot={num_fewshot} is more than the {len(items['train'])} items of {task}/train.jsonl"
-        )
+    # Without a test split the harness draws one more.
+    most = len(items.get("train", ())) - ("test" not in items)
+    if num_fewshot > max(most, 0):
+        raise ValueError(f"num_fewshot={num_fewshot} is too large: {task}/train.jsonl has items for {most} at most")
     return items
 
 

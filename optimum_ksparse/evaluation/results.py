@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -251,7 +252,7 @@ def _check_field(where: str, value: Any, types: tuple[type, ...], least: Any, mo
         raise ValueError(f"{where} is {value!r}, must be {names}")
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    if not math.isfinite(value):
+    if abs(value) > sys.float_info.max or value != value:  # integers may be larger than any float
         raise ValueError(f"{where} is {value!r}, must be finite")
     if (least is not None and value < least) or (most is not None and value > most):
         limits = f"from {least} to {most}" if most is not None else f"at least {least}"

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
-from ..checkpoint import is_weight_file
+from ..checkpoint import outdated_weights
 from ..report import REPORT_NAME, RESULTS_NAME
 from .figures import ERROR_FIGURE, RESULTS_FIGURE
 from .writing import CARD_NAME, read_card, write_card
@@ -22,6 +22,8 @@ logger = logging.get_logger(__name__)
 _T = TypeVar("_T")
 # Beside the weights; on the Hub they go when a push has none of them any more.
 _OWNED = (REPORT_NAME, RESULTS_NAME, ERROR_FIGURE, RESULTS_FIGURE)
+# transformers would load an adapter that is beside a model instead of the model alone.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Seconds between tries. The client itself retries uploads, but neither commits nor look-ups.
 _WAITS = (1, 2, 4)
 # Too many requests, time-outs, and 412: somebody else committed between our look at the repository and our commit.
@@ -50,7 +52,9 @@ def commit_folder(
         existing = _remote_card(api, repo_id, head) if CARD_NAME in there else card["existing"]
         write_card(model, folder, **{**card, "existing": existing})
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        stale = [name for name in there - set(files) if is_weight_file(name) or name in _OWNED]
+        stale = outdated_weights(there, files)
+        if CONFIG_NAME in files:  # a model of its own, in the place of what was there, and not an adapter beside it
+            stale += [name for name in (*_OWNED, *_ADAPTER) if name in there - set(files)]
         operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in files]
         operations += [CommitOperationDelete(name) for name in sorted(stale)]
         return api.create_commit(
@@ -63,11 +67,12 @@ def commit_folder(
             parent_commit=head,
         )
 
-    return with_retries(repo_id, attempt)
+    return with_retries(repo_id, attempt, once=create_pr)
 
 
-def with_retries(repo_id: str, action: Callable[[], _T]) -> _T:
-    """Calls `action`, which may be called again, and again where the network or the server stumbles.
+def with_retries(repo_id: str, action: Callable[[], _T], *, once: bool = False) -> _T:
+    """Calls `action`, and calls it again where the network or the server stumbles; with `once` not where it may have
+    arrived, because the answer to a request was lost.
 
     Raises:
         PermissionError: the Hub does not accept the token, or the token may not do this.
@@ -80,11 +85,13 @@ def with_retries(repo_id: str, action: Callable[[], _T]) -> _T:
             if isinstance(error, RuntimeError) and not isinstance(error.__cause__, HTTPError):
                 raise  # uploads of large files fail with a RuntimeError, but so do other things
             _check_access(repo_id, error)
-            if wait is None or not _passes(error):
+            lost = once and isinstance(error, HTTPError) and _status(error) is None
+            if wait is None or lost or not _passes(error):
+                what = "the pull request may be there or not" if lost else "nothing of it is published"
                 offline = "" if _status(error) else "; without a network save_pretrained and write_card work"
                 raise ConnectionError(
-                    f"the push to {repo_id} broke off ({_reason(error)}); nothing of it is published, model and "
-                    f"results are as they were: push again{offline}"
+                    f"the push to {repo_id} broke off ({_reason(error)}); {what}, model and results are as they were: "
+                    f"push again{offline}"
                 ) from error
             logger.warning(f"The Hub stumbled ({_reason(error)}); trying again in {wait} s.")
             time.sleep(wait)

@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..checkpoint import describe_model
 from ..config import describe_source
 from ..evaluation import EvaluationProtocol, evaluate_model
 from ..report import REPORT_NAME
@@ -48,6 +49,7 @@ def push_model(
     revision: str | None = None,
     create_pr: bool = False,
     max_shard_size: int | str = "50GB",
+    variant: str | None = None,
     tags: list[str] | str | None = None,
     readme: str | None = None,
 ) -> CommitInfo:
@@ -65,8 +67,8 @@ def push_model(
         language: of the card, "en" or "ko".
         dense_revision: a branch for the same weights with their zeros written out, which plain transformers loads.
         readme: text of a card to go on from where the repository has none yet.
-        commit_message, commit_description, private, token, revision, create_pr, max_shard_size, tags: as in
-            transformers.
+        commit_message, commit_description, private, token, revision, create_pr, max_shard_size, variant, tags: as
+            in transformers.
 
     Raises:
         TypeError, ValueError: an argument cannot be right, there is no tokenizer, or the results are of other weights.
@@ -79,6 +81,7 @@ def push_model(
     check_language(language)
     check_target(repo_id, revision, dense_revision, create_pr)
     _check_storage(model, plain, dense_revision)
+    token = _clean_token(token)
     found_tokenizer = choose_tokenizer(plain, tokenizer, token)
     if evaluate:
         protocol = evaluate if isinstance(evaluate, EvaluationProtocol) else EvaluationProtocol()
@@ -106,13 +109,13 @@ def push_model(
     card: dict[str, Any] = {"language": language, "repo_id": repo_id, "tags": more_tags, "token": token}
     card |= {"dense_revision": dense_revision, "existing": readme or ""}
     with tempfile.TemporaryDirectory() as folder:
-        _save(model, Path(folder), found_tokenizer, max_shard_size)
+        _save(model, Path(folder), found_tokenizer, max_shard_size, variant)
         info = commit_folder(
             api, repo_id, Path(folder), model, card, message, commit_description, revision, create_pr=create_pr
         )
     if dense_revision is not None:
         with tempfile.TemporaryDirectory() as folder, _dense_storage(plain):
-            _save(model, Path(folder), found_tokenizer, max_shard_size)
+            _save(model, Path(folder), found_tokenizer, max_shard_size, variant)
             commit_folder(api, repo_id, Path(folder), model, card, message, commit_description, dense_revision)
     return info
 
@@ -139,10 +142,26 @@ def _check_storage(model: Any, plain: PreTrainedModel, dense_revision: str | Non
         raise ValueError('dense_revision: the model has storage="dense" itself')
 
 
-def _save(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None, max_shard_size: int | str) -> None:
+def _clean_token(token: bool | str | None) -> bool | str | None:
+    """A token as it is read from a file, with a line break at its end, could not be sent, and would be shown."""
+    if not isinstance(token, str):
+        return token
+    token = token.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("token is empty, or has signs in it that a token cannot have")
+    return token
+
+
+def _save(
+    model: Any,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_shard_size: int | str,
+    variant: str | None,
+) -> None:
     """Everything but the card into an empty folder."""
     if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
     else:
         model.save_pretrained(folder)
         results = current_results(model)
@@ -150,17 +169,27 @@ def _save(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None, m
             results.save(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    config = folder / "adapter_config.json"
-    if config.is_file():
-        _hide_local_base(config)
+        _drop(folder / "tokenizer_config.json", "is_local", "local_files_only")  # how it was loaded here
+    configs = list(folder.rglob("adapter_config.json"))  # adapters with names of their own lie in folders
+    for config in configs:
+        _hide_local_base(config, sparse_part(model))
+    if configs:
         (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT's form, with the path of a local base in it
         (folder / REPORT_NAME).unlink(missing_ok=True)  # the base's own
 
 
-def _hide_local_base(config: Path) -> None:
+def _drop(config: Path, *names: str) -> None:
+    if config.is_file():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in settings.items() if name not in names}
+        config.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _hide_local_base(config: Path, base: PreTrainedModel) -> None:
     """PEFT writes the path of a local base model into an adapter's config."""
     settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = describe_source(settings.get("base_model_name_or_path"))
+    name = settings.get("base_model_name_or_path")
+    settings["base_model_name_or_path"] = describe_model(base) if name == base.name_or_path else describe_source(name)
     config.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 

@@ -6,8 +6,10 @@ import os
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, cached_file
 
 from ..calibration import read_tokenizer
+from ..checkpoint import describe_model
 from ..config import describe_source
 from ..evaluation import Baseline, recorded_baseline
 from ..report import SparsityReport
@@ -35,15 +37,18 @@ def recorded_tokenizer(model: PreTrainedModel, **arguments: Any) -> PreTrainedTo
     """
     report = getattr(model, "sparsity_report", None)
     recorded = getattr(getattr(model.config, "quantization_config", None), "tokenizer", None)
-    if isinstance(recorded, PreTrainedTokenizerBase):
-        return recorded
+    live = getattr(model, "calibration_tokenizer", None)
+    if isinstance(live, PreTrainedTokenizerBase):
+        return live
+    if live is None and recorded is not None and "/" in recorded:
+        live = recorded  # of a local folder the last part is recorded, which may be somebody else's repository
     sources: list[tuple[str | None, dict[str, Any]]] = [
-        (recorded, {}),
+        (live, {}),
         (model.name_or_path, {"revision": getattr(model, "hub_commit", None)}),
     ]
     if isinstance(report, SparsityReport):
         own = {**report.base_arguments, "revision": report.base_revision}
-        sources[1][1].update(report.base_arguments if describe_source(model.name_or_path) == report.base_model else {})
+        sources[1][1].update(report.base_arguments if describe_model(model) == report.base_model else {})
         if report.base_revision is not None:
             sources.append((report.base_model, own))
     failed = []
@@ -64,4 +69,14 @@ def recorded_tokenizer(model: PreTrainedModel, **arguments: Any) -> PreTrainedTo
 def choose_baseline(model: PreTrainedModel, given: str | os.PathLike[str] | None, token: Any) -> Baseline:
     found = recorded_baseline(model) if given is None else Baseline(os.fspath(given))
     more = {} if token is None else {"token": token}
-    return Baseline(found.source, found.revision, {**found.arguments, **more})
+    found = Baseline(found.source, found.revision, {**found.arguments, **more})
+    names = ("token", "subfolder", "cache_dir")
+    hub = {name: found.arguments[name] for name in names if found.arguments.get(name) is not None}
+    try:
+        cached_file(found.source, found.arguments.get("gguf_file") or CONFIG_NAME, revision=found.revision, **hub)
+    except Exception as error:  # transformers and huggingface_hub raise many kinds here
+        raise ValueError(
+            f"the dense baseline {describe_source(found.source)!r} cannot be read ({type(error).__name__}): pass "
+            "baseline=<Hub id or folder> to say where it is"
+        ) from error
+    return found

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
 
-from ..checkpoint import write_text
-from ..config import SparsityConfig, describe_source
+from ..checkpoint import describe_model, write_text
+from ..config import SparsityConfig
 from ..evaluation import Baseline, EvaluationResults, fingerprint
 from ..report import RESULTS_NAME, SparsityReport
 from .card import LANGUAGES, AdapterFacts, CardSubject, render_card
@@ -20,7 +20,7 @@ from .figures import draw_figures
 from .metadata import base_card, build_metadata, is_repo_id
 
 CARD_NAME = "README.md"
-_BRANCH = re.compile(r"[\w][\w./-]*", re.ASCII)
+_BRANCH_PART = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 def sparse_part(model: Any) -> PreTrainedModel:
@@ -71,14 +71,19 @@ def read_card(path: Path) -> str:
 def check_repository(repo_id: Any) -> None:
     """Raises ValueError for a name that the Hub does not allow."""
     try:
+        if not isinstance(repo_id, str):
+            raise HFValidationError(f"it is {type(repo_id).__name__}")
         validate_repo_id(repo_id)
-    except (HFValidationError, TypeError) as error:
+    except HFValidationError as error:
         raise ValueError(f'repo_id={repo_id!r} cannot be a name on the Hub; use "user/name": {error}') from None
 
 
 def check_branch(argument: str, name: str | None) -> None:
     """Raises ValueError for what cannot be a branch, or could not stand in a card as it is."""
-    if name is not None and (not _BRANCH.fullmatch(name) or ".." in name):
+    if name is None:
+        return
+    parts = name.split("/")
+    if not all(_BRANCH_PART.fullmatch(part) and not part.endswith((".", ".lock")) for part in parts) or ".." in name:
         raise ValueError(f"{argument}={name!r} cannot be a branch: letters, digits, '.', '_', '-' and '/' may be")
 
 
@@ -172,7 +177,7 @@ def _base(
 ) -> tuple[str | None, str | None, str | None]:
     """Hub id (None for a local folder), name, and commit of what the model, or the adapter, was made from."""
     if is_adapter(model):
-        name, revision = describe_source(plain.name_or_path), getattr(plain, "hub_commit", None)
+        name, revision = describe_model(plain), getattr(plain, "hub_commit", None)
     else:
         name, revision = (report.base_model, report.base_revision) if report is not None else (None, None)
     # Without a commit: a local folder is recorded by its last part, so that a name of two is one of the Hub's.
@@ -194,7 +199,7 @@ def _adapter_facts(model: Any, directory: Path) -> AdapterFacts | None:
         if isinstance(value, set | list | tuple):
             settings[key] = ", ".join(sorted(value))
     count = 0
-    for path in directory.glob("adapter_model*.safetensors"):
+    for path in directory.rglob("adapter_model*.safetensors"):
         with safe_open(path, framework="pt") as file:
             count += sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118
     return AdapterFacts(str(getattr(config["peft_type"], "value", config["peft_type"])), settings, count)

@@ -50,6 +50,7 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
         model, info = original(cls, source, *args, output_loading_info=True, **kwargs)
         # transformers does not keep it, and reports and cards name what a model was made from.
         model.hub_commit = _commit(source, kwargs)
+        model.is_from_folder = isinstance(source, str | os.PathLike) and os.path.isdir(source)
         if config is not None and recorded is None:
             _check_loaded(model, info)
             names = ("trust_remote_code", "gguf_file", *_HUB_ARGUMENTS)

@@ -54,7 +54,9 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
                 _save_results(self, results, staging)
         if bound.get("push_to_hub"):
             # What is left are arguments for the Hub; the repository is named after the folder, as transformers does.
-            hub: dict[str, Any] = {name: bound[name] for name in ("token", "max_shard_size") if name in bound}
+            hub: dict[str, Any] = {
+                name: bound[name] for name in ("token", "max_shard_size", "variant") if name in bound
+            }
             hub["repo_id"] = os.path.basename(os.path.normpath(directory))
             self.push_to_hub(**{**hub, **bound.get("kwargs", {})})
         return None
