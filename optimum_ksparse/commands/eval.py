@@ -37,6 +37,7 @@ class EvalCommand(Command):
             raise ValueError(f"checkpoint is missing: {_USAGE}")
         protocol = protocol_of(settings)
 
+        from ..checkpoint import sparse_modules
         from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, fingerprint, results_table
         from ..hub import choose_baseline, choose_tokenizer
         from ..report import RESULTS_NAME
@@ -53,6 +54,8 @@ class EvalCommand(Command):
                     f"{output / RESULTS_NAME} holds results of other weights, or of another dtype: move it away, or "
                     "discard it with --overwrite"
                 )
+        if settings.get("baseline") and not sparse_modules(model):
+            raise ValueError("the model is dense: it is its own baseline, measure it without --baseline")
         tokenizer = choose_tokenizer(model, settings.get("tokenizer"), None)
         assert tokenizer is not None  # only tokenizer=False leaves it out
         baseline: Any = settings.get("baseline")

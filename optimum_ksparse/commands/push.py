@@ -57,16 +57,18 @@ class PushCommand(Command):
             raise FileNotFoundError(f"checkpoint={settings['checkpoint']!r} is no folder; download or save it first")
         model = load_checkpoint(settings["checkpoint"], settings)
         card = folder / CARD_NAME
-        info = push_model(
-            model,
-            settings["repo_id"],
-            evaluate=protocol if settings.get("evaluate") else False,
-            tokenizer=settings.get("tokenizer"),
-            tags=settings.get("tags"),
-            readme=read_card(card) if card.is_file() else None,
-            **{name: settings[name] for name in _OPTIONS if name in settings},
-        )
-        results = getattr(model, "evaluation_results", None)
-        if settings.get("evaluate") and isinstance(results, EvaluationResults):
-            results.save(folder)
+        try:
+            info = push_model(
+                model,
+                settings["repo_id"],
+                evaluate=protocol if settings.get("evaluate") else False,
+                tokenizer=settings.get("tokenizer"),
+                tags=settings.get("tags"),
+                readme=read_card(card) if card.is_file() else None,
+                **{name: settings[name] for name in _OPTIONS if name in settings},
+            )
+        finally:  # what was measured stays, also where the push failed
+            results = getattr(model, "evaluation_results", None)
+            if settings.get("evaluate") and isinstance(results, EvaluationResults):
+                results.save(folder)
         print(f"published: {info.commit_url}")
