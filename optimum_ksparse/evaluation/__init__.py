@@ -6,6 +6,7 @@ from .kobest_data import KOBEST_TASKS
 from .measure import (
     Baseline,
     EvaluationProtocol,
+    check_protocol,
     evaluate_baseline,
     evaluate_model,
     recorded_baseline,
@@ -22,6 +23,7 @@ __all__ = [
     "EvaluationProtocol",
     "EvaluationResults",
     "Measurement",
+    "check_protocol",
     "evaluate_baseline",
     "evaluate_kobest",
     "evaluate_model",

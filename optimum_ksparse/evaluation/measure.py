@@ -195,7 +195,7 @@ def evaluate_model(
         TypeError, ValueError, ImportError, FileNotFoundError, ConnectionError: as `evaluate_perplexity` and
             `evaluate_kobest`.
     """
-    protocol = _check(model, tokenizer, protocol)
+    protocol = check_protocol(model, tokenizer, protocol)
     dense = recorded_baseline(model) if baseline is True else baseline
     if isinstance(dense, str | os.PathLike):
         dense = Baseline(os.fspath(dense))
@@ -312,10 +312,14 @@ def _check_stride(stride: int | None, seq_len: int | None) -> None:
         raise ValueError(f"stride={stride} is out of range, it must be from 1 to seq_len - 1 = {seq_len - 1}")
 
 
-def _check(
+def check_protocol(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: EvaluationProtocol | None
 ) -> EvaluationProtocol:
-    """Finds before any work what would fail later."""
+    """The protocol, the default one for None. Finds before any work what would fail later.
+
+    Raises:
+        TypeError, ValueError, ImportError: model, tokenizer and protocol do not fit, or lm-eval is not installed.
+    """
     protocol = protocol or EvaluationProtocol()
     if not isinstance(protocol, EvaluationProtocol):
         raise TypeError(f"protocol must be an EvaluationProtocol, found {type(protocol).__name__}")

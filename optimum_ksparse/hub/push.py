@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..checkpoint import describe_model
 from ..config import describe_source
-from ..evaluation import EvaluationProtocol, evaluate_model
+from ..evaluation import EvaluationProtocol, check_protocol, evaluate_model
 from ..report import REPORT_NAME
 from .commit import commit_folder, with_retries
 from .sources import choose_baseline, choose_tokenizer
@@ -84,10 +84,10 @@ def push_model(
     token = _clean_token(token)
     found_tokenizer = choose_tokenizer(plain, tokenizer, token)
     if evaluate:
-        protocol = evaluate if isinstance(evaluate, EvaluationProtocol) else EvaluationProtocol()
-        dense = choose_baseline(plain, baseline, token)
         if found_tokenizer is None:
             raise ValueError("evaluate needs the tokenizer: pass one instead of tokenizer=False")
+        protocol = check_protocol(plain, found_tokenizer, evaluate if evaluate is not True else None)
+        dense = choose_baseline(plain, baseline, token)
     else:
         current_results(model)  # results of other weights are refused before anything is created
     api = HfApi(token=token)
