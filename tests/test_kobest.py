@@ -572,3 +572,19 @@ def test_without_the_hub_the_error_says_what_works(
         kobest_hub.required_token = "secret"
     with pytest.raises(ConnectionError, match=r"KoBEST \(skt/kobest_v1, copa\) .* pass data_dir, a folder of <task>"):
         evaluate_kobest(model, answering, tasks=["copa"])
+
+
+def test_cut_prompts_are_told_of(
+    make_model: MakeModel, answering: Tokenizer, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("optimum_ksparse.evaluation.kobest.logger.warning", told.append)
+    short = make_model(vocab_size=VOCABULARY + len(WORDS), max_position_embeddings=96)
+    evaluate_kobest(short, answering, tasks=["copa"], num_fewshot=4, data_dir=data_dir)
+    assert len(told) == 1 and "longer than the model's context" in told[0]
+
+
+def test_context_that_is_too_short_for_an_answer(make_model: MakeModel, answering: Tokenizer, data_dir: Path) -> None:
+    short = make_model(vocab_size=VOCABULARY + len(WORDS), max_position_embeddings=2)
+    with pytest.raises(ValueError, match="context of 2 tokens is too short for an answer of kobest_copa"):
+        evaluate_kobest(short, answering, tasks=["copa"], data_dir=data_dir)

@@ -18,11 +18,14 @@ from typing import Any
 
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from ..calibration import evaluation_mode, prepends_bos
 from ..config import check_integer
 from .environment import check_causal_lm, check_prepend_bos, environment
 from .kobest_data import FIELDS, KOBEST_DATASET, KOBEST_TASKS, STUDY_TASKS, describe_data, read_items
+
+logger = transformers_logging.get_logger(__name__)
 
 # What lm-evaluation-harness seeds the drawing of few-shot examples with, unless told otherwise.
 _FEWSHOT_SEED = 1234
@@ -180,7 +183,12 @@ def _run(
     if prepend_bos and not prepends_bos(tokenizer, None):
         # The harness can ask a tokenizer for its special tokens only, and this one adds none by itself.
         lm.tok_encode = functools.partial(_encode_with_bos, lm.tok_encode, tokenizer.bos_token_id)
-    found = lm_eval.evaluate(lm, {name: task}, limit=limit, bootstrap_iters=0)
+    try:
+        found = lm_eval.evaluate(lm, {name: task}, limit=limit, bootstrap_iters=0)
+    except AssertionError as error:  # the harness asserts that the longest answer fits
+        raise ValueError(
+            f"the model's context of {lm.max_length} tokens is too short for an answer of {name}"
+        ) from error
     metrics, num_samples = found["results"][name], found["n-samples"][name]["effective"]
     items = hashlib.sha256()
     for sample in sorted(found["samples"][name], key=lambda sample: sample["doc_id"]):
@@ -215,15 +223,34 @@ def import_lm_eval() -> None:
         raise ImportError(f'KoBEST needs lm-eval: pip install "optimum-ksparse[eval]" ({error})') from error
 
 
+class _CutPrompts(logging.Filter):
+    """Counts the prompts that the harness cuts on the left because they are longer than the model's context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.count += "Truncating" in record.getMessage()
+        return False
+
+
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """The harness warns of a model that is passed live, and of the metric hub being out of reach though its tasks
-    bring their own F1; its errors and progress bars stay. Datasets draw from Python's random numbers."""
-    logger = logging.getLogger("lm_eval")
-    level, state = logger.level, random.getstate()
-    logger.setLevel(logging.CRITICAL)
+    bring their own F1; its progress bars stay, and prompts that it cut are told of once. It draws the names of its
+    tasks from Python's random numbers."""
+    everything, models = logging.getLogger("lm_eval"), logging.getLogger("lm_eval.models.huggingface")
+    levels, state, cut = (everything.level, models.level), random.getstate(), _CutPrompts()
+    everything.setLevel(logging.CRITICAL)
+    models.setLevel(logging.WARNING)
+    models.addFilter(cut)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        everything.setLevel(levels[0])
+        models.setLevel(levels[1])
+        models.removeFilter(cut)
         random.setstate(state)
+    if cut.count:
+        logger.warning(f"{cut.count} prompts of KoBEST are longer than the model's context and were cut on the left.")
