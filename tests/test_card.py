@@ -962,6 +962,12 @@ def test_a_model_index_of_figures_that_are_gone_goes() -> None:
     assert "model-index" not in front(render_card(make_subject(results=None), existing=earlier))
 
 
+def test_metrics_of_a_person_stay_when_ours_go() -> None:
+    earlier = render_card(make_subject()).replace("\nmetrics:\n", "\nmetrics:\n- wer\n", 1)
+    assert front(render_card(make_subject(), existing=earlier))["metrics"] == ["wer", "perplexity", "accuracy", "f1"]
+    assert front(render_card(make_subject(results=None), existing=earlier))["metrics"] == ["wer"]
+
+
 def test_tags_of_an_earlier_push_go() -> None:
     """Pruned anew by another method to another pattern."""
     tags = front(render_card(make_subject(make_report("sparsegpt", "50%")), existing=render_card(make_subject())))[

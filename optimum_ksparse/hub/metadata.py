@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _INHERITED: dict[str, tuple[type, ...]] = {
 }
 # A person's entries are kept where these lists are written anew; for the other keys of `_OURS` ours replace them.
 _UNITED = ("tags", "datasets", "metrics")
+_METRICS = ("perplexity", "accuracy", "f1")
 _PATTERN_TAG = re.compile(r"\d+of\d+|unstructured")
 _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
 
@@ -84,8 +86,8 @@ def build_metadata(
     if language is None and dataset in ("mc4-ko", "kowiki"):
         language = "ko"
     measured = results.sparse if results is not None else []
-    metrics = ["perplexity"] * any(row.name == "perplexity" for row in measured)
-    metrics += ["accuracy", "f1"] * any(row.name != "perplexity" for row in measured)
+    metrics = [*_METRICS[:1]] if any(row.name == "perplexity" for row in measured) else []
+    metrics += _METRICS[1:] if any(row.name != "perplexity" for row in measured) else []
     eval_results = [result for row in measured for result in _eval_results(row)] or None
     return ModelCardData(
         language=language,
@@ -131,9 +133,10 @@ def _in_order(existing: Any, items: list[Any]) -> list[Any]:
 
 def _without_ours(metadata: dict[str, Any]) -> dict[str, Any]:
     """Without the figures of an earlier push, and without its names of method, pattern and calibration data."""
-    kept = {key: value for key, value in metadata.items() if key not in ("model-index", "metrics")}
-    gone = {
-        "tags": lambda item: item in METHODS or _PATTERN_TAG.fullmatch(str(item)),
+    kept = {key: value for key, value in metadata.items() if key != "model-index"}
+    gone: dict[str, Callable[[Any], bool]] = {
+        "metrics": lambda item: item in _METRICS,
+        "tags": lambda item: item in METHODS or _PATTERN_TAG.fullmatch(str(item)) is not None,
         "datasets": lambda item: item in {repository for repository, _ in HUB_DATASETS.values()},
     }
     for key, ours in gone.items():
