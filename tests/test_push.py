@@ -1198,7 +1198,7 @@ model = AutoModelForCausalLM.from_pretrained("models/base", sparsity_config=conf
 
 class Lines(logging.Handler):
     def emit(self, record):
-        sys.stderr.write(json.dumps([record.name, self.format(record)]) + "\n")  # whole, whatever thread logs
+        print(json.dumps([record.name, self.format(record)]) + chr(10), end="", file=sys.stderr)
 
 for library in (transformers.utils.logging, huggingface_hub.utils.logging):
     library.set_verbosity_debug()

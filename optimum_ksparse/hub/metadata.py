@@ -28,18 +28,22 @@ _INHERITED: dict[str, tuple[type, ...]] = {
 }
 # A person's entries are kept where these lists are written anew; for the other keys of `_OURS` ours replace them.
 _UNITED = ("tags", "datasets", "metrics")
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _METRICS = ("perplexity", "accuracy", "f1")
 _PATTERN_TAG = re.compile(r"\d+of\d+|unstructured")
 _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
 
 
-def is_repo_id(name: str | None) -> bool:
+def is_repo_id(name: Any) -> bool:
     """Whether a name can be one of a repository on the Hub."""
+    # Older clients let other letters and a line break at the end pass.
+    if not isinstance(name, str) or not _REPO_ID.fullmatch(name):
+        return False
     try:
-        validate_repo_id(name or "")
+        validate_repo_id(name)
     except HFValidationError:
         return False
-    return bool(name)
+    return True
 
 
 def base_card(base: Baseline | None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
 
 from ..checkpoint import describe_model, write_text
@@ -70,12 +69,11 @@ def read_card(path: Path) -> str:
 
 def check_repository(repo_id: Any) -> None:
     """Raises ValueError for a name that the Hub does not allow."""
-    try:
-        if not isinstance(repo_id, str):
-            raise HFValidationError(f"it is {type(repo_id).__name__}")
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f'repo_id={repo_id!r} cannot be a name on the Hub; use "user/name": {error}') from None
+    if not is_repo_id(repo_id):
+        raise ValueError(
+            f"repo_id={repo_id!r} cannot be a name on the Hub; use \"user/name\": letters, digits, '-', '_' and '.', "
+            "neither of them twice in a row, nor '-' or '.' at an end, at most 96 in all"
+        )
 
 
 def check_branch(argument: str, name: str | None) -> None:
