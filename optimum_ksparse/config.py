@@ -219,6 +219,12 @@ def describe_source(source: Any) -> str | None:
     return os.path.basename(os.path.normpath(source)) if os.path.exists(source) or os.path.isabs(source) else source
 
 
+def names_repository(described: str | None, commit: str | None = None) -> bool:
+    """Whether what `describe_source` gave is a name on the Hub: with a commit, or of two parts, because a local folder
+    is described by its last part alone (which may be somebody else's repository, as "gpt2" is)."""
+    return bool(described) and (commit is not None or "/" in str(described))
+
+
 def _check_dataset(dataset: Any) -> None:
     if isinstance(dataset, str | os.PathLike):
         if dataset in DATASET_NAMES:

@@ -106,6 +106,11 @@ class SparsityReport:
         """Bytes of the sparse layers' values and masks."""
         return sum(layer.packed_bytes for layer in self.layers)
 
+    @property
+    def packed_ratio(self) -> float:
+        """Packed bytes as a share of the dense ones."""
+        return self.packed_bytes / max(1, self.dense_bytes)
+
     def kinds(self) -> list[LayerKind]:
         """The layers grouped by kind, in the order of the model."""
         kinds: dict[tuple[str, tuple[int, int], str], LayerKind] = {}
@@ -146,11 +151,10 @@ class SparsityReport:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        ratio = self.packed_bytes / max(1, self.dense_bytes)
         lines.append(
             f"{len(self.layers)} sparse layers, density {self.density:.4f}; {self.num_weights:,} of "
             f"{self.num_parameters:,} parameters; packed {self.packed_bytes:,} of {self.dense_bytes:,} bytes "
-            f"({ratio:.4f})"
+            f"({self.packed_ratio:.4f})"
         )
         lines += [f"left dense: {name}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]

@@ -1138,7 +1138,7 @@ def test_name_that_cannot_be_a_branch(branch: str, argument: str, hub: LoopbackH
 
 INTERRUPTED = {
     "saving": "transformers.modeling_utils.safe_save_file",
-    "the card": "optimum_ksparse.hub.commit.write_card",
+    "the card": "optimum_ksparse.hub.commit.write_card_of",
     "the figures": "optimum_ksparse.hub.figures._save",
     "the upload": "huggingface_hub._commit_api._upload_lfs_files",
     "the commit": "huggingface_hub._commit_api._send_commit",

@@ -1,5 +1,6 @@
 """Measuring models."""
 
+from .environment import has_head
 from .fingerprint import fingerprint
 from .kobest import evaluate_kobest
 from .kobest_data import KOBEST_TASKS
@@ -29,6 +30,7 @@ __all__ = [
     "evaluate_model",
     "evaluate_perplexity",
     "fingerprint",
+    "has_head",
     "recorded_baseline",
     "result_rows",
     "results_table",

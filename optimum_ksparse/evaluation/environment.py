@@ -19,11 +19,16 @@ def environment(model: PreTrainedModel, *libraries: str) -> dict[str, Any]:
     }
 
 
+def has_head(model: PreTrainedModel) -> bool:
+    """Whether a model has a language model head."""
+    return model.base_model is not model and model.get_output_embeddings() is not None
+
+
 def check_causal_lm(model: Any) -> None:
     """Raises TypeError for what is not a causal LM of transformers."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, found {type(model).__name__}")
-    if model.base_model is model or model.get_output_embeddings() is None:
+    if not has_head(model):
         raise TypeError(f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM")
 
 

@@ -144,7 +144,7 @@ def _build_task(task: str, items: dict[str, list[dict[str, Any]]] | None, num_fe
     try:
         if hasattr(manager, "load"):
             built = manager.load([name])["tasks"][name]
-        else:  # lm-eval before 0.4.12
+        else:  # older releases, such as 0.4.10
             built = lm_eval.tasks.get_task_dict([name], manager)[name]
     except Exception as error:  # datasets, huggingface_hub and the network raise many kinds here
         if items is not None:

@@ -14,8 +14,8 @@ from transformers import GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import prepends_bos
 from ..calibration.tokens import check_context, context_length
-from ..checkpoint import sparse_modules
-from ..config import check_integer, describe_source
+from ..checkpoint import describe_model, sparse_modules
+from ..config import check_integer, describe_source, names_repository
 from ..report import SparsityReport
 from .environment import check_causal_lm, check_prepend_bos
 from .fingerprint import fingerprint
@@ -159,8 +159,7 @@ def recorded_baseline(model: PreTrainedModel) -> Baseline:
     report = getattr(model, "sparsity_report", None)
     if not isinstance(report, SparsityReport) or not report.base_model:
         raise ValueError("no sparsity_report names the model's dense base: pass baseline=<Hub id or folder>")
-    # A local folder is recorded by its last part, so that a name of two parts is one of the Hub's.
-    if report.base_revision is not None or "/" in report.base_model:
+    if names_repository(report.base_model, report.base_revision):
         return Baseline(report.base_model, report.base_revision, report.base_arguments)
     source = model.name_or_path or ""
     if os.path.isdir(source) and describe_source(source) == report.base_model:
@@ -208,7 +207,7 @@ def evaluate_model(
     if part == "dense":
         if dense:
             raise ValueError("the model is dense: it is its own baseline")
-        results.dense_model = describe_source(model.name_or_path)
+        results.dense_model = describe_model(model)
         results.dense_revision = getattr(model, "hub_commit", None)
     _measure_missing(results, part, model, tokenizer, protocol, on_measured)
     if isinstance(dense, Baseline):
@@ -258,7 +257,7 @@ def evaluate_baseline(
                 f"the baseline {describe_source(baseline.source)} has {model.num_parameters():,} parameters, the "
                 f"model that was pruned had {num_parameters:,}: it is another model"
             )
-        name = describe_source(baseline.source)
+        name = describe_model(model)
         revision = getattr(model, "hub_commit", None)
         if (results.dense_model, results.dense_revision) != (name, revision):
             results.dense.clear()  # figures of another dense model

@@ -109,11 +109,7 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "environments": _environments(results),
         "pattern": pattern,
         "version": __version__,
-        "auto_class": subject.auto_class,
         "limited": any(row.protocol.get("limit") for row in measured),
-        "packed_ratio": report.packed_bytes / report.dense_bytes
-        if report is not None and report.dense_bytes
-        else None,
     }
 
 

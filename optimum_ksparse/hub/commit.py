@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, logging
 from ..checkpoint import outdated_weights
 from ..report import REPORT_NAME, RESULTS_NAME
 from .figures import ERROR_FIGURE, RESULTS_FIGURE
-from .writing import CARD_NAME, read_card, write_card
+from .writing import CARD_NAME, read_card, write_card_of
 
 logger = logging.get_logger(__name__)
 
@@ -42,15 +42,15 @@ def commit_folder(
     *,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """One commit with the folder's files and the card (`card` are arguments of `write_card`), on top of what is there.
-    A retry begins with what is there then: where somebody else committed, the card is made anew from theirs, and
-    where our commit had arrived after all, there is nothing left to do."""
+    """One commit with the folder's files and the card (`card` are arguments of `write_card_of`), on top of what is
+    there. A retry begins with what is there then: where somebody else committed, the card is made anew from theirs,
+    and where our commit had arrived after all, there is nothing left to do."""
 
     def attempt() -> CommitInfo:
         head = api.repo_info(repo_id, revision=revision).sha
         there = set(api.list_repo_files(repo_id, revision=head))
         existing = _remote_card(api, repo_id, head) if CARD_NAME in there else card["existing"]
-        write_card(model, folder, **{**card, "existing": existing})
+        write_card_of(model, folder, **{**card, "existing": existing})
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         stale = outdated_weights(there, files)
         if CONFIG_NAME in files:  # a model of its own, in the place of what was there, and not an adapter beside it

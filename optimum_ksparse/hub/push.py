@@ -55,7 +55,8 @@ def push_model(
 ) -> CommitInfo:
     """Publishes a sparse model, or an adapter on one: config, weights, tokenizer, report, results, figures and card in
     one commit. What did not change is not uploaded again, what a person wrote into the card stays, and weight files
-    of an earlier push that are no part of this one go. Where it fails nothing is published.
+    of an earlier push that are no part of this one go. Where it fails nothing is published; a dense variant is a
+    commit of its own, after the other.
 
     Args:
         model: a sparse model of transformers, or a PEFT model on one.
@@ -88,8 +89,7 @@ def push_model(
             raise ValueError("evaluate needs the tokenizer: pass one instead of tokenizer=False")
         protocol = check_protocol(plain, found_tokenizer, evaluate if evaluate is not True else None)
         dense = choose_baseline(plain, baseline, token)
-    else:
-        current_results(model)  # results of other weights are refused before anything is created
+    results = None if evaluate else current_results(model)  # those of other weights are refused here
     api = HfApi(token=token)
     repo_id = with_retries(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
     for branch in (revision, dense_revision):
@@ -97,7 +97,7 @@ def push_model(
             with_retries(repo_id, lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))  # noqa: B023
     if evaluate:
         evaluate_model(plain, found_tokenizer, protocol, baseline=dense)  # type: ignore[arg-type]
-    results = current_results(model)
+        results = plain.evaluation_results  # type: ignore[assignment]
     if results is None or not results.dense:
         lacking = "no figures" if results is None else "no dense column"
         logger.warning(
@@ -107,7 +107,7 @@ def push_model(
     more_tags = [tags] if isinstance(tags, str) else list(tags or [])
     message = commit_message or ("Upload adapter" if is_adapter(model) else "Upload sparse model")
     card: dict[str, Any] = {"language": language, "repo_id": repo_id, "tags": more_tags, "token": token}
-    card |= {"dense_revision": dense_revision, "existing": readme or ""}
+    card |= {"dense_revision": dense_revision, "existing": readme or "", "results": results}
     with tempfile.TemporaryDirectory() as folder:
         _save(model, Path(folder), found_tokenizer, max_shard_size, variant)
         info = commit_folder(

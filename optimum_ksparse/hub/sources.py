@@ -10,7 +10,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from ..calibration import read_tokenizer
 from ..checkpoint import describe_model
-from ..config import describe_source
+from ..config import describe_source, names_repository
 from ..evaluation import Baseline, recorded_baseline
 from ..report import SparsityReport
 
@@ -18,6 +18,11 @@ from ..report import SparsityReport
 def choose_tokenizer(
     model: PreTrainedModel, given: PreTrainedTokenizerBase | str | bool | None, token: Any
 ) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that is given or named; for None the recorded one, for False none.
+
+    Raises:
+        TypeError, OSError, ValueError: it cannot be one, or cannot be loaded.
+    """
     if given is False:
         return None
     if isinstance(given, PreTrainedTokenizerBase):
@@ -40,8 +45,8 @@ def recorded_tokenizer(model: PreTrainedModel, **arguments: Any) -> PreTrainedTo
     live = getattr(model, "calibration_tokenizer", None)
     if isinstance(live, PreTrainedTokenizerBase):
         return live
-    if live is None and recorded is not None and "/" in recorded:
-        live = recorded  # of a local folder the last part is recorded, which may be somebody else's repository
+    if live is None and names_repository(recorded):
+        live = recorded
     sources: list[tuple[str | None, dict[str, Any]]] = [
         (live, {}),
         (model.name_or_path, {"revision": getattr(model, "hub_commit", None)}),
@@ -49,7 +54,7 @@ def recorded_tokenizer(model: PreTrainedModel, **arguments: Any) -> PreTrainedTo
     if isinstance(report, SparsityReport):
         own = {**report.base_arguments, "revision": report.base_revision}
         sources[1][1].update(report.base_arguments if describe_model(model) == report.base_model else {})
-        if report.base_revision is not None:
+        if names_repository(report.base_model, report.base_revision):
             sources.append((report.base_model, own))
     failed = []
     for source, more in sources:
@@ -67,6 +72,11 @@ def recorded_tokenizer(model: PreTrainedModel, **arguments: Any) -> PreTrainedTo
 
 
 def choose_baseline(model: PreTrainedModel, given: str | os.PathLike[str] | None, token: Any) -> Baseline:
+    """The dense model that is named, or the recorded one.
+
+    Raises:
+        ValueError: it is not recorded, or cannot be read.
+    """
     found = recorded_baseline(model) if given is None else Baseline(os.fspath(given))
     more = {} if token is None else {"token": token}
     found = Baseline(found.source, found.revision, {**found.arguments, **more})

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint import describe_model, write_text
-from ..config import SparsityConfig
-from ..evaluation import Baseline, EvaluationResults, fingerprint
+from ..config import SparsityConfig, names_repository
+from ..evaluation import Baseline, EvaluationResults, fingerprint, has_head
 from ..report import RESULTS_NAME, SparsityReport
 from .card import LANGUAGES, AdapterFacts, CardSubject, render_card
 from .figures import draw_figures
@@ -22,13 +22,18 @@ CARD_NAME = "README.md"
 _BRANCH_PART = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
+def without_peft(model: Any) -> Any:
+    """The model that a PEFT model wraps; any other model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
 def sparse_part(model: Any) -> PreTrainedModel:
     """The transformers model of a sparse model, or of a PEFT model on one.
 
     Raises:
         TypeError: it is neither.
     """
-    plain = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    plain = without_peft(model)
     config = getattr(getattr(plain, "config", None), "quantization_config", None)
     if not isinstance(plain, PreTrainedModel) or not isinstance(config, SparsityConfig):
         raise TypeError(f"{type(model).__name__} is no sparse model: prune it, or load a sparse checkpoint")
@@ -86,6 +91,7 @@ def check_branch(argument: str, name: str | None) -> None:
 
 
 def check_language(language: str) -> None:
+    """Raises ValueError for a language that cards are not written in."""
     if language not in LANGUAGES:
         raise ValueError(f"language={language!r} is not known; allowed: {', '.join(LANGUAGES)}")
 
@@ -117,6 +123,32 @@ def write_card(
     Raises:
         ValueError: the model's results are of other weights, or the metadata of the card that is there are damaged.
     """
+    return write_card_of(
+        model,
+        directory,
+        current_results(model),
+        language=language,
+        repo_id=repo_id,
+        dense_revision=dense_revision,
+        tags=tags,
+        existing=existing,
+        token=token,
+    )
+
+
+def write_card_of(
+    model: Any,
+    directory: str | os.PathLike[str],
+    results: EvaluationResults | None,
+    *,
+    language: str = "en",
+    repo_id: str | None = None,
+    dense_revision: str | None = None,
+    tags: list[str] | None = None,
+    existing: str | None = None,
+    token: bool | str | None = None,
+) -> Path:
+    """`write_card` with results that are known to be of the model's weights: to find that out reads all of them."""
     check_language(language)
     if repo_id is not None:
         check_repository(repo_id)
@@ -125,14 +157,13 @@ def write_card(
     plain = sparse_part(model)
     report = getattr(plain, "sparsity_report", None)
     report = report if isinstance(report, SparsityReport) else None
-    results = current_results(model)
     base_model, base_name, base_revision = _base(model, plain, report)
     path = directory / CARD_NAME
     if existing is None:
         existing = read_card(path) if path.is_file() else ""
     name = (repo_id or directory.resolve().name).split("/")[-1]
     adapter = _adapter_facts(model, directory)
-    is_causal = plain.base_model is not plain and plain.get_output_embeddings() is not None and plain.can_generate()
+    is_causal = has_head(plain) and plain.can_generate()
     subject = CardSubject(
         name=name,
         report=report,
@@ -178,8 +209,7 @@ def _base(
         name, revision = describe_model(plain), getattr(plain, "hub_commit", None)
     else:
         name, revision = (report.base_model, report.base_revision) if report is not None else (None, None)
-    # Without a commit: a local folder is recorded by its last part, so that a name of two is one of the Hub's.
-    on_hub = is_repo_id(name) and (revision is not None or "/" in str(name))
+    on_hub = is_repo_id(name) and names_repository(name, revision)
     return name if on_hub else None, name, revision if on_hub else None
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
 from ..checkpoint import sparse_modules
-from ..hub import push_model
+from ..hub import push_model, without_peft
 
 
 def wrap_push_to_hub(cls: type[PushToHubMixin]) -> None:
@@ -30,5 +30,5 @@ def wrap_push_to_hub(cls: type[PushToHubMixin]) -> None:
 
 
 def _is_sparse(model: Any) -> bool:
-    plain = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    plain = without_peft(model)
     return isinstance(plain, PreTrainedModel) and bool(sparse_modules(plain))
