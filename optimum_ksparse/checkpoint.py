@@ -1,5 +1,4 @@
-"""Sparse models on disk and in accelerate's keeping: which layers are sparse, packed and dense storage, staged
-writing.
+"""Sparse models on disk and in accelerate's keeping: which layers are sparse, packed and dense storage.
 
 | key in a packed checkpoint | shape | dtype |
 |---|---|---|
@@ -13,12 +12,8 @@ A dense checkpoint holds `<layer>.weight` as any other model does, with its zero
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,9 +26,7 @@ from .calibration import decoder_of
 from .config import describe_source
 from .nn import SparseLinear, dense_weight, is_linear_map
 from .pattern import Pattern
-from .report import REPORT_NAME, RESULTS_NAME
 
-_WEIGHT_FILE = re.compile(r"model(\.[^.-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[^.]+)?\.json)?")
 _MASK_SUFFIX = ".weight_mask"
 
 
@@ -232,82 +225,3 @@ def _offloaded(module: nn.Module, old: Any) -> Mapping[str, torch.Tensor]:
     return PrefixedDataset(
         OffloadedWeightsLoader(save_folder=folder, index=index), f"{old.prefix}{type(module).__name__}."
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-@contextmanager
-def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder in `directory`, whose files take their places there when the block ends without an error;
-    weight files that they replace are removed. On an error, Ctrl-C or a full disk, `directory` is as it was.
-
-    Raises:
-        OSError: `directory` is not a folder, or cannot be written to.
-    """
-    directory = Path(directory)
-    created = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=directory))
-    replaced = Path(tempfile.mkdtemp(prefix=".replaced-", dir=directory))
-    try:
-        yield staging
-        _swap(directory, staging, replaced)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if created and not any(directory.iterdir()):
-            directory.rmdir()
-
-
-def _swap(directory: Path, new: Path, old: Path) -> None:
-    """Moves the files of `new` into `directory`, and those of an earlier checkpoint that they replace into `old`;
-    undoes it where it is interrupted."""
-    files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
-    moved: list[tuple[Path, Path]] = []
-
-    def move(source: Path, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        moved.append((source, target))  # before the move, so that an interrupt between the two is undone as well
-        os.replace(source, target)
-
-    try:
-        for file in (*(file for file in files if (directory / file).exists()), *_outdated(directory, files)):
-            move(directory / file, old / file)
-        for file in files:
-            move(new / file, directory / file)
-    except BaseException:
-        for source, target in reversed(moved):
-            if target.exists() and not source.exists():
-                os.replace(target, source)
-        raise
-
-
-def outdated_weights(there: Iterable[str], new: Iterable[str]) -> list[str]:
-    """Weight files, and their indexes, of an earlier checkpoint of the same variant, which `new` ones replace."""
-    new = set(new)
-    variants = {match[1] or match[4] for name in new if (match := _WEIGHT_FILE.fullmatch(name))}
-    found = []
-    for name in there:
-        match = _WEIGHT_FILE.fullmatch(name)
-        if match is not None and name not in new and (match[1] or match[4]) in variants:
-            found.append(name)
-    return sorted(found)
-
-
-def _outdated(directory: Path, files: list[Path]) -> list[Path]:
-    """What an earlier checkpoint of the same variant leaves that would be read beside the new files: other weight
-    files, and a report or results where the new checkpoint has none."""
-    new = {file.name for file in files}
-    there = {path.name for path in directory.iterdir()}
-    outdated = outdated_weights(there, new)
-    if any(_WEIGHT_FILE.fullmatch(name) for name in new):
-        outdated += [name for name in (REPORT_NAME, RESULTS_NAME) if name in there - new]
-    return [Path(name) for name in outdated]

@@ -19,6 +19,7 @@ ROOMS = [
     ["pruners"],
     ["config"],
     ["report"],
+    ["staging"],
     ["calibration"],
     ["nn"],
     ["checkpoint"],

@@ -41,6 +41,9 @@ from optimum_ksparse.evaluation import (
     recorded_baseline,
     set_aside,
 )
+from optimum_ksparse.evaluation import (
+    protocol as protocols,
+)
 from optimum_ksparse.evaluation.results import RESULTS_NAME
 
 from .conftest import sample_texts
@@ -103,7 +106,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return run
 
     for function in (evaluate_perplexity, evaluate_kobest):
-        monkeypatch.setattr(measure, function.__name__, counted(function))
+        monkeypatch.setattr(protocols, function.__name__, counted(function))
     return counts
 
 
@@ -124,7 +127,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[PreTrainedModel]
 
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fingerprint", "evaluate_perplexity", "evaluate_kobest"):
-        monkeypatch.setattr(measure, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+        module = measure if name == "fingerprint" else protocols
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
 
 
 def change_one_weight(model: nn.Module, name: str = "model.norm.weight") -> None:
@@ -189,7 +193,7 @@ def test_windows_are_as_long_as_the_context_up_to_2048(
     tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(measure, "context_length", lambda model: context)
+    monkeypatch.setattr(protocols, "context_length", lambda model: context)
     requests = EvaluationProtocol(TEXTS, tasks=()).requests(make_model(), tokenizer)
     assert requests["perplexity"]["seq_len"] == expected
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_ksparse import SparsityConfig, sparsify
-from optimum_ksparse.checkpoint import sparse_modules, staged
+from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.config import DENSE_CONFIG_KEY
 from optimum_ksparse.report import SparsityReport
+from optimum_ksparse.staging import staged
 
 
 @pytest.fixture
@@ -281,7 +282,7 @@ def test_an_interrupt_while_files_are_swapped_is_undone(make_sparse, tmp_path, m
                 raise KeyboardInterrupt
             replace(source, target)
 
-        monkeypatch.setattr("optimum_ksparse.checkpoint.os.replace", interrupted)
+        monkeypatch.setattr("optimum_ksparse.staging.os.replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make_sparse("50%").save_pretrained(tmp_path)
         monkeypatch.undo()

@@ -58,8 +58,8 @@ class PruneCommand(Command):
 
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from ..checkpoint import staged
         from ..config import SparsityConfig
+        from ..staging import staged
 
         config = SparsityConfig(**settings)
         with staged(output):  # an output that cannot be written to is an error before the work, not after it

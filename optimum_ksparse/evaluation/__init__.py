@@ -1,19 +1,13 @@
 """Measuring models."""
 
+from .baseline import Baseline, recorded_baseline, set_aside
 from .environment import has_head
 from .fingerprint import fingerprint
 from .kobest import evaluate_kobest
 from .kobest_data import KOBEST_TASKS
-from .measure import (
-    Baseline,
-    EvaluationProtocol,
-    check_protocol,
-    evaluate_baseline,
-    evaluate_model,
-    recorded_baseline,
-    set_aside,
-)
+from .measure import evaluate_baseline, evaluate_model
 from .perplexity import evaluate_perplexity
+from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
 from .table import TASK_TITLES, result_rows, results_table
 

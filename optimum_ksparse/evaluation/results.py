@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_text
 from ..config import check_keys
 from ..report import RESULTS_NAME
+from ..staging import write_text
 from .kobest import mean_f1
 from .kobest_data import KOBEST_TASKS, STUDY_TASKS
 

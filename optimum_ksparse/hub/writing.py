@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoint import describe_model, write_text
+from ..checkpoint import describe_model
 from ..config import SparsityConfig, names_repository
 from ..evaluation import Baseline, EvaluationResults, fingerprint, has_head
 from ..report import RESULTS_NAME, SparsityReport
+from ..staging import write_text
 from .card import LANGUAGES, AdapterFacts, CardSubject, render_card
 from .figures import draw_figures
 from .metadata import base_card, build_metadata, is_repo_id

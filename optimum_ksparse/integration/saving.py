@@ -13,10 +13,11 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint import layer_records, sparse_modules, staged
+from ..checkpoint import layer_records, sparse_modules
 from ..config import DENSE_CONFIG_KEY, SparsityConfig
 from ..evaluation import EvaluationResults, fingerprint
 from ..report import SparsityReport
+from ..staging import staged
 
 logger = logging.get_logger(__name__)
 

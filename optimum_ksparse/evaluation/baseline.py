@@ -1,0 +1,87 @@
+"""The dense model that stands beside a sparse one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GgufConfig, PreTrainedModel
+
+from ..checkpoint import sparse_modules
+from ..config import describe_source, names_repository
+from ..report import SparsityReport
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The dense model to measure beside a sparse one.
+
+    Attributes:
+        source: Hub id or folder.
+        revision: commit; None for a folder, or for the newest.
+        arguments: what else `from_pretrained` needs to load it (`gguf_file`, `subfolder`, `token`, …).
+    """
+
+    source: str
+    revision: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, like: PreTrainedModel | type[PreTrainedModel], dtype: torch.dtype, device: Any) -> PreTrainedModel:
+        """Loads it with a class of model, in a dtype, on a device or by a device map."""
+        arguments = dict(self.arguments)
+        if arguments.get("gguf_file") is not None:
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+        if self.revision is not None:
+            arguments["revision"] = self.revision
+        cls: Any = like if isinstance(like, type) else type(like)
+        placed = isinstance(device, str | dict)
+        if placed:
+            arguments["device_map"] = device
+        model = cls.from_pretrained(self.source, dtype=dtype, **arguments)
+        if sparse_modules(model):
+            raise ValueError(f"{describe_source(self.source)} is sparse itself, and no dense baseline")
+        return model if placed else model.to(device)
+
+
+def recorded_baseline(model: PreTrainedModel) -> Baseline:
+    """The dense model that a sparse one was made from: the recorded Hub id and commit, or the folder that it was
+    pruned from where it is still at hand.
+
+    Raises:
+        ValueError: it is not recorded, or was a folder that is not here.
+    """
+    report = getattr(model, "sparsity_report", None)
+    if not isinstance(report, SparsityReport) or not report.base_model:
+        raise ValueError("no sparsity_report names the model's dense base: pass baseline=<Hub id or folder>")
+    if names_repository(report.base_model, report.base_revision):
+        return Baseline(report.base_model, report.base_revision, report.base_arguments)
+    source = model.name_or_path or ""
+    if os.path.isdir(source) and describe_source(source) == report.base_model:
+        return Baseline(source, None, report.base_arguments)
+    raise ValueError(
+        f"the model was pruned from {report.base_model!r}, a local folder or a model without a recorded commit: "
+        "pass baseline=<Hub id or folder> to say where the dense model is"
+    )
+
+
+@contextmanager
+def set_aside(model: PreTrainedModel) -> Iterator[Any]:
+    """Within it a model on one GPU waits in main memory, so that another has the GPU to itself. Yields where the
+    other one belongs: a device, or a device map for a model that is spread or offloaded."""
+    if getattr(model, "hf_device_map", None):
+        yield "auto"
+        return
+    device = model.device
+    moves = device.type != "cpu"
+    if moves:
+        model.to("cpu")  # type: ignore[arg-type]
+        torch.cuda.empty_cache()
+    try:
+        yield device
+    finally:
+        if moves:
+            model.to(device)  # type: ignore[arg-type]
