@@ -435,7 +435,7 @@ def test_interrupt_keeps_what_was_measured_before_it(
 
     with monkeypatch.context() as patch:
         if fails_in == "evaluate_kobest":
-            patch.setattr(measure, "evaluate_kobest", interrupt)
+            patch.setattr(protocols, "evaluate_kobest", interrupt)
         with pytest.raises(KeyboardInterrupt):
             evaluate_model(model, tokenizer, protocol, on_measured=on_measured)
     assert told == [["perplexity"]]
