@@ -1,0 +1,155 @@
+"""y = x·Wᵀ + b for a few tokens: reads packed weights once, at the speed of memory.
+
+A warp takes whole rows of W, 512 columns a step: each lane 16 columns, that is one 128-bit load of values and 16 bits of
+mask. The kept columns of x are permuted out of registers to meet the values. Each row is summed in the same order
+whatever the configuration, so that tuning does not change a bit of the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .permute import kept_of_4, kept_of_8, kept_selectors, selector_table, widen
+
+
+@triton.jit
+def _gemv(
+    x_ptr,
+    values_ptr,
+    bits_ptr,
+    bias_ptr,
+    table_ptr,
+    y_ptr,
+    rows,
+    tokens,
+    steps,  # in_features / 16
+    groups,  # in_features / 4
+    M: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WARPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    # Tiles are [lane, warp, part of the lane's 16 columns]: in this order lanes get neighbouring addresses, and loads
+    # need no change of layout. 2:4: a part is a group, a 32-bit word of values. 4:8: a part is a group of 64 bits.
+    PARTS: tl.constexpr = 4 if M == 4 else 2
+    first_row = tl.program_id(0) * (WARPS * ROWS) + tl.arange(0, WARPS)
+    lane = tl.arange(0, 32)
+    part = tl.arange(0, PARTS)
+    place = lane[:, None, None] * PARTS + part[None, None, :] + (first_row * 0)[None, :, None]
+    sums = ()
+    for _ in tl.static_range(ROWS * TOKENS):
+        sums += (tl.zeros([32, WARPS, PARTS], tl.float32),)
+
+    for step in range(0, steps if EVEN else tl.cdiv(groups, 4), 32):
+        inside = None if EVEN else step * PARTS + place < (groups if M == 4 else groups // 2)
+        other = None if EVEN else 0
+        low = ()
+        high = ()
+        for t in tl.static_range(TOKENS):
+            # Tokens behind the last one repeat it, and are not stored.
+            token = x_ptr + tl.minimum(t, tokens - 1).to(tl.int64) * (steps * 4 if ALIGNED else groups)
+            if M == 4:
+                low += (tl.load(token + step * 4 + place, mask=inside, other=other),)
+                high += (0,)
+            else:
+                low += (tl.load(token + step * 4 + 2 * place, mask=inside, other=other),)
+                high += (tl.load(token + step * 4 + 2 * place + 1, mask=inside, other=other),)
+        updated = ()
+        for r in tl.static_range(ROWS):
+            row = tl.minimum(first_row + r * WARPS, rows - 1).to(tl.int64)
+            if M == 4:
+                at = values_ptr + row[None, :, None] * (steps * 4 if ALIGNED else groups) + step * 4 + place
+                values = tl.load(at, mask=inside, other=other, eviction_policy="evict_first")
+                if ALIGNED:
+                    in_row = None if EVEN else step + lane[:, None] + (first_row * 0)[None, :] < steps
+                    word = tl.load(bits_ptr + row[None, :] * steps + step + lane[:, None], mask=in_row, other=other)
+                    first, second = kept_selectors(word.to(tl.int32))
+                    first, second, group = first[:, :, None], second[:, :, None], part[None, None, :]
+                else:
+                    group = step * 4 + place
+                    at = bits_ptr + row[None, :, None] * ((groups + 1) // 2) + group // 2
+                    byte = tl.load(at, mask=inside, other=0).to(tl.int32)
+                    first, second = kept_selectors((byte >> (group % 2 * 4)) & 15)
+                    group = 0
+                w0, w1 = widen(values, DTYPE)
+                for t in tl.static_range(TOKENS):
+                    x_low, x_high = low[t].to(tl.int32), (low[t] >> 32).to(tl.int32)
+                    x0, x1 = widen(kept_of_4(x_low, x_high, first, second, group), DTYPE)
+                    updated += (tl.fma(w1, x1, tl.fma(w0, x0, sums[r * TOKENS + t])),)
+            else:
+                at = row[None, :, None] * (groups // 2) + step * 2 + place
+                values = tl.load(values_ptr + at, mask=inside, other=other, eviction_policy="evict_first")
+                byte = tl.load(bits_ptr + at, mask=inside, other=other).to(tl.int32)
+                selectors = tl.load(table_ptr + byte, eviction_policy="evict_last")
+                w0, w1 = widen(values.to(tl.int32), DTYPE)
+                w2, w3 = widen((values >> 32).to(tl.int32), DTYPE)
+                for t in tl.static_range(TOKENS):
+                    x01, x23 = low[t].to(tl.int32), (low[t] >> 32).to(tl.int32)
+                    x45, x67 = high[t].to(tl.int32), (high[t] >> 32).to(tl.int32)
+                    front, back = kept_of_8(x01, x23, x45, x67, selectors)
+                    x0, x1 = widen(front, DTYPE)
+                    x2, x3 = widen(back, DTYPE)
+                    total = tl.fma(w1, x1, tl.fma(w0, x0, sums[r * TOKENS + t]))
+                    updated += (tl.fma(w3, x3, tl.fma(w2, x2, total)),)
+        sums = updated
+
+    for r2 in tl.static_range(ROWS):
+        out = first_row + r2 * WARPS
+        for t2 in tl.static_range(TOKENS):
+            total = tl.sum(tl.sum(sums[r2 * TOKENS + t2], 2), 0)
+            if HAS_BIAS:
+                total += tl.load(bias_ptr + out, mask=out < rows, other=0).to(tl.float32)
+            at = y_ptr + tl.full([], t2, tl.int64) * rows + out
+            tl.store(at, total.to(DTYPE), mask=out < tl.where(t2 < tokens, rows, 0))
+
+
+def gemv(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bits: torch.Tensor,
+    bias: torch.Tensor | None,
+    m: int,
+    *,
+    warps: int,
+    rows: int,
+) -> torch.Tensor:
+    """y [tokens, out] of x [tokens, in] and a packed weight (table in `packing`), bfloat16 or float16, sums in float32.
+
+    Args:
+        x: contiguous, 16-byte aligned, 1 to 4 tokens.
+        m: 4 for 2:4 (m must divide in_features), 8 for 4:8.
+        warps: a program has; rows: of W that a warp takes at the same time.
+    """
+    tokens, in_features = x.shape
+    out_features = bits.shape[0]
+    y = x.new_empty(tokens, out_features)
+    aligned = in_features % 16 == 0
+    word = torch.int32 if m == 4 else torch.int64
+    _gemv[(triton.cdiv(out_features, warps * rows),)](
+        x.view(torch.int64),
+        values.view(word),
+        bits.view(torch.int16) if aligned and m == 4 else bits,
+        bias,
+        selector_table(x.device) if m == 8 else None,
+        y,
+        out_features,
+        tokens,
+        in_features // 16,
+        in_features // 4,
+        M=m,
+        TOKENS=1 if tokens == 1 else 2 if tokens == 2 else 4,
+        WARPS=warps,
+        ROWS=rows,
+        ALIGNED=aligned,
+        EVEN=in_features % 512 == 0,
+        HAS_BIAS=bias is not None,
+        DTYPE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
+        num_warps=warps,
+    )
+    return y
