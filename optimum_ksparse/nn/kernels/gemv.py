@@ -1,8 +1,7 @@
 """y = x·Wᵀ + b for a few tokens: reads packed weights once, at the speed of memory.
 
-A warp takes whole rows of W, 512 columns a step: each lane 16 columns, that is one 128-bit load of values and 16 bits of
-mask. The kept columns of x are permuted out of registers to meet the values. Each row is summed in the same order
-whatever the configuration, so that tuning does not change a bit of the result.
+A program takes a few rows of W; its warps walk along them side by side, each lane 16 columns at a time: one 128-bit load
+of values and 16 bits of mask a row. The kept columns of x are permuted out of registers to meet the values.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .permute import kept_of_4, kept_of_8, kept_selectors, selector_table, widen
+from .permute import kept_of_4, kept_of_8, kept_selectors, load_nibbles, selector_table, widen
 
 
 @triton.jit
@@ -35,55 +34,46 @@ def _gemv(
     HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    # Tiles are [lane, warp, part of the lane's 16 columns]: in this order lanes get neighbouring addresses, and loads
-    # need no change of layout. 2:4: a part is a group, a 32-bit word of values. 4:8: a part is a group of 64 bits.
+    # Tiles are [lane, part of a lane's 16 columns]. 2:4: a part is a group, one 32-bit word of values. 4:8: a part is a
+    # group of two words. So a lane's values are 128 consecutive bits, and what belongs together is in one lane.
+    LANES: tl.constexpr = 32 * WARPS
     PARTS: tl.constexpr = 4 if M == 4 else 2
-    first_row = tl.program_id(0) * (WARPS * ROWS) + tl.arange(0, WARPS)
-    lane = tl.arange(0, 32)
-    part = tl.arange(0, PARTS)
-    place = lane[:, None, None] * PARTS + part[None, None, :] + (first_row * 0)[None, :, None]
+    lane = tl.arange(0, LANES)
+    place = lane[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+    first_row = tl.program_id(0) * ROWS
     sums = ()
     for _ in tl.static_range(ROWS * TOKENS):
-        sums += (tl.zeros([32, WARPS, PARTS], tl.float32),)
+        sums += (tl.zeros([LANES, PARTS], tl.float32),)
 
-    for step in range(0, steps if EVEN else tl.cdiv(groups, 4), 32):
+    for step in range(0, steps if ALIGNED else tl.cdiv(groups, 4), LANES):
         inside = None if EVEN else step * PARTS + place < (groups if M == 4 else groups // 2)
         other = None if EVEN else 0
         low = ()
         high = ()
         for t in tl.static_range(TOKENS):
             # Tokens behind the last one repeat it, and are not stored.
-            token = x_ptr + tl.minimum(t, tokens - 1).to(tl.int64) * (steps * 4 if ALIGNED else groups)
+            token = x_ptr + tl.minimum(t, tokens - 1).to(tl.int64) * (steps * 4 if ALIGNED else groups) + step * 4
             if M == 4:
-                low += (tl.load(token + step * 4 + place, mask=inside, other=other),)
+                low += (tl.load(token + place, mask=inside, other=other),)
                 high += (0,)
             else:
-                low += (tl.load(token + step * 4 + 2 * place, mask=inside, other=other),)
-                high += (tl.load(token + step * 4 + 2 * place + 1, mask=inside, other=other),)
+                low += (tl.load(token + 2 * place, mask=inside, other=other),)
+                high += (tl.load(token + 2 * place + 1, mask=inside, other=other),)
         updated = ()
         for r in tl.static_range(ROWS):
-            row = tl.minimum(first_row + r * WARPS, rows - 1).to(tl.int64)
+            row = tl.minimum(first_row + r, rows - 1).to(tl.int64)
             if M == 4:
-                at = values_ptr + row[None, :, None] * (steps * 4 if ALIGNED else groups) + step * 4 + place
+                at = values_ptr + row * (steps * 4 if ALIGNED else groups) + step * 4 + place
                 values = tl.load(at, mask=inside, other=other, eviction_policy="evict_first")
-                if ALIGNED:
-                    in_row = None if EVEN else step + lane[:, None] + (first_row * 0)[None, :] < steps
-                    word = tl.load(bits_ptr + row[None, :] * steps + step + lane[:, None], mask=in_row, other=other)
-                    first, second = kept_selectors(word.to(tl.int32))
-                    first, second, group = first[:, :, None], second[:, :, None], part[None, None, :]
-                else:
-                    group = step * 4 + place
-                    at = bits_ptr + row[None, :, None] * ((groups + 1) // 2) + group // 2
-                    byte = tl.load(at, mask=inside, other=0).to(tl.int32)
-                    first, second = kept_selectors((byte >> (group % 2 * 4)) & 15)
-                    group = 0
+                word, group = load_nibbles(bits_ptr, row, steps, groups, step, lane, place, inside, ALIGNED)
+                first, second = kept_selectors(word)
                 w0, w1 = widen(values, DTYPE)
                 for t in tl.static_range(TOKENS):
-                    x_low, x_high = low[t].to(tl.int32), (low[t] >> 32).to(tl.int32)
-                    x0, x1 = widen(kept_of_4(x_low, x_high, first, second, group), DTYPE)
+                    pair = kept_of_4(low[t].to(tl.int32), (low[t] >> 32).to(tl.int32), first, second, group)
+                    x0, x1 = widen(pair, DTYPE)
                     updated += (tl.fma(w1, x1, tl.fma(w0, x0, sums[r * TOKENS + t])),)
             else:
-                at = row[None, :, None] * (groups // 2) + step * 2 + place
+                at = row * (steps * 2 if ALIGNED else groups // 2) + step * 2 + place
                 values = tl.load(values_ptr + at, mask=inside, other=other, eviction_policy="evict_first")
                 byte = tl.load(bits_ptr + at, mask=inside, other=other).to(tl.int32)
                 selectors = tl.load(table_ptr + byte, eviction_policy="evict_last")
@@ -100,11 +90,11 @@ def _gemv(
         sums = updated
 
     for r2 in tl.static_range(ROWS):
-        out = first_row + r2 * WARPS
+        out = first_row + r2
         for t2 in tl.static_range(TOKENS):
-            total = tl.sum(tl.sum(sums[r2 * TOKENS + t2], 2), 0)
+            total = tl.sum(tl.sum(sums[r2 * TOKENS + t2], 1), 0)
             if HAS_BIAS:
-                total += tl.load(bias_ptr + out, mask=out < rows, other=0).to(tl.float32)
+                total += tl.load(bias_ptr + tl.minimum(out, rows - 1)).to(tl.float32)
             at = y_ptr + tl.full([], t2, tl.int64) * rows + out
             tl.store(at, total.to(DTYPE), mask=out < tl.where(t2 < tokens, rows, 0))
 
@@ -124,14 +114,14 @@ def gemv(
     Args:
         x: contiguous, 16-byte aligned, 1 to 4 tokens.
         m: 4 for 2:4 (m must divide in_features), 8 for 4:8.
-        warps: a program has; rows: of W that a warp takes at the same time.
+        warps: of a program; the order of the sums depends on it. rows: of W that a program takes.
     """
     tokens, in_features = x.shape
     out_features = bits.shape[0]
     y = x.new_empty(tokens, out_features)
     aligned = in_features % 16 == 0
     word = torch.int32 if m == 4 else torch.int64
-    _gemv[(triton.cdiv(out_features, warps * rows),)](
+    _gemv[(triton.cdiv(out_features, rows),)](
         x.view(torch.int64),
         values.view(word),
         bits.view(torch.int16) if aligned and m == 4 else bits,
@@ -147,7 +137,7 @@ def gemv(
         WARPS=warps,
         ROWS=rows,
         ALIGNED=aligned,
-        EVEN=in_features % 512 == 0,
+        EVEN=in_features % (512 * warps) == 0,
         HAS_BIAS=bias is not None,
         DTYPE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
         num_warps=warps,

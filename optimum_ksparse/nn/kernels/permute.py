@@ -38,6 +38,24 @@ def prmt(a, b, selector):
 
 
 @triton.jit
+def load_nibbles(bits_ptr, row, steps, groups, step, lane, place, inside, ALIGNED: tl.constexpr):
+    """Masks of groups of 2:4, `place` [lanes, 4] counting from `step`; a lane has 16 columns, a *step* of columns.
+
+    Returns:
+        word: [lanes, 1] with the four nibbles of a lane's groups and group [1, 4] their numbers, where rows are ALIGNED
+        to steps; otherwise a nibble a group, [lanes, 4], all with the number 0.
+    """
+    if ALIGNED:
+        at = bits_ptr + row * steps + step + lane
+        word = tl.load(at) if inside is None else tl.load(at, mask=step + lane < steps, other=0)
+        return word.to(tl.int32)[:, None], tl.arange(0, 4)[None, :]
+    else:
+        group = step * 4 + place
+        byte = tl.load(bits_ptr + row * ((groups + 1) // 2) + group // 2, mask=inside, other=0).to(tl.int32)
+        return (byte >> (group % 2 * 4)) & 15, 0
+
+
+@triton.jit
 def kept_selectors(word):
     """For up to four groups of 2:4, a nibble each in `word`: byte g of the first result selects the first kept entry of
     group g, of the second result the second. Three bits tell each: the first kept one is among entries 0 to 2, the
