@@ -117,7 +117,7 @@ def next_of_8(front, back, is_kept):
 @triton.jit
 def widen(pair, DTYPE: tl.constexpr):
     """A pair of bfloat16 or float16 as two float32."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
     else:
         low = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

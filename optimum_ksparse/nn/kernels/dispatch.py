@@ -1,0 +1,167 @@
+"""Which kernel computes a product: measured once for each shape, number of tokens, dtype and GPU, then remembered."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers.utils import logging
+
+from .cache import Timings, read_timings, write_timings
+from .candidates import KEPT_FORMS, KERNELS, Candidate, PackedWeight, Problem
+from .sample import sample_weights
+from .timing import rotations, time_calls
+
+logger = logging.get_logger(__name__)
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+KERNEL_VARIABLE = "KSPARSE_KERNEL"
+AUTOTUNE_VARIABLE = "KSPARSE_AUTOTUNE"
+# A configuration that is not the first must be so much faster: noise must not choose.
+_MARGIN = 0.98
+
+_timings: dict[str, Timings] = {}  # by GPU, then by problem
+_choices: dict[tuple[Problem, bool, bool], Candidate] = {}
+_lock = threading.RLock()
+
+
+def bucket(tokens: int) -> int:
+    """The number of tokens that stands for `tokens`: the next power of two, up to 4096."""
+    return min(1 << max(0, tokens - 1).bit_length(), BUCKETS[-1])
+
+
+def check_kernel(name: str) -> str:
+    """`name`, where it is "auto" or a kernel. Raises ValueError that lists them."""
+    if name != "auto" and name not in KERNELS:
+        raise ValueError(f"kernel={name!r} is not known; allowed: auto, {', '.join(KERNELS)}")
+    return name
+
+
+def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate:
+    """The candidate for a product with `tokens` tokens: of `kernel`, of the one that the environment variable
+    `KSPARSE_KERNEL` names, or the fastest one. Measures where it must and may: not while a CUDA graph is captured, nor
+    with `KSPARSE_AUTOTUNE=0`, where a rule of thumb decides.
+
+    Raises:
+        ValueError: the forced kernel is unknown or cannot take the product; says why.
+    """
+    problem = weight.problem(bucket(tokens))
+    kernel = check_kernel(os.environ.get(KERNEL_VARIABLE) or kernel)
+    if kernel != "auto":
+        return _forced(kernel, weight, weight.problem(tokens))
+    key = problem, weight.dense is not None, weight.library is not None
+    if key in _choices:
+        return _choices[key]
+    if problem.device.type != "cuda" or KERNELS["decompress"].why_not(problem) is not None:
+        _choices[key] = Candidate("reference" if weight.dense is None else "dense")
+        return _choices[key]
+    if str(problem) not in _known(problem.device):
+        if torch.cuda.is_current_stream_capturing() or os.environ.get(AUTOTUNE_VARIABLE) == "0":
+            return rule_of_thumb(problem)
+        logger.info(f"Measuring kernels for {problem}; model.autotune_kernels() does that beforehand.")
+        measure(problem)
+    _choices[key] = _fastest(problem, key[1:])
+    return _choices[key]
+
+
+def rule_of_thumb(problem: Problem) -> Candidate:
+    """What to take where nothing was measured."""
+    order = ("gemv",) if problem.tokens <= 2 else ("dot",) if problem.tokens <= 64 else ()
+    name = next((name for name in order if KERNELS[name].why_not(problem) is None), "decompress")
+    return Candidate(name, KERNELS[name].configs(problem)[0])
+
+
+def measured(problem: Problem) -> dict[str, tuple[Candidate, float]]:
+    """What is known of a problem: for each kernel its fastest candidate and the microseconds that it takes."""
+    rows = _known(problem.device).get(str(problem), {})
+    return {
+        name: (Candidate(name, row["config"]), float(row["us"]))
+        for name, row in rows.items()
+        if name in KERNELS and row["config"] in KERNELS[name].configs(problem)
+    }
+
+
+def measure(problem: Problem, kernels: Sequence[str] | None = None) -> dict[str, tuple[Candidate, float]]:
+    """Times the candidates for a problem on random weights, each under a CUDA graph and with copies of the weight that
+    the cache cannot hold; remembers the fastest of each kernel, in memory and on disk. Candidates that fail (too little
+    memory) are left out."""
+    with _lock, torch.no_grad(), torch.inference_mode(False):
+        results: dict[str, tuple[Candidate, float]] = {}
+        for candidate, microseconds in _time_candidates(problem, kernels):
+            best = results.get(candidate.kernel)
+            if best is None or microseconds < _MARGIN * best[1]:
+                results[candidate.kernel] = candidate, microseconds
+        if not results:  # for want of memory, say; the rule of thumb needs least
+            results = {"decompress": (rule_of_thumb(problem), float("inf"))}
+        rows = {name: {"config": c.config, "us": round(us, 3)} for name, (c, us) in results.items()}
+        _known(problem.device)[str(problem)] = rows
+        _forget_choices(problem)
+        write_timings(problem.device, {str(problem): rows})
+        return results
+
+
+def forget() -> None:
+    """Forgets what this process knows of speeds; what is on disk stays."""
+    with _lock:
+        _timings.clear()
+        _choices.clear()
+
+
+def _known(device: torch.device) -> Timings:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if name not in _timings:
+        with _lock:
+            _timings.setdefault(name, read_timings(device))
+    return _timings[name]
+
+
+def _forget_choices(problem: Problem) -> None:
+    for key in [key for key in _choices if key[0] == problem]:
+        del _choices[key]
+
+
+def _fastest(problem: Problem, kept: tuple[bool, bool]) -> Candidate:
+    has_dense, has_library = kept
+    usable = {"dense": has_dense, "library": has_library}
+    rows = {name: row for name, row in measured(problem).items() if usable.get(name, True)}
+    return min(rows.values(), key=lambda row: row[1])[0] if rows else rule_of_thumb(problem)
+
+
+def _forced(kernel: str, weight: PackedWeight, problem: Problem) -> Candidate:
+    reason = KERNELS[kernel].why_not(problem)
+    if reason is None and kernel in KEPT_FORMS and getattr(weight, kernel) is None:
+        reason = f"the layer keeps no {kernel} form; load with optimize_for='speed'"
+    if reason is not None:
+        raise ValueError(f"kernel={kernel!r} cannot compute {problem}: {reason}")
+    if problem.device.type == "cuda":
+        rounded = weight.problem(bucket(problem.tokens))
+        known = measured(rounded).get(kernel) if KERNELS[kernel].why_not(rounded) is None else None
+        if known is not None:
+            return known[0]
+    return Candidate(kernel, KERNELS[kernel].configs(problem)[0])
+
+
+def _time_candidates(problem: Problem, kernels: Sequence[str] | None) -> Iterator[tuple[Candidate, float]]:
+    device = problem.device
+    x = torch.randn(problem.tokens, problem.in_features, device=device, dtype=problem.dtype)
+    packed_bytes = problem.dense_bytes * 9 // 16
+    weights = sample_weights(problem, rotations(packed_bytes, device))
+    for name in kernels or KERNELS:
+        if name == "reference" or KERNELS[name].why_not(problem) is not None:
+            continue
+        try:
+            own = weights
+            if name in KEPT_FORMS:
+                own = [weight.with_form(name) for weight in weights[: rotations(problem.dense_bytes, device)]]
+            for config in KERNELS[name].configs(problem):
+                candidate = Candidate(name, config)
+                calls = [functools.partial(candidate.run, x, weight, None) for weight in own]
+                try:
+                    yield candidate, time_calls(calls, device)
+                except Exception as error:  # Triton raises many kinds, as for too large a tile
+                    logger.debug(f"{candidate} was left out for {problem}: {error}")
+        except RuntimeError as error:
+            logger.debug(f"{name} was left out for {problem}: {error}")
