@@ -26,6 +26,11 @@ for name in ("NO_PROXY", "no_proxy"):
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is first imported: kernels that a test calls run in its interpreter, on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..pattern import Pattern
 from . import kernels
-from .packing import check_bits, pack, unpack, unpack_mask, values_shape
+from .packing import check_bits, pack, unpack_mask, values_shape
 
 
 def is_linear_map(module: nn.Module) -> bool:
@@ -27,10 +27,12 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
 
 
 class SparseLinear(nn.Linear):
-    """y = x·Wᵀ + b with a sparse W that is stored packed (table in `packing`), decompressed in the forward pass.
+    """y = x·Wᵀ + b with a sparse W that is stored packed (table in `packing`).
 
-    Runs in float32, bfloat16 and float16 on any device, under autocast and `torch.compile`. Its weight trains like any
-    other: the gradient has the shape of the packed values, so that zeros stay zero under any optimizer.
+    Runs in float32, bfloat16 and float16 on any device, under autocast and `torch.compile`: 2:4 and 4:8 in 16 bit on
+    NVIDIA GPUs from Ampere on by kernels that read the packed weight (`kernels`), everything else by decompressing it in
+    the forward pass. Its weight trains like any other: the gradient has the shape of the packed values, so that zeros
+    stay zero under any optimizer.
 
     Args:
         in_features, out_features, bias: as in `nn.Linear`.
@@ -43,11 +45,21 @@ class SparseLinear(nn.Linear):
         weight: kept values, n:m: [out, in·n/m], unstructured: [nnz].
         weight_mask: [out, ceil(in/8)] uint8.
         bias: [out] or None.
+        kernel: how to compute: "auto" (what was measured to be fastest), or one of `kernels.KERNELS`.
+        densify: "never", or "lazy": the first forward pass without gradients of the weight keeps it dense in memory, and
+            the passes after it run as those of `nn.Linear`.
     """
 
     weight_mask: torch.Tensor
-    # Set by `densified` for a while: the dense weight, which the forward pass then uses as it is.
+    kernel: str = "auto"
+    densify: str = "never"
+    # The dense weight, which the forward pass uses as it is: set by `densified` for a while, by `densify="lazy"` to stay.
     _dense_weight: torch.Tensor | None = None
+    # Other forms of the weight, for the dispatch to choose; set by `keep_form`.
+    _dense_form: torch.Tensor | None = None
+    _library_form: torch.Tensor | None = None
+    # The state of the packed weight of which the forms were made.
+    _formed: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -125,16 +137,71 @@ class SparseLinear(nn.Linear):
         return sparse.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._formed is not None and not torch.compiler.is_compiling() and self._formed != self._state():
+            self.drop_forms()  # the weight has been trained or loaded since
+        if self.densify == "lazy" and self._dense_weight is None and self._may_densify():
+            self._dense_weight, self._formed = self.to_dense_weight(), self._state()
         if self._dense_weight is not None:
             return F.linear(x, self._dense_weight, self.bias)
-        values, bias = self.weight, self.bias
+        values, bias, dense, library = self.weight, self.bias, self._dense_form, self._library_form
         device = x.device.type
         # The meta device has no autocast, and torch 2.11 cannot trace the question whether a device has.
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x, values = x.to(dtype), values.to(dtype)
             bias = bias if bias is None else bias.to(dtype)  # type: ignore[assignment]
-        return kernels.linear(x, values, self.weight_mask, bias, self.in_features)
+            if dtype != self.weight.dtype:
+                dense = library = None
+        if torch.is_grad_enabled() and values.requires_grad:
+            dense = library = None  # their gradients would be lost
+        weight = kernels.PackedWeight(values, self.weight_mask, self.in_features, str(self.pattern), dense, library)
+        if _runs_directly(x):
+            return kernels.compute(x, weight, bias, self.kernel)
+        values, bits, in_features, pattern, *forms = weight
+        return kernels.linear(x, values, bits, bias, in_features, pattern, self.kernel, *forms)
+
+    def keep_form(self, name: str, form: torch.Tensor, shared: torch.Tensor | None = None) -> None:
+        """Keeps another form of the weight for the kernel of that name: "dense" [out, in], or "library", of which
+        `shared` may be a view that equals the packed values and takes their place. Forms go when the weight changes, or
+        moves, or loads."""
+        if shared is not None:
+            self.weight.data = shared
+        setattr(self, f"_{name}_form", form)
+        self._formed = self._state()
+
+    def drop_forms(self) -> None:
+        """Forgets all other forms of the weight than the packed one."""
+        if self._library_form is not None and self._shares_storage(self._library_form):
+            self.weight.data = self.weight.data.clone()
+        self._dense_weight = self._dense_form = self._library_form = self._formed = None
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of other forms of the weight that are kept beside the packed one."""
+        forms = [form for form in (self._dense_weight, self._dense_form, self._library_form) if form is not None]
+        shared = self._library_form is not None and self._shares_storage(self._library_form)
+        return sum(form.nbytes for form in forms) - shared * self.weight.nbytes
+
+    def _shares_storage(self, form: torch.Tensor) -> bool:
+        return form.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+
+    def _may_densify(self) -> bool:
+        """Not while the weight trains, nor where accelerate brings it in for a forward pass only."""
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        offloaded = getattr(getattr(self, "_hf_hook", None), "offload", False)
+        return not (trains or offloaded or self.weight.is_meta or torch.compiler.is_compiling())
+
+    def _state(self) -> tuple[int, int]:
+        """Changes when the packed weight is written to or replaced."""
+        return self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SparseLinear:
+        self.drop_forms()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        forms = ("_dense_weight", "_dense_form", "_library_form", "_formed")
+        return {name: value for name, value in self.__dict__.items() if name not in forms}
 
     @property
     def density(self) -> float:
@@ -153,7 +220,7 @@ class SparseLinear(nn.Linear):
 
     def to_dense_weight(self) -> torch.Tensor:
         """The weight [out, in] with its zeros."""
-        return unpack(self.weight.detach(), self.weight_mask, self.in_features)
+        return kernels.decompress(self.weight.detach(), self.weight_mask, self.in_features, str(self.pattern))
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
@@ -179,6 +246,7 @@ class SparseLinear(nn.Linear):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
         error_messages = rest[-1]
+        self.drop_forms()
         try:
             state_dict = self._packed(state_dict, prefix)
         except ValueError as error:
@@ -211,11 +279,24 @@ class SparseLinear(nn.Linear):
         return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}"
 
 
+def _runs_directly(x: torch.Tensor) -> bool:
+    """Whether a call needs no operator, which costs some 20 microseconds: nothing differentiates, traces or compiles."""
+    return (
+        type(x) is torch.Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and x.device.type != "meta"
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
 @contextmanager
 def densified(root: nn.Module) -> Iterator[None]:
     """Within it, sparse modules under `root` keep their weights dense instead of decompressing them in each forward
     pass; for many passes without gradients. Modules that accelerate has offloaded are left as they are."""
     modules = [m for m in root.modules() if isinstance(m, SparseLinear) and m.weight.device.type != "meta"]
+    modules = [module for module in modules if module._dense_weight is None]
     try:
         for module in modules:
             module._dense_weight = module.to_dense_weight()
