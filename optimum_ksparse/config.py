@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .nn.kernels import KERNELS
 from .pattern import Pattern
 from .pruners import METHODS
 
@@ -23,8 +24,13 @@ DATASET_NAMES = ("mc4-ko", "c4", "kowiki", "self")
 TEXT_SUFFIXES = (".txt", ".jsonl")
 STORAGES = ("packed", "dense")
 
+OBJECTIVES = ("memory", "speed")
+DENSIFY = ("never", "lazy")
+
+# How a loaded model computes: chosen at each load, never saved.
+EXECUTION_SETTINGS = ("kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
 # Settings that leave the pruned weights as they are: they may differ when a sparse checkpoint is loaded again.
-RUN_TIME_SETTINGS = ("batch_size", "storage")
+RUN_TIME_SETTINGS = ("batch_size", "storage", *EXECUTION_SETTINGS)
 
 _DATASET_FORMS = (
     f"one of {', '.join(map(repr, DATASET_NAMES))}; a path to a .txt or .jsonl file; a list of texts; a "
@@ -57,6 +63,16 @@ class SparsityConfig(QuantizationConfigMixin):
             (zeros written out; loads everywhere).
         prepend_bos: begin each calibration sequence with the beginning token; None does so where the tokenizer does.
         bos_in_statistics: count the beginning token's position in the statistics.
+        kernel: what computes the sparse layers: `"auto"` (what is measured to be fastest), or one by name (see
+            `optimum-cli ksparse bench`); the environment variable `KSPARSE_KERNEL` wins over it. This setting and the
+            next four say how a loaded model runs; they are chosen anew at each load and not saved.
+        optimize_for: `"memory"` keeps at most 0.65 of a layer's dense bytes on the GPU; `"speed"` may keep a second form
+            of a layer (dense, or the sparse library's) where it was measured to be faster.
+        max_extra_bytes: the most that `"speed"` may add to the whole model; None sets no limit.
+        densify: `"lazy"` keeps every layer dense in memory from its first forward pass on, which is the right choice
+            where there are no kernels (CPUs, older GPUs) and memory is no concern; `"never"` does not.
+        fuse: run layers of a block that read the same input (q, k, v; gate, up) as one product, where that gives the same
+            bits.
         layers: filled in when a model has been pruned: for each sparse layer its path in the decoder, pattern and
             number of values. Not for users.
 
@@ -83,6 +99,11 @@ class SparsityConfig(QuantizationConfigMixin):
         storage: str = "packed",
         prepend_bos: bool | None = None,
         bos_in_statistics: bool = True,
+        kernel: str = "auto",
+        optimize_for: str = "memory",
+        max_extra_bytes: int | None = None,
+        densify: str = "never",
+        fuse: bool = False,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
@@ -102,6 +123,13 @@ class SparsityConfig(QuantizationConfigMixin):
         self.storage = _one_of("storage", storage, STORAGES)
         self.prepend_bos = prepend_bos if prepend_bos is None else _boolean("prepend_bos", prepend_bos)
         self.bos_in_statistics = _boolean("bos_in_statistics", bos_in_statistics)
+        self.kernel = _one_of("kernel", kernel, ("auto", *KERNELS))
+        self.optimize_for = _one_of("optimize_for", optimize_for, OBJECTIVES)
+        self.max_extra_bytes = (
+            max_extra_bytes if max_extra_bytes is None else check_integer("max_extra_bytes", max_extra_bytes, 0)
+        )
+        self.densify = _one_of("densify", densify, DENSIFY)
+        self.fuse = _boolean("fuse", fuse)
         self.layers = None if layers is None else {name: dict(layer) for name, layer in layers.items()}
 
         m = Pattern(self.pattern).m
@@ -117,7 +145,8 @@ class SparsityConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable settings. Data that JSON cannot hold, and files, are described by a fingerprint; folders
         that name a place on this machine are cut to their last part."""
-        settings = {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+        hidden = {*EXECUTION_SETTINGS, *(name for name in self.__dict__ if name.startswith("_"))}
+        settings = {name: value for name, value in self.__dict__.items() if name not in hidden}
         settings["dataset"] = self._description
         settings["tokenizer"] = describe_source(getattr(self.tokenizer, "name_or_path", self.tokenizer))
         return settings

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from optimum_ksparse import SparsityConfig
 from optimum_ksparse.commands.base import read_recipe
 from optimum_ksparse.commands.prune import _FLAGS, _LOADING_FLAGS
-from optimum_ksparse.config import SETTINGS
+from optimum_ksparse.config import EXECUTION_SETTINGS, SETTINGS
 from optimum_ksparse.evaluation import Baseline, EvaluationProtocol, EvaluationResults, Measurement
 
 from .conftest import REPOSITORY, make_config, sample_texts
@@ -94,7 +94,7 @@ def test_bad_input_is_one_line_and_writes_nothing(dense, tmp_path, arguments, me
 
 
 def test_every_setting_has_a_flag():
-    assert set(_FLAGS) == set(SETTINGS) - {"layers"}
+    assert set(_FLAGS) == set(SETTINGS) - {"layers", *EXECUTION_SETTINGS}
 
 
 def test_recipes_are_short_and_valid():
