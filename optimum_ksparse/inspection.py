@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.utils import cached_file
 
 from .config import DENSE_CONFIG_KEY, QUANT_METHOD
+from .nn.kernels import describe_device
 from .report import REPORT_NAME, SparsityReport
 
 
@@ -24,6 +25,7 @@ class CheckpointSummary:
     num_parameters: logical, zeros included.
     file_bytes: weight file → bytes.
     report: None where the checkpoint has none.
+    device: how sparse layers run on this machine, in a sentence.
     """
 
     source: str
@@ -32,6 +34,7 @@ class CheckpointSummary:
     num_parameters: int
     file_bytes: dict[str, int]
     report: SparsityReport | None
+    device: str
 
     def to_dict(self) -> dict[str, Any]:
         totals = {}
@@ -44,6 +47,7 @@ class CheckpointSummary:
             "num_parameters": self.num_parameters,
             "num_values": sum(layer["num_values"] for layer in self.layers.values()),
             "file_bytes": self.file_bytes,
+            "device": self.device,
             **totals,
         }
 
@@ -52,6 +56,7 @@ class CheckpointSummary:
         lines += [f"  {name}: {value}" for name, value in self.settings.items() if value is not None]
         lines.append(f"{self.num_parameters:,} parameters, zeros included; {len(self.layers)} sparse layers")
         lines.append(f"{sum(self.file_bytes.values()):,} bytes of weights in {len(self.file_bytes)} file(s)")
+        lines.append(f"on this machine: {self.device}")
         lines.append("no sparsity_report.json" if self.report is None else str(self.report))
         return "\n".join(lines)
 
@@ -72,7 +77,8 @@ def inspect_checkpoint(source: str | os.PathLike[str], revision: str | None = No
     path = cached_file(source, REPORT_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     report = None if path is None else SparsityReport.load(path)
     num_parameters = report.num_parameters if report is not None else _count_parameters(source, revision)
-    return CheckpointSummary(source, settings, layers, num_parameters, _file_bytes(source, revision), report)
+    device = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return CheckpointSummary(source, settings, layers, num_parameters, _file_bytes(source, revision), report, device)
 
 
 def _count_parameters(source: str, revision: str | None) -> int:

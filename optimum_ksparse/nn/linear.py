@@ -169,6 +169,11 @@ class SparseLinear(nn.Linear):
         setattr(self, f"_{name}_form", form)
         self._formed = self._state()
 
+    def packed(self) -> kernels.PackedWeight:
+        """The packed weight with the forms that are kept beside it, for the dispatch."""
+        pattern, forms = str(self.pattern), (self._dense_form, self._library_form)
+        return kernels.PackedWeight(self.weight.detach(), self.weight_mask, self.in_features, pattern, *forms)
+
     def drop_forms(self) -> None:
         """Forgets all other forms of the weight than the packed one."""
         if self._library_form is not None and self._shares_storage(self._library_form):

@@ -25,14 +25,14 @@ def why_no_kernels(device: torch.device) -> str | None:
 
 def describe_device(device: torch.device) -> str:
     """What sparse layers do on `device`, in a sentence."""
-    reason = why_no_kernels(device)
+    reason = why_no_kernels(device) if device.type == "cuda" else f"no NVIDIA GPU on {device.type}"
     if reason is None:
-        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-        name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})" if device.type == "cuda" else "interpreter"
-        return f"2:4 and 4:8 layers in bfloat16 and float16 run on packed weights: {name}"
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+        return f"2:4 and 4:8 layers in bfloat16 and float16 run on their packed weights ({name})"
     return (
-        f"{reason}: sparse layers are right here but not faster; each forward pass decompresses them, or "
-        "densify='lazy' keeps them dense in memory"
+        f"{reason}: sparse layers compute the same here but not faster; each forward pass decompresses them, or once "
+        "with densify='lazy', which keeps them dense in memory"
     )
 
 
