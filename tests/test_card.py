@@ -763,8 +763,11 @@ def test_where_it_is_faster_and_where_not(language: str) -> None:
     }
     for text in cards.values():
         assert "1,862,345,678" in text and "bfloat16" in text and "0.5625" in text
-        assert ("not faster", "아직 빨라지지 않습니다")[LANGUAGES.index(language)] in text
-    assert "Ampere" in cards["2:4"] and "Ampere" not in cards["4:8"] and "Ampere" not in cards["50%"]
+    for pattern, text in cards.items():
+        has_kernels = pattern != "50%"
+        assert ("Ampere" in text and "1.78" in text) == has_kernels
+        assert (("not faster", "빨라지지 않습니다")[LANGUAGES.index(language)] in text) != has_kernels
+        assert (("No speed was measured", "측정하지 않았습니다")[LANGUAGES.index(language)] in text) == has_kernels
 
 
 def test_limits_and_software(language: str) -> None:

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from ..evaluation import TASK_TITLES, EvaluationResults, result_rows
+from ..nn.kernels import GROUPS
 from ..pattern import Pattern
 from ..report import SparsityReport
 from ..version import __version__
@@ -108,6 +109,7 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "tasks": [(TASK_TITLES[row.name], row) for row in measured if row.name in TASK_TITLES],
         "environments": _environments(results),
         "pattern": pattern,
+        "has_kernels": str(pattern) in GROUPS and subject.dtype in ("bfloat16", "float16"),
         "version": __version__,
         "limited": any(row.protocol.get("limit") for row in measured),
     }

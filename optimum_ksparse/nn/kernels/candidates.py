@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..packing import unpack
-from .hardware import why_no_kernels
+from .hardware import on_device_of, why_no_kernels
 from .library import library_form, library_linear, why_not_library
 
 GROUPS = {"2:4": 4, "4:8": 8}  # m of the patterns that kernels take
@@ -116,7 +116,8 @@ class Candidate:
         return self.kernel, *(self.config.get(name) for name in KERNELS[self.kernel].order)
 
     def run(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-        return KERNELS[self.kernel].run(x, weight, bias, **self.config)
+        with on_device_of(x):
+            return KERNELS[self.kernel].run(x, weight, bias, **self.config)
 
     def __str__(self) -> str:
         config = ", ".join(f"{name}={value}" for name, value in self.config.items())

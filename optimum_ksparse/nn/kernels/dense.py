@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .hardware import on_device_of
 from .permute import (
     kept_of_4,
     kept_of_8,
@@ -137,14 +138,15 @@ def _words(bits: torch.Tensor, in_features: int, m: int) -> torch.Tensor:
 
 def _launch(kernel: Any, tensors: tuple[Any, ...], bits: torch.Tensor, in_features: int, m: int) -> None:
     rows = bits.shape[0]
-    kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(in_features, 512 * _WARPS))](
-        *tensors,
-        rows,
-        in_features // 16,
-        in_features // m,
-        M=m,
-        ROWS=_ROWS,
-        WARPS=_WARPS,
-        ALIGNED=in_features % 16 == 0,
-        num_warps=_WARPS,
-    )
+    with on_device_of(bits):
+        kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(in_features, 512 * _WARPS))](
+            *tensors,
+            rows,
+            in_features // 16,
+            in_features // m,
+            M=m,
+            ROWS=_ROWS,
+            WARPS=_WARPS,
+            ALIGNED=in_features % 16 == 0,
+            num_warps=_WARPS,
+        )
