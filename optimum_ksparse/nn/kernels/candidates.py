@@ -195,7 +195,7 @@ def _dot_configs(problem: Problem) -> list[Config]:
         ]
         if torch.cuda.is_available() and torch.cuda.get_device_capability(problem.device)[0] == 9:
             # On others the sums of such a tile do not fit the registers.
-            tiles += [(128, 256, 16, 8, 2, 1, True), (128, 256, 16, 8, 3, 1, True)]
+            tiles += [(128, 256, 16, 8, 2, 1, True), (128, 128, 32, 8, 2, 1, True)]
     return [dict(zip(names, tile, strict=True)) for tile in tiles]
 
 
