@@ -66,13 +66,13 @@ class SparsityConfig(QuantizationConfigMixin):
         kernel: what computes the sparse layers: `"auto"` (what is measured to be fastest), or one by name (see
             `optimum-cli ksparse bench`); the environment variable `KSPARSE_KERNEL` wins over it. This setting and the
             next four say how a loaded model runs; they are chosen anew at each load and not saved.
-        optimize_for: `"memory"` keeps at most 0.65 of a layer's dense bytes on the GPU; `"speed"` may keep a second form
-            of a layer (dense, or the sparse library's) where it was measured to be faster.
+        optimize_for: `"memory"` keeps at most 0.65 of a layer's dense bytes on the GPU; `"speed"` may keep a second
+            form of a layer (dense, or the sparse library's) where it was measured to be faster.
         max_extra_bytes: the most that `"speed"` may add to the whole model; None sets no limit.
         densify: `"lazy"` keeps every layer dense in memory from its first forward pass on, which is the right choice
             where there are no kernels (CPUs, older GPUs) and memory is no concern; `"never"` does not.
-        fuse: run layers of a block that read the same input (q, k, v; gate, up) as one product, where that gives the same
-            bits.
+        fuse: run layers of a block that read the same input (q, k, v; gate, up) as one product, where that gives the
+            same bits.
         layers: filled in when a model has been pruned: for each sparse layer its path in the decoder, pattern and
             number of values. Not for users.
 

@@ -1,4 +1,5 @@
-"""What only a GPU can show: kernels at their real sizes, graphs, compilation, memory, training, and the measured choice.
+"""What only a GPU can show: kernels at their real sizes, graphs, compilation, memory, training, and the measured
+choice.
 
 `pytest -m gpu`; without a GPU every test here is skipped.
 """

@@ -30,9 +30,9 @@ class SparseLinear(nn.Linear):
     """y = x·Wᵀ + b with a sparse W that is stored packed (table in `packing`).
 
     Runs in float32, bfloat16 and float16 on any device, under autocast and `torch.compile`: 2:4 and 4:8 in 16 bit on
-    NVIDIA GPUs from Ampere on by kernels that read the packed weight (`kernels`), everything else by decompressing it in
-    the forward pass. Its weight trains like any other: the gradient has the shape of the packed values, so that zeros
-    stay zero under any optimizer.
+    NVIDIA GPUs from Ampere on by kernels that read the packed weight (`kernels`), everything else by decompressing it
+    in the forward pass. Its weight trains like any other: the gradient has the shape of the packed values, so that
+    zeros stay zero under any optimizer.
 
     Args:
         in_features, out_features, bias: as in `nn.Linear`.
@@ -46,14 +46,15 @@ class SparseLinear(nn.Linear):
         weight_mask: [out, ceil(in/8)] uint8.
         bias: [out] or None.
         kernel: how to compute: "auto" (what was measured to be fastest), or one of `kernels.KERNELS`.
-        densify: "never", or "lazy": the first forward pass without gradients of the weight keeps it dense in memory, and
-            the passes after it run as those of `nn.Linear`.
+        densify: "never", or "lazy": the first forward pass without gradients of the weight keeps it dense in memory,
+            and the passes after it run as those of `nn.Linear`.
     """
 
     weight_mask: torch.Tensor
     kernel: str = "auto"
     densify: str = "never"
-    # The dense weight, which the forward pass uses as it is: set by `densified` for a while, by `densify="lazy"` to stay.
+    # The dense weight, which the forward pass uses as it is: set by `densified` for a while, by `densify="lazy"` to
+    # stay.
     _dense_weight: torch.Tensor | None = None
     # Other forms of the weight, for the dispatch to choose; set by `keep_form`.
     _dense_form: torch.Tensor | None = None
@@ -162,8 +163,8 @@ class SparseLinear(nn.Linear):
 
     def keep_form(self, name: str, form: torch.Tensor, shared: torch.Tensor | None = None) -> None:
         """Keeps another form of the weight for the kernel of that name: "dense" [out, in], or "library", of which
-        `shared` may be a view that equals the packed values and takes their place. Forms go when the weight changes, or
-        moves, or loads."""
+        `shared` may be a view that equals the packed values and takes their place. Forms go when the weight changes,
+        or moves, or loads."""
         if shared is not None:
             self.weight.data = shared
         setattr(self, f"_{name}_form", form)
@@ -285,7 +286,7 @@ class SparseLinear(nn.Linear):
 
 
 def _runs_directly(x: torch.Tensor) -> bool:
-    """Whether a call needs no operator, which costs some 20 microseconds: nothing differentiates, traces or compiles."""
+    """Whether a call needs no operator, which costs some 20 microseconds: nothing differentiates, traces, compiles."""
     return (
         type(x) is torch.Tensor
         and not torch.is_grad_enabled()

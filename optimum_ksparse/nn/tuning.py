@@ -120,7 +120,7 @@ def _groups(layers: dict[str, SparseLinear]) -> dict[tuple[object, ...], list[st
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, layer in layers.items():
         problem = _problem(layer, 1)
-        if problem.device.type == "cuda" and kernels.KERNELS["decompress"].why_not(problem) is None:
+        if kernels.has_kernels(problem):
             groups.setdefault((str(problem), problem.device), []).append(name)
     return groups
 

@@ -1,10 +1,10 @@
 """How a sparse linear map is computed: the operators, the kernels behind them, and the choice among these.
 
-`operators` is what the module calls; `candidates` the table of kernels; `dispatch` measures and chooses. `gemv`, `dot` and
-`dense` hold the Triton kernels, made of the byte permutations in `permute`; they are imported when they first run.
+`operators` is what the module calls; `candidates` the table of kernels; `dispatch` measures and chooses. `gemv`, `dot`
+and `dense` hold the Triton kernels, made of the byte permutations in `permute`; they are imported when they first run.
 """
 
-from .candidates import GROUPS, KEPT_FORMS, KERNELS, Candidate, PackedWeight, Problem
+from .candidates import GROUPS, KEPT_FORMS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
 from .dispatch import BUCKETS, bucket, check_kernel, choose, forget, measure, measured, rule_of_thumb
 from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values, why_not_library
@@ -28,6 +28,7 @@ __all__ = [
     "describe_device",
     "forget",
     "gather",
+    "has_kernels",
     "library_form",
     "linear",
     "measure",

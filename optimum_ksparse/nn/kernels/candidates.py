@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from ..packing import unpack
-from .hardware import on_device_of, why_no_kernels
+from . import hardware
+from .hardware import on_device_of
 from .library import library_form, library_linear, why_not_library
 
 GROUPS = {"2:4": 4, "4:8": 8}  # m of the patterns that kernels take
@@ -124,9 +125,14 @@ class Candidate:
         return f"{self.kernel}({config})" if config else self.kernel
 
 
+def has_kernels(problem: Problem) -> bool:
+    """Whether there is a choice for this problem: elsewhere `reference` or a kept dense weight computes it."""
+    return hardware.runs_kernels(problem.device) and _why_not_packed(problem) is None
+
+
 def _why_not_packed(problem: Problem) -> str | None:
     """What all Triton kernels need."""
-    reason = why_no_kernels(problem.device)
+    reason = hardware.why_no_kernels(problem.device)
     if reason is not None:
         return reason
     if problem.pattern not in GROUPS:

@@ -11,7 +11,7 @@ import torch
 from transformers.utils import logging
 
 from .cache import Timings, read_timings, write_timings
-from .candidates import KEPT_FORMS, KERNELS, Candidate, PackedWeight, Problem
+from .candidates import KEPT_FORMS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
 from .sample import sample_weights
 from .timing import rotations, time_calls
 
@@ -55,7 +55,7 @@ def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate
     key = problem, weight.dense is not None, weight.library is not None
     if key in _choices:
         return _choices[key]
-    if problem.device.type != "cuda" or KERNELS["decompress"].why_not(problem) is not None:
+    if not has_kernels(problem):
         _choices[key] = Candidate("reference" if weight.dense is None else "dense")
         return _choices[key]
     if str(problem) not in _known(problem.device):
@@ -86,8 +86,8 @@ def measured(problem: Problem) -> dict[str, tuple[Candidate, float]]:
 
 def measure(problem: Problem, kernels: Sequence[str] | None = None) -> dict[str, tuple[Candidate, float]]:
     """Times the candidates for a problem on random weights, each under a CUDA graph and with copies of the weight that
-    the cache cannot hold; remembers the fastest of each kernel, in memory and on disk. Candidates that fail (too little
-    memory) are left out."""
+    the cache cannot hold; remembers the fastest of each kernel, in memory and on disk. Candidates that fail (too
+    little memory) are left out."""
     with _lock, torch.no_grad(), torch.inference_mode(False):
         results: dict[str, tuple[Candidate, float]] = {}
         for candidate, microseconds in _time_candidates(problem, kernels):

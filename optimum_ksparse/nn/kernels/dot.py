@@ -106,7 +106,8 @@ def dot(
     splits: int = 1,
     permute: bool = True,
 ) -> torch.Tensor:
-    """y [tokens, out] of x [tokens, in] and a packed weight (table in `packing`), bfloat16 or float16, sums in float32.
+    """y [tokens, out] of x [tokens, in] and a packed weight (table in `packing`), bfloat16 or float16, sums in
+    float32.
 
     Args:
         x: contiguous; 8 must divide in_features.

@@ -1,7 +1,7 @@
 """y = x·Wᵀ + b for a few tokens: reads packed weights once, at the speed of memory.
 
-A program takes a few rows of W; its warps walk along them side by side, each lane 16 columns at a time: one 128-bit load
-of values and 16 bits of mask a row. The kept columns of x are permuted out of registers to meet the values.
+A program takes a few rows of W; its warps walk along them side by side, each lane 16 columns at a time: one 128-bit
+load of values and 16 bits of mask a row. The kept columns of x are permuted out of registers to meet the values.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _gemv(
     HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    # Tiles are [lane, part of a lane's 16 columns]. 2:4: a part is a group, one 32-bit word of values. 4:8: a part is a
-    # group of two words. So a lane's values are 128 consecutive bits, and what belongs together is in one lane.
+    # Tiles are [lane, part of a lane's 16 columns]. 2:4: a part is a group, one 32-bit word of values. 4:8: a part is
+    # a group of two words. So a lane's values are 128 consecutive bits, and what belongs together is in one lane.
     LANES: tl.constexpr = 32 * WARPS
     PARTS: tl.constexpr = 4 if M == 4 else 2
     lane = tl.arange(0, LANES)
@@ -109,7 +109,8 @@ def gemv(
     warps: int,
     rows: int,
 ) -> torch.Tensor:
-    """y [tokens, out] of x [tokens, in] and a packed weight (table in `packing`), bfloat16 or float16, sums in float32.
+    """y [tokens, out] of x [tokens, in] and a packed weight (table in `packing`), bfloat16 or float16, sums in
+    float32.
 
     Args:
         x: contiguous, 16-byte aligned, 1 to 4 tokens.

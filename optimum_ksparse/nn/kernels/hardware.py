@@ -23,6 +23,11 @@ def why_no_kernels(device: torch.device) -> str | None:
     return _why_not(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Whether sparse layers on `device` choose among kernels. In the interpreter only what is forced runs there."""
+    return device.type == "cuda" and why_no_kernels(device) is None
+
+
 def describe_device(device: torch.device) -> str:
     """What sparse layers do on `device`, in a sentence."""
     reason = why_no_kernels(device) if device.type == "cuda" else f"no NVIDIA GPU on {device.type}"

@@ -1,7 +1,7 @@
 """torch's semi-structured tensors (cuSPARSELt), as a second form of a 2:4 weight for products with many tokens.
 
-Its packed form is one tensor: the kept values in our order, then metadata in the library's own. So where the values are
-the same to the bit, both forms share them, and the second one costs its metadata alone.
+Its packed form is one tensor: the kept values in our order, then metadata in the library's own. So where the values
+are the same to the bit, both forms share them, and the second one costs its metadata alone.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 Everything here is elementwise on 32-bit words of two 16-bit entries, so that no layout of a tile can make it wrong.
 A *group* is the m consecutive weights of n:m. A *pair* is two neighbouring entries, the lower one in the lower half.
 
-A selector is the third operand of PTX's `prmt.b32`: each of its four lowest nibbles names one of the eight bytes of the
-first two operands. To pick a 16-bit entry i, its two bytes are named: `0x10 + 0x22 * i`. `prmt` is also the table look-up:
-with a mask's nibbles as the selector it reads four entries of an eight-byte table at once, which is how selectors
-come out of the stored bitmask without a branch.
+A selector is the third operand of PTX's `prmt.b32`: each of its four lowest nibbles names one of the eight bytes of
+the first two operands. To pick a 16-bit entry i, its two bytes are named: `0x10 + 0x22 * i`. `prmt` is also the table
+look-up: with a mask's nibbles as the selector it reads four entries of an eight-byte table at once, which is how
+selectors come out of the stored bitmask without a branch.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def load_nibbles(bits_ptr, row, steps, groups, step, lane, place, inside, ALIGNE
     """Masks of groups of 2:4, `place` [lanes, 4] counting from `step`; a lane has 16 columns, a *step* of columns.
 
     Returns:
-        word: [lanes, 1] with the four nibbles of a lane's groups and group [1, 4] their numbers, where rows are ALIGNED
-        to steps; otherwise a nibble a group, [lanes, 4], all with the number 0.
+        word: [lanes, 1] with the four nibbles of a lane's groups and group [1, 4] their numbers, where rows are
+        ALIGNED to steps; otherwise a nibble a group, [lanes, 4], all with the number 0.
     """
     if ALIGNED:
         at = bits_ptr + row * steps + step + lane
@@ -57,8 +57,8 @@ def load_nibbles(bits_ptr, row, steps, groups, step, lane, place, inside, ALIGNE
 
 @triton.jit
 def kept_selectors(word):
-    """For up to four groups of 2:4, a nibble each in `word`: byte g of the first result selects the first kept entry of
-    group g, of the second result the second. Three bits tell each: the first kept one is among entries 0 to 2, the
+    """For up to four groups of 2:4, a nibble each in `word`: byte g of the first result selects the first kept entry
+    of group g, of the second result the second. Three bits tell each: the first kept one is among entries 0 to 2, the
     second among 1 to 3."""
     first = prmt(0x10321010, 0x10321054, word & 0x7777)
     second = prmt(0x54543232, 0x76767676, (word >> 1) & 0x7777)
@@ -85,9 +85,9 @@ def kept_of_8(x01, x23, x45, x67, selectors):
 
 @triton.jit
 def place_selectors(word):
-    """For up to four groups of 2:4, a nibble each in `word`: byte g of the four results selects, out of (kept pair, 0),
-    what stands at entries 0, 1, 2, 3 of group g. Two bits tell each pair of entries: if one of two is kept, then so is
-    one of the other two."""
+    """For up to four groups of 2:4, a nibble each in `word`: byte g of the four results selects, out of (kept pair,
+    0), what stands at entries 0, 1, 2, 3 of group g. Two bits tell each pair of entries: if one of two is kept, then
+    so is one of the other two."""
     lower = word & 0x3333
     upper = (word >> 2) & 0x3333
     return (
@@ -128,8 +128,8 @@ _tables: dict[torch.device, torch.Tensor] = {}
 
 
 def selector_table(device: torch.device) -> torch.Tensor:
-    """[256] int64: for each mask byte of 4:8 the four selectors of `kept_of_8`, 16 bits each; 0 for a byte that does not
-    keep four."""
+    """[256] int64: for each mask byte of 4:8 the four selectors of `kept_of_8`, 16 bits each; 0 for a byte that does
+    not keep four."""
     if device not in _tables:
         table = [0] * 256
         for byte in range(256):
