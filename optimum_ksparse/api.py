@@ -20,7 +20,8 @@ from .calibration import (
     read_tokenizer,
 )
 from .checkpoint import describe_model, layer_records, sparse_modules
-from .config import QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
+from .config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
+from .execution import apply_settings
 from .pattern import Pattern
 from .pruners import METHODS
 from .pruning import find_targets, prune_blocks
@@ -59,6 +60,8 @@ def sparsify(
     blocks = find_blocks(model)
     targets, skipped = find_targets(blocks, config)
     recorded = SparsityConfig.from_dict(config.to_dict())  # the data may be gone when the model is saved
+    for name in EXECUTION_SETTINGS:
+        setattr(recorded, name, getattr(config, name))
 
     num_parameters = model.num_parameters()
     with evaluation_mode(model), torch.no_grad():
@@ -76,6 +79,7 @@ def sparsify(
             raise
 
     attach(model, recorded)
+    apply_settings(model, config)
     if config.tokenizer is not None:
         model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
     settings = recorded.to_dict()

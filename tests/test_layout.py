@@ -23,6 +23,7 @@ ROOMS = [
     ["staging"],
     ["calibration"],
     ["checkpoint"],
+    ["execution"],
     ["pruning"],
     ["evaluation"],
     ["hub"],

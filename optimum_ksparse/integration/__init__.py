@@ -8,6 +8,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.utils import PushToHubMixin
 
 from ..config import QUANT_METHOD, SparsityConfig
+from ..execution import autotune_kernels
 from .loading import wrap_from_pretrained
 from .publishing import wrap_push_to_hub
 from .quantizer import SparsityQuantizer
@@ -24,3 +25,4 @@ def register() -> None:
     wrap_save_pretrained(PreTrainedModel)
     # That of PreTrainedModel ends here, and so does that of PEFT's models.
     wrap_push_to_hub(PushToHubMixin)
+    PreTrainedModel.autotune_kernels = autotune_kernels  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from ..calibration import find_blocks
 from ..checkpoint import commit_of, sparse_modules, sparsify_dense
 from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig
 from ..evaluation import EvaluationResults
+from ..execution import apply_settings
 from ..pattern import Pattern
 from ..report import REPORT_NAME, RESULTS_NAME, SparsityReport
 
@@ -191,8 +192,10 @@ def _finish_sparse(
     else:
         _check_not_lost(info, source, kwargs)
         return
-    for name in RUN_TIME_SETTINGS if config is not None else ():
-        setattr(model.config.quantization_config, name, getattr(config, name))
+    if config is not None:
+        for name in RUN_TIME_SETTINGS:
+            setattr(model.config.quantization_config, name, getattr(config, name))
+        apply_settings(model, config)
     records: dict[str, tuple[str, Any]] = {
         "sparsity_report": (REPORT_NAME, SparsityReport),
         "evaluation_results": (RESULTS_NAME, EvaluationResults),

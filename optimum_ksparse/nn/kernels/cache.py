@@ -63,7 +63,7 @@ def write_timings(device: torch.device, timings: Timings) -> None:
             file, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
             try:
                 with open(file, "w", encoding="utf-8") as stream:
-                    json.dump({**_identity(device), "timings": merged}, stream, indent=1, sort_keys=True)
+                    json.dump({**_identity(device), "timings": merged}, stream, indent=1)
                 os.replace(temporary, path)
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
