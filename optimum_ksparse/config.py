@@ -81,6 +81,14 @@ class SparsityConfig(QuantizationConfigMixin):
         FileNotFoundError: the calibration file is missing.
     """
 
+    _given: set[str]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SparsityConfig:
+        # For a checkpoint that is sparse already only what was given must agree with what it was pruned with.
+        config = super().__new__(cls)
+        config._given = {*SETTINGS[: len(args)], *kwargs}
+        return config
+
     def __init__(
         self,
         method: str = "wanda",
@@ -141,6 +149,11 @@ class SparsityConfig(QuantizationConfigMixin):
         self._description = describe_dataset(dataset)
         if is_token_ids(dataset):
             self.num_samples, self.seq_len = token_ids_shape(dataset)
+
+    @property
+    def given(self) -> set[str]:
+        """Names of the settings that were passed; the others have their defaults."""
+        return set(self._given)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable settings. Data that JSON cannot hold, and files, are described by a fingerprint; folders

@@ -277,6 +277,18 @@ def test_settings_reach_every_layer_and_are_not_saved(make_model, tmp_path, toke
     assert {layer.densify for layer in plain.modules() if isinstance(layer, SparseLinear)} == {"never"}
 
 
+@pytest.mark.parametrize("config", [SparsityConfig(densify="lazy"), {"densify": "lazy"}])
+def test_only_what_is_passed_must_agree_with_the_checkpoint(make_model, tmp_path, config, token_ids):
+    model = make_model("llama")
+    sparsify(model, SparsityConfig("sparsegpt", "4:8", dataset=token_ids, damping=0.02))
+    model.save_pretrained(tmp_path / "sparse")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", sparsity_config=config)
+    assert again.model.layers[0].mlp.up_proj.densify == "lazy"
+    assert again.config.quantization_config.pattern == "4:8"
+    with pytest.raises(ValueError, match="sparse already.*pattern: passed '2:4', recorded '4:8'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", sparsity_config=SparsityConfig(pattern="2:4"))
+
+
 def test_autotune_kernels_of_a_model(make_model, token_ids):
     model = make_model("llama")
     with pytest.raises(ValueError, match="LlamaForCausalLM has no sparse layers"):

@@ -135,10 +135,11 @@ def _recorded_config(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, 
 
 
 def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:
-    """Raises ValueError where settings passed for a sparse checkpoint are not the ones with which it was pruned."""
+    """Raises ValueError where settings passed for a sparse checkpoint are not the ones with which it was pruned. Those
+    that were not passed agree."""
     passed, found = config.to_dict(), recorded.to_dict()
     differences = []
-    for name in passed.keys() - {*RUN_TIME_SETTINGS, "layers", "tokenizer"}:
+    for name in config.given - {*RUN_TIME_SETTINGS, "layers", "tokenizer"}:
         same = passed[name] == found[name]
         if name == "pattern":
             same = Pattern(passed[name]) == Pattern(found[name])
