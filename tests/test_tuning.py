@@ -277,6 +277,51 @@ def test_settings_reach_every_layer_and_are_not_saved(make_model, tmp_path, toke
     assert {layer.densify for layer in plain.modules() if isinstance(layer, SparseLinear)} == {"never"}
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_a_model_runs_on_kernels_that_were_measured(gpu, monkeypatch, make_model, pattern):
+    """The whole way on the simulated GPU: measured choice, eager and compiled, with kernels in the interpreter."""
+    taken = []
+
+    def fake(calls, device, repeats=0):
+        return {"gemv": 1.0, "dot": 2.0}.get(calls[0].func.__self__.kernel, 3.0)
+
+    def run(self, x, weight, bias, original=kernels.Candidate.run):
+        taken.append(self.kernel)
+        return original(self, x, weight, bias)
+
+    monkeypatch.setattr(dispatch, "time_calls", fake)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}  # the interpreter is slow
+    model = make_model("llama", dtype=torch.bfloat16, **sizes)
+    sparsify(model, SparsityConfig("magnitude", pattern))
+    dense = copy.deepcopy(model)
+    dense.dequantize()
+    report = model.autotune_kernels((1, 16))
+    assert [name.split("(")[0] for name in report.rows[0].kernels.values()] == ["gemv", "dot"]
+    monkeypatch.setattr(kernels.Candidate, "run", run)
+    for ids, kernel in ((torch.tensor([[5]]), "gemv"), (torch.arange(3, 13)[None], "dot")):
+        with torch.no_grad():
+            expected = dense(ids).logits
+            taken.clear()
+            torch.testing.assert_close(model(ids).logits, expected, rtol=0.05, atol=0.02)
+            assert taken == [kernel] * 7
+        model.requires_grad_(False)
+        inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=inputs).logits.float().sum().backward()
+        assert inputs.grad.isfinite().all() and inputs.grad.any()
+
+
+def test_a_block_compiles_with_kernels_in_it(gpu, monkeypatch, make_model):
+    torch._dynamo.reset()
+    monkeypatch.setenv("KSPARSE_KERNEL", "dot")
+    model = make_model("llama", dtype=torch.bfloat16, num_hidden_layers=1)
+    sparsify(model, SparsityConfig("magnitude"))
+    block = model.model.layers[0].mlp
+    x = torch.randn(1, 3, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, block(x), rtol=0.05, atol=0.02)
+
+
 @pytest.mark.parametrize("config", [SparsityConfig(densify="lazy"), {"densify": "lazy"}])
 def test_only_what_is_passed_must_agree_with_the_checkpoint(make_model, tmp_path, config, token_ids):
     model = make_model("llama")

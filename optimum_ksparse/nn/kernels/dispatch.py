@@ -59,7 +59,8 @@ def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate
         _choices[key] = Candidate("reference" if weight.dense is None else "dense")
         return _choices[key]
     if str(problem) not in _known(problem.device):
-        if torch.cuda.is_current_stream_capturing() or os.environ.get(AUTOTUNE_VARIABLE) == "0":
+        captures = problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if captures or os.environ.get(AUTOTUNE_VARIABLE) == "0":
             return rule_of_thumb(problem)
         logger.info(f"Measuring kernels for {problem}; model.autotune_kernels() does that beforehand.")
         measure(problem)
