@@ -33,8 +33,8 @@ _TYPES = {
 
 @dataclass
 class MachineCode:
-    """What the assembler made of a kernel. `opcodes` counts instructions by full name; `loop` those of its longest loop;
-    `spilled` bytes of stack, `shared` bytes of shared memory, `registers` of a thread, `seconds` to compile."""
+    """What the assembler made of a kernel. `opcodes` counts instructions by full name; `loop` those of its longest
+    loop; `spilled` bytes of stack, `shared` bytes of shared memory, `registers` of a thread, `seconds` to compile."""
 
     name: str
     opcodes: Counter[str]

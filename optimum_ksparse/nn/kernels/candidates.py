@@ -194,14 +194,14 @@ def _dot_configs(problem: Problem) -> list[Config]:
         ]
     else:
         tiles = [
-            (64, 128, 16, 4, 2, 1, True),
+            (128, 128, 16, 8, 2, 1, True),
             (128, 128, 16, 8, 3, 1, True),
-            (64, 128, 16, 4, 4, 1, True),
+            (64, 64, 16, 4, 4, 1, True),
             (128, 128, 16, 8, 3, 2, True),
         ]
         if torch.cuda.is_available() and torch.cuda.get_device_capability(problem.device)[0] == 9:
-            # On others the sums of such a tile do not fit the registers.
-            tiles += [(128, 256, 16, 8, 2, 1, True), (128, 128, 32, 8, 2, 1, True)]
+            # On others the sums of such tiles do not fit the registers, or the tiles the shared memory.
+            tiles += [(64, 128, 16, 4, 3, 1, True), (128, 256, 16, 8, 2, 1, True), (128, 128, 32, 8, 2, 1, True)]
     return [dict(zip(names, tile, strict=True)) for tile in tiles]
 
 
