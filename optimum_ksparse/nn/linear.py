@@ -135,6 +135,7 @@ class SparseLinear(nn.Linear):
         sparse.weight_mask = bits
         if linear.bias is not None:
             sparse.bias = linear.bias  # type: ignore[assignment]
+        kernels.prepare(sparse.packed())
         return sparse.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -203,7 +204,9 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, *args: Any, **kwargs: Any) -> SparseLinear:
         self.drop_forms()
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        kernels.prepare(self.packed())
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         forms = ("_dense_weight", "_dense_form", "_library_form", "_formed")
@@ -247,6 +250,7 @@ class SparseLinear(nn.Linear):
     def check_mask(self, name: str) -> None:
         """Raises ValueError, naming the module `name`, where the mask does not fit the values or the pattern."""
         check_bits(self.weight_mask, self.pattern, self.in_features, self.weight.numel(), f"{name}.weight_mask")
+        kernels.prepare(self.packed())
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any

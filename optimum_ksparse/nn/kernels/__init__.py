@@ -5,7 +5,7 @@ and `dense` hold the Triton kernels, made of the byte permutations in `permute`;
 """
 
 from .candidates import GROUPS, KEPT_FORMS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
-from .dispatch import BUCKETS, bucket, check_kernel, choose, forget, measure, measured, rule_of_thumb
+from .dispatch import BUCKETS, bucket, check_kernel, choose, forget, measure, measured, prepare, rule_of_thumb
 from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values, why_not_library
 from .operators import compute, decompress, gather, linear
@@ -33,6 +33,7 @@ __all__ = [
     "linear",
     "measure",
     "measured",
+    "prepare",
     "rotations",
     "rule_of_thumb",
     "sample_weights",

@@ -68,6 +68,15 @@ def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate
     return _choices[key]
 
 
+def prepare(weight: PackedWeight) -> None:
+    """Makes what the kernels of a weight keep in memory, where the weight now is: later might be while a CUDA graph is
+    captured, in memory that goes with it."""
+    if weight.pattern == "4:8" and has_kernels(weight.problem(1)) and torch._C._len_torch_dispatch_stack() == 0:
+        from .permute import selector_table
+
+        selector_table(weight.values.device)
+
+
 def rule_of_thumb(problem: Problem) -> Candidate:
     """What to take where nothing was measured."""
     order = ("gemv",) if problem.tokens <= 2 else ("dot",) if problem.tokens <= 64 else ()
