@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from ..pattern import Pattern
 from . import kernels
 from .packing import check_bits, pack, unpack_mask, values_shape
+
+if TYPE_CHECKING:
+    from .fusing import FusedGroup
 
 
 def is_linear_map(module: nn.Module) -> bool:
@@ -61,6 +64,8 @@ class SparseLinear(nn.Linear):
     _library_form: torch.Tensor | None = None
     # The state of the packed weight of which the forms were made.
     _formed: tuple[int, int] | None = None
+    # Layers that read the same input and run as one product, and the number of this one; set by `fusing`.
+    _group: tuple[FusedGroup, int] | None = None
 
     def __init__(
         self,
@@ -145,6 +150,11 @@ class SparseLinear(nn.Linear):
             self._dense_weight, self._formed = self.to_dense_weight(), self._state()
         if self._dense_weight is not None:
             return F.linear(x, self._dense_weight, self.bias)
+        if self._group is not None and not torch.is_grad_enabled() and self._formed is None:
+            group, index = self._group
+            y = None if torch.is_autocast_enabled(x.device.type) else group.output(index, x)
+            if y is not None:
+                return y
         values, bias, dense, library = self.weight, self.bias, self._dense_form, self._library_form
         device = x.device.type
         # The meta device has no autocast, and torch 2.11 cannot trace the question whether a device has.
@@ -157,10 +167,7 @@ class SparseLinear(nn.Linear):
         if torch.is_grad_enabled() and values.requires_grad:
             dense = library = None  # their gradients would be lost
         weight = kernels.PackedWeight(values, self.weight_mask, self.in_features, str(self.pattern), dense, library)
-        if _runs_directly(x):
-            return kernels.compute(x, weight, bias, self.kernel)
-        values, bits, in_features, pattern, *forms = weight
-        return kernels.linear(x, values, bits, bias, in_features, pattern, self.kernel, *forms)
+        return kernels.apply(x, weight, bias, self.kernel)
 
     def keep_form(self, name: str, form: torch.Tensor, shared: torch.Tensor | None = None) -> None:
         """Keeps another form of the weight for the kernel of that name: "dense" [out, in], or "library", of which
@@ -181,6 +188,12 @@ class SparseLinear(nn.Linear):
         if self._library_form is not None and self._shares_storage(self._library_form):
             self.weight.data = self.weight.data.clone()
         self._dense_weight = self._dense_form = self._library_form = self._formed = None
+
+    def _part(self) -> None:
+        """Forgets what other tensors the weight shares its memory with."""
+        self.drop_forms()
+        if self._group is not None:
+            self._group[0].part()
 
     @property
     def extra_bytes(self) -> int:
@@ -203,14 +216,14 @@ class SparseLinear(nn.Linear):
         return self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
 
     def _apply(self, *args: Any, **kwargs: Any) -> SparseLinear:
-        self.drop_forms()
+        self._part()
         super()._apply(*args, **kwargs)
         kernels.prepare(self.packed())
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        forms = ("_dense_weight", "_dense_form", "_library_form", "_formed")
-        return {name: value for name, value in self.__dict__.items() if name not in forms}
+        run_time = ("_dense_weight", "_dense_form", "_library_form", "_formed", "_group")
+        return {name: value for name, value in self.__dict__.items() if name not in run_time}
 
     @property
     def density(self) -> float:
@@ -256,7 +269,7 @@ class SparseLinear(nn.Linear):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
         error_messages = rest[-1]
-        self.drop_forms()
+        self._part()
         try:
             state_dict = self._packed(state_dict, prefix)
         except ValueError as error:
@@ -287,18 +300,6 @@ class SparseLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}"
-
-
-def _runs_directly(x: torch.Tensor) -> bool:
-    """Whether a call needs no operator, which costs some 20 microseconds: nothing differentiates, traces, compiles."""
-    return (
-        type(x) is torch.Tensor
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and x.device.type != "meta"
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-    )
 
 
 @contextmanager

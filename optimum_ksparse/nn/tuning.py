@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tqdm.auto import tqdm
@@ -97,7 +97,9 @@ def autotune(
     device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
     report = KernelReport(kernels.describe_device(device), optimize_for)
     problems = {shape: [_problem(layers[names[0]], number) for number in tokens] for shape, names in groups.items()}
-    missing = [p for row in problems.values() for p in row if "dense" not in kernels.measured(p)]
+    fused = [replace(p, out_features=rows) for p, rows in _fused_rows(layers, groups, problems)]
+    wanted = [*(p for row in problems.values() for p in row), *fused]
+    missing = [problem for problem in dict.fromkeys(wanted) if "dense" not in kernels.measured(problem)]
     for problem in tqdm(missing, desc="Measuring kernels", unit="product", disable=not missing):
         kernels.measure(problem)
     for names in groups.values():
@@ -106,7 +108,10 @@ def autotune(
     options = [
         option
         for shape, names in groups.items()
-        for option in _options(layers[names[0]], names, problems[shape], optimize_for)
+        # A fused layer's values are rows of the group's: no other form can share them.
+        for option in _options(
+            layers[names[0]], [n for n in names if layers[n]._group is None], problems[shape], optimize_for
+        )
     ]
     limit = max_extra_bytes if optimize_for == "speed" else None
     for option in _chosen(options, limit):
@@ -123,6 +128,21 @@ def _groups(layers: dict[str, SparseLinear]) -> dict[tuple[object, ...], list[st
         if kernels.has_kernels(problem):
             groups.setdefault((str(problem), problem.device), []).append(name)
     return groups
+
+
+def _fused_rows(
+    layers: dict[str, SparseLinear],
+    groups: dict[tuple[object, ...], list[str]],
+    problems: dict[tuple[object, ...], list[kernels.Problem]],
+) -> list[tuple[kernels.Problem, int]]:
+    """For each kind of layer that runs together with others: its problems, and the rows of the whole product."""
+    found = {}
+    for shape, names in groups.items():
+        for name in names:
+            group = layers[name]._group
+            if group is not None:
+                found.update({(problem, sum(group[0].sizes)): None for problem in problems[shape]})
+    return list(found)
 
 
 def _problem(layer: SparseLinear, tokens: int) -> kernels.Problem:

@@ -5,10 +5,21 @@ and `dense` hold the Triton kernels, made of the byte permutations in `permute`;
 """
 
 from .candidates import GROUPS, KEPT_FORMS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
-from .dispatch import BUCKETS, bucket, check_kernel, choose, forget, measure, measured, prepare, rule_of_thumb
+from .dispatch import (
+    BUCKETS,
+    bucket,
+    check_kernel,
+    choose,
+    choose_fused,
+    forget,
+    measure,
+    measured,
+    prepare,
+    rule_of_thumb,
+)
 from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values, why_not_library
-from .operators import compute, decompress, gather, linear
+from .operators import apply, compute, decompress, gather, linear
 from .sample import sample_weights
 from .timing import rotations, time_calls
 
@@ -20,9 +31,11 @@ __all__ = [
     "Candidate",
     "PackedWeight",
     "Problem",
+    "apply",
     "bucket",
     "check_kernel",
     "choose",
+    "choose_fused",
     "compute",
     "decompress",
     "describe_device",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ _MARGIN = 0.98
 
 _timings: dict[str, Timings] = {}  # by GPU, then by problem
 _choices: dict[tuple[Problem, bool, bool], Candidate] = {}
+_fused: dict[tuple[object, ...], Candidate | None] = {}
 _lock = threading.RLock()
 
 
@@ -66,6 +68,21 @@ def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate
         measure(problem)
     _choices[key] = _fastest(problem, key[1:])
     return _choices[key]
+
+
+def choose_fused(weight: PackedWeight, parts: Sequence[int], tokens: int, kernel: str = "auto") -> Candidate | None:
+    """The candidate for a weight whose rows are those of several layers; None where each alone would be summed in
+    another order, and so be rounded in another way."""
+    key = weight.problem(bucket(tokens)), tuple(parts), kernel, os.environ.get(KERNEL_VARIABLE)
+    if key not in _fused:
+        whole = choose(weight, tokens, kernel)
+        ends = list(itertools.accumulate(parts))
+        rows = [slice(end - size, end) for end, size in zip(ends, parts, strict=True)]
+        alone = [weight._replace(values=weight.values[own], bits=weight.bits[own]) for own in rows]
+        same = all(choose(one, tokens, kernel).order == whole.order for one in alone)
+        # Libraries choose the order by the shape, and do not tell.
+        _fused[key] = whole if same and whole.kernel in ("gemv", "dot") else None
+    return _fused[key]
 
 
 def prepare(weight: PackedWeight) -> None:
@@ -118,6 +135,7 @@ def forget() -> None:
     with _lock:
         _timings.clear()
         _choices.clear()
+        _fused.clear()
 
 
 def _known(device: torch.device) -> Timings:
@@ -131,6 +149,7 @@ def _known(device: torch.device) -> Timings:
 def _forget_choices(problem: Problem) -> None:
     for key in [key for key in _choices if key[0] == problem]:
         del _choices[key]
+    _fused.clear()
 
 
 def _fastest(problem: Problem, kept: tuple[bool, bool]) -> Candidate:
