@@ -136,7 +136,7 @@ def _fused_rows(
     problems: dict[tuple[object, ...], list[kernels.Problem]],
 ) -> list[tuple[kernels.Problem, int]]:
     """For each kind of layer that runs together with others: its problems, and the rows of the whole product."""
-    found = {}
+    found: dict[tuple[kernels.Problem, int], None] = {}
     for shape, names in groups.items():
         for name in names:
             group = layers[name]._group
