@@ -115,18 +115,21 @@ def measure(problem: Problem, kernels: Sequence[str] | None = None) -> dict[str,
     """Times the candidates for a problem on random weights, each under a CUDA graph and with copies of the weight that
     the cache cannot hold; remembers the fastest of each kernel, in memory and on disk. Candidates that fail (too
     little memory) are left out."""
-    with _lock, torch.no_grad(), torch.inference_mode(False):
+    device = problem.device
+    plain = torch.autocast(device.type, enabled=False)  # whatever the forward pass is in that asks
+    with _lock, torch.no_grad(), torch.inference_mode(False), plain:
         results: dict[str, tuple[Candidate, float]] = {}
         for candidate, microseconds in _time_candidates(problem, kernels):
             best = results.get(candidate.kernel)
             if best is None or microseconds < _MARGIN * best[1]:
                 results[candidate.kernel] = candidate, microseconds
-        if not results:  # for want of memory, say; the rule of thumb needs least
-            results = {"decompress": (rule_of_thumb(problem), float("inf"))}
         rows = {name: {"config": c.config, "us": round(us, 3)} for name, (c, us) in results.items()}
-        _known(problem.device)[str(problem)] = rows
+        _known(device)[str(problem)] = rows
         _forget_choices(problem)
-        write_timings(problem.device, {str(problem): rows})
+        if rows:
+            write_timings(device, {str(problem): rows})
+        else:
+            logger.warning(f"No kernel could be measured for {problem}, for want of memory most likely.")
         return results
 
 
@@ -175,9 +178,11 @@ def _forced(kernel: str, weight: PackedWeight, problem: Problem) -> Candidate:
 
 def _time_candidates(problem: Problem, kernels: Sequence[str] | None) -> Iterator[tuple[Candidate, float]]:
     device = problem.device
-    x = torch.randn(problem.tokens, problem.in_features, device=device, dtype=problem.dtype)
-    packed_bytes = problem.dense_bytes * 9 // 16
-    weights = sample_weights(problem, rotations(packed_bytes, device))
+    try:
+        x = torch.randn(problem.tokens, problem.in_features, device=device, dtype=problem.dtype)
+        weights = sample_weights(problem, rotations(problem.dense_bytes * 9 // 16, device))
+    except torch.OutOfMemoryError:
+        return
     for name in kernels or KERNELS:
         if name == "reference" or KERNELS[name].why_not(problem) is not None:
             continue
