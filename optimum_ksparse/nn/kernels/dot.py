@@ -47,17 +47,17 @@ def _dot(
     HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    # Neighbouring programs share rows and tokens, and with them what the cache holds.
-    row_tile, token_tile = tl.swizzle2d(
-        tl.program_id(0) % tl.num_programs(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), 8
-    )
+    # Programs that run at the same time share eight tiles of rows, so that the cache gives what several of them read.
+    row_tiles, token_tiles = tl.cdiv(rows, ROWS), tl.cdiv(tokens, TOKENS)
+    pid = tl.program_id(0)
+    row_tile, token_tile = tl.swizzle2d(pid // token_tiles, pid % token_tiles, row_tiles, token_tiles, 8)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
     k = tl.arange(0, BYTES)
     row_start = tl.minimum(row, rows - 1).to(tl.int64)[:, None] * bytes_in_row
     token_start = tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * x_token
     total = tl.zeros([ROWS, TOKENS], tl.float32)
-    split = tl.program_id(2)
+    split = tl.program_id(1)
     for start in range(split * BYTES, bytes_in_row, SPLITS * BYTES):
         inside = None if EVEN else start + k < bytes_in_row
         in_row = None if EVEN else inside[None, :]
@@ -125,7 +125,7 @@ def dot(
     if permute:
         x = x.view(num_tokens, num_bytes, 8).transpose(1, 2).contiguous()
     place, byte = (num_bytes, 1) if permute else (1, 8)
-    _dot[(triton.cdiv(out_features, rows), triton.cdiv(num_tokens, tokens), splits)](
+    _dot[(triton.cdiv(out_features, rows) * triton.cdiv(num_tokens, tokens), splits)](
         x,
         values.view(torch.int64),
         bits,
