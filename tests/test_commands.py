@@ -57,6 +57,7 @@ def test_prune_then_info(dense, tmp_path):
     done = run("info", "sparse", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "pattern: 4:8" in done.stdout
+    assert "on this machine: " in done.stdout
     done = run("info", "sparse", "--json", cwd=tmp_path)
     summary = json.loads(done.stdout)
     assert summary["settings"]["seq_len"] == 32

@@ -72,7 +72,7 @@ def test_importing_needs_torch_and_transformers_alone():
     script = """
 import sys
 from importlib.machinery import PathFinder
-missing = {"datasets", "peft", "optimum", "lm_eval", "evaluate", "matplotlib", "accelerate", "gguf"}
+missing = {"datasets", "peft", "optimum", "lm_eval", "evaluate", "matplotlib", "accelerate", "gguf", "triton"}
 class Hide(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
