@@ -28,6 +28,7 @@ ROOMS = [
     ["evaluation"],
     ["hub"],
     ["api", "inspection"],
+    ["benchmark"],
     ["integration", "commands"],
 ]
 ROW = {room: row for row, rooms in enumerate(ROOMS) for room in rooms}

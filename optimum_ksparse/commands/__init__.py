@@ -2,6 +2,7 @@
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from .bench import BenchCommand
 from .card import CardCommand
 from .eval import EvalCommand
 from .info import InfoCommand
@@ -16,6 +17,7 @@ class KSparseCommand(BaseOptimumCLICommand):
         CommandInfo(name="eval", help="Measure perplexity and KoBEST.", subcommand_class=EvalCommand),
         CommandInfo(name="card", help="Write the model card.", subcommand_class=CardCommand),
         CommandInfo(name="push", help="Publish on the Hub, with card.", subcommand_class=PushCommand),
+        CommandInfo(name="bench", help="Measure speed beside dense.", subcommand_class=BenchCommand),
         CommandInfo(name="info", help="What a sparse checkpoint holds.", subcommand_class=InfoCommand),
     )
 

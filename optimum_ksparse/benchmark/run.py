@@ -1,0 +1,138 @@
+"""The whole benchmark, and its flags: what the command and `python -m optimum_ksparse.benchmark` share."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+from ..checkpoint import sparse_modules
+from ..nn.kernels import GROUPS, Problem
+from .figure import FIGURE_NAME, draw_speedup
+from .layers import bench_layers
+from .models import bench_model, random_model
+from .results import BenchResults
+from .shapes import MODELS, layer_shapes, model_config, parse_shape
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+DTYPES = ("bfloat16", "float16", "float32")
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "models": {"nargs": "+", "help": f"shapes of models by name: {', '.join(MODELS)} (default: all)"},
+    "shapes": {"nargs": "+", "help": "further shapes as OUTxIN, such as 4096x11008"},
+    "tokens": {"nargs": "+", "type": int, "help": f"in a product (default: {' '.join(map(str, TOKENS))})"},
+    "patterns": {"nargs": "+", "help": "2:4 and 4:8 (default: both; a checkpoint's own)"},
+    "dtype": {"help": "bfloat16 (default), float16 or float32; a checkpoint's own"},
+    "whole_models": {"nargs": "+", "help": "models by name to run whole, with random weights"},
+    "layers": {"type": int, "help": "blocks of a whole model (default: as many as it has)"},
+    "prompt_tokens": {"type": int, "help": "of the prefill of a whole model (default: 1024)"},
+    "optimize_for": {"help": "memory (default) or speed, of a whole model"},
+    "device": {"help": "cuda where there is one, otherwise cpu"},
+    "output": {"help": "folder for results.json and speedup.png (default: ksparse-bench)"},
+}
+
+
+def run(checkpoint: str | None = None, **settings: Any) -> BenchResults:
+    """Measures layers, then whole models, and writes results and figure into the output folder as it goes: what was
+    measured before Ctrl-C stays.
+
+    Args:
+        checkpoint: folder or Hub id of a sparse model: its layers, and the model itself beside its dense twin.
+        settings: by the names of `FLAGS`.
+
+    Raises:
+        ValueError, TypeError: a setting cannot be, before anything is measured.
+    """
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    _check(chosen)
+    device = torch.device(chosen.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    output = Path(chosen.get("output", "ksparse-bench"))
+    output.mkdir(parents=True, exist_ok=True)
+    results = BenchResults.here(device)
+    model: Any = None
+    if checkpoint is not None:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=chosen.get("dtype", "auto")).to(device)
+        if not sparse_modules(model):
+            raise ValueError(f"{checkpoint} is a dense checkpoint: prune it, or name shapes with --models")
+    try:
+        for problem in tqdm(_problems(chosen, device, model), desc="Measuring layers", unit="product"):
+            results.rows += bench_layers(problem)
+            results.save(output)
+        _whole_models(results, chosen, device, output, model, checkpoint)
+    finally:
+        results.save(output)
+        draw_speedup(results, output / FIGURE_NAME)
+    return results
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    for name in (*settings.get("models", ()), *settings.get("whole_models", ())):
+        model_config(name)
+    for shape in settings.get("shapes", ()):
+        parse_shape(shape)
+    for pattern in settings.get("patterns", ()):
+        if pattern not in GROUPS:
+            raise ValueError(f"patterns: {pattern!r} has no kernels; allowed: {', '.join(GROUPS)}")
+    for number in settings.get("tokens", ()):
+        if number < 1:
+            raise ValueError(f"tokens: {number} is too small, it must be at least 1")
+    if settings.get("dtype", "bfloat16") not in DTYPES:
+        raise ValueError(f"dtype={settings['dtype']!r} is not known; allowed: {', '.join(DTYPES)}")
+    if settings.get("optimize_for", "memory") not in ("memory", "speed"):
+        raise ValueError(f"optimize_for={settings['optimize_for']!r} is not known; allowed: memory, speed")
+    if settings.get("layers", 1) < 1 or settings.get("prompt_tokens", 1) < 1:
+        raise ValueError("layers and prompt_tokens must be at least 1")
+    if str(settings.get("device", "")).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={settings['device']!r}: torch sees no CUDA GPU here")
+
+
+def _problems(settings: Mapping[str, Any], device: torch.device, model: Any) -> list[Problem]:
+    """Products to measure: of a checkpoint, of models and shapes by name; where none is named, of all models. None
+    where whole models alone are asked for."""
+    patterns: Sequence[str] = settings.get("patterns", tuple(GROUPS))
+    dtype = getattr(torch, settings.get("dtype", "bfloat16"))
+    names = settings.get("models")
+    shapes = [parse_shape(shape) for shape in settings.get("shapes", ())]
+    if model is not None:
+        modules = sparse_modules(model).values()
+        shapes += dict.fromkeys((module.out_features, module.in_features) for module in modules)
+        patterns = [str(p) for p in dict.fromkeys(str(m.pattern) for m in modules) if str(p) in GROUPS]
+        dtype = model.dtype
+    elif names is None and not shapes and "whole_models" not in settings:
+        names = list(MODELS)
+    for name in names or ():
+        shapes += layer_shapes(model_config(name))
+    products = itertools.product(dict.fromkeys(shapes), patterns, settings.get("tokens", TOKENS))
+    device = torch.empty(0, device=device).device  # with its number, as tensors name it
+    problems = [Problem(out, in_, tokens, p, dtype, device) for (out, in_), p, tokens in products]
+    return [problem for problem in problems if problem.in_features % GROUPS[problem.pattern] == 0]
+
+
+def _whole_models(
+    results: BenchResults,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    output: Path,
+    model: Any,
+    checkpoint: str | None,
+) -> None:
+    how = {name: settings[name] for name in ("prompt_tokens", "optimize_for") if name in settings}
+    if model is not None:
+        results.models.append(bench_model(model, os.path.basename(os.path.normpath(str(checkpoint))), **how))
+    for name in settings.get("whole_models", ()):
+        config = model_config(name)
+        if "layers" in settings:
+            config.num_hidden_layers = settings["layers"]
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[: settings["layers"]]
+        dtype = getattr(torch, settings.get("dtype", "bfloat16"))
+        for pattern in settings.get("patterns", ("2:4",)):
+            label = name if "layers" not in settings else f"{name} ({settings['layers']} blocks)"
+            results.models.append(bench_model(random_model(config, dtype, device), label, pattern, **how))
+            results.save(output)
