@@ -45,7 +45,7 @@ def read_timings(device: torch.device) -> Timings:
         return dict(timings)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         logger.warning(f"The measured speeds in {path} cannot be used and will be measured again: {error}")
         return {}
 

@@ -1,0 +1,145 @@
+"""What the kernels compile to, for GPUs that are not here: wide loads, no spilled registers, tensor cores, and tiles
+that fit the shared memory.
+
+All is compiled once, in one process, by the first test; that takes a minute or so.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton, in which the kernels are written, is not installed")
+
+from optimum_ksparse.nn.kernels import KERNELS, Problem
+
+from .machine_code import Product, compile_products
+
+KIB = 1024
+# The most that one program may have.
+SHARED_MEMORY = {80: 163 * KIB, 86: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
+OTHERS = (80, 86, 100, 120)  # beside sm_90
+# Bytes of stack that these offered tiles of 2:4 do take, in which a step keeps a few words; no other one takes any.
+SPILLS = {
+    "sm_80 dot 2:4 bfloat16 4096x4096 t16 rows=64 tokens=16 bytes=32 warps=4 stages=4 splits=4 permute=False": 8,
+    "sm_90 dot 2:4 bfloat16 4096x4096 t32 rows=32 tokens=32 bytes=32 warps=4 stages=3 splits=1 permute=True": 16,
+}
+
+
+def offered(kernel, tokens, pattern="2:4", dtype="bfloat16", capability=90, in_features=4096):
+    """A product for each configuration that is tried for it."""
+    # Asked on the CPU: for a GPU the table may look at the GPU that is here.
+    problem = Problem(4096, in_features, tokens, pattern, getattr(torch, dtype), torch.device("cpu"))
+    configs = KERNELS[kernel].configs(problem)
+    return [Product(kernel, c, tokens, pattern, dtype, capability, in_features=in_features) for c in configs]
+
+
+GEMV = [
+    *(product for tokens in (1, 2, 4) for pattern in ("2:4", "4:8") for product in offered("gemv", tokens, pattern)),
+    *offered("gemv", 1, dtype="float16"),
+    *(offered("gemv", tokens, "4:8", "float16")[0] for tokens in (1, 2, 4)),
+    *(
+        offered("gemv", tokens, pattern, capability=capability)[0]
+        for capability in OTHERS
+        for tokens, pattern in [(1, "2:4"), (4, "2:4"), (2, "4:8")]
+    ),
+]
+# Widths that 512 does not divide, as real models have.
+WIDTHS = [offered("gemv", 1, in_features=width)[0] for width in (640, 896, 5632, 11008)]
+DOT = [
+    *(
+        product
+        for capability in (80, 90)
+        for tokens in (16, 32, 64, 128)
+        for product in offered("dot", tokens, capability=capability)
+    ),
+    *(offered("dot", tokens, "4:8")[0] for tokens in (16, 32, 64, 128)),
+    offered("dot", 16, dtype="float16")[0],
+]
+# The rule of thumb takes them, on whatever GPU.
+FIRST = [offered("dot", tokens, capability=c)[0] for c in (86, 100, 120) for tokens in (16, 32, 64, 128)]
+
+TOO_LARGE = Product(
+    "dot",
+    {"rows": 128, "tokens": 128, "bytes": 32, "warps": 4, "stages": 3, "splits": 1, "permute": True},
+    128,
+    capability=86,
+)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Machine code by product."""
+    products = [*GEMV, *WIDTHS, *DOT, *FIRST, TOO_LARGE]
+    return dict(zip(map(str, products), compile_products(products), strict=True))
+
+
+def spilled(code):
+    return code.spilled, code.count("STL", "LDL")
+
+
+@pytest.mark.parametrize("product", GEMV, ids=str)
+def test_gemv_reads_weights_once_and_wide_and_spills_nothing(product, compiled):
+    code = compiled[str(product)]
+    rows = product.config["rows"]
+    assert spilled(code) == (0, 0)
+    # 128 bits of values a lane, row and step; they are all that is marked to leave the cache first.
+    assert code.count("LDG.E.EF.128") == code.count_in_loop("LDG.E.EF") == code.count("LDG.E.EF") == rows
+    # The masks: 16 bits a lane, row and step.
+    assert code.count_in_loop("LDG.E.U16") == rows
+
+
+@pytest.mark.parametrize("product", GEMV, ids=str)
+def test_lanes_of_gemv_meet_only_in_the_end(product, compiled):
+    code = compiled[str(product)]
+    assert code.count_in_loop("LDS", "STS", "BAR", "SHFL") == 0
+    assert code.count("SHFL") > 0
+    sums = product.config["rows"] * product.tokens
+    if product.config["warps"] == 1:
+        assert code.count("LDS", "STS", "BAR") == code.shared == 0
+    else:  # one store for each sum; a barrier behind it, and one before the next
+        assert 0 < code.count("STS") <= sums
+        assert code.count("BAR") <= 2 * sums
+
+
+@pytest.mark.parametrize("product", [p for p in GEMV if p.tokens == 1 and p.pattern == "2:4"], ids=str)
+def test_gemv_takes_few_instructions_for_a_group_of_four(product, compiled):
+    """Two fused multiply-adds, and what it takes to find their operands: a step has four groups a row and lane."""
+    code = compiled[str(product)]
+    groups = 4 * product.config["rows"]
+    assert code.count_in_loop("FFMA") + code.count_in_loop("FFMA2") == 2 * groups  # FFMA2 does two at once
+    assert code.loop.total() <= 16 * groups
+
+
+@pytest.mark.parametrize("product", WIDTHS, ids=str)
+def test_gemv_reads_wide_at_any_width(product, compiled):
+    code = compiled[str(product)]
+    assert spilled(code) == (0, 0)
+    assert code.count_in_loop("LDG.E.EF.128") == code.count("LDG.E.EF") == product.config["rows"]
+
+
+@pytest.mark.parametrize("product", [*DOT, *FIRST], ids=str)
+def test_dot_runs_on_tensor_cores_and_fits_the_shared_memory(product, compiled):
+    code = compiled[str(product)]
+    assert code.count_in_loop("HMMA", "HGMMA", "UTCHMMA") > 0
+    assert code.count_in_loop("LDGSTS") > 0  # tiles of memory on their way while others are multiplied
+    assert 0 < code.shared <= SHARED_MEMORY[product.capability]
+
+
+@pytest.mark.parametrize("product", DOT, ids=str)
+def test_dot_spills_nothing(product, compiled):
+    code, allowed = compiled[str(product)], SPILLS.get(str(product), 0)
+    assert code.spilled <= allowed
+    assert allowed or code.count("STL", "LDL") == 0
+
+
+def test_spills_and_large_tiles_show(compiled):
+    """The reader of machine code finds what the tests above look for, where it is there."""
+    code = compiled[str(TOO_LARGE)]
+    assert code.spilled > 0 and code.count("STL") > 0 and code.count("LDL") > 0
+    assert code.shared > SHARED_MEMORY[86]
+
+
+def test_a_kernel_that_does_not_compile_is_an_error():
+    with pytest.raises(RuntimeError, match="power of 2"):
+        compile_products([Product("gemv", {"warps": 3, "rows": 1}, 1)])
