@@ -9,6 +9,7 @@ from .models import bench_model
 from .results import RESULTS_NAME, BenchResults
 from .run import FLAGS, run
 from .shapes import MODELS, layer_shapes
+from .tables import speed_table
 
 __all__ = [
     "FIGURE_NAME",
@@ -21,4 +22,5 @@ __all__ = [
     "draw_speedup",
     "layer_shapes",
     "run",
+    "speed_table",
 ]

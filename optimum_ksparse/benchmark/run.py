@@ -57,7 +57,8 @@ def run(checkpoint: str | None = None, **settings: Any) -> BenchResults:
     results = BenchResults.here(device)
     model: Any = None
     if checkpoint is not None:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=chosen.get("dtype", "auto")).to(device)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=chosen.get("dtype", "auto"))
+        model.to(device)
         if not sparse_modules(model):
             raise ValueError(f"{checkpoint} is a dense checkpoint: prune it, or name shapes with --models")
     try:

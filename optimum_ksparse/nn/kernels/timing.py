@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 _REPEATS = 11
+# Seconds of a round on a processor, whose scheduler spoils shorter ones.
+_LEAST_ROUND = 0.005
 
 
 def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = _REPEATS) -> float:
@@ -61,12 +63,13 @@ def _time_graph(calls: Sequence[Callable[[], Any]], device: torch.device, repeat
 
 
 def _time_wall(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
-    times = []
-    for call in calls[:1]:
-        call()
-    for _ in range(repeats):
+    def round_of(times: int) -> float:
         started = time.perf_counter()
-        for call in calls:
-            call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times) * 1e6 / len(calls)
+        for _ in range(times):
+            for call in calls:
+                call()
+        return (time.perf_counter() - started) / times
+
+    round_of(1)
+    times = max(1, int(_LEAST_ROUND / max(1e-9, round_of(1))))
+    return statistics.median(round_of(times) for _ in range(repeats)) * 1e6 / len(calls)

@@ -1,0 +1,97 @@
+"""The README's table of what is faster where, from result files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .results import BenchResults
+
+# Tokens in a product, as people meet them.
+_RANGES = ((1, 1), (2, 32), (64, 256), (512, 4096))
+_TEXTS: dict[str, dict[str, Any]] = {
+    "en": {
+        "head": "| hardware | pattern, dtype | tokens | speed-up, memory mode | speed mode | kernels taken |",
+        "models": "| hardware | whole model | pattern, dtype | prefill | decoding | CUDA graphs |",
+        "to": "{:.2f} to {:.2f}",
+        "yes": ("no", "yes"),
+        "gpu": "**Not measured yet on any NVIDIA GPU**: the kernels are compiled for Ampere, Hopper and Blackwell in "
+        "the tests, and what they compute is tested in Triton's interpreter; how fast they are has not been seen.",
+        "ampere": "Ampere itself is compiled for and not measured.",
+        "shapes": "Ranges are over {} shapes of {:,} to {:,} dense bytes.",
+    },
+    "ko": {
+        "head": "| 하드웨어 | 패턴, dtype | 토큰 | 밀집 대비 속도: memory 모드 | speed 모드 | 쓰인 커널 |",
+        "models": "| 하드웨어 | 모델 전체 | 패턴, dtype | 프리필 | 디코딩 | CUDA 그래프 |",
+        "to": "{:.2f}~{:.2f}",
+        "yes": ("아니요", "예"),
+        "gpu": "**NVIDIA GPU에서는 아직 측정하지 않았습니다.** 테스트가 커널을 Ampere, Hopper, Blackwell용으로 "
+        "컴파일하고 계산 결과를 Triton 인터프리터로 확인하지만, 얼마나 빠른지는 아직 보지 못했습니다.",
+        "ampere": "Ampere용으로는 컴파일만 하고 측정하지 않았습니다.",
+        "shapes": "범위는 밀집 {1:,}~{2:,}바이트인 모양 {0}개에 걸친 값입니다.",
+    },
+}
+
+
+def speed_table(results: Sequence[BenchResults], language: str = "en") -> str:
+    """Markdown of what was measured, and of what was not.
+
+    Args:
+        results: any number of result files.
+        language: "en" or "ko".
+    """
+    texts = _TEXTS[language]
+    lines: list[str] = []
+    rows = [row for one in results for row in _rows(one, texts)]
+    if rows:
+        lines += [texts["head"], "|---|---|---|---|---|---|", *rows, ""]
+        every = [row for one in results for row in one.chosen()]
+        sizes = sorted({row["dense_bytes"] for row in every})
+        shapes = len({tuple(row["shape"]) for row in every})
+        lines += [texts["shapes"].format(shapes, sizes[0], sizes[-1]), ""]
+    models = [row for one in results for row in _models(one, texts)]
+    if models:
+        lines += [texts["models"], "|---|---|---|---|---|---|", *models, ""]
+    capabilities = [str(one.hardware["capability"]) for one in results if "capability" in one.hardware]
+    if not capabilities:
+        lines.append(texts["gpu"])
+    elif not any(capability.startswith("8.") for capability in capabilities):
+        lines.append(texts["ampere"])
+    return "\n".join(lines).strip() + "\n"
+
+
+def _rows(results: BenchResults, texts: dict[str, Any]) -> list[str]:
+    lines = []
+    for pattern, dtype in dict.fromkeys((row["pattern"], row["dtype"]) for row in results.chosen()):
+        for least, most in _RANGES:
+            rows = [
+                row
+                for row in results.chosen()
+                if (row["pattern"], row["dtype"]) == (pattern, dtype) and least <= row["tokens"] <= most
+            ]
+            if rows:
+                numbers = sorted({row["tokens"] for row in rows})
+                tokens = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
+                memory = _span([row["speedup"] for row in rows], texts)
+                speed = _span([row["dense_us"] / row["speed_us"] for row in rows], texts)
+                names = ", ".join(dict.fromkeys(row["kernel"] for row in rows))
+                lines.append(f"| {_name(results)} | {pattern}, {dtype} | {tokens} | {memory} | {speed} | {names} |")
+    return lines
+
+
+def _models(results: BenchResults, texts: dict[str, Any]) -> list[str]:
+    return [
+        f"| {_name(results)} | {row['model']} | {row['pattern']}, {row['dtype']} | {row['prefill_speedup']:.2f} | "
+        f"{row['decode_speedup']:.2f} | {texts['yes'][row['cuda_graphs']]} |"
+        for row in results.models
+    ]
+
+
+def _span(values: list[float], texts: dict[str, Any]) -> str:
+    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+    return least if least == most else texts["to"].format(min(values), max(values))
+
+
+def _name(results: BenchResults) -> str:
+    threads = results.hardware.get("threads")
+    return str(results.hardware["device"]) + (f", {threads} threads" if threads else "")
