@@ -234,7 +234,7 @@ def fences(monkeypatch):
     fences.check()
 
 
-SHAPES = [(1, 8, 1), (3, 528, 2), (5, 48, 4), (5, 24, 3), (9, 136, 17)]
+SHAPES = [(1, 8, 1), (3, 528, 2), (1, 1024, 1), (5, 48, 4), (5, 24, 3), (9, 136, 17)]
 
 
 @pytest.mark.parametrize(
