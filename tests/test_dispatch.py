@@ -331,7 +331,6 @@ def test_measuring_leaves_the_mode_alone(clock, mode):
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
 
 
-@pytest.mark.xfail(strict=True, reason="the input to measure on is drawn from the generator that models draw from")
 def test_measuring_draws_no_random_numbers(clock):
     """What a model samples must not depend on whether its speeds were known."""
     clock.times = {"gemv": 1.0}
@@ -340,7 +339,6 @@ def test_measuring_draws_no_random_numbers(clock):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.xfail(strict=True, reason="a problem that the file names counts as known, whatever it says of it")
 def test_a_problem_of_which_only_unusable_speeds_are_known_is_measured(clock):
     clock.times = {"dot": 10.0}
     cache.write_timings(CPU, {str(make_problem(1)): {"gemv": {"config": {"warps": 99}, "us": 1.0}}})

@@ -60,12 +60,14 @@ def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate
     if not has_kernels(problem):
         _choices[key] = Candidate("reference" if weight.dense is None else "dense")
         return _choices[key]
-    if str(problem) not in _known(problem.device):
+    if _is_unknown(problem):
         captures = problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if captures or os.environ.get(AUTOTUNE_VARIABLE) == "0":
             return rule_of_thumb(problem)
         logger.info(f"Measuring kernels for {problem}; model.autotune_kernels() does that beforehand.")
-        measure(problem)
+        with _lock:
+            if _is_unknown(problem):  # another thread may have been faster
+                measure(problem)
     _choices[key] = _fastest(problem, key[1:])
     return _choices[key]
 
@@ -111,7 +113,7 @@ def measured(problem: Problem) -> dict[str, tuple[Candidate, float]]:
     }
 
 
-def measure(problem: Problem, kernels: Sequence[str] | None = None) -> dict[str, tuple[Candidate, float]]:
+def measure(problem: Problem) -> dict[str, tuple[Candidate, float]]:
     """Times the candidates for a problem on random weights, each under a CUDA graph and with copies of the weight that
     the cache cannot hold; remembers the fastest of each kernel, in memory and on disk. Candidates that fail (too
     little memory) are left out."""
@@ -119,7 +121,7 @@ def measure(problem: Problem, kernels: Sequence[str] | None = None) -> dict[str,
     plain = torch.autocast(device.type, enabled=False)  # whatever the forward pass is in that asks
     with _lock, torch.no_grad(), torch.inference_mode(False), plain:
         results: dict[str, tuple[Candidate, float]] = {}
-        for candidate, microseconds in _time_candidates(problem, kernels):
+        for candidate, microseconds in _time_candidates(problem):
             best = results.get(candidate.kernel)
             if best is None or microseconds < _MARGIN * best[1]:
                 results[candidate.kernel] = candidate, microseconds
@@ -139,6 +141,11 @@ def forget() -> None:
         _timings.clear()
         _choices.clear()
         _fused.clear()
+
+
+def _is_unknown(problem: Problem) -> bool:
+    """Whether it remains to be measured; what could not be is kept as an empty entry."""
+    return not measured(problem) and _known(problem.device).get(str(problem)) != {}
 
 
 def _known(device: torch.device) -> Timings:
@@ -176,14 +183,16 @@ def _forced(kernel: str, weight: PackedWeight, problem: Problem) -> Candidate:
     return Candidate(kernel, KERNELS[kernel].configs(problem)[0])
 
 
-def _time_candidates(problem: Problem, kernels: Sequence[str] | None) -> Iterator[tuple[Candidate, float]]:
+def _time_candidates(problem: Problem) -> Iterator[tuple[Candidate, float]]:
     device = problem.device
     try:
-        x = torch.randn(problem.tokens, problem.in_features, device=device, dtype=problem.dtype)
+        # A generator of its own: what a model samples must not depend on what was measured.
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.randn(problem.tokens, problem.in_features, device=device, generator=generator).to(problem.dtype)
         weights = sample_weights(problem, rotations(problem.dense_bytes * 9 // 16, device))
     except torch.OutOfMemoryError:
         return
-    for name in kernels or KERNELS:
+    for name in KERNELS:
         if name == "reference" or KERNELS[name].why_not(problem) is not None:
             continue
         try:

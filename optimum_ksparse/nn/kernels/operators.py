@@ -18,7 +18,7 @@ def decompress(values: torch.Tensor, bits: torch.Tensor, in_features: int, patte
     if _has_kernel(values, bits, in_features, pattern):
         from .dense import decompress
 
-        return decompress(values.contiguous(), bits, in_features, GROUPS[pattern])
+        return decompress(aligned(values), aligned(bits), in_features, GROUPS[pattern])
     return unpack(values, bits, in_features)
 
 
@@ -33,7 +33,7 @@ def gather(dense: torch.Tensor, bits: torch.Tensor, values_shape: list[int], pat
     if _has_kernel(dense, bits, dense.shape[1], pattern):
         from .dense import gather
 
-        return gather(dense.contiguous(), bits, GROUPS[pattern])
+        return gather(aligned(dense), aligned(bits), GROUPS[pattern])
     return dense[unpack_mask(bits, dense.shape[1])].view(values_shape)
 
 
@@ -131,7 +131,7 @@ def compute(
         candidate = choose(weight, tokens.shape[0], kernel)
     if candidate.kernel not in ("dense", "reference"):  # those take x as it is
         tokens = aligned(tokens)
-        weight = weight._replace(values=aligned(weight.values), bits=weight.bits.contiguous())
+        weight = weight._replace(values=aligned(weight.values), bits=aligned(weight.bits))
     return candidate.run(tokens, weight, bias).view(*x.shape[:-1], weight.out_features)
 
 

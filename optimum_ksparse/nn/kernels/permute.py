@@ -24,13 +24,13 @@ def prmt(a, b, selector):
     """PTX `prmt.b32`: byte k of the result is the byte of (a, b) that nibble k of `selector` (0 to 7) names."""
     if INTERPRETED:
         zero = (a & 0) + (b & 0) + (selector & 0)  # an operand may be a constant
-        wide = (b + zero).to(tl.uint32, bitcast=True).to(tl.uint64) << 32
-        wide |= (a + zero).to(tl.uint32, bitcast=True).to(tl.uint64)
-        result = zero.to(tl.uint32, bitcast=True)
-        for k in tl.static_range(4):
-            byte = (wide >> ((((selector + zero) >> (4 * k)) & 7) * 8).to(tl.uint64)) & 0xFF
-            result |= byte.to(tl.uint32) << (8 * k)
-        return result.to(tl.int32, bitcast=True)
+        low, high = (a + zero).to(tl.uint32, bitcast=True), (b + zero).to(tl.uint32, bitcast=True)
+        data = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
+        shifts = (selector + zero).to(tl.uint64) << 3
+        result = (data >> (shifts & 56)) & 0xFF
+        for k in tl.static_range(1, 4):
+            result |= ((data >> ((shifts >> (4 * k)) & 56)) & 0xFF) << (8 * k)
+        return result.to(tl.uint32).to(tl.int32, bitcast=True)
     else:
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1
