@@ -157,10 +157,21 @@ def test_what_is_missing_is_measured_and_kept(gpu, monkeypatch, tmp_path):
     assert not asked and file.is_file()
 
 
-def test_layers_without_kernels_stay_as_they_are():
+def test_layers_without_kernels():
     layers = make_layers(pattern="50%") | {"float32": make_layers(1, dtype=torch.float32)["layer0"]}
     report = autotune(layers)
-    assert report.rows == [] and "decompresses" in str(report)
+    assert report.extra_bytes == 0 and "decompresses" in str(report)
+    assert "32 x 64 50% bfloat16: 2 layers, packed alone" in str(report)
+    size = layers["layer0"].dense_bytes
+    report = autotune(layers, optimize_for="speed", max_extra_bytes=size)
+    assert report.extra_bytes == size
+    report = autotune(layers, optimize_for="speed")
+    assert report.extra_bytes == 4 * size
+    x = torch.randn(3, 64)
+    for layer in layers.values():
+        own = x.to(layer.weight.dtype)
+        assert torch.equal(layer(own), F.linear(own, layer.to_dense_weight(), layer.bias))
+    assert autotune(layers).extra_bytes == 0
 
 
 def test_forms_give_what_the_packed_weight_gives(gpu):

@@ -86,17 +86,18 @@ def autotune(
     """Measures what has not been measured on this machine, then gives layers the forms that pay.
 
     "memory": torch's semi-structured tensor where it shares the values, so that a layer stays below 0.65 of its dense
-    bytes. "speed": that, or a dense weight, layer by layer where it saves most, within `max_extra_bytes` in all.
+    bytes. "speed": that, or a dense weight, layer by layer where it saves most, within `max_extra_bytes` in all; where
+    there are no kernels, dense weights.
 
     Args:
-        layers: by name; those without kernels (elsewhere than on a GPU, unstructured, float32) stay as they are.
+        layers: by name.
         tokens: for which numbers of tokens, each a power of two up to 4096.
         optimize_for, max_extra_bytes: as in `SparsityConfig`.
     """
     groups = _groups(layers)
     device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
     report = KernelReport(kernels.describe_device(device), optimize_for)
-    problems = {shape: [_problem(layers[names[0]], number) for number in tokens] for shape, names in groups.items()}
+    problems = {kind: _problems(layers[names[0]], tokens) for kind, names in groups.items()}
     fused = [replace(p, out_features=rows) for p, rows in _fused_rows(layers, groups, problems)]
     wanted = [*(p for row in problems.values() for p in row), *fused]
     missing = [problem for problem in dict.fromkeys(wanted) if "dense" not in kernels.measured(problem)]
@@ -107,27 +108,33 @@ def autotune(
             layers[name].drop_forms()
     options = [
         option
-        for shape, names in groups.items()
+        for kind, names in groups.items()
         # A fused layer's values are rows of the group's: no other form can share them.
         for option in _options(
-            layers[names[0]], [n for n in names if layers[n]._group is None], problems[shape], optimize_for
+            layers[names[0]], [n for n in names if layers[n]._group is None], problems[kind], optimize_for
         )
     ]
     limit = max_extra_bytes if optimize_for == "speed" else None
     for option in _chosen(options, limit):
         _keep(layers[option.layer], option.form, optimize_for == "memory" or limit is not None)
-    report.rows = [_row(layers, names, problems[shape]) for shape, names in groups.items()]
+    report.rows = [_row(layers, names, problems[kind]) for kind, names in groups.items()]
     return report
 
 
 def _groups(layers: dict[str, SparseLinear]) -> dict[tuple[object, ...], list[str]]:
-    """Names of the layers that kernels take, by what their speed depends on."""
+    """Names of the layers by what their speed depends on; without those that accelerate brings in for each pass."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, layer in layers.items():
-        problem = _problem(layer, 1)
-        if kernels.has_kernels(problem):
+        if not layer.weight.is_meta:
+            problem = _problem(layer, 1)
             groups.setdefault((str(problem), problem.device), []).append(name)
     return groups
+
+
+def _problems(layer: SparseLinear, tokens: Sequence[int]) -> list[kernels.Problem]:
+    """What to measure; nothing where there is no choice of kernels."""
+    problems = [_problem(layer, number) for number in tokens]
+    return [problem for problem in problems if kernels.has_kernels(problem)]
 
 
 def _fused_rows(
@@ -156,6 +163,9 @@ def _options(
 ) -> list[_Option]:
     """What each layer of a kind may keep, where that pays."""
     options = []
+    if not problems:  # without kernels a dense weight is always faster than decompressing in each pass
+        speed = optimize_for == "speed"
+        return [_Option(name, "dense", layer.dense_bytes, layer.dense_bytes) for name in names if speed]
     forms = ("library",) if optimize_for == "memory" else kernels.KEPT_FORMS
     for form in forms:
         saved, pays = 0.0, False
