@@ -249,10 +249,18 @@ def test_a_lazily_dense_layer_trains_and_is_measured_in_turns():
             torch.testing.assert_close(layer(x), F.linear(x, layer.to_dense_weight(), layer.bias))
         assert layer.extra_bytes
         layer(x).square().sum().backward()
+        assert layer.weight.grad.any()
         optimizer.step()
         optimizer.zero_grad()
     mask = Pattern("2:4").mask(layer.to_dense_weight().abs())
     assert not layer.to_dense_weight()[~mask].any()
+
+
+def test_a_form_that_is_kept_does_not_swallow_the_gradient():
+    layer = make_layers(dtype=torch.float32)["layer0"].requires_grad_()
+    layer.keep_form("dense", layer.to_dense_weight())
+    layer(torch.randn(8, 64)).sum().backward()
+    assert layer.weight.grad.any()
 
 
 def test_a_lazily_dense_layer_passes_gradients_to_adapters():

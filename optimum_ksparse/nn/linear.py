@@ -146,9 +146,11 @@ class SparseLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._formed is not None and not torch.compiler.is_compiling() and self._formed != self._state():
             self.drop_forms()  # the weight has been trained or loaded since
-        if self.densify == "lazy" and self._dense_weight is None and self._may_densify():
+        # Other forms than the packed one would swallow the gradient of the weight.
+        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        if self.densify == "lazy" and self._dense_weight is None and not trains and self._may_densify():
             self._dense_weight, self._formed = self.to_dense_weight(), self._state()
-        if self._dense_weight is not None:
+        if self._dense_weight is not None and not trains:
             return F.linear(x, self._dense_weight, self.bias)
         if self._group is not None and not torch.is_grad_enabled() and self._formed is None:
             group, index = self._group
@@ -164,8 +166,8 @@ class SparseLinear(nn.Linear):
             bias = bias if bias is None else bias.to(dtype)  # type: ignore[assignment]
             if dtype != self.weight.dtype:
                 dense = library = None
-        if torch.is_grad_enabled() and values.requires_grad:
-            dense = library = None  # their gradients would be lost
+        if trains:
+            dense = library = None
         weight = kernels.PackedWeight(values, self.weight_mask, self.in_features, str(self.pattern), dense, library)
         return kernels.apply(x, weight, bias, self.kernel)
 
@@ -206,10 +208,9 @@ class SparseLinear(nn.Linear):
         return form.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
 
     def _may_densify(self) -> bool:
-        """Not while the weight trains, nor where accelerate brings it in for a forward pass only."""
-        trains = torch.is_grad_enabled() and self.weight.requires_grad
+        """Not where accelerate brings the weight in for a forward pass only."""
         offloaded = getattr(getattr(self, "_hf_hook", None), "offload", False)
-        return not (trains or offloaded or self.weight.is_meta or torch.compiler.is_compiling())
+        return not (offloaded or self.weight.is_meta or torch.compiler.is_compiling())
 
     def _state(self) -> tuple[int, int]:
         """Changes when the packed weight is written to or replaced."""
