@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton, in which the kernels are written, is not installed")
 
-from optimum_ksparse.nn.kernels import KERNELS, Problem
+from optimum_ksparse.nn.kernels import KERNELS, Problem, hardware
 
 from .machine_code import Product, compile_products
 
@@ -22,10 +22,11 @@ OTHERS = (80, 86, 100, 120)  # beside sm_90
 
 
 def offered(kernel, tokens, pattern="2:4", dtype="bfloat16", capability=90, in_features=4096):
-    """A product for each configuration that is tried for it."""
-    # Asked on the CPU: for a GPU the table may look at the GPU that is here.
+    """A product for each configuration that is tried for it on a GPU of that capability."""
     problem = Problem(4096, in_features, tokens, pattern, getattr(torch, dtype), torch.device("cpu"))
-    configs = KERNELS[kernel].configs(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "capability", lambda device: divmod(capability, 10))
+        configs = KERNELS[kernel].configs(problem)
     return [Product(kernel, c, tokens, pattern, dtype, capability, in_features=in_features) for c in configs]
 
 
@@ -92,9 +93,9 @@ def test_lanes_of_gemv_meet_only_in_the_end(product, compiled):
     sums = product.config["rows"] * product.tokens
     if product.config["warps"] == 1:
         assert code.count("LDS", "STS", "BAR") == code.shared == 0
-    else:  # one store for each sum; a barrier behind it, and one before the next
-        assert 0 < code.count("STS") <= sums
-        assert code.count("BAR") <= 2 * sums
+    else:  # a store for each sum (two with Triton 3.6), with a barrier behind it and one before the next
+        assert 0 < code.count("STS") <= 2 * sums
+        assert code.count("BAR") <= 4 * sums
 
 
 @pytest.mark.parametrize("product", [p for p in GEMV if p.tokens == 1 and p.pattern == "2:4"], ids=str)

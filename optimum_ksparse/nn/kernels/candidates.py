@@ -198,6 +198,9 @@ def _dot_configs(problem: Problem) -> list[Config]:
             (128, 64, 16, 8, 3, 1, True),
             (64, 64, 16, 4, 4, 4, True),
         ]
+    elif hardware.capability(problem.device)[0] == 10:
+        # Larger ones do not fit the tensor memory: up to Triton 3.8 a kernel is then nothing but a trap.
+        tiles = [(64, 64, 16, 4, 3, 1, True), (128, 64, 16, 8, 3, 1, True), (64, 64, 16, 4, 4, 4, True)]
     else:
         tiles = [
             (128, 128, 16, 8, 2, 1, True),
@@ -205,7 +208,7 @@ def _dot_configs(problem: Problem) -> list[Config]:
             (64, 64, 16, 4, 4, 1, True),
             (128, 128, 16, 8, 3, 2, True),
         ]
-        if torch.cuda.is_available() and torch.cuda.get_device_capability(problem.device)[0] == 9:
+        if hardware.capability(problem.device)[0] == 9:
             # On others the sums of such tiles do not fit the registers, or the tiles the shared memory.
             tiles += [(64, 128, 16, 4, 3, 1, True), (128, 256, 16, 8, 2, 1, True), (128, 128, 32, 8, 2, 1, True)]
     return [dict(zip(names, tile, strict=True)) for tile in tiles]

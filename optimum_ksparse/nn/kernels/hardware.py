@@ -23,6 +23,11 @@ def why_no_kernels(device: torch.device) -> str | None:
     return _why_not(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU; of another device the least that there are kernels for."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _LEAST_CAPABILITY
+
+
 def runs_kernels(device: torch.device) -> bool:
     """Whether sparse layers on `device` choose among kernels. In the interpreter only what is forced runs there."""
     return device.type == "cuda" and why_no_kernels(device) is None
