@@ -18,8 +18,9 @@ DEMO_DIR ?= .demo
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py "$(MODEL)" "$(PATTERN)" "$(METHOD)" "$(DEMO_DIR)"
 
+# Two processes with a thread each take half of the time of one with two, whose threads mostly wait for each other.
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
