@@ -6,7 +6,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from optimum_ksparse.benchmark import (
     speed_table,
 )
 from optimum_ksparse.benchmark import run as bench
-from optimum_ksparse.benchmark.layers import bench_layers
+from optimum_ksparse.benchmark.layers import _library_shares, bench_layers
 from optimum_ksparse.benchmark.shapes import model_config
 from optimum_ksparse.nn import kernels
 from optimum_ksparse.nn.kernels import hardware
@@ -32,6 +31,13 @@ from optimum_ksparse.nn.kernels import hardware
 from .conftest import REPOSITORY
 
 KEYS = {"shape", "tokens", "dtype", "pattern", "kernel", "dense_us", "sparse_us", "speedup", "dense_bytes"}
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / f"examples/benchmarks/{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def make_results(**hardware_facts):
@@ -108,6 +114,23 @@ def test_every_kernel_has_a_row_and_the_dispatch_takes_the_chosen_one(monkeypatc
     kernels.forget()
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_library_form_that_shares_no_values_is_for_speed_mode_alone(monkeypatch, shares):
+    problem = kernels.Problem(32, 64, 128, "2:4", torch.bfloat16, torch.device("cpu"))
+    speeds = {"dot": 10.0, "library": 4.0, "dense": 8.0}
+    found = {name: (kernels.Candidate(name), microseconds) for name, microseconds in speeds.items()}
+    monkeypatch.setattr(kernels, "has_kernels", lambda problem: True)
+    monkeypatch.setattr(kernels, "measure", lambda problem: found)
+    monkeypatch.setattr(kernels, "library_form", lambda values, bits, in_features: values.flatten())
+    monkeypatch.setattr(kernels, "shared_values", lambda form, values: values if shares else None)
+    _library_shares.cache_clear()
+    rows = {row["kernel"]: row for row in bench_layers(problem)}
+    _library_shares.cache_clear()
+    assert rows["library"]["mode"] == ("memory" if shares else "speed") and rows["dot"]["mode"] == "memory"
+    assert [name for name, row in rows.items() if row["chosen"]] == ["library" if shares else "dot"]
+    assert {row["speed_us"] for row in rows.values()} == {4.0}
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_a_whole_model(make_model, kind):
     model = make_model("llama")
@@ -149,6 +172,10 @@ def test_what_was_measured_stays(tmp_path, monkeypatch):
         run(shapes=["32x64"], tokens=[1, 2], dtype="float32", output=str(tmp_path), device="cpu")
     assert len(BenchResults.load(tmp_path / RESULTS_NAME).rows) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([RESULTS_NAME, FIGURE_NAME])
+    calls[:] = calls[:1]  # interrupted in the first product: the earlier results stay
+    with pytest.raises(KeyboardInterrupt):
+        run(shapes=["32x64"], tokens=[1, 2], dtype="float32", output=str(tmp_path), device="cpu")
+    assert len(BenchResults.load(tmp_path / RESULTS_NAME).rows) == 1
 
 
 @pytest.mark.parametrize(
@@ -163,6 +190,9 @@ def test_what_was_measured_stays(tmp_path, monkeypatch):
         ({"dtype": "int8"}, "dtype='int8' is not known"),
         ({"optimize_for": "size"}, "optimize_for='size' is not known"),
         ({"layers": 0}, "at least 1"),
+        ({"device": "gpu"}, "device='gpu' is not known"),
+        ({"device": "cuda:x"}, "device='cuda:x' is not known"),
+        ({"device": "cuda:99"}, "torch sees no such CUDA GPU here"),
     ],
 )
 def test_bad_settings_are_errors_before_any_work(tmp_path, settings, message):
@@ -173,7 +203,7 @@ def test_bad_settings_are_errors_before_any_work(tmp_path, settings, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_an_error():
-    with pytest.raises(ValueError, match="torch sees no CUDA GPU here"):
+    with pytest.raises(ValueError, match="torch sees no such CUDA GPU here"):
         run(device="cuda")
 
 
@@ -204,19 +234,17 @@ def test_a_table_says_what_was_measured_and_what_was_not():
     assert "| Some GPU | m | 2:4, bfloat16 | 0.97 | 1.50 | yes |" in text
     assert "Ampere itself is compiled for and not measured" in text and "Not measured yet" not in text
     assert "Ampere" not in speed_table([make_results(capability="8.0")])
+    assert "Ampere itself" in speed_table([make_results(capability="8.9")])  # Ada
     assert "Not measured yet on any NVIDIA GPU" in speed_table([make_results()])
     assert "측정하지 않았습니다" in speed_table([], "ko")
 
 
 def test_readmes_hold_the_table_of_the_committed_files():
-    path = REPOSITORY / "examples/benchmarks/speed_table.py"
-    spec = importlib.util.spec_from_file_location("speed_table", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("speed_table")
     for language, readme in script.READMES.items():
         text = readme.read_text(encoding="utf-8")
         assert all(mark in text for mark in script.MARKS)
-        assert script.filled(text, language) == text, f"run {path.name}"
+        assert script.filled(text, language) == text, "run speed_table.py"
 
 
 @pytest.mark.end_to_end
@@ -225,14 +253,32 @@ def test_the_script_for_a_gpu_machine_runs_as_far_as_a_cpu_lets_it(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert {name: step["ended"] for name, step in summary.items()} == {"test": "0", "layers": "0", "decode": "0"}
-    assert (tmp_path / "out/layers" / FIGURE_NAME).is_file()
-    assert BenchResults.load(tmp_path / "out/decode" / RESULTS_NAME).models
+    assert {name: step["ended"] for name, step in summary.items()} == dict.fromkeys(
+        load_script("gpu_check").QUICK, "0"
+    )
+    assert all(path.is_file() for path in (tmp_path / "out").iterdir())
+    assert (tmp_path / "out" / f"layers-{FIGURE_NAME}").is_file()
+    assert BenchResults.load(tmp_path / "out" / f"decode-{RESULTS_NAME}").models
+
+
+def test_a_step_that_hangs_keeps_what_it_wrote_and_does_not_lose_the_others(tmp_path, capsys):
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('up', flush=True)\ntime.sleep(60)"
+    )
+    polite = "import time, sys, os\nos.mkdir(sys.argv[1])\ntry: time.sleep(60)\nfinally: open(sys.argv[1] + '/a', 'w')"
+    steps = {
+        "stubborn": (0.3, [sys.executable, "-c", stubborn]),
+        "polite": (0.3, [sys.executable, "-c", polite, "{own}"]),
+        "after": (0.3, [sys.executable, "-c", "print('done')"]),
+    }
+    assert load_script("gpu_check").main(tmp_path, 0.15, False, steps) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [step["ended"] for step in summary.values()] == ["out of time", "out of time", "0"]
+    assert sum(step["seconds"] for step in summary.values()) < 9
+    assert (tmp_path / "polite-a").is_file() and (tmp_path / "after.log").read_text() == "done\n"
 
 
 def test_the_shares_of_time_of_the_script_stay_below_the_whole():
-    text = Path(REPOSITORY / "examples/benchmarks/gpu_check.py").read_text()
-    scope: dict = {"__file__": str(REPOSITORY / "examples/benchmarks/gpu_check.py"), "__name__": "gpu_check"}
-    exec(compile(text, "gpu_check.py", "exec"), scope)
-    for steps in (scope["STEPS"], scope["QUICK"]):
+    script = load_script("gpu_check")
+    for steps in (script.STEPS, script.QUICK):
         assert sum(share for share, _ in steps.values()) <= 1

@@ -15,6 +15,9 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **arguments)
     try:
         print(run(**vars(parser.parse_args())))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (OSError, ValueError, TypeError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(1)

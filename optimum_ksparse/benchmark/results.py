@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..staging import write_text
 from ..version import library_versions
 
 RESULTS_NAME = "results.json"
@@ -45,12 +45,7 @@ class BenchResults:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes `results.json`, whole or not at all."""
         path = Path(folder) / RESULTS_NAME
-        file, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with open(file, "w", encoding="utf-8") as stream:
-            json.dump(asdict(self), stream, indent=1, ensure_ascii=False)
-            stream.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
         return path
 
     @classmethod

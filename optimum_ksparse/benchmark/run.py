@@ -67,7 +67,8 @@ def run(checkpoint: str | None = None, **settings: Any) -> BenchResults:
             results.save(output)
         _whole_models(results, chosen, device, output, model, checkpoint)
     finally:
-        results.save(output)
+        if results.rows or results.models:  # otherwise those of an earlier run stay
+            results.save(output)
         draw_speedup(results, output / FIGURE_NAME)
     return results
 
@@ -89,8 +90,11 @@ def _check(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"optimize_for={settings['optimize_for']!r} is not known; allowed: memory, speed")
     if settings.get("layers", 1) < 1 or settings.get("prompt_tokens", 1) < 1:
         raise ValueError("layers and prompt_tokens must be at least 1")
-    if str(settings.get("device", "")).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={settings['device']!r}: torch sees no CUDA GPU here")
+    kind, _, number = str(settings.get("device", "cpu")).partition(":")
+    if kind not in ("cuda", "cpu") or not (number or "0").isdigit():
+        raise ValueError(f"device={settings['device']!r} is not known; allowed: cpu, cuda, cuda:0 and so on")
+    if kind == "cuda" and int(number or "0") >= torch.cuda.device_count():
+        raise ValueError(f"device={settings['device']!r}: torch sees no such CUDA GPU here")
 
 
 def _problems(settings: Mapping[str, Any], device: torch.device, model: Any) -> list[Problem]:

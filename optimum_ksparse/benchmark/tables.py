@@ -9,12 +9,15 @@ from .results import BenchResults
 
 # Tokens in a product, as people meet them.
 _RANGES = ((1, 1), (2, 32), (64, 256), (512, 4096))
+# Compute capabilities of Ampere; 8.9 is Ada.
+_AMPERE = ("8.0", "8.6", "8.7")
 _TEXTS: dict[str, dict[str, Any]] = {
     "en": {
         "head": "| hardware | pattern, dtype | tokens | speed-up, memory mode | speed mode | kernels taken |",
         "models": "| hardware | whole model | pattern, dtype | prefill | decoding | CUDA graphs |",
         "to": "{:.2f} to {:.2f}",
         "yes": ("no", "yes"),
+        "threads": "{}, {} threads",
         "gpu": "**Not measured yet on any NVIDIA GPU**: the kernels are compiled for Ampere, Hopper and Blackwell in "
         "the tests, and what they compute is tested in Triton's interpreter; how fast they are has not been seen.",
         "ampere": "Ampere itself is compiled for and not measured.",
@@ -25,6 +28,7 @@ _TEXTS: dict[str, dict[str, Any]] = {
         "models": "| 하드웨어 | 모델 전체 | 패턴, dtype | 프리필 | 디코딩 | CUDA 그래프 |",
         "to": "{:.2f}~{:.2f}",
         "yes": ("아니요", "예"),
+        "threads": "{}, 스레드 {}개",
         "gpu": "**NVIDIA GPU에서는 아직 측정하지 않았습니다.** 테스트가 커널을 Ampere, Hopper, Blackwell용으로 "
         "컴파일하고 계산 결과를 Triton 인터프리터로 확인하지만, 얼마나 빠른지는 아직 보지 못했습니다.",
         "ampere": "Ampere용으로는 컴파일만 하고 측정하지 않았습니다.",
@@ -55,7 +59,7 @@ def speed_table(results: Sequence[BenchResults], language: str = "en") -> str:
     capabilities = [str(one.hardware["capability"]) for one in results if "capability" in one.hardware]
     if not capabilities:
         lines.append(texts["gpu"])
-    elif not any(capability.startswith("8.") for capability in capabilities):
+    elif not set(_AMPERE) & set(capabilities):
         lines.append(texts["ampere"])
     return "\n".join(lines).strip() + "\n"
 
@@ -75,14 +79,15 @@ def _rows(results: BenchResults, texts: dict[str, Any]) -> list[str]:
                 memory = _span([row["speedup"] for row in rows], texts)
                 speed = _span([row["dense_us"] / row["speed_us"] for row in rows], texts)
                 names = ", ".join(dict.fromkeys(row["kernel"] for row in rows))
-                lines.append(f"| {_name(results)} | {pattern}, {dtype} | {tokens} | {memory} | {speed} | {names} |")
+                machine = _name(results, texts)
+                lines.append(f"| {machine} | {pattern}, {dtype} | {tokens} | {memory} | {speed} | {names} |")
     return lines
 
 
 def _models(results: BenchResults, texts: dict[str, Any]) -> list[str]:
     return [
-        f"| {_name(results)} | {row['model']} | {row['pattern']}, {row['dtype']} | {row['prefill_speedup']:.2f} | "
-        f"{row['decode_speedup']:.2f} | {texts['yes'][row['cuda_graphs']]} |"
+        f"| {_name(results, texts)} | {row['model']} | {row['pattern']}, {row['dtype']} | "
+        f"{row['prefill_speedup']:.2f} | {row['decode_speedup']:.2f} | {texts['yes'][row['cuda_graphs']]} |"
         for row in results.models
     ]
 
@@ -92,6 +97,6 @@ def _span(values: list[float], texts: dict[str, Any]) -> str:
     return least if least == most else texts["to"].format(min(values), max(values))
 
 
-def _name(results: BenchResults) -> str:
-    threads = results.hardware.get("threads")
-    return str(results.hardware["device"]) + (f", {threads} threads" if threads else "")
+def _name(results: BenchResults, texts: dict[str, Any]) -> str:
+    device, threads = results.hardware["device"], results.hardware.get("threads")
+    return texts["threads"].format(device, threads) if threads else str(device)
