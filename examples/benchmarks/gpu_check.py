@@ -9,6 +9,7 @@ the script itself, also without a GPU.
 """
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -68,7 +69,10 @@ def run_step(command: list[str], log: Path, seconds: float, environment: dict[st
     grace = min(GRACE, seconds / 4)
     with open(log, "w", encoding="utf-8") as stream:
         output = {"stdout": stream, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, **output)
+        # Where this script runs in the background, interrupts are ignored, and a child would inherit that.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        how = {"cwd": REPOSITORY, "env": environment, "start_new_session": True, "preexec_fn": heed}
+        process = subprocess.Popen(command, **how, **output)
         try:
             return str(process.wait(seconds - grace))
         except subprocess.TimeoutExpired:
