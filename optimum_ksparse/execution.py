@@ -31,10 +31,16 @@ def fuse_model(model: PreTrainedModel) -> list[list[str]]:
     bits of the outputs stay the same. Found out, and checked, by a forward pass of a few tokens.
 
     Returns:
-        The names of the layers that run together.
+        The names of the layers that run together; none where the weights are on the meta device.
     """
-    weight = next(model.get_input_embeddings().parameters())
-    ids = torch.arange(8, device=weight.device).view(2, 4) % weight.shape[0]
+    embeddings = model.get_input_embeddings()
+    weight = next(embeddings.parameters())
+    device: torch.device | None = weight.device
+    if weight.is_meta:  # accelerate brings them in for a forward pass
+        device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+        if device is None:
+            return []
+    ids = torch.arange(8, device=device).view(2, 4) % weight.shape[0]
 
     def run() -> torch.Tensor:
         return decoder_of(model)(input_ids=ids, use_cache=False)[0]

@@ -16,7 +16,7 @@ from . import kernels
 from .packing import check_bits, pack, unpack_mask, values_shape
 
 if TYPE_CHECKING:
-    from .fusing import FusedGroup
+    from .group import FusedGroup
 
 
 def is_linear_map(module: nn.Module) -> bool:
@@ -64,8 +64,10 @@ class SparseLinear(nn.Linear):
     _library_form: torch.Tensor | None = None
     # The state of the packed weight of which the forms were made.
     _formed: tuple[int, int] | None = None
-    # Layers that read the same input and run as one product, and the number of this one; set by `fusing`.
+    # Layers that read the same input and run as one product, and the number of this one; set by `fusing`. The first of
+    # them knows the others, which do not know it: a circle would keep a deleted model in memory.
     _group: tuple[FusedGroup, int] | None = None
+    _followers: tuple[SparseLinear, ...] = ()
 
     def __init__(
         self,
@@ -154,7 +156,7 @@ class SparseLinear(nn.Linear):
             return F.linear(x, self._dense_weight, self.bias)
         if self._group is not None and not torch.is_grad_enabled() and self._formed is None:
             group, index = self._group
-            y = None if torch.is_autocast_enabled(x.device.type) else group.output(index, x)
+            y = group.output(index, x, (self, *self._followers))
             if y is not None:
                 return y
         values, bias, dense, library = self.weight, self.bias, self._dense_form, self._library_form
@@ -223,7 +225,7 @@ class SparseLinear(nn.Linear):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        run_time = ("_dense_weight", "_dense_form", "_library_form", "_formed", "_group")
+        run_time = ("_dense_weight", "_dense_form", "_library_form", "_formed", "_group", "_followers")
         return {name: value for name, value in self.__dict__.items() if name not in run_time}
 
     @property

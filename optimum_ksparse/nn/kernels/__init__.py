@@ -1,7 +1,8 @@
 """How a sparse linear map is computed: the operators, the kernels behind them, and the choice among these.
 
-`operators` is what the module calls; `candidates` the table of kernels; `dispatch` measures and chooses. `gemv`, `dot`
-and `dense` hold the Triton kernels, made of the byte permutations in `permute`; they are imported when they first run.
+`operators` is what the module calls, `fused` what layers of one input call; `candidates` the table of kernels;
+`dispatch` measures and chooses. `gemv`, `dot` and `dense` hold the Triton kernels, made of the byte permutations in
+`permute`; they are imported when they first run.
 """
 
 from .candidates import GROUPS, KEPT_FORMS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
@@ -17,9 +18,10 @@ from .dispatch import (
     prepare,
     rule_of_thumb,
 )
+from .fused import below_each_other, compute_fused, fused_linear
 from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values, why_not_library
-from .operators import apply, compute, decompress, gather, linear
+from .operators import apply, compute, decompress, gather, linear, runs_plainly
 from .sample import sample_weights
 from .timing import rotations, time_calls
 
@@ -32,14 +34,17 @@ __all__ = [
     "PackedWeight",
     "Problem",
     "apply",
+    "below_each_other",
     "bucket",
     "check_kernel",
     "choose",
     "choose_fused",
     "compute",
+    "compute_fused",
     "decompress",
     "describe_device",
     "forget",
+    "fused_linear",
     "gather",
     "has_kernels",
     "library_form",
@@ -49,6 +54,7 @@ __all__ = [
     "prepare",
     "rotations",
     "rule_of_thumb",
+    "runs_plainly",
     "sample_weights",
     "shared_values",
     "time_calls",

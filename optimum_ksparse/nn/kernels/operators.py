@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..packing import unpack, unpack_mask
-from .candidates import GROUPS, KERNELS, PackedWeight, Problem
-from .dispatch import choose, choose_fused
+from .candidates import GROUPS, KERNELS, Candidate, PackedWeight, Problem
+from .dispatch import choose
 
 
 @torch.library.custom_op("ksparse::decompress", mutates_args=())
@@ -53,7 +53,6 @@ def linear(
     kernel_name: str = "auto",
     dense: torch.Tensor | None = None,
     library: torch.Tensor | None = None,
-    parts: list[int] | None = None,
 ) -> torch.Tensor:
     """y = x·Wᵀ + b, W packed as in `packing`. x: [..., in_features], bias: [out]; y: [..., out].
 
@@ -61,14 +60,12 @@ def linear(
         pattern: of the weight, as `str(Pattern)`; without it no kernel is taken.
         kernel_name: "auto" or one of `KERNELS`.
         dense, library: other forms of the weight that the layer keeps.
-        parts: rows of the layers whose weights stand below each other in this one, where there are several. They are
-            computed as one product where that gives the same bits as each one alone.
 
     Raises:
         RuntimeError: x has another width or dtype, as `F.linear` does.
         ValueError: `kernel_name` cannot take this product.
     """
-    return compute(x, PackedWeight(values, bits, in_features, pattern, dense, library), bias, kernel_name, parts)
+    return compute(x, PackedWeight(values, bits, in_features, pattern, dense, library), bias, kernel_name)
 
 
 @linear.register_fake
@@ -82,57 +79,57 @@ def _(
     kernel_name: str = "auto",
     dense: torch.Tensor | None = None,
     library: torch.Tensor | None = None,
-    parts: list[int] | None = None,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], bits.shape[0])
 
 
-def apply(
-    x: torch.Tensor,
-    weight: PackedWeight,
-    bias: torch.Tensor | None,
-    kernel: str = "auto",
-    parts: list[int] | None = None,
-) -> torch.Tensor:
-    """`linear`, without the operator, which costs some 20 microseconds, where nothing differentiates, traces or
-    compiles."""
-    if (
+def runs_plainly(x: torch.Tensor) -> bool:
+    """Whether nothing differentiates, traces or compiles: then kernels are called without the operator, which costs
+    some 20 microseconds."""
+    return (
         type(x) is torch.Tensor
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and x.device.type != "meta"
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
-    ):
-        return compute(x, weight, bias, kernel, parts)
+    )
+
+
+def apply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kernel: str = "auto") -> torch.Tensor:
+    """`linear`, without the operator where there is no need of it."""
+    if runs_plainly(x):
+        return compute(x, weight, bias, kernel)
     values, bits, in_features, pattern, dense, library = weight
-    return linear(x, values, bits, bias, in_features, pattern, kernel, dense, library, parts)
+    return linear(x, values, bits, bias, in_features, pattern, kernel, dense, library)
 
 
-def compute(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kernel: str, parts: list[int] | None = None
-) -> torch.Tensor:
+def compute(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kernel: str) -> torch.Tensor:
     """`linear` without autograd."""
+    tokens = tokens_of(x, weight)
+    if tokens.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], weight.out_features)
+    y = run_candidate(choose(weight, tokens.shape[0], kernel), tokens, weight, bias)
+    return y.view(*x.shape[:-1], weight.out_features)
+
+
+def tokens_of(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """x as [tokens, in_features]. Raises RuntimeError where the layer cannot take it."""
     if x.shape[-1] != weight.in_features or x.dtype != weight.values.dtype:
         raise RuntimeError(
             f"x is {x.dtype} {list(x.shape)}, this layer takes {weight.values.dtype} [..., {weight.in_features}]"
         )
-    tokens = x.reshape(-1, weight.in_features)
-    if tokens.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], weight.out_features)
-    if parts:
-        candidate = choose_fused(weight, parts, tokens.shape[0], kernel)
-        if candidate is None:
-            biases = [None] * len(parts) if bias is None else bias.split(parts)
-            rows = zip(weight.values.split(parts), weight.bits.split(parts), biases, strict=True)
-            alone = [compute(tokens, weight._replace(values=v, bits=b), own, kernel) for v, b, own in rows]
-            return torch.cat(alone, -1).view(*x.shape[:-1], weight.out_features)
-    else:
-        candidate = choose(weight, tokens.shape[0], kernel)
+    return x.reshape(-1, weight.in_features)
+
+
+def run_candidate(
+    candidate: Candidate, tokens: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """y [tokens, out] by a kernel, with tensors that lie as it needs them."""
     if candidate.kernel not in ("dense", "reference"):  # those take x as it is
         tokens = aligned(tokens)
         weight = weight._replace(values=aligned(weight.values), bits=aligned(weight.bits))
-    return candidate.run(tokens, weight, bias).view(*x.shape[:-1], weight.out_features)
+    return candidate.run(tokens, weight, bias)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -148,7 +145,7 @@ def _has_kernel(values: torch.Tensor, bits: torch.Tensor, in_features: int, patt
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, values, bits, _, ctx.in_features, ctx.pattern, _, dense, _, _ = inputs
+    x, values, bits, _, ctx.in_features, ctx.pattern, _, dense, _ = inputs
     ctx.values_shape = list(values.shape)
     # The input is needed for the gradient of the weight only: LoRA on frozen weights does not keep it.
     needed = (
@@ -169,7 +166,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_values = gather(full, bits, ctx.values_shape, ctx.pattern)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, grad_values, None, grad_bias, None, None, None, None, None, None
+    return grad_x, grad_values, None, grad_bias, None, None, None, None, None
 
 
 linear.register_autograd(_backward, setup_context=_save)
