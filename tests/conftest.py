@@ -20,6 +20,8 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "H
 for name in ("HF_TOKEN_PATH", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
     os.environ.pop(name, None)  # they would win over HF_HOME
 os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HOME": str(HF_HOME)}
+# A compiled graph that an earlier version left behind may call operators as they were then.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(HF_HOME / "torchinductor")
 os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
 for name in ("NO_PROXY", "no_proxy"):
     os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
