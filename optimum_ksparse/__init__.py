@@ -4,7 +4,7 @@ Importing this package registers it with transformers: `from_pretrained` takes a
 checkpoints load, `push_to_hub` publishes them with a card.
 """
 
-from .api import prune_weight, sparsify
+from .api import prune_checkpoint, prune_weight, sparsify
 from .config import SparsityConfig
 from .evaluation import EvaluationProtocol, EvaluationResults, evaluate_kobest, evaluate_model, evaluate_perplexity
 from .hub import write_card
@@ -27,6 +27,7 @@ __all__ = [
     "evaluate_kobest",
     "evaluate_model",
     "evaluate_perplexity",
+    "prune_checkpoint",
     "prune_weight",
     "sparsify",
     "write_card",

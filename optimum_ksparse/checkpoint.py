@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from .calibration import decoder_of
+from .calibration import DecoderBlocks, decoder_of
 from .config import describe_source
 from .nn import SparseLinear, dense_weight, is_linear_map
 from .pattern import Pattern
@@ -52,18 +53,8 @@ def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
     decoder = decoder_of(model)
     for name, record in layers.items():
         linear = _linear_map(decoder, name, type(model).__name__)
-        out_features, in_features = dense_weight(linear).shape
         try:
-            sparse = SparseLinear(
-                in_features,
-                out_features,
-                linear.bias is not None,
-                pattern=Pattern(record["pattern"]),
-                num_values=record["num_values"],
-                dense_type=type(linear),
-                device="meta",
-                dtype=linear.weight.dtype,  # type: ignore[arg-type]
-            )
+            sparse = SparseLinear.empty_like(linear, Pattern(record["pattern"]), record["num_values"], "meta")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the checkpoint's record of layer {name} cannot be right: {error}") from error
         # transformers initialises what it has not loaded, by rules for dense weights; here everything must be loaded.
@@ -124,6 +115,19 @@ def check_files(files: Iterable[str], modules: Mapping[str, SparseLinear]) -> No
                 )
 
 
+def check_loaded(blocks: DecoderBlocks, info: Mapping[str, Any]) -> None:
+    """Raises ValueError where weights of the decoder blocks were not in the checkpoint and are random; `info` is what
+    `from_pretrained` gives with `output_loading_info=True`."""
+    prefix = blocks.name_in_model(0, "").removesuffix("0.")
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
+    missing += sorted(str(name) for name in info.get("mismatched_keys", ()) if prefix in str(name))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights of the decoder of {type(blocks.model).__name__} are not in the checkpoint and "
+            f"would be random, among them {missing[0]}: load it with the class that it was saved from"
+        )
+
+
 def commit_of(source: Any, file_name: str = CONFIG_NAME, **hub_arguments: Any) -> str | None:
     """Commit of the repository on the Hub that a model is, or was, loaded from; None for a folder."""
     try:
@@ -144,8 +148,21 @@ def describe_model(model: PreTrainedModel) -> str | None:
     return describe_source(name)
 
 
+def storage_state_dict(
+    model: PreTrainedModel, root: str, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`state`, that of the submodule `root` of a sparse model by names in the model, as `save_pretrained` would store
+    it: packed or written out dense, in the form and by the names of the checkpoints of this architecture."""
+    settings: Any = model.config.quantization_config
+    stored = dict(state)
+    if settings.storage == "dense":
+        stored = {f"{root}.{name}": tensor for name, tensor in dense_state_dict(model.get_submodule(root)).items()}
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, stored)
+    return reverted
+
+
 def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state dict with every packed weight written out dense, in the layout of the module it came from."""
+    """A module's state dict with every packed weight written out dense, in the layout of the module it came from."""
     state = dict(model.state_dict())
     for name, module in sparse_modules(model).items():
         with aligned(module):

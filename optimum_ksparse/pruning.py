@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -16,11 +18,13 @@ from .calibration import BlockReplay, DecoderBlocks
 from .calibration.blocks import find_fused_matrices
 from .checkpoint import aligned, replace_module
 from .config import SparsityConfig
+from .distributed import Processes
 from .nn import SparseLinear, dense_weight, densified, is_linear_map
 from .pattern import Pattern
+from .progress import block_progress
 from .pruners import METHODS
 from .report import LayerReport
-from .statistics import ColumnNorms
+from .statistics import ColumnNorms, GramMatrix
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -93,7 +97,7 @@ def _unsupported(linear: nn.Module, pattern: Pattern, owners: dict[int, list[str
             return f"its weight is {weight.dtype}; supported: float32, bfloat16, float16"
         if pattern.m is not None and weight.shape[1] % pattern.m:
             return f"it has {weight.shape[1]} input features, which m={pattern.m} of pattern {pattern} does not divide"
-        if not bool(weight.isfinite().all()):
+        if not weight.is_meta and not bool(weight.isfinite().all()):
             return "its weight holds NaN or Inf"
         shared = [owner for owner in owners.get(id(linear.weight), ()) if owner != path]
         if shared:
@@ -105,11 +109,23 @@ def _is_plain(linear: nn.Module) -> bool:
     """True where a subclass's own forward is still x·Wᵀ + b, tried on random inputs."""
     if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
         return True
+    if dense_weight(linear).is_meta:  # still on the disk
+        linear = _with_random_weights(linear)
     weight = dense_weight(linear)
     x = torch.rand(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     with torch.no_grad():
         expected = F.linear(x, weight, linear.bias)  # type: ignore[arg-type]
         return bool(torch.allclose(linear(x), expected, rtol=0.05, atol=float(0.05 * expected.abs().max())))
+
+
+def _with_random_weights(linear: nn.Module) -> nn.Module:
+    tried = copy.copy(linear)
+    tried.__dict__.pop("forward", None)  # accelerate leaves one that belongs to the module copied from
+    tried._parameters = {}
+    for name, parameter in linear._parameters.items():
+        values = None if parameter is None else nn.Parameter(torch.rand(parameter.shape, dtype=parameter.dtype), False)
+        tried._parameters[name] = values
+    return tried
 
 
 def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
@@ -127,6 +143,11 @@ def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
             raise ValueError(f"modules_to_not_convert: {name!r} matches nothing; the blocks hold {', '.join(kinds)}")
 
 
+def always_resident(index: int) -> AbstractContextManager[None]:
+    """The blocks of a model that is in memory are always there."""
+    return nullcontext()
+
+
 @torch.no_grad()
 def prune_blocks(
     blocks: DecoderBlocks,
@@ -134,6 +155,11 @@ def prune_blocks(
     config: SparsityConfig,
     replay: BlockReplay | None,
     replaced: dict[str, nn.Module] | None = None,
+    *,
+    resident: Callable[[int], AbstractContextManager[None]] = always_resident,
+    finished: Callable[[int, list[LayerReport]], None] | None = None,
+    start: int = 0,
+    processes: Processes | None = None,
 ) -> list[LayerReport]:
     """Prunes `targets` block by block and puts `SparseLinear` in their places.
 
@@ -141,9 +167,13 @@ def prune_blocks(
         blocks: the model's blocks.
         targets: for each block its layers to prune by name, as `find_targets` gives them; emptied on the way.
         config: method, pattern and settings.
-        replay: the calibration activations at the first block; None for a method without data.
+        replay: the calibration activations at block `start`; None for a method without data.
         replaced: is given the dense module of each pruned layer, by its path in the decoder, as soon as it is
             replaced.
+        resident: where the blocks come from: within `resident(index)` that block's weights are there.
+        finished: where they go: called, while the block is there, when it is pruned and `replay` is at the next one.
+        start: the first block to prune.
+        processes: which share the work; each has its part of the calibration samples. None: this one alone.
 
     Returns:
         A row for each layer. Layers are pruned in the model's order, so on an error the blocks before it are sparse.
@@ -151,57 +181,135 @@ def prune_blocks(
     Raises:
         ValueError: activations are NaN or Inf, or no token reached a layer; names the layer.
         ArithmeticError: a Gram matrix stays singular; names the layer.
+        ConnectionError: another process has stopped.
     """
-    rows = []
-    for index, block in enumerate(
-        tqdm(blocks.blocks, desc=f"Pruning ({config.method} {config.pattern})", unit="block")
-    ):
-        for layers in _rounds(index, block, targets[index], config, replay):
-            statistics = _collect(index, block, layers, config, replay)
-            unreached = [blocks.name_in_decoder(index, name) for name in layers if name not in statistics]
-            if replay is not None and unreached:
-                raise ValueError(
-                    f"{unreached[0]}: no calibration token reached it; use more samples, or modules_to_not_convert"
-                )
-            for name, linear in layers.items():
-                path = blocks.name_in_decoder(index, name)
-                sparse, row = _prune_layer(path, linear, statistics.get(name), config)
-                if replaced is not None:
-                    replaced[path] = linear
-                replace_module(blocks.decoder, path, sparse)
-                rows.append(row)
-        if replay is not None and index + 1 < len(blocks.blocks):
-            with densified(block):
-                replay.advance(index, block)
-        targets[index] = {}  # the last hold on the block's dense weights
+    processes = Processes() if processes is None else processes
+    rows: list[LayerReport] = []
+    total = len(blocks.blocks)
+    tokens = 0 if replay is None else sum(processes.gather(replay.tokens.numel()))
+    description = f"Pruning ({config.method} {config.pattern})"
+    with block_progress(description, total, start, tokens, show=processes.is_main) as advance:
+        for index in range(start, total):
+            block = blocks.blocks[index]
+            with resident(index):
+                pruned = _prune_block(blocks, index, targets[index], config, replay, replaced, processes)
+                if replay is not None and index + 1 < total:
+                    with densified(block):
+                        replay.advance(index, block)
+                if finished is not None:
+                    finished(index, pruned)
+            targets[index] = {}  # the last hold on the block's dense weights
+            rows += pruned
+            advance()
     return rows
 
 
+def _prune_block(
+    blocks: DecoderBlocks,
+    index: int,
+    targets: dict[str, nn.Module],
+    config: SparsityConfig,
+    replay: BlockReplay | None,
+    replaced: dict[str, nn.Module] | None,
+    processes: Processes,
+) -> list[LayerReport]:
+    block, rows = blocks.blocks[index], []
+    for layers in _rounds(index, block, targets, config, replay, processes):
+        statistics = _collect(index, block, layers, config, replay, processes)
+        unreached = [blocks.name_in_decoder(index, name) for name in layers if name not in statistics]
+        if replay is not None and unreached:
+            raise ValueError(
+                f"{unreached[0]}: no calibration token reached it; use more samples, or modules_to_not_convert"
+            )
+        owners = processes.owners([_cost(linear, config) for linear in layers.values()])
+        done: dict[str, tuple[SparseLinear, LayerReport] | Exception] = {}
+        for (name, linear), owner in zip(layers.items(), owners, strict=True):
+            if owner == processes.rank:
+                path = blocks.name_in_decoder(index, name)
+                try:
+                    done[name] = _prune_layer(path, linear, statistics.get(name), config)
+                except Exception as error:  # the others wait for this layer: they are told
+                    done[name] = error
+                    break
+        for (name, linear), owner in zip(layers.items(), owners, strict=True):
+            path = blocks.name_in_decoder(index, name)
+            sparse, row = _receive(done.get(name), linear, owner, config, processes)
+            if replaced is not None:
+                replaced[path] = linear
+            replace_module(blocks.decoder, path, sparse)
+            rows.append(row)
+    return rows
+
+
+def _cost(linear: nn.Module, config: SparsityConfig) -> float:
+    """About how long a layer takes to prune: a sweep and a factorisation, where the method has them."""
+    with aligned(linear):
+        out_features, in_features = dense_weight(linear).shape
+    if METHODS[config.method].statistics is GramMatrix:
+        return float(out_features * in_features**2 + in_features**3)
+    return float(out_features * in_features)
+
+
+def _receive(
+    done: tuple[SparseLinear, LayerReport] | Exception | None,
+    linear: nn.Module,
+    owner: int,
+    config: SparsityConfig,
+    processes: Processes,
+) -> tuple[SparseLinear, LayerReport]:
+    """A pruned layer and its row, from the process that pruned it; raises its error in all of them."""
+
+    def header() -> tuple[LayerReport, int]:
+        if isinstance(done, tuple):
+            return done[1], done[0].weight.numel()
+        raise done or RuntimeError("a layer before this one could not be pruned")
+
+    row, num_values = processes.once(header, owner)
+    if isinstance(done, tuple):
+        sparse = done[0]
+    else:
+        with aligned(linear):
+            sparse = SparseLinear.empty_like(linear, Pattern(config.pattern), num_values)
+    processes.broadcast(sparse.weight.data, owner)
+    processes.broadcast(sparse.weight_mask, owner)
+    return sparse, row
+
+
 def _rounds(
-    index: int, block: nn.Module, layers: dict[str, nn.Module], config: SparsityConfig, replay: BlockReplay | None
+    index: int,
+    block: nn.Module,
+    layers: dict[str, nn.Module],
+    config: SparsityConfig,
+    replay: BlockReplay | None,
+    processes: Processes,
 ) -> list[dict[str, nn.Module]]:
     """The layers to prune from one collection of statistics: all of a block, or group by group."""
     if replay is None or not config.true_sequential:
         return [layers]
-    groups = replay.input_groups(index, block, layers)
+    groups = processes.once(lambda: replay.input_groups(index, block, layers))
     called = {name for group in groups for name in group}
     groups += [[name] for name in layers if name not in called]
     return [{name: layers[name] for name in group} for group in groups]
 
 
 def _collect(
-    index: int, block: nn.Module, layers: dict[str, nn.Module], config: SparsityConfig, replay: BlockReplay | None
+    index: int,
+    block: nn.Module,
+    layers: dict[str, nn.Module],
+    config: SparsityConfig,
+    replay: BlockReplay | None,
+    processes: Processes,
 ) -> dict[str, ColumnNorms]:
     kind = METHODS[config.method].statistics
     if replay is None or kind is None:
         return {}
 
     def make(linear: nn.Module) -> ColumnNorms:
-        device = replay.hidden[0].device
         with aligned(linear):
-            return kind(dense_weight(linear).shape[1], device, replay.tokens.numel())
+            in_features = dense_weight(linear).shape[1]
+        return kind(in_features, replay.hidden.device, replay.tokens.numel() * processes.size)
 
-    return replay.collect(index, block, layers, make)
+    return processes.add_up(replay.collect(index, block, layers, make), lambda name: make(layers[name]))
 
 
 def _prune_layer(
@@ -215,6 +323,8 @@ def _prune_layer(
     with aligned(linear), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         weight = dense_weight(linear)
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{path}: its weight holds NaN or Inf; prune a checkpoint whose weights are whole")
         try:
             pruned, mask = method.prune(weight, statistics, pattern, **settings)
         except ArithmeticError as error:

@@ -68,6 +68,7 @@ class SparsityReport:
         base_model: what was pruned, as it was named (a local folder by its last part).
         base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
         base_arguments: what else `from_pretrained` needed to find it: `gguf_file`, `subfolder`.
+        source_fingerprint: of the weight files that `prune_checkpoint` read.
         num_parameters: logical parameters of the whole model, zeros included.
         seconds: from the loaded to the pruned model. peak_memory_bytes: of the process (and of the GPU, where used).
         versions: of the libraries that did it.
@@ -80,6 +81,7 @@ class SparsityReport:
     base_model: str | None = None
     base_revision: str | None = None
     base_arguments: dict[str, str] = field(default_factory=dict)
+    source_fingerprint: str | None = None
     num_parameters: int = 0
     seconds: float = 0.0
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)

@@ -37,6 +37,15 @@ class ColumnNorms:
             return self.squared_norms.new_empty(0, len(self.squared_norms))
         return torch.cat(self._rows)[:SAMPLE_ROWS]
 
+    @property
+    def averages(self) -> torch.Tensor:
+        """All that is averaged over the tokens, as one tensor."""
+        return self.squared_norms
+
+    def take(self, num_tokens: int, sample: torch.Tensor) -> None:
+        """Notes that `averages` are now those of `num_tokens` rows, of which `sample` is a part."""
+        self.num_tokens, self._rows = num_tokens, [sample]
+
     def update(self, x: torch.Tensor) -> None:
         """Adds inputs [..., in] of any floating dtype. Samples [batch, tokens, in] are added one by one, so that the
         result does not depend on how they are batched."""
@@ -68,6 +77,10 @@ class GramMatrix(ColumnNorms):
         super().__init__(in_features, device, expected_tokens)
         self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.squared_norms = self.gram.diagonal()
+
+    @property
+    def averages(self) -> torch.Tensor:
+        return self.gram
 
     def _accumulate(self, rows: torch.Tensor, total: int) -> None:
         rows = rows.to(self.gram.device)

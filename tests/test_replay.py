@@ -105,7 +105,7 @@ def test_blocks_one_by_one_give_the_models_hidden_states(
     assert [len(hidden) for hidden in replay.hidden] == [len(part) for part in token_ids.split(batch_size)]
     for index, block in enumerate(blocks.blocks):
         replay.advance(index, block)
-        torch.testing.assert_close(torch.cat(replay.hidden), expected[index], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.cat(list(replay.hidden)), expected[index], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("skip_first", [False, True])

@@ -1,11 +1,13 @@
 """Calibration: text → token blocks; finding a model's decoder blocks; running tokens through one block at a time."""
 
+from .activations import Activations
 from .blocks import DecoderBlocks, decoder_of, evaluation_mode, find_blocks
 from .replay import BlockReplay
 from .tokenizer import read_tokenizer
 from .tokens import CalibrationTokens, calibration_tokens, prepends_bos
 
 __all__ = [
+    "Activations",
     "BlockReplay",
     "CalibrationTokens",
     "DecoderBlocks",

@@ -8,9 +8,10 @@ hand the hidden states on. It is then replayed as it was.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from ..statistics import ColumnNorms
+from .activations import Activations
 from .blocks import DecoderBlocks
 
 
@@ -63,6 +65,10 @@ class _Pool:
         return value
 
 
+def _always_there(index: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class BlockReplay:
     """The calibration activations on their way through the blocks.
 
@@ -71,17 +77,25 @@ class BlockReplay:
         tokens: [num_samples, seq_len] int64.
         batch_size: samples in one call of a block.
         skip_first: leave the first position out of the statistics.
+        resident: within `resident(index)` the weights of a block are there; needed only where they are not always.
+        hidden: where the activations go; None keeps them in memory.
 
     Attributes:
         hidden: input of the current block for each batch, [batch, seq_len, hidden].
     """
 
     def __init__(
-        self, decoder_blocks: DecoderBlocks, tokens: torch.Tensor, batch_size: int, skip_first: bool = False
+        self,
+        decoder_blocks: DecoderBlocks,
+        tokens: torch.Tensor,
+        batch_size: int,
+        skip_first: bool = False,
+        resident: Callable[[int], AbstractContextManager[None]] = _always_there,
+        hidden: Activations | None = None,
     ) -> None:
         self.tokens, self.batch_size, self.skip_first = tokens, batch_size, skip_first
-        self._decoder_blocks = decoder_blocks
-        self.hidden: list[torch.Tensor] = []
+        self._decoder_blocks, self._resident = decoder_blocks, resident
+        self.hidden = Activations(-(-len(tokens) // batch_size)) if hidden is None else hidden
         # calls[block][batch]
         self._calls: list[list[_Call]] = [[] for _ in decoder_blocks.blocks]
         self._capture(self._probe())
@@ -98,34 +112,41 @@ class BlockReplay:
         nothing but them) and to stop before any weight is touched where the model overflows."""
         rests: list[tuple[Any, ...] | None] = [None] * len(self._decoder_blocks.blocks)
 
-        def record(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                hidden = _hidden_of(output)
-                name = f"{self._decoder_blocks.list_name}.{index}"
-                if not isinstance(hidden, torch.Tensor):
-                    raise TypeError(
-                        f"block {name} ({type(module).__name__}) returns {type(hidden).__name__}, not a tensor"
-                    )
-                if not bool(hidden.isfinite().all()):
-                    raise ValueError(
-                        f"block {name} gives NaN or Inf in {hidden.dtype} on the calibration data: the model cannot "
-                        "be calibrated as it is; look at its weights, or load it in float32 or bfloat16"
-                    )
+        def checked(index: int) -> Callable[..., Any]:
+            block = self._decoder_blocks.blocks[index]
+            original = block.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                with self._resident(index):
+                    output = original(*args, **kwargs)
+                    self._check_output(index, block, _hidden_of(output))
                 rests[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
+                return output
 
-            return hook
+            return forward
 
-        handles = [b.register_forward_hook(record(i)) for i, b in enumerate(self._decoder_blocks.blocks)]
-        try:
+        with _replaced_forward(self._decoder_blocks.blocks, checked):
             self._run_decoder(self.tokens[:1])
-        finally:
-            for handle in handles:
-                handle.remove()
         return rests
+
+    def _check_output(self, index: int, block: nn.Module, hidden: Any) -> None:
+        name = f"{self._decoder_blocks.list_name}.{index}"
+        if not isinstance(hidden, torch.Tensor):
+            raise TypeError(f"block {name} ({type(block).__name__}) returns {type(hidden).__name__}, not a tensor")
+        if bool(hidden.isfinite().all()):
+            return
+        for path, parameter in block.named_parameters():
+            if parameter.device.type != "meta" and not bool(parameter.isfinite().all()):
+                raise ValueError(f"{name}.{path} holds NaN or Inf; prune a checkpoint whose weights are whole")
+        raise ValueError(
+            f"block {name} gives NaN or Inf in {hidden.dtype} on the calibration data: the model cannot "
+            "be calibrated as it is; look at its weights, or load it in float32 or bfloat16"
+        )
 
     def _capture(self, rests: list[tuple[Any, ...] | None]) -> None:
         """Records the arguments of every block for every batch, and the first block's hidden states."""
         pool = _Pool()
+        last: list[torch.Tensor] = []
 
         def stand_in(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -134,7 +155,8 @@ class BlockReplay:
                 hidden = values.pop(0) if name is None else named.pop(name)
                 if index == 0:
                     self.hidden.append(hidden)
-                elif hidden is not self.hidden[-1] and not torch.equal(hidden, self.hidden[-1]):
+                    last[:] = [hidden]
+                elif hidden is not last[0] and not torch.equal(hidden, last[0]):
                     raise ValueError(
                         f"{type(self._decoder_blocks.decoder).__name__} changes the hidden states between blocks "
                         f"{index - 1} and {index}, so its blocks cannot be calibrated one at a time"
@@ -156,8 +178,7 @@ class BlockReplay:
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Makes the outputs of the block at `index` the inputs of the next one. Its arguments are dropped."""
-        for batch, output in enumerate(self.outputs(index, block)):
-            self.hidden[batch] = output
+        self.hidden.replace(self.outputs(index, block))
         self._calls[index].clear()
 
     def input_groups(self, index: int, block: nn.Module, layers: dict[str, nn.Module]) -> list[list[str]]:
@@ -228,7 +249,7 @@ class BlockReplay:
             return hook
 
         with _hooks(layers, record):
-            for hidden, call in zip(self.hidden[:batches], self._calls[index], strict=False):
+            for hidden, call in itertools.islice(zip(self.hidden, self._calls[index], strict=True), batches):
                 batch_shape = hidden.shape[:2]
                 calls.clear()
                 try:

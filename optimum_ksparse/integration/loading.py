@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..api import attach, load_tokenizer, sparsify
 from ..calibration import find_blocks
-from ..checkpoint import commit_of, sparse_modules, sparsify_dense
+from ..checkpoint import check_loaded, commit_of, sparse_modules, sparsify_dense
 from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig
 from ..evaluation import EvaluationResults
 from ..execution import apply_settings
@@ -53,7 +53,7 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
         model.hub_commit = _commit(source, kwargs)
         model.is_from_folder = isinstance(source, str | os.PathLike) and os.path.isdir(source)
         if config is not None and recorded is None:
-            _check_loaded(model, info)
+            check_loaded(find_blocks(model), info)
             names = ("trust_remote_code", "gguf_file", *_HUB_ARGUMENTS)
             arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             tokenizer = load_tokenizer(config, source, **arguments)
@@ -153,20 +153,6 @@ def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:
         )
 
 
-def _check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Raises ValueError where weights of the decoder blocks were not in the checkpoint and are random."""
-    blocks = find_blocks(model)
-    prefix = f"{blocks.decoder_name}." if blocks.decoder_name else ""
-    prefix += f"{blocks.list_name}."
-    missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
-    missing += sorted(str(name) for name in info.get("mismatched_keys", ()) if prefix in str(name))
-    if missing:
-        raise ValueError(
-            f"{len(missing)} weights of the decoder of {type(model).__name__} are not in the checkpoint and would be "
-            f"random, among them {missing[0]}: load it with the class that it was saved from"
-        )
-
-
 def _finish_sparse(
     model: PreTrainedModel, info: dict[str, Any], config: SparsityConfig | None, source: Any, kwargs: dict[str, Any]
 ) -> None:
@@ -174,13 +160,13 @@ def _finish_sparse(
     dense_settings = getattr(model.config, DENSE_CONFIG_KEY, None)
     modules = sparse_modules(model)
     if modules:
-        _check_loaded(model, info)
+        check_loaded(find_blocks(model), info)
         for name, module in modules.items():
             if module.weight_mask.device.type != "meta":
                 module.check_mask(name)
     elif isinstance(dense_settings, dict) and dense_settings.get("layers"):
         recorded = SparsityConfig.from_dict(dense_settings)
-        _check_loaded(model, info)
+        check_loaded(find_blocks(model), info)
         delattr(model.config, DENSE_CONFIG_KEY)
         try:
             sparsify_dense(model, recorded.layers or {})

@@ -19,6 +19,8 @@ class SparsityQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: SparsityConfig
+    # What `save_pretrained(state_dict=...)` was given: transformers asks here, and forgets it.
+    state_dict: dict[str, torch.Tensor] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if is_deepspeed_zero3_enabled():
@@ -59,7 +61,11 @@ class SparsityQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
-        return (dense_state_dict(model) if self.quantization_config.storage == "dense" else None), {}
+        given = self.state_dict
+        packed = given is None or any(name.endswith(".weight_mask") for name in given)
+        if self.quantization_config.storage == "dense" and packed:
+            return dense_state_dict(model), {}
+        return given, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

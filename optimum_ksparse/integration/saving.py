@@ -45,7 +45,8 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
             raise NotADirectoryError(f"save_directory={os.fspath(directory)!r} is a file; pass a folder")
         config.layers = layer_records(self)
         known = {name: value for name, value in bound.items() if name not in ("self", "push_to_hub", "kwargs")}
-        with staged(directory) as staging, _config_for_storage(self, config):
+        given = _given_state_dict(self, bound.get("state_dict"))
+        with staged(directory) as staging, given, _config_for_storage(self, config):
             original(self, **{**known, "save_directory": staging})
             report = getattr(self, "sparsity_report", None)
             if isinstance(report, SparsityReport):
@@ -71,6 +72,16 @@ def _save_results(model: PreTrainedModel, results: EvaluationResults, directory:
         results.save(directory)
     else:
         logger.warning("model.evaluation_results was measured on other weights than these; it is not saved with them.")
+
+
+@contextmanager
+def _given_state_dict(model: PreTrainedModel, state_dict: Any) -> Iterator[None]:
+    quantizer: Any = model.hf_quantizer
+    quantizer.state_dict = state_dict
+    try:
+        yield
+    finally:
+        quantizer.state_dict = None
 
 
 @contextmanager

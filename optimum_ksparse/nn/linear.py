@@ -145,6 +145,33 @@ class SparseLinear(nn.Linear):
         kernels.prepare(sparse.packed())
         return sparse.train(linear.training)
 
+    @classmethod
+    def empty_like(
+        cls, linear: nn.Module, pattern: Pattern, num_values: int, device: torch.device | str | None = None
+    ) -> SparseLinear:
+        """One that stands for `linear`, with its bias, on its device or on another one, and with a weight still to be
+        filled in.
+
+        Raises:
+            ValueError: `num_values` cannot be right for this pattern and shape.
+        """
+        out_features, in_features = dense_weight(linear).shape
+        source: torch.Tensor = linear.weight  # type: ignore[assignment]
+        sparse = cls(
+            in_features,
+            out_features,
+            linear.bias is not None,
+            pattern=pattern,
+            num_values=num_values,
+            dense_type=type(linear),
+            device=source.device if device is None else device,
+            dtype=source.dtype,
+        )
+        sparse.weight.requires_grad_(source.requires_grad)
+        if device is None and linear.bias is not None:
+            sparse.bias = linear.bias  # type: ignore[assignment]
+        return sparse.train(linear.training)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._formed is not None and not torch.compiler.is_compiling() and self._formed != self._state():
             self.drop_forms()  # the weight has been trained or loaded since

@@ -1,4 +1,4 @@
-"""The functions that every path ends in: prune a model in place, or one layer without a model."""
+"""Pruning a loaded model in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from .calibration import (
+from ..calibration import (
     BlockReplay,
     CalibrationTokens,
     calibration_tokens,
@@ -19,14 +19,15 @@ from .calibration import (
     find_blocks,
     read_tokenizer,
 )
-from .checkpoint import describe_model, layer_records, sparse_modules
-from .config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
-from .execution import apply_settings
-from .pattern import Pattern
-from .pruners import METHODS
-from .pruning import find_targets, prune_blocks
-from .report import SparsityReport
-from .version import library_versions
+from ..checkpoint import describe_model, layer_records, sparse_modules
+from ..config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
+from ..distributed import Processes, current
+from ..execution import apply_settings
+from ..progress import process_status
+from ..pruners import METHODS
+from ..pruning import find_targets, prune_blocks
+from ..report import LayerReport, SparsityReport
+from ..version import library_versions
 
 
 def sparsify(
@@ -42,6 +43,10 @@ def sparsify(
     model included. The model is then a sparse one for `save_pretrained`, `push_to_hub`, `Trainer` and `dequantize`;
     its report is `model.sparsity_report`.
 
+    Where a process group of torch.distributed is initialised, all of its processes must call this with the same
+    settings: each runs a part of the calibration samples and prunes a part of the layers, and all end with the same
+    model.
+
     Args:
         model: a decoder-only model in float32, bfloat16 or float16, on one device, on several, or offloaded by
             accelerate.
@@ -53,26 +58,26 @@ def sparsify(
     Raises:
         TypeError, ValueError: the model cannot be pruned, or the settings or the data do not fit it.
         ArithmeticError: a layer's Gram matrix stays singular.
-        ConnectionError: the calibration data cannot be read from the Hub.
+        ConnectionError: the calibration data cannot be read from the Hub, or another process has stopped.
     """
-    _check_model(model, config)
+    check_model(model, config)
     started = time.perf_counter()
+    processes = current()
     blocks = find_blocks(model)
     targets, skipped = find_targets(blocks, config)
-    recorded = SparsityConfig.from_dict(config.to_dict())  # the data may be gone when the model is saved
-    for name in EXECUTION_SETTINGS:
-        setattr(recorded, name, getattr(config, name))
-
+    processes.agree({"settings": config.to_dict(), "model": type(model).__name__, "blocks": len(blocks.blocks)})
+    recorded = record_settings(config)
     num_parameters = model.num_parameters()
     with evaluation_mode(model), torch.no_grad():
-        data = _calibration(model, config, tokenizer)
+        data = processes.once(lambda: draw_tokens(model, config, tokenizer))
         replay = None
         if data is not None:
             skip_first = data.begins_with_bos and not config.bos_in_statistics
-            replay = BlockReplay(blocks, data.ids, config.batch_size, skip_first)
+            replay = BlockReplay(blocks, share_tokens(data.ids, processes), config.batch_size, skip_first)
         replaced: dict[str, nn.Module] = {}
         try:
-            rows = prune_blocks(blocks, targets, config, replay, replaced if restore_on_error else None)
+            kept = replaced if restore_on_error else None
+            rows = prune_blocks(blocks, targets, config, replay, kept, processes=processes)
         except BaseException:
             for path, dense in replaced.items():
                 blocks.decoder.set_submodule(path, dense)
@@ -82,71 +87,42 @@ def sparsify(
     apply_settings(model, config)
     if config.tokenizer is not None:
         model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
-    settings = recorded.to_dict()
-    settings.pop("layers")
-    report = SparsityReport(
-        config=settings,
-        calibration={} if data is None else data.description,
-        layers=rows,
-        skipped=skipped,
-        base_model=describe_model(model),
-        base_revision=getattr(model, "hub_commit", None),
-        num_parameters=num_parameters,
-        seconds=round(time.perf_counter() - started, 2),
-        peak_memory_bytes=peak_memory(),
-        versions=library_versions("torch", "transformers", "accelerate", "datasets"),
-    )
+    report = make_report(model, recorded, {} if data is None else data.description, rows, skipped)
+    report.num_parameters = num_parameters
+    report.seconds = round(time.perf_counter() - started, 2)
     model.sparsity_report = report  # type: ignore[assignment]
     return report
 
 
-@torch.no_grad()
-def prune_weight(
-    weight: torch.Tensor, inputs: torch.Tensor | None, *, method: str, pattern: str | float | Pattern, **settings: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prunes one layer without a model.
+def record_settings(config: SparsityConfig) -> SparsityConfig:
+    """The settings as they are saved with the model: the data may be gone by then."""
+    recorded: SparsityConfig = SparsityConfig.from_dict(config.to_dict())
+    for name in EXECUTION_SETTINGS:
+        setattr(recorded, name, getattr(config, name))
+    return recorded
 
-    Args:
-        weight: [out, in], any floating dtype.
-        inputs: [tokens, in] or [samples, tokens, in]; None for a method without data.
-        method, pattern, settings: as in `SparsityConfig`; a setting that the method does not take is an error.
 
-    Returns:
-        The pruned weight in its dtype and the mask (bool, True = kept), both [out, in].
-
-    Raises:
-        TypeError: an unknown setting.
-        ValueError: an unknown method or pattern, shapes that do not fit, NaN or Inf.
-        ArithmeticError: the Gram matrix stays singular.
-    """
-    chosen, parsed = METHODS[SparsityConfig(method).method], Pattern(pattern)
-    unknown = set(settings) - set(chosen.settings)
-    if unknown:
-        allowed = ", ".join(chosen.settings) or "none"
-        raise TypeError(f"method={method!r} has no setting {sorted(unknown)[0]!r}; it takes: {allowed}")
-    SparsityConfig(method, pattern, **settings)  # validates them
-    for name, tensor in {"weight": weight, "inputs": inputs}.items():
-        if not isinstance(tensor, torch.Tensor) and (name == "weight" or tensor is not None):
-            raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight must be floating point [out, in], found {weight.dtype} {list(weight.shape)}")
-    parsed.check_in_features(weight.shape[1])
-    if not bool(weight.isfinite().all()):
-        raise ValueError("weight holds NaN or Inf")
-    statistics = None
-    if chosen.statistics is not None:
-        if inputs is None or inputs.dim() not in (2, 3) or inputs.shape[-1] != weight.shape[1] or not inputs.numel():
-            found = None if inputs is None else list(inputs.shape)
-            raise ValueError(
-                f"inputs must be [tokens, {weight.shape[1]}] or [samples, tokens, {weight.shape[1]}], found {found}"
-            )
-        if not bool(inputs.isfinite().all()):
-            raise ValueError("inputs hold NaN or Inf")
-        statistics = chosen.statistics(weight.shape[1], weight.device)
-        statistics.update(inputs)
-        if not bool(statistics.squared_norms.isfinite().all()):
-            raise ValueError("inputs are too large: their squares overflow to Inf in float32")
-    return chosen.prune(weight, statistics, parsed, **settings)
+def make_report(
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    calibration: dict[str, Any],
+    rows: list[LayerReport],
+    skipped: dict[str, str],
+) -> SparsityReport:
+    """The report on a model that has just been pruned with `config`, as `record_settings` gave it."""
+    settings = config.to_dict()
+    settings.pop("layers")
+    return SparsityReport(
+        config=settings,
+        calibration=calibration,
+        layers=rows,
+        skipped=skipped,
+        base_model=describe_model(model),
+        base_revision=getattr(model, "hub_commit", None),
+        num_parameters=model.num_parameters(),
+        peak_memory_bytes=peak_memory(),
+        versions=library_versions("torch", "transformers", "accelerate", "datasets"),
+    )
 
 
 def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
@@ -161,19 +137,15 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
 
 def peak_memory() -> dict[str, int]:
     """Peak bytes of this process where the system tells, and of its GPU where one was used."""
-    peak = {}
-    try:
-        # Linux only; ru_maxrss is no substitute, because it is inherited over exec.
-        with open("/proc/self/status") as status:
-            peak["process"] = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
+    status = process_status()
+    peak = {"process": status["VmHWM"]} if "VmHWM" in status else {}
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         peak["gpu"] = torch.cuda.max_memory_allocated()
     return peak
 
 
-def _check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
+def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Raises TypeError or ValueError for a model that cannot be pruned as it is."""
     if not isinstance(config, SparsityConfig):
         raise TypeError(f"config must be a SparsityConfig, found {type(config).__name__}")
     if not isinstance(model, PreTrainedModel):
@@ -224,9 +196,20 @@ def load_tokenizer(config: SparsityConfig, source: Any, **arguments: Any) -> Pre
         ) from error
 
 
-def _calibration(
+def draw_tokens(
     model: PreTrainedModel, config: SparsityConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> CalibrationTokens | None:
+    """The calibration samples; None for a method without data."""
     if METHODS[config.method].statistics is None:
         return None
     return calibration_tokens(config, model, tokenizer or load_tokenizer(config, model.name_or_path))
+
+
+def share_tokens(ids: torch.Tensor, processes: Processes) -> torch.Tensor:
+    """This process's part of the samples [num_samples, seq_len]. Raises ValueError where it would have none."""
+    if len(ids) < processes.size:
+        raise ValueError(
+            f"{processes.size} processes share num_samples={len(ids)} calibration samples: start at most "
+            f"{len(ids)} processes, or use more samples"
+        )
+    return ids[processes.share(len(ids))]

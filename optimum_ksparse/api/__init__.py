@@ -1,0 +1,7 @@
+"""The functions that every path ends in: prune a model in place, a checkpoint from disk to disk, or one layer."""
+
+from .checkpoint import prune_checkpoint
+from .layer import prune_weight
+from .model import attach, load_tokenizer, peak_memory, sparsify
+
+__all__ = ["attach", "load_tokenizer", "peak_memory", "prune_checkpoint", "prune_weight", "sparsify"]

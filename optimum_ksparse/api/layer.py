@@ -1,0 +1,60 @@
+"""Pruning one layer without a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..config import SparsityConfig
+from ..pattern import Pattern
+from ..pruners import METHODS
+
+
+@torch.no_grad()
+def prune_weight(
+    weight: torch.Tensor, inputs: torch.Tensor | None, *, method: str, pattern: str | float | Pattern, **settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prunes one layer without a model.
+
+    Args:
+        weight: [out, in], any floating dtype.
+        inputs: [tokens, in] or [samples, tokens, in]; None for a method without data.
+        method, pattern, settings: as in `SparsityConfig`; a setting that the method does not take is an error.
+
+    Returns:
+        The pruned weight in its dtype and the mask (bool, True = kept), both [out, in].
+
+    Raises:
+        TypeError: an unknown setting.
+        ValueError: an unknown method or pattern, shapes that do not fit, NaN or Inf.
+        ArithmeticError: the Gram matrix stays singular.
+    """
+    chosen, parsed = METHODS[SparsityConfig(method).method], Pattern(pattern)
+    unknown = set(settings) - set(chosen.settings)
+    if unknown:
+        allowed = ", ".join(chosen.settings) or "none"
+        raise TypeError(f"method={method!r} has no setting {sorted(unknown)[0]!r}; it takes: {allowed}")
+    SparsityConfig(method, pattern, **settings)  # validates them
+    for name, tensor in {"weight": weight, "inputs": inputs}.items():
+        if not isinstance(tensor, torch.Tensor) and (name == "weight" or tensor is not None):
+            raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be floating point [out, in], found {weight.dtype} {list(weight.shape)}")
+    parsed.check_in_features(weight.shape[1])
+    if not bool(weight.isfinite().all()):
+        raise ValueError("weight holds NaN or Inf")
+    statistics = None
+    if chosen.statistics is not None:
+        if inputs is None or inputs.dim() not in (2, 3) or inputs.shape[-1] != weight.shape[1] or not inputs.numel():
+            found = None if inputs is None else list(inputs.shape)
+            raise ValueError(
+                f"inputs must be [tokens, {weight.shape[1]}] or [samples, tokens, {weight.shape[1]}], found {found}"
+            )
+        if not bool(inputs.isfinite().all()):
+            raise ValueError("inputs hold NaN or Inf")
+        statistics = chosen.statistics(weight.shape[1], weight.device)
+        statistics.update(inputs)
+        if not bool(statistics.squared_norms.isfinite().all()):
+            raise ValueError("inputs are too large: their squares overflow to Inf in float32")
+    return chosen.prune(weight, statistics, parsed, **settings)

@@ -1,0 +1,20 @@
+"""Pruning a checkpoint block by block from disk to disk: its files, the blocks of a model that stay on the disk, the
+workspace of a run, and the journal with which a run that was cut off goes on."""
+
+from .blocks import DiskBlocks, open_checkpoint
+from .files import WeightFiles, find_weight_files
+from .journal import FinishedBlock, Journal, Snapshot
+from .workspace import Workspace, check_output, check_space
+
+__all__ = [
+    "DiskBlocks",
+    "FinishedBlock",
+    "Journal",
+    "Snapshot",
+    "WeightFiles",
+    "Workspace",
+    "check_output",
+    "check_space",
+    "find_weight_files",
+    "open_checkpoint",
+]

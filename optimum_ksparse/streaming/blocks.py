@@ -1,0 +1,196 @@
+"""A model whose decoder blocks stay on the disk, and are brought into memory one at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from ..calibration import DecoderBlocks, find_blocks
+from ..checkpoint import check_loaded
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    model_class: Any,
+    *,
+    dtype: Any,
+    device: torch.device,
+    offload_folder: Path,
+    **loading: Any,
+) -> tuple[PreTrainedModel, DiskBlocks]:
+    """Loads a checkpoint with everything but its decoder blocks, which stay on the disk.
+
+    transformers itself loads it, with accelerate's offloading to the disk, so that names, dtypes, ties and conversions
+    are those of any other load. What is stored in another form than the model's (most experts) it writes out into
+    `offload_folder`; everything else is read from the checkpoint's own files.
+
+    Args:
+        source: folder or Hub id.
+        model_class: `AutoModelForCausalLM`, another Auto class, or a model's class.
+        dtype: as in `from_pretrained`.
+        device: where the blocks run.
+        offload_folder: an empty folder, for as long as the model is used.
+        loading: further arguments of `from_pretrained` that say where the files are.
+    """
+    config = AutoConfig.from_pretrained(source, **loading)
+    with torch.device("meta"):
+        build = getattr(model_class, "from_config", None) or model_class._from_config
+        trusted = {"trust_remote_code": True} if loading.get("trust_remote_code") else {}
+        skeleton = find_blocks(build(config, **trusted))
+    model, info = model_class.from_pretrained(
+        source,
+        dtype=dtype,
+        device_map=_device_map(skeleton, device),
+        offload_folder=offload_folder,
+        use_safetensors=True,
+        output_loading_info=True,
+        **loading,
+    )
+    blocks = find_blocks(model)
+    check_loaded(blocks, info)
+    return model, DiskBlocks(blocks, device)
+
+
+def _device_map(blocks: DecoderBlocks, device: torch.device) -> dict[str, str]:
+    """Every block on the disk, everything else on `device`: module by module down to the list of blocks, because an
+    entry for the whole model would win over theirs."""
+    places: dict[str, str] = {}
+    path = blocks.name_in_model(0, "").removesuffix(".0.").split(".")
+    module: nn.Module = blocks.model
+    for depth, step in enumerate(path):
+        prefix = "".join(f"{name}." for name in path[:depth])
+        tensors = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+        children = [name for name, _ in module.named_children() if name != step]
+        places |= {f"{prefix}{name}": str(device) for name in (*tensors, *children)}
+        module = getattr(module, step)
+    places |= {blocks.name_in_model(index, "").removesuffix("."): "disk" for index in range(len(blocks.blocks))}
+    return places
+
+
+class DiskBlocks:
+    """The decoder blocks of a model that `open_checkpoint` loaded.
+
+    Args:
+        blocks: the blocks, with accelerate's hooks, which are taken off.
+        device: where a block is while it is in memory.
+        prefetch: read the next block while this one is used; None does so where the device is no CPU.
+
+    Attributes:
+        blocks: the blocks; their weights are on the meta device but within `resident`.
+    """
+
+    def __init__(self, blocks: DecoderBlocks, device: torch.device, prefetch: bool | None = None) -> None:
+        from accelerate.hooks import remove_hook_from_submodules
+
+        self.blocks, self.device = blocks, device
+        self._prefetch = device.type != "cpu" if prefetch is None else prefetch
+        self._offloaded = [_offloaded_weights(block) for block in blocks.blocks]
+        self._shards: dict[int, Path] = {}
+        self._coming: dict[int, Future[dict[str, torch.Tensor]]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
+        remove_hook_from_submodules(blocks.model)
+        if hasattr(blocks.model, "hf_device_map"):
+            del blocks.model.hf_device_map  # nothing is offloaded by accelerate any more
+
+    def take_shard(self, index: int, path: Path) -> None:
+        """From now on the weights of block `index`, which holds sparse modules, are those in the file `path`."""
+        self._shards[index] = path
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[None]:
+        """Within it the weights of block `index` are in memory, on the device. They are dropped after it, whatever has
+        become of them.
+
+        Raises:
+            OSError: they cannot be read; names the tensor.
+        """
+        block = self.blocks.blocks[index]
+        try:
+            for name, tensor in self._take(index).items():
+                _put(block, name, tensor.to(self.device, non_blocking=True))
+            yield
+        finally:
+            _empty(block)
+
+    def state_dict(self, index: int) -> dict[str, torch.Tensor]:
+        """State of block `index`, by the names in the model; within `resident`."""
+        prefix = self.blocks.name_in_model(index, "")
+        return {prefix + name: tensor for name, tensor in self.blocks.blocks[index].state_dict().items()}
+
+    def _take(self, index: int) -> dict[str, torch.Tensor]:
+        coming = self._coming.pop(index, None)
+        tensors = self._read(index) if coming is None else coming.result()
+        following = index + 1
+        if self._prefetch and following < len(self.blocks.blocks) and following not in self._coming:
+            self._coming = {following: self._reader.submit(self._read_whole, following)}
+        return tensors
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of a block by their names in it, mapped into memory rather than read."""
+        tensors: dict[str, torch.Tensor] = {}
+        name = ""
+        try:
+            if index in self._shards:
+                prefix = self.blocks.name_in_model(index, "")
+                with safe_open(self._shards[index], framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (not a dict)
+                        tensors[name.removeprefix(prefix)] = file.get_tensor(name)
+            else:
+                for name, (weights, key) in self._offloaded[index].items():
+                    tensors[name] = weights[key]
+        except Exception as error:  # of safetensors, of accelerate, of the system
+            where = self.blocks.name_in_model(index, name)
+            raise OSError(f"tensor {where} cannot be read: {type(error).__name__}: {error}") from error
+        return tensors
+
+    def _read_whole(self, index: int) -> dict[str, torch.Tensor]:
+        """Really reads them, into memory from which a GPU copies fast."""
+        pinned = self.device.type == "cuda"
+        tensors = {}
+        for name, tensor in self._read(index).items():
+            tensors[name] = torch.empty_like(tensor, pin_memory=pinned).copy_(tensor)
+        return tensors
+
+
+def _offloaded_weights(block: nn.Module) -> dict[str, tuple[Mapping[str, torch.Tensor], str]]:
+    """For each offloaded parameter of a block, by its name, where accelerate finds it."""
+    found = {}
+    for path, module in block.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        weights = getattr(hook, "weights_map", None)
+        if weights is not None:
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    found[f"{path}.{name}".lstrip(".")] = (weights, name)
+    return found
+
+
+def _put(block: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = block.get_submodule(path)
+    if leaf in module._parameters:
+        old = module._parameters[leaf]
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _empty(block: nn.Module) -> None:
+    """Drops what can be read again; buffers that no file holds stay."""
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                empty = torch.empty_like(parameter, device="meta")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        mask = module._buffers.get("weight_mask")
+        if mask is not None:
+            module._buffers["weight_mask"] = torch.empty_like(mask, device="meta")

@@ -1,0 +1,131 @@
+"""The journal of a run: what it was asked to do, and which blocks are done. It is written anew after each block, whole
+or not at all, so that a run that was killed at any moment goes on from the last one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..report import LayerReport
+from ..staging import write_text
+
+_NAME = "journal.json"
+_VERSION = 1
+
+
+@dataclass
+class FinishedBlock:
+    """A pruned block.
+
+    Attributes:
+        file: its state, in the workspace.
+        sha256: of that file.
+        layers: its sparse layers, as in the model's config.
+        rows: of the report.
+    """
+
+    file: str
+    sha256: str
+    layers: dict[str, dict[str, Any]]
+    rows: list[LayerReport]
+
+
+@dataclass
+class Snapshot:
+    """The calibration activations at the input of `block`, in one file for each process."""
+
+    block: int
+    files: list[str]
+
+
+@dataclass
+class Journal:
+    """What is known of a run.
+
+    Attributes:
+        job: source and settings; a run with others does not go on with this one.
+        blocks: the finished ones, in order.
+        snapshot: the latest activations that were saved.
+        seconds: how long all processes that worked on it have taken, one after another.
+        peak_memory_bytes: the most that one of them has used.
+        phase: "pruning"; "finishing": all blocks are done, and files of the checkpoint are being made of them;
+            "complete": only the files have still to be moved to their places.
+    """
+
+    job: dict[str, Any]
+    blocks: list[FinishedBlock] = field(default_factory=list)
+    snapshot: Snapshot | None = None
+    seconds: float = 0.0
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    phase: str = "pruning"
+    version: int = _VERSION
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / _NAME, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Journal | None:
+        """None where there is none. Raises ValueError where it is damaged or of another version."""
+        try:
+            data = json.loads((folder / _NAME).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"{folder / _NAME} is damaged: {error}; start over with resume=False") from None
+        if not isinstance(data, dict) or data.get("version") != _VERSION or {f.name for f in fields(cls)} != {*data}:
+            raise ValueError(f"{folder / _NAME} is of another version; start over with resume=False")
+        data["blocks"] = [FinishedBlock(**{**block, "rows": _rows(block["rows"])}) for block in data["blocks"]]
+        data["snapshot"] = None if data["snapshot"] is None else Snapshot(**data["snapshot"])
+        return cls(**data)
+
+    def differences(self, job: dict[str, Any]) -> list[str]:
+        """Where `job` is not the one of this journal, in words."""
+        now, then = _flat(json.loads(json.dumps(job))), _flat(self.job)
+        return [
+            f"{name}: was {then.get(name)!r}, is {now.get(name)!r}"
+            for name in sorted({*now, *then})
+            if now.get(name) != then.get(name)
+        ]
+
+    def keep_whole_blocks(self, folder: Path) -> None:
+        """Forgets the first block whose file is missing or damaged, and all after it. Only while the run is pruning:
+        later on the files go to their places one by one."""
+        if self.phase != "pruning":
+            return
+        for number, block in enumerate(self.blocks):
+            path = folder / block.file
+            if not path.is_file() or sha256_of(path) != block.sha256:
+                del self.blocks[number:]
+                break
+        if self.snapshot is not None and self.snapshot.block > len(self.blocks):
+            self.snapshot = None
+
+
+def _rows(rows: list[dict[str, Any]]) -> list[LayerReport]:
+    return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+
+
+def _flat(job: dict[str, Any]) -> dict[str, Any]:
+    """Settings one level down: `settings.pattern`."""
+    flat: dict[str, Any] = {}
+    for name, value in job.items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

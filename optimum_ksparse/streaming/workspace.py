@@ -1,0 +1,227 @@
+"""The folder in which a run keeps what it has done until all is done: hidden in the output folder, gone at the end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..checkpoint import storage_state_dict
+from ..report import REPORT_NAME, RESULTS_NAME, LayerReport, SparsityReport
+from .blocks import DiskBlocks
+from .journal import FinishedBlock, Journal, sha256_of, sync
+
+_NAME, _DONE = ".ksparse-pruning", ".ksparse-done"
+_TOKENS = "calibration.safetensors"
+# What a folder for a checkpoint may hold beforehand: a repository's own files.
+_HARMLESS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+
+
+class Workspace:
+    """The workspace of the run that writes `output`. One process at a time may `claim` it, and only that one writes.
+
+    Attributes:
+        path: the folder.
+        journal: of this run, or of the one that it goes on with.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], job: dict[str, Any]) -> None:
+        self.output = Path(output)
+        self.path = self.output / _NAME
+        self.journal = Journal(job)
+        self._lock: FileLock | None = None
+
+    def claim(self, resume: bool) -> Journal:
+        """Makes the folder this process's, and goes on from what it holds, or empties it. Gives the journal.
+
+        Raises:
+            BlockingIOError: another process is at work in it.
+            ValueError: it holds a run with other settings, which are named.
+        """
+        shutil.rmtree(self.output / _DONE, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(f"another process is pruning into {self.output}; wait for it, or stop it") from None
+        found = Journal.load(self.path) if resume else None
+        if found is not None:
+            differences = found.differences(self.journal.job)
+            if differences:
+                raise ValueError(
+                    f"{self.output} holds an unfinished run with other settings ({'; '.join(differences)}): go on "
+                    "with the same settings, start over with resume=False, or name another folder"
+                )
+            self.journal = found
+            found.keep_whole_blocks(self.path)
+        else:
+            for entry in self.path.iterdir():
+                if entry.name != "lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self.journal.save(self.path)
+        return self.journal
+
+    def release(self) -> None:
+        """Lets other processes at it; a folder in which nothing was done goes."""
+        if self._lock is None:
+            return
+        if not self.journal.blocks and not (self.path / _TOKENS).exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+            _remove_if_empty(self.output)
+        self._lock.release()
+
+    def folder(self, name: str) -> Path:
+        """An empty folder for something that no later run goes on with."""
+        folder = self.path / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def tokens(self, draw: Callable[[], tuple[torch.Tensor, dict[str, Any]]]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The calibration tokens and their description: those of the run that this one goes on with, or newly drawn
+        ones, which are kept for a later run."""
+        path = self.path / _TOKENS
+        if not path.exists():
+            ids, description = draw()
+            _save_whole({"ids": ids}, path, {"description": json.dumps(description, ensure_ascii=False)})
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("ids").clone(), json.loads(file.metadata()["description"])
+
+    def add_block(self, index: int, state: dict[str, torch.Tensor], layers: Any, rows: list[LayerReport]) -> None:
+        """Writes a pruned block. It counts when the journal has been saved."""
+        name = f"block-{index:05d}.safetensors"
+        path = self.path / name
+        _save_whole({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, path)
+        self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, rows))
+
+    def finish(self, model: PreTrainedModel, disk: DiskBlocks, save_more: Callable[[Path], None]) -> None:
+        """Makes a checkpoint of the blocks and of everything else of the model, which `model.save_pretrained` writes.
+        `save_more` puts further files into a folder."""
+        self.journal.phase, self.journal.snapshot = "finishing", None
+        self.journal.save(self.path)
+        final, rest = self.path / "final", self.folder("rest")
+        final.mkdir(exist_ok=True)
+        inside = disk.blocks.name_in_model(0, "").removesuffix("0.")
+        state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+        model.save_pretrained(rest, state_dict=state, max_shard_size="10000GB")
+        save_more(rest)
+        names = self._weight_names()
+        os.replace(rest / SAFE_WEIGHTS_NAME, final / names[0])
+        for index, name in enumerate(names[1:]):
+            if not (final / name).exists():  # an earlier run got as far as that
+                self._finish_block(index, model, disk, final / name)
+        _write_index(final, names, model.num_parameters())
+        for path in rest.iterdir():
+            os.replace(path, final / path.name)
+        sync(final)
+        self.journal.phase = "complete"
+        self.journal.save(self.path)
+
+    def _finish_block(self, index: int, model: PreTrainedModel, disk: DiskBlocks, target: Path) -> None:
+        path = self.path / self.journal.blocks[index].file
+        disk.take_shard(index, path)
+        with disk.resident(index):
+            state = disk.state_dict(index)
+            stored = storage_state_dict(model, disk.blocks.name_in_model(index, "").removesuffix("."), state)
+            as_it_is = stored.keys() == state.keys() and all(stored[name] is state[name] for name in state)
+            if not as_it_is:
+                _save_whole({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, target)
+        if as_it_is:
+            os.replace(path, target)
+        else:
+            path.unlink()
+
+    def publish(self) -> SparsityReport:
+        """Moves the files of the finished checkpoint to their places, the config last: without it the folder is no
+        model. What an earlier checkpoint left there goes before."""
+        final = self.path / "final"
+        if (final / CONFIG_NAME).exists():
+            for name in (CONFIG_NAME, RESULTS_NAME, *_weights_in(self.output)):
+                if name not in self._weight_names():
+                    (self.output / name).unlink(missing_ok=True)
+        for path in sorted(final.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+            os.replace(path, self.output / path.name)
+        sync(self.output)
+        # At once: a workspace that is half removed would look like one in which nothing has been done.
+        os.replace(self.path, self.output / _DONE)
+        shutil.rmtree(self.output / _DONE)
+        return SparsityReport.load(self.output / REPORT_NAME)
+
+    def _weight_names(self) -> list[str]:
+        total = len(self.journal.blocks) + 1
+        return [f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
+
+
+def check_output(output: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
+    """Raises an error where a checkpoint must not be written into `output`: a file, the source itself, or a folder
+    that holds something else than an unfinished run or an earlier sparse checkpoint."""
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"output={os.fspath(output)!r} is a file; pass a folder")
+    if os.path.isdir(source) and path.exists() and os.path.samefile(source, path):
+        raise ValueError(f"output={os.fspath(output)!r} is the source; pass another folder")
+    if not path.exists() or (path / _NAME).is_dir() or (path / REPORT_NAME).is_file():
+        return
+    other = sorted(entry.name for entry in path.iterdir() if entry.name not in _HARMLESS and entry.name[0] != ".")
+    if other:
+        raise FileExistsError(
+            f"output={os.fspath(output)!r} holds something else ({', '.join(other[:3])}"
+            f"{', …' if len(other) > 3 else ''}); pass an empty folder, or one that does not exist yet"
+        )
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raises OSError where the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"about {needed / 1e9:.2f} GB are needed for {what}, and {free / 1e9:.2f} GB are free; make space, or "
+            "name an output folder on another disk",
+            os.fspath(folder),
+        )
+
+
+def _weights_in(folder: Path) -> list[str]:
+    return [path.name for path in (*folder.glob("model*.safetensors"), *folder.glob(SAFE_WEIGHTS_INDEX_NAME))]
+
+
+def _save_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        save_file(tensors, unfinished, {"format": "pt", **(metadata or {})})
+        sync(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_index(folder: Path, names: list[str], num_parameters: int) -> None:
+    weight_map: dict[str, str] = {}
+    size = 0
+    for name in names:
+        path = folder / name
+        with safe_open(path, framework="pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), name)
+        with open(path, "rb") as stream:
+            size += path.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+    metadata = {"total_parameters": num_parameters, "total_size": size}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
