@@ -39,8 +39,8 @@ _LISTENER: ContextVar[Callable[[BlockDone], None] | None] = ContextVar("_LISTENE
 
 
 @contextmanager
-def listening(listener: Callable[[BlockDone], None]) -> Iterator[None]:
-    """Within it, `listener` is told of each block that is done."""
+def listening(listener: Callable[[BlockDone], None] | None) -> Iterator[None]:
+    """Within it, `listener` is told of each block that is done; None: nobody is."""
     token = _LISTENER.set(listener)
     try:
         yield

@@ -55,7 +55,7 @@ def prune_checkpoint(
     resume: bool = True,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
-    activation_memory: int = 4 * 2**30,
+    activation_memory: int | str = "4GB",
     model_class: Any = AutoModelForCausalLM,
     **loading: Any,
 ) -> SparsityReport:
@@ -77,7 +77,8 @@ def prune_checkpoint(
             sparse checkpoint that is in `output`.
         dtype: of the weights, as in `from_pretrained`; "auto" takes the checkpoint's.
         device: where blocks run; None takes this process's GPU, where there is one.
-        activation_memory: bytes of calibration activations that stay in memory; more go to files in `output`.
+        activation_memory: calibration activations that stay in memory, in bytes or as "4GB"; more go to files in
+            `output`.
         model_class: Auto class, or model's class, of the checkpoint.
         loading: `revision`, `token`, `cache_dir`, `subfolder`, `trust_remote_code`, `local_files_only`.
 
@@ -92,7 +93,7 @@ def prune_checkpoint(
     """
     if not isinstance(config, SparsityConfig):
         raise TypeError(f"config must be a SparsityConfig, found {type(config).__name__}")
-    check_integer("activation_memory", activation_memory, 0)
+    limit = _bytes("activation_memory", activation_memory)
     _check_arguments(config, loading)
     with joined() as processes:
         processes.once(lambda: check_output(output, source))
@@ -109,7 +110,7 @@ def prune_checkpoint(
         finished = processes.once(lambda: _finished_report(workspace, resume))
         if finished is not None:
             return finished
-        run = _Run(source, config, workspace, files, processes, dtype, device, activation_memory, model_class, loading)
+        run = _Run(source, config, workspace, files, processes, dtype, device, limit, model_class, loading)
         return run(resume)
 
 
@@ -351,6 +352,17 @@ def _finished_report(workspace: Workspace, resume: bool) -> SparsityReport | Non
     raise FileExistsError(
         f"{workspace.output} holds another sparse checkpoint; name another folder, or replace it with resume=False"
     )
+
+
+def _bytes(name: str, size: int | str) -> int:
+    from accelerate.utils import convert_file_size_to_int
+
+    if isinstance(size, str) and not size.isdigit():
+        try:
+            return int(convert_file_size_to_int(size))
+        except ValueError:
+            raise ValueError(f"{name}={size!r} is no size; allowed: a number of bytes, or such as '4GB'") from None
+    return check_integer(name, int(size) if isinstance(size, str) else size, 0)
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import ArgumentParser
+from dataclasses import asdict
 from typing import Any
 
 from .base import Command, add_flags, boolean, read_recipe
@@ -32,7 +34,17 @@ _LOADING_FLAGS: dict[str, dict[str, Any]] = {
     "device_map": {"help": "as in from_pretrained: auto, cpu, cuda:0, …"},
     "revision": {"help": "branch, tag or commit of the model"},
     "gguf_file": {"help": "the GGUF file in the model's folder or repository"},
-    "max_shard_size": {"help": "of the saved files, such as 5GB"},
+    "max_shard_size": {"help": "of the saved files, such as 5GB; with --stream a file is a block"},
+}
+_STREAM_FLAGS: dict[str, dict[str, Any]] = {
+    "resume": {"type": boolean, "help": "with --stream: go on with an unfinished run (default), or start over"},
+    "device": {"help": "with --stream: where blocks run: cpu, cuda:0, … (default: a GPU where there is one)"},
+    "activation_memory": {"help": "with --stream: calibration activations to keep in memory, such as 4GB (default)"},
+}
+_SWITCHES = {
+    "trust_remote_code": "run the code that comes with the model",
+    "stream": "prune block by block from disk to disk: for models beyond memory; can be resumed",
+    "json": "progress and report as a line of JSON each, for machines",
 }
 
 
@@ -44,27 +56,55 @@ class PruneCommand(Command):
         parser.add_argument(
             "--config", metavar="RECIPE", help="YAML file with any of these settings; flags override it"
         )
-        parser.add_argument("--trust-remote-code", dest="trust_remote_code", action="store_const", const=True)
-        add_flags(parser, _FLAGS, _LOADING_FLAGS)
+        for name, text in _SWITCHES.items():
+            parser.add_argument(f"--{name.replace('_', '-')}", dest=name, action="store_const", const=True, help=text)
+        add_flags(parser, _FLAGS, _LOADING_FLAGS, _STREAM_FLAGS)
 
     def execute(self) -> None:
         settings = self._settings()
         missing = [name for name in ("model", "output") if not settings.get(name)]
         if missing:
             raise ValueError(f"{missing[0]} is missing: optimum-cli ksparse prune MODEL OUTPUT [--config recipe.yaml]")
-        model_name, output = settings.pop("model"), settings.pop("output")
-        save = {"max_shard_size": settings.pop("max_shard_size")} if "max_shard_size" in settings else {}
-        loading = {name: settings.pop(name) for name in (*_LOADING_FLAGS, "trust_remote_code") if name in settings}
-
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        model, output = settings.pop("model"), settings.pop("output")
+        stream, as_json = settings.pop("stream", False), settings.pop("json", False)
+        names = [name for name in (*_LOADING_FLAGS, *_STREAM_FLAGS, "trust_remote_code") if name in settings]
+        loading = {name: settings.pop(name) for name in names}
+        foreign = ("device_map", "gguf_file", "max_shard_size") if stream else tuple(_STREAM_FLAGS)
+        for name in foreign:
+            if name in loading:
+                raise ValueError(f"{name} has no meaning with{'' if stream else 'out'} --stream; leave it out")
 
         from ..config import SparsityConfig
-        from ..staging import staged
+        from ..distributed import joined
+        from ..progress import listening
 
         config = SparsityConfig(**settings)
-        with staged(output):  # an output that cannot be written to is an error before the work, not after it
-            pass
+        prune = self._stream if stream else self._prune
+        with joined() as processes:
+            shown = processes.is_main
+            with listening(_print_json if as_json and shown else None):
+                report = prune(model, output, config, loading, shown)
+        if shown:
+            print(json.dumps({"event": "done", "output": output, **asdict(report)}) if as_json else report)
+            print(f"saved in {output}", file=sys.stderr if as_json else sys.stdout)
+
+    def _stream(self, model: str, output: str, config: Any, loading: dict[str, Any], shown: bool) -> Any:
+        from ..api import prune_checkpoint
+
+        return prune_checkpoint(model, output, config, **loading)
+
+    def _prune(self, model_name: str, output: str, config: Any, loading: dict[str, Any], shown: bool) -> Any:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from ..staging import staged
+
+        save = {"max_shard_size": loading.pop("max_shard_size")} if "max_shard_size" in loading else {}
+        if shown:
+            with staged(output):  # an output that cannot be written to is an error before the work, not after it
+                pass
         model = AutoModelForCausalLM.from_pretrained(model_name, sparsity_config=config, **loading)
+        if not shown:
+            return model.sparsity_report
         model.save_pretrained(output, **save)
         names = ("revision", "gguf_file", "trust_remote_code")
         try:
@@ -73,15 +113,18 @@ class PruneCommand(Command):
             print(f"{output} has no tokenizer: none could be loaded from {model_name}: {error}", file=sys.stderr)
         else:
             tokenizer.save_pretrained(output)
-        print(model.sparsity_report)
-        print(f"saved in {output}")
+        return model.sparsity_report
 
     def _settings(self) -> dict[str, Any]:
         """The recipe's settings, overridden by the flags that were given."""
-        allowed = ["model", "output", "trust_remote_code", *_FLAGS, *_LOADING_FLAGS]
+        allowed = ["model", "output", *_SWITCHES, *_FLAGS, *_LOADING_FLAGS, *_STREAM_FLAGS]
         recipe = read_recipe(self.args.config, allowed) if self.args.config else {}
         given: dict[str, Any] = {name: getattr(self.args, name) for name in allowed}
         # One path with a recipe that names the model is the output.
         if given["model"] and not given["output"] and recipe.get("model") and not recipe.get("output"):
             given["model"], given["output"] = None, given["model"]
         return {**recipe, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _print_json(done: Any) -> None:
+    print(json.dumps({"event": "block", **asdict(done)}), flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,12 +114,14 @@ class DiskBlocks:
             OSError: they cannot be read; names the tensor.
         """
         block = self.blocks.blocks[index]
+        modules = set(block.modules())
         try:
             for name, tensor in self._take(index).items():
                 _put(block, name, tensor.to(self.device, non_blocking=True))
             yield
         finally:
-            _empty(block)
+            # Replaced ones too, which wait for the garbage collector: accelerate's hooks left circles in them.
+            _empty(modules.union(block.modules()))
 
     def state_dict(self, index: int) -> dict[str, torch.Tensor]:
         """State of block `index`, by the names in the model; within `resident`."""
@@ -184,9 +186,9 @@ def _put(block: nn.Module, name: str, tensor: torch.Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
-def _empty(block: nn.Module) -> None:
+def _empty(modules: Iterable[nn.Module]) -> None:
     """Drops what can be read again; buffers that no file holds stay."""
-    for module in block.modules():
+    for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 empty = torch.empty_like(parameter, device="meta")
