@@ -7,6 +7,8 @@ block are shared out, and each receives what the others pruned. One process alon
 from __future__ import annotations
 
 import datetime
+import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ T = TypeVar("T")
 
 # A process may prune its share of a large layer for longer than the half hour that others wait by default.
 _TIMEOUT = datetime.timedelta(hours=6)
+_GROUPS = itertools.count()
 
 
 class Processes:
@@ -120,10 +123,18 @@ class Processes:
         return total
 
     def _add_up(self, found: ColumnNorms, tokens: list[int]) -> None:
+        if found.parts is not None:  # few numbers: added in the order of one process, they are its very bits
+            parts = self.gather([(count, squares.cpu()) for count, squares in found.parts])
+            found.take_parts(part for others in parts for part in others)
+            found.take(found.num_tokens, self._sample(found))
+            return
         found.averages.mul_(tokens[self.rank] / sum(tokens))
         with _named_errors():
             dist.all_reduce(found.averages)
-        found.take(sum(tokens), torch.cat([rows.to(found.averages.device) for rows in self.gather(found.sample)]))
+        found.take(sum(tokens), self._sample(found))
+
+    def _sample(self, found: ColumnNorms) -> torch.Tensor:
+        return torch.cat(self.gather(found.sample.cpu())).to(found.averages.device)
 
 
 def current() -> Processes:
@@ -143,12 +154,23 @@ def joined() -> Iterator[Processes]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, size = _meeting_point()
+    # Under a name of its own each time: what an earlier group wrote would mislead this one.
+    store = dist.PrefixStore(f"optimum-ksparse/{next(_GROUPS)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
         yield current()
     finally:
         # After an error too: the others, which wait for this process, then learn that it is gone.
         dist.destroy_process_group()
+
+
+@functools.cache
+def _meeting_point() -> tuple[dist.Store, int, int]:
+    """The store over which the processes find each other, this one's rank, and their number."""
+    found: tuple[dist.Store, int, int] = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    return found
 
 
 @contextmanager

@@ -307,7 +307,10 @@ def _collect(
     def make(linear: nn.Module) -> ColumnNorms:
         with aligned(linear):
             in_features = dense_weight(linear).shape[1]
-        return kind(in_features, replay.hidden.device, replay.tokens.numel() * processes.size)
+        statistics = kind(in_features, replay.hidden.device, replay.tokens.numel() * processes.size)
+        if processes.size > 1 and kind is ColumnNorms:
+            statistics.parts = []
+        return statistics
 
     return processes.add_up(replay.collect(index, block, layers, make), lambda name: make(layers[name]))
 

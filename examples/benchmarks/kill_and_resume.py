@@ -3,8 +3,8 @@
 python examples/benchmarks/kill_and_resume.py [MODEL] [--kills 20] [--processes 1] [-- further flags of `prune`]
 
 MODEL is a folder or Hub id; without it a small one with random weights is made. Each run is `optimum-cli ksparse prune
---stream`, killed by SIGKILL between the end of its imports and a little after its end as it would be undisturbed; one
-that ends before is compared, and the next one begins anew. With several processes all are killed at once.
+--stream`, killed by SIGKILL at a random moment of its start, or between zero and one and a half blocks after one to four
+more are done; one that ends before is compared, and the next one begins anew. Several processes are killed at once.
 """
 
 import argparse
@@ -24,6 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, logging
 
 logging.set_verbosity_error()
+logging.disable_progress_bar()
+MEMORY = ("0", "4GB")  # activations in files or in memory: one of them is drawn for each run
 SAMPLES = Path(__file__).parent.parent / "data" / "korean_calibration.txt"
 
 
@@ -58,9 +60,34 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def command(model: str, output: Path, processes: int, flags: list[str]) -> list[str]:
-    prune = ["-m", "optimum.commands.optimum_cli", "ksparse", "prune", model, str(output), "--stream", *flags]
+    prune = [
+        "-m",
+        "optimum.commands.optimum_cli",
+        "ksparse",
+        "prune",
+        model,
+        str(output),
+        "--stream",
+        "--json",
+        *flags,
+    ]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [sys.executable, *(launch if processes > 1 else []), *prune]
+
+
+def start(run: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    """Starts a run in a group of its own; a line comes out for each block, and one at the end."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    return subprocess.Popen(run, start_new_session=True, env=environment, **pipes)
+
+
+def state(output: Path) -> str:
+    """How far a run has come."""
+    journal = output / ".ksparse-pruning" / "journal.json"
+    if not journal.exists():
+        return "the checkpoint is there" if (output / "config.json").exists() else "no journal yet"
+    found = json.loads(journal.read_text())
+    return f"{len(found['blocks'])} blocks, {found['phase']}"
 
 
 def main() -> None:
@@ -69,7 +96,6 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--activation-memory", nargs="+", default=["0", "4GB"], help="one of them is drawn for a run")
     args, flags = parser.parse_known_args()
     flags = [flag for flag in flags if flag != "--"] or [
         *("--method", "sparsegpt", "--dataset", str(SAMPLES), "--num-samples", "16", "--seq-len", "128"),
@@ -80,37 +106,34 @@ def main() -> None:
         if model is None:
             model = str(Path(scratch, "model"))
             make_model(Path(model))
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        imports = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import optimum_ksparse"], check=True)
-        imports = time.perf_counter() - imports
-        duration = time.perf_counter()
-        subprocess.run(command(model, whole, args.processes, flags), check=True, **quiet)
-        duration = time.perf_counter() - duration
+        # One thread: so small a model gains nothing from two, and the machine may be busy.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        begun = time.perf_counter()
+        undisturbed = start(command(model, whole, args.processes, flags), environment)
+        moments = [time.perf_counter() - begun for _ in undisturbed.stdout]  # of the blocks, and of the end
+        assert undisturbed.wait() == 0, "the undisturbed run failed"
+        block = (moments[-1] - moments[0]) / len(moments[1:])
         expected, kills, ends = digests(whole), 0, 0
-        print(f"undisturbed: {duration:.1f} s, of which {imports:.1f} s are imports; {len(expected)} files", flush=True)
-        while True:
-            limit = draw.choice(args.activation_memory)
-            run = command(model, output, args.processes, [*flags, "--activation-memory", limit])
-            process = subprocess.Popen(run, start_new_session=True, **quiet)
-            wait = draw.uniform(imports, 1.1 * duration) if kills < args.kills else None
-            try:
-                code = process.wait(wait)
-            except subprocess.TimeoutExpired:
+        print(f"undisturbed: {moments[-1]:.1f} s, {block:.2f} s a block; {len(expected)} files", flush=True)
+        while kills < args.kills or not ends:
+            run = command(model, output, args.processes, [*flags, "--activation-memory", draw.choice(MEMORY)])
+            process = start(run, environment)
+            blocks = draw.randint(0, 4)
+            if kills < args.kills and all(process.stdout.readline() for _ in range(blocks)):
+                time.sleep(draw.uniform(0, 1.5 * block if blocks else moments[0]))
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.stdout.read()
+            if process.wait() == -signal.SIGKILL:
                 kills += 1
-                journal = output / ".ksparse-pruning" / "journal.json"
-                done = json.loads(journal.read_text()) if journal.exists() else {"blocks": [], "phase": "before"}
-                print(f"kill {kills} after {wait:.1f} s: {len(done['blocks'])} blocks, {done['phase']}", flush=True)
+                print(f"kill {kills}: {state(output)}", flush=True)
                 continue
-            assert code == 0, f"exit code {code}: {' '.join(run)}"
+            assert process.returncode == 0, f"exit code {process.returncode}: {' '.join(run)}"
             found, ends = digests(output), ends + 1
             assert found == expected, {name for name in {*found, *expected} if found.get(name) != expected.get(name)}
             print(f"ended, {len(found)} files with the same bytes", flush=True)
+            shutil.rmtree(output)
             if kills >= args.kills:
                 break
-            shutil.rmtree(output)
     print(f"{kills} kills, {ends} runs to the end: identical bytes each time")
 
 

@@ -105,7 +105,7 @@ def prune_checkpoint(
             "dtype": str(dtype).removeprefix("torch."),
             "model_class": model_class.__name__,
         }
-        processes.agree(job)
+        processes.agree({**job, **job["settings"], "settings": None})
         workspace = Workspace(output, job)
         finished = processes.once(lambda: _finished_report(workspace, resume))
         if finished is not None:
@@ -137,8 +137,8 @@ class _Run:
 
     def __call__(self, resume: bool) -> SparsityReport:
         workspace, processes = self.workspace, self.processes
-        workspace.journal = processes.once(lambda: workspace.claim(resume))
         try:
+            workspace.journal = processes.once(lambda: workspace.claim(resume))
             if workspace.journal.phase != "complete":
                 self._prune()
             return processes.once(workspace.publish)
@@ -157,7 +157,7 @@ class _Run:
             **self.loading,
         )
         check_model(model, config)
-        blocks = disk.blocks
+        blocks, num_parameters = disk.blocks, model.num_parameters()
         targets, skipped = find_targets(blocks, config)
         processes.once(lambda: self._check_space(model, targets))
         done = list(workspace.journal.blocks)
@@ -179,7 +179,7 @@ class _Run:
                 start=len(done),
                 processes=processes,
             )
-        processes.once(lambda: self._finish(model, disk, data, rows, skipped))
+        processes.once(lambda: self._finish(model, disk, num_parameters, data, rows, skipped))
 
     def _calibration(
         self, model: PreTrainedModel, disk: DiskBlocks, needed: bool
@@ -198,8 +198,8 @@ class _Run:
         ids, description = self.processes.once(lambda: self.workspace.tokens(draw))
         if not needed:
             return description, None
-        ids = share_tokens(ids, self.processes)
         batch_size = self.config.batch_size
+        ids = share_tokens(ids, batch_size, self.processes)
         hidden = Activations(
             -(-len(ids) // batch_size),
             self.activation_memory,
@@ -259,13 +259,14 @@ class _Run:
         self,
         model: PreTrainedModel,
         disk: DiskBlocks,
+        num_parameters: int,
         calibration: dict[str, Any],
         rows: list[LayerReport],
         skipped: dict[str, str],
     ) -> None:
         recorded = record_settings(self.config)
         attach(model, recorded)
-        report = make_report(model, recorded, calibration, rows, skipped)
+        report = make_report(model, recorded, num_parameters, calibration, rows, skipped)
         report.source_fingerprint = self.workspace.journal.job["source_fingerprint"]
         self._note_costs()
         report.seconds = round(self.workspace.journal.seconds, 2)
@@ -293,7 +294,8 @@ class _Run:
         if METHODS[self.config.method].statistics is not None:
             hidden = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0))
             needed += 2 * self.config.num_samples * self.config.seq_len * hidden * model.dtype.itemsize
-        needed -= sum((self.workspace.path / block.file).stat().st_size for block in self.workspace.journal.blocks)
+        written = (self.workspace.path / block.file for block in self.workspace.journal.blocks)
+        needed -= sum(path.stat().st_size for path in written if path.exists())
         check_space(self.workspace.path, int(needed), "the sparse checkpoint and the calibration activations")
 
 

@@ -65,7 +65,7 @@ def sparsify(
     processes = current()
     blocks = find_blocks(model)
     targets, skipped = find_targets(blocks, config)
-    processes.agree({"settings": config.to_dict(), "model": type(model).__name__, "blocks": len(blocks.blocks)})
+    processes.agree({"model": type(model).__name__, "blocks": len(blocks.blocks), **config.to_dict()})
     recorded = record_settings(config)
     num_parameters = model.num_parameters()
     with evaluation_mode(model), torch.no_grad():
@@ -73,7 +73,9 @@ def sparsify(
         replay = None
         if data is not None:
             skip_first = data.begins_with_bos and not config.bos_in_statistics
-            replay = BlockReplay(blocks, share_tokens(data.ids, processes), config.batch_size, skip_first)
+            replay = BlockReplay(
+                blocks, share_tokens(data.ids, config.batch_size, processes), config.batch_size, skip_first
+            )
         replaced: dict[str, nn.Module] = {}
         try:
             kept = replaced if restore_on_error else None
@@ -87,8 +89,7 @@ def sparsify(
     apply_settings(model, config)
     if config.tokenizer is not None:
         model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
-    report = make_report(model, recorded, {} if data is None else data.description, rows, skipped)
-    report.num_parameters = num_parameters
+    report = make_report(model, recorded, num_parameters, {} if data is None else data.description, rows, skipped)
     report.seconds = round(time.perf_counter() - started, 2)
     model.sparsity_report = report  # type: ignore[assignment]
     return report
@@ -105,11 +106,13 @@ def record_settings(config: SparsityConfig) -> SparsityConfig:
 def make_report(
     model: PreTrainedModel,
     config: SparsityConfig,
+    num_parameters: int,
     calibration: dict[str, Any],
     rows: list[LayerReport],
     skipped: dict[str, str],
 ) -> SparsityReport:
-    """The report on a model that has just been pruned with `config`, as `record_settings` gave it."""
+    """The report on a model that has just been pruned with `config`, as `record_settings` gave it. `num_parameters` is
+    from before that: packed weights count less."""
     settings = config.to_dict()
     settings.pop("layers")
     return SparsityReport(
@@ -119,7 +122,7 @@ def make_report(
         skipped=skipped,
         base_model=describe_model(model),
         base_revision=getattr(model, "hub_commit", None),
-        num_parameters=model.num_parameters(),
+        num_parameters=num_parameters,
         peak_memory_bytes=peak_memory(),
         versions=library_versions("torch", "transformers", "accelerate", "datasets"),
     )
@@ -205,11 +208,15 @@ def draw_tokens(
     return calibration_tokens(config, model, tokenizer or load_tokenizer(config, model.name_or_path))
 
 
-def share_tokens(ids: torch.Tensor, processes: Processes) -> torch.Tensor:
+def share_tokens(ids: torch.Tensor, batch_size: int, processes: Processes) -> torch.Tensor:
     """This process's part of the samples [num_samples, seq_len]. Raises ValueError where it would have none."""
     if len(ids) < processes.size:
         raise ValueError(
             f"{processes.size} processes share num_samples={len(ids)} calibration samples: start at most "
             f"{len(ids)} processes, or use more samples"
         )
-    return ids[processes.share(len(ids))]
+    share = processes.share(-(-len(ids) // batch_size))
+    if len(ids) < processes.size * batch_size:
+        share, batch_size = processes.share(len(ids)), 1
+    # Whole batches, as one process would have them: the same sums come out rounded in the same way.
+    return ids[share.start * batch_size : share.stop * batch_size]

@@ -104,6 +104,7 @@ class DiskBlocks:
     def take_shard(self, index: int, path: Path) -> None:
         """From now on the weights of block `index`, which holds sparse modules, are those in the file `path`."""
         self._shards[index] = path
+        self._coming.pop(index, None)
 
     @contextmanager
     def resident(self, index: int) -> Iterator[None]:

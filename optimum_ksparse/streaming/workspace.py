@@ -51,11 +51,12 @@ class Workspace:
         """
         shutil.rmtree(self.output / _DONE, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / "lock")
+        lock = FileLock(self.path / "lock")
         try:
-            self._lock.acquire(timeout=0)
+            lock.acquire(timeout=0)
         except Timeout:
             raise BlockingIOError(f"another process is pruning into {self.output}; wait for it, or stop it") from None
+        self._lock = lock
         found = Journal.load(self.path) if resume else None
         if found is not None:
             differences = found.differences(self.journal.job)
@@ -79,7 +80,8 @@ class Workspace:
             return
         if not self.journal.blocks and not (self.path / _TOKENS).exists():
             shutil.rmtree(self.path, ignore_errors=True)
-            _remove_if_empty(self.output)
+            if self.output.is_dir() and not any(self.output.iterdir()):
+                self.output.rmdir()
         self._lock.release()
 
     def folder(self, name: str) -> Path:
@@ -119,6 +121,8 @@ class Workspace:
         save_more(rest)
         names = self._weight_names()
         os.replace(rest / SAFE_WEIGHTS_NAME, final / names[0])
+        for index, block in enumerate(self.journal.blocks):
+            disk.take_shard(index, self.path / block.file)
         for index, name in enumerate(names[1:]):
             if not (final / name).exists():  # an earlier run got as far as that
                 self._finish_block(index, model, disk, final / name)
@@ -131,7 +135,6 @@ class Workspace:
 
     def _finish_block(self, index: int, model: PreTrainedModel, disk: DiskBlocks, target: Path) -> None:
         path = self.path / self.journal.blocks[index].file
-        disk.take_shard(index, path)
         with disk.resident(index):
             state = disk.state_dict(index)
             stored = storage_state_dict(model, disk.blocks.name_in_model(index, "").removesuffix("."), state)
@@ -220,8 +223,3 @@ def _write_index(folder: Path, names: list[str], num_parameters: int) -> None:
     metadata = {"total_parameters": num_parameters, "total_size": size}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()

@@ -1,0 +1,590 @@
+"""Pruning from disk to disk: the same bits as in memory, whatever cuts it off; and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint
+from optimum_ksparse.api import checkpoint as checkpoint_module
+from optimum_ksparse.calibration import Activations
+from optimum_ksparse.progress import BlockDone, listening
+from optimum_ksparse.streaming import Journal, Workspace, workspace
+from optimum_ksparse.streaming.files import find_weight_files
+
+from .conftest import ARCHITECTURES, HUB, REPOSITORY
+from .loopback_hub import LoopbackHub
+
+torch.set_num_threads(1)
+
+MakeModel = Callable[..., PreTrainedModel]
+WORK = ".ksparse-pruning"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes | dict]:
+    """Every file's bytes; the report without what differs from run to run."""
+    found: dict[str, bytes | dict] = {}
+    for path in folder.rglob("*"):
+        if path.name == "sparsity_report.json":
+            report = json.loads(path.read_text(encoding="utf-8"))
+            for row in (report, *report["layers"]):
+                del row["seconds"]
+            del report["peak_memory_bytes"]
+            found[path.name] = report
+        elif path.is_file():
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture
+def config(token_ids: torch.Tensor) -> Callable[..., SparsityConfig]:
+    def make(method: str = "sparsegpt", pattern: str = "2:4", **settings: Any) -> SparsityConfig:
+        return SparsityConfig(method, pattern, **{"dataset": token_ids, "batch_size": 2, **settings})
+
+    return make
+
+
+@pytest.fixture
+def source(tmp_path: Path, make_model: MakeModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A Llama of five blocks in several shards, with its tokenizer."""
+    folder = tmp_path / "source"
+    make_model("llama", num_hidden_layers=5).save_pretrained(folder, max_shard_size="40KB")
+    tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.fixture
+def always_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_module, "_SNAPSHOT_SECONDS", -1.0)
+
+
+# ---- the same as in memory
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "dtype", "settings"),
+    [
+        ("wanda", "2:4", "float32", {}),
+        ("sparsegpt", "50%", "bfloat16", {"storage": "dense"}),
+        ("magnitude", "4:8", "auto", {"dataset": None}),
+    ],
+)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_result_is_that_of_from_pretrained_bit_for_bit(
+    name: str,
+    method: str,
+    pattern: str,
+    dtype: str,
+    settings: dict,
+    tmp_path: Path,
+    make_model: MakeModel,
+    config: Any,
+) -> None:
+    make_model(name).save_pretrained(tmp_path / "dense", max_shard_size="40KB")
+    asked = {**settings, "method": method, "pattern": pattern}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype, sparsity_config=config(**asked))
+    model.save_pretrained(tmp_path / "memory")
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "disk", config(**asked), dtype=dtype)
+    assert_same_tensors(tensors(tmp_path / "disk"), tensors(tmp_path / "memory"))
+    for file in ("config.json", "generation_config.json"):
+        written = [tmp_path / folder / file for folder in ("memory", "disk")]
+        assert [path.exists() for path in written] in ([True, True], [False, False])
+        if written[0].exists():
+            assert written[0].read_bytes() == written[1].read_bytes()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
+    for (path, tensor), expected in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(tensor, expected), path
+    assert [row.name for row in report.layers] == [row.name for row in model.sparsity_report.layers]
+    for row, expected_row in zip(report.layers, model.sparsity_report.layers, strict=True):
+        assert row.relative_output_error == expected_row.relative_output_error
+    assert (report.config, report.calibration) == (model.sparsity_report.config, model.sparsity_report.calibration)
+    assert report.num_parameters == model.sparsity_report.num_parameters
+    assert not [path for path in (tmp_path / "disk").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 7])
+@pytest.mark.parametrize(
+    "settings", [{"true_sequential": True}, {"bos_in_statistics": False}, {"skip_unsupported": True}]
+)
+def test_activations_in_files_are_those_in_memory(
+    settings: dict, batch_size: int, tmp_path: Path, source: Path, config: Any
+) -> None:
+    asked = config(batch_size=batch_size, **settings)
+    prune_checkpoint(source, tmp_path / "memory", asked)
+    prune_checkpoint(source, tmp_path / "files", asked, activation_memory=0)
+    assert contents(tmp_path / "memory") == contents(tmp_path / "files")
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path, make_model: MakeModel, config: Any) -> None:
+    make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "disk", config())
+    stored = tensors(tmp_path / "disk")
+    assert "model.embed_tokens.weight" in stored
+    assert "lm_head.weight" not in stored
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_modules_to_not_convert_and_their_report(tmp_path: Path, source: Path, config: Any) -> None:
+    report = prune_checkpoint(source, tmp_path / "disk", config(modules_to_not_convert=["o_proj"]))
+    assert set(report.skipped) == {f"layers.{index}.self_attn.o_proj" for index in range(5)}
+    stored = tensors(tmp_path / "disk")
+    dense = tensors(source)["model.layers.3.self_attn.o_proj.weight"]
+    assert torch.equal(stored["model.layers.3.self_attn.o_proj.weight"], dense)
+
+
+def test_a_hub_id(tmp_path: Path, source: Path, config: Any, hub: LoopbackHub) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo("me/dense")
+    commit = HfApi().upload_folder(repo_id="me/dense", folder_path=source).oid
+    report = prune_checkpoint("me/dense", tmp_path / "hub", config())
+    prune_checkpoint(source, tmp_path / "local", config())
+    assert_same_tensors(tensors(tmp_path / "hub"), tensors(tmp_path / "local"))
+    assert (report.base_model, report.base_revision) == ("me/dense", commit)
+    assert (tmp_path / "hub" / "tokenizer.json").is_file()
+
+
+def test_the_index_is_what_the_files_hold(tmp_path: Path, source: Path, config: Any) -> None:
+    prune_checkpoint(source, tmp_path / "disk", config())
+    index = json.loads((tmp_path / "disk" / "model.safetensors.index.json").read_text())
+    found = {}
+    for path in (tmp_path / "disk").glob("*.safetensors"):
+        found |= {name: (path.name, tensor.nbytes) for name, tensor in load_file(path).items()}
+    assert index["weight_map"] == {name: file for name, (file, _) in sorted(found.items())}
+    assert index["metadata"]["total_size"] == sum(size for _, size in found.values())
+
+
+def test_text_is_drawn_once_and_kept_for_the_next_run(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    shutil.copy(REPOSITORY / "examples/data/korean_calibration.txt", text)
+    asked = SparsityConfig("wanda", dataset=str(text), num_samples=4, seq_len=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "add_block", fails(Workspace.add_block, 3, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, tmp_path / "disk", asked)
+    text.unlink()
+    report = prune_checkpoint(source, tmp_path / "disk", asked)
+    assert report.calibration["num_samples"] == 4
+
+
+# ---- cut off
+
+
+def fails(function: Callable[..., Any], number: int, error: BaseException) -> Callable[..., Any]:
+    """`function`, whose call of that number (from 0) fails instead."""
+    calls = iter(range(10**9))
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise error
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+PLACES = [
+    (workspace, "save_file", range(7)),
+    (workspace.os, "replace", range(27)),
+    (Journal, "save", range(8)),
+    (workspace, "sync", range(8)),
+    (Activations, "replace", range(4)),
+    (Activations, "save", range(4)),
+    (workspace, "sha256_of", range(5)),
+    (workspace.shutil, "rmtree", range(5)),
+]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")], ids=["int", "full"]
+)
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize(("where", "name", "numbers"), PLACES, ids=[f"{name}" for _, name, _ in PLACES])
+def test_after_an_error_anywhere_the_same_call_ends_with_the_same_bytes(
+    where: Any,
+    name: str,
+    numbers: range,
+    storage: str,
+    error: BaseException,
+    tmp_path: Path,
+    source: Path,
+    config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    always_snapshot: None,
+) -> None:
+    asked = config(storage=storage)
+    prune_checkpoint(source, tmp_path / "whole", asked)
+    expected = contents(tmp_path / "whole")
+    failures = 0
+    for number in numbers:
+        output, memory = tmp_path / f"cut-{number}", 0 if number % 2 else "1GB"
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, fails(getattr(where, name), number, error))
+            try:
+                prune_checkpoint(source, output, asked, activation_memory=memory)
+            except type(error):
+                failures += 1
+                model = output / "config.json"
+                assert not model.exists() or contents_without_work(output) == expected, "a half-written model"
+        prune_checkpoint(source, output, asked, activation_memory=memory)
+        assert contents(output) == expected, number
+    assert failures >= len(numbers) // 2
+
+
+def contents_without_work(folder: Path) -> dict[str, bytes | dict]:
+    return {name: content for name, content in contents(folder).items() if not name.startswith(".")}
+
+
+_CHILD = """
+import os, signal, sys, torch
+from optimum_ksparse import SparsityConfig, prune_checkpoint
+from optimum_ksparse.api import checkpoint
+torch.set_num_threads(1)
+checkpoint._SNAPSHOT_SECONDS = -1.0
+source, output, ids, place, number, memory = sys.argv[1:]
+replace, fsync, calls = os.replace, os.fsync, [0]
+def killing(function, name):
+    def wrapped(*args):
+        if name == place:
+            calls[0] += 1
+            if calls[0] == int(number):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return wrapped
+os.replace, os.fsync = killing(replace, "replace"), killing(fsync, "fsync")
+config = SparsityConfig("sparsegpt", "2:4", dataset=torch.load(ids), batch_size=2)
+prune_checkpoint(source, output, config, activation_memory=memory)
+"""
+
+
+@pytest.mark.parametrize("memory", ["0", "1GB"])
+def test_processes_killed_again_and_again(
+    memory: str, tmp_path: Path, source: Path, token_ids: Any, config: Any
+) -> None:
+    prune_checkpoint(source, tmp_path / "whole", config())
+    torch.save(token_ids, tmp_path / "ids.pt")
+    codes = []
+    # Each gets a little further; the last one is not killed.
+    for place, number in (("fsync", 3), ("replace", 4), ("fsync", 7), ("replace", 7), ("replace", 99)):
+        arguments = [str(source), str(tmp_path / "disk"), str(tmp_path / "ids.pt"), place, str(number), memory]
+        done = subprocess.run([sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True)
+        codes.append(done.returncode)
+    assert codes == [-signal.SIGKILL] * 4 + [0], done.stderr
+    assert contents(tmp_path / "disk") == contents(tmp_path / "whole")
+
+
+@pytest.fixture
+def unfinished(
+    tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch, always_snapshot: None
+) -> Path:
+    """The output folder of a run that was cut off after three of five blocks."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "add_block", fails(Workspace.add_block, 3, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, tmp_path / "disk", config())
+    return tmp_path / "disk"
+
+
+def test_a_run_goes_on_where_it_was_cut_off(unfinished: Path, tmp_path: Path, source: Path, config: Any) -> None:
+    seen: list[BlockDone] = []
+    with listening(seen.append):
+        report = prune_checkpoint(source, unfinished, config())
+    assert [(block.done, block.total, block.resumed) for block in seen] == [(4, 5, 3), (5, 5, 3)]
+    assert len(report.layers) == 35
+    prune_checkpoint(source, tmp_path / "whole", config())
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed", "snapshot gone", "snapshot cut"])
+def test_damaged_files_of_a_run_are_made_again(
+    damage: str, unfinished: Path, tmp_path: Path, source: Path, config: Any
+) -> None:
+    work = unfinished / WORK
+    block = work / "block-00001.safetensors"
+    snapshots = [path for path in work.iterdir() if path.name.startswith("activations")]
+    assert snapshots
+    if damage == "gone":
+        block.unlink()
+    elif damage == "cut":
+        block.write_bytes(block.read_bytes()[:-1])
+    elif damage == "changed":
+        content = bytearray(block.read_bytes())
+        content[-1] ^= 1
+        block.write_bytes(content)
+    for path in snapshots if "snapshot" in damage else []:
+        path.unlink() if "gone" in damage else path.write_bytes(path.read_bytes()[:-1])
+    seen: list[BlockDone] = []
+    with listening(seen.append):
+        prune_checkpoint(source, unfinished, config())
+    assert seen[0].resumed == (3 if "snapshot" in damage else 1)
+    prune_checkpoint(source, tmp_path / "whole", config())
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
+def test_other_settings_are_refused_with_the_difference(unfinished: Path, source: Path, config: Any) -> None:
+    with pytest.raises(ValueError, match=r"settings\.pattern: was '2:4', is '4:8'.*resume=False"):
+        prune_checkpoint(source, unfinished, config(pattern="4:8"))
+    with pytest.raises(ValueError, match="dtype: was 'auto', is 'bfloat16'"):
+        prune_checkpoint(source, unfinished, config(), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"settings\.dataset"):
+        prune_checkpoint(source, unfinished, config(dataset=torch.ones(6, 24, dtype=torch.int64)))
+    prune_checkpoint(source, unfinished, config())  # none of this has harmed it
+
+
+def test_another_source_is_refused(unfinished: Path, source: Path, config: Any) -> None:
+    path = sorted(source.glob("*.safetensors"))[1]
+    changed = {name: tensor + 1 for name, tensor in load_file(path).items()}
+    save_file(changed, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="source_fingerprint"):
+        prune_checkpoint(source, unfinished, config())
+
+
+def test_starting_over(unfinished: Path, tmp_path: Path, source: Path, config: Any) -> None:
+    seen: list[BlockDone] = []
+    with listening(seen.append):
+        prune_checkpoint(source, unfinished, config("wanda"), resume=False)
+    assert (len(seen), seen[0].resumed) == (5, 0)
+    prune_checkpoint(source, tmp_path / "whole", config("wanda"))
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
+def test_a_damaged_journal_is_named(unfinished: Path, source: Path, config: Any) -> None:
+    (unfinished / WORK / "journal.json").write_text("{")
+    with pytest.raises(ValueError, match=r"journal\.json is damaged.*resume=False"):
+        prune_checkpoint(source, unfinished, config())
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, source: Path, config: Any) -> None:
+    first = prune_checkpoint(source, tmp_path / "disk", config())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "disk").iterdir()}
+    assert prune_checkpoint(source, tmp_path / "disk", config()) == first
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "disk").iterdir()}
+    with pytest.raises(FileExistsError, match="another sparse checkpoint"):
+        prune_checkpoint(source, tmp_path / "disk", config("wanda"))
+    prune_checkpoint(source, tmp_path / "disk", config("wanda", storage="dense"), resume=False)
+    assert SparsityReport.load(tmp_path / "disk" / "sparsity_report.json").config["method"] == "wanda"
+
+
+def test_a_run_that_failed_before_its_work_leaves_nothing(tmp_path: Path, source: Path, config: Any) -> None:
+    with pytest.raises(ValueError, match="matches nothing"):
+        prune_checkpoint(source, tmp_path / "disk", config(modules_to_not_convert=["nonsense"]))
+    assert not (tmp_path / "disk").exists()
+
+
+def test_one_process_at_a_time(unfinished: Path, source: Path, config: Any) -> None:
+    from filelock import FileLock
+
+    with FileLock(unfinished / WORK / "lock"), pytest.raises(BlockingIOError, match="another process is pruning"):
+        prune_checkpoint(source, unfinished, config())
+
+
+# ---- bad input
+
+
+def spoil(source: Path, how: str) -> None:
+    shards = sorted(source.glob("*.safetensors"))
+    index_path = source / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    if how == "missing shard":
+        shards[1].unlink()
+    elif how == "truncated shard":
+        shards[1].write_bytes(shards[1].read_bytes()[:-10])
+    elif how == "absent tensor":
+        index["weight_map"]["model.layers.9.weight"] = shards[0].name
+    elif how == "missing tensor":
+        name = next(name for name in index["weight_map"] if "layers.2.mlp" in name)
+        path = source / index["weight_map"].pop(name)
+        save_file({key: value for key, value in load_file(path).items() if key != name}, path, {"format": "pt"})
+    elif how == "outside":
+        index["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    elif how in ("pickle", "nothing"):
+        for path in shards:
+            path.unlink()
+        if how == "pickle":
+            (source / "pytorch_model.bin").write_bytes(b"")
+    if how in ("pickle", "nothing"):
+        index_path.unlink()
+    else:
+        index_path.write_text("{" if how == "damaged index" else json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("missing shard", FileNotFoundError, r"no model-00002-of-\d+\.safetensors, which its .*index\.json names"),
+        ("truncated shard", ValueError, r"model-00002-of-\d+\.safetensors is truncated or damaged"),
+        ("absent tensor", ValueError, r"says that model-00001-of-\d+\.safetensors holds model\.layers\.9\.weight"),
+        ("missing tensor", ValueError, r"not in the checkpoint.*model\.layers\.2\.mlp"),
+        ("outside", ValueError, r"names '\.\./model\.safetensors' as a weight file"),
+        ("pickle", ValueError, r"pickle only \(pytorch_model\.bin\).*convert.*save_pretrained"),
+        ("nothing", FileNotFoundError, r"no model\.safetensors"),
+        ("damaged index", ValueError, r"model\.safetensors\.index\.json is damaged"),
+    ],
+)
+def test_damaged_sources(
+    how: str, error: type[Exception], message: str, tmp_path: Path, source: Path, config: Any
+) -> None:
+    spoil(source, how)
+    with pytest.raises(error, match=message):
+        prune_checkpoint(source, tmp_path / "disk", config())
+    assert not (tmp_path / "disk").exists()
+
+
+def test_weights_that_are_not_whole_are_named(tmp_path: Path, source: Path, config: Any) -> None:
+    path = next(p for p in source.glob("*.safetensors") if "model.layers.4.mlp.up_proj.weight" in load_file(p))
+    state = load_file(path)
+    state["model.layers.4.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.4\.mlp\.up_proj\.weight holds NaN or Inf"):
+        prune_checkpoint(source, tmp_path / "disk", config())
+    with pytest.raises(ValueError, match=r"layers\.4\.mlp\.up_proj.*holds NaN or Inf"):
+        prune_checkpoint(source, tmp_path / "magnitude", config("magnitude", dataset=None))
+
+
+def test_a_file_that_goes_away_meanwhile(
+    tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove(*args: Any) -> None:
+        for path in source.glob("*.safetensors"):
+            path.unlink()
+
+    monkeypatch.setattr(checkpoint_module._Run, "_check_space", remove)
+    with pytest.raises(OSError, match=r"tensor model\.layers\.0\..* cannot be read"):
+        prune_checkpoint(source, tmp_path / "disk", config())
+
+
+def test_sources_that_are_sparse_or_quantized(tmp_path: Path, source: Path, config: Any) -> None:
+    prune_checkpoint(source, tmp_path / "sparse", config())
+    with pytest.raises(ValueError, match=r"sparse already \(optimum-ksparse\)"):
+        prune_checkpoint(tmp_path / "sparse", tmp_path / "again", config())
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_outputs_that_hold_something_else(method: str, tmp_path: Path, source: Path, config: Any) -> None:
+    asked = config(method)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        prune_checkpoint(source, tmp_path / "file", asked)
+    with pytest.raises(ValueError, match="is the source"):
+        prune_checkpoint(source, source, asked)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    with pytest.raises(FileExistsError, match=r"holds something else \(cat\.jpg\)"):
+        prune_checkpoint(source, tmp_path / "photos", asked)
+    (tmp_path / "clone" / ".git").mkdir(parents=True)
+    (tmp_path / "clone" / "README.md").write_text("mine")
+    prune_checkpoint(source, tmp_path / "clone", asked)
+    assert (tmp_path / "clone" / "README.md").read_text() == "mine"
+
+
+def test_no_space_is_noticed_before_the_work(
+    tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda folder: SimpleNamespace(free=50_000))
+    with pytest.raises(OSError, match=r"about 0\.00 GB are needed") as caught:
+        prune_checkpoint(source, tmp_path / "disk", config())
+    assert caught.value.errno == errno.ENOSPC
+    assert not (tmp_path / "disk").exists()
+
+
+def test_arguments(tmp_path: Path, source: Path, config: Any) -> None:
+    for arguments, error, message in (
+        ({"activation_memory": "much"}, ValueError, "activation_memory='much' is no size"),
+        ({"activation_memory": -1}, ValueError, "activation_memory=-1"),
+        ({"gguf_file": "model.gguf"}, TypeError, "no argument 'gguf_file'"),
+    ):
+        with pytest.raises(error, match=message):
+            prune_checkpoint(source, tmp_path / "disk", config(), **arguments)
+    with pytest.raises(TypeError, match="config must be a SparsityConfig, found dict"):
+        prune_checkpoint(source, tmp_path / "disk", {})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='dataset="self" needs the whole model'):
+        prune_checkpoint(source, tmp_path / "disk", config(dataset="self"))
+
+
+# ---- parts
+
+
+def test_reading_ahead_gives_the_same(
+    tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = checkpoint_module.DiskBlocks.__init__
+    monkeypatch.setattr(
+        checkpoint_module.DiskBlocks, "__init__", lambda self, blocks, device: original(self, blocks, device, True)
+    )
+    prune_checkpoint(source, tmp_path / "ahead", config())
+    monkeypatch.undo()
+    prune_checkpoint(source, tmp_path / "whole", config())
+    assert contents(tmp_path / "ahead") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limit", [None, 0])
+def test_saved_activations_are_read_back(limit: int | None, dtype: torch.dtype, tmp_path: Path) -> None:
+    batches = [torch.randn(4, 3, 8).to(dtype), torch.randn(4, 3, 8).to(dtype), torch.randn(1, 3, 8).to(dtype)]
+    hidden = Activations(3, limit, tmp_path)
+    for batch in batches:
+        hidden.append(batch)
+    assert hidden.in_files == (limit == 0)
+    hidden.replace(batch + 1 for batch in batches)
+    name = hidden.save()
+    hidden.replace(batch * 2 for batch in hidden)  # what was saved stays
+    again = Activations(3, limit, tmp_path)
+    for batch in batches:
+        again.append(torch.zeros_like(batch))
+    assert again.can_load(name)
+    again.load(name)
+    for batch, expected in zip(again, batches, strict=True):
+        assert torch.equal(batch, expected + 1)
+    again[0].zero_() if limit == 0 else None  # a block may write into its input
+    assert torch.equal(again[0], batches[0] + 1) or limit is None
+    assert not Activations(2, limit, tmp_path).can_load(name)
+
+
+def test_a_source_is_told_apart_by_its_weights(source: Path) -> None:
+    before = find_weight_files(source).fingerprint()
+    assert find_weight_files(source).fingerprint() == before
+    path = sorted(source.glob("*.safetensors"))[0]
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    assert find_weight_files(source).fingerprint() != before
+
+
+def test_the_hub_of_these_tests_is_a_loopback() -> None:
+    assert os.environ["HF_ENDPOINT"] == HUB.url
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    yield
