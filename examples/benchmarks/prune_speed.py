@@ -173,7 +173,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--calibration", default=str(HERE.parent / "data/korean_calibration.txt"), help=".txt or .jsonl")
     add("--evaluation", default=str(HERE.parent / "data/korean_evaluation.txt"), help=".txt or .jsonl")
     add("--tokens", type=Path, help="calibration token ids instead, .safetensors or .pt")
-    add("--batch-size", type=int, default=8, help="samples in a forward pass, of both tools")
+    add("--batch-size", type=int, default=4, help="samples in a forward pass, of both tools")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--cache", type=Path, default=CACHE)

@@ -79,9 +79,9 @@ def main(tool: str, specification: str, result: str) -> None:
     prune = prepare(read_tokens(run["tokens"]), run)
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(run["model"], dtype=run["dtype"]).eval()
-    loaded, loaded_bytes = time.perf_counter(), peak_memory()
+    loaded, loaded_bytes, used = time.perf_counter(), peak_memory(), time.process_time()
     prune(model)
-    stopped, peak_bytes = time.perf_counter(), peak_memory()
+    stopped, peak_bytes, used = time.perf_counter(), peak_memory(), time.process_time() - used
     if run["output"]:
         model.save_pretrained(run["output"], **({"save_compressed": False} if tool == "llm-compressor" else {}))
     row = {
@@ -91,6 +91,7 @@ def main(tool: str, specification: str, result: str) -> None:
         "import_seconds": round(started - STARTED, 3),
         "load_seconds": round(loaded - started, 3),
         "prune_seconds": round(stopped - loaded, 3),
+        "prune_cpu_seconds": round(used, 3),
         "total_seconds": round(stopped - started, 3),
         "loaded_peak_bytes": loaded_bytes,
         "peak_bytes": peak_bytes,
