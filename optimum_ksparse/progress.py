@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-import torch
 from tqdm.auto import tqdm
+
+from .memory import memory_in_use
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,3 @@ def block_progress(description: str, total: int, start: int, tokens: int, show: 
     finally:
         if bar is not None:
             bar.close()
-
-
-def memory_in_use() -> tuple[int, int]:
-    """Bytes in use now, and at most so far: of the GPU where this process uses one, otherwise of the process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    status = process_status()
-    return status.get("VmRSS", 0), status.get("VmHWM", 0)
-
-
-def process_status() -> dict[str, int]:
-    """Memory figures of this process in bytes, as Linux names them; empty elsewhere. (`ru_maxrss` is no substitute for
-    VmHWM: it is inherited over exec.)"""
-    try:
-        with open("/proc/self/status") as status:
-            lines = [line.split() for line in status if line.startswith("Vm")]
-    except OSError:
-        return {}
-    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}

@@ -19,6 +19,7 @@ from .calibration.blocks import find_fused_matrices
 from .checkpoint import aligned, replace_module
 from .config import SparsityConfig
 from .distributed import Processes
+from .memory import trim_heap
 from .nn import SparseLinear, dense_weight, densified, is_linear_map
 from .pattern import Pattern
 from .progress import block_progress
@@ -334,6 +335,8 @@ def _prune_layer(
             raise ArithmeticError(f"{path}: {error}") from error
         sparse = SparseLinear.from_dense(linear, mask, pattern, pruned)
         output_error = None if statistics is None else relative_output_error(statistics.sample, weight, pruned)
+    del weight, pruned, mask
+    trim_heap()
     row = LayerReport(
         name=path,
         shape=(sparse.out_features, sparse.in_features),
@@ -352,6 +355,7 @@ def relative_output_error(inputs: torch.Tensor, weight: torch.Tensor, pruned: to
     """‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F of `inputs` [tokens, in] for weights [out, in], computed in float32; None where there
     are no inputs or the dense output is zero."""
     x = inputs.to(weight.device, torch.float32)
-    dense = torch.linalg.norm(x @ weight.float().T)
-    difference = torch.linalg.norm(x @ (pruned.float() - weight.float()).T)
-    return float(difference / dense) if dense > 0 else None
+    dense = x @ weight.float().T
+    difference = torch.linalg.norm(x @ pruned.float().T - dense)
+    size = torch.linalg.norm(dense)
+    return float(difference / size) if size > 0 else None

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 # Rows kept of the inputs, on which a layer's output error is measured after pruning.
-SAMPLE_ROWS = 512
+SAMPLE_ROWS = 128
 
 
 class ColumnNorms:
@@ -23,7 +23,7 @@ class ColumnNorms:
         num_tokens: rows seen.
         squared_norms: [in] float32, ‖X_j‖² / tokens.
         parts: None; or a list, in which each addition of rows is kept so that it can be done again elsewhere.
-        sample: [≤ 512, in], evenly spread rows of the inputs in their own dtype.
+        sample: [≤ 128, in], evenly spread rows of the inputs in their own dtype.
     """
 
     def __init__(

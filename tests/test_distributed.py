@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
@@ -241,4 +240,3 @@ def test_one_process_needs_no_group() -> None:
         assert processes.once(lambda: 3) == 3
         processes.agree({"a": 1})
     assert current().size == 1
-    assert load_file is not None

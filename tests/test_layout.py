@@ -20,6 +20,7 @@ ROOMS = [
     ["pruners"],
     ["config"],
     ["report"],
+    ["memory"],
     ["staging", "progress", "distributed"],
     ["calibration"],
     ["checkpoint"],

@@ -2,6 +2,6 @@
 
 from .checkpoint import prune_checkpoint
 from .layer import prune_weight
-from .model import attach, load_tokenizer, peak_memory, sparsify
+from .model import attach, load_tokenizer, sparsify
 
-__all__ = ["attach", "load_tokenizer", "peak_memory", "prune_checkpoint", "prune_weight", "sparsify"]
+__all__ = ["attach", "load_tokenizer", "prune_checkpoint", "prune_weight", "sparsify"]

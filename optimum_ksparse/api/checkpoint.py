@@ -15,6 +15,7 @@ from ..calibration import Activations, BlockReplay, evaluation_mode, read_tokeni
 from ..checkpoint import install_layers, layer_records
 from ..config import SparsityConfig, check_integer
 from ..distributed import Processes, joined
+from ..memory import peak_memory
 from ..nn import dense_weight, densified
 from ..pattern import Pattern
 from ..pruners import METHODS
@@ -36,7 +37,6 @@ from .model import (
     draw_tokens,
     load_tokenizer,
     make_report,
-    peak_memory,
     record_settings,
     share_tokens,
 )

@@ -23,7 +23,7 @@ from ..checkpoint import describe_model, layer_records, sparse_modules
 from ..config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
 from ..distributed import Processes, current
 from ..execution import apply_settings
-from ..progress import process_status
+from ..memory import peak_memory
 from ..pruners import METHODS
 from ..pruning import find_targets, prune_blocks
 from ..report import LayerReport, SparsityReport
@@ -136,15 +136,6 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
-
-
-def peak_memory() -> dict[str, int]:
-    """Peak bytes of this process where the system tells, and of its GPU where one was used."""
-    status = process_status()
-    peak = {"process": status["VmHWM"]} if "VmHWM" in status else {}
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        peak["gpu"] = torch.cuda.max_memory_allocated()
-    return peak
 
 
 def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..calibration import DecoderBlocks, find_blocks
 from ..checkpoint import check_loaded
+from ..memory import trim_heap
 
 
 def open_checkpoint(
@@ -123,6 +124,7 @@ class DiskBlocks:
         finally:
             # Replaced ones too, which wait for the garbage collector: accelerate's hooks left circles in them.
             _empty(modules.union(block.modules()))
+            trim_heap()
 
     def state_dict(self, index: int) -> dict[str, torch.Tensor]:
         """State of block `index`, by the names in the model; within `resident`."""
