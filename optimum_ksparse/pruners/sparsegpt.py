@@ -42,7 +42,7 @@ def prune(
     if pattern.m is not None and block_size % pattern.m:
         raise ValueError(f"block_size={block_size} is not a multiple of m={pattern.m} of pattern {pattern}")
     rows, columns = weight.shape
-    lower, scale = (tensor.to(weight.device) for tensor in _inverse_factor(statistics, damping))
+    factor, scale = (tensor.to(weight.device) for tensor in _inverse_factor(statistics, damping))
     # Transposed, so that each column of the sweep is contiguous in memory; in units of U_jj until the end.
     updated = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format).div_(scale)
     updated[(statistics.squared_norms == 0).to(weight.device)] = 0
@@ -55,8 +55,8 @@ def prune(
                 # The difference of two running counts, so that the whole layer has the exact number of zeros.
                 zeros = pattern.num_zeros(rows * stop) - pattern.num_zeros(rows * start)
                 mask[start:stop] = ~lowest(block.abs().view(1, -1), zeros).view_as(block)
-            errors = sweep(block, lower[start:stop, start:stop], pattern, mask[start:stop])
-        updated[stop:].addmm_(lower[stop:, start:stop], errors, alpha=-1)
+            errors = sweep(block, factor[start:stop, start:stop], pattern, mask[start:stop])
+        updated[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     if not bool(updated.isfinite().all()):
         raise ValueError("the updated weights hold NaN or Inf; check the weights and the calibration inputs")
     updated.mul_(scale).masked_fill_(~mask, 0)
@@ -69,9 +69,9 @@ _FACTORS: weakref.WeakKeyDictionary[GramMatrix, tuple[tuple[int, float], _Factor
 
 
 def _inverse_factor(statistics: GramMatrix, damping: float) -> _Factor:
-    """Upper Cholesky factor U of (H + damping·mean(diag H)·I)⁻¹, as `sweep` takes it: U_jk/U_kk in row k and column
-    j < k, otherwise 0, [in, in] float32, and U_jj, [in, 1]. Where H is singular in float32 and in float64 the damping
-    is raised by ten times up to 1, with a warning."""
+    """Upper Cholesky factor U of (H + damping·mean(diag H)·I)⁻¹, as `sweep` takes it: U_jk/U_kk for k > j,
+    otherwise 0, [in, in] float32, and U_jj, [in, 1]. Where H is singular in float32 and in float64 the damping is
+    raised by ten times up to 1, with a warning."""
     key = (statistics.num_tokens, damping)
     if statistics not in _FACTORS or _FACTORS[statistics][0] != key:
         _FACTORS[statistics] = (key, *_factorise(statistics.gram, damping))
@@ -101,10 +101,11 @@ def _factorise(gram: torch.Tensor, damping: float) -> tuple[_Factor, float]:
         del damped
         if not failed:
             _invert(lower)
-            scale = lower.diagonal().flip(0).unsqueeze(1).clone()
-            lower = lower.flip(0, 1).T.div(scale).tril(-1).float()
-            if bool(lower.isfinite().all()) and bool(scale.isfinite().all()):
-                return (lower.contiguous(), scale.float()), damping
+            upper = lower.flip(0, 1)
+            scale = upper.diagonal().clone()
+            factor = upper.div_(scale).triu_(1).float()
+            if bool(factor.isfinite().all()) and bool(scale.isfinite().all()):
+                return (factor, scale.float().unsqueeze(1)), damping
     raise ArithmeticError(
         f"the Gram matrix [{len(gram)}, {len(gram)}] stays singular with a damping of {damping:g}: "
         "use more calibration samples, or look for overflow in the layer's inputs"

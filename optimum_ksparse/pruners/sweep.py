@@ -22,13 +22,14 @@ WIDEST_GROUP = 16
 _GIVEN = 4
 
 
-def sweep(block: torch.Tensor, lower: torch.Tensor, pattern: Pattern, mask: torch.Tensor) -> torch.Tensor:
+def sweep(block: torch.Tensor, factor: torch.Tensor, pattern: Pattern, mask: torch.Tensor) -> torch.Tensor:
     """Sweeps one block of columns, in place.
 
     Args:
         block: [columns, out] float32, contiguous: the transposed weights in units of U_jj. The columns that are kept
             end up with what is to stay of them.
-        lower: [columns, columns] float32, U_jk/U_kk in row k and column j < k, otherwise 0; rows may be apart.
+        factor: [columns, columns] float32, U_jk/U_kk in row j and column k > j, otherwise 0; may be part of a larger
+            matrix.
         pattern: `n:m` chooses `mask` group by group; otherwise `mask` is taken as it is.
         mask: [columns, out] bool, contiguous.
 
@@ -38,9 +39,9 @@ def sweep(block: torch.Tensor, lower: torch.Tensor, pattern: Pattern, mask: torc
     if runs_kernels(block.device) and (pattern.m or 1) <= WIDEST_GROUP:
         from . import sweep_kernel
 
-        return sweep_kernel.sweep(block, lower, pattern, mask)
+        return sweep_kernel.sweep(block, factor, pattern, mask)
     pruned = torch.empty_like(block) if pattern.is_structured else (~mask).float()
-    tile = _Block(block, lower, torch.empty_like(block), pruned)
+    tile = _Block(block, factor, torch.empty_like(block), pruned)
     tile.sweep(pattern)
     if pattern.is_structured:
         torch.eq(pruned, 0, out=mask)
@@ -62,10 +63,10 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 @dataclass
 class _Block:
-    """`values`, `errors` and `pruned` (1 or 0): [columns, out] float32, lower: [columns, columns]."""
+    """`values`, `errors` and `pruned` (1 or 0): [columns, out] float32; factor: [columns, columns]."""
 
     values: torch.Tensor
-    lower: torch.Tensor
+    factor: torch.Tensor
     errors: torch.Tensor
     pruned: torch.Tensor
 
@@ -96,7 +97,7 @@ class _Block:
             if stop < whole.stop:
                 span = (count & -count) * width  # the highest power of two that divides it
                 done, behind = slice(stop - span, stop), slice(stop, min(stop + span, whole.stop))
-                self.values[behind].addmm_(self.lower[behind, done], self.errors[done], alpha=-1)
+                self.values[behind].addmm_(self.factor[done, behind].T, self.errors[done], alpha=-1)
 
     def _choose(self, columns: slice, m: int, zeros: int) -> None:
         """Marks the `zeros` lowest scores of a group, the earlier one first among equals."""
@@ -105,10 +106,10 @@ class _Block:
         torch.lt(signs @ first.le_(second), limit, out=self.pruned[columns])
 
     def _solve(self, columns: slice, zeros: int) -> None:
-        """Errors of a few columns, of which a row has at most `zeros` pruned: e = pruned · (v − lower·e). From e = 0
+        """Errors of a few columns, of which a row has at most `zeros` pruned: e = pruned · (v − factorᵀ·e). From e = 0
         each round makes one more of a row's errors final; the last one leaves what stays of the kept columns."""
         values, errors, pruned = self.values[columns], self.errors[columns], self.pruned[columns]
-        corner = self.lower[columns, columns]
+        corner = self.factor[columns, columns].T
         torch.mul(values, pruned, out=errors)
         for _ in range(zeros - 1):
             torch.mul(torch.addmm(values, corner, errors, alpha=-1), pruned, out=errors)
