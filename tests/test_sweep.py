@@ -15,7 +15,7 @@ from optimum_ksparse.pruners import sweep as plain
 GPU = runs_kernels(torch.device("cuda")) if torch.cuda.is_available() else False
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 FORMS = [pytest.param("torch"), pytest.param("kernel", marks=[needs_triton, *([pytest.mark.gpu] if GPU else [])])]
-PATTERNS = ["2:4", "4:8", "1:4", "3:4", "2:8", "3:5", "1:2", "8:16", "5:11", "50%"]
+PATTERNS = ["2:4", "4:8", "1:4", "3:4", "2:8", "3:5", "8:16", "50%"]
 
 
 def run(form, block, factor, pattern, mask):
@@ -66,7 +66,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize(("groups", "out"), [(1, 1), (5, 33), (6, 40)])
+@pytest.mark.parametrize(("groups", "out"), [(1, 1), (5, 33)])
 def test_sweep_equals_the_slow_one(form, pattern, groups, out):
     pattern = Pattern(pattern)
     block, factor, mask = make_block(groups * (pattern.m or 7), out)
@@ -74,7 +74,7 @@ def test_sweep_equals_the_slow_one(form, pattern, groups, out):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
 def test_sweep_of_a_whole_block(form, pattern):
     block, factor, mask = make_block(128, 5)
     factor = factor * 0.2
@@ -90,7 +90,7 @@ def test_groups_that_no_kernel_takes(pattern):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:5", "8:16"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:5"])
 def test_the_earlier_of_equal_scores_is_pruned(form, pattern):
     """Small whole numbers of both signs, and a factor that keeps them whole: nothing is rounded, most scores tie."""
     pattern = Pattern(pattern)

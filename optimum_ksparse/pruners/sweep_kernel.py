@@ -68,7 +68,7 @@ def _sweep(
         for k in tl.static_range(PANEL):
             at = start + k if EVEN else tl.minimum(start + k, columns - 1)
             values += (tl.load(block_ptr + at * out + row, mask=inside, other=0),)
-        for earlier in range(0, start):
+        for earlier in range(start):
             error = tl.load(errors_ptr + earlier * out + row, mask=inside, other=0)
             values = _take_off(values, error, factor_ptr + earlier * stride, start, columns, -1, EVEN)
         errors = ()
