@@ -43,9 +43,10 @@ def prune(
         raise ValueError(f"block_size={block_size} is not a multiple of m={pattern.m} of pattern {pattern}")
     rows, columns = weight.shape
     factor, scale = (tensor.to(weight.device) for tensor in _inverse_factor(statistics, damping))
+    dead = (statistics.squared_norms == 0).to(weight.device).unsqueeze(1)
     # Transposed, so that each column of the sweep is contiguous in memory; in units of U_jj until the end.
-    updated = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format).div_(scale)
-    updated[(statistics.squared_norms == 0).to(weight.device)] = 0
+    updated = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    updated.div_(scale.masked_fill(dead, torch.inf))
     mask = torch.empty_like(updated, dtype=torch.bool)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
@@ -57,9 +58,10 @@ def prune(
                 mask[start:stop] = ~lowest(block.abs().view(1, -1), zeros).view_as(block)
             errors = sweep(block, factor[start:stop, start:stop], pattern, mask[start:stop])
         updated[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    if not bool(updated.isfinite().all()):
+    if not bool(updated.sum().isfinite()):
         raise ValueError("the updated weights hold NaN or Inf; check the weights and the calibration inputs")
-    updated.mul_(scale).masked_fill_(~mask, 0)
+    # As products: a fill at scattered places takes five times as long on a CPU. 0 added to −0 is 0.
+    updated.mul_(scale).mul_(mask).add_(0)
     return updated.T.to(weight.dtype).contiguous(), mask.T.contiguous()
 
 
