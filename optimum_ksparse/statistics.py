@@ -56,7 +56,7 @@ class ColumnNorms:
         for rows in x if x.dim() == 3 else [x.reshape(-1, x.shape[-1])]:
             if len(rows):
                 self._keep_sample(rows)
-                self._accumulate(rows.float(), self.num_tokens + len(rows))
+                self._accumulate(rows, self.num_tokens + len(rows))
                 self.num_tokens += len(rows)
 
     def _keep_sample(self, rows: torch.Tensor) -> None:
@@ -68,7 +68,7 @@ class ColumnNorms:
     def _accumulate(self, rows: torch.Tensor, total: int) -> None:
         """Running mean over `total` rows, these included; in the order of Wanda's published code, which it equals bit
         for bit where the rows of a sample are a power of two."""
-        squares = torch.linalg.vector_norm(rows, dim=0).square_().to(self.squared_norms.device)
+        squares = torch.linalg.vector_norm(rows.float(), dim=0).square_().to(self.squared_norms.device)
         if self.parts is not None:
             self.parts.append((len(rows), squares.clone()))
         self.squared_norms.mul_(self.num_tokens / total).add_(squares.div_(total))
@@ -100,4 +100,10 @@ class GramMatrix(ColumnNorms):
 
     def _accumulate(self, rows: torch.Tensor, total: int) -> None:
         rows = rows.to(self.gram.device)
+        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+            # On tensor cores: products of 16-bit numbers are exact in float32, in which they are summed.
+            product = torch.mm(rows.T, rows, out_dtype=torch.float32)
+            self.gram.mul_(self.num_tokens / total).add_(product, alpha=1 / total)
+            return
+        rows = rows.float()
         self.gram.addmm_(rows.T, rows, beta=self.num_tokens / total, alpha=1 / total)

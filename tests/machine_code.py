@@ -41,7 +41,8 @@ Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Product:
-    """A product to compile the kernel "gemv" or "dot" for, on a GPU of compute capability `capability` / 10."""
+    """A product to compile the kernel "gemv" or "dot" for, on a GPU of compute capability `capability` / 10; or
+    "sweep", SparseGPT's sweep over `tokens` columns of a weight."""
 
     kernel: str
     config: dict[str, Any]
@@ -126,11 +127,18 @@ def _main() -> None:
 
 
 def _launch(product: Product) -> Launch:
+    from optimum_ksparse import Pattern
     from optimum_ksparse.nn.kernels.candidates import GROUPS
     from optimum_ksparse.nn.kernels.dot import dot
     from optimum_ksparse.nn.kernels.gemv import gemv
+    from optimum_ksparse.pruners.sweep_kernel import sweep
 
     dtype, rows, columns = getattr(torch, product.dtype), product.out_features, product.in_features
+    if product.kernel == "sweep":
+        block, factor = torch.empty(product.tokens, rows), torch.empty(columns, columns)[:, : product.tokens]
+        mask = torch.empty(product.tokens, rows, dtype=torch.bool)
+        (launch,) = record_launches(lambda: sweep(block, factor, Pattern(product.pattern), mask))
+        return launch
     x, bias = torch.empty(product.tokens, columns, dtype=dtype), torch.empty(rows, dtype=dtype)
     values = torch.empty(rows, columns // 2, dtype=dtype)
     bits = torch.empty(rows, -(-columns // 8), dtype=torch.uint8)

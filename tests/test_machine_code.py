@@ -55,6 +55,11 @@ DOT = [
 # The rule of thumb takes them, on whatever GPU.
 FIRST = [offered("dot", tokens, capability=c)[0] for c in (86, 100, 120) for tokens in (16, 32, 64, 128)]
 
+SWEEP = [
+    *(Product("sweep", {}, 128, pattern, "float32", c) for c in (80, 90, 100) for pattern in ("2:4", "4:8", "50%")),
+    Product("sweep", {}, 60, "3:5", "float32"),
+]
+
 TOO_LARGE = Product(
     "dot",
     {"rows": 128, "tokens": 128, "bytes": 32, "warps": 4, "stages": 3, "splits": 1, "permute": True},
@@ -66,7 +71,7 @@ TOO_LARGE = Product(
 @pytest.fixture(scope="module")
 def compiled():
     """Machine code by product."""
-    products = [*GEMV, *WIDTHS, *DOT, *FIRST, TOO_LARGE]
+    products = [*GEMV, *WIDTHS, *DOT, *FIRST, *SWEEP, TOO_LARGE]
     return dict(zip(map(str, products), compile_products(products), strict=True))
 
 
@@ -127,6 +132,17 @@ def test_dot_spills_nothing(product, compiled):
     code = compiled[str(product)]
     assert code.spilled == 0
     assert code.count("STL", "LDL") == 0
+
+
+@pytest.mark.parametrize("product", SWEEP, ids=str)
+def test_threads_of_the_sweep_share_nothing_and_spill_nothing(product, compiled):
+    code = compiled[str(product)]
+    assert spilled(code) == (0, 0)
+    assert code.shared == code.count("LDS", "STS", "SHFL") == 0
+    # A panel of 16 (3:5: 15) columns stays in registers: off each come the errors of a column before it, in one loop,
+    # and those of the panel's own.
+    panel = 15 if product.pattern == "3:5" else 16
+    assert code.count("FFMA") + code.count("FFMA2") >= panel * (panel + 1) // 2
 
 
 def test_spills_and_large_tiles_show(compiled):

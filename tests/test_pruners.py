@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from optimum_ksparse import Pattern, prune_weight
-from optimum_ksparse.pruners import METHODS
+from optimum_ksparse.pruners import METHODS, sparsegpt
 from optimum_ksparse.statistics import ColumnNorms, GramMatrix
 
 ORACLES = ("layer_48x128", "layer_64x384", "layer_96x256")
@@ -223,6 +223,28 @@ def test_sparsegpt_does_not_depend_on_the_scale_of_the_inputs(layer, scale):
     expected, expected_mask = prune_weight(weight, x, method="sparsegpt", pattern="50%")
     assert torch.equal(mask, expected_mask)
     assert relative_error(pruned, expected) < 1e-4
+
+
+@pytest.mark.parametrize("columns", [1, 96, 600])
+def test_the_factor_is_cholesky_of_the_inverse(columns):
+    x = torch.randn(3 * columns, columns, generator=torch.Generator().manual_seed(0))
+    (factor, scale), damping = sparsegpt._factorise(x.T @ x / len(x), 0.01)
+    gram = x.double().T @ x.double() / len(x)
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    expected = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
+    found = (factor.double() + torch.eye(columns)) * scale.double().T
+    assert damping == 0.01
+    assert factor.dtype == scale.dtype == torch.float32
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "20:40", "50%"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_sparsegpt_refuses_weights_that_are_not_finite(pattern, value):
+    weight, x = make_layer(8, 80)
+    weight[3, 70] = value
+    with pytest.raises(ValueError, match="NaN"):
+        METHODS["sparsegpt"].prune(weight, collect(GramMatrix, x), Pattern(pattern), block_size=80)
 
 
 def test_wanda_prunes_dead_inputs_first(layer):

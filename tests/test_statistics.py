@@ -83,6 +83,18 @@ def test_moments_match_float64(dtype):
     assert_close_to_scale(norms.squared_norms, gram.diagonal())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [12, 640])
+def test_moments_on_a_gpu_are_as_exact_for_16_bit_inputs(dtype, columns):
+    x = torch.randn(1024, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    statistics = collected(GramMatrix, *x.cuda().split(300), device="cuda")
+    assert_close_to_scale(statistics.gram.cpu(), x.double().T @ x.double() / 1024)
+    large = torch.full((3, 8), 60000.0, dtype=dtype, device="cuda")
+    assert bool(collected(GramMatrix, large, device="cuda").gram.isfinite().all())
+
+
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=5))
 @quick
 def test_gram_diagonal_is_the_squared_norms(sizes):

@@ -3,8 +3,8 @@
 python examples/benchmarks/kill_and_resume.py [MODEL] [--kills 20] [--processes 1] [-- further flags of `prune`]
 
 MODEL is a folder or Hub id; without it a small one with random weights is made. Each run is `optimum-cli ksparse prune
---stream`, killed by SIGKILL at a random moment of its start, or between zero and one and a half blocks after one to four
-more are done; one that ends before is compared, and the next one begins anew. Several processes are killed at once.
+--stream`, killed by SIGKILL at a random moment of its start, or between zero and one and a half blocks after one to
+four more are done; one that ends before is compared, and the next one begins anew. All processes are killed at once.
 """
 
 import argparse

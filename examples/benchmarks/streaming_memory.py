@@ -3,8 +3,8 @@
 python examples/benchmarks/streaming_memory.py [--gigabytes 2.2] [--method wanda] [--samples 4] [--seq-len 64] [--json]
 
 A Llama with random weights in bfloat16 is written, one file a block. Each figure is VmHWM, read by a process that did
-nothing else from its own status file (`ru_maxrss` is inherited over exec): one that imports the package, one that calls
-`prune_checkpoint`, one that calls `from_pretrained` with the same config and saves the result.
+nothing else from its own status file (`ru_maxrss` is inherited over exec): one that imports the package, one that
+calls `prune_checkpoint`, one that calls `from_pretrained` with the same config and saves the result.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 `weight` is [out, in] in any floating dtype and is not changed; the returned weight has its dtype and is zero where the
 returned mask ([out, in], bool, True = kept) is False. A method warns (`warnings.warn`) of what the user should know,
 such as a raised damping; the block loop writes it into the report. To add a method: its file, its line in `METHODS`, a
-test, a recipe.
+test, a recipe. `sweep` and `sweep_kernel` are the inner loop of SparseGPT, in torch and for a GPU.
 """
 
 from __future__ import annotations
