@@ -15,11 +15,13 @@ from .calibration import (
     BlockReplay,
     CalibrationTokens,
     calibration_tokens,
+    eager_experts,
     evaluation_mode,
     find_blocks,
     read_tokenizer,
+    use_eager_experts,
 )
-from .checkpoint import describe_model, layer_records, sparse_modules
+from .checkpoint import describe_model, layer_records, put, sparse_experts, sparse_modules
 from .config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
 from .execution import apply_settings
 from .pattern import Pattern
@@ -64,18 +66,18 @@ def sparsify(
         setattr(recorded, name, getattr(config, name))
 
     num_parameters = model.num_parameters()
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), eager_experts(model), torch.no_grad():
         data = _calibration(model, config, tokenizer)
         replay = None
         if data is not None:
             skip_first = data.begins_with_bos and not config.bos_in_statistics
             replay = BlockReplay(blocks, data.ids, config.batch_size, skip_first)
-        replaced: dict[str, nn.Module] = {}
+        replaced: dict[str, nn.Module | nn.Parameter] = {}
         try:
             rows = prune_blocks(blocks, targets, config, replay, replaced if restore_on_error else None)
         except BaseException:
             for path, dense in replaced.items():
-                blocks.decoder.set_submodule(path, dense)
+                put(blocks.decoder, path, dense)
             raise
 
     attach(model, recorded)
@@ -152,6 +154,8 @@ def prune_weight(
 def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags."""
     config.layers = layer_records(model)
+    if sparse_experts(model):
+        use_eager_experts(model)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]

@@ -6,14 +6,17 @@
 | `<layer>.weight_mask` | [out, ceil(in/8)] | uint8 |
 | `<layer>.bias` | [out] | the model's |
 
-A dense checkpoint holds `<layer>.weight` as any other model does, with its zeros.
+Experts stacked in one parameter have `<parameter>.weight` and `<parameter>.weight_mask`, with the number of the expert
+as one more dimension before these.
+
+A dense checkpoint holds its tensors as any other model does, with their zeros.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,17 +25,30 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from .calibration import decoder_of
+from .calibration import decoder_of, use_eager_experts
 from .config import describe_source
-from .nn import SparseLinear, dense_weight, is_linear_map
-from .pattern import Pattern
+from .nn import SparseExperts, SparseLinear, dense_weight, is_linear_map
+from .pattern import Pattern, lowest
 
 _MASK_SUFFIX = ".weight_mask"
 
 
-def sparse_modules(root: nn.Module) -> dict[str, SparseLinear]:
-    """All sparse linear modules under `root` by path."""
+SparseModule = SparseLinear | SparseExperts
+
+
+def sparse_modules(root: nn.Module) -> dict[str, SparseModule]:
+    """All sparse modules under `root` by path."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, SparseModule)}
+
+
+def sparse_layers(root: nn.Module) -> dict[str, SparseLinear]:
+    """All sparse linear maps under `root` by path."""
     return {name: module for name, module in root.named_modules() if isinstance(module, SparseLinear)}
+
+
+def sparse_experts(root: nn.Module) -> dict[str, SparseExperts]:
+    """All stacks of sparse matrices under `root` by path."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, SparseExperts)}
 
 
 def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
@@ -44,47 +60,55 @@ def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 
 def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Puts an empty `SparseLinear` on the meta device in the place of each layer that a checkpoint records.
+    """Puts an empty sparse module on the meta device in the place of each layer that a checkpoint records.
 
     Raises:
-        ValueError: a record names no linear map of the model, or cannot be true of its shape.
+        ValueError: a record names no linear map or stack of matrices of the model, or cannot be true of its shape.
     """
     decoder = decoder_of(model)
     for name, record in layers.items():
-        linear = _linear_map(decoder, name, type(model).__name__)
-        out_features, in_features = dense_weight(linear).shape
+        dense = _dense_layer(decoder, name, type(model).__name__)
         try:
-            sparse = SparseLinear(
-                in_features,
-                out_features,
-                linear.bias is not None,
-                pattern=Pattern(record["pattern"]),
-                num_values=record["num_values"],
-                dense_type=type(linear),
-                device="meta",
-                dtype=linear.weight.dtype,  # type: ignore[arg-type]
-            )
+            settings = {"pattern": Pattern(record["pattern"]), "num_values": record["num_values"], "device": "meta"}
+            sparse = _empty_stack(dense, settings) if isinstance(dense, nn.Parameter) else _empty(dense, settings)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the checkpoint's record of layer {name} cannot be right: {error}") from error
         # transformers initialises what it has not loaded, by rules for dense weights; here everything must be loaded.
         sparse._is_hf_initialized = True  # type: ignore[assignment]
-        decoder.set_submodule(name, sparse)
+        put(decoder, name, sparse)
+    if sparse_experts(decoder):
+        use_eager_experts(model)
 
 
-def _linear_map(decoder: nn.Module, name: str, kind: str) -> nn.Module:
+def _empty(linear: nn.Module, settings: dict[str, Any]) -> SparseLinear:
+    out_features, in_features = dense_weight(linear).shape
+    kind, dtype = type(linear), linear.weight.dtype
+    return SparseLinear(
+        in_features, out_features, linear.bias is not None, dense_type=kind, dtype=dtype, **settings  # type: ignore[arg-type]
+    )
+
+
+def _empty_stack(weight: nn.Parameter, settings: dict[str, Any]) -> SparseExperts:
+    num_experts, out_features, in_features = weight.shape
+    return SparseExperts(num_experts, in_features, out_features, dtype=weight.dtype, **settings)
+
+
+def _dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | nn.Parameter:
+    """What a record of a sparse layer stands for: a linear map, or a parameter [experts, out, in]."""
+    owner, _, attribute = name.rpartition(".")
     try:
-        linear = decoder.get_submodule(name)
+        found: Any = getattr(decoder.get_submodule(owner), attribute)
     except AttributeError:
-        linear = None
-    if linear is None or not is_linear_map(linear):
-        found = "nothing" if linear is None else type(linear).__name__
-        raise ValueError(
-            f"the checkpoint records a sparse layer {name}, where {kind} has {found}; is it for another model?"
-        )
-    return linear
+        found = None
+    if is_linear_map(found) or (isinstance(found, nn.Parameter) and found.dim() == 3):
+        return found  # type: ignore[no-any-return]
+    raise ValueError(
+        f"the checkpoint records a sparse layer {name}, where {kind} has "
+        f"{'nothing' if found is None else type(found).__name__}; is it for another model?"
+    )
 
 
-def check_files(files: Iterable[str], modules: Mapping[str, SparseLinear]) -> None:
+def check_files(files: Iterable[str], modules: Mapping[str, SparseModule]) -> None:
     """Checks the headers of safetensors files against the (still empty) sparse modules, before any tensor is read.
 
     Args:
@@ -148,10 +172,13 @@ def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's state dict with every packed weight written out dense, in the layout of the module it came from."""
     state = dict(model.state_dict())
     for name, module in sparse_modules(model).items():
+        del state[f"{name}.weight"], state[f"{name}{_MASK_SUFFIX}"]
         with aligned(module):
-            for key, tensor in module.to_dense().state_dict().items():
-                state[f"{name}.{key}"] = tensor
-        del state[f"{name}{_MASK_SUFFIX}"]
+            dense = module.to_dense()
+        if isinstance(dense, nn.Parameter):
+            state[name] = dense.detach()
+        else:
+            state |= {f"{name}.{key}": tensor for key, tensor in dense.state_dict().items()}
     return state
 
 
@@ -161,18 +188,52 @@ def sparsify_dense(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
     Raises:
         ValueError: the weights do not have the recorded pattern (any more); names the layer. The model is not changed.
     """
-    decoder = decoder_of(model)
-    linears = {name: _linear_map(decoder, name, type(model).__name__) for name in layers}
-    for name, linear in linears.items():
-        with aligned(linear):
-            Pattern(layers[name]["pattern"]).verify(dense_weight(linear), f"{name}.weight")
-    for name, linear in linears.items():
-        pattern = Pattern(layers[name]["pattern"])
-        with aligned(linear):
-            weight = dense_weight(linear)
-            # A kept weight may be zero: groups are filled up to n, an unstructured mask needs no filling.
-            mask = pattern.mask(weight.abs()) if pattern.is_structured else weight != 0
-            replace_module(decoder, name, SparseLinear.from_dense(linear, mask, pattern))
+    decoder, kind = decoder_of(model), type(model).__name__
+    dense = {name: _dense_layer(decoder, name, kind) for name in layers}
+    for name in dense:
+        with _aligned_weight(decoder, name) as weight:
+            _kept(weight, layers[name], name)
+    for name, layer in dense.items():
+        with _aligned_weight(decoder, name) as weight:
+            mask, pattern = _kept(weight, layers[name], name), Pattern(layers[name]["pattern"])
+            if isinstance(layer, nn.Parameter):
+                replace_module(decoder, name, SparseExperts.from_dense(weight, mask, pattern))
+            else:
+                replace_module(decoder, name, SparseLinear.from_dense(layer, mask, pattern))
+
+
+def _kept(weight: torch.Tensor, record: Mapping[str, Any], name: str) -> torch.Tensor:
+    """The mask of a weight [out, in], or a stack of them, that holds the zeros of a recorded pattern. A kept weight
+    may be zero: groups are filled up to n, and matrices of a stack, which are packed alike, to the same number; any
+    other unstructured mask needs no filling.
+
+    Raises:
+        ValueError: it does not have that pattern.
+    """
+    pattern = Pattern(record["pattern"])
+    for matrix in weight if weight.dim() == 3 else [weight]:
+        pattern.verify(matrix, f"{name}.weight")
+    if pattern.is_structured:
+        return pattern.mask(weight.abs())
+    mask = weight != 0
+    if weight.dim() == 3:
+        flat, zeros = weight.abs().flatten(1), (weight.numel() - record["num_values"]) // len(weight)
+        filled = ~lowest(flat, zeros).view_as(weight)
+        if bool((mask & ~filled).any()):
+            raise ValueError(f"{name} has a matrix with more nonzero weights than the {flat.shape[1] - zeros} recorded")
+        mask = filled
+    return mask
+
+
+@contextmanager
+def _aligned_weight(root: nn.Module, name: str) -> Iterator[torch.Tensor]:
+    """The weight [out, in] of a dense linear map, or the parameter [experts, out, in], wherever accelerate keeps
+    it."""
+    owner, _, attribute = name.rpartition(".")
+    found: Any = getattr(root.get_submodule(owner), attribute)
+    stacked = isinstance(found, nn.Parameter)
+    with aligned(root.get_submodule(owner) if stacked else found):
+        yield getattr(root.get_submodule(owner), attribute) if stacked else dense_weight(found)
 
 
 def aligned(module: nn.Module) -> AbstractContextManager[None]:
@@ -184,13 +245,34 @@ def aligned(module: nn.Module) -> AbstractContextManager[None]:
     return align_module_device(module)
 
 
-def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` in the place of `root`'s submodule `name`. Where accelerate keeps that one (on another device,
-    offloaded to memory or to disk), it keeps the new one in the same way."""
-    old = root.get_submodule(name)
-    root.set_submodule(name, module)
-    hook = getattr(old, "_hf_hook", None)
-    if hook is None:
+def put(root: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
+    """Puts `new` in the place of `root`'s submodule or parameter `name`."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = root.get_submodule(owner_name)
+    if isinstance(new, nn.Parameter) or attribute in owner._parameters:
+        delattr(owner, attribute)  # a module does not take a parameter's place, nor the other way round
+    setattr(owner, attribute, new)
+    if isinstance(new, SparseExperts):  # in one order, whatever order they come in: the fingerprint follows it
+        for stack in sorted(key for key, module in owner._modules.items() if isinstance(module, SparseExperts)):
+            owner._modules[stack] = owner._modules.pop(stack)
+
+
+def replace_module(root: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
+    """Puts `new` in the place of `root`'s submodule or parameter `name`. Where accelerate keeps that one (on another
+    device, offloaded to memory or to disk), it keeps the new one in the same way.
+
+    Raises:
+        ValueError: `new` is a parameter, and the stack in its place is offloaded.
+    """
+    owner_name, _, attribute = name.rpartition(".")
+    owner = root.get_submodule(owner_name)
+    old: Any = getattr(owner, attribute)
+    hook = getattr(owner if isinstance(old, nn.Parameter) else old, "_hf_hook", None)
+    if isinstance(new, nn.Parameter) and getattr(hook, "offload", False):
+        raise ValueError(f"{name} is offloaded by accelerate; load the model without offloading to make it dense")
+    key = attribute if isinstance(old, nn.Parameter) else "weight"
+    put(root, name, new)
+    if hook is None or isinstance(new, nn.Parameter):
         return
     from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 
@@ -201,27 +283,27 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
                 execution_device=hook.execution_device,
                 offload=hook.offload,
                 io_same_device=hook.io_same_device,
-                weights_map=_offloaded(module, hook.weights_map) if hook.offload else None,
+                weights_map=_offloaded(new, hook.weights_map, key) if hook.offload else None,
                 offload_buffers=hook.offload_buffers,
                 place_submodules=hook.place_submodules,
                 skip_keys=hook.skip_keys,
             )
-            add_hook_to_module(module, moved)
+            add_hook_to_module(new, moved)
 
 
-def _offloaded(module: nn.Module, old: Any) -> Mapping[str, torch.Tensor]:
-    """A weights map for accelerate: on disk in the offload folder where the old one is there, otherwise in memory."""
+def _offloaded(module: nn.Module, old: Any, key: str) -> Mapping[str, torch.Tensor]:
+    """A weights map for accelerate: on disk in the offload folder where the old weight, the map's `key`, is there,
+    otherwise in memory."""
     from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, offload_weight
 
     tensors = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
     loader = getattr(old, "dataset", None)
     folder = getattr(loader, "save_folder", None)
-    if folder is None or f"{old.prefix}weight" in loader.state_dict:  # type: ignore[union-attr]
+    if folder is None or f"{old.prefix}{key}" in loader.state_dict:  # type: ignore[union-attr]
         return tensors
     index: dict[str, Any] = {}
     for name, tensor in tensors.items():
         # Another name than the old one's, whose file may still be mapped.
-        offload_weight(tensor.contiguous(), f"{old.prefix}{type(module).__name__}.{name}", folder, index)
-    return PrefixedDataset(
-        OffloadedWeightsLoader(save_folder=folder, index=index), f"{old.prefix}{type(module).__name__}."
-    )
+        offload_weight(tensor.contiguous(), f"{old.prefix}{key}.{type(module).__name__}.{name}", folder, index)
+    loader = OffloadedWeightsLoader(save_folder=folder, index=index)
+    return PrefixedDataset(loader, f"{old.prefix}{key}.{type(module).__name__}.")

@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .calibration import BlockReplay, DecoderBlocks
-from .calibration.blocks import find_fused_matrices
-from .checkpoint import aligned, replace_module
+from .calibration import BlockReplay, DecoderBlocks, ExpertStack
+from .calibration.experts import ExpertMatrix, find_stacks, layer_of, observable
+from .checkpoint import SparseModule, aligned, replace_module
 from .config import SparsityConfig
+from .experts import own_statistics, prune_stack, unsupported_stack
 from .nn import SparseLinear, dense_weight, densified, is_linear_map
 from .pattern import Pattern
 from .pruners import METHODS
@@ -23,34 +24,33 @@ from .report import LayerReport
 from .statistics import ColumnNorms
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Layer = nn.Module | ExpertStack
 
 
-def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, nn.Module]], dict[str, str]]:
-    """What to prune: for each block its linear maps by name, and the ones left dense (path in the decoder → reason).
+def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, Layer]], dict[str, str]]:
+    """What to prune: for each block its linear maps and stacks of matrices by name, and the ones left dense (path in
+    the decoder → reason).
 
     Raises:
-        ValueError: a linear map cannot be pruned and `skip_unsupported` is False, a name in
+        ValueError: a linear map or a stack cannot be pruned and `skip_unsupported` is False, a name in
             `modules_to_not_convert` matches nothing, or nothing is left to prune.
     """
     pattern = Pattern(config.pattern)
-    targets: list[dict[str, nn.Module]] = []
+    targets: list[dict[str, Layer]] = []
     skipped: dict[str, str] = {}
     owners = _owners(blocks)
     for index, block in enumerate(blocks.blocks):
-        layers = {}
+        layers: dict[str, Layer] = {}
         modules = block.named_modules(remove_duplicate=False)  # one module at two places is shared
-        candidates = {name: module for name, module in modules if is_linear_map(module)}
-        fused = find_fused_matrices(block)
-        for name in (*candidates, *fused):
+        candidates: dict[str, Layer] = {name: module for name, module in modules if is_linear_map(module)}
+        for name, layer in {**candidates, **find_stacks(block)}.items():
             path = blocks.name_in_decoder(index, name)
             if not should_convert_module(blocks.name_in_model(index, name), config.modules_to_not_convert):
                 skipped[path] = "in modules_to_not_convert"
                 continue
-            reason = (
-                _fused_reason(fused[name]) if name in fused else _unsupported(candidates[name], pattern, owners, path)
-            )
+            reason = _unsupported(layer, pattern, owners, path)
             if reason is None:
-                layers[name] = candidates[name]
+                layers[name] = layer
             elif config.skip_unsupported:
                 skipped[path] = reason
             else:
@@ -68,10 +68,6 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
     return targets, skipped
 
 
-def _fused_reason(shape: tuple[int, ...]) -> str:
-    return f"it is one parameter {list(shape)}, a stack of matrices (such as experts fused into one tensor)"
-
-
 def _owners(blocks: DecoderBlocks) -> dict[int, list[str]]:
     """Paths of the linear maps that use each weight, by the weight's id. An offloaded weight is another object each
     time it is brought in; accelerate keeps shared ones itself."""
@@ -83,8 +79,10 @@ def _owners(blocks: DecoderBlocks) -> dict[int, list[str]]:
     return owners
 
 
-def _unsupported(linear: nn.Module, pattern: Pattern, owners: dict[int, list[str]], path: str) -> str | None:
-    """Why a linear map cannot be pruned; None where it can."""
+def _unsupported(linear: Layer, pattern: Pattern, owners: dict[int, list[str]], path: str) -> str | None:
+    """Why a linear map or a stack cannot be pruned; None where it can."""
+    if isinstance(linear, ExpertStack):
+        return unsupported_stack(linear, pattern, _DTYPES)
     if isinstance(linear, SparseLinear):
         return "it is sparse already; model.dequantize() makes it dense"
     with aligned(linear):
@@ -118,7 +116,7 @@ def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
     prunable = set()
     for index, block in enumerate(blocks.blocks):
         linears = [name for name, module in block.named_modules() if is_linear_map(module)]
-        prunable |= {blocks.name_in_model(index, name) for name in (*linears, *find_fused_matrices(block))}
+        prunable |= {blocks.name_in_model(index, name) for name in (*linears, *find_stacks(block))}
     inside = blocks.name_in_model(0, "").removesuffix("0.")
     outside = {name for name, _ in blocks.model.named_modules() if not f"{name}.".startswith(inside)}
     for name in names or []:
@@ -130,19 +128,19 @@ def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
 @torch.no_grad()
 def prune_blocks(
     blocks: DecoderBlocks,
-    targets: list[dict[str, nn.Module]],
+    targets: list[dict[str, Layer]],
     config: SparsityConfig,
     replay: BlockReplay | None,
-    replaced: dict[str, nn.Module] | None = None,
+    replaced: dict[str, nn.Module | nn.Parameter] | None = None,
 ) -> list[LayerReport]:
-    """Prunes `targets` block by block and puts `SparseLinear` in their places.
+    """Prunes `targets` block by block and puts sparse modules in their places.
 
     Args:
         blocks: the model's blocks.
         targets: for each block its layers to prune by name, as `find_targets` gives them; emptied on the way.
         config: method, pattern and settings.
         replay: the calibration activations at the first block; None for a method without data.
-        replaced: is given the dense module of each pruned layer, by its path in the decoder, as soon as it is
+        replaced: is given the dense module, or parameter, of each pruned layer, by its path in the decoder, as soon as it is
             replaced.
 
     Returns:
@@ -158,16 +156,21 @@ def prune_blocks(
     ):
         for layers in _rounds(index, block, targets[index], config, replay):
             statistics = _collect(index, block, layers, config, replay)
-            unreached = [blocks.name_in_decoder(index, name) for name in layers if name not in statistics]
+            reached = {layer_of(name) for name in statistics}
+            unreached = [blocks.name_in_decoder(index, name) for name in layers if name not in reached]
             if replay is not None and unreached:
                 raise ValueError(
                     f"{unreached[0]}: no calibration token reached it; use more samples, or modules_to_not_convert"
                 )
-            for name, linear in layers.items():
+            for name, layer in layers.items():
                 path = blocks.name_in_decoder(index, name)
-                sparse, row = _prune_layer(path, linear, statistics.get(name), config)
+                sparse: SparseModule
+                if isinstance(layer, ExpertStack):
+                    sparse, row = prune_stack(path, layer, own_statistics(name, layer, statistics), config)
+                else:
+                    sparse, row = _prune_layer(path, layer, statistics.get(name), config)
                 if replaced is not None:
-                    replaced[path] = linear
+                    replaced[path] = layer.weight if isinstance(layer, ExpertStack) else layer
                 replace_module(blocks.decoder, path, sparse)
                 rows.append(row)
         if replay is not None and index + 1 < len(blocks.blocks):
@@ -178,30 +181,35 @@ def prune_blocks(
 
 
 def _rounds(
-    index: int, block: nn.Module, layers: dict[str, nn.Module], config: SparsityConfig, replay: BlockReplay | None
-) -> list[dict[str, nn.Module]]:
+    index: int, block: nn.Module, layers: dict[str, Layer], config: SparsityConfig, replay: BlockReplay | None
+) -> list[dict[str, Layer]]:
     """The layers to prune from one collection of statistics: all of a block, or group by group."""
     if replay is None or not config.true_sequential:
         return [layers]
-    groups = replay.input_groups(index, block, layers)
-    called = {name for group in groups for name in group}
-    groups += [[name] for name in layers if name not in called]
+    rounds: dict[str, int] = {}  # a stack goes with the first of its matrices
+    for number, group in enumerate(replay.input_groups(index, block, observable(layers))):
+        for name in group:
+            rounds.setdefault(layer_of(name), number)
+    groups = [[name for name in rounds if rounds[name] == number] for number in dict.fromkeys(rounds.values())]
+    groups += [[name] for name in layers if name not in rounds]
     return [{name: layers[name] for name in group} for group in groups]
 
 
 def _collect(
-    index: int, block: nn.Module, layers: dict[str, nn.Module], config: SparsityConfig, replay: BlockReplay | None
+    index: int, block: nn.Module, layers: dict[str, Layer], config: SparsityConfig, replay: BlockReplay | None
 ) -> dict[str, ColumnNorms]:
+    """Statistics of the inputs of linear maps by name, and of each matrix of a stack by `matrix_name`."""
     kind = METHODS[config.method].statistics
     if replay is None or kind is None:
         return {}
 
-    def make(linear: nn.Module) -> ColumnNorms:
+    def make(layer: nn.Module | ExpertMatrix) -> ColumnNorms:
         device = replay.hidden[0].device
-        with aligned(linear):
-            return kind(dense_weight(linear).shape[1], device, replay.tokens.numel())
+        with aligned(layer.stack.owner if isinstance(layer, ExpertMatrix) else layer):
+            weight = layer.stack.weight if isinstance(layer, ExpertMatrix) else dense_weight(layer)
+            return kind(weight.shape[-1], device, replay.tokens.numel())
 
-    return replay.collect(index, block, layers, make)
+    return replay.collect(index, block, observable(layers), make)
 
 
 def _prune_layer(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self
+
 import torch
 
 # Rows kept of the inputs, on which a layer's output error is measured after pruning.
@@ -30,6 +33,25 @@ class ColumnNorms:
         self.squared_norms = torch.zeros(in_features, dtype=torch.float32, device=device)
         self._stride = max(1, -(-(expected_tokens or 0) // SAMPLE_ROWS))
         self._rows: list[torch.Tensor] = []
+
+    @classmethod
+    def merged(cls, parts: Sequence[Self]) -> Self:
+        """Statistics of the rows of all `parts`, at least one, which were made alike."""
+        moments = parts[0]._moments
+        merged = cls(len(moments), moments.device)
+        for part in parts:
+            total = merged.num_tokens + part.num_tokens
+            if part.num_tokens:
+                merged._moments.mul_(merged.num_tokens / total).add_(part._moments, alpha=part.num_tokens / total)
+            merged.num_tokens = total
+        rows = torch.cat([part.sample for part in parts])
+        merged._rows = [rows[:: max(1, -(-len(rows) // SAMPLE_ROWS))]]
+        return merged
+
+    @property
+    def _moments(self) -> torch.Tensor:
+        """The running mean."""
+        return self.squared_norms
 
     @property
     def sample(self) -> torch.Tensor:
@@ -68,6 +90,10 @@ class GramMatrix(ColumnNorms):
         super().__init__(in_features, device, expected_tokens)
         self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.squared_norms = self.gram.diagonal()
+
+    @property
+    def _moments(self) -> torch.Tensor:
+        return self.gram
 
     def _accumulate(self, rows: torch.Tensor, total: int) -> None:
         rows = rows.to(self.gram.device)

@@ -1,6 +1,7 @@
 """Calibration: text → token blocks; finding a model's decoder blocks; running tokens through one block at a time."""
 
 from .blocks import DecoderBlocks, decoder_of, evaluation_mode, find_blocks
+from .experts import ExpertStack, eager_experts, use_eager_experts
 from .replay import BlockReplay
 from .tokenizer import read_tokenizer
 from .tokens import CalibrationTokens, calibration_tokens, prepends_bos
@@ -9,10 +10,13 @@ __all__ = [
     "BlockReplay",
     "CalibrationTokens",
     "DecoderBlocks",
+    "ExpertStack",
     "calibration_tokens",
     "decoder_of",
+    "eager_experts",
     "evaluation_mode",
     "find_blocks",
     "prepends_bos",
     "read_tokenizer",
+    "use_eager_experts",
 ]

@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.base import HfQuantizer
 
 from ..calibration import decoder_of
-from ..checkpoint import aligned, check_files, dense_state_dict, install_layers, replace_module, sparse_modules
+from ..checkpoint import (
+    aligned,
+    check_files,
+    dense_state_dict,
+    install_layers,
+    replace_module,
+    sparse_experts,
+    sparse_modules,
+)
 from ..config import SparsityConfig
 
 
@@ -46,10 +55,16 @@ class SparsityQuantizer(HfQuantizer):
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Back to dense modules; each keeps its dtype unless `dtype` is given."""
         dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        stacked = bool(sparse_experts(model))
         for name, module in sparse_modules(model).items():
             with aligned(module):
                 dense = module.to_dense()
-            replace_module(model, name, dense if dtype is None else dense.to(dtype))
+            if dtype is not None:
+                stack = isinstance(dense, nn.Parameter)
+                dense = nn.Parameter(dense.to(dtype), dense.requires_grad) if stack else dense.to(dtype)
+            replace_module(model, name, dense)
+        if stacked:
+            model.set_experts_implementation(None)  # what transformers takes by itself
         for name in ("sparsity_report", "evaluation_results"):
             if hasattr(model, name):
                 delattr(model, name)
