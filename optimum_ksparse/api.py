@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from .calibration import (
     BlockReplay,
     CalibrationTokens,
+    ExpertStack,
     calibration_tokens,
     eager_experts,
     evaluation_mode,
@@ -66,7 +68,8 @@ def sparsify(
         setattr(recorded, name, getattr(config, name))
 
     num_parameters = model.num_parameters()
-    with evaluation_mode(model), eager_experts(model), torch.no_grad():
+    stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
+    with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
         data = _calibration(model, config, tokenizer)
         replay = None
         if data is not None:

@@ -69,8 +69,7 @@ def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
     for name, record in layers.items():
         dense = _dense_layer(decoder, name, type(model).__name__)
         try:
-            settings = {"pattern": Pattern(record["pattern"]), "num_values": record["num_values"], "device": "meta"}
-            sparse = _empty_stack(dense, settings) if isinstance(dense, nn.Parameter) else _empty(dense, settings)
+            sparse = _empty(dense, {"pattern": Pattern(record["pattern"]), "num_values": record["num_values"]})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the checkpoint's record of layer {name} cannot be right: {error}") from error
         # transformers initialises what it has not loaded, by rules for dense weights; here everything must be loaded.
@@ -80,28 +79,26 @@ def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
         use_eager_experts(model)
 
 
-def _empty(linear: nn.Module, settings: dict[str, Any]) -> SparseLinear:
-    out_features, in_features = dense_weight(linear).shape
-    kind, dtype = type(linear), linear.weight.dtype
-    return SparseLinear(
-        in_features, out_features, linear.bias is not None, dense_type=kind, dtype=dtype, **settings  # type: ignore[arg-type]
-    )
-
-
-def _empty_stack(weight: nn.Parameter, settings: dict[str, Any]) -> SparseExperts:
-    num_experts, out_features, in_features = weight.shape
-    return SparseExperts(num_experts, in_features, out_features, dtype=weight.dtype, **settings)
+def _empty(dense: nn.Module | nn.Parameter, settings: dict[str, Any]) -> SparseModule:
+    if isinstance(dense, nn.Parameter):
+        num_experts, out_features, in_features = dense.shape
+        settings |= {"dtype": dense.dtype, "device": "meta"}
+        return SparseExperts(num_experts, in_features, out_features, **settings)
+    weight = dense_weight(dense)
+    settings |= {"dtype": weight.dtype, "device": "meta", "dense_type": type(dense)}
+    return SparseLinear(weight.shape[1], weight.shape[0], dense.bias is not None, **settings)
 
 
 def _dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | nn.Parameter:
     """What a record of a sparse layer stands for: a linear map, or a parameter [experts, out, in]."""
     owner, _, attribute = name.rpartition(".")
     try:
-        found: Any = getattr(decoder.get_submodule(owner), attribute)
+        holder = decoder.get_submodule(owner)
+        found: Any = holder._modules.get(attribute, holder._parameters.get(attribute))
     except AttributeError:
         found = None
     if is_linear_map(found) or (isinstance(found, nn.Parameter) and found.dim() == 3):
-        return found  # type: ignore[no-any-return]
+        return found
     raise ValueError(
         f"the checkpoint records a sparse layer {name}, where {kind} has "
         f"{'nothing' if found is None else type(found).__name__}; is it for another model?"
@@ -220,7 +217,7 @@ def _kept(weight: torch.Tensor, record: Mapping[str, Any], name: str) -> torch.T
         flat, zeros = weight.abs().flatten(1), (weight.numel() - record["num_values"]) // len(weight)
         filled = ~lowest(flat, zeros).view_as(weight)
         if bool((mask & ~filled).any()):
-            raise ValueError(f"{name} has a matrix with more nonzero weights than the {flat.shape[1] - zeros} recorded")
+            raise ValueError(f"{name}: a matrix has more nonzero weights than the recorded {flat.shape[1] - zeros}")
         mask = filled
     return mask
 

@@ -29,10 +29,11 @@ def unsupported_stack(stack: ExpertStack, pattern: Pattern, dtypes: tuple[torch.
     with aligned(stack.owner):
         weight = stack.weight
         what = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as experts fused into one tensor)"
+        reading = f"read it as F.linear(x, self.{stack.name}[expert])"
         if weight.dim() != 3 or not stack.reads_matrices():
             return (
-                f"{what}, and {type(stack.owner).__name__} does not read it as F.linear(x, self.{stack.name}[expert]), "
-                "which would tell that each is [out, in] (some models store the transpose)"
+                f"{what}, and {type(stack.owner).__name__} does not {reading}: its matrices may be stored transposed, or "
+                "multiplied all at once"
             )
         if weight.dtype not in dtypes:
             return f"{what} in {weight.dtype}; supported: float32, bfloat16, float16"

@@ -24,6 +24,7 @@ ROOMS = [
     ["calibration"],
     ["checkpoint"],
     ["execution"],
+    ["experts"],
     ["pruning"],
     ["evaluation"],
     ["hub"],

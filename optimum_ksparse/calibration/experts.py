@@ -33,7 +33,7 @@ class ExpertStack:
     @property
     def weight(self) -> nn.Parameter:
         """The parameter, [experts, out, in] where `reads_matrices`."""
-        return getattr(self.owner, self.name)  # type: ignore[no-any-return]
+        return getattr(self.owner, self.name)
 
     def reads_matrices(self) -> bool:
         """Whether the owner's forward reads the parameter as `F.linear(x, self.<name>[expert])` and in no other way,
@@ -92,8 +92,8 @@ def find_stacks(block: nn.Module) -> dict[str, ExpertStack]:
 
 class observed_matrices(TorchFunctionMode):  # noqa: N801 (used like a function)
     """Within it, a hook is called with the input of each `F.linear` whose weight is one of `matrices`, as a forward
-    pre-hook of a module would be; not where no token came. Weights are known by where they lie in memory, so that nothing is put in the
-    parameters' places and accelerate may bring them in for a forward pass.
+    pre-hook of a module would be; not where no token came. Weights are known by where they lie in memory, so that
+    nothing is put in the parameters' places, and accelerate may bring them in for a forward pass.
 
     Args:
         matrices: name → matrix.
@@ -124,7 +124,7 @@ class observed_matrices(TorchFunctionMode):  # noqa: N801 (used like a function)
 
 def _place(weight: Any, stack: torch.Tensor) -> int:
     """The number of the matrix of `stack` that `weight` is; −1 where it is none."""
-    if not isinstance(weight, torch.Tensor) or weight.shape != stack.shape[1:] or weight.stride() != stack.stride()[1:]:
+    if not isinstance(weight, torch.Tensor) or weight.shape != stack.shape[1:]:
         return -1
     distance = weight.data_ptr() - stack.data_ptr()
     return distance // (stack.stride(0) * stack.itemsize) if 0 <= distance < stack.nbytes else -1

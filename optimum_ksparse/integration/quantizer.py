@@ -59,12 +59,13 @@ class SparsityQuantizer(HfQuantizer):
         for name, module in sparse_modules(model).items():
             with aligned(module):
                 dense = module.to_dense()
-            if dtype is not None:
-                stack = isinstance(dense, nn.Parameter)
-                dense = nn.Parameter(dense.to(dtype), dense.requires_grad) if stack else dense.to(dtype)
+            if isinstance(dense, nn.Parameter):
+                dense.data = dense.data.to(dtype or dense.dtype)
+            elif dtype is not None:
+                dense.to(dtype)
             replace_module(model, name, dense)
         if stacked:
-            model.set_experts_implementation(None)  # what transformers takes by itself
+            model.set_experts_implementation(model.get_correct_experts_implementation(None))  # its own choice
         for name in ("sparsity_report", "evaluation_results"):
             if hasattr(model, name):
                 delattr(model, name)

@@ -84,8 +84,6 @@ class SparseExperts(nn.Module):
     # for the latter the state of the packed weight of which it was made.
     _dense_weight: torch.Tensor | None = None
     _formed: tuple[int, int] | None = None
-    # transformers initialises what it has not loaded, by rules for dense weights; here everything must be loaded.
-    _is_hf_initialized = True
 
     def __init__(
         self,
@@ -161,14 +159,18 @@ class SparseExperts(nn.Module):
             self._dense_weight, self._formed = self.to_dense_weight(), self._state()
         if self._dense_weight is not None and not trains:
             return self._dense_weight[expert]
-        return ExpertMatrix(self._packed(self._tensor("weight")[expert], self._tensor("weight_mask")[expert]), self.kernel)
+        return ExpertMatrix(
+            self._packed(self._tensor("weight")[expert], self._tensor("weight_mask")[expert]), self.kernel
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError as error:
             if hasattr(torch.Tensor, name):
-                raise AttributeError(f"sparse experts have no dense tensor, whose {name} was asked for; {_EAGER}") from None
+                raise AttributeError(
+                    f"sparse experts have no dense tensor, whose {name} was asked for; {_EAGER}"
+                ) from None
             raise error
 
     def _packed(self, values: torch.Tensor, bits: torch.Tensor) -> kernels.PackedWeight:
@@ -177,7 +179,7 @@ class SparseExperts(nn.Module):
     def _tensor(self, name: str) -> torch.Tensor:
         """The tensor, wherever accelerate has offloaded it: no forward pass of this module brings it in."""
         tensor: torch.Tensor = getattr(self, name)
-        hook = getattr(self, "_hf_hook", None)
+        hook: Any = getattr(self, "_hf_hook", None)
         return hook.weights_map[name] if tensor.is_meta and getattr(hook, "offload", False) else tensor
 
     def _may_densify(self) -> bool:
@@ -257,7 +259,7 @@ class SparseExperts(nn.Module):
             except ValueError as error:
                 rest[-1].append(str(error))
                 return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"

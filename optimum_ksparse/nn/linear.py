@@ -171,7 +171,7 @@ class SparseLinear(nn.Linear):
             if y is not None:
                 return y
         values, bias, dense, library = self.weight, self.bias, self._dense_form, self._library_form
-        x, values, bias = in_autocast_dtype(x, values, bias)
+        x, values, bias = in_autocast_dtype(x, values, bias)  # type: ignore[assignment]
         if values.dtype != self.weight.dtype:
             dense = library = None
         if trains:
