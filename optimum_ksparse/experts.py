@@ -6,7 +6,6 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
 
 import torch
 
@@ -21,27 +20,20 @@ from .pruners import METHODS
 from .report import LayerReport
 from .statistics import ColumnNorms
 
-MIN_TOKENS = 32
-
 
 def unsupported_stack(stack: ExpertStack, pattern: Pattern, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why a stack of matrices cannot be pruned; None where it can."""
     with aligned(stack.owner):
         weight = stack.weight
         what = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as experts fused into one tensor)"
-        reading = f"read it as F.linear(x, self.{stack.name}[expert])"
         if weight.dim() != 3 or not stack.reads_matrices():
-            return (
-                f"{what}, and {type(stack.owner).__name__} does not {reading}: its matrices may be stored transposed, or "
-                "multiplied all at once"
-            )
+            reading = f"{type(stack.owner).__name__} does not read it as F.linear(x, self.{stack.name}[expert])"
+            return f"{what}, and {reading}: its matrices may be stored transposed, or multiplied all at once"
         if weight.dtype not in dtypes:
             return f"{what} in {weight.dtype}; supported: float32, bfloat16, float16"
         if pattern.m is not None and weight.shape[-1] % pattern.m:
-            return (
-                f"{what} with {weight.shape[-1]} input features, which m={pattern.m} of pattern {pattern} does not "
-                "divide"
-            )
+            features = f"{weight.shape[-1]} input features"
+            return f"{what} with {features}, which m={pattern.m} of pattern {pattern} does not divide"
         return None if bool(weight.isfinite().all()) else "its weight holds NaN or Inf"
 
 
@@ -61,7 +53,7 @@ def prune_stack(
         path: of the stack in the decoder.
         stack: of the dense model; is not changed.
         statistics: of each matrix; emptied on the way, because a Gram matrix and its factor are large. With fewer than
-            `MIN_TOKENS` tokens those of all matrices together take the place of its own.
+            `min_tokens` tokens those of all matrices together take the place of its own.
         config: method, pattern and settings.
 
     Returns:
@@ -71,81 +63,82 @@ def prune_stack(
         ValueError: inputs are NaN or Inf; names the matrix.
         ArithmeticError: a Gram matrix stays singular; names the matrix.
     """
-    pattern, started, error = Pattern(config.pattern), time.perf_counter(), _OutputError()
-    notes: dict[str, list[int]] = {}
-    few = [] if METHODS[config.method].statistics is None else _few(statistics)
-    shared = _shared(statistics) if few else None
-
-    def pairs(weight: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for expert, matrix in enumerate(weight):
-            own, used = statistics[expert], shared if expert in few else statistics[expert]
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                pruned, mask = _prune(matrix_name(path, expert), matrix, used, config)
-            for message in dict.fromkeys(str(warning.message) for warning in caught):
-                notes.setdefault(message, []).append(expert)
-            if own is not None:
-                error.add(own.sample, matrix, pruned)
-            statistics[expert] = None
-            yield pack(pruned, mask, pattern)
-
+    started, run = time.perf_counter(), _Run(path, statistics, config)
     with aligned(stack.owner):
-        weight = stack.weight
-        in_features = weight.shape[-1]
-        sparse = SparseExperts.from_packed(pairs(weight.detach()), in_features, pattern, weight.requires_grad)
-    sparse.train(stack.owner.training)
-    if few:
-        too_few = f"fewer than {MIN_TOKENS} calibration tokens each, pruned with the statistics of all experts' tokens"
-        notes = {too_few: few, **notes}
+        weight, pattern = stack.weight, Pattern(config.pattern)
+        sparse = SparseExperts.from_packed(run.packed(weight), weight.shape[-1], pattern, weight.requires_grad)
     row = LayerReport(
         name=path,
-        shape=(sparse.num_experts * sparse.out_features, in_features),
+        shape=(sparse.num_experts * sparse.out_features, sparse.in_features),
         pattern=str(pattern),
         num_values=sparse.weight.numel(),
         dense_bytes=sparse.dense_bytes,
         packed_bytes=sparse.packed_bytes,
-        relative_output_error=error.relative(),
+        relative_output_error=run.relative_output_error,
         seconds=round(time.perf_counter() - started, 4),
-        note="; ".join(f"experts {', '.join(map(str, experts))}: {note}" for note, experts in notes.items()),
+        note="; ".join(f"experts {', '.join(map(str, experts))}: {note}" for note, experts in run.notes.items()),
     )
-    return sparse, row
+    return sparse.train(stack.owner.training), row
 
 
-def _few(statistics: list[ColumnNorms | None]) -> list[int]:
-    """Numbers of the matrices with too few tokens for statistics of their own."""
-    return [expert for expert, own in enumerate(statistics) if own is None or own.num_tokens < MIN_TOKENS]
+class _Run:
+    """The matrices of one stack on their way, and what the report says of them.
+
+    Attributes:
+        notes: what is to be said → numbers of the experts.
+        relative_output_error: ‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F over all matrices, each with its own inputs; None without data.
+    """
+
+    def __init__(self, path: str, statistics: list[ColumnNorms | None], config: SparsityConfig) -> None:
+        self._path, self._statistics, self._config = path, statistics, config
+        self.notes: dict[str, list[int]] = {}
+        self._difference = self._dense = 0.0
+        kind = METHODS[config.method].statistics
+        least = 0 if kind is None else kind.min_tokens
+        self._few = [i for i, own in enumerate(statistics) if least and (own is None or own.num_tokens < least)]
+        self._shared = _shared(statistics) if self._few else None
+        if self._few:
+            few = f"fewer than {least} calibration tokens each, pruned with the statistics of all experts' tokens"
+            self.notes[few] = self._few
+
+    def packed(self, weight: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Prunes and packs one matrix of `weight` [experts, out, in] after the other."""
+        for expert, matrix in enumerate(weight.detach()):
+            own = self._statistics[expert]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                pruned, mask = self._prune(expert, matrix, self._shared if expert in self._few else own)
+            for message in dict.fromkeys(str(warning.message) for warning in caught):
+                self.notes.setdefault(message, []).append(expert)
+            if own is not None:
+                self._measure(own.sample, matrix, pruned)
+            self._statistics[expert] = own = None
+            yield pack(pruned, mask, Pattern(self._config.pattern))
+
+    def _prune(
+        self, expert: int, matrix: torch.Tensor, statistics: ColumnNorms | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        name = matrix_name(self._path, expert)
+        if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
+            raise ValueError(f"{name}: its inputs hold NaN or Inf; load the model in float32 or bfloat16")
+        method = METHODS[self._config.method]
+        settings = {setting: getattr(self._config, setting) for setting in method.settings}
+        try:
+            return method.prune(matrix, statistics, Pattern(self._config.pattern), **settings)
+        except ArithmeticError as error:
+            raise ArithmeticError(f"{name}: {error}") from error
+
+    def _measure(self, inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> None:
+        x = inputs.to(weight.device, torch.float32)
+        self._dense += float((x @ weight.float().T).square().sum())
+        self._difference += float((x @ (pruned.float() - weight.float()).T).square().sum())
+
+    @property
+    def relative_output_error(self) -> float | None:
+        return math.sqrt(self._difference / self._dense) if self._dense > 0 else None
 
 
 def _shared(statistics: list[ColumnNorms | None]) -> ColumnNorms:
     """Statistics of all tokens that reached a matrix, counted once for each that they reached."""
     found = [own for own in statistics if own is not None]
     return type(found[0]).merged(found)
-
-
-def _prune(
-    name: str, matrix: torch.Tensor, statistics: ColumnNorms | None, config: SparsityConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
-        raise ValueError(f"{name}: its inputs hold NaN or Inf; load the model in float32 or bfloat16")
-    method = METHODS[config.method]
-    settings = {setting: getattr(config, setting) for setting in method.settings}
-    try:
-        return method.prune(matrix, statistics, Pattern(config.pattern), **settings)
-    except ArithmeticError as error:
-        raise ArithmeticError(f"{name}: {error}") from error
-
-
-@dataclass
-class _OutputError:
-    """‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F over several matrices, each with inputs of its own, computed in float32."""
-
-    difference: float = 0.0
-    dense: float = 0.0
-
-    def add(self, inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> None:
-        x = inputs.to(weight.device, torch.float32)
-        self.dense += float((x @ weight.float().T).square().sum())
-        self.difference += float((x @ (pruned.float() - weight.float()).T).square().sum())
-
-    def relative(self) -> float | None:
-        return math.sqrt(self.difference / self.dense) if self.dense > 0 else None

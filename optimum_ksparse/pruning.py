@@ -111,12 +111,9 @@ def _is_plain(linear: nn.Module) -> bool:
             found = linear(x)
         except Exception:  # it takes something else as well
             return False
-        near = {"rtol": 0.05, "atol": float(0.05 * expected.abs().max())}
-        return (
-            isinstance(found, torch.Tensor)
-            and found.shape == expected.shape
-            and torch.allclose(found, expected, **near)
-        )
+        if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+            return False
+        return bool(torch.allclose(found, expected, rtol=0.05, atol=float(0.05 * expected.abs().max())))
 
 
 def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:

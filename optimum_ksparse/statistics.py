@@ -21,10 +21,16 @@ class ColumnNorms:
             the first rows.
 
     Attributes:
+        min_tokens: with fewer rows, the inputs of one expert are better judged by those of all experts of its layer.
+            Measured on two Mixtral models (64 and 256 wide, 16 and 8 experts, trained on Korean text): by error on
+            other text, own statistics of tokens next to each other won from 16 to 32 rows on with Wanda, and from 16
+            to 128 on with a Gram matrix, for 64 to 512 inputs and with no clear dependence on their number.
         num_tokens: rows seen.
         squared_norms: [in] float32, ‖X_j‖² / tokens.
         sample: [≤ 512, in], evenly spread rows of the inputs in their own dtype.
     """
+
+    min_tokens = 32
 
     def __init__(
         self, in_features: int, device: torch.device | str = "cpu", expected_tokens: int | None = None
@@ -83,6 +89,8 @@ class ColumnNorms:
 
 class GramMatrix(ColumnNorms):
     """Gram matrix H = XᵀX / tokens, [in, in] float32, whose diagonal is `squared_norms`."""
+
+    min_tokens = 128
 
     def __init__(
         self, in_features: int, device: torch.device | str = "cpu", expected_tokens: int | None = None

@@ -35,7 +35,7 @@ class ExpertMatrix:
         return func(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.to_dense(), name)
 
@@ -150,7 +150,7 @@ class SparseExperts(nn.Module):
 
     def __getitem__(self, expert: int | torch.Tensor) -> ExpertMatrix | torch.Tensor:
         if not isinstance(expert, int) and getattr(expert, "shape", None) != ():
-            raise TypeError(f"sparse experts are read one by one, not as [{expert}]; {_EAGER}")
+            raise TypeError(f"sparse experts are read one by one, by a number; {_EAGER}")
         expert = int(expert)
         if self._formed is not None and self._formed != self._state():
             self.drop_forms()  # the weight has been trained or loaded since
