@@ -211,9 +211,10 @@ def _collect(
 
     def make(layer: nn.Module | ExpertMatrix) -> ColumnNorms:
         device = replay.hidden[0].device
-        with aligned(layer.stack.owner if isinstance(layer, ExpertMatrix) else layer):
-            weight = layer.stack.weight if isinstance(layer, ExpertMatrix) else dense_weight(layer)
-            return kind(weight.shape[-1], device, replay.tokens.numel())
+        if isinstance(layer, ExpertMatrix):  # it is there: its module is being called
+            return kind(layer.stack.weight.shape[-1], device, replay.tokens.numel())
+        with aligned(layer):
+            return kind(dense_weight(layer).shape[1], device, replay.tokens.numel())
 
     return replay.collect(index, block, observable(layers), make)
 

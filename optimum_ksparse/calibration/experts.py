@@ -43,7 +43,7 @@ class ExpertStack:
         except (OSError, TypeError):
             return False
         name = rf"self\.{re.escape(self.name)}\b"
-        matrices = re.findall(rf"\blinear\([^()]*,\s*{name}\[\w+\]", source)
+        matrices = re.findall(rf"\blinear\([^()]*,\s*{name}\[\w+\]\s*[,)]", source)
         tests = re.findall(rf"{name} is (?:not )?None", source)
         return bool(matrices) and len(matrices) + len(tests) == len(re.findall(name, source))
 
