@@ -256,17 +256,12 @@ def put(root: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
 
 def replace_module(root: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
     """Puts `new` in the place of `root`'s submodule or parameter `name`. Where accelerate keeps that one (on another
-    device, offloaded to memory or to disk), it keeps the new one in the same way.
-
-    Raises:
-        ValueError: `new` is a parameter, and the stack in its place is offloaded.
-    """
+    device, offloaded to memory or to disk), it keeps the new one in the same way; a parameter takes the place of one
+    that is not offloaded only."""
     owner_name, _, attribute = name.rpartition(".")
     owner = root.get_submodule(owner_name)
     old: Any = getattr(owner, attribute)
     hook = getattr(owner if isinstance(old, nn.Parameter) else old, "_hf_hook", None)
-    if isinstance(new, nn.Parameter) and getattr(hook, "offload", False):
-        raise ValueError(f"{name} is offloaded by accelerate; load the model without offloading to make it dense")
     key = attribute if isinstance(old, nn.Parameter) else "weight"
     put(root, name, new)
     if hook is None or isinstance(new, nn.Parameter):

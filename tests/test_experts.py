@@ -652,12 +652,29 @@ def test_stacks_offloaded_by_accelerate(where: str, tmp_path: Path) -> None:
     stack = model.model.layers[0].mlp.experts.down_proj
     assert stack.weight.is_meta
     assert torch.equal(logits(model), logits(reference))
-    model.save_pretrained(tmp_path / "saved")
-    for how in ({}, {"device_map": {"model.layers.0": "disk", "": "cpu"}, "offload_folder": str(tmp_path / "again")}):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **how)
-        assert torch.equal(logits(loaded), logits(reference))
-    with pytest.raises(ValueError, match="offloaded by accelerate; load the model without offloading"):
+    with pytest.raises(ValueError, match="down_proj is offloaded by accelerate; load the model without"):
         model.dequantize()
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_sparse_checkpoint_loaded_with_an_offloaded_block(place: str, tmp_path: Path) -> None:
+    reference = make()
+    prune(reference)
+    reference.save_pretrained(tmp_path / "saved")
+    where = {"model.embed_tokens": "cpu", "model.layers.0": place, "model.layers.1": "cpu", "model.norm": "cpu"}
+    where |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    folder = str(tmp_path / "offload")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map=where, offload_folder=folder)
+    assert loaded.model.layers[0].mlp.experts.down_proj.weight.is_meta == (place == "disk")
+    assert torch.equal(logits(loaded), logits(reference))
+    make().save_pretrained(tmp_path / "dense")
+    config = SparsityConfig(method="wanda", pattern="2:4", dataset=IDS, batch_size=len(IDS))
+    settings = {"device_map": where, "offload_folder": folder + "2", "sparsity_config": config}
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **settings)
+    for number, model in enumerate((loaded, pruned)):
+        model.save_pretrained(tmp_path / str(number))
+        again = load_file(tmp_path / f"{number}/model.safetensors")
+        torch.testing.assert_close(again, load_file(tmp_path / "saved/model.safetensors"), rtol=0, atol=0)
 
 
 def test_pruned_while_loading(tmp_path: Path) -> None:

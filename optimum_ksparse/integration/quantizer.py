@@ -55,7 +55,14 @@ class SparsityQuantizer(HfQuantizer):
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Back to dense modules; each keeps its dtype unless `dtype` is given."""
         dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-        stacked = bool(sparse_experts(model))
+        stacks = sparse_experts(model)
+        offloaded = [
+            name for name, stack in stacks.items() if getattr(stack, "_hf_hook", None) and stack.weight.is_meta
+        ]
+        if offloaded:
+            raise ValueError(
+                f"{offloaded[0]} is offloaded by accelerate; load the model without that to make it dense"
+            )
         for name, module in sparse_modules(model).items():
             with aligned(module):
                 dense = module.to_dense()
@@ -64,7 +71,7 @@ class SparsityQuantizer(HfQuantizer):
             elif dtype is not None:
                 dense.to(dtype)
             replace_module(model, name, dense)
-        if stacked:
+        if stacks:
             model.set_experts_implementation(model.get_correct_experts_implementation(None))  # its own choice
         for name in ("sparsity_report", "evaluation_results"):
             if hasattr(model, name):
