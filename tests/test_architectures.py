@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_ksparse import SparseLinear, SparsityConfig, SparsityReport, sparsify
 from optimum_ksparse.calibration import find_blocks
 
-from .conftest import ARCHITECTURES, CONTEXT, VOCABULARY
+from .conftest import ARCHITECTURES, VOCABULARY
 
 torch.set_num_threads(1)
 
