@@ -69,22 +69,27 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
 
 
 def _owners(blocks: DecoderBlocks) -> dict[int, list[str]]:
-    """Paths of the linear maps that use each weight, by the weight's id. An offloaded weight is another object each
-    time it is brought in; accelerate keeps shared ones itself."""
+    """Paths of the linear maps and stacks that use each weight, by the weight's id. An offloaded weight is another
+    object each time it is brought in; accelerate keeps shared ones itself."""
     owners: dict[int, list[str]] = {}
     for index, block in enumerate(blocks.blocks):
         for name, module in block.named_modules(remove_duplicate=False):  # one module at two places is shared
             if is_linear_map(module) and not hasattr(module, "_hf_hook"):
                 owners.setdefault(id(module.weight), []).append(blocks.name_in_decoder(index, name))
+        for name, stack in find_stacks(block).items():
+            if not hasattr(stack.owner, "_hf_hook"):
+                owners.setdefault(id(stack.weight), []).append(blocks.name_in_decoder(index, name))
     return owners
 
 
 def _unsupported(linear: Layer, pattern: Pattern, owners: dict[int, list[str]], path: str) -> str | None:
     """Why a linear map or a stack cannot be pruned; None where it can."""
-    if isinstance(linear, ExpertStack):
-        return unsupported_stack(linear, pattern, _DTYPES)
     if isinstance(linear, SparseLinear):
         return "it is sparse already; model.dequantize() makes it dense"
+    shared = [owner for owner in owners.get(id(linear.weight), ()) if owner != path]
+    if isinstance(linear, ExpertStack):
+        reason = unsupported_stack(linear, pattern, _DTYPES)
+        return f"it is the same parameter as {shared[0]}" if reason is None and shared else reason
     with aligned(linear):
         weight = dense_weight(linear)
         if weight.dtype not in _DTYPES:
@@ -93,7 +98,6 @@ def _unsupported(linear: Layer, pattern: Pattern, owners: dict[int, list[str]], 
             return f"it has {weight.shape[1]} input features, which m={pattern.m} of pattern {pattern} does not divide"
         if not bool(weight.isfinite().all()):
             return "its weight holds NaN or Inf"
-        shared = [owner for owner in owners.get(id(linear.weight), ()) if owner != path]
         if shared:
             return f"it shares its weight with {shared[0]}"
         return None if _is_plain(linear) else f"{type(linear).__name__} computes something else than x·Wᵀ + b"

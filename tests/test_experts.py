@@ -522,6 +522,14 @@ def test_what_no_stack_can_be_is_refused(change: dict, match: str) -> None:
         prune(make(**change), "magnitude", "4:8", modules_to_not_convert=names)
 
 
+def test_a_stack_of_two_blocks_is_refused_by_both_names() -> None:
+    model = make()
+    model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
+    match = r"layers\.0\.mlp\.experts\.gate_up_proj .*same parameter as layers\.1\.mlp\.experts\.gate_up_proj"
+    with pytest.raises(ValueError, match=match):
+        prune(model)
+
+
 def test_a_stack_that_is_not_finite_is_refused() -> None:
     model = make()
     model.model.layers[1].mlp.experts.down_proj.data[2, 0, 0] = float("nan")

@@ -14,8 +14,8 @@ from .packing import unpack_mask
 
 
 class PackedMatrix:
-    """A sparse matrix [out, in]. `F.linear` computes with it as a `SparseLinear` does; whatever else is done with it is
-    done with its dense weight, through which gradients reach the packed values."""
+    """A sparse matrix [out, in]. `F.linear` computes with it as a `SparseLinear` does; whatever else is done with it
+    is done with its dense weight, through which gradients reach the packed values."""
 
     def __init__(self, weight: kernels.PackedWeight, kernel: str) -> None:
         self._weight, self._kernel = weight, kernel
