@@ -6,14 +6,17 @@
 | `<layer>.weight_mask` | [out, ceil(in/8)] | uint8 |
 | `<layer>.bias` | [out] | the model's |
 
-A dense checkpoint holds `<layer>.weight` as any other model does, with its zeros.
+Experts stacked in one parameter have `<parameter>.weight` and `<parameter>.weight_mask`, with the number of the expert
+as one more dimension before these.
+
+A dense checkpoint holds its tensors as any other model does, with their zeros.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,17 +26,30 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from .calibration import DecoderBlocks, decoder_of
+from .calibration import DecoderBlocks, decoder_of, use_eager_experts
 from .config import describe_source
-from .nn import SparseLinear, dense_weight, is_linear_map
-from .pattern import Pattern
+from .nn import SparseExperts, SparseLinear, dense_weight, is_linear_map
+from .pattern import Pattern, lowest
 
 _MASK_SUFFIX = ".weight_mask"
 
 
-def sparse_modules(root: nn.Module) -> dict[str, SparseLinear]:
-    """All sparse linear modules under `root` by path."""
+SparseModule = SparseLinear | SparseExperts
+
+
+def sparse_modules(root: nn.Module) -> dict[str, SparseModule]:
+    """All sparse modules under `root` by path."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, SparseModule)}
+
+
+def sparse_layers(root: nn.Module) -> dict[str, SparseLinear]:
+    """All sparse linear maps under `root` by path."""
     return {name: module for name, module in root.named_modules() if isinstance(module, SparseLinear)}
+
+
+def sparse_experts(root: nn.Module) -> dict[str, SparseExperts]:
+    """All stacks of sparse matrices under `root` by path."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, SparseExperts)}
 
 
 def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
@@ -45,37 +61,54 @@ def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 
 def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Puts an empty `SparseLinear` on the meta device in the place of each layer that a checkpoint records.
+    """Puts an empty sparse module on the meta device in the place of each layer that a checkpoint records.
 
     Raises:
-        ValueError: a record names no linear map of the model, or cannot be true of its shape.
+        ValueError: a record names no linear map or stack of matrices of the model, or cannot be true of its shape.
     """
     decoder = decoder_of(model)
     for name, record in layers.items():
-        linear = _linear_map(decoder, name, type(model).__name__)
+        dense = _dense_layer(decoder, name, type(model).__name__)
         try:
-            sparse = SparseLinear.empty_like(linear, Pattern(record["pattern"]), record["num_values"], "meta")
+            sparse = empty_like(dense, Pattern(record["pattern"]), record["num_values"], "meta")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the checkpoint's record of layer {name} cannot be right: {error}") from error
         # transformers initialises what it has not loaded, by rules for dense weights; here everything must be loaded.
         sparse._is_hf_initialized = True  # type: ignore[assignment]
-        decoder.set_submodule(name, sparse)
+        put(decoder, name, sparse)
+    if sparse_experts(decoder):
+        use_eager_experts(model)
 
 
-def _linear_map(decoder: nn.Module, name: str, kind: str) -> nn.Module:
+def empty_like(
+    dense: nn.Module | nn.Parameter, pattern: Pattern, num_values: int, device: str | None = None
+) -> SparseModule:
+    """A sparse module that stands for a dense linear map, or for a parameter [experts, out, in], with a weight still
+    to be filled in; on its device or on another one. Raises ValueError where `num_values` cannot be right."""
+    if isinstance(dense, nn.Module):
+        return SparseLinear.empty_like(dense, pattern, num_values, device)
+    num_experts, out_features, in_features = dense.shape
+    settings: dict[str, Any] = {"dtype": dense.dtype, "device": dense.device if device is None else device}
+    return SparseExperts(num_experts, in_features, out_features, pattern=pattern, num_values=num_values, **settings)
+
+
+def _dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | nn.Parameter:
+    """What a record of a sparse layer stands for: a linear map, or a parameter [experts, out, in]."""
+    owner, _, attribute = name.rpartition(".")
     try:
-        linear = decoder.get_submodule(name)
+        holder = decoder.get_submodule(owner)
+        found: Any = holder._modules.get(attribute, holder._parameters.get(attribute))
     except AttributeError:
-        linear = None
-    if linear is None or not is_linear_map(linear):
-        found = "nothing" if linear is None else type(linear).__name__
-        raise ValueError(
-            f"the checkpoint records a sparse layer {name}, where {kind} has {found}; is it for another model?"
-        )
-    return linear
+        found = None
+    if is_linear_map(found) or (isinstance(found, nn.Parameter) and found.dim() == 3):
+        return found
+    raise ValueError(
+        f"the checkpoint records a sparse layer {name}, where {kind} has "
+        f"{'nothing' if found is None else type(found).__name__}; is it for another model?"
+    )
 
 
-def check_files(files: Iterable[str], modules: Mapping[str, SparseLinear]) -> None:
+def check_files(files: Iterable[str], modules: Mapping[str, SparseModule]) -> None:
     """Checks the headers of safetensors files against the (still empty) sparse modules, before any tensor is read.
 
     Args:
@@ -155,6 +188,8 @@ def storage_state_dict(
     it: packed or written out dense, in the form and by the names of the checkpoints of this architecture."""
     settings: Any = model.config.quantization_config
     stored = dict(state)
+    if settings.storage == "packed" and sparse_experts(model):
+        return stored  # the usual form would take packed experts apart as if they were dense
     if settings.storage == "dense":
         stored = {f"{root}.{name}": tensor for name, tensor in dense_state_dict(model.get_submodule(root)).items()}
     reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, stored)
@@ -165,10 +200,13 @@ def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """A module's state dict with every packed weight written out dense, in the layout of the module it came from."""
     state = dict(model.state_dict())
     for name, module in sparse_modules(model).items():
+        del state[f"{name}.weight"], state[f"{name}{_MASK_SUFFIX}"]
         with aligned(module):
-            for key, tensor in module.to_dense().state_dict().items():
-                state[f"{name}.{key}"] = tensor
-        del state[f"{name}{_MASK_SUFFIX}"]
+            dense = module.to_dense()
+        if isinstance(dense, nn.Parameter):
+            state[name] = dense.detach()
+        else:
+            state |= {f"{name}.{key}": tensor for key, tensor in dense.state_dict().items()}
     return state
 
 
@@ -178,18 +216,52 @@ def sparsify_dense(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
     Raises:
         ValueError: the weights do not have the recorded pattern (any more); names the layer. The model is not changed.
     """
-    decoder = decoder_of(model)
-    linears = {name: _linear_map(decoder, name, type(model).__name__) for name in layers}
-    for name, linear in linears.items():
-        with aligned(linear):
-            Pattern(layers[name]["pattern"]).verify(dense_weight(linear), f"{name}.weight")
-    for name, linear in linears.items():
-        pattern = Pattern(layers[name]["pattern"])
-        with aligned(linear):
-            weight = dense_weight(linear)
-            # A kept weight may be zero: groups are filled up to n, an unstructured mask needs no filling.
-            mask = pattern.mask(weight.abs()) if pattern.is_structured else weight != 0
-            replace_module(decoder, name, SparseLinear.from_dense(linear, mask, pattern))
+    decoder, kind = decoder_of(model), type(model).__name__
+    dense = {name: _dense_layer(decoder, name, kind) for name in layers}
+    for name in dense:
+        with _aligned_weight(decoder, name) as weight:
+            _kept(weight, layers[name], name)
+    for name, layer in dense.items():
+        with _aligned_weight(decoder, name) as weight:
+            mask, pattern = _kept(weight, layers[name], name), Pattern(layers[name]["pattern"])
+            if isinstance(layer, nn.Parameter):
+                replace_module(decoder, name, SparseExperts.from_dense(weight, mask, pattern))
+            else:
+                replace_module(decoder, name, SparseLinear.from_dense(layer, mask, pattern))
+
+
+def _kept(weight: torch.Tensor, record: Mapping[str, Any], name: str) -> torch.Tensor:
+    """The mask of a weight [out, in], or a stack of them, that holds the zeros of a recorded pattern. A kept weight
+    may be zero: groups are filled up to n, and matrices of a stack, which are packed alike, to the same number; any
+    other unstructured mask needs no filling.
+
+    Raises:
+        ValueError: it does not have that pattern.
+    """
+    pattern = Pattern(record["pattern"])
+    for matrix in weight if weight.dim() == 3 else [weight]:
+        pattern.verify(matrix, f"{name}.weight")
+    if pattern.is_structured:
+        return pattern.mask(weight.abs())
+    mask = weight != 0
+    if weight.dim() == 3:
+        flat, zeros = weight.abs().flatten(1), (weight.numel() - record["num_values"]) // len(weight)
+        filled = ~lowest(flat, zeros).view_as(weight)
+        if bool((mask & ~filled).any()):
+            raise ValueError(f"{name}: a matrix has more nonzero weights than the recorded {flat.shape[1] - zeros}")
+        mask = filled
+    return mask
+
+
+@contextmanager
+def _aligned_weight(root: nn.Module, name: str) -> Iterator[torch.Tensor]:
+    """The weight [out, in] of a dense linear map, or the parameter [experts, out, in], wherever accelerate keeps
+    it."""
+    owner, _, attribute = name.rpartition(".")
+    found: Any = getattr(root.get_submodule(owner), attribute)
+    stacked = isinstance(found, nn.Parameter)
+    with aligned(root.get_submodule(owner) if stacked else found):
+        yield getattr(root.get_submodule(owner), attribute) if stacked else dense_weight(found)
 
 
 def aligned(module: nn.Module) -> AbstractContextManager[None]:
@@ -201,13 +273,29 @@ def aligned(module: nn.Module) -> AbstractContextManager[None]:
     return align_module_device(module)
 
 
-def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` in the place of `root`'s submodule `name`. Where accelerate keeps that one (on another device,
-    offloaded to memory or to disk), it keeps the new one in the same way."""
-    old = root.get_submodule(name)
-    root.set_submodule(name, module)
-    hook = getattr(old, "_hf_hook", None)
-    if hook is None:
+def put(root: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
+    """Puts `new` in the place of `root`'s submodule or parameter `name`."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = root.get_submodule(owner_name)
+    if isinstance(new, nn.Parameter) or attribute in owner._parameters:
+        delattr(owner, attribute)  # a module does not take a parameter's place, nor the other way round
+    setattr(owner, attribute, new)
+    if isinstance(new, SparseExperts):  # in one order, whatever order they come in: the fingerprint follows it
+        for stack in sorted(key for key, module in owner._modules.items() if isinstance(module, SparseExperts)):
+            owner._modules[stack] = owner._modules.pop(stack)
+
+
+def replace_module(root: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
+    """Puts `new` in the place of `root`'s submodule or parameter `name`. Where accelerate keeps that one (on another
+    device, offloaded to memory or to disk), it keeps the new one in the same way; a parameter takes the place of one
+    that is not offloaded only."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = root.get_submodule(owner_name)
+    old: Any = getattr(owner, attribute)
+    hook = getattr(owner if isinstance(old, nn.Parameter) else old, "_hf_hook", None)
+    key = attribute if isinstance(old, nn.Parameter) else "weight"
+    put(root, name, new)
+    if hook is None or isinstance(new, nn.Parameter):
         return
     from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 
@@ -218,27 +306,27 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
                 execution_device=hook.execution_device,
                 offload=hook.offload,
                 io_same_device=hook.io_same_device,
-                weights_map=_offloaded(module, hook.weights_map) if hook.offload else None,
+                weights_map=_offloaded(new, hook.weights_map, key) if hook.offload else None,
                 offload_buffers=hook.offload_buffers,
                 place_submodules=hook.place_submodules,
                 skip_keys=hook.skip_keys,
             )
-            add_hook_to_module(module, moved)
+            add_hook_to_module(new, moved)
 
 
-def _offloaded(module: nn.Module, old: Any) -> Mapping[str, torch.Tensor]:
-    """A weights map for accelerate: on disk in the offload folder where the old one is there, otherwise in memory."""
+def _offloaded(module: nn.Module, old: Any, key: str) -> Mapping[str, torch.Tensor]:
+    """A weights map for accelerate: on disk in the offload folder where the old weight, the map's `key`, is there,
+    otherwise in memory."""
     from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, offload_weight
 
     tensors = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
     loader = getattr(old, "dataset", None)
     folder = getattr(loader, "save_folder", None)
-    if folder is None or f"{old.prefix}weight" in loader.state_dict:  # type: ignore[union-attr]
+    if folder is None or f"{old.prefix}{key}" in loader.state_dict:  # type: ignore[union-attr]
         return tensors
     index: dict[str, Any] = {}
     for name, tensor in tensors.items():
         # Another name than the old one's, whose file may still be mapped.
-        offload_weight(tensor.contiguous(), f"{old.prefix}{type(module).__name__}.{name}", folder, index)
-    return PrefixedDataset(
-        OffloadedWeightsLoader(save_folder=folder, index=index), f"{old.prefix}{type(module).__name__}."
-    )
+        offload_weight(tensor.contiguous(), f"{old.prefix}{key}.{type(module).__name__}.{name}", folder, index)
+    loader = OffloadedWeightsLoader(save_folder=folder, index=index)
+    return PrefixedDataset(loader, f"{old.prefix}{key}.{type(module).__name__}.")

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .calibration import decoder_of, evaluation_mode
-from .checkpoint import sparse_modules
+from .checkpoint import sparse_layers, sparse_modules
 from .config import OBJECTIVES, SparsityConfig, check_integer
 from .nn import KernelReport, autotune
 from .nn.fusing import fuse_shared_inputs
@@ -74,7 +74,7 @@ def autotune_kernels(
         ValueError: the model has no sparse layers, or an argument is out of range.
         TypeError: an argument is of another type.
     """
-    layers = sparse_modules(model)
+    layers = sparse_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no sparse layers; prune it, or load a sparse checkpoint")
     config = getattr(model.config, "quantization_config", None)

@@ -14,11 +14,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .calibration import BlockReplay, DecoderBlocks
-from .calibration.blocks import find_fused_matrices
-from .checkpoint import aligned, replace_module
+from .calibration import BlockReplay, DecoderBlocks, ExpertStack
+from .calibration.experts import ExpertMatrix, find_stacks, layer_of, observable
+from .checkpoint import SparseModule, aligned, empty_like, replace_module
 from .config import SparsityConfig
 from .distributed import Processes
+from .experts import own_statistics, prune_stack, unsupported_stack
 from .memory import trim_heap
 from .nn import SparseLinear, dense_weight, densified, is_linear_map
 from .pattern import Pattern
@@ -28,34 +29,34 @@ from .report import LayerReport
 from .statistics import ColumnNorms, GramMatrix
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Layer = nn.Module | ExpertStack
+_Pruned = tuple[SparseModule, LayerReport]
 
 
-def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, nn.Module]], dict[str, str]]:
-    """What to prune: for each block its linear maps by name, and the ones left dense (path in the decoder → reason).
+def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, Layer]], dict[str, str]]:
+    """What to prune: for each block its linear maps and stacks of matrices by name, and the ones left dense (path in
+    the decoder → reason).
 
     Raises:
-        ValueError: a linear map cannot be pruned and `skip_unsupported` is False, a name in
+        ValueError: a linear map or a stack cannot be pruned and `skip_unsupported` is False, a name in
             `modules_to_not_convert` matches nothing, or nothing is left to prune.
     """
     pattern = Pattern(config.pattern)
-    targets: list[dict[str, nn.Module]] = []
+    targets: list[dict[str, Layer]] = []
     skipped: dict[str, str] = {}
     owners = _owners(blocks)
     for index, block in enumerate(blocks.blocks):
-        layers = {}
+        layers: dict[str, Layer] = {}
         modules = block.named_modules(remove_duplicate=False)  # one module at two places is shared
-        candidates = {name: module for name, module in modules if is_linear_map(module)}
-        fused = find_fused_matrices(block)
-        for name in (*candidates, *fused):
+        candidates: dict[str, Layer] = {name: module for name, module in modules if is_linear_map(module)}
+        for name, layer in {**candidates, **find_stacks(block)}.items():
             path = blocks.name_in_decoder(index, name)
             if not should_convert_module(blocks.name_in_model(index, name), config.modules_to_not_convert):
                 skipped[path] = "in modules_to_not_convert"
                 continue
-            reason = (
-                _fused_reason(fused[name]) if name in fused else _unsupported(candidates[name], pattern, owners, path)
-            )
+            reason = _unsupported(layer, pattern, owners, path)
             if reason is None:
-                layers[name] = candidates[name]
+                layers[name] = layer
             elif config.skip_unsupported:
                 skipped[path] = reason
             else:
@@ -73,25 +74,28 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
     return targets, skipped
 
 
-def _fused_reason(shape: tuple[int, ...]) -> str:
-    return f"it is one parameter {list(shape)}, a stack of matrices (such as experts fused into one tensor)"
-
-
 def _owners(blocks: DecoderBlocks) -> dict[int, list[str]]:
-    """Paths of the linear maps that use each weight, by the weight's id. An offloaded weight is another object each
-    time it is brought in; accelerate keeps shared ones itself."""
+    """Paths of the linear maps and stacks that use each weight, by the weight's id. An offloaded weight is another
+    object each time it is brought in; accelerate keeps shared ones itself."""
     owners: dict[int, list[str]] = {}
     for index, block in enumerate(blocks.blocks):
         for name, module in block.named_modules(remove_duplicate=False):  # one module at two places is shared
             if is_linear_map(module) and not hasattr(module, "_hf_hook"):
                 owners.setdefault(id(module.weight), []).append(blocks.name_in_decoder(index, name))
+        for name, stack in find_stacks(block).items():
+            if not hasattr(stack.owner, "_hf_hook"):
+                owners.setdefault(id(stack.weight), []).append(blocks.name_in_decoder(index, name))
     return owners
 
 
-def _unsupported(linear: nn.Module, pattern: Pattern, owners: dict[int, list[str]], path: str) -> str | None:
-    """Why a linear map cannot be pruned; None where it can."""
+def _unsupported(linear: Layer, pattern: Pattern, owners: dict[int, list[str]], path: str) -> str | None:
+    """Why a linear map or a stack cannot be pruned; None where it can."""
     if isinstance(linear, SparseLinear):
         return "it is sparse already; model.dequantize() makes it dense"
+    shared = [owner for owner in owners.get(id(linear.weight), ()) if owner != path]
+    if isinstance(linear, ExpertStack):
+        reason = unsupported_stack(linear, pattern, _DTYPES)
+        return f"it is the same parameter as {shared[0]}" if reason is None and shared else reason
     with aligned(linear):
         weight = dense_weight(linear)
         if weight.dtype not in _DTYPES:
@@ -100,7 +104,6 @@ def _unsupported(linear: nn.Module, pattern: Pattern, owners: dict[int, list[str
             return f"it has {weight.shape[1]} input features, which m={pattern.m} of pattern {pattern} does not divide"
         if not weight.is_meta and not bool(weight.isfinite().all()):
             return "its weight holds NaN or Inf"
-        shared = [owner for owner in owners.get(id(linear.weight), ()) if owner != path]
         if shared:
             return f"it shares its weight with {shared[0]}"
         return None if _is_plain(linear) else f"{type(linear).__name__} computes something else than x·Wᵀ + b"
@@ -116,7 +119,13 @@ def _is_plain(linear: nn.Module) -> bool:
     x = torch.rand(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     with torch.no_grad():
         expected = F.linear(x, weight, linear.bias)  # type: ignore[arg-type]
-        return bool(torch.allclose(linear(x), expected, rtol=0.05, atol=float(0.05 * expected.abs().max())))
+        try:
+            found = linear(x)
+        except Exception:  # it takes something else as well
+            return False
+        if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+            return False
+        return bool(torch.allclose(found, expected, rtol=0.05, atol=float(0.05 * expected.abs().max())))
 
 
 def _with_random_weights(linear: nn.Module) -> nn.Module:
@@ -135,7 +144,7 @@ def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
     prunable = set()
     for index, block in enumerate(blocks.blocks):
         linears = [name for name, module in block.named_modules() if is_linear_map(module)]
-        prunable |= {blocks.name_in_model(index, name) for name in (*linears, *find_fused_matrices(block))}
+        prunable |= {blocks.name_in_model(index, name) for name in (*linears, *find_stacks(block))}
     inside = blocks.name_in_model(0, "").removesuffix("0.")
     outside = {name for name, _ in blocks.model.named_modules() if not f"{name}.".startswith(inside)}
     for name in names or []:
@@ -152,25 +161,25 @@ def always_resident(index: int) -> AbstractContextManager[None]:
 @torch.no_grad()
 def prune_blocks(
     blocks: DecoderBlocks,
-    targets: list[dict[str, nn.Module]],
+    targets: list[dict[str, Layer]],
     config: SparsityConfig,
     replay: BlockReplay | None,
-    replaced: dict[str, nn.Module] | None = None,
+    replaced: dict[str, nn.Module | nn.Parameter] | None = None,
     *,
     resident: Callable[[int], AbstractContextManager[None]] = always_resident,
     finished: Callable[[int, list[LayerReport]], None] | None = None,
     start: int = 0,
     processes: Processes | None = None,
 ) -> list[LayerReport]:
-    """Prunes `targets` block by block and puts `SparseLinear` in their places.
+    """Prunes `targets` block by block and puts sparse modules in their places.
 
     Args:
         blocks: the model's blocks.
         targets: for each block its layers to prune by name, as `find_targets` gives them; emptied on the way.
         config: method, pattern and settings.
         replay: the calibration activations at block `start`; None for a method without data.
-        replaced: is given the dense module of each pruned layer, by its path in the decoder, as soon as it is
-            replaced.
+        replaced: is given the dense module, or parameter, of each pruned layer, by its path in the decoder, as soon
+            as it is replaced.
         resident: where the blocks come from: within `resident(index)` that block's weights are there.
         finished: where they go: called, while the block is there, when it is pruned and `replay` is at the next one.
         start: the first block to prune.
@@ -208,56 +217,59 @@ def prune_blocks(
 def _prune_block(
     blocks: DecoderBlocks,
     index: int,
-    targets: dict[str, nn.Module],
+    targets: dict[str, Layer],
     config: SparsityConfig,
     replay: BlockReplay | None,
-    replaced: dict[str, nn.Module] | None,
+    replaced: dict[str, nn.Module | nn.Parameter] | None,
     processes: Processes,
 ) -> list[LayerReport]:
     block, rows = blocks.blocks[index], []
     for layers in _rounds(index, block, targets, config, replay, processes):
         statistics = _collect(index, block, layers, config, replay, processes)
-        unreached = [blocks.name_in_decoder(index, name) for name in layers if name not in statistics]
+        reached = {layer_of(name) for name in statistics}
+        unreached = [blocks.name_in_decoder(index, name) for name in layers if name not in reached]
         if replay is not None and unreached:
             raise ValueError(
                 f"{unreached[0]}: no calibration token reached it; use more samples, or modules_to_not_convert"
             )
-        owners = processes.owners([_cost(linear, config) for linear in layers.values()])
-        done: dict[str, tuple[SparseLinear, LayerReport] | Exception] = {}
-        for (name, linear), owner in zip(layers.items(), owners, strict=True):
+        owners = processes.owners([_cost(layer, config) for layer in layers.values()])
+        done: dict[str, _Pruned | Exception] = {}
+        for (name, layer), owner in zip(layers.items(), owners, strict=True):
             if owner == processes.rank:
                 path = blocks.name_in_decoder(index, name)
                 try:
-                    done[name] = _prune_layer(path, linear, statistics.get(name), config)
+                    if isinstance(layer, ExpertStack):
+                        done[name] = prune_stack(path, layer, own_statistics(name, layer, statistics), config)
+                    else:
+                        done[name] = _prune_layer(path, layer, statistics.get(name), config)
                 except Exception as error:  # the others wait for this layer: they are told
                     done[name] = error
                     break
-        for (name, linear), owner in zip(layers.items(), owners, strict=True):
+        for (name, layer), owner in zip(layers.items(), owners, strict=True):
             path = blocks.name_in_decoder(index, name)
-            sparse, row = _receive(done.get(name), linear, owner, config, processes)
+            sparse, row = _receive(done.get(name), layer, owner, config, processes)
             if replaced is not None:
-                replaced[path] = linear
+                replaced[path] = layer.weight if isinstance(layer, ExpertStack) else layer
             replace_module(blocks.decoder, path, sparse)
             rows.append(row)
     return rows
 
 
-def _cost(linear: nn.Module, config: SparsityConfig) -> float:
+def _cost(layer: Layer, config: SparsityConfig) -> float:
     """About how long a layer takes to prune: a sweep and a factorisation, where the method has them."""
-    with aligned(linear):
-        out_features, in_features = dense_weight(linear).shape
+    if isinstance(layer, ExpertStack):
+        number, out_features, in_features = layer.weight.shape
+    else:
+        with aligned(layer):
+            number, (out_features, in_features) = 1, dense_weight(layer).shape
     if METHODS[config.method].statistics is GramMatrix:
-        return float(out_features * in_features**2 + in_features**3)
-    return float(out_features * in_features)
+        return float(number * (out_features * in_features**2 + in_features**3))
+    return float(number * out_features * in_features)
 
 
 def _receive(
-    done: tuple[SparseLinear, LayerReport] | Exception | None,
-    linear: nn.Module,
-    owner: int,
-    config: SparsityConfig,
-    processes: Processes,
-) -> tuple[SparseLinear, LayerReport]:
+    done: _Pruned | Exception | None, layer: Layer, owner: int, config: SparsityConfig, processes: Processes
+) -> _Pruned:
     """A pruned layer and its row, from the process that pruned it; raises its error in all of them."""
 
     def header() -> tuple[LayerReport, int]:
@@ -269,8 +281,9 @@ def _receive(
     if isinstance(done, tuple):
         sparse = done[0]
     else:
-        with aligned(linear):
-            sparse = SparseLinear.empty_like(linear, Pattern(config.pattern), num_values)
+        with aligned(layer.owner if isinstance(layer, ExpertStack) else layer):
+            dense = layer.weight if isinstance(layer, ExpertStack) else layer
+            sparse = empty_like(dense, Pattern(config.pattern), num_values)
     processes.broadcast(sparse.weight.data, owner)
     processes.broadcast(sparse.weight_mask, owner)
     return sparse, row
@@ -279,41 +292,50 @@ def _receive(
 def _rounds(
     index: int,
     block: nn.Module,
-    layers: dict[str, nn.Module],
+    layers: dict[str, Layer],
     config: SparsityConfig,
     replay: BlockReplay | None,
     processes: Processes,
-) -> list[dict[str, nn.Module]]:
+) -> list[dict[str, Layer]]:
     """The layers to prune from one collection of statistics: all of a block, or group by group."""
     if replay is None or not config.true_sequential:
         return [layers]
-    groups = processes.once(lambda: replay.input_groups(index, block, layers))
-    called = {name for group in groups for name in group}
-    groups += [[name] for name in layers if name not in called]
+    rounds: dict[str, int] = {}  # a stack goes with the first of its matrices
+    groups = processes.once(lambda: replay.input_groups(index, block, observable(layers)))
+    for number, group in enumerate(groups):
+        for name in group:
+            rounds.setdefault(layer_of(name), number)
+    groups = [[name for name in rounds if rounds[name] == number] for number in dict.fromkeys(rounds.values())]
+    groups += [[name] for name in layers if name not in rounds]
     return [{name: layers[name] for name in group} for group in groups]
 
 
 def _collect(
     index: int,
     block: nn.Module,
-    layers: dict[str, nn.Module],
+    layers: dict[str, Layer],
     config: SparsityConfig,
     replay: BlockReplay | None,
     processes: Processes,
 ) -> dict[str, ColumnNorms]:
+    """Statistics of the inputs of linear maps by name, and of each matrix of a stack by `matrix_name`."""
     kind = METHODS[config.method].statistics
     if replay is None or kind is None:
         return {}
 
-    def make(linear: nn.Module) -> ColumnNorms:
-        with aligned(linear):
-            in_features = dense_weight(linear).shape[1]
+    def make(layer: nn.Module | ExpertMatrix) -> ColumnNorms:
+        if isinstance(layer, ExpertMatrix):  # it is there: its module is being called
+            in_features = layer.stack.weight.shape[-1]
+        else:
+            with aligned(layer):
+                in_features = dense_weight(layer).shape[1]
         statistics = kind(in_features, replay.hidden.device, replay.tokens.numel() * processes.size)
         if processes.size > 1 and kind is ColumnNorms:
             statistics.parts = []
         return statistics
 
-    return processes.add_up(replay.collect(index, block, layers, make), lambda name: make(layers[name]))
+    observed = observable(layers)
+    return processes.add_up(replay.collect(index, block, observed, make), lambda name: make(observed[name]))
 
 
 def _prune_layer(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 import torch
 
@@ -20,11 +21,17 @@ class ColumnNorms:
             the first rows.
 
     Attributes:
+        min_tokens: with fewer rows, the inputs of one expert are better judged by those of all experts of its layer.
+            Measured on two Mixtral models (64 and 256 wide, 16 and 8 experts, trained on Korean text): by error on
+            other text, own statistics of tokens next to each other won from 16 to 32 rows on with Wanda, and from 16
+            to 128 on with a Gram matrix, for 64 to 512 inputs and with no clear dependence on their number.
         num_tokens: rows seen.
         squared_norms: [in] float32, ‖X_j‖² / tokens.
         parts: None; or a list, in which each addition of rows is kept so that it can be done again elsewhere.
         sample: [≤ 128, in], evenly spread rows of the inputs in their own dtype.
     """
+
+    min_tokens = 32
 
     def __init__(
         self, in_features: int, device: torch.device | str = "cpu", expected_tokens: int | None = None
@@ -34,6 +41,20 @@ class ColumnNorms:
         self.squared_norms = torch.zeros(in_features, dtype=torch.float32, device=device)
         self._stride = max(1, -(-(expected_tokens or 0) // SAMPLE_ROWS))
         self._rows: list[torch.Tensor] = []
+
+    @classmethod
+    def merged(cls, parts: Sequence[Self]) -> Self:
+        """Statistics of the rows of all `parts`, at least one, which were made alike."""
+        moments = parts[0].averages
+        merged = cls(len(moments), moments.device)
+        for part in parts:
+            total = merged.num_tokens + part.num_tokens
+            if part.num_tokens:
+                merged.averages.mul_(merged.num_tokens / total).add_(part.averages, alpha=part.num_tokens / total)
+            merged.num_tokens = total
+        rows = torch.cat([part.sample for part in parts])
+        merged._rows = [rows[:: max(1, -(-len(rows) // SAMPLE_ROWS))]]
+        return merged
 
     @property
     def sample(self) -> torch.Tensor:
@@ -86,6 +107,8 @@ class ColumnNorms:
 
 class GramMatrix(ColumnNorms):
     """Gram matrix H = XᵀX / tokens, [in, in] float32, whose diagonal is `squared_norms`."""
+
+    min_tokens = 128
 
     def __init__(
         self, in_features: int, device: torch.device | str = "cpu", expected_tokens: int | None = None

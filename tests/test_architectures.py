@@ -16,11 +16,9 @@ from transformers import (
     BertForMaskedLM,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
-    MixtralConfig,
     ModernBertDecoderConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen3MoeConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -29,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_ksparse import SparseLinear, SparsityConfig, SparsityReport, sparsify
 from optimum_ksparse.calibration import find_blocks
 
-from .conftest import ARCHITECTURES, CONTEXT, VOCABULARY
+from .conftest import ARCHITECTURES, VOCABULARY
 
 torch.set_num_threads(1)
 
@@ -202,53 +200,6 @@ def test_half_precision_models_are_pruned_saved_and_loaded(
     found = logits(model, token_ids)
     assert found.isfinite().all()
     assert torch.equal(logits(loaded, token_ids), found)
-
-
-def make_moe(kind: str) -> PreTrainedModel:
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT,
-        "num_experts_per_tok": 2,
-    }
-    torch.manual_seed(0)
-    if kind == "mixtral":
-        return AutoModelForCausalLM.from_config(MixtralConfig(**common, num_local_experts=4)).eval()
-    config = Qwen3MoeConfig(**common, head_dim=8, num_experts=4, moe_intermediate_size=64)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_fused_experts_are_refused_by_name_and_shape(kind: str, prune: Callable[..., SparsityReport]) -> None:
-    model = make_moe(kind)
-    with refused(model, ValueError, r"layers\.0\.mlp\.experts\.gate_up_proj .*\[4, 128, 32\]"):
-        prune(model)
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_skip_unsupported_prunes_attention_and_lists_fused_experts(
-    kind: str, prune: Callable[..., SparsityReport], token_ids: torch.Tensor
-) -> None:
-    model = make_moe(kind)
-    report = prune(model, skip_unsupported=True)
-    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
-    assert sparse_names(model) == {f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in projections}
-    experts = {f"layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")}
-    assert report.skipped.keys() == experts
-    assert all("fused" in reason for reason in report.skipped.values())
-    assert logits(model, token_ids).isfinite().all()
-
-
-def test_fused_experts_can_be_left_dense_by_the_name_that_the_error_gives(
-    prune: Callable[..., SparsityReport],
-) -> None:
-    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    report = prune(make_moe("mixtral"), modules_to_not_convert=names)
-    assert report.skipped.keys() == {f"layers.{i}.{name}" for i in range(2) for name in names}
 
 
 @pytest.mark.parametrize(

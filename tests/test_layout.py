@@ -25,6 +25,7 @@ ROOMS = [
     ["calibration"],
     ["checkpoint"],
     ["streaming", "execution"],
+    ["experts"],
     ["pruning"],
     ["evaluation"],
     ["hub"],

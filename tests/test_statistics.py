@@ -114,6 +114,21 @@ def test_an_empty_update_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@given(st.lists(st.integers(0, 900), min_size=1, max_size=5).filter(any))
+@quick
+def test_merged_statistics_are_those_of_all_rows(kind, sizes):
+    x = inputs(sum(sizes))
+    merged = kind.merged([collected(kind, part) for part in x.split(sizes)])
+    assert merged.num_tokens == len(x)
+    assert_close_to_scale(moments(merged), moments(collected(kind, x)))
+    if kind is GramMatrix:
+        assert torch.equal(merged.squared_norms, merged.gram.diagonal())
+    sample = merged.sample
+    assert 0 < len(sample) <= SAMPLE_ROWS
+    assert all(any(torch.equal(row, other) for other in x) for row in sample[:3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_inputs_are_not_changed_and_not_kept_alive(kind):
     x = inputs(8)
     before = x.clone()

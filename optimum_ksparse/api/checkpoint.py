@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..calibration import Activations, BlockReplay, evaluation_mode, read_tokenizer
+from ..calibration import Activations, BlockReplay, ExpertStack, eager_experts, evaluation_mode, read_tokenizer
 from ..checkpoint import install_layers, layer_records
 from ..config import SparsityConfig, check_integer
 from ..distributed import Processes, joined
@@ -161,7 +162,8 @@ class _Run:
         targets, skipped = find_targets(blocks, config)
         processes.once(lambda: self._check_space(model, targets))
         done = list(workspace.journal.blocks)
-        with evaluation_mode(model), torch.no_grad():
+        stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
+        with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
             data, replay = self._calibration(model, disk, bool(len(done) < len(blocks.blocks)))
             for index, block in enumerate(done):
                 install_layers(model, block.layers)
@@ -281,11 +283,15 @@ class _Run:
             reason = " ".join(str(error).split())
             logger.warning(f"The checkpoint has no tokenizer: none could be loaded from {self.source}: {reason}")
 
-    def _check_space(self, model: PreTrainedModel, targets: list[dict[str, torch.nn.Module]]) -> None:
+    def _check_space(self, model: PreTrainedModel, targets: list[dict[str, Any]]) -> None:
         """Raises OSError where the disk is too small for what is still to be written, as far as can be told."""
         pattern = Pattern(self.config.pattern)
         size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
-        pruned = [dense_weight(module) for layers in targets for module in layers.values()]
+        pruned = [
+            layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)
+            for layers in targets
+            for layer in layers.values()
+        ]
         dense = sum(weight.nbytes for weight in pruned)
         packed = dense * float(1 - pattern.sparsity) + sum(weight.numel() for weight in pruned) / 8
         needed = sum(size.values()) - dense + packed

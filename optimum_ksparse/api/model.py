@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ..calibration import (
     BlockReplay,
     CalibrationTokens,
+    ExpertStack,
     calibration_tokens,
+    eager_experts,
     evaluation_mode,
     find_blocks,
     read_tokenizer,
+    use_eager_experts,
 )
-from ..checkpoint import describe_model, layer_records, sparse_modules
+from ..checkpoint import describe_model, layer_records, put, sparse_experts, sparse_modules
 from ..config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
 from ..distributed import Processes, current
 from ..execution import apply_settings
@@ -68,21 +72,21 @@ def sparsify(
     processes.agree({"model": type(model).__name__, "blocks": len(blocks.blocks), **config.to_dict()})
     recorded = record_settings(config)
     num_parameters = model.num_parameters()
-    with evaluation_mode(model), torch.no_grad():
+    stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
+    with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
         data = processes.once(lambda: draw_tokens(model, config, tokenizer))
         replay = None
         if data is not None:
             skip_first = data.begins_with_bos and not config.bos_in_statistics
-            replay = BlockReplay(
-                blocks, share_tokens(data.ids, config.batch_size, processes), config.batch_size, skip_first
-            )
-        replaced: dict[str, nn.Module] = {}
+            ids = share_tokens(data.ids, config.batch_size, processes)
+            replay = BlockReplay(blocks, ids, config.batch_size, skip_first)
+        replaced: dict[str, nn.Module | nn.Parameter] = {}
         try:
             kept = replaced if restore_on_error else None
             rows = prune_blocks(blocks, targets, config, replay, kept, processes=processes)
         except BaseException:
             for path, dense in replaced.items():
-                blocks.decoder.set_submodule(path, dense)
+                put(blocks.decoder, path, dense)
             raise
 
     attach(model, recorded)
@@ -131,6 +135,8 @@ def make_report(
 def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags."""
     config.layers = layer_records(model)
+    if sparse_experts(model):
+        use_eager_experts(model)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]

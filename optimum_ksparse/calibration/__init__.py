@@ -2,6 +2,7 @@
 
 from .activations import Activations
 from .blocks import DecoderBlocks, decoder_of, evaluation_mode, find_blocks
+from .experts import ExpertStack, eager_experts, use_eager_experts
 from .replay import BlockReplay
 from .tokenizer import read_tokenizer
 from .tokens import CalibrationTokens, calibration_tokens, prepends_bos
@@ -11,10 +12,13 @@ __all__ = [
     "BlockReplay",
     "CalibrationTokens",
     "DecoderBlocks",
+    "ExpertStack",
     "calibration_tokens",
     "decoder_of",
+    "eager_experts",
     "evaluation_mode",
     "find_blocks",
     "prepends_bos",
     "read_tokenizer",
+    "use_eager_experts",
 ]

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 
@@ -86,19 +85,6 @@ def find_blocks(model: PreTrainedModel) -> DecoderBlocks:
         )
     decoder_name = next(name for name, module in model.named_modules() if module is decoder)
     return DecoderBlocks(model, decoder, decoder_name, list_name, blocks)
-
-
-def find_fused_matrices(block: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Parameters of a block that hold a stack of matrices, such as experts fused into one tensor: path → shape.
-    Convolutions, and stacks of vectors, are none."""
-    fused = {}
-    for module_name, module in block.named_modules():
-        if isinstance(module, _ConvNd):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 3 and parameter.shape[-1] > 1 and parameter.shape[-2] > 1:
-                fused[f"{module_name}.{name}".lstrip(".")] = tuple(parameter.shape)
-    return fused
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,9 @@ from torch import nn
 from ..statistics import ColumnNorms
 from .activations import Activations
 from .blocks import DecoderBlocks
+from .experts import ExpertMatrix, observed_matrices
+
+Layer = nn.Module | ExpertMatrix
 
 
 class _StopForward(Exception):  # noqa: N818 (not an error)
@@ -181,7 +184,7 @@ class BlockReplay:
         self.hidden.replace(self.outputs(index, block))
         self._calls[index].clear()
 
-    def input_groups(self, index: int, block: nn.Module, layers: dict[str, nn.Module]) -> list[list[str]]:
+    def input_groups(self, index: int, block: nn.Module, layers: Mapping[str, Layer]) -> list[list[str]]:
         """Names of `layers` that one batch calls, layers fed by the same tensor together, in the order of the
         calls."""
         leaders: dict[str, str] = {}
@@ -192,13 +195,13 @@ class BlockReplay:
         return list(groups.values())
 
     def collect(
-        self, index: int, block: nn.Module, layers: dict[str, nn.Module], make: Callable[[nn.Module], ColumnNorms]
+        self, index: int, block: nn.Module, layers: Mapping[str, Layer], make: Callable[[Layer], ColumnNorms]
     ) -> dict[str, ColumnNorms]:
         """Runs every batch through the block and collects statistics of the inputs of `layers`.
 
         Args:
             index, block: the current block.
-            layers: linear maps of the block by name.
+            layers: linear maps of the block, and matrices of its stacks, by name.
             make: empty statistics for a layer.
 
         Returns:
@@ -220,7 +223,7 @@ class BlockReplay:
         self,
         index: int,
         block: nn.Module,
-        layers: dict[str, nn.Module],
+        layers: Mapping[str, Layer],
         leaders: dict[str, str],
         update: Callable[[str, torch.Tensor], None],
         batches: int,
@@ -241,14 +244,16 @@ class BlockReplay:
                 if key not in seen:
                     seen[key] = leaders.get(name, name)
                     alive.append(x)
-                    update(seen[key], self._counted(x, batch_shape))
+                    update(seen[key], x if name in matrices else self._counted(x, batch_shape))
                 leaders.setdefault(name, seen[key])
                 if calls.total() == expected:
                     raise _StopForward
 
             return hook
 
-        with _hooks(layers, record):
+        matrices = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertMatrix)}
+        modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
+        with _hooks(modules, record), observed_matrices(matrices, record) if matrices else nullcontext():
             for hidden, call in itertools.islice(zip(self.hidden, self._calls[index], strict=True), batches):
                 batch_shape = hidden.shape[:2]
                 calls.clear()
@@ -285,7 +290,7 @@ def _hidden_name(kwargs: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _hooks(layers: dict[str, nn.Module], make: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+def _hooks(layers: Mapping[str, nn.Module], make: Callable[[str], Callable[..., None]]) -> Iterator[None]:
     handles = [layer.register_forward_pre_hook(make(name)) for name, layer in layers.items()]
     try:
         yield

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..checkpoint import aligned
-from ..nn import SparseLinear
+from ..nn import SparseExperts, SparseLinear
 
 
 @torch.no_grad()
@@ -32,9 +32,12 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and saved buffers of the module itself; a packed weight written out as the dense module holds it."""
+    """Parameters and saved buffers of the module itself; packed weights written out as the dense module holds them."""
     if isinstance(module, SparseLinear):
         yield from module.to_dense().state_dict().values()
+        return
+    if isinstance(module, SparseExperts):
+        yield module.to_dense_weight()
         return
     yield from module.parameters(recurse=False)
     for name, buffer in module.named_buffers(recurse=False):

@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..api import attach, load_tokenizer, sparsify
 from ..calibration import find_blocks
-from ..checkpoint import check_loaded, commit_of, sparse_modules, sparsify_dense
+from ..checkpoint import check_loaded, commit_of, sparse_experts, sparse_modules, sparsify_dense
 from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig
 from ..evaluation import EvaluationResults
 from ..execution import apply_settings
@@ -61,6 +61,9 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
             report.base_arguments = {name: kwargs[name] for name in ("gguf_file", "subfolder") if kwargs.get(name)}
         else:
             _finish_sparse(model, info, config, source, kwargs)
+        requested = kwargs.get("experts_implementation")
+        if requested not in (None, "eager") and sparse_experts(model):
+            logger.warning(f'Sparse experts run with experts_implementation="eager" only, not with {requested!r}.')
         return (model, info) if wants_info else model
 
     from_pretrained._ksparse = True  # type: ignore[attr-defined]
@@ -164,6 +167,10 @@ def _finish_sparse(
         for name, module in modules.items():
             if module.weight_mask.device.type != "meta":
                 module.check_mask(name)
+        if sparse_experts(model) and hasattr(model, "_weight_conversions"):
+            # Packed experts are stored as they are. Without this note that nothing was converted the model, once it is
+            # dense, is saved in its usual format: each expert by itself.
+            del model._weight_conversions
     elif isinstance(dense_settings, dict) and dense_settings.get("layers"):
         recorded = SparsityConfig.from_dict(dense_settings)
         check_loaded(find_blocks(model), info)

@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.base import HfQuantizer
 
 from ..calibration import decoder_of
-from ..checkpoint import aligned, check_files, dense_state_dict, install_layers, replace_module, sparse_modules
+from ..checkpoint import (
+    aligned,
+    check_files,
+    dense_state_dict,
+    install_layers,
+    replace_module,
+    sparse_experts,
+    sparse_modules,
+)
 from ..config import SparsityConfig
 
 
@@ -48,10 +57,24 @@ class SparsityQuantizer(HfQuantizer):
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Back to dense modules; each keeps its dtype unless `dtype` is given."""
         dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        stacks = sparse_experts(model)
+        offloaded = [
+            name for name, stack in stacks.items() if getattr(stack, "_hf_hook", None) and stack.weight.is_meta
+        ]
+        if offloaded:
+            raise ValueError(
+                f"{offloaded[0]} is offloaded by accelerate; load the model without that to make it dense"
+            )
         for name, module in sparse_modules(model).items():
             with aligned(module):
                 dense = module.to_dense()
-            replace_module(model, name, dense if dtype is None else dense.to(dtype))
+            if isinstance(dense, nn.Parameter):
+                dense.data = dense.data.to(dtype or dense.dtype)
+            elif dtype is not None:
+                dense.to(dtype)
+            replace_module(model, name, dense)
+        if stacks:
+            model.set_experts_implementation(model.get_correct_experts_implementation(None))  # its own choice
         for name in ("sparsity_report", "evaluation_results"):
             if hasattr(model, name):
                 delattr(model, name)

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint import layer_records, sparse_modules
+from ..checkpoint import layer_records, sparse_experts, sparse_modules
 from ..config import DENSE_CONFIG_KEY, SparsityConfig
 from ..evaluation import EvaluationResults, fingerprint
 from ..report import SparsityReport
@@ -45,6 +45,8 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
             raise NotADirectoryError(f"save_directory={os.fspath(directory)!r} is a file; pass a folder")
         config.layers = layer_records(self)
         known = {name: value for name, value in bound.items() if name not in ("self", "push_to_hub", "kwargs")}
+        if config.storage == "packed" and sparse_experts(self):
+            known["save_original_format"] = False  # it would take packed experts apart as if they were dense
         given = _given_state_dict(self, bound.get("state_dict"))
         with staged(directory) as staging, given, _config_for_storage(self, config):
             original(self, **{**known, "save_directory": staging})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,18 @@ def is_linear_map(module: nn.Module) -> bool:
 def dense_weight(module: nn.Module) -> torch.Tensor:
     """The weight [out, in] of a dense linear map; `Conv1D` stores the transpose."""
     return module.weight.T if isinstance(module, Conv1D) else module.weight  # type: ignore[return-value]
+
+
+def in_autocast_dtype(
+    x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Input, packed values and bias as autocast would cast those of `F.linear`."""
+    device = x.device.type
+    # The meta device has no autocast, and torch 2.11 cannot trace the question whether a device has.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x, values, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
 
 
 class SparseLinear(nn.Linear):
@@ -187,14 +198,9 @@ class SparseLinear(nn.Linear):
             if y is not None:
                 return y
         values, bias, dense, library = self.weight, self.bias, self._dense_form, self._library_form
-        device = x.device.type
-        # The meta device has no autocast, and torch 2.11 cannot trace the question whether a device has.
-        if device != "meta" and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x, values = x.to(dtype), values.to(dtype)
-            bias = bias if bias is None else bias.to(dtype)  # type: ignore[assignment]
-            if dtype != self.weight.dtype:
-                dense = library = None
+        x, values, bias = in_autocast_dtype(x, values, bias)  # type: ignore[assignment]
+        if values.dtype != self.weight.dtype:
+            dense = library = None
         if trains:
             dense = library = None
         weight = kernels.PackedWeight(values, self.weight_mask, self.in_features, str(self.pattern), dense, library)
@@ -330,18 +336,3 @@ class SparseLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}"
-
-
-@contextmanager
-def densified(root: nn.Module) -> Iterator[None]:
-    """Within it, sparse modules under `root` keep their weights dense instead of decompressing them in each forward
-    pass; for many passes without gradients. Modules that accelerate has offloaded are left as they are."""
-    modules = [m for m in root.modules() if isinstance(m, SparseLinear) and m.weight.device.type != "meta"]
-    modules = [module for module in modules if module._dense_weight is None]
-    try:
-        for module in modules:
-            module._dense_weight = module.to_dense_weight()
-        yield
-    finally:
-        for module in modules:
-            module._dense_weight = None

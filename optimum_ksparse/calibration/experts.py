@@ -1,0 +1,154 @@
+"""Experts stacked in one parameter [experts, out, in]: which of them can be pruned matrix by matrix, what each matrix
+is multiplied with, and the implementation of transformers that takes them one by one."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertStack:
+    """A parameter of a dense model that holds a stack of matrices.
+
+    Attributes:
+        owner: the module that holds it.
+        name: the parameter's name there.
+    """
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, [experts, out, in] where `reads_matrices`."""
+        return getattr(self.owner, self.name)
+
+    def reads_matrices(self) -> bool:
+        """Whether the owner's forward reads the parameter as `F.linear(x, self.<name>[expert])` and in no other way,
+        which makes it [experts, out, in]. Read from the source: running it would need inputs."""
+        try:
+            source = inspect.getsource(inspect.unwrap(type(self.owner).forward))
+        except (OSError, TypeError):
+            return False
+        name = rf"self\.{re.escape(self.name)}\b"
+        matrices = re.findall(rf"\blinear\([^()]*,\s*{name}\[\w+\]\s*[,)]", source)
+        tests = re.findall(rf"{name} is (?:not )?None", source)
+        return bool(matrices) and len(matrices) + len(tests) == len(re.findall(name, source))
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMatrix:
+    """One matrix [out, in] of a stack, as a layer to observe."""
+
+    stack: ExpertStack
+    expert: int
+
+
+def matrix_name(path: str, expert: int) -> str:
+    """How statistics name a matrix of the stack `path`."""
+    return f"{path}[{expert}]"
+
+
+def layer_of(name: str) -> str:
+    """The path of the stack that a matrix of this name belongs to; that of a linear map is its name."""
+    return name.partition("[")[0]
+
+
+def observable(layers: Mapping[str, nn.Module | ExpertStack]) -> dict[str, nn.Module | ExpertMatrix]:
+    """What has inputs: linear maps by their own names, and the matrices of stacks."""
+    found: dict[str, nn.Module | ExpertMatrix] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, ExpertStack):
+            found |= {matrix_name(name, i): ExpertMatrix(layer, i) for i in range(len(layer.weight))}
+        else:
+            found[name] = layer
+    return found
+
+
+def find_stacks(block: nn.Module) -> dict[str, ExpertStack]:
+    """Parameters of a block that hold a stack of matrices, such as experts fused into one tensor, by path.
+    Convolutions, and stacks of vectors, are none."""
+    stacks = {}
+    for module_name, module in block.named_modules():
+        if isinstance(module, _ConvNd):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 3 and parameter.shape[-1] > 1 and parameter.shape[-2] > 1:
+                stacks[f"{module_name}.{name}".lstrip(".")] = ExpertStack(module, name)
+    return stacks
+
+
+class observed_matrices(TorchFunctionMode):  # noqa: N801 (used like a function)
+    """Within it, a hook is called with the input of each `F.linear` whose weight is one of `matrices`, as a forward
+    pre-hook of a module would be; not where no token came. Weights are known by where they lie in memory, so that
+    nothing is put in the parameters' places, and accelerate may bring them in for a forward pass.
+
+    Args:
+        matrices: name → matrix.
+        make: the hook for a name.
+    """
+
+    def __init__(self, matrices: Mapping[str, ExpertMatrix], make: Callable[[str], Callable[..., None]]) -> None:
+        super().__init__()
+        self._stacks: dict[tuple[int, str], ExpertStack] = {}
+        self._hooks: dict[tuple[int, str], dict[int, Callable[..., None]]] = {}
+        for name, matrix in matrices.items():
+            key = id(matrix.stack.owner), matrix.stack.name
+            self._stacks[key] = matrix.stack
+            self._hooks.setdefault(key, {})[matrix.expert] = make(name)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            x, weight = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("input", "weight")))
+            for key, stack in self._stacks.items():
+                hook = self._hooks[key].get(_place(weight, stack.weight))
+                if hook is not None and len(x):
+                    hook(stack.owner, (x,))
+        return func(*args, **kwargs)
+
+
+def _place(weight: Any, stack: torch.Tensor) -> int:
+    """The number of the matrix of `stack` that `weight` is; −1 where it is none."""
+    if not isinstance(weight, torch.Tensor) or weight.shape != stack.shape[1:]:
+        return -1
+    distance = weight.data_ptr() - stack.data_ptr()
+    return distance // (stack.stride(0) * stack.itemsize) if 0 <= distance < stack.nbytes else -1
+
+
+def use_eager_experts(model: PreTrainedModel) -> None:
+    """Makes transformers call experts one by one (`experts_implementation="eager"`), wherever they read that from."""
+    for config in _configs(model):
+        config._experts_implementation = "eager"
+
+
+@contextmanager
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Within it transformers calls experts one by one; after it, as before."""
+    before = [(config, config._experts_implementation) for config in _configs(model)]
+    use_eager_experts(model)
+    try:
+        yield
+    finally:
+        for config, implementation in before:  # parents before the parts of theirs that they set as well
+            config._experts_implementation = implementation
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs that modules of the model hold, outer ones first."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())

@@ -1,0 +1,145 @@
+"""Pruning a stack of matrices, one by one, each with the statistics of the tokens that were routed to it."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator, MutableMapping
+
+import torch
+
+from .calibration import ExpertStack
+from .calibration.experts import matrix_name
+from .checkpoint import aligned
+from .config import SparsityConfig
+from .nn import SparseExperts
+from .nn.packing import pack
+from .pattern import Pattern
+from .pruners import METHODS
+from .report import LayerReport
+from .statistics import ColumnNorms
+
+
+def unsupported_stack(stack: ExpertStack, pattern: Pattern, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why a stack of matrices cannot be pruned; None where it can."""
+    with aligned(stack.owner):
+        weight = stack.weight
+        what = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as experts fused into one tensor)"
+        if weight.dim() != 3 or not stack.reads_matrices():
+            reading = f"{type(stack.owner).__name__} does not read it as F.linear(x, self.{stack.name}[expert])"
+            return f"{what}, and {reading}: its matrices may be stored transposed, or multiplied all at once"
+        if weight.dtype not in dtypes:
+            return f"{what} in {weight.dtype}; supported: float32, bfloat16, float16"
+        if pattern.m is not None and weight.shape[-1] % pattern.m:
+            features = f"{weight.shape[-1]} input features"
+            return f"{what} with {features}, which m={pattern.m} of pattern {pattern} does not divide"
+        return None if weight.is_meta or bool(weight.isfinite().all()) else "its weight holds NaN or Inf"
+
+
+def own_statistics(
+    name: str, stack: ExpertStack, statistics: MutableMapping[str, ColumnNorms]
+) -> list[ColumnNorms | None]:
+    """Takes from all statistics those of the matrices of the stack `name`; None for a matrix that no token reached."""
+    return [statistics.pop(matrix_name(name, expert), None) for expert in range(len(stack.weight))]
+
+
+def prune_stack(
+    path: str, stack: ExpertStack, statistics: list[ColumnNorms | None], config: SparsityConfig
+) -> tuple[SparseExperts, LayerReport]:
+    """Prunes each matrix of a stack.
+
+    Args:
+        path: of the stack in the decoder.
+        stack: of the dense model; is not changed.
+        statistics: of each matrix; emptied on the way, because a Gram matrix and its factor are large. With fewer than
+            `min_tokens` tokens those of all matrices together take the place of its own.
+        config: method, pattern and settings.
+
+    Returns:
+        The packed stack, and a row that reports its matrices as one, below each other.
+
+    Raises:
+        ValueError: inputs are NaN or Inf; names the matrix.
+        ArithmeticError: a Gram matrix stays singular; names the matrix.
+    """
+    started, run = time.perf_counter(), _Run(path, statistics, config)
+    with aligned(stack.owner):
+        weight, pattern = stack.weight, Pattern(config.pattern)
+        sparse = SparseExperts.from_packed(run.packed(weight), weight.shape[-1], pattern, weight.requires_grad)
+    row = LayerReport(
+        name=path,
+        shape=(sparse.num_experts * sparse.out_features, sparse.in_features),
+        pattern=str(pattern),
+        num_values=sparse.weight.numel(),
+        dense_bytes=sparse.dense_bytes,
+        packed_bytes=sparse.packed_bytes,
+        relative_output_error=run.relative_output_error,
+        seconds=round(time.perf_counter() - started, 4),
+        note="; ".join(f"experts {', '.join(map(str, experts))}: {note}" for note, experts in run.notes.items()),
+    )
+    return sparse.train(stack.owner.training), row
+
+
+class _Run:
+    """The matrices of one stack on their way, and what the report says of them.
+
+    Attributes:
+        notes: what is to be said → numbers of the experts.
+        relative_output_error: ‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F over all matrices, each with its own inputs; None without data.
+    """
+
+    def __init__(self, path: str, statistics: list[ColumnNorms | None], config: SparsityConfig) -> None:
+        self._path, self._statistics, self._config = path, statistics, config
+        self.notes: dict[str, list[int]] = {}
+        self._difference = self._dense = 0.0
+        kind = METHODS[config.method].statistics
+        least = 0 if kind is None else kind.min_tokens
+        self._few = [i for i, own in enumerate(statistics) if least and (own is None or own.num_tokens < least)]
+        self._shared = _shared(statistics) if self._few else None
+        if self._few:
+            few = f"fewer than {least} calibration tokens each, pruned with the statistics of all experts' tokens"
+            self.notes[few] = self._few
+
+    def packed(self, weight: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Prunes and packs one matrix of `weight` [experts, out, in] after the other."""
+        for expert, matrix in enumerate(weight.detach()):
+            own = self._statistics[expert]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                pruned, mask = self._prune(expert, matrix, self._shared if expert in self._few else own)
+            for message in dict.fromkeys(str(warning.message) for warning in caught):
+                self.notes.setdefault(message, []).append(expert)
+            if own is not None:
+                self._measure(own.sample, matrix, pruned)
+            self._statistics[expert] = own = None
+            yield pack(pruned, mask, Pattern(self._config.pattern))
+
+    def _prune(
+        self, expert: int, matrix: torch.Tensor, statistics: ColumnNorms | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        name = matrix_name(self._path, expert)
+        if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
+            raise ValueError(f"{name}: its inputs hold NaN or Inf; load the model in float32 or bfloat16")
+        method = METHODS[self._config.method]
+        settings = {setting: getattr(self._config, setting) for setting in method.settings}
+        try:
+            return method.prune(matrix, statistics, Pattern(self._config.pattern), **settings)
+        except ArithmeticError as error:
+            raise ArithmeticError(f"{name}: {error}") from error
+
+    def _measure(self, inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> None:
+        x = inputs.to(weight.device, torch.float32)
+        dense = x @ weight.float().T
+        self._dense += float(dense.square().sum())
+        self._difference += float((x @ pruned.float().T - dense).square().sum())
+
+    @property
+    def relative_output_error(self) -> float | None:
+        return math.sqrt(self._difference / self._dense) if self._dense > 0 else None
+
+
+def _shared(statistics: list[ColumnNorms | None]) -> ColumnNorms:
+    """Statistics of all tokens that reached a matrix, counted once for each that they reached."""
+    found = [own for own in statistics if own is not None]
+    return type(found[0]).merged(found)
