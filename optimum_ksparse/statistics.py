@@ -8,7 +8,7 @@ from typing import Self
 import torch
 
 # Rows kept of the inputs, on which a layer's output error is measured after pruning.
-SAMPLE_ROWS = 128
+SAMPLE_ROWS = 256
 
 
 class ColumnNorms:
@@ -28,7 +28,7 @@ class ColumnNorms:
         num_tokens: rows seen.
         squared_norms: [in] float32, ‖X_j‖² / tokens.
         parts: None; or a list, in which each addition of rows is kept so that it can be done again elsewhere.
-        sample: [≤ 128, in], evenly spread rows of the inputs in their own dtype.
+        sample: [≤ 256, in], evenly spread rows of the inputs in their own dtype.
     """
 
     min_tokens = 32
