@@ -24,6 +24,7 @@ DATASET_NAMES = ("mc4-ko", "c4", "kowiki", "self")
 TEXT_SUFFIXES = (".txt", ".jsonl")
 STORAGES = ("packed", "dense")
 
+CALIBRATION_DTYPES = ("bfloat16", "float16")
 OBJECTIVES = ("memory", "speed")
 DENSIFY = ("never", "lazy")
 
@@ -52,6 +53,9 @@ class SparsityConfig(QuantizationConfigMixin):
         num_samples: calibration sequences.
         seq_len: tokens in each of them, the beginning token included.
         batch_size: calibration sequences in one forward pass.
+        calibration_dtype: dtype of the matrix products while calibration tokens run through the model; None: that of
+            the weights. `"bfloat16"` halves the time of a float32 model on a CPU with such instructions; the
+            statistics, the pruning and the weights stay float32.
         seed: draws documents, crops and generated text.
         block_size: columns that `sparsegpt` sweeps before it updates the rest; `m` must divide it.
         damping: share of the mean diagonal that `sparsegpt` adds to the diagonal of the Gram matrix.
@@ -107,6 +111,7 @@ class SparsityConfig(QuantizationConfigMixin):
         storage: str = "packed",
         prepend_bos: bool | None = None,
         bos_in_statistics: bool = True,
+        calibration_dtype: str | None = None,
         kernel: str = "auto",
         optimize_for: str = "memory",
         max_extra_bytes: int | None = None,
@@ -122,6 +127,9 @@ class SparsityConfig(QuantizationConfigMixin):
         self.num_samples = check_integer("num_samples", num_samples, 1)
         self.seq_len = check_integer("seq_len", seq_len, 2)
         self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.calibration_dtype = (
+            None if calibration_dtype is None else _one_of("calibration_dtype", calibration_dtype, CALIBRATION_DTYPES)
+        )
         self.seed = check_integer("seed", seed, 0)
         self.block_size = check_integer("block_size", block_size, 1)
         self.damping = _number("damping", damping, 0, 1)

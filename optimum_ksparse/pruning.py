@@ -204,7 +204,7 @@ def prune_blocks(
             with resident(index):
                 pruned = _prune_block(blocks, index, targets[index], config, replay, replaced, processes)
                 if replay is not None and index + 1 < total:
-                    with densified(block):
+                    with densified(block, replay.dtype):
                         replay.advance(index, block)
                 if finished is not None:
                     finished(index, pruned)

@@ -29,7 +29,7 @@ from optimum_ksparse.experts import prune_stack
 from optimum_ksparse.nn import SparseExperts, SparseLinear, densified
 from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.pruners import METHODS
-from optimum_ksparse.statistics import ColumnNorms, GramMatrix
+from optimum_ksparse.statistics import SAMPLE_ROWS, ColumnNorms, GramMatrix
 
 from .conftest import CONTEXT, VOCABULARY
 
@@ -135,7 +135,8 @@ def test_each_expert_is_pruned_with_the_tokens_routed_to_it(kind: str, method: s
             expected, _ = prune_weight(weight[expert], x, method=method, pattern=pattern, **settings)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             assert torch.equal(found != 0, expected != 0)
-            sample = x[1::2]  # one sample row stands for the 768 / 512 = 2 tokens
+            stride = -(-768 // SAMPLE_ROWS)  # one sample row stands for so many of the 768 tokens
+            sample = x[stride // 2 :: stride]
             difference += float((sample @ (expected - weight[expert]).T).square().sum())
             size += float((sample @ weight[expert].T).square().sum())
         row = rows[f"layers.0.mlp.experts.{name}"]

@@ -34,6 +34,7 @@ from ..streaming import (
 )
 from .model import (
     attach,
+    calibration_dtype,
     check_model,
     draw_tokens,
     load_tokenizer,
@@ -209,7 +210,9 @@ class _Run:
             f"activations-{self.processes.rank}-of-{self.processes.size}",
         )
         skip_first = description["begins_with_bos"] and not self.config.bos_in_statistics
-        return description, BlockReplay(disk.blocks, ids, batch_size, skip_first, disk.resident, hidden)
+        return description, BlockReplay(
+            disk.blocks, ids, batch_size, skip_first, disk.resident, hidden, calibration_dtype(self.config)
+        )
 
     def _catch_up(self, replay: BlockReplay, disk: DiskBlocks) -> None:
         """Brings the activations to the first block that is not done: from the latest snapshot, where it is whole,
@@ -224,7 +227,7 @@ class _Run:
             at = snapshot.block
         for index in range(at, done):
             block = disk.blocks.blocks[index]
-            with disk.resident(index), densified(block):
+            with disk.resident(index), densified(block, replay.dtype):
                 replay.advance(index, block)
 
     def _block_is_done(

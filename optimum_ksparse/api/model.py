@@ -79,7 +79,7 @@ def sparsify(
         if data is not None:
             skip_first = data.begins_with_bos and not config.bos_in_statistics
             ids = share_tokens(data.ids, config.batch_size, processes)
-            replay = BlockReplay(blocks, ids, config.batch_size, skip_first)
+            replay = BlockReplay(blocks, ids, config.batch_size, skip_first, dtype=calibration_dtype(config))
         replaced: dict[str, nn.Module | nn.Parameter] = {}
         try:
             kept = replaced if restore_on_error else None
@@ -203,6 +203,11 @@ def draw_tokens(
     if METHODS[config.method].statistics is None:
         return None
     return calibration_tokens(config, model, tokenizer or load_tokenizer(config, model.name_or_path))
+
+
+def calibration_dtype(config: SparsityConfig) -> torch.dtype | None:
+    """The dtype of `config.calibration_dtype`."""
+    return None if config.calibration_dtype is None else getattr(torch, config.calibration_dtype)
 
 
 def share_tokens(ids: torch.Tensor, batch_size: int, processes: Processes) -> torch.Tensor:

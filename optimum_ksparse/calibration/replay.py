@@ -82,6 +82,7 @@ class BlockReplay:
         skip_first: leave the first position out of the statistics.
         resident: within `resident(index)` the weights of a block are there; needed only where they are not always.
         hidden: where the activations go; None keeps them in memory.
+        dtype: of the matrix products in the blocks, by autocast; None: that of the weights.
 
     Attributes:
         hidden: input of the current block for each batch, [batch, seq_len, hidden].
@@ -95,9 +96,10 @@ class BlockReplay:
         skip_first: bool = False,
         resident: Callable[[int], AbstractContextManager[None]] = _always_there,
         hidden: Activations | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.tokens, self.batch_size, self.skip_first = tokens, batch_size, skip_first
-        self._decoder_blocks, self._resident = decoder_blocks, resident
+        self._decoder_blocks, self._resident, self.dtype = decoder_blocks, resident, dtype
         self.hidden = Activations(-(-len(tokens) // batch_size)) if hidden is None else hidden
         # calls[block][batch]
         self._calls: list[list[_Call]] = [[] for _ in decoder_blocks.blocks]
@@ -177,7 +179,13 @@ class BlockReplay:
     def outputs(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Runs every batch through `block`, the one at `index`, and yields its hidden states."""
         for hidden, call in zip(self.hidden, self._calls[index], strict=True):
-            yield _hidden_of(call.run(block, hidden))
+            with self._autocast():
+                output = call.run(block, hidden)
+            yield _hidden_of(output)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        device = self.hidden.device.type
+        return nullcontext() if self.dtype is None else torch.autocast(device, self.dtype)
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Makes the outputs of the block at `index` the inputs of the next one. Its arguments are dropped."""
@@ -253,7 +261,11 @@ class BlockReplay:
 
         matrices = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertMatrix)}
         modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
-        with _hooks(modules, record), observed_matrices(matrices, record) if matrices else nullcontext():
+        with (
+            _hooks(modules, record),
+            observed_matrices(matrices, record) if matrices else nullcontext(),
+            self._autocast(),
+        ):
             for hidden, call in itertools.islice(zip(self.hidden, self._calls[index], strict=True), batches):
                 batch_shape = hidden.shape[:2]
                 calls.clear()

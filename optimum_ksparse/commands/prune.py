@@ -19,6 +19,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "num_samples": {"type": int, "help": "calibration sequences"},
     "seq_len": {"type": int, "help": "tokens in each of them"},
     "batch_size": {"type": int, "help": "sequences in one forward pass"},
+    "calibration_dtype": {"help": "bfloat16: dtype of matrix products while calibrating (default: the weights')"},
     "seed": {"type": int, "help": "draws documents and crops"},
     "block_size": {"type": int, "help": "columns swept at a time by sparsegpt"},
     "damping": {"type": float, "help": "damping of sparsegpt"},
