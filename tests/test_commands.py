@@ -94,6 +94,29 @@ def test_bad_input_is_one_line_and_writes_nothing(dense, tmp_path, arguments, me
     assert not (tmp_path / "out").exists()
 
 
+def test_prune_from_disk_to_disk(dense, tmp_path):
+    flags = ("--dataset", "text.txt", "--num-samples", "4", "--seq-len", "32")
+    assert run("prune", "dense", "memory", *flags, cwd=tmp_path).returncode == 0
+    done = run("prune", "dense", "disk", *flags, "--stream", "--json", "--activation-memory", "1KB", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["event"], line.get("done")) for line in lines] == [("block", 1), ("block", 2), ("done", None)]
+    assert lines[0]["total"] == 2
+    assert lines[0]["tokens_per_second"] > 0
+    assert lines[0]["peak_memory_bytes"] >= lines[0]["memory_bytes"] > 10**8
+    assert len(lines[2]["layers"]) == 14
+    assert (tmp_path / "disk" / "tokenizer.json").is_file()
+    states = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("memory", "disk")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    done = run("prune", "dense", "disk", *flags, "--stream", "--pattern", "4:8", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: disk holds another sparse checkpoint")
+    for wrong in (("--stream", "--device-map", "cpu"), ("--resume", "false")):
+        done = run("prune", "dense", "other", *flags, *wrong, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "has no meaning with" in done.stderr
+
+
 def test_every_setting_has_a_flag():
     assert set(_FLAGS) == set(SETTINGS) - {"layers", *EXECUTION_SETTINGS}
 

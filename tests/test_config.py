@@ -90,6 +90,7 @@ def test_defaults_are_stored_in_full():
         ({"num_samples": True}, TypeError, "num_samples must be an integer of at least 1, found True"),
         ({"seq_len": 1}, ValueError, "seq_len=1 is too small, it must be at least 2"),
         ({"seq_len": "2048"}, TypeError, "seq_len must be an integer of at least 2, found '2048'"),
+        ({"calibration_dtype": "int8"}, ValueError, "calibration_dtype='int8' is not known; allowed: bfloat16"),
         ({"batch_size": 0}, ValueError, "batch_size=0 is too small, it must be at least 1"),
         ({"batch_size": None}, TypeError, "batch_size must be an integer of at least 1, found None"),
         ({"seed": -1}, ValueError, "seed=-1 is too small, it must be at least 0"),

@@ -389,3 +389,26 @@ def test_a_forward_of_the_blocks_own_comes_back(make_model: MakeModel, token_ids
     sparsify(model, SparsityConfig(dataset=token_ids))
     assert vars(block)["forward"] is forward
     assert calls
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "gpt2", "bloom"])
+@torch.no_grad()
+def test_products_in_bfloat16_leave_float32_activations_nearly_as_they_are(
+    name: str, make_model: MakeModel, token_ids: torch.Tensor
+) -> None:
+    model = make_model(name)
+    config = SparsityConfig("sparsegpt", dataset=token_ids, calibration_dtype="bfloat16", num_samples=6)
+    expected = block_outputs(model, token_ids)
+    blocks = find_blocks(model)
+    replay = BlockReplay(blocks, token_ids, 4, dtype=torch.bfloat16)
+    grams = collect(replay, 0)
+    assert all(gram.gram.dtype == torch.float32 for gram in grams.values())
+    for index, block in enumerate(blocks.blocks):
+        replay.advance(index, block)
+        found = torch.cat(list(replay.hidden))
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, expected[index])
+        assert torch.linalg.norm(found - expected[index]) < 0.02 * torch.linalg.norm(expected[index])
+    report = sparsify(model, config)
+    assert report.config["calibration_dtype"] == "bfloat16"
+    assert all(module.weight.dtype == torch.float32 for module in model.modules() if isinstance(module, SparseLinear))

@@ -39,7 +39,7 @@ from optimum_ksparse.staging import write_text
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-OURS, THEIRS = TOOLS
+OURS, OURS_BFLOAT16, THEIRS = TOOLS
 
 
 def run_once(tool: str, python: Path | str, run: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def run_once(tool: str, python: Path | str, run: dict[str, Any], folder: Path) -
     specification.write_text(json.dumps(run), encoding="utf-8")
     result.unlink(missing_ok=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"OMP_NUM_THREADS": str(run["threads"]), "PYTHONPATH": str(REPOSITORY) if tool == OURS else ""}
+    environment |= {"OMP_NUM_THREADS": str(run["threads"]), "PYTHONPATH": "" if tool == THEIRS else str(REPOSITORY)}
     command = [python, HERE / "prune_speed_worker.py", tool, specification, result]
     load = os.getloadavg()[0]
     with open(log, "w", encoding="utf-8") as stream:
@@ -116,7 +116,11 @@ def table(results: dict[str, Any]) -> str:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Runs everything; the results are written after each run, so that Ctrl-C loses one at most."""
     args.cache.mkdir(parents=True, exist_ok=True)
-    pythons = {OURS: sys.executable} | ({THEIRS: build_environment(args.cache)} if THEIRS in args.tools else {})
+    pythons: dict[str, Any] = dict.fromkeys((OURS, OURS_BFLOAT16), sys.executable)
+    if THEIRS in args.tools:
+        pythons[THEIRS] = build_environment(args.cache)
+        {THEIRS: build_environment(args.cache)} if THEIRS in args.tools else {}
+    )
     model = args.model or embedded_model(args.cache, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(model)
     results = {"hardware": BenchResults.here(torch.device("cpu")).hardware | {"threads": args.threads}}

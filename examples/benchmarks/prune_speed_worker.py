@@ -39,13 +39,18 @@ def read_tokens(path: str) -> torch.Tensor:
     return found["calibration"] if isinstance(found, dict) else found
 
 
-def optimum_ksparse(ids: torch.Tensor, run: dict[str, Any]) -> Callable[[Any], None]:
+def optimum_ksparse(ids: torch.Tensor, run: dict[str, Any], **more: str) -> Callable[[Any], None]:
     """Prunes as `from_pretrained(..., sparsity_config=...)` does."""
     from optimum_ksparse import SparsityConfig, sparsify
 
-    settings = {"storage": "dense", "batch_size": run["batch_size"]}
+    settings = {"storage": "dense", "batch_size": run["batch_size"], **more}
     config = SparsityConfig(run["method"], run["pattern"], dataset=ids, **settings)
     return lambda model: sparsify(model, config, restore_on_error=False)
+
+
+def optimum_ksparse_bfloat16(ids: torch.Tensor, run: dict[str, Any]) -> Callable[[Any], None]:
+    """With the matrix products of the calibration passes in bfloat16; weights and statistics stay as they are."""
+    return optimum_ksparse(ids, run, calibration_dtype="bfloat16")
 
 
 def llm_compressor(ids: torch.Tensor, run: dict[str, Any]) -> Callable[[Any], None]:
@@ -68,6 +73,7 @@ def llm_compressor(ids: torch.Tensor, run: dict[str, Any]) -> Callable[[Any], No
 
 TOOLS = {
     "optimum-ksparse": (optimum_ksparse, ("optimum-ksparse", "torch", "transformers")),
+    "optimum-ksparse bfloat16": (optimum_ksparse_bfloat16, ("optimum-ksparse", "torch", "transformers")),
     "llm-compressor": (llm_compressor, ("llmcompressor", "compressed-tensors", "torch", "transformers")),
 }
 
