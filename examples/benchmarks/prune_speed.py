@@ -119,8 +119,6 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     pythons: dict[str, Any] = dict.fromkeys((OURS, OURS_BFLOAT16), sys.executable)
     if THEIRS in args.tools:
         pythons[THEIRS] = build_environment(args.cache)
-        {THEIRS: build_environment(args.cache)} if THEIRS in args.tools else {}
-    )
     model = args.model or embedded_model(args.cache, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(model)
     results = {"hardware": BenchResults.here(torch.device("cpu")).hardware | {"threads": args.threads}}
