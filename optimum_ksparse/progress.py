@@ -62,7 +62,7 @@ def block_progress(description: str, total: int, start: int, tokens: int, show: 
         done += 1
         pace = (now - began) / (done - start)
         memory, peak = memory_in_use()
-        speed = tokens / (now - last)
+        speed = tokens / max(now - last, 1e-9)
         last = now
         if bar is not None:
             text = f"memory {memory / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB"

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..calibration import Activations, BlockReplay, ExpertStack, eager_experts, evaluation_mode, read_tokenizer
 from ..checkpoint import install_layers, layer_records
-from ..config import SparsityConfig, check_integer
+from ..config import DENSE_CONFIG_KEY, SparsityConfig, check_integer
 from ..distributed import Processes, joined
 from ..memory import peak_memory
 from ..nn import dense_weight, densified
@@ -331,7 +331,7 @@ def _check_arguments(config: SparsityConfig, loading: dict[str, Any]) -> None:
 
 def _check_dense(source: str | os.PathLike[str], loading: dict[str, Any]) -> None:
     values, _ = PreTrainedConfig.get_config_dict(source, **_hub(loading))
-    settings = values.get("quantization_config")
+    settings = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
     if settings is not None:
         raise ValueError(
             f"{source} is quantized or sparse already ({dict(settings).get('quant_method')}): prune the model that it "
@@ -355,6 +355,7 @@ def _finished_report(workspace: Workspace, resume: bool) -> SparsityReport | Non
         return None
     report = SparsityReport.load(workspace.output / REPORT_NAME)
     values, _ = PreTrainedConfig.get_config_dict(workspace.output)
+    workspace.tidy()
     job = workspace.journal.job
     same_dtype = job["dtype"] in ("auto", values.get("dtype"))
     if report.source_fingerprint == job["source_fingerprint"] and report.config == job["settings"] and same_dtype:

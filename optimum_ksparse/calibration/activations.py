@@ -41,7 +41,7 @@ class Activations:
         self._memory: list[torch.Tensor] = []
         self._file: _BatchFile | None = None
         self._turn = 0
-        self.device = torch.device("cpu")
+        self._device = torch.device("cpu")
 
     def __len__(self) -> int:
         return len(self._memory if self._file is None else self._file)
@@ -55,13 +55,18 @@ class Activations:
         return (self[index] for index in range(len(self)))
 
     @property
+    def device(self) -> torch.device:
+        """Where the batches are when they are used."""
+        return self._memory[0].device if self._memory else self._device
+
+    @property
     def in_files(self) -> bool:
         return self._file is not None
 
     def append(self, hidden: torch.Tensor) -> None:
         """Adds the next batch. With the first one it is decided where all of them go."""
         if not len(self):
-            self.device = hidden.device
+            self._device = hidden.device
             if self._limit is not None and self._folder is not None and hidden.nbytes * self.num_batches > self._limit:
                 self._file = _BatchFile(self._next_path())
         if self._file is None:

@@ -78,8 +78,11 @@ class Journal:
             raise ValueError(f"{folder / _NAME} is damaged: {error}; start over with resume=False") from None
         if not isinstance(data, dict) or data.get("version") != _VERSION or {f.name for f in fields(cls)} != {*data}:
             raise ValueError(f"{folder / _NAME} is of another version; start over with resume=False")
-        data["blocks"] = [FinishedBlock(**{**block, "rows": _rows(block["rows"])}) for block in data["blocks"]]
-        data["snapshot"] = None if data["snapshot"] is None else Snapshot(**data["snapshot"])
+        try:
+            data["blocks"] = [FinishedBlock(**{**block, "rows": _rows(block["rows"])}) for block in data["blocks"]]
+            data["snapshot"] = None if data["snapshot"] is None else Snapshot(**data["snapshot"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / _NAME} is damaged: {error!r}; start over with resume=False") from None
         return cls(**data)
 
     def differences(self, job: dict[str, Any]) -> list[str]:

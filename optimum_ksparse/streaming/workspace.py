@@ -49,7 +49,7 @@ class Workspace:
             BlockingIOError: another process is at work in it.
             ValueError: it holds a run with other settings, which are named.
         """
-        shutil.rmtree(self.output / _DONE, ignore_errors=True)
+        self.tidy()
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / "lock")
         try:
@@ -73,6 +73,10 @@ class Workspace:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self.journal.save(self.path)
         return self.journal
+
+    def tidy(self) -> None:
+        """Removes what a run that was killed after its end has left."""
+        shutil.rmtree(self.output / _DONE, ignore_errors=True)
 
     def release(self) -> None:
         """Lets other processes at it; a folder in which nothing was done goes."""
