@@ -107,27 +107,30 @@ class Processes:
         """
         if self.size == 1:
             return statistics
-        counts = self.gather({name: (id(found), found.num_tokens) for name, found in statistics.items()})
+        everyone = self.gather({name: id(found) for name, found in statistics.items()})
         total: dict[str, ColumnNorms] = {}
         leaders: dict[tuple[int, int], str] = {}
-        for rank, count in enumerate(counts):
-            for name, (shared, _) in count.items():
+        for rank, named in enumerate(everyone):
+            for name, shared in named.items():
                 if name in total:
                     continue
                 leader = leaders.setdefault((rank, shared), name)
                 if leader == name:
-                    found = statistics.get(name) or make(name)
-                    self._add_up(found, [other.get(name, (0, 0))[1] for other in counts])
+                    mine = statistics.get(name)
+                    # One that is counted already under another rank's name for it is not counted twice.
+                    found = make(name) if mine is None or any(mine is other for other in total.values()) else mine
+                    self._add_up(found)
                     total[name] = found
                 total[name] = total[leader]
         return total
 
-    def _add_up(self, found: ColumnNorms, tokens: list[int]) -> None:
+    def _add_up(self, found: ColumnNorms) -> None:
         if found.parts is not None:  # few numbers: added in the order of one process, they are its very bits
             parts = self.gather([(count, squares.cpu()) for count, squares in found.parts])
             found.take_parts(part for others in parts for part in others)
             found.take(found.num_tokens, self._sample(found))
             return
+        tokens = self.gather(found.num_tokens)
         found.averages.mul_(tokens[self.rank] / sum(tokens))
         with _named_errors():
             dist.all_reduce(found.averages)

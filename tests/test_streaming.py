@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint
 from optimum_ksparse.api import checkpoint as checkpoint_module
-from optimum_ksparse.calibration import Activations
+from optimum_ksparse.calibration import Activations, BlockReplay
 from optimum_ksparse.progress import BlockDone, listening
 from optimum_ksparse.streaming import Journal, Workspace, workspace
+from optimum_ksparse.streaming import files as files_module
 from optimum_ksparse.streaming.files import find_weight_files
 
 from .conftest import ARCHITECTURES, REPOSITORY
@@ -216,9 +218,10 @@ def fails(function: Callable[..., Any], number: int, error: BaseException) -> Ca
 # Where a run of three blocks may be cut off: what is called, and at which of its calls.
 PLACES = [
     (workspace, "save_file", range(5)),
-    (workspace.os, "replace", range(0, 21, 2)),
-    (workspace.os, "replace", range(1, 21, 2)),
-    (Journal, "save", range(6)),
+    (workspace.os, "replace", range(0, 36, 2)),
+    (workspace.os, "replace", range(1, 36, 2)),
+    (Journal, "save", range(7)),
+    (os, "unlink", range(4)),
     (workspace, "sync", range(6)),
     (Activations, "replace", range(2)),
     (Activations, "save", range(2)),
@@ -360,6 +363,85 @@ def test_other_settings_are_refused_with_the_difference(unfinished: Path, source
     with pytest.raises(ValueError, match=r"settings\.dataset"):
         prune_checkpoint(source, unfinished, config(dataset=torch.ones(6, 24, dtype=torch.int64)))
     prune_checkpoint(source, unfinished, config())  # none of this has harmed it
+
+
+@pytest.mark.parametrize("phase", ["pruning", "complete"])
+def test_a_refusal_leaves_an_unfinished_run_without_data_as_it_is(
+    phase: str, tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = (Workspace, "add_block", 3) if phase == "pruning" else (Workspace, "publish", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(*where[:2], fails(getattr(*where[:2]), where[2], KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, tmp_path / "disk", config("magnitude"))
+    before = contents(tmp_path / "disk")
+    with pytest.raises(ValueError, match="other settings"):
+        prune_checkpoint(source, tmp_path / "disk", config("magnitude", "4:8"))
+    assert contents(tmp_path / "disk") == before
+    prune_checkpoint(source, tmp_path / "disk", config("magnitude"))
+    prune_checkpoint(source, tmp_path / "whole", config("magnitude"))
+    assert contents(tmp_path / "disk") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("done", [1, 2, 3, 4])
+@pytest.mark.parametrize("memory", [0, "1GB"])
+def test_a_snapshot_is_used_and_blocks_before_it_are_not_run_again(
+    memory: Any, done: int, tmp_path: Path, source: Path, config: Any, monkeypatch: Any, always_snapshot: None
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "add_block", fails(Workspace.add_block, done, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, tmp_path / "disk", config(), activation_memory=memory)
+    run: list[int] = []
+    advance = BlockReplay.advance
+    monkeypatch.setattr(BlockReplay, "advance", lambda self, i, block: (run.append(i), advance(self, i, block))[1])
+    prune_checkpoint(source, tmp_path / "disk", config(), activation_memory=memory)
+    assert run == list(range(done, 4))
+
+
+def test_activations_of_a_later_block_do_not_pass_for_those_of_the_snapshot(
+    unfinished: Path, tmp_path: Path, source: Path, config: Any
+) -> None:
+    journal = json.loads((unfinished / WORK / "journal.json").read_text())
+    name = journal["snapshot"]["files"][0]
+    journal["snapshot"]["block"] -= 1
+    (unfinished / WORK / "journal.json").write_text(json.dumps(journal))
+    assert (unfinished / WORK / name).exists()
+    prune_checkpoint(source, unfinished, config())
+    prune_checkpoint(source, tmp_path / "whole", config())
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
+def test_starting_over_that_is_killed_leaves_no_journal_of_before(
+    unfinished: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fails(Path.unlink, 1, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, unfinished, config(), resume=False)
+    assert not (unfinished / WORK / "journal.json").exists()
+
+
+def test_a_full_disk_while_the_tokenizer_is_written_is_an_error(
+    tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(checkpoint_module.read_tokenizer(str(source)))
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "save_pretrained", fails(kind.save_pretrained, 0, FULL))
+        with pytest.raises(OSError, match="No space left"):
+            prune_checkpoint(source, tmp_path / "disk", config())
+    prune_checkpoint(source, tmp_path / "disk", config())
+    assert (tmp_path / "disk" / "tokenizer.json").is_file()
+
+
+def test_files_in_subfolders_are_published_over_earlier_ones(tmp_path: Path, source: Path, config: Any) -> None:
+    more = source / "additional_chat_templates"
+    more.mkdir()
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (more / "tools.jinja").write_text("{{ messages }}")
+    for _ in range(2):
+        prune_checkpoint(source, tmp_path / "disk", config(), resume=False)
+        assert (tmp_path / "disk" / "additional_chat_templates" / "tools.jinja").is_file()
 
 
 def test_another_source_is_refused(unfinished: Path, source: Path, config: Any) -> None:
@@ -511,7 +593,7 @@ def test_outputs_that_hold_something_else(method: str, tmp_path: Path, source: P
 def test_no_space_is_noticed_before_the_work(
     tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda folder: SimpleNamespace(free=50_000))
+    monkeypatch.setattr(files_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=50_000))
     with pytest.raises(OSError, match=r"about 0\.00 GB are needed") as caught:
         prune_checkpoint(source, tmp_path / "disk", config())
     assert caught.value.errno == errno.ENOSPC
@@ -557,18 +639,19 @@ def test_saved_activations_are_read_back(limit: int | None, dtype: torch.dtype, 
         hidden.append(batch)
     assert hidden.in_files == (limit == 0)
     hidden.replace(batch + 1 for batch in batches)
-    name = hidden.save()
+    name = hidden.save(3)
     hidden.replace(batch * 2 for batch in hidden)  # what was saved stays
     again = Activations(3, limit, tmp_path)
     for batch in batches:
         again.append(torch.zeros_like(batch))
-    assert again.can_load(name)
+    assert again.can_load(name, 3)
+    assert not again.can_load(name, 2)
     again.load(name)
     for batch, expected in zip(again, batches, strict=True):
         assert torch.equal(batch, expected + 1)
     again[0].zero_() if limit == 0 else None  # a block may write into its input
     assert torch.equal(again[0], batches[0] + 1) or limit is None
-    assert not Activations(2, limit, tmp_path).can_load(name)
+    assert not Activations(2, limit, tmp_path).can_load(name, 3)
 
 
 def test_a_source_is_told_apart_by_its_weights(source: Path) -> None:

@@ -68,7 +68,8 @@ def prune_checkpoint(
     with the same config gives.
 
     A run that was killed, or met an error, goes on from its last finished block when it is called again with the same
-    arguments; what it needs for that lies in a hidden folder in `output` until the checkpoint is whole. The processes
+    arguments (and, for the same bytes, versions and number of processes); what it needs for that lies in a hidden
+    folder in `output` until the checkpoint is whole. The processes
     that `torchrun` or `accelerate launch` starts share the work (and `output`, which all must see).
 
     Args:
@@ -95,24 +96,23 @@ def prune_checkpoint(
     """
     if not isinstance(config, SparsityConfig):
         raise TypeError(f"config must be a SparsityConfig, found {type(config).__name__}")
-    limit = _bytes("activation_memory", activation_memory)
+    limit, place = _bytes("activation_memory", activation_memory), _device(device)
     _check_arguments(config, loading)
     with joined() as processes:
         processes.once(lambda: check_output(output, source))
-        files = processes.once(lambda: find_weight_files(source, **_hub(loading)))
+        processes.once(lambda: find_weight_files(source, **_hub(loading)))  # one downloads them for all
+        files = find_weight_files(source, **_hub(loading))
         _check_dense(source, loading)
         job = {
-            "source_fingerprint": processes.once(files.fingerprint),
+            "source_fingerprint": files.fingerprint(),
             "settings": _settings(config),
             "dtype": str(dtype).removeprefix("torch."),
             "model_class": model_class.__name__,
         }
-        processes.agree({**job, **job["settings"], "settings": None})
+        how = {"output": os.path.basename(output), "resume": resume, "activation_memory": limit}
+        processes.agree({**job, **job["settings"], **how, "settings": None})
         workspace = Workspace(output, job)
-        finished = processes.once(lambda: _finished_report(workspace, resume))
-        if finished is not None:
-            return finished
-        run = _Run(source, config, workspace, files, processes, dtype, device, limit, model_class, loading)
+        run = _Run(source, config, workspace, files, processes, dtype, place, limit, model_class, loading)
         return run(resume)
 
 
@@ -127,26 +127,37 @@ class _Run:
         files: WeightFiles,
         processes: Processes,
         dtype: torch.dtype | str,
-        device: torch.device | str | None,
+        device: torch.device,
         activation_memory: int,
         model_class: Any,
         loading: dict[str, Any],
     ) -> None:
         self.source, self.config, self.workspace, self.files = source, config, workspace, files
-        self.processes, self.dtype, self.device = processes, dtype, _device(device)
+        self.processes, self.dtype, self.device = processes, dtype, device
         self.activation_memory, self.model_class, self.loading = activation_memory, model_class, loading
         self.started = self.noted = self.saved = time.perf_counter()
 
     def __call__(self, resume: bool) -> SparsityReport:
         workspace, processes = self.workspace, self.processes
         try:
-            workspace.journal = processes.once(lambda: workspace.claim(resume))
+            finished = processes.once(lambda: self._begin(resume))
+            if finished is not None:
+                return finished
+            workspace.journal = processes.once(lambda: workspace.journal)
             if workspace.journal.phase != "complete":
                 self._prune()
             return processes.once(workspace.publish)
         finally:
             if processes.is_main:
                 workspace.release()
+
+    def _begin(self, resume: bool) -> SparsityReport | None:
+        """Opens the workspace; the report where this job is finished already."""
+        self.workspace.lock()
+        finished = None if self.workspace.is_unfinished or not resume else _finished_report(self.workspace)
+        if finished is None:
+            self.workspace.open(resume)
+        return finished
 
     def _prune(self) -> None:
         config, workspace, processes = self.config, self.workspace, self.processes
@@ -156,6 +167,7 @@ class _Run:
             dtype=self.dtype,
             device=self.device,
             offload_folder=workspace.folder(f"offload-{processes.rank}"),
+            offload_space=self.files.num_bytes * processes.size,
             **self.loading,
         )
         check_model(model, config)
@@ -221,7 +233,7 @@ class _Run:
         done, at = len(self.workspace.journal.blocks), 0
         # Another number of processes has other files.
         mine = snapshot.files[processes.rank] if snapshot and len(snapshot.files) == processes.size else None
-        there = processes.gather(mine is not None and replay.hidden.can_load(mine))
+        there = processes.gather(mine is not None and snapshot and replay.hidden.can_load(mine, snapshot.block))
         if snapshot is not None and mine is not None and all(there):
             replay.hidden.load(mine)
             at = snapshot.block
@@ -238,9 +250,10 @@ class _Run:
         if replay is not None and index + 1 < len(disk.blocks.blocks):
             due = time.perf_counter() - self.saved > _SNAPSHOT_SECONDS
             # Files that the next block would write over are saved with every block.
-            if replay.hidden.in_files or processes.once(lambda: due):
-                snapshot = Snapshot(index + 1, processes.gather(replay.hidden.save()))
+            if any(processes.gather(replay.hidden.in_files or due)):
+                snapshot = Snapshot(index + 1, processes.gather(replay.hidden.save(index + 1)))
                 self.saved = time.perf_counter()
+        peaks = processes.gather(peak_memory())
 
         def note() -> None:
             prefix = disk.blocks.name_in_decoder(index, "")
@@ -248,16 +261,16 @@ class _Run:
             workspace.add_block(index, disk.state_dict(index), layers, rows)
             if snapshot is not None:
                 workspace.journal.snapshot = snapshot
-            self._note_costs()
+            self._note_costs(peaks)
             workspace.journal.save(workspace.path)
 
         processes.once(note)  # an error in it stops all
 
-    def _note_costs(self) -> None:
+    def _note_costs(self, peaks: list[dict[str, int]]) -> None:
         journal, now = self.workspace.journal, time.perf_counter()
         journal.seconds += now - self.noted
         self.noted = now
-        for name, peak in peak_memory().items():
+        for name, peak in (item for peaks_of_one in peaks for item in peaks_of_one.items()):
             journal.peak_memory_bytes[name] = max(peak, journal.peak_memory_bytes.get(name, 0))
 
     def _finish(
@@ -273,7 +286,7 @@ class _Run:
         attach(model, recorded)
         report = make_report(model, recorded, num_parameters, calibration, rows, skipped)
         report.source_fingerprint = self.workspace.journal.job["source_fingerprint"]
-        self._note_costs()
+        self._note_costs([peak_memory()])
         report.seconds = round(self.workspace.journal.seconds, 2)
         report.peak_memory_bytes = self.workspace.journal.peak_memory_bytes
         model.sparsity_report = report  # type: ignore[assignment]
@@ -281,10 +294,12 @@ class _Run:
 
     def _save_tokenizer(self, folder: Path) -> None:
         try:
-            read_tokenizer(os.fspath(self.source), **self.loading).save_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
+            tokenizer = read_tokenizer(os.fspath(self.source), **self.loading)
+        except Exception as error:  # transformers and huggingface_hub raise many kinds here
             reason = " ".join(str(error).split())
             logger.warning(f"The checkpoint has no tokenizer: none could be loaded from {self.source}: {reason}")
+            return
+        tokenizer.save_pretrained(folder)
 
     def _check_space(self, model: PreTrainedModel, targets: list[dict[str, Any]]) -> None:
         """Raises OSError where the disk is too small for what is still to be written, as far as can be told."""
@@ -300,11 +315,10 @@ class _Run:
         needed = sum(size.values()) - dense + packed
         if self.config.storage == "dense":  # packed blocks are written first, and become dense ones at the end
             needed += dense
-        if METHODS[self.config.method].statistics is not None:
+        if METHODS[self.config.method].statistics is not None and self.workspace.journal.phase == "pruning":
             hidden = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0))
             needed += 2 * self.config.num_samples * self.config.seq_len * hidden * model.dtype.itemsize
-        written = (self.workspace.path / block.file for block in self.workspace.journal.blocks)
-        needed -= sum(path.stat().st_size for path in written if path.exists())
+        needed = max(0, needed - self.workspace.written_bytes())
         check_space(self.workspace.path, int(needed), "the sparse checkpoint and the calibration activations")
 
 
@@ -345,17 +359,16 @@ def _settings(config: SparsityConfig) -> dict[str, Any]:
     return settings
 
 
-def _finished_report(workspace: Workspace, resume: bool) -> SparsityReport | None:
+def _finished_report(workspace: Workspace) -> SparsityReport | None:
     """The report of a checkpoint that the same job has made already; None where there is none.
 
     Raises:
         FileExistsError: the folder holds a checkpoint that another job made, and may not be replaced.
     """
-    if workspace.path.exists() or not resume or not (workspace.output / REPORT_NAME).is_file():
+    if not (workspace.output / REPORT_NAME).is_file():
         return None
     report = SparsityReport.load(workspace.output / REPORT_NAME)
     values, _ = PreTrainedConfig.get_config_dict(workspace.output)
-    workspace.tidy()
     job = workspace.journal.job
     same_dtype = job["dtype"] in ("auto", values.get("dtype"))
     if report.source_fingerprint == job["source_fingerprint"] and report.config == job["settings"] and same_dtype:
@@ -379,7 +392,10 @@ def _bytes(name: str, size: int | str) -> int:
 
 def _device(device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r} is no device: {error}; allowed: such as 'cpu', 'cuda:0'") from None
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -68,7 +68,8 @@ class Activations:
         if not len(self):
             self._device = hidden.device
             if self._limit is not None and self._folder is not None and hidden.nbytes * self.num_batches > self._limit:
-                self._file = _BatchFile(self._next_path())
+                # Another name than the two that take turns: one of these may be what `load` will be asked for.
+                self._file = _BatchFile(self._folder / f"{self._name}-first")
         if self._file is None:
             self._memory.append(hidden)
         else:
@@ -85,26 +86,27 @@ class Activations:
             new.append(output)
         self._file = new
 
-    def save(self) -> str:
-        """Makes sure that the batches are in a file that survives this process.
+    def save(self, block: int) -> str:
+        """Makes sure that the batches, which are the inputs of that block, are in a file that survives this process.
 
         Returns:
             Its name in the folder. It stays whole until the second `save` or `replace` after this one.
         """
         if self._file is not None:
-            self._file.flush()
+            self._file.flush(block)
             return self._file.path.name
         saved = _BatchFile(self._next_path())
         for hidden in self._memory:
             saved.append(hidden)
-        saved.flush()
+        saved.flush(block)
         return saved.path.name
 
-    def can_load(self, name: str) -> bool:
-        """Whether the file that `save` of an earlier process named is there, whole, and of as many batches."""
+    def can_load(self, name: str, block: int) -> bool:
+        """Whether the file that `save` of an earlier process named is there, whole, for that block, and of as many
+        batches."""
         assert self._folder is not None
         file = _BatchFile.open(self._folder / name)
-        return file is not None and len(file) == self.num_batches
+        return file is not None and file.block == block and len(file) == self.num_batches
 
     def load(self, name: str) -> None:
         """Takes the batches from such a file."""
@@ -115,7 +117,8 @@ class Activations:
         if self._file is not None:
             self._file = file
         else:
-            self._memory = [torch.empty_like(batch).copy_(batch).to(self.device) for batch in file]
+            for index, batch in enumerate(file):
+                self._memory[index] = torch.empty_like(batch).copy_(batch).to(self.device)
 
     def _next_path(self) -> Path:
         assert self._folder is not None
@@ -128,7 +131,7 @@ class _BatchFile:
     lives."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.block = path, -1
         self._dtype = torch.float32
         self._shapes: list[list[int]] = []
         path.unlink(missing_ok=True)  # a batch of an earlier file of this name may still be mapped
@@ -154,9 +157,10 @@ class _BatchFile:
         mapped = np.memmap(self.path, np.uint8, "c", offset, count)
         return torch.from_numpy(mapped).view(self._dtype).view(self._shapes[index])
 
-    def flush(self) -> None:
+    def flush(self, block: int) -> None:
         """Writes the header, without which a file is unfinished, when everything else is on the disk."""
-        header = json.dumps({"dtype": str(self._dtype).removeprefix("torch."), "shapes": _runs(self._shapes)})
+        dtype = str(self._dtype).removeprefix("torch.")
+        header = json.dumps({"block": block, "dtype": dtype, "shapes": _runs(self._shapes)})
         with open(self.path, "r+b") as file:
             os.fsync(file.fileno())
             file.write(header.encode().ljust(_HEADER_BYTES))
@@ -169,7 +173,7 @@ class _BatchFile:
             with open(path, "rb") as stream:
                 header = json.loads(stream.read(_HEADER_BYTES))
             file = object.__new__(cls)
-            file.path = path
+            file.path, file.block = path, header["block"]
             file._dtype = getattr(torch, header["dtype"])
             file._shapes = [shape for shape, count in header["shapes"] for _ in range(count)]
             size = _HEADER_BYTES + sum(map(math.prod, file._shapes)) * file._dtype.itemsize

@@ -2,9 +2,9 @@
 workspace of a run, and the journal with which a run that was cut off goes on."""
 
 from .blocks import DiskBlocks, open_checkpoint
-from .files import WeightFiles, find_weight_files
+from .files import WeightFiles, check_space, find_weight_files
 from .journal import FinishedBlock, Journal, Snapshot
-from .workspace import Workspace, check_output, check_space
+from .workspace import Workspace, check_output
 
 __all__ = [
     "DiskBlocks",

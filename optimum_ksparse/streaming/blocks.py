@@ -15,8 +15,10 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..calibration import DecoderBlocks, find_blocks
+from ..calibration.experts import find_stacks
 from ..checkpoint import check_loaded
 from ..memory import trim_heap
+from .files import check_space
 
 
 def open_checkpoint(
@@ -26,6 +28,7 @@ def open_checkpoint(
     dtype: Any,
     device: torch.device,
     offload_folder: Path,
+    offload_space: int,
     **loading: Any,
 ) -> tuple[PreTrainedModel, DiskBlocks]:
     """Loads a checkpoint with everything but its decoder blocks, which stay on the disk.
@@ -40,13 +43,16 @@ def open_checkpoint(
         dtype: as in `from_pretrained`.
         device: where the blocks run.
         offload_folder: an empty folder, for as long as the model is used.
+        offload_space: bytes that its disk must have free, where the model may store weights in another form.
         loading: further arguments of `from_pretrained` that say where the files are.
     """
     config = AutoConfig.from_pretrained(source, **loading)
     with torch.device("meta"):
         build = getattr(model_class, "from_config", None) or model_class._from_config
-        trusted = {"trust_remote_code": True} if loading.get("trust_remote_code") else {}
-        skeleton = find_blocks(build(config, **trusted))
+        trusted = {"trust_remote_code": True, "code_revision": loading.get("revision")}
+        skeleton = find_blocks(build(config, **(trusted if loading.get("trust_remote_code") else {})))
+    if any(find_stacks(block) for block in skeleton.blocks):
+        check_space(offload_folder, offload_space, "weights that are stored in another form than the model's")
     model, info = model_class.from_pretrained(
         source,
         dtype=dtype,
@@ -109,8 +115,8 @@ class DiskBlocks:
 
     @contextmanager
     def resident(self, index: int) -> Iterator[None]:
-        """Within it the weights of block `index` are in memory, on the device. They are dropped after it, whatever has
-        become of them.
+        """Within it the weights of block `index` are in memory, on the device; on a CPU they are mapped from their
+        file, and read when they are used. They are dropped after it, whatever has become of them.
 
         Raises:
             OSError: they cannot be read; names the tensor.

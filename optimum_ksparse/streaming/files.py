@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,3 +124,15 @@ def _check_headers(files: WeightFiles, index: dict[str, str] | None) -> None:
                 + (f" (nor {len(absent) - 1} more)" if len(absent) > 1 else "")
                 + "; download or copy the checkpoint again"
             )
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raises OSError where the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"about {needed / 1e9:.2f} GB are needed for {what}, and {free / 1e9:.2f} GB are free; make space, or "
+            "name an output folder on another disk",
+            os.fspath(folder),
+        )

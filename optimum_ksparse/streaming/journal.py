@@ -51,7 +51,7 @@ class Journal:
         blocks: the finished ones, in order.
         snapshot: the latest activations that were saved.
         seconds: how long all processes that worked on it have taken, one after another.
-        peak_memory_bytes: the most that one of them has used.
+        peak_memory_bytes: the most that a process which worked on it has used.
         phase: "pruning"; "finishing": all blocks are done, and files of the checkpoint are being made of them;
             "complete": only the files have still to be moved to their places.
     """
@@ -66,6 +66,14 @@ class Journal:
 
     def save(self, folder: Path) -> None:
         write_text(folder / _NAME, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
+
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        return (folder / _NAME).exists()
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        (folder / _NAME).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: Path) -> Journal | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ _HARMLESS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 
 
 class Workspace:
-    """The workspace of the run that writes `output`. One process at a time may `claim` it, and only that one writes.
+    """The workspace of the run that writes `output`. One process at a time may `lock` it, and only that one writes.
 
     Attributes:
         path: the folder.
@@ -41,15 +40,10 @@ class Workspace:
         self.path = self.output / _NAME
         self.journal = Journal(job)
         self._lock: FileLock | None = None
+        self._is_open = False
 
-    def claim(self, resume: bool) -> Journal:
-        """Makes the folder this process's, and goes on from what it holds, or empties it. Gives the journal.
-
-        Raises:
-            BlockingIOError: another process is at work in it.
-            ValueError: it holds a run with other settings, which are named.
-        """
-        self.tidy()
+    def lock(self) -> None:
+        """Makes the folder this process's. Raises BlockingIOError where another one is at work in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / "lock")
         try:
@@ -57,6 +51,19 @@ class Workspace:
         except Timeout:
             raise BlockingIOError(f"another process is pruning into {self.output}; wait for it, or stop it") from None
         self._lock = lock
+        shutil.rmtree(self.output / _DONE, ignore_errors=True)  # of a run that was killed after its end
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether an earlier run has left its journal."""
+        return Journal.is_in(self.path)
+
+    def open(self, resume: bool) -> Journal:
+        """Goes on from what the folder holds, or empties it. Gives the journal.
+
+        Raises:
+            ValueError: it holds a run with other settings, which are named.
+        """
         found = Journal.load(self.path) if resume else None
         if found is not None:
             differences = found.differences(self.journal.job)
@@ -68,21 +75,22 @@ class Workspace:
             self.journal = found
             found.keep_whole_blocks(self.path)
         else:
+            Journal.remove(self.path)  # first: what is left without it counts for nothing
             for entry in self.path.iterdir():
                 if entry.name != "lock":
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self.journal.save(self.path)
+        for folder in self.path.glob("offload-*"):  # perhaps of more processes than now
+            shutil.rmtree(folder)
+        self._is_open = True
         return self.journal
-
-    def tidy(self) -> None:
-        """Removes what a run that was killed after its end has left."""
-        shutil.rmtree(self.output / _DONE, ignore_errors=True)
 
     def release(self) -> None:
         """Lets other processes at it; a folder in which nothing was done goes."""
         if self._lock is None:
             return
-        if not self.journal.blocks and not (self.path / _TOKENS).exists():
+        nothing = not self.journal.blocks and not (self.path / _TOKENS).exists()
+        if nothing if self._is_open else not self.is_unfinished:
             shutil.rmtree(self.path, ignore_errors=True)
             if self.output.is_dir() and not any(self.output.iterdir()):
                 self.output.rmdir()
@@ -112,6 +120,11 @@ class Workspace:
         _save_whole({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, path)
         self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, rows))
 
+    def written_bytes(self) -> int:
+        """Bytes that an earlier run has left to go on with."""
+        files = (path for name in ("block-*", "final/**/*", "activations-*") for path in self.path.glob(name))
+        return sum(path.stat().st_size for path in files if path.is_file())
+
     def finish(self, model: PreTrainedModel, disk: DiskBlocks, save_more: Callable[[Path], None]) -> None:
         """Makes a checkpoint of the blocks and of everything else of the model, which `model.save_pretrained` writes.
         `save_more` puts further files into a folder."""
@@ -131,8 +144,7 @@ class Workspace:
             if not (final / name).exists():  # an earlier run got as far as that
                 self._finish_block(index, model, disk, final / name)
         _write_index(final, names, model.num_parameters())
-        for path in rest.iterdir():
-            os.replace(path, final / path.name)
+        _move_files(rest, final)
         sync(final)
         self.journal.phase = "complete"
         self.journal.save(self.path)
@@ -155,15 +167,16 @@ class Workspace:
         model. What an earlier checkpoint left there goes before."""
         final = self.path / "final"
         if (final / CONFIG_NAME).exists():
-            for name in (CONFIG_NAME, RESULTS_NAME, *_weights_in(self.output)):
+            for name in (CONFIG_NAME, RESULTS_NAME, *_weight_files(self.output)):
                 if name not in self._weight_names():
                     (self.output / name).unlink(missing_ok=True)
-        for path in sorted(final.iterdir(), key=lambda path: path.name == CONFIG_NAME):
-            os.replace(path, self.output / path.name)
+        _move_files(final, self.output)
         sync(self.output)
         # At once: a workspace that is half removed would look like one in which nothing has been done.
-        os.replace(self.path, self.output / _DONE)
-        shutil.rmtree(self.output / _DONE)
+        done = self.output / _DONE
+        shutil.rmtree(done, ignore_errors=True)
+        os.replace(self.path, done)
+        shutil.rmtree(done, ignore_errors=True)
         return SparsityReport.load(self.output / REPORT_NAME)
 
     def _weight_names(self) -> list[str]:
@@ -189,20 +202,17 @@ def check_output(output: str | os.PathLike[str], source: str | os.PathLike[str])
         )
 
 
-def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raises OSError where the disk of `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"about {needed / 1e9:.2f} GB are needed for {what}, and {free / 1e9:.2f} GB are free; make space, or "
-            "name an output folder on another disk",
-            os.fspath(folder),
-        )
+def _weight_files(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("model*.safetensors")]
 
 
-def _weights_in(folder: Path) -> list[str]:
-    return [path.name for path in (*folder.glob("model*.safetensors"), *folder.glob(SAFE_WEIGHTS_INDEX_NAME))]
+def _move_files(source: Path, target: Path) -> None:
+    """Moves the files of one folder, those of its subfolders too, into another one; the model's config last."""
+    files = [path for path in source.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: path == source / CONFIG_NAME):
+        moved = target / path.relative_to(source)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, moved)
 
 
 def _save_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
