@@ -28,6 +28,8 @@ from .pruners import METHODS
 from .report import LayerReport
 from .statistics import ColumnNorms, GramMatrix
 
+# From this size on the heap is trimmed after a layer, which takes some milliseconds.
+_LARGE = 2**23
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Layer = nn.Module | ExpertStack
 _Pruned = tuple[SparseModule, LayerReport]
@@ -357,8 +359,9 @@ def _prune_layer(
             raise ArithmeticError(f"{path}: {error}") from error
         sparse = SparseLinear.from_dense(linear, mask, pattern, pruned)
         output_error = None if statistics is None else relative_output_error(statistics.sample, weight, pruned)
-    del weight, pruned, mask
-    trim_heap()
+    if sparse.dense_bytes >= _LARGE:
+        del weight, pruned, mask
+        trim_heap()
     row = LayerReport(
         name=path,
         shape=(sparse.out_features, sparse.in_features),

@@ -108,7 +108,7 @@ class BlockReplay:
     def _run_decoder(self, tokens: torch.Tensor) -> None:
         decoder = self._decoder_blocks.decoder
         parameters = inspect.signature(decoder.forward).parameters
-        device = next((p.device for p in decoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        device = _device_of(decoder)
         use_cache = {"use_cache": False} if "use_cache" in parameters or "kwargs" in parameters else {}
         decoder(input_ids=tokens.to(device), **use_cache)
 
@@ -122,7 +122,7 @@ class BlockReplay:
             original = block.forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                with self._resident(index):
+                with self._resident(index), self._autocast(_device_of(block)):
                     output = original(*args, **kwargs)
                     self._check_output(index, block, _hidden_of(output))
                 rests[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
@@ -179,13 +179,12 @@ class BlockReplay:
     def outputs(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Runs every batch through `block`, the one at `index`, and yields its hidden states."""
         for hidden, call in zip(self.hidden, self._calls[index], strict=True):
-            with self._autocast():
+            with self._autocast(hidden.device):
                 output = call.run(block, hidden)
             yield _hidden_of(output)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        device = self.hidden.device.type
-        return nullcontext() if self.dtype is None else torch.autocast(device, self.dtype)
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Makes the outputs of the block at `index` the inputs of the next one. Its arguments are dropped."""
@@ -264,7 +263,7 @@ class BlockReplay:
         with (
             _hooks(modules, record),
             observed_matrices(matrices, record) if matrices else nullcontext(),
-            self._autocast(),
+            self._autocast(self.hidden.device),
         ):
             for hidden, call in itertools.islice(zip(self.hidden, self._calls[index], strict=True), batches):
                 batch_shape = hidden.shape[:2]
@@ -284,6 +283,11 @@ class BlockReplay:
         if self.skip_first and x.numel() == batch_shape.numel() * x.shape[-1]:
             return x.reshape(*batch_shape, x.shape[-1])[:, 1:]
         return x
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module runs, as far as its weights tell."""
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 def _hidden_of(output: Any) -> Any:
