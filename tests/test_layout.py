@@ -26,6 +26,7 @@ ROOMS = [
     ["checkpoint"],
     ["streaming", "execution"],
     ["experts"],
+    ["targets"],
     ["pruning"],
     ["evaluation"],
     ["hub"],

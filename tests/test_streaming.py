@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint
-from optimum_ksparse.api import checkpoint as checkpoint_module
+from optimum_ksparse.api import run as run_module
 from optimum_ksparse.calibration import Activations, BlockReplay
 from optimum_ksparse.progress import BlockDone, listening
 from optimum_ksparse.streaming import Journal, Workspace, workspace
@@ -85,7 +85,7 @@ def source(tmp_path: Path, make_model: MakeModel, tokenizer: PreTrainedTokenizer
 
 @pytest.fixture
 def always_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "_SNAPSHOT_SECONDS", -1.0)
+    monkeypatch.setattr(run_module, "_SNAPSHOT_SECONDS", -1.0)
 
 
 # ---- the same as in memory
@@ -272,9 +272,9 @@ def contents_without_work(folder: Path) -> dict[str, bytes | dict]:
 _CHILD = """
 import os, signal, sys, torch
 from optimum_ksparse import SparsityConfig, prune_checkpoint
-from optimum_ksparse.api import checkpoint
+from optimum_ksparse.api import run
 torch.set_num_threads(1)
-checkpoint._SNAPSHOT_SECONDS = -1.0
+run._SNAPSHOT_SECONDS = -1.0
 source, output, ids, place, number, memory = sys.argv[1:]
 replace, fsync, calls = os.replace, os.fsync, [0]
 def killing(function, name):
@@ -425,7 +425,7 @@ def test_starting_over_that_is_killed_leaves_no_journal_of_before(
 def test_a_full_disk_while_the_tokenizer_is_written_is_an_error(
     tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = type(checkpoint_module.read_tokenizer(str(source)))
+    kind = type(run_module.read_tokenizer(str(source)))
     with monkeypatch.context() as patch:
         patch.setattr(kind, "save_pretrained", fails(kind.save_pretrained, 0, FULL))
         with pytest.raises(OSError, match="No space left"):
@@ -561,7 +561,7 @@ def test_a_file_that_goes_away_meanwhile(
         for path in source.glob("*.safetensors"):
             path.unlink()
 
-    monkeypatch.setattr(checkpoint_module._Run, "_check_space", remove)
+    monkeypatch.setattr(run_module.CheckpointRun, "_check_space", remove)
     with pytest.raises(OSError, match=r"tensor model\.layers\.0\..* cannot be read"):
         prune_checkpoint(source, tmp_path / "disk", config())
 
@@ -620,9 +620,9 @@ def test_arguments(tmp_path: Path, source: Path, config: Any) -> None:
 def test_reading_ahead_gives_the_same(
     tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = checkpoint_module.DiskBlocks.__init__
+    original = run_module.DiskBlocks.__init__
     monkeypatch.setattr(
-        checkpoint_module.DiskBlocks, "__init__", lambda self, blocks, device: original(self, blocks, device, True)
+        run_module.DiskBlocks, "__init__", lambda self, blocks, device: original(self, blocks, device, True)
     )
     prune_checkpoint(source, tmp_path / "ahead", config())
     monkeypatch.undo()

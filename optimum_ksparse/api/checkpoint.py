@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 import os
-import time
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ..calibration import Activations, BlockReplay, ExpertStack, eager_experts, evaluation_mode, read_tokenizer
-from ..checkpoint import install_layers, layer_records
 from ..config import DENSE_CONFIG_KEY, SparsityConfig, check_integer
-from ..distributed import Processes, joined
-from ..memory import peak_memory
-from ..nn import dense_weight, densified
-from ..pattern import Pattern
+from ..distributed import joined
 from ..pruners import METHODS
-from ..pruning import find_targets, prune_blocks
-from ..report import REPORT_NAME, LayerReport, SparsityReport
-from ..streaming import (
-    DiskBlocks,
-    Snapshot,
-    WeightFiles,
-    Workspace,
-    check_output,
-    check_space,
-    find_weight_files,
-    open_checkpoint,
-)
-from .model import (
-    attach,
-    calibration_dtype,
-    check_model,
-    draw_tokens,
-    load_tokenizer,
-    make_report,
-    record_settings,
-    share_tokens,
-)
+from ..report import SparsityReport
+from ..streaming import Workspace, check_output, find_weight_files
+from .run import CheckpointRun
 
-logger = logging.get_logger(__name__)
-
-# Activations that are in memory are saved this often: what a killed run has to compute again.
-_SNAPSHOT_SECONDS = 60.0
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
 
 def prune_checkpoint(
@@ -112,217 +81,8 @@ def prune_checkpoint(
         how = {"output": os.path.basename(output), "resume": resume, "activation_memory": limit}
         processes.agree({**job, **job["settings"], **how, "settings": None})
         workspace = Workspace(output, job)
-        run = _Run(source, config, workspace, files, processes, dtype, place, limit, model_class, loading)
+        run = CheckpointRun(source, config, workspace, files, processes, dtype, place, limit, model_class, loading)
         return run(resume)
-
-
-class _Run:
-    """One call of `prune_checkpoint`, after its arguments have been checked."""
-
-    def __init__(
-        self,
-        source: str | os.PathLike[str],
-        config: SparsityConfig,
-        workspace: Workspace,
-        files: WeightFiles,
-        processes: Processes,
-        dtype: torch.dtype | str,
-        device: torch.device,
-        activation_memory: int,
-        model_class: Any,
-        loading: dict[str, Any],
-    ) -> None:
-        self.source, self.config, self.workspace, self.files = source, config, workspace, files
-        self.processes, self.dtype, self.device = processes, dtype, device
-        self.activation_memory, self.model_class, self.loading = activation_memory, model_class, loading
-        self.started = self.noted = self.saved = time.perf_counter()
-
-    def __call__(self, resume: bool) -> SparsityReport:
-        workspace, processes = self.workspace, self.processes
-        try:
-            finished = processes.once(lambda: self._begin(resume))
-            if finished is not None:
-                return finished
-            workspace.journal = processes.once(lambda: workspace.journal)
-            if workspace.journal.phase != "complete":
-                self._prune()
-            return processes.once(workspace.publish)
-        finally:
-            if processes.is_main:
-                workspace.release()
-
-    def _begin(self, resume: bool) -> SparsityReport | None:
-        """Opens the workspace; the report where this job is finished already."""
-        self.workspace.lock()
-        finished = None if self.workspace.is_unfinished or not resume else _finished_report(self.workspace)
-        if finished is None:
-            self.workspace.open(resume)
-        return finished
-
-    def _prune(self) -> None:
-        config, workspace, processes = self.config, self.workspace, self.processes
-        model, disk = open_checkpoint(
-            self.source,
-            self.model_class,
-            dtype=self.dtype,
-            device=self.device,
-            offload_folder=workspace.folder(f"offload-{processes.rank}"),
-            offload_space=self.files.num_bytes * processes.size,
-            **self.loading,
-        )
-        check_model(model, config)
-        blocks, num_parameters = disk.blocks, model.num_parameters()
-        targets, skipped = find_targets(blocks, config)
-        processes.once(lambda: self._check_space(model, targets))
-        done = list(workspace.journal.blocks)
-        stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
-        with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
-            data, replay = self._calibration(model, disk, bool(len(done) < len(blocks.blocks)))
-            for index, block in enumerate(done):
-                install_layers(model, block.layers)
-                disk.take_shard(index, workspace.path / block.file)
-            if replay is not None:
-                self._catch_up(replay, disk)
-            rows = [row for block in done for row in block.rows]
-            rows += prune_blocks(
-                blocks,
-                targets,
-                config,
-                replay,
-                resident=disk.resident,
-                finished=lambda index, rows: self._block_is_done(index, rows, model, disk, replay),
-                start=len(done),
-                processes=processes,
-            )
-        processes.once(lambda: self._finish(model, disk, num_parameters, data, rows, skipped))
-
-    def _calibration(
-        self, model: PreTrainedModel, disk: DiskBlocks, needed: bool
-    ) -> tuple[dict[str, Any], BlockReplay | None]:
-        """The description of the calibration data, and the activations at the first block, where a block is left."""
-        if METHODS[self.config.method].statistics is None:
-            return {}, None
-
-        def draw() -> tuple[torch.Tensor, dict[str, Any]]:
-            names = ("trust_remote_code", *_HUB_ARGUMENTS)
-            arguments = {name: value for name, value in self.loading.items() if name in names}
-            drawn = draw_tokens(model, self.config, load_tokenizer(self.config, self.source, **arguments))
-            assert drawn is not None
-            return drawn.ids, drawn.description
-
-        ids, description = self.processes.once(lambda: self.workspace.tokens(draw))
-        if not needed:
-            return description, None
-        batch_size = self.config.batch_size
-        ids = share_tokens(ids, batch_size, self.processes)
-        hidden = Activations(
-            -(-len(ids) // batch_size),
-            self.activation_memory,
-            self.workspace.path,
-            f"activations-{self.processes.rank}-of-{self.processes.size}",
-        )
-        skip_first = description["begins_with_bos"] and not self.config.bos_in_statistics
-        return description, BlockReplay(
-            disk.blocks, ids, batch_size, skip_first, disk.resident, hidden, calibration_dtype(self.config)
-        )
-
-    def _catch_up(self, replay: BlockReplay, disk: DiskBlocks) -> None:
-        """Brings the activations to the first block that is not done: from the latest snapshot, where it is whole,
-        through the finished blocks after it."""
-        processes, snapshot = self.processes, self.workspace.journal.snapshot
-        done, at = len(self.workspace.journal.blocks), 0
-        # Another number of processes has other files.
-        mine = snapshot.files[processes.rank] if snapshot and len(snapshot.files) == processes.size else None
-        there = processes.gather(mine is not None and snapshot and replay.hidden.can_load(mine, snapshot.block))
-        if snapshot is not None and mine is not None and all(there):
-            replay.hidden.load(mine)
-            at = snapshot.block
-        for index in range(at, done):
-            block = disk.blocks.blocks[index]
-            with disk.resident(index), densified(block, replay.dtype):
-                replay.advance(index, block)
-
-    def _block_is_done(
-        self, index: int, rows: list[LayerReport], model: PreTrainedModel, disk: DiskBlocks, replay: BlockReplay | None
-    ) -> None:
-        workspace, processes = self.workspace, self.processes
-        snapshot = None
-        if replay is not None and index + 1 < len(disk.blocks.blocks):
-            due = time.perf_counter() - self.saved > _SNAPSHOT_SECONDS
-            # Files that the next block would write over are saved with every block.
-            if any(processes.gather(replay.hidden.in_files or due)):
-                snapshot = Snapshot(index + 1, processes.gather(replay.hidden.save(index + 1)))
-                self.saved = time.perf_counter()
-        peaks = processes.gather(peak_memory())
-
-        def note() -> None:
-            prefix = disk.blocks.name_in_decoder(index, "")
-            layers = {name: layer for name, layer in layer_records(model).items() if name.startswith(prefix)}
-            workspace.add_block(index, disk.state_dict(index), layers, rows)
-            if snapshot is not None:
-                workspace.journal.snapshot = snapshot
-            self._note_costs(peaks)
-            workspace.journal.save(workspace.path)
-
-        processes.once(note)  # an error in it stops all
-
-    def _note_costs(self, peaks: list[dict[str, int]]) -> None:
-        journal, now = self.workspace.journal, time.perf_counter()
-        journal.seconds += now - self.noted
-        self.noted = now
-        for name, peak in (item for peaks_of_one in peaks for item in peaks_of_one.items()):
-            journal.peak_memory_bytes[name] = max(peak, journal.peak_memory_bytes.get(name, 0))
-
-    def _finish(
-        self,
-        model: PreTrainedModel,
-        disk: DiskBlocks,
-        num_parameters: int,
-        calibration: dict[str, Any],
-        rows: list[LayerReport],
-        skipped: dict[str, str],
-    ) -> None:
-        recorded = record_settings(self.config)
-        attach(model, recorded)
-        report = make_report(model, recorded, num_parameters, calibration, rows, skipped)
-        report.source_fingerprint = self.workspace.journal.job["source_fingerprint"]
-        self._note_costs([peak_memory()])
-        report.seconds = round(self.workspace.journal.seconds, 2)
-        report.peak_memory_bytes = self.workspace.journal.peak_memory_bytes
-        model.sparsity_report = report  # type: ignore[assignment]
-        self.workspace.finish(model, disk, self._save_tokenizer)
-
-    def _save_tokenizer(self, folder: Path) -> None:
-        try:
-            tokenizer = read_tokenizer(os.fspath(self.source), **self.loading)
-        except Exception as error:  # transformers and huggingface_hub raise many kinds here
-            reason = " ".join(str(error).split())
-            logger.warning(f"The checkpoint has no tokenizer: none could be loaded from {self.source}: {reason}")
-            return
-        tokenizer.save_pretrained(folder)
-
-    def _check_space(self, model: PreTrainedModel, targets: list[dict[str, Any]]) -> None:
-        """Raises OSError where the disk is too small for what is still to be written, as far as can be told."""
-        pattern = Pattern(self.config.pattern)
-        size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
-        pruned = [
-            layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)
-            for layers in targets
-            for layer in layers.values()
-        ]
-        dense = sum(weight.nbytes for weight in pruned)
-        packed = dense * float(1 - pattern.sparsity) + sum(weight.numel() for weight in pruned) / 8
-        needed = sum(size.values()) - dense + packed
-        if self.config.storage == "dense":  # packed blocks are written first, and become dense ones at the end
-            needed += dense
-        if METHODS[self.config.method].statistics is not None and self.workspace.journal.phase == "pruning":
-            hidden = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0))
-            needed += 2 * self.config.num_samples * self.config.seq_len * hidden * model.dtype.itemsize
-        needed = max(0, needed - self.workspace.written_bytes())
-        check_space(self.workspace.path, int(needed), "the sparse checkpoint and the calibration activations")
-
-
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
 
 def _hub(loading: dict[str, Any]) -> dict[str, Any]:
@@ -357,26 +117,6 @@ def _settings(config: SparsityConfig) -> dict[str, Any]:
     settings = config.to_dict()
     settings.pop("layers")
     return settings
-
-
-def _finished_report(workspace: Workspace) -> SparsityReport | None:
-    """The report of a checkpoint that the same job has made already; None where there is none.
-
-    Raises:
-        FileExistsError: the folder holds a checkpoint that another job made, and may not be replaced.
-    """
-    if not (workspace.output / REPORT_NAME).is_file():
-        return None
-    report = SparsityReport.load(workspace.output / REPORT_NAME)
-    values, _ = PreTrainedConfig.get_config_dict(workspace.output)
-    job = workspace.journal.job
-    same_dtype = job["dtype"] in ("auto", values.get("dtype"))
-    if report.source_fingerprint == job["source_fingerprint"] and report.config == job["settings"] and same_dtype:
-        logger.warning(f"{workspace.output} holds what this call would make; resume=False makes it again.")
-        return report
-    raise FileExistsError(
-        f"{workspace.output} holds another sparse checkpoint; name another folder, or replace it with resume=False"
-    )
 
 
 def _bytes(name: str, size: int | str) -> int:

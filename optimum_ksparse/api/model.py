@@ -29,8 +29,9 @@ from ..distributed import Processes, current
 from ..execution import apply_settings
 from ..memory import peak_memory
 from ..pruners import METHODS
-from ..pruning import find_targets, prune_blocks
+from ..pruning import prune_blocks
 from ..report import LayerReport, SparsityReport
+from ..targets import find_targets
 from ..version import library_versions
 
 
