@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -65,13 +66,15 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     return size
 
 
-def measure(gigabytes: float, method: str, samples: int, seq_len: int) -> dict[str, int]:
+def measure(
+    gigabytes: float, method: str, samples: int, seq_len: int, ways: Sequence[str] = ("streaming", "in memory")
+) -> dict[str, int]:
     """All figures in bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "dense")
         source.mkdir()
         found = {"checkpoint": make_checkpoint(source, gigabytes)}
-        for what in ("importing", "streaming", "in memory"):
+        for what in ("importing", *ways):
             arguments = [what, str(source), str(Path(scratch, what)), method, str(samples), str(seq_len)]
             done = subprocess.run([sys.executable, "-c", _CHILD, *arguments], stdout=subprocess.PIPE, check=True)
             found[what] = int(done.stdout.split()[-1])
