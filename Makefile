@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 
 # Two processes with a thread each take half of the time of one with two, whose threads mostly wait for each other.
 test: $(VENV)/.dev check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -365,13 +365,10 @@ def fail_to_replace(monkeypatch: pytest.MonkeyPatch, results: EvaluationResults)
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, results: EvaluationResults) -> type[Exception]:
-    write = Path.write_text
-
-    def fail(path: Path, text: str, *args: Any, **kwargs: Any) -> int:
-        write(path, text[:50], *args, **kwargs)
+    def fail(descriptor: int) -> None:
         raise OSError("on purpose")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr("optimum_ksparse.staging.os.fsync", fail)
     return OSError
 
 

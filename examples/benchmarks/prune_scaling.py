@@ -31,11 +31,11 @@ LARGE = {
 }
 # Of one H200: peaks are NVIDIA's, shares and launches are guesses.
 ASSUMED = {
-    "bf16_flops": 989e12 * 0.40,  # dense tensor cores: forward passes
-    "float32_flops": 67e12 * 0.50,  # Gram products, updates and output errors, in float32 without TF32
-    "factor_flops": 67e12 * 0.10,  # Cholesky factors and inverses, which wait for their panels
+    "bf16_flops": 989e12 * 0.40,  # dense tensor cores: forward passes and, summed in float32, Gram products
+    "float32_flops": 67e12 * 0.50,  # updates and output errors, in float32 without TF32
+    "factor_flops": 67e12 * 0.10,  # Cholesky factors and their inverses, which wait for their panels
     "bytes": 4.8e12 * 0.60,  # sums over inputs, sweeps within a block of columns, masks
-    "column_seconds": 50e-6,  # launches of the kernels of one swept column
+    "sweep_seconds": 50e-6,  # one kernel, which sweeps a block of columns
     "mask_passes": 30,  # over a layer's weights in float32: scores, ranks, packing
     "bus_bytes": 50e9,  # for a model that the card cannot hold: each block comes in twice and goes out once
     "card_bytes": 141e9,
@@ -48,12 +48,12 @@ def operations(method: str, width: int, depth: int, samples: int, seq_len: int) 
     | part | unit | one block |
     |---|---|---|
     | forward | FLOP | 2n·8d² up to the last linear map, to collect, and 2n·12d² to hand on (not after the last block), each with an attention of 4n·seq_len·d; one sample through the dense model before |
-    | errors | FLOP | of 512 tokens, two products with each layer: 4·512·12d² |
-    | gram | FLOP | SparseGPT: 2n·k² for each input of k features: d, d, d, 4d |
-    | factor | FLOP | SparseGPT: 4/3·k³ for each: Cholesky, inverse, Cholesky |
+    | errors | FLOP | of 256 tokens, two products with each layer: 4·256·12d² |
+    | gram | FLOP | SparseGPT: 2n·k² for each input of k features: d, d, d, 4d (on a CPU 5/8 of it from k = 1024 on) |
+    | factor | FLOP | SparseGPT: 2/3·k³ for each: Cholesky and the inverse of its factor |
     | sweep | FLOP | SparseGPT: out·in² for each layer, to update the columns right of a block |
     | traffic | bytes | Wanda: 12 for each input value; SparseGPT: 4·128 for each weight, swept within a block |
-    | columns | number | SparseGPT: columns swept |
+    | sweeps | number | SparseGPT: blocks of columns swept |
     | weights | number | 12d² |
     """  # noqa: E501
     tokens, inputs = samples * seq_len, (width, width, width, 4 * width)
@@ -71,27 +71,27 @@ def operations(method: str, width: int, depth: int, samples: int, seq_len: int) 
         return found | {"traffic": depth * 12 * tokens * sum(inputs)}
     return found | {
         "gram": depth * sum(2 * tokens * k**2 for k in inputs),
-        "factor": depth * sum(4 / 3 * k**3 for k in inputs),
+        "factor": depth * sum(2 / 3 * k**3 for k in inputs),
         "sweep": depth * sum(rows * columns**2 for rows, columns in layers),
         "traffic": depth * 4 * BLOCK_SIZE * weights,
-        "columns": depth * sum(columns for _, columns in layers),
+        "sweeps": depth * sum(columns / BLOCK_SIZE for _, columns in layers),
     }
 
 
 def on_paper(counted: dict[str, float]) -> dict[str, float]:
     """Seconds of each part on one H200, as `ASSUMED`; an extrapolation, not a measurement."""
-    part = {name: counted.get(name, 0.0) for name in ("gram", "factor", "sweep", "traffic", "columns")}
+    part = {name: counted.get(name, 0.0) for name in ("gram", "factor", "sweep", "traffic", "sweeps")}
     masks = ASSUMED["mask_passes"] * 4 * counted["weights"] / ASSUMED["bytes"]
     dense_bytes = 2 * counted["weights"]
     seconds = {
         "forward passes": counted["forward"] / ASSUMED["bf16_flops"],
-        "statistics": part["gram"] / ASSUMED["float32_flops"] + counted["errors"] / ASSUMED["float32_flops"],
+        "statistics": part["gram"] / ASSUMED["bf16_flops"] + counted["errors"] / ASSUMED["float32_flops"],
         "factors": part["factor"] / ASSUMED["factor_flops"],
-        "sweeps": part["sweep"] / ASSUMED["float32_flops"] + part["columns"] * ASSUMED["column_seconds"],
+        "sweeps": part["sweep"] / ASSUMED["float32_flops"] + part["sweeps"] * ASSUMED["sweep_seconds"],
         "masks": masks,
         "bus": 3 * dense_bytes / ASSUMED["bus_bytes"] if dense_bytes > ASSUMED["card_bytes"] else 0.0,
     }
-    seconds["sweeps" if part["columns"] else "statistics"] += part["traffic"] / ASSUMED["bytes"]
+    seconds["sweeps" if part["sweeps"] else "statistics"] += part["traffic"] / ASSUMED["bytes"]
     return seconds
 
 
