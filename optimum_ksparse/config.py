@@ -54,8 +54,9 @@ class SparsityConfig(QuantizationConfigMixin):
         seq_len: tokens in each of them, the beginning token included.
         batch_size: calibration sequences in one forward pass.
         calibration_dtype: dtype of the matrix products while calibration tokens run through the model; None: that of
-            the weights. `"bfloat16"` halves the time of a float32 model on a CPU with such instructions; the
-            statistics, the pruning and the weights stay float32.
+            the weights. `"bfloat16"` makes such products of a float32 model twice as fast on a CPU that has the
+            instructions (pruning Gemma 3 270M takes a fifth to a quarter less time); the statistics, the pruning and
+            the weights stay float32.
         seed: draws documents, crops and generated text.
         block_size: columns that `sparsegpt` sweeps before it updates the rest; `m` must divide it.
         damping: share of the mean diagonal that `sparsegpt` adds to the diagonal of the Gram matrix.

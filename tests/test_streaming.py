@@ -175,6 +175,15 @@ def test_a_hub_id(tmp_path: Path, source: Path, config: Any, hub: LoopbackHub) -
     assert (tmp_path / "hub" / "tokenizer.json").is_file()
 
 
+def test_a_subfolder_is_read_and_recorded(tmp_path: Path, source: Path, config: Any) -> None:
+    shutil.copytree(source, tmp_path / "models" / "small")
+    report = prune_checkpoint(tmp_path / "models", tmp_path / "disk", config(), subfolder="small")
+    assert report.base_arguments == {"subfolder": "small"}
+    prune_checkpoint(source, tmp_path / "whole", config())
+    assert_same_tensors(tensors(tmp_path / "disk"), tensors(tmp_path / "whole"))
+    assert (tmp_path / "disk" / "tokenizer.json").is_file()
+
+
 def test_the_index_is_what_the_files_hold(tmp_path: Path, source: Path, config: Any) -> None:
     prune_checkpoint(source, tmp_path / "disk", config())
     index = json.loads((tmp_path / "disk" / "model.safetensors.index.json").read_text())
@@ -639,6 +648,7 @@ def test_saved_activations_are_read_back(limit: int | None, dtype: torch.dtype, 
         hidden.append(batch)
     assert hidden.in_files == (limit == 0)
     hidden.replace(batch + 1 for batch in batches)
+    assert not list(tmp_path.glob("*-first"))  # space is counted for two files
     name = hidden.save(3)
     hidden.replace(batch * 2 for batch in hidden)  # what was saved stays
     again = Activations(3, limit, tmp_path)

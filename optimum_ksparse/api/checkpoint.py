@@ -13,6 +13,7 @@ from ..distributed import joined
 from ..pruners import METHODS
 from ..report import SparsityReport
 from ..streaming import Workspace, check_output, find_weight_files
+from .model import settings_of
 from .run import CheckpointRun
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
@@ -38,8 +39,8 @@ def prune_checkpoint(
 
     A run that was killed, or met an error, goes on from its last finished block when it is called again with the same
     arguments (and, for the same bytes, versions and number of processes); what it needs for that lies in a hidden
-    folder in `output` until the checkpoint is whole. The processes
-    that `torchrun` or `accelerate launch` starts share the work (and `output`, which all must see).
+    folder in `output` until the checkpoint is whole. The processes that `torchrun` or `accelerate launch` starts share
+    the work (and `output`, which all must see).
 
     Args:
         source: folder or Hub id of a dense checkpoint in safetensors.
@@ -69,12 +70,13 @@ def prune_checkpoint(
     _check_arguments(config, loading)
     with joined() as processes:
         processes.once(lambda: check_output(output, source))
-        processes.once(lambda: find_weight_files(source, **_hub(loading)))  # one downloads them for all
-        files = find_weight_files(source, **_hub(loading))
+        files = processes.once(lambda: find_weight_files(source, **_hub(loading)))  # one downloads them for all
+        if not processes.is_main:
+            files = find_weight_files(source, **_hub(loading))
         _check_dense(source, loading)
         job = {
             "source_fingerprint": files.fingerprint(),
-            "settings": _settings(config),
+            "settings": settings_of(config),
             "dtype": str(dtype).removeprefix("torch."),
             "model_class": model_class.__name__,
         }
@@ -111,12 +113,6 @@ def _check_dense(source: str | os.PathLike[str], loading: dict[str, Any]) -> Non
             f"{source} is quantized or sparse already ({dict(settings).get('quant_method')}): prune the model that it "
             "was made from"
         )
-
-
-def _settings(config: SparsityConfig) -> dict[str, Any]:
-    settings = config.to_dict()
-    settings.pop("layers")
-    return settings
 
 
 def _bytes(name: str, size: int | str) -> int:

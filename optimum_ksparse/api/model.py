@@ -108,6 +108,13 @@ def record_settings(config: SparsityConfig) -> SparsityConfig:
     return recorded
 
 
+def settings_of(config: SparsityConfig) -> dict[str, Any]:
+    """The settings as a report and a journal hold them: without the list of layers."""
+    settings = config.to_dict()
+    settings.pop("layers")
+    return settings
+
+
 def make_report(
     model: PreTrainedModel,
     config: SparsityConfig,
@@ -118,10 +125,8 @@ def make_report(
 ) -> SparsityReport:
     """The report on a model that has just been pruned with `config`, as `record_settings` gave it. `num_parameters` is
     from before that: packed weights count less."""
-    settings = config.to_dict()
-    settings.pop("layers")
     return SparsityReport(
-        config=settings,
+        config=settings_of(config),
         calibration=calibration,
         layers=rows,
         skipped=skipped,

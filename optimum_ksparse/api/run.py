@@ -102,7 +102,7 @@ class CheckpointRun:
         done = list(workspace.journal.blocks)
         stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
         with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
-            data, replay = self._calibration(model, disk, bool(len(done) < len(blocks.blocks)))
+            data, replay = self._calibration(model, disk, len(done) < len(blocks.blocks))
             for index, block in enumerate(done):
                 install_layers(model, block.layers)
                 disk.take_shard(index, workspace.path / block.file)
@@ -208,6 +208,8 @@ class CheckpointRun:
         recorded = record_settings(self.config)
         attach(model, recorded)
         report = make_report(model, recorded, num_parameters, calibration, rows, skipped)
+        if self.loading.get("subfolder"):
+            report.base_arguments = {"subfolder": self.loading["subfolder"]}
         report.source_fingerprint = self.workspace.journal.job["source_fingerprint"]
         self._note_costs([peak_memory()])
         report.seconds = round(self.workspace.journal.seconds, 2)

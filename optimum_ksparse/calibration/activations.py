@@ -25,7 +25,7 @@ class Activations:
         limit: bytes that may stay in memory; more go to files. None sets no limit.
         folder: for the files, and for `save`. Two are used in turns, so that what was saved last stays whole while the
             outputs of the next block are written.
-        name: of the files, before "-0" and "-1".
+        name: of the files, before "-0" and "-1" (and "-first", of the inputs of the first block, which goes).
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Activations:
             self._device = hidden.device
             if self._limit is not None and self._folder is not None and hidden.nbytes * self.num_batches > self._limit:
                 # Another name than the two that take turns: one of these may be what `load` will be asked for.
-                self._file = _BatchFile(self._folder / f"{self._name}-first")
+                self._file = _BatchFile(self._first_path())
         if self._file is None:
             self._memory.append(hidden)
         else:
@@ -85,6 +85,7 @@ class Activations:
         for output in outputs:
             new.append(output)
         self._file = new
+        self._first_path().unlink(missing_ok=True)
 
     def save(self, block: int) -> str:
         """Makes sure that the batches, which are the inputs of that block, are in a file that survives this process.
@@ -116,9 +117,14 @@ class Activations:
         self._turn = int(name[-1])  # the other file comes next
         if self._file is not None:
             self._file = file
+            self._first_path().unlink(missing_ok=True)
         else:
             for index, batch in enumerate(file):
                 self._memory[index] = torch.empty_like(batch).copy_(batch).to(self.device)
+
+    def _first_path(self) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{self._name}-first"
 
     def _next_path(self) -> Path:
         assert self._folder is not None
