@@ -29,6 +29,7 @@ ROOMS = [
     ["targets"],
     ["pruning"],
     ["evaluation"],
+    ["finetuning"],
     ["hub"],
     ["api", "inspection"],
     ["benchmark"],
