@@ -13,6 +13,7 @@ from .config import check_keys
 
 REPORT_NAME = "sparsity_report.json"
 RESULTS_NAME = "evaluation_results.json"  # what was measured; see `evaluation.EvaluationResults`
+TUNING_NAME = "finetuning.json"  # how a model was fine-tuned; beside the adapter or the weights
 SCHEMA_VERSION = 1
 
 
