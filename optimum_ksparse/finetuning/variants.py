@@ -120,11 +120,11 @@ class SparseDoraVariant(DoraLinearVariant):
 
 
 class SparseAloraVariant(ALoraLinearVariant):
-    """aLoRA, which writes into the base layer's output: into a copy here, because an operator's output may be a view."""
+    """aLoRA writes into the base layer's output: into a copy here, as autograd needs it of what an operator gives."""
 
     @staticmethod
     def forward(
         module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """As in PEFT."""
-        return ALoraLinearVariant.forward(module, active_adapter, x, result.clone(), **kwargs)  # type: ignore[no-any-return]
+        return ALoraLinearVariant.forward(module, active_adapter, x, result.clone(), **kwargs)
