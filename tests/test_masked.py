@@ -38,7 +38,7 @@ def dense(x, a, b, bits, values, scale, mask):
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("with_values", [False, True])
 def test_gradcheck(pattern, with_values):
-    x, a, b, bits, values, mask = make(pattern)
+    x, a, b, bits, values, mask = make(pattern, out_features=3, rank=2, tokens=(2, 1))
     leaves = [x, a, b, *([values] if with_values else [])]
     for leaf in leaves:
         leaf.requires_grad_()

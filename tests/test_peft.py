@@ -124,8 +124,8 @@ def test_layers_survive_pickling_and_copying(make_pruned, token_ids):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("safe_merge", [False, True])
-def test_merging_keeps_every_zero(make_pruned, token_ids, name, pattern, method, safe_merge):
+def test_merging_keeps_every_zero(make_pruned, token_ids, name, pattern, method):
+    safe_merge = pattern == "50%"
     model = adapted(make_pruned(name, pattern), method, name)
     before, expected = state(model), logits(model, token_ids)
     effective = [layer.effective_weight() for layer in wrapped(model)]

@@ -290,8 +290,8 @@ def test_a_masked_adapter_in_a_fresh_process(folder, tmp_path):
 
 @pytest.mark.parametrize("how", ["made", "unpickled", "copied"])
 def test_peft_is_extended_before_the_first_sparse_layer(how):
-    assert not before_first, "importing the package and making a layer has called what was there"
     layer, called = SparseLinear(8, 4, pattern=PATTERN, num_values=16), []
+    assert not before_first
     pickled = pickle.dumps(layer)
     before_first.append(lambda: called.append(how))
     make = {

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.finetuning import prepare_for_training
@@ -113,7 +113,8 @@ def test_trainer_resumes_with_an_adapter(make_pruned, token_ids, tmp_path):
 def test_sft_trainer(make_pruned, tokenizer, tmp_path, wrap):
     trl = pytest.importorskip("trl", reason="needs the extra dev")
     datasets = pytest.importorskip("datasets")
-    model = make_pruned(dtype=torch.bfloat16)
+    make_pruned(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
     config = METHODS["masked"](target_modules=FAMILIES["llama"], task_type="CAUSAL_LM")
     arguments = trl.SFTConfig(
         str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, max_length=32, bf16=True
@@ -133,7 +134,7 @@ def test_sft_trainer(make_pruned, tokenizer, tmp_path, wrap):
     assert layers
     assert all(layer.is_masked("default") and layer.lora_B["default"].weight.any() for layer in layers)
     trainer.save_model(str(tmp_path / "adapter"))
-    again = peft.PeftModel.from_pretrained(make_pruned(dtype=torch.bfloat16), tmp_path / "adapter")
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert all(layer.is_masked("default") for layer in wrapped(again))
 
 
@@ -159,11 +160,18 @@ def test_full_training_keeps_the_masks(make_pruned, token_ids, tmp_path, name, p
         )
 
 
-@pytest.mark.parametrize("settings", [{"optim": "adafactor"}, {"optim": "sgd", "gradient_checkpointing": True}])
-def test_full_training_by_other_optimizers(make_pruned, token_ids, tmp_path, settings):
-    model = make_pruned(dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.bfloat16, {"optim": "adafactor", "bf16": True}),
+        (torch.float32, {"optim": "sgd", "learning_rate": 1.0, "gradient_checkpointing": True}),
+    ],
+    ids=["adafactor", "sgd"],
+)
+def test_full_training_by_other_optimizers(make_pruned, token_ids, tmp_path, dtype, settings):
+    model = make_pruned(dtype=dtype)
     before = state(model)
-    train(model, token_ids, tmp_path, weight_decay=0.1, bf16=True, **settings)
+    train(model, token_ids, tmp_path, weight_decay=0.1, **settings)
     for (values, bits), (old, kept) in zip(state(model), before, strict=True):
         assert torch.equal(bits, kept)
         assert not torch.equal(values, old)

@@ -112,7 +112,7 @@ def _with_masked_config(load: Callable[..., PeftModel]) -> Callable[..., PeftMod
     def from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
         bound = signature.bind(cls, *args, **kwargs)
         config = bound.arguments.get("config")
-        if type(config) is LoraConfig:
+        if type(config) is LoraConfig and _has_sparse(bound.arguments["model"]):
             options = bound.arguments.get("kwargs", {})
             read = PeftConfig.from_pretrained(bound.arguments["model_id"], **options)
             if getattr(read, "masked", False):

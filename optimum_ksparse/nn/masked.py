@@ -42,18 +42,28 @@ class _Rows:
         return decompress(values.reshape(-1)[self.own].to(dtype), self.bits, self.in_features)
 
 
-def _rows(bits: torch.Tensor, in_features: int, itemsize: int, values: bool = True) -> Iterator[_Rows]:
-    """Steps of rows for which products, gradients and masks fit the limit. `values`: whether these are counted, which
-    a GPU must wait for."""
-    out_features = bits.shape[0]
-    # Two matrices in the dtype, the mask, and its bits on the way to it.
+def _rows(
+    bits: torch.Tensor, in_features: int, itemsize: int, values_shape: torch.Size | None = None
+) -> Iterator[_Rows]:
+    """Steps of rows for which products, gradients and masks fit the limit. Where the values of an unstructured weight
+    are wanted, they must be counted, which a GPU waits for."""
+    # Two matrices in the dtype, one more on the way, the mask, and its bits.
     step = max(1, _CHUNK_BYTES // (in_features * (3 * itemsize + 3)))
-    begin = 0
-    for start in range(0, out_features, step):
-        part = slice(start, min(start + step, out_features))
-        end = begin + (int(unpack_mask(bits[part], in_features).sum()) if values else 0)
+    begin = end = 0
+    for start in range(0, bits.shape[0], step):
+        part = slice(start, min(start + step, bits.shape[0]))
+        if values_shape is not None and len(values_shape) == 2:
+            end = part.stop * values_shape[1]
+        elif values_shape is not None:
+            end = begin + int(_counts(bits[part]).sum())
         yield _Rows(part, slice(begin, end), bits, in_features)
         begin = end
+
+
+def _counts(bits: torch.Tensor) -> torch.Tensor:
+    """How many weights each row keeps, [out]."""
+    table = unpack_mask(torch.arange(256, dtype=torch.uint8, device=bits.device)[:, None], 8).sum(1)
+    return table[bits.long()].sum(1)
 
 
 def masked_linear(
@@ -96,7 +106,7 @@ def _masked_linear(
     in_features = a.shape[1]
     tokens = x.reshape(-1, in_features)
     y = x.new_empty(tokens.shape[0], b.shape[0])
-    for rows in _rows(bits, in_features, x.element_size(), values is not None):
+    for rows in _rows(bits, in_features, x.element_size(), None if values is None else values.shape):
         product = (b[rows.part] * scale) @ a
         product *= rows.dense(values, x.dtype)
         y[:, rows.part] = tokens @ product.T
@@ -128,7 +138,7 @@ def _masked_linear_backward(
     grad_x = tokens.new_zeros(tokens.shape if needs[0] else 0, dtype=exact)
     grad_a, grad_b = torch.zeros_like(a, dtype=exact), torch.empty_like(b)
     grad_values = x.new_empty(0) if values is None or not needs[3] else torch.empty_like(values)
-    for rows in _rows(bits, in_features, x.element_size(), values is not None):
+    for rows in _rows(bits, in_features, x.element_size(), None if values is None else values.shape):
         weight, own, factor = rows.dense(values, x.dtype), grad[:, rows.part], b[rows.part] * scale
         if needs[0]:
             grad_x += own @ ((factor @ a) * weight)
@@ -177,7 +187,7 @@ _masked_linear.register_autograd(_backward, setup_context=_save)
 def packed_product(a: torch.Tensor, b: torch.Tensor, bits: torch.Tensor, values_shape: torch.Size) -> torch.Tensor:
     """B·A at the mask, packed: `values_shape`, in the dtype of A and B, made a few rows at a time."""
     product = a.new_empty(values_shape.numel())
-    for rows in _rows(bits, a.shape[1], a.element_size()):
+    for rows in _rows(bits, a.shape[1], a.element_size(), values_shape):
         product[rows.own] = (b[rows.part] @ a)[rows.mask()]
     return product.view(values_shape)
 
@@ -188,7 +198,7 @@ def row_norms(
 ) -> torch.Tensor:
     """‖W + scale·B·A‖₂ of each row, [out], in the dtype of A and B; not masked. A few rows are dense at a time."""
     norms = a.new_empty(b.shape[0])
-    for rows in _rows(bits, a.shape[1], a.element_size()):
+    for rows in _rows(bits, a.shape[1], a.element_size(), values.shape):
         weight = rows.dense(values, a.dtype)
         norms[rows.part] = torch.linalg.vector_norm(weight.addmm_(b[rows.part], a, alpha=scale), dim=1)
     return norms
@@ -198,5 +208,4 @@ def spread_rows(factors: torch.Tensor, bits: torch.Tensor, values_shape: torch.S
     """A number for each row, [out], at each packed value of that row; its shape broadcasts to `values_shape`."""
     if len(values_shape) == 2:
         return factors[:, None]
-    table = unpack_mask(torch.arange(256, dtype=torch.uint8, device=bits.device)[:, None], 8).sum(1)
-    return factors.repeat_interleave(table[bits.long()].sum(1))
+    return factors.repeat_interleave(_counts(bits))
