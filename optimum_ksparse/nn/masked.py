@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .kernels import decompress
 from .packing import unpack_mask
@@ -38,7 +39,9 @@ class _Rows:
     def dense(self, values: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """These rows of W, of which all kept weights are one where there are no values."""
         if values is None:
-            return self.mask().to(dtype)
+            # By a table of bytes, several times faster on a processor than to unpack the mask and to convert it.
+            table = _byte_masks(self.bits.device).to(dtype)
+            return F.embedding(self.bits.int(), table).flatten(-2)[:, : self.in_features]
         return decompress(values.reshape(-1)[self.own].to(dtype), self.bits, self.in_features)
 
 
@@ -62,8 +65,12 @@ def _rows(
 
 def _counts(bits: torch.Tensor) -> torch.Tensor:
     """How many weights each row keeps, [out]."""
-    table = unpack_mask(torch.arange(256, dtype=torch.uint8, device=bits.device)[:, None], 8).sum(1)
-    return table[bits.long()].sum(1)
+    return _byte_masks(bits.device).sum(1)[bits.long()].sum(1)
+
+
+def _byte_masks(device: torch.device) -> torch.Tensor:
+    """What each byte of a mask keeps, [256, 8] bool."""
+    return unpack_mask(torch.arange(256, dtype=torch.uint8, device=device)[:, None], 8)
 
 
 def masked_linear(
