@@ -1,0 +1,118 @@
+"""How LoRA's variants compute over a packed weight: with a masked delta, and as DoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer, cache_decorator
+from peft.tuners.lora.layer import Linear, LoraVariant
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import nn
+
+from ..nn import SparseLinear, masked_linear, row_norms
+
+
+def packed_tensors(base: SparseLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and mask of a sparse layer, wherever accelerate has offloaded them: only the layer's own forward pass
+    brings them in."""
+    hook: Any = getattr(base, "_hf_hook", None)
+    tensors = [base.weight.detach(), base.weight_mask]
+    for position, name in enumerate(("weight", "weight_mask")):
+        if tensors[position].is_meta and getattr(hook, "offload", False):
+            tensors[position] = hook.weights_map[name].to(hook.execution_device)
+    values, bits = tensors
+    return values, bits.to(values.device)
+
+
+class MaskedVariant(LoraVariant):
+    """y = x·(W + s·(B·A)∘M)ᵀ. Merging is the layer's."""
+
+    @staticmethod
+    def init(module: Linear, adapter_name: str, **kwargs: Any) -> None:
+        """Has no state of its own."""
+
+    @staticmethod
+    def forward(
+        module: Linear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """Adds the masked delta's product, and LoRA's bias, to the base layer's output."""
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        scaling = float(module.scaling[active_adapter])
+        bits = packed_tensors(module.get_base_layer())[1].to(x.device)
+        dropped = module.lora_dropout[active_adapter](x)
+        result = result + masked_linear(dropped, lora_a.weight, lora_b.weight, bits, scale=scaling)
+        return result if lora_b.bias is None else result + lora_b.bias * scaling
+
+
+class SparseDoraLayer(DoraLinearLayer):
+    """The magnitudes of DoRA over a packed weight. The norms of rows, which PEFT takes from the dense sum of weight and
+    delta, come from a few dense rows at a time."""
+
+    @cache_decorator("weight-norm")
+    def get_weight_norm(
+        self,
+        base_layer: SparseLinear,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        scaling: float,
+        adapter_name: str | None = None,
+    ) -> torch.Tensor:
+        """‖W + s·B·A‖₂ of each row, [out], in the dtype of A."""
+        values, bits = packed_tensors(base_layer)
+        return row_norms(values.to(lora_a.device), bits.to(lora_a.device), lora_a.detach(), lora_b.detach(), scaling)
+
+    def update_layer(
+        self,
+        *,
+        base_layer: SparseLinear,
+        lora_A: torch.Tensor,  # noqa: N803
+        lora_B: torch.Tensor,  # noqa: N803
+        scaling: float,
+        place_on_cpu: bool = False,
+    ) -> None:
+        """Sets the magnitudes to what they are before training."""
+        if lora_A.is_meta or base_layer.weight.is_meta and not hasattr(base_layer, "_hf_hook"):
+            norm = lora_A.new_empty(base_layer.out_features)
+        else:
+            norm = self.get_weight_norm(base_layer, lora_A, lora_B, float(scaling))
+        self.weight = nn.Parameter(norm.cpu() if place_on_cpu else norm, requires_grad=True)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        lora_A: nn.Linear,  # noqa: N803
+        lora_B: nn.Linear,  # noqa: N803
+        scaling: float,
+        base_layer: SparseLinear,
+        base_result: torch.Tensor | None = None,
+        adapter_name: str = "default",
+    ) -> torch.Tensor:
+        """What DoRA adds to the base layer's output; `base_result` is that output, None where the input was dropped
+        out since. The norm is a constant to the gradient (section 4.3 of https://arxiv.org/abs/2402.09353)."""
+        norm = self.get_weight_norm(
+            base_layer, lora_A.weight, lora_B.weight, float(scaling), adapter_name=adapter_name
+        )
+        scale = self.weight / norm
+        if base_result is None:
+            base_result = base_layer(x.to(base_layer.weight.dtype))
+        if base_layer.bias is not None:
+            base_result = base_result - base_layer.bias
+        return (scale - 1) * base_result + scale * lora_B(lora_A(x)) * scaling
+
+
+class SparseDoraVariant(DoraLinearVariant):
+    """DoRA with magnitudes of packed weights; its forward pass is PEFT's, merging the layer's."""
+
+    @staticmethod
+    def init(module: Linear, adapter_name: str, **kwargs: Any) -> None:
+        """Adds the magnitudes of an adapter."""
+        magnitudes = SparseDoraLayer(fan_in_fan_out=False)
+        magnitudes.update_layer(
+            base_layer=module.get_base_layer(),
+            lora_A=module.lora_A[adapter_name].weight,
+            lora_B=module.lora_B[adapter_name].weight,
+            scaling=module.scaling[adapter_name],
+        )
+        module.lora_magnitude_vector[adapter_name] = magnitudes
