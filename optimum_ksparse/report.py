@@ -13,6 +13,7 @@ from .config import check_keys
 
 REPORT_NAME = "sparsity_report.json"
 RESULTS_NAME = "evaluation_results.json"  # what was measured; see `evaluation.EvaluationResults`
+MERGE_REPORT_NAME = "merge_report.json"  # what merging an adapter did; see `finetuning.report.MergeReport`
 SCHEMA_VERSION = 1
 
 

@@ -7,15 +7,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .prepare import prepare_for_training
+from .report import MergedLayer, MergeReport
 from .support import extend_peft, require_peft
 
 if TYPE_CHECKING:
     from .config import SparseLoraConfig
+    from .merge import merge_adapter
 
 # Names whose modules import PEFT.
-_WITH_PEFT = {"SparseLoraConfig": "config"}
+_WITH_PEFT = {"SparseLoraConfig": "config", "merge_adapter": "merge"}
 
-__all__ = ["SparseLoraConfig", "extend_peft", "prepare_for_training"]
+__all__ = [
+    "MergeReport",
+    "MergedLayer",
+    "SparseLoraConfig",
+    "extend_peft",
+    "merge_adapter",
+    "prepare_for_training",
+]
 
 
 def __getattr__(name: str) -> Any:

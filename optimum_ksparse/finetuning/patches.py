@@ -20,6 +20,7 @@ from torch import nn
 from ..nn import SparseLinear
 from .config import SparseLoraConfig, with_mask
 from .layers import SparseHiraLinear, SparseLoraLinear
+from .masks import extend_saving
 from .targets import SPARSE, base_of, check_targets, targets_of_state
 
 _applied = False
@@ -38,6 +39,7 @@ def apply() -> None:
     for kind in (PeftModel, PeftMixedModel):
         kind.get_nb_trainable_parameters = _with_logical_weights(kind.get_nb_trainable_parameters)
     PeftModel.from_pretrained = classmethod(_with_masked_config(PeftModel.from_pretrained.__func__))
+    extend_saving(PeftModel)
     peft.peft_model.set_peft_model_state_dict = _with_whole_state(peft.peft_model.set_peft_model_state_dict)
 
 
