@@ -152,8 +152,8 @@ class GramMatrix(ColumnNorms):
 
 
 class CrossMatrix:
-    """The other inputs O of a layer beside its inputs X: OᵀX / tokens, [in, in] float32. A layer with the weight W that
-    meets O has the outputs Y = OWᵀ, so that YᵀX / tokens = W·OᵀX / tokens.
+    """The other inputs O of a layer beside its inputs X: OᵀX / tokens, [in, in] float32. A layer with the weight W
+    that meets O has the outputs Y = OWᵀ, so that YᵀX / tokens = W·OᵀX / tokens.
 
     Args:
         in_features: width of both inputs.

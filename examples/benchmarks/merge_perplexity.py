@@ -49,7 +49,9 @@ def pruned(args, tokenizer, samples: torch.Tensor):
 def trained(args, tokenizer, texts: list[str]):
     """The pruned model with its adapter, and the folder of that."""
     base, source = pruned(args, tokenizer, cut(tokenizer, texts, 512)[: args.num_samples])
-    folder = Path(args.work) / f"adapter-{source.name}-r{args.rank}-{args.steps}x{args.batch}x{args.length}-{args.lr:g}"
+    folder = (
+        Path(args.work) / f"adapter-{source.name}-r{args.rank}-{args.steps}x{args.batch}x{args.length}-{args.lr:g}"
+    )
     if not folder.is_dir():
         set_seed(0)
         config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -81,7 +83,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "calibration", "evaluation", "work"):
         parser.add_argument(name)
-    for name, value in {"pattern": "2:4", "num_samples": 32, "rank": 8, "steps": 100, "batch": 4, "length": 256}.items():
+    for name, value in {
+        "pattern": "2:4",
+        "num_samples": 32,
+        "rank": 8,
+        "steps": 100,
+        "batch": 4,
+        "length": 256,
+    }.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--windows", type=int, default=12, help="of 512 tokens, to measure")
@@ -103,7 +112,9 @@ def main() -> None:
             model = merge_adapter(model, method=run, dataset=samples)
             figures = model.merge_report.totals()
         seconds = round(time.perf_counter() - started, 1)
-        result = evaluate_perplexity(model, tokenizer, read(args.evaluation), seq_len=512, max_tokens=args.windows * 512)
+        result = evaluate_perplexity(
+            model, tokenizer, read(args.evaluation), seq_len=512, max_tokens=args.windows * 512
+        )
         print(json.dumps({"run": run, "merge_seconds": seconds, **figures, **result}), flush=True)
 
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -56,8 +55,8 @@ def check_mergeable(peft_model: Any, adapter_names: list[str] | None) -> list[st
 
     Raises:
         TypeError: this is no PEFT model on a transformers model, or `adapter_names` is no list of names.
-        ValueError: an adapter does not exist, is merged already, belongs to other masks, holds NaN or Inf, or cannot be
-            merged; or the model is dense or offloaded.
+        ValueError: an adapter does not exist, is merged already, belongs to other masks, holds NaN or Inf, or cannot
+            be merged; or the model is dense or offloaded.
     """
     if not isinstance(peft_model, PeftModel):
         raise TypeError(

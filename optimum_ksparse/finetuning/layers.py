@@ -1,5 +1,5 @@
-"""PEFT's layers of LoRA and HiRA over a `SparseLinear`: they compute as PEFT's do over the dense weight with its zeros,
-and merging never fills a zero."""
+"""PEFT's layers of LoRA and HiRA over a `SparseLinear`: they compute as PEFT's do over the dense weight with its
+zeros, and merging never fills a zero."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from ..nn import SparseLinear, masked_linear, packed_product, row_norms, spread_rows
 from ..nn.packing import unpack, unpack_mask
-from .variants import MaskedVariant, SparseDoraVariant, packed_tensors
+from .variants import MaskedVariant, SparseDoraVariant, onloaded, packed_tensors
 
 
 class _KeepsZeros:
-    """Merging for both: the packed values become those of the effective weight, which is summed over all merged
-    adapters from the values before, in float32, and rounded once; so merging does not depend on the order, and
-    unmerging puts the same bits back."""
+    """Merging for both: the packed values become those of the effective weight, which is computed in float32 from the
+    values before, with all merged adapters, and rounded once; unmerging puts the same bits back."""
 
     merged_adapters: list[str]
     get_base_layer: Callable[[], SparseLinear]
@@ -30,9 +29,11 @@ class _KeepsZeros:
     def _has_adapter(self, name: str) -> bool:
         raise NotImplementedError
 
-    def _change(self, name: str, weight: torch.Tensor, bits: torch.Tensor, packed: bool) -> torch.Tensor:
-        """What an adapter adds to `weight`, the packed values in float32 or float64, or where `packed` is False the
-        dense weight, in its shape."""
+    def _adapt(
+        self, name: str, effective: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, packed: bool
+    ) -> torch.Tensor:
+        """The effective weight with one more adapter. All are packed values, in float32 or float64, or where `packed`
+        is False dense weights; `weight` is that without adapters."""
         raise NotImplementedError
 
     def _merged_bias(self, bias: torch.Tensor | None, names: list[str]) -> torch.Tensor | None:
@@ -41,7 +42,8 @@ class _KeepsZeros:
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters, the active ones by default, into the packed weight: W + s·(B·A)∘M for LoRA, m/‖V‖·(W +
-        s·B·A) at the mask for DoRA, W∘(1 + B·A) for HiRA; of several, what each adds is summed as in the forward pass.
+        s·B·A) at the mask for DoRA, W∘(1 + B·A) for HiRA; several, in the order in which they are merged, as the
+        forward pass takes them one after the other.
 
         Args:
             safe_merge: raise ValueError, and change nothing, where a result is not finite.
@@ -50,9 +52,8 @@ class _KeepsZeros:
         Raises:
             RuntimeError: an adapter has a bias, the base layer has none.
         """
-        names = [
-            name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if self._has_adapter(name)
-        ]
+        wanted = check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
+        names = [name for name in dict.fromkeys(wanted) if self._has_adapter(name)]
         if not names:
             return
         base, merged = self.get_base_layer(), [*self.merged_adapters, *names]
@@ -79,7 +80,7 @@ class _KeepsZeros:
     @torch.no_grad()
     def effective_weight(self, adapter_names: list[str] | None = None) -> torch.Tensor:
         """The dense weight that the unmerged layer computes with, [out, in] in float32: the base weight and what each
-        adapter adds to it, at the mask or everywhere.
+        adapter does to it, at the mask or everywhere.
 
         Args:
             adapter_names: those that count; the active ones by default. Names that this layer lacks do not count.
@@ -95,7 +96,7 @@ class _KeepsZeros:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         effective = weight.clone()
         for name in names:
-            effective += self._change(name, weight, bits, packed)
+            effective = self._adapt(name, effective, weight, bits, packed)
         return effective
 
     def _original(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -103,8 +104,8 @@ class _KeepsZeros:
         if self._before_merge is not None:
             return self._before_merge
         base = self.get_base_layer()
-        bias = None if base.bias is None else base.bias.detach().cpu()
-        return packed_tensors(base)[0].cpu(), bias
+        bias = None if base.bias is None else onloaded(base, "bias").detach().cpu()
+        return packed_tensors(base)[0].detach().cpu(), bias
 
     def _put(self, values: torch.Tensor, bias: torch.Tensor | None) -> None:
         base = self.get_base_layer()
@@ -143,7 +144,8 @@ class SparseLoraLinear(_KeepsZeros, lora.Linear):
         """The delta s·B·A of an adapter, dense, [out, in]; with zeros where the weight has them if it is masked."""
         delta = super().get_delta_weight(adapter)
         if self.is_masked(adapter):
-            delta = delta * unpack_mask(packed_tensors(self.get_base_layer())[1].to(delta.device), self.in_features)
+            base = self.get_base_layer()
+            delta = delta * unpack_mask(packed_tensors(base)[1].to(delta.device), base.in_features)
         return delta
 
     def _has_adapter(self, name: str) -> bool:
@@ -156,24 +158,29 @@ class SparseLoraLinear(_KeepsZeros, lora.Linear):
                     raise RuntimeError(
                         f"adapter {name!r} has a bias (lora_bias=True), the base layer has none: it cannot be merged"
                     )
-                bias = bias + self.lora_B[name].bias.detach().to(bias) * float(self.scaling[name])
+                module: Any = self.lora_B[name]
+                bias = bias + module.bias.detach().to(bias) * float(self.scaling[name])
         return bias
 
-    def _change(self, name: str, weight: torch.Tensor, bits: torch.Tensor, packed: bool) -> torch.Tensor:
+    def _adapt(
+        self, name: str, effective: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, packed: bool
+    ) -> torch.Tensor:
         variant = self.lora_variant.get(name)
         if isinstance(variant, ALoraLinearVariant):
             raise NotImplementedError(f"adapter {name!r} (aLoRA) acts on some tokens only and cannot be merged")
-        a, b = (factors[name].weight.detach().to(weight) for factors in (self.lora_A, self.lora_B))
+        a, b = (onloaded(factors[name], "weight").detach().to(weight) for factors in (self.lora_A, self.lora_B))
         scaling = float(self.scaling[name])
         delta = packed_product(a, b * scaling, bits, weight.shape) if packed else (b * scaling) @ a
         if isinstance(variant, MaskedVariant) and not packed:
-            delta *= unpack_mask(bits, self.in_features)
+            delta *= unpack_mask(bits, a.shape[1])
         if not isinstance(variant, SparseDoraVariant):
-            return delta
+            return effective + delta
+        magnitudes = onloaded(self.lora_magnitude_vector[name], "weight").detach().to(weight)
         norm = row_norms(weight, bits, a, b, scaling) if packed else torch.linalg.vector_norm(weight + delta, dim=1)
-        scale = self.lora_magnitude_vector[name].weight.detach().to(weight) / norm
+        scale = magnitudes / norm
         scale = spread_rows(scale, bits, weight.shape) if packed else scale[:, None]
-        return (scale - 1) * weight + scale * delta
+        # PEFT scales the output of the layer as it is by then, with the adapters before this one.
+        return scale * (effective + delta)
 
 
 class SparseHiraLinear(_KeepsZeros, hira.Linear):
@@ -191,17 +198,17 @@ class SparseHiraLinear(_KeepsZeros, hira.Linear):
         for name in self.active_adapters:
             if not self._has_adapter(name):
                 continue
-            a, b = self.hira_A[name], self.hira_B[name]
+            a, b = onloaded(self.hira_A, name), onloaded(self.hira_B, name)
             x = self._cast_input_dtype(x, a.dtype)
-            base = self.get_base_layer()
-            values, bits = packed_tensors(base)
-            values = base.weight if base.weight.requires_grad else values.to(x.device)
-            result = result + masked_linear(self.hira_dropout[name](x), a, b, bits.to(x.device), values)
+            values, bits = packed_tensors(self.get_base_layer())
+            result = result + masked_linear(self.hira_dropout[name](x), a, b, bits, values)
         return result.to(dtype)
 
     def _has_adapter(self, name: str) -> bool:
         return name in self.hira_A
 
-    def _change(self, name: str, weight: torch.Tensor, bits: torch.Tensor, packed: bool) -> torch.Tensor:
-        a, b = (factors[name].detach().to(weight) for factors in (self.hira_A, self.hira_B))
-        return weight * (packed_product(a, b, bits, weight.shape) if packed else b @ a)
+    def _adapt(
+        self, name: str, effective: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, packed: bool
+    ) -> torch.Tensor:
+        a, b = (onloaded(factors, name).detach().to(weight) for factors in (self.hira_A, self.hira_B))
+        return effective + weight * (packed_product(a, b, bits, weight.shape) if packed else b @ a)

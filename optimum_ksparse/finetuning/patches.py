@@ -33,12 +33,15 @@ def apply() -> None:
         return
     _applied = True
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = SparseLoraConfig
-    LoraModel._create_new_module = staticmethod(_with_layer(LoraModel._create_new_module, SparseLoraLinear))
-    HiraModel._create_new_module = staticmethod(_with_layer(HiraModel._create_new_module, SparseHiraLinear))
-    BaseTuner.inject_adapter = _with_check(BaseTuner.inject_adapter)
+    kind: Any  # mypy takes a method for what cannot be assigned
+    for kind, layer in ((LoraModel, SparseLoraLinear), (HiraModel, SparseHiraLinear)):
+        kind._create_new_module = staticmethod(_with_layer(kind._create_new_module, layer))
     for kind in (PeftModel, PeftMixedModel):
         kind.get_nb_trainable_parameters = _with_logical_weights(kind.get_nb_trainable_parameters)
-    PeftModel.from_pretrained = classmethod(_with_masked_config(PeftModel.from_pretrained.__func__))
+    kind = BaseTuner
+    kind.inject_adapter = _with_check(kind.inject_adapter)
+    kind = PeftModel
+    kind.from_pretrained = classmethod(_with_masked_config(kind.from_pretrained.__func__))
     extend_saving(PeftModel)
     peft.peft_model.set_peft_model_state_dict = _with_whole_state(peft.peft_model.set_peft_model_state_dict)
 
@@ -67,7 +70,7 @@ def _with_check(inject: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(inject)
 
     @functools.wraps(inject)
-    def inject_adapter(self: BaseTuner, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
         state_dict = signature.bind(self, *args, **kwargs).arguments.get("state_dict")
         prepare = self._prepare_model
 
@@ -89,7 +92,7 @@ def _with_logical_weights(count: Callable[..., tuple[int, int]]) -> Callable[...
     """`get_nb_trainable_parameters` whose second number counts a sparse layer's zeros too, as its name says."""
 
     @functools.wraps(count)
-    def get_nb_trainable_parameters(self: nn.Module) -> tuple[int, int]:
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
         trainable, total = count(self)
         sparse = [module for module in self.modules() if isinstance(module, SPARSE)]
         zeros = sum(module.dense_bytes // module.weight.element_size() - module.weight.numel() for module in sparse)
@@ -122,7 +125,7 @@ def _with_whole_state(load: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(load)
     def set_peft_model_state_dict(
-        model: nn.Module,
+        model: Any,
         peft_model_state_dict: Mapping[str, torch.Tensor],
         adapter_name: str = "default",
         ignore_mismatched_sizes: bool = False,
@@ -141,7 +144,7 @@ def _with_whole_state(load: Callable[..., Any]) -> Callable[..., Any]:
     return set_peft_model_state_dict
 
 
-def _check_state(model: nn.Module, state: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+def _check_state(model: Any, state: Mapping[str, torch.Tensor], adapter_name: str) -> None:
     """Raises ValueError, naming the first tensor, where an adapter's tensors are not those of this model."""
     kind = model.peft_config[adapter_name].peft_type
     if kind not in (PeftType.LORA, PeftType.HIRA):

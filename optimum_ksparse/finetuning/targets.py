@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
@@ -15,8 +16,8 @@ from .config import lora_variants
 
 SPARSE = (SparseLinear, SparseExperts)
 SUPPORTED = (
-    "supported on sparse layers are LoRA (with rsLoRA, DoRA, aLoRA, VeLoRA, or masked) and HiRA; every tuner may still "
-    "target modules that are dense"
+    "supported on sparse layers are LoRA (with rsLoRA, DoRA, aLoRA, VeLoRA, or masked) and HiRA; every tuner may "
+    "still target modules that are dense"
 )
 # Of LoRA: the variants that work over a packed weight, and the initialisations that need its dense form.
 _VARIANTS = {"use_dora", "alora_invocation_tokens", "velora_config"}
@@ -40,7 +41,7 @@ def sparse_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, base_of(module)
 
 
-def check_targets(tuner: BaseTuner, config: PeftConfig, model: nn.Module, names: set[str] | None = None) -> None:
+def check_targets(tuner: BaseTuner, config: Any, model: nn.Module, names: set[str] | None = None) -> None:
     """Checks, before anything is changed, that a tuner can wrap the sparse modules that it targets.
 
     Args:
@@ -67,13 +68,13 @@ def check_targets(tuner: BaseTuner, config: PeftConfig, model: nn.Module, names:
         )
 
 
-def targets_of_state(config: PeftConfig, keys: set[str]) -> set[str]:
+def targets_of_state(config: Any, keys: set[str]) -> set[str]:
     """Names of the modules that the state dict of an adapter has tensors of."""
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     return {key.rsplit(f".{prefix}", 1)[0].removeprefix("_orig_mod.") for key in keys}
 
 
-def _targeted_parameter(config: PeftConfig, name: str) -> str | None:
+def _targeted_parameter(config: Any, name: str) -> str | None:
     """The entry of `target_parameters` that means a sparse module, or the parameter that it stands for."""
     for target in getattr(config, "target_parameters", None) or []:
         if any(own == target or own.endswith(f".{target}") for own in (name, f"{name}.weight")):
@@ -81,7 +82,7 @@ def _targeted_parameter(config: PeftConfig, name: str) -> str | None:
     return None
 
 
-def _check(config: PeftConfig, name: str, module: nn.Module, parameter: str | None) -> None:
+def _check(config: Any, name: str, module: nn.Module, parameter: str | None) -> None:
     kind, tuner = type(module).__name__, f"{config.peft_type.value} ({type(config).__name__})"
     if config.peft_type not in (PeftType.LORA, PeftType.HIRA):
         raise TypeError(f"{tuner} cannot adapt {name}, which is a sparse layer ({kind}): {SUPPORTED}")

@@ -6,48 +6,52 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer, cache_decorator
-from peft.tuners.lora.layer import Linear, LoraVariant
+from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from ..nn import SparseLinear, masked_linear, row_norms
 
 
+def onloaded(module: nn.Module, name: str) -> torch.Tensor:
+    """A tensor of a module, wherever accelerate has offloaded it: only the module's own forward pass brings it in."""
+    tensor: torch.Tensor = getattr(module, name)
+    hook: Any = getattr(module, "_hf_hook", None)
+    if tensor.is_meta and getattr(hook, "offload", False):
+        return hook.weights_map[name].to(hook.execution_device)
+    return tensor
+
+
 def packed_tensors(base: SparseLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and mask of a sparse layer, wherever accelerate has offloaded them: only the layer's own forward pass
-    brings them in."""
-    hook: Any = getattr(base, "_hf_hook", None)
-    tensors = [base.weight.detach(), base.weight_mask]
-    for position, name in enumerate(("weight", "weight_mask")):
-        if tensors[position].is_meta and getattr(hook, "offload", False):
-            tensors[position] = hook.weights_map[name].to(hook.execution_device)
-    values, bits = tensors
-    return values, bits.to(values.device)
+    """Values and mask of a sparse layer, on one device."""
+    values = onloaded(base, "weight")
+    return values, onloaded(base, "weight_mask").to(values.device)
 
 
 class MaskedVariant(LoraVariant):
     """y = x·(W + s·(B·A)∘M)ᵀ. Merging is the layer's."""
 
     @staticmethod
-    def init(module: Linear, adapter_name: str, **kwargs: Any) -> None:
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
         """Has no state of its own."""
 
     @staticmethod
     def forward(
-        module: Linear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """Adds the masked delta's product, and LoRA's bias, to the base layer's output."""
-        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        lora_b = module.lora_B[active_adapter]
+        a, b = onloaded(module.lora_A[active_adapter], "weight"), onloaded(lora_b, "weight")
         scaling = float(module.scaling[active_adapter])
         bits = packed_tensors(module.get_base_layer())[1].to(x.device)
         dropped = module.lora_dropout[active_adapter](x)
-        result = result + masked_linear(dropped, lora_a.weight, lora_b.weight, bits, scale=scaling)
-        return result if lora_b.bias is None else result + lora_b.bias * scaling
+        result = result + masked_linear(dropped, a, b, bits, scale=scaling)
+        return result if lora_b.bias is None else result + onloaded(lora_b, "bias") * scaling
 
 
 class SparseDoraLayer(DoraLinearLayer):
-    """The magnitudes of DoRA over a packed weight. The norms of rows, which PEFT takes from the dense sum of weight and
-    delta, come from a few dense rows at a time."""
+    """The magnitudes of DoRA over a packed weight. The norms of rows, which PEFT takes from the dense sum of weight
+    and delta, come from a few dense rows at a time."""
 
     @cache_decorator("weight-norm")
     def get_weight_norm(
@@ -60,6 +64,7 @@ class SparseDoraLayer(DoraLinearLayer):
     ) -> torch.Tensor:
         """‖W + s·B·A‖₂ of each row, [out], in the dtype of A."""
         values, bits = packed_tensors(base_layer)
+        values = values.detach()
         return row_norms(values.to(lora_a.device), bits.to(lora_a.device), lora_a.detach(), lora_b.detach(), scaling)
 
     def update_layer(
@@ -72,7 +77,7 @@ class SparseDoraLayer(DoraLinearLayer):
         place_on_cpu: bool = False,
     ) -> None:
         """Sets the magnitudes to what they are before training."""
-        if lora_A.is_meta or base_layer.weight.is_meta and not hasattr(base_layer, "_hf_hook"):
+        if lora_A.is_meta or (base_layer.weight.is_meta and not hasattr(base_layer, "_hf_hook")):
             norm = lora_A.new_empty(base_layer.out_features)
         else:
             norm = self.get_weight_norm(base_layer, lora_A, lora_B, float(scaling))
@@ -91,14 +96,13 @@ class SparseDoraLayer(DoraLinearLayer):
     ) -> torch.Tensor:
         """What DoRA adds to the base layer's output; `base_result` is that output, None where the input was dropped
         out since. The norm is a constant to the gradient (section 4.3 of https://arxiv.org/abs/2402.09353)."""
-        norm = self.get_weight_norm(
-            base_layer, lora_A.weight, lora_B.weight, float(scaling), adapter_name=adapter_name
-        )
+        a, b = onloaded(lora_A, "weight"), onloaded(lora_B, "weight")
+        norm = self.get_weight_norm(base_layer, a, b, float(scaling), adapter_name=adapter_name)
         scale = self.weight / norm
         if base_result is None:
             base_result = base_layer(x.to(base_layer.weight.dtype))
         if base_layer.bias is not None:
-            base_result = base_result - base_layer.bias
+            base_result = base_result - onloaded(base_layer, "bias")
         return (scale - 1) * base_result + scale * lora_B(lora_A(x)) * scaling
 
 
@@ -106,7 +110,7 @@ class SparseDoraVariant(DoraLinearVariant):
     """DoRA with magnitudes of packed weights; its forward pass is PEFT's, merging the layer's."""
 
     @staticmethod
-    def init(module: Linear, adapter_name: str, **kwargs: Any) -> None:
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
         """Adds the magnitudes of an adapter."""
         magnitudes = SparseDoraLayer(fan_in_fan_out=False)
         magnitudes.update_layer(

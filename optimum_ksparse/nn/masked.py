@@ -70,17 +70,21 @@ def masked_linear(
     x, A and B are cast as those of `F.linear`.
 
     Raises:
-        RuntimeError: shapes or dtypes of x, A and B do not fit together.
+        RuntimeError: shapes, dtypes or devices do not fit together.
     """
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
     found = x.shape[-1], a.shape[1], b.shape
-    if found != (a.shape[1], a.shape[1], (bits.shape[0], a.shape[0])) or not x.dtype == a.dtype == b.dtype:
+    alike = x.dtype == a.dtype == b.dtype and x.device == a.device == b.device == bits.device
+    if found != (a.shape[1], a.shape[1], (bits.shape[0], a.shape[0])) or not alike:
+        tensors = ", ".join(
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            for name, tensor in (("x", x), ("A", a), ("B", b), ("the mask", bits))
+        )
         raise RuntimeError(
-            f"x is {x.dtype} {list(x.shape)}, A is {a.dtype} {list(a.shape)}, B is {b.dtype} {list(b.shape)}; needed "
-            f"are one dtype and [..., in], [rank, in], [{bits.shape[0]}, rank]"
+            f"{tensors}; needed are one dtype, one device and [..., in], [rank, in], [{bits.shape[0]}, rank]"
         )
     return _masked_linear(x, a, b, bits, values, scale)
 

@@ -45,9 +45,7 @@ def solve_on_mask(
     """
     _check(weight, gram, mask, start, cross)
     if damping < 0 or tolerance < 0 or max_steps < 0:
-        raise ValueError(
-            f"damping={damping}, max_steps={max_steps} and tolerance={tolerance} must not be below zero"
-        )
+        raise ValueError(f"damping={damping}, max_steps={max_steps} and tolerance={tolerance} must not be below zero")
     diagonal = gram.diagonal()
     kept = mask.to(gram.dtype)
     first = (weight if start is None else start).to(gram) * kept
