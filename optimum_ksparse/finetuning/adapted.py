@@ -43,7 +43,13 @@ class AdaptedLayer:
 def adapted_layers(root: nn.Module, names: list[str]) -> dict[str, BaseTunerLayer]:
     """PEFT's layers under `root` that have one of the adapters `names`, by path."""
     found = {path: module for path, module in root.named_modules() if isinstance(module, BaseTunerLayer)}
-    return {path: layer for path, layer in found.items() if set(names) & layer._get_available_adapters()}
+    return {path: layer for path, layer in found.items() if own_adapters(layer, names)}
+
+
+def own_adapters(layer: BaseTunerLayer, names: list[str]) -> list[str]:
+    """Those of `names` that a layer has."""
+    available = layer._get_available_adapters()
+    return [name for name in names if name in available]
 
 
 def is_sparse(layer: BaseTunerLayer) -> bool:

@@ -15,9 +15,9 @@ from ..calibration import BlockReplay, DecoderBlocks
 from ..nn import SparseLinear, densified
 from ..nn.packing import unpack_mask
 from ..pruners.solve import solve_on_mask
-from ..pruning import each_block
-from ..statistics import CrossMatrix, GramMatrix
-from .adapted import AdaptedLayer, adapted_layers, is_sparse
+from ..pruning import each_block, relative_output_error
+from ..statistics import ColumnNorms, CrossMatrix, GramMatrix
+from .adapted import AdaptedLayer, adapted_layers, is_sparse, own_adapters
 from .report import MergedLayer
 
 
@@ -34,9 +34,11 @@ class MergeSettings:
 
 @dataclass
 class _Inputs:
-    """What is known of a layer's inputs: in the merged model, and beside those in the unmerged one."""
+    """What is known of a layer's inputs: in the merged model, in the unmerged one, and of both together; that is None
+    where they are not those of the same tokens."""
 
     gram: GramMatrix
+    unmerged: ColumnNorms
     cross: CrossMatrix | None
 
 
@@ -87,36 +89,32 @@ def merge_blocks(
     Returns:
         A row for each layer.
     """
-    unmerged = replay.fork() if replay is not None and settings.solve else None
+    unmerged = None if replay is None else replay.fork()
     last = len(blocks.blocks) - 1
 
     def step(index: int, block: nn.Module) -> list[MergedLayer]:
         layers = {
-            name: AdaptedLayer(blocks.name_in_decoder(index, name), layer, _own(layer, names))
+            name: AdaptedLayer(blocks.name_in_decoder(index, name), layer, own_adapters(layer, names))
             for name, layer in adapted_layers(block, names).items()
             if is_sparse(layer)
         }
         merge, rows = _BlockMerge(layers), []
         with densified(block):
             for group in _groups(index, block, layers, replay):
-                inputs = {} if replay is None else _collect(index, block, merge, group, replay, unmerged)
+                inputs = {}
+                if replay is not None and unmerged is not None:
+                    inputs = _collect(index, block, merge, group, replay, unmerged)
                 for name in group:
                     rows.append(_merge_layer(name, merge, inputs.get(name), settings))
-            if replay is not None and index < last:
+            if replay is not None and unmerged is not None and index < last:
                 with merge.as_merged():
                     replay.advance(index, block)
-                if unmerged is not None:
-                    unmerged.advance(index, block)
+                unmerged.advance(index, block)
         merge.finish()
         return rows
 
     tokens = 0 if replay is None else replay.tokens.numel()
     return each_block(f"Merging ({'solve' if settings.solve else 'masked'})", blocks, step, tokens=tokens)
-
-
-def _own(layer: nn.Module, names: list[str]) -> list[str]:
-    available = layer._get_available_adapters()  # type: ignore[operator]
-    return [name for name in names if name in available]
 
 
 def _groups(
@@ -137,18 +135,10 @@ def _collect(
     merge: _BlockMerge,
     group: list[str],
     replay: BlockReplay,
-    unmerged: BlockReplay | None,
+    unmerged: BlockReplay,
 ) -> dict[str, _Inputs]:
     """Statistics of the inputs of a group by layer; a layer that no token reached is missing."""
     layers = {name: merge.layers[name].layer for name in group}
-
-    def gram(layer: nn.Module) -> GramMatrix:
-        return GramMatrix(layer.get_base_layer().in_features, replay.hidden.device)  # type: ignore[operator]
-
-    if unmerged is None:
-        with merge.as_merged():
-            found = replay.collect(index, block, layers, gram)  # type: ignore[arg-type]
-        return {name: _Inputs(statistics, None) for name, statistics in found.items()}  # type: ignore[arg-type]
     leaders: dict[str, str] = {}
     inputs: dict[str, _Inputs] = {}
     here = replay.inputs(index, block, layers, leaders)
@@ -159,14 +149,17 @@ def _collect(
             batch = next(here)
         for name, x in batch.items():
             if name not in inputs:
-                inputs[name] = _Inputs(gram(layers[name]), CrossMatrix(x.shape[-1], replay.hidden.device))
+                size = (x.shape[-1], hidden.device)
+                known = (GramMatrix(*size, replay.tokens.numel()), ColumnNorms(*size, replay.tokens.numel()))
+                inputs[name] = _Inputs(*known, CrossMatrix(*size))
             inputs[name].gram.update(x)
-            other, pair = others.get(name), inputs[name].cross
+            other, cross = others.get(name), inputs[name].cross
             # Tokens routed to an expert in one model may go elsewhere in the other.
             if other is None or other.shape != x.shape or not _is_whole(x, hidden, replay.skip_first):
                 inputs[name].cross = None
-            elif pair is not None:
-                pair.update(other, x)
+            elif cross is not None:
+                inputs[name].unmerged.update(other)
+                cross.update(other, x)
     return {name: inputs[leader] for name, leader in leaders.items() if leader in inputs}
 
 
@@ -190,7 +183,8 @@ def _merge_layer(name: str, merge: _BlockMerge, inputs: _Inputs | None, settings
             weight, how = _solve(effective, weight, mask, inputs, settings), "solved"
             merge.values[name] = weight[mask].view_as(base.weight).to(base.weight.dtype)
         merge.stand_ins[name] = _stand_in(base, weight)
-        error = _relative_error(inputs.gram.gram, merge.stand_ins[name].weight.float(), effective)
+        original = None if inputs.cross is None else inputs.unmerged.sample
+        error = relative_output_error(inputs.gram.sample, effective, merge.stand_ins[name].weight, original)
     return MergedLayer(
         name=adapted.path,
         shape=(base.out_features, base.in_features),
@@ -225,11 +219,3 @@ def _stand_in(base: SparseLinear, weight: torch.Tensor) -> nn.Linear:
     dense.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
     dense.bias = base.bias
     return dense
-
-
-def _relative_error(gram: torch.Tensor, merged: torch.Tensor, effective: torch.Tensor) -> float | None:
-    """‖X(W' − W)ᵀ‖_F / ‖XWᵀ‖_F from XᵀX / tokens; None where the layer puts out nothing but zeros."""
-    gram, difference = gram.to(effective.device), merged - effective
-    size = ((effective @ gram) * effective).sum(dtype=torch.float64)
-    found = ((difference @ gram) * difference).sum(dtype=torch.float64).clamp(min=0)
-    return float((found / size).sqrt()) if size > 0 else None

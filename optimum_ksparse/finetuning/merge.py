@@ -24,7 +24,7 @@ from ..calibration import (
 from ..config import SparsityConfig, check_integer, is_token_ids
 from ..execution import apply_settings
 from ..version import library_versions
-from .adapted import active, adapted_layers, check_mergeable, describe_adapters, is_sparse
+from .adapted import active, adapted_layers, check_mergeable, describe_adapters, is_sparse, own_adapters
 from .blocks import MergeSettings, merge_blocks
 from .report import MergeReport
 
@@ -78,8 +78,16 @@ def merge_adapter(
     started = time.perf_counter()
     data = None
     if dataset is not None:
-        sampling = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
-        config = SparsityConfig("sparsegpt", dataset=dataset, tokenizer=tokenizer, prepend_bos=prepend_bos, **sampling)
+        config = SparsityConfig(
+            "sparsegpt",
+            dataset=dataset,
+            tokenizer=tokenizer,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            prepend_bos=prepend_bos,
+        )
         with evaluation_mode(model), active(model, names):
             data = _draw(model, config)
     report = MergeReport(method, describe_adapters(peft_model, names), {} if data is None else data.description)
@@ -92,8 +100,11 @@ def merge_adapter(
                 blocks = find_blocks(model)
                 replay = None if data is None else BlockReplay(blocks, data.ids, batch_size)
                 report.layers = merge_blocks(blocks, names, replay, settings)
+            tied = _is_tied(model)
             report.dense_layers = _merge_dense(model, names, undo)
             _unload(peft_model, model, undo)
+            if tied and not _is_tied(model):
+                model.config.tie_word_embeddings = False
     except BaseException:
         for take_back in reversed(undo):
             take_back()
@@ -116,7 +127,7 @@ def _settings(method: str, dataset: Any, damping: float, max_steps: int, toleran
 def _draw(model: PreTrainedModel, config: SparsityConfig) -> CalibrationTokens:
     tokenizer = config.tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerBase) and not is_token_ids(config.dataset):
-        source = model.name_or_path if tokenizer is None else tokenizer
+        source = str(model.name_or_path if tokenizer is None else tokenizer)
         try:
             tokenizer = read_tokenizer(source)
         except Exception as error:  # transformers and huggingface_hub raise many kinds here
@@ -151,8 +162,7 @@ def _merge_dense(model: PreTrainedModel, names: list[str], undo: list[Callable[[
         for name, parameter in before.items():
             if parameter is not None:
                 base._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-        own = [name for name in names if name in layer._get_available_adapters()]
-        layer.merge(safe_merge=True, adapter_names=own)
+        layer.merge(safe_merge=True, adapter_names=own_adapters(layer, names))
         merged.append(path)
     return merged
 
@@ -168,7 +178,6 @@ def _restore(layer: Any, base: nn.Module, parameters: dict[str, nn.Parameter | N
 def _unload(peft_model: Any, model: Any, undo: list[Callable[[], None]]) -> None:
     """Takes PEFT's modules out of the model, whose adapters are merged."""
     settings = getattr(model, "peft_config", None)
-    tied = _is_tied(model)
     flag = getattr(model.config, "tie_word_embeddings", None)
     holders = [(holder, name, child) for holder in model.modules() for name, child in holder.named_children()]
 
@@ -182,8 +191,6 @@ def _unload(peft_model: Any, model: Any, undo: list[Callable[[], None]]) -> None
 
     undo.append(take_back)
     peft_model.base_model.unload()
-    if tied and not _is_tied(model):
-        model.config.tie_word_embeddings = False
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -25,9 +25,9 @@ class MergedLayer:
         num_values: weights kept, before and after.
         how: "exact" (the adapter changes kept weights alone), "masked" (what lies outside the mask is thrown away), or
             "solved" (the kept weights make up for that).
-        relative_output_error: ‖X(W' − W)ᵀ‖_F / ‖XWᵀ‖_F of the merged weight W' and of the weight W that the unmerged
-            layer computes with, on the calibration tokens as they reach the layer in the merged model; None where no
-            data were read, or none reached it.
+        relative_output_error: ‖X'W'ᵀ − XWᵀ‖_F / ‖XWᵀ‖_F of the merged weight W' and of the weight W that the unmerged
+            layer computes with, on a sample of the calibration tokens: X' as they reach the layer in the merged model,
+            X in the unmerged one. None where no data were read, or none reached it.
         discarded: the share of the adapter's change ΔW that lies outside the mask M, ‖ΔW∘(1 − M)‖_F / ‖ΔW‖_F.
     """
 
