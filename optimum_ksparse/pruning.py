@@ -286,9 +286,9 @@ def _prune_layer(
 def relative_output_error(
     inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor, original: torch.Tensor | None = None
 ) -> float | None:
-    """‖X̂Ŵᵀ − XWᵀ‖_F / ‖XWᵀ‖_F for weights W and Ŵ [out, in], computed in float32; None where there are no inputs or the
-    dense output is zero. X̂ is `inputs` [tokens, in], and X is `original` of the same tokens, or `inputs` where that is
-    None."""
+    """‖X̂Ŵᵀ − XWᵀ‖_F / ‖XWᵀ‖_F for weights W and Ŵ [out, in], computed in float32; None where there are no inputs or
+    the dense output is zero. X̂ is `inputs` [tokens, in], and X is `original` of the same tokens, or `inputs` where
+    that is None."""
     x = inputs.to(weight.device, torch.float32)
     dense = (x if original is None else original.to(x)) @ weight.float().T
     difference = torch.linalg.norm(x @ pruned.float().T - dense)

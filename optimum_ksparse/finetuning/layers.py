@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from peft.tuners.hira import layer as hira
 from peft.tuners.lora import layer as lora
-from peft.tuners.lora.variants import ALoraLinearVariant, VeloraLinearVariant
+from peft.tuners.lora.variants import VeloraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from ..nn import SparseLinear, masked_linear, packed_product, row_norms, spread_rows
 from ..nn.packing import unpack, unpack_mask
-from .variants import MaskedVariant, SparseDoraVariant, onloaded, packed_tensors
+from .variants import MaskedVariant, SparseAloraVariant, SparseDoraVariant, onloaded, packed_tensors
 
 
 class _KeepsZeros:
@@ -128,7 +128,7 @@ class SparseLoraLinear(_KeepsZeros, lora.Linear):
         return {
             (): None,
             ("use_dora",): SparseDoraVariant,
-            ("alora_invocation_tokens",): ALoraLinearVariant,
+            ("alora_invocation_tokens",): SparseAloraVariant,
             ("velora_config",): VeloraLinearVariant,
         }
 
@@ -166,7 +166,7 @@ class SparseLoraLinear(_KeepsZeros, lora.Linear):
         self, name: str, effective: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, packed: bool
     ) -> torch.Tensor:
         variant = self.lora_variant.get(name)
-        if isinstance(variant, ALoraLinearVariant):
+        if isinstance(variant, SparseAloraVariant):
             raise NotImplementedError(f"adapter {name!r} (aLoRA) acts on some tokens only and cannot be merged")
         a, b = (onloaded(factors[name], "weight").detach().to(weight) for factors in (self.lora_A, self.lora_B))
         scaling = float(self.scaling[name])

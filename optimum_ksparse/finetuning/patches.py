@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,9 @@ from peft.tuners.hira.model import HiraModel
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 
 from ..nn import SparseLinear
 from .config import SparseLoraConfig, with_mask
@@ -32,6 +35,7 @@ def apply() -> None:
     if _applied:
         return
     _applied = True
+    extend_saving(PeftModel)
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = SparseLoraConfig
     kind: Any  # mypy takes a method for what cannot be assigned
     for kind, layer in ((LoraModel, SparseLoraLinear), (HiraModel, SparseHiraLinear)):
@@ -42,7 +46,7 @@ def apply() -> None:
     kind.inject_adapter = _with_check(kind.inject_adapter)
     kind = PeftModel
     kind.from_pretrained = classmethod(_with_masked_config(kind.from_pretrained.__func__))
-    extend_saving(PeftModel)
+    conversion.build_peft_weight_mapping = _with_magnitudes(conversion.build_peft_weight_mapping)
     peft.peft_model.set_peft_model_state_dict = _with_whole_state(peft.peft_model.set_peft_model_state_dict)
 
 
@@ -120,6 +124,21 @@ def _with_masked_config(load: Callable[..., PeftModel]) -> Callable[..., PeftMod
     return from_pretrained
 
 
+def _with_magnitudes(build: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """`build_peft_weight_mapping` that knows the magnitudes of DoRA, without which `load_adapter` of a model of
+    transformers leaves them as they were before training (PEFT 0.21.2)."""
+
+    @functools.wraps(build)
+    def build_peft_weight_mapping(conversions: Any, adapter_name: str, peft_config: Any = None) -> list[Any]:
+        mapping = build(conversions, adapter_name, peft_config=peft_config)
+        if mapping and getattr(peft_config, "use_dora", False):
+            found = rf"(lora_magnitude_vector\.{re.escape(adapter_name)})$"
+            mapping.append(WeightRenaming(found, r"\1.weight"))
+        return mapping
+
+    return build_peft_weight_mapping
+
+
 def _with_whole_state(load: Callable[..., Any]) -> Callable[..., Any]:
     """`set_peft_model_state_dict` that, for a sparse model, refuses an adapter of another one."""
 
@@ -146,7 +165,8 @@ def _with_whole_state(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_state(model: Any, state: Mapping[str, torch.Tensor], adapter_name: str) -> None:
     """Raises ValueError, naming the first tensor, where an adapter's tensors are not those of this model."""
-    kind = model.peft_config[adapter_name].peft_type
+    config = model.peft_config.get(adapter_name)  # X-LoRA loads adapters that it does not name
+    kind = None if config is None else config.peft_type
     if kind not in (PeftType.LORA, PeftType.HIRA):
         return
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[kind]

@@ -1,4 +1,4 @@
-"""How LoRA's variants compute over a packed weight: with a masked delta, and as DoRA."""
+"""How LoRA's variants compute over a packed weight: with a masked delta, DoRA and aLoRA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer, cache_decorator
 from peft.tuners.lora.layer import LoraVariant
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from torch import nn
 
 from ..nn import SparseLinear, masked_linear, row_norms
@@ -83,31 +83,9 @@ class SparseDoraLayer(DoraLinearLayer):
             norm = self.get_weight_norm(base_layer, lora_A, lora_B, float(scaling))
         self.weight = nn.Parameter(norm.cpu() if place_on_cpu else norm, requires_grad=True)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        *,
-        lora_A: nn.Linear,  # noqa: N803
-        lora_B: nn.Linear,  # noqa: N803
-        scaling: float,
-        base_layer: SparseLinear,
-        base_result: torch.Tensor | None = None,
-        adapter_name: str = "default",
-    ) -> torch.Tensor:
-        """What DoRA adds to the base layer's output; `base_result` is that output, None where the input was dropped
-        out since. The norm is a constant to the gradient (section 4.3 of https://arxiv.org/abs/2402.09353)."""
-        a, b = onloaded(lora_A, "weight"), onloaded(lora_B, "weight")
-        norm = self.get_weight_norm(base_layer, a, b, float(scaling), adapter_name=adapter_name)
-        scale = self.weight / norm
-        if base_result is None:
-            base_result = base_layer(x.to(base_layer.weight.dtype))
-        if base_layer.bias is not None:
-            base_result = base_result - onloaded(base_layer, "bias")
-        return (scale - 1) * base_result + scale * lora_B(lora_A(x)) * scaling
-
 
 class SparseDoraVariant(DoraLinearVariant):
-    """DoRA with magnitudes of packed weights; its forward pass is PEFT's, merging the layer's."""
+    """DoRA with magnitudes of packed weights. Merging is the layer's."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -120,3 +98,33 @@ class SparseDoraVariant(DoraLinearVariant):
             scaling=module.scaling[adapter_name],
         )
         module.lora_magnitude_vector[adapter_name] = magnitudes
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """As in PEFT; the norm is a constant to the gradient (section 4.3 of https://arxiv.org/abs/2402.09353)."""
+        base, scaling = module.get_base_layer(), float(module.scaling[active_adapter])
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        magnitudes, dropout = module.lora_magnitude_vector[active_adapter], module.lora_dropout[active_adapter]
+        base_result = result
+        if module.training and not isinstance(dropout, nn.Identity):
+            x = dropout(x)
+            base_result = base(x.to(base.weight.dtype))
+        if base.bias is not None:
+            base_result = base_result - onloaded(base, "bias")
+        a, b = onloaded(lora_a, "weight"), onloaded(lora_b, "weight")
+        norm = magnitudes.get_weight_norm(base, a, b, scaling, adapter_name=active_adapter)
+        scale = onloaded(magnitudes, "weight") / norm
+        return result + (scale - 1) * base_result + scale * lora_b(lora_a(x)) * scaling
+
+
+class SparseAloraVariant(ALoraLinearVariant):
+    """aLoRA writes into the base layer's output: into a copy here, as autograd needs it of what an operator gives."""
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """As in PEFT."""
+        return ALoraLinearVariant.forward(module, active_adapter, x, result.clone(), **kwargs)
