@@ -121,7 +121,7 @@ def _check_layer(path: str, layer: Any, names: list[str]) -> None:
     if any(parameter.is_meta for parameter in layer.parameters()):
         raise ValueError(f"{path} is offloaded: load the base without device_map to merge (packed, it needs no GPU)")
     for name, parameter in layer.named_parameters():
-        if "base_layer" not in name.split(".") and not bool(parameter.isfinite().all()):
+        if set(names) & set(name.split(".")) and not bool(parameter.isfinite().all()):
             raise ValueError(f"{path}.{name} holds NaN or Inf: the adapter is broken, train it anew")
     for name in names:
         if getattr(layer, "lora_bias", {}).get(name) and getattr(base, "bias", None) is None:
