@@ -327,7 +327,7 @@ def test_logits_never_exceed_the_chunk(
 ) -> None:
     expected = evaluate_perplexity(sharp_model, tokenizer, TEXTS, seq_len=16, batch_size=2)
     limit = positions * 2 * VOCABULARY * 4
-    monkeypatch.setattr("optimum_ksparse.evaluation.perplexity._LOGITS_BYTES", limit)
+    monkeypatch.setattr("optimum_ksparse.evaluation.head._LOGITS_BYTES", limit)
     sizes = []
     handle = sharp_model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(out.numel() * 4))
     found = evaluate_perplexity(sharp_model, tokenizer, TEXTS, seq_len=16, batch_size=2)
