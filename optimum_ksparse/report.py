@@ -13,6 +13,7 @@ from .config import check_keys
 
 REPORT_NAME = "sparsity_report.json"
 RESULTS_NAME = "evaluation_results.json"  # what was measured; see `evaluation.EvaluationResults`
+TUNING_NAME = "finetuning.json"  # task, base and settings of a tuning, beside the tuned model or adapter
 SCHEMA_VERSION = 1
 
 

@@ -33,7 +33,7 @@ from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE, draw_figur
 from optimum_ksparse.hub.metadata import build_metadata, is_repo_id, merge_metadata
 from optimum_ksparse.report import LayerReport, SparsityReport
 
-from .conftest import make_config
+from .conftest import REPOSITORY, make_config
 from .loopback_hub import LoopbackHub
 
 torch.set_num_threads(1)
@@ -1153,6 +1153,28 @@ def test_without_matplotlib_there_are_no_figures(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "optimum-ksparse[plot]" in caplog.text
     assert "![" not in render_card(make_subject(figures=drawn), language)
+
+
+@pytest.mark.parametrize(("language", "name"), [("en", "README.md"), ("ko", "README_ko.md")])
+def test_the_cards_of_the_repository_are_what_the_templates_make(language: str, name: str) -> None:
+    folder = REPOSITORY / "hub_cards/gemma-3-270m-2of4"
+    report = SparsityReport.load(folder / "sparsity_report.json")
+    results = EvaluationResults.load(folder / "evaluation_results.json")
+    before = (folder / name).read_text(encoding="utf-8")
+    file_bytes = re.search(r"([\d,]{9,})(?= bytes \(bfloat16| 바이트입니다\(bfloat16)", before)
+    assert file_bytes is not None
+    subject = CardSubject(
+        name=folder.name,
+        report=report,
+        results=results,
+        metadata=build_metadata(report, results, name=folder.name, base_model=None, inherited={}),
+        storage="packed",
+        dtype="bfloat16",
+        file_bytes=int(file_bytes[1].replace(",", "")),
+        base_name=report.base_model,
+        figures={ERROR_FIGURE: True, RESULTS_FIGURE: True},
+    )
+    assert render_card(subject, language) == before
 
 
 # --- Written into a folder -------------------------------------------------------------------------------------------
