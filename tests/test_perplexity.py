@@ -336,6 +336,17 @@ def test_logits_never_exceed_the_chunk(
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_part_of_the_positions_gives_the_same(
+    name: str, make_model: MakeModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the head does not call the base, but the decoder inside it, as OPT's does."""
+    model = make_model(name)
+    expected = evaluate_perplexity(model, tokenizer, TEXTS[:1], seq_len=16)
+    monkeypatch.setattr("optimum_ksparse.evaluation.head._LOGITS_BYTES", 1)
+    assert_same(evaluate_perplexity(model, tokenizer, TEXTS[:1], seq_len=16), expected)
+
+
 def test_sparse_model_gives_the_same_as_its_dense_twin(
     sharp_model: PreTrainedModel, tokenizer: Tokenizer, token_ids: torch.Tensor
 ) -> None:

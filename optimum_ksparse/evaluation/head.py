@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..calibration import decoder_of
+
 # Logits held at a time: a vocabulary of 262,144 words and 512 positions would take half a gigabyte in float32.
 _LOGITS_BYTES = 128 * 2**20
 
@@ -62,18 +64,21 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def _frozen_base(model: PreTrainedModel, kind: type[ModelOutput]) -> Iterator[Callable[[torch.Tensor], None]]:
     """Within it the model's base returns given hidden states in an output of its own `kind`, so that the model's own
     head, with all that it does to logits (soft caps, scales), runs on a part of the positions at a time."""
-    base = model.base_model
-    own = vars(base).get("forward")
+    # Most heads call the base, and some, such as OPT's, the decoder inside it.
+    frozen = [model.base_model, *([decoder] if (decoder := decoder_of(model)) is not model.base_model else [])]
+    own = [vars(module).get("forward") for module in frozen]
     current: list[torch.Tensor] = []
 
     def forward(*args: Any, **kwargs: Any) -> ModelOutput:
         return kind(last_hidden_state=current[0])
 
-    base.forward = forward
+    for module in frozen:
+        module.forward = forward
     try:
         yield lambda hidden: current.__setitem__(slice(None), [hidden])
     finally:
-        if own is None:
-            del base.forward
-        else:
-            base.forward = own
+        for module, before in zip(frozen, own, strict=True):
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
