@@ -6,7 +6,14 @@ checkpoints load, `push_to_hub` publishes them with a card.
 
 from .api import prune_checkpoint, prune_weight, sparsify
 from .config import SparsityConfig
-from .evaluation import EvaluationProtocol, EvaluationResults, evaluate_kobest, evaluate_model, evaluate_perplexity
+from .evaluation import (
+    EvaluationProtocol,
+    EvaluationResults,
+    evaluate_kobest,
+    evaluate_model,
+    evaluate_nsmc,
+    evaluate_perplexity,
+)
 from .hub import write_card
 from .integration import register
 from .nn import SparseLinear
@@ -26,6 +33,7 @@ __all__ = [
     "__version__",
     "evaluate_kobest",
     "evaluate_model",
+    "evaluate_nsmc",
     "evaluate_perplexity",
     "prune_checkpoint",
     "prune_weight",

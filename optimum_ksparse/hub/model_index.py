@@ -17,8 +17,8 @@ KORQUAD_DATASET = "squad_kor_v1"
 
 @dataclass
 class _Entry(EvalResult):
-    """An entry that the Hub's client puts under the task of its own name: one after tuning is apart from the same
-    before it."""
+    """An entry that is written under the task of its own name: one after tuning is apart from the same before it. A
+    client that reads the index and writes it anew puts them together."""
 
     @property
     def unique_identifier(self) -> tuple[Any, ...]:
@@ -53,7 +53,7 @@ def _perplexity(row: Measurement) -> EvalResult:
         dataset_args={"sha256": texts.get("sha256")},
         metric_type="perplexity",
         metric_value=row.metrics["perplexity"],
-        metric_args={key: row.protocol[key] for key in ("seq_len", "stride", "prepend_bos", "num_tokens")},
+        metric_args=_arguments(row, "seq_len", "stride", "prepend_bos", "num_tokens"),
     )
 
 
@@ -64,7 +64,7 @@ def _kobest(row: Measurement) -> list[EvalResult]:
         "dataset_type": KOBEST_DATASET,
         "dataset_name": "KoBEST",
         "dataset_config": row.name,
-        "metric_args": {key: row.protocol[key] for key in ("num_fewshot", "limit", "num_samples")},
+        "metric_args": _arguments(row, "num_fewshot", "limit", "num_samples"),
         **_data(row),
     }
     return [
@@ -82,7 +82,7 @@ def _nsmc(row: Measurement) -> EvalResult:
         metric_type="accuracy",
         metric_name=f"accuracy, prompt {row.name.removeprefix('nsmc_')}",
         metric_value=row.metrics["accuracy"],
-        metric_args={key: row.protocol[key] for key in ("num_fewshot", "num_samples", "seed", "prompt")},
+        metric_args=_arguments(row, "num_fewshot", "num_samples", "seed", "prompt"),
     )
 
 
@@ -92,7 +92,7 @@ def _korquad(row: Measurement) -> list[EvalResult]:
         **_data(row),
         "dataset_type": KORQUAD_DATASET,
         "dataset_name": "KorQuAD 1.0",
-        "metric_args": {key: row.protocol[key] for key in ("seq_len", "stride", "num_samples")},
+        "metric_args": _arguments(row, "seq_len", "stride", "num_samples"),
     }
     return [_Entry(metric_type=metric, metric_value=row.metrics[metric], **common) for metric in ("exact_match", "f1")]
 
@@ -101,6 +101,12 @@ def _task(kind: str, row: Measurement) -> dict[str, Any]:
     title = tuning_title(row.tuning)
     name = None if title is None else f"{kind.replace('-', ' ')}, after {title} tuning"
     return {"task_type": kind, "task_name": name}
+
+
+def _arguments(row: Measurement, *keys: str) -> dict[str, Any]:
+    """Parts of the protocol, and the tuning where there was one."""
+    tuned = {} if row.tuning is None else {"tuning": row.tuning}
+    return {**{key: row.protocol[key] for key in keys}, **tuned}
 
 
 def _data(row: Measurement) -> dict[str, Any]:
