@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from . import finetuning
 from .api import prune_checkpoint, prune_weight, sparsify
 from .config import SparsityConfig
-from .evaluation import EvaluationProtocol, EvaluationResults, evaluate_kobest, evaluate_model, evaluate_perplexity
+from .evaluation import (
+    EvaluationProtocol,
+    EvaluationResults,
+    evaluate_kobest,
+    evaluate_model,
+    evaluate_nsmc,
+    evaluate_perplexity,
+)
 from .hub import write_card
 from .integration import register
 from .nn import SparseLinear
@@ -32,6 +39,7 @@ __all__ = [
     "__version__",
     "evaluate_kobest",
     "evaluate_model",
+    "evaluate_nsmc",
     "evaluate_perplexity",
     "merge_adapter",
     "prune_checkpoint",

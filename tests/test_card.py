@@ -33,7 +33,7 @@ from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE, draw_figur
 from optimum_ksparse.hub.metadata import build_metadata, is_repo_id, merge_metadata
 from optimum_ksparse.report import LayerReport, SparsityReport
 
-from .conftest import make_config
+from .conftest import REPOSITORY, make_config
 from .loopback_hub import LoopbackHub
 
 torch.set_num_threads(1)
@@ -96,6 +96,59 @@ def kobest(task: str = "copa", acc: float = 0.5, f1: float = 0.45, **protocol: A
     versions = {"torch": "2.13.0", "transformers": "5.23.0", "lm-eval": "0.4.13"}
     metrics = {"acc": acc, "acc_stderr": ERRORS[task], "f1": f1}
     return Measurement(task, metrics, {**known, **protocol}, {"device": "cpu", "batch_size": 8, "versions": versions})
+
+
+TUNING = {"task": "koalpaca", "method": "LORA", "r": 8, "steps": 300}
+
+
+def nsmc(number: int = 1, accuracy: float = 0.5, **protocol: Any) -> Measurement:
+    known = {
+        "data": {"name": "e9t/nsmc", "revision": "refs/convert/parquet"},
+        "split": "test",
+        "num_samples": 500,
+        "num_fewshot": 10,
+        "max_example_tokens": 25,
+        "seed": 1234,
+        "prompt": "Text: {s}\nFeeling:",
+        "example_labels": [0, 1, 1],
+        "items_sha256": "c0de",
+        "greedy_note": None,
+        "prepend_bos": True,
+        "dtype": "bfloat16",
+    }
+    metrics = {"accuracy": accuracy, "accuracy_stderr": 0.0224, "macro_f1": 0.4, "greedy_accuracy": accuracy / 2}
+    environment = {"device": "cpu", "batch_size": 8, "versions": {"torch": "2.13.0"}}
+    return Measurement(f"nsmc_{number}", metrics, {**known, **protocol}, environment)
+
+
+def korquad(f1: float = 60.0, **protocol: Any) -> Measurement:
+    known = {
+        "data": {"name": "squad_kor_v1", "sha256": "fade"},
+        "split": "dev",
+        "num_samples": 5774,
+        "seq_len": 512,
+        "max_question_tokens": 96,
+        "stride": 128,
+        "max_answer_tokens": 31,
+        "num_best": 19,
+        "prepend_bos": True,
+        "dtype": "bfloat16",
+    }
+    environment = {"device": "cpu", "batch_size": 8, "versions": {"torch": "2.13.0"}}
+    return Measurement("korquad", {"exact_match": f1 / 2, "f1": f1}, {**known, **protocol}, environment)
+
+
+def make_tuned() -> EvaluationResults:
+    """Everything before and after tuning, dense and sparse."""
+    results, after = make_results(), make_results()
+    for part, change in (("sparse", 1.0), ("dense", 1.25)):
+        rows = getattr(results, part)
+        for row in getattr(after, part):
+            row.protocol["tuning"] = dict(TUNING)
+        rows += [nsmc(n, 0.5 * change) for n in (1, 2)] + [korquad(60 * change)]
+        rows += [*getattr(after, part), nsmc(1, 0.6 * change, tuning=TUNING), nsmc(2, 0.6, tuning=TUNING)]
+        rows += [korquad(64 * change, tuning=TUNING)]
+    return results
 
 
 def make_results(**protocol: Any) -> EvaluationResults:
@@ -192,6 +245,8 @@ SUBJECTS: dict[str, Callable[[], CardSubject]] = {
     "shots": lambda: make_subject(
         results=EvaluationResults("0", [kobest(t, num_fewshot=n) for t in KOBEST_TASKS for n in (0, 5)])
     ),
+    "tuned": lambda: make_subject(results=make_tuned()),
+    "nsmc alone": lambda: make_subject(results=EvaluationResults("0", [nsmc(greedy_note="both begin alike")])),
     "adapter": make_adapter,
     "adapter without figures": lambda: make_adapter(report=None, results=None, base_model=None, base_name="folder"),
 }
@@ -295,6 +350,10 @@ def filled(value: str, adapter: bool = False) -> CardSubject:
         kobest("wic", limit=3, data={"files_sha256": value}),
     ]
     named = {"name": value, "dataset": value, "configuration": value, "slice": value, "sha256": value}
+    sparse += [
+        nsmc(split=value, data={"name": value}, items_sha256=value, dtype=value, prompt=value, greedy_note=value),
+        korquad(split=value, data={"name": value, "sha256": value}, dtype=value, tuning={"task": value, value: value}),
+    ]
     dense = [perplexity(9.0, texts=named), kobest("copa"), kobest("wic")]
     for row in chain(sparse, dense):
         row.environment = {"device": value, "batch_size": 1, "versions": {value: value, "lm-eval": value}}
@@ -387,7 +446,8 @@ def test_metadata_come_back_as_they_were(name: str, tmp_path: Path) -> None:
     subject = SUBJECTS[name]()
     card = render_card(subject)
     assert front(card) == subject.metadata.to_dict()
-    assert ModelCard(card).data.to_dict() == subject.metadata.to_dict()
+    if name != "tuned":  # the client puts what is before tuning and after it under one task when it writes
+        assert ModelCard(card).data.to_dict() == subject.metadata.to_dict()
     (tmp_path / "README.md").write_text(card, encoding="utf-8")
     assert metadata_load(tmp_path / "README.md") == subject.metadata.to_dict()
 
@@ -459,6 +519,22 @@ def test_the_model_index_has_each_number_of_shots_and_its_limit() -> None:
     accuracies = [(row.metric_value, row.metric_args) for row in found if row.metric_type == "accuracy"]
     assert [value for value, _ in accuracies] == [0.5, 0.75]
     assert [(args["num_fewshot"], args.get("limit")) for _, args in accuracies] == [(0, None), (5, 50)]
+
+
+def test_the_model_index_tells_before_tuning_from_after_it() -> None:
+    found = front(render_card(make_subject(results=make_tuned())))
+    assert found["metrics"] == ["perplexity", "accuracy", "f1", "exact_match"]
+    entries = {
+        (entry["dataset"]["type"], entry["task"].get("name")): {
+            metric.get("name", metric["type"]): metric["value"] for metric in entry["metrics"]
+        }
+        for entry in found["model-index"][0]["results"]
+    }
+    asked, classed = "question answering, after KoAlpaca tuning", "text classification, after KoAlpaca tuning"
+    assert entries["squad_kor_v1", None] == {"exact_match": 30.0, "f1": 60.0}
+    assert entries["squad_kor_v1", asked] == {"exact_match": 32.0, "f1": 64.0}
+    assert entries["e9t/nsmc", None] == {"accuracy, prompt 1": 0.5, "accuracy, prompt 2": 0.5}
+    assert entries["e9t/nsmc", classed] == {"accuracy, prompt 1": 0.6, "accuracy, prompt 2": 0.6}
 
 
 def test_a_perplexity_beyond_floats_is_not_in_the_model_index() -> None:
@@ -662,6 +738,52 @@ def test_the_protocol_shows_each_of_its_parts(field: str, value: Any, language: 
         for row in (make(), make(**{field: value}))
     ]
     assert cards[0] != cards[1]
+
+
+@pytest.mark.parametrize("make", [nsmc, korquad])
+def test_the_protocol_shows_each_part_of_the_other_kinds(make: Callable[..., Measurement], language: str) -> None:
+    text = section(render_card(make_subject(results=EvaluationResults("0", [make()])), language), "Protocol", language)
+    for field, value in make().protocol.items():
+        if value is None:
+            continue
+        other: Any = {str: "0therwise", int: 17, bool: False, list: [1], dict: {"name": "0therwise"}}[type(value)]
+        row = make(**{field: other})
+        card = render_card(make_subject(results=EvaluationResults("0", [row])), language)
+        assert section(card, "Protocol", language) != text, field
+
+
+def test_results_before_and_after_tuning(language: str) -> None:
+    card = render_card(make_subject(results=make_tuned()), language)
+    after = ("{}, after KoAlpaca tuning", "{}, KoAlpaca 튜닝 후")[LANGUAGES.index(language)]
+    prompt = ("NSMC, prompt 1", "NSMC, 프롬프트 1")[LANGUAGES.index(language)]
+    rows = tables(card)[0][1:]
+    found = {row[0]: row[2:] for row in reversed(rows)}  # of each task the first metric
+    assert found[prompt] == ["0.6250 ± 0.0224", "0.5000 ± 0.0224", "80.0 %"]
+    assert found[after.format(prompt)] == ["0.7500 ± 0.0224", "0.6000 ± 0.0224", "80.0 %"]
+    assert found["KorQuAD"] == ["37.50", "30.00", "80.0 %"]
+    assert found[after.format("KorQuAD")] == ["40.00", "32.00", "80.0 %"]
+    assert found[after.format("KoBEST COPA")][1:] == found["KoBEST COPA"][1:]
+    assert len(rows) == 2 * 13 + 2 * 2 * 3
+    text = section(card, "Protocol", language)
+    for fact in ("`method` LORA", "`r` 8", "`steps` 300", "c0de", "fade", "1234", "5,774", "96", "512", "128"):
+        assert fact in text, fact
+    plain = render_card(make_subject(), language)
+    assert "NSMC" not in plain and "KorQuAD" not in plain and "KoAlpaca" not in plain
+
+
+def test_a_dense_model_tuned_otherwise_is_not_comparable(language: str) -> None:
+    results = EvaluationResults("0", [korquad(tuning=TUNING)], [korquad(tuning={**TUNING, "steps": 9})])
+    row = tables(render_card(make_subject(results=results), language))[0][-1]
+    words = word("not comparable", language)
+    assert f"({words}: tuning)" in row[2] and row[4] == words
+
+
+def test_no_greedy_accuracy_where_answers_begin_alike(language: str) -> None:
+    row = nsmc(greedy_note="both answers begin with the same token")
+    row.metrics["greedy_accuracy"] = None
+    card = render_card(make_subject(results=EvaluationResults("0", [row])), language)
+    assert tables(card)[0][-1][3] == word("not evaluated", language)
+    assert "both answers begin with the same token" in section(card, "Protocol", language)
 
 
 def test_not_evaluated_without_results(language: str) -> None:
@@ -1125,6 +1247,18 @@ def test_the_figure_shows_the_results(tmp_path: Path, drawn_figures: list[Any]) 
     assert [tick.get_text() for tick in axes[1].get_xticklabels()] == list(KOBEST_TASKS)
 
 
+def test_the_figure_shows_every_kind_before_and_after_tuning(tmp_path: Path, drawn_figures: list[Any]) -> None:
+    draw_figures(tmp_path, None, make_tuned())
+    axes = drawn_figures[0].axes
+    assert [[tick.get_text() for tick in axis.get_xticklabels()] for axis in axes] == [
+        ["perplexity", "perplexity\ntuned"],
+        [*KOBEST_TASKS, *(f"{task}\ntuned" for task in KOBEST_TASKS)],
+        ["nsmc_1", "nsmc_2", "nsmc_1\ntuned", "nsmc_2\ntuned"],
+        ["korquad", "korquad\ntuned"],
+    ]
+    assert [bar.get_height() for bar in axes[3].patches] == [75.0, 80.0, 60.0, 64.0]
+
+
 def test_a_perplexity_beyond_floats_is_not_drawn_as_none(tmp_path: Path, drawn_figures: list[Any]) -> None:
     draw_figures(tmp_path, None, EvaluationResults("0", [perplexity(None)], [perplexity(10.0)]))
     texts = [text.get_text() for figure in drawn_figures for axis in figure.axes for text in axis.texts]
@@ -1153,6 +1287,28 @@ def test_without_matplotlib_there_are_no_figures(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "optimum-ksparse[plot]" in caplog.text
     assert "![" not in render_card(make_subject(figures=drawn), language)
+
+
+@pytest.mark.parametrize(("language", "name"), [("en", "README.md"), ("ko", "README_ko.md")])
+def test_the_cards_of_the_repository_are_what_the_templates_make(language: str, name: str) -> None:
+    folder = REPOSITORY / "hub_cards/gemma-3-270m-2of4"
+    report = SparsityReport.load(folder / "sparsity_report.json")
+    results = EvaluationResults.load(folder / "evaluation_results.json")
+    before = (folder / name).read_text(encoding="utf-8")
+    file_bytes = re.search(r"([\d,]{9,})(?= bytes \(bfloat16| 바이트입니다\(bfloat16)", before)
+    assert file_bytes is not None
+    subject = CardSubject(
+        name=folder.name,
+        report=report,
+        results=results,
+        metadata=build_metadata(report, results, name=folder.name, base_model=None, inherited={}),
+        storage="packed",
+        dtype="bfloat16",
+        file_bytes=int(file_bytes[1].replace(",", "")),
+        base_name=report.base_model,
+        figures={ERROR_FIGURE: True, RESULTS_FIGURE: True},
+    )
+    assert render_card(subject, language) == before
 
 
 # --- Written into a folder -------------------------------------------------------------------------------------------

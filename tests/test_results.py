@@ -23,6 +23,8 @@ from optimum_ksparse.evaluation import (
     Measurement,
     evaluate_kobest,
     evaluate_perplexity,
+    result_rows,
+    results_table,
 )
 from optimum_ksparse.evaluation.kobest import STUDY_TASKS
 from optimum_ksparse.evaluation.results import RESULTS_NAME, SCHEMA_VERSION
@@ -61,10 +63,48 @@ def kobest(task: str = "copa", f1: float = 0.5, **protocol: Any) -> Measurement:
     return Measurement(task, metrics, {**known, **protocol}, dict(ENVIRONMENT))
 
 
+TUNING = {"task": "koalpaca", "method": "LORA", "r": 8, "steps": 300}
+
+
+def nsmc(number: int = 1, accuracy: float = 0.75, **protocol: Any) -> Measurement:
+    known = {
+        "data": {"name": "e9t/nsmc"},
+        "split": "test",
+        "num_samples": 500,
+        "num_fewshot": 10,
+        "max_example_tokens": 25,
+        "seed": 1234,
+        "prompt": "{s}",
+        "example_labels": [0, 1],
+        "items_sha256": "ef",
+        "greedy_note": None,
+        "prepend_bos": False,
+        "dtype": "float32",
+    }
+    metrics = {"accuracy": accuracy, "accuracy_stderr": 0.02, "macro_f1": 0.5, "greedy_accuracy": 0.25}
+    return Measurement(f"nsmc_{number}", metrics, {**known, **protocol}, dict(ENVIRONMENT))
+
+
+def korquad(f1: float = 75.0, **protocol: Any) -> Measurement:
+    known = {
+        "data": {"sha256": "ab"},
+        "split": "dev",
+        "num_samples": 4051,
+        "seq_len": 512,
+        "max_question_tokens": 96,
+        "stride": 128,
+        "max_answer_tokens": 64,
+        "num_best": 20,
+        "prepend_bos": False,
+        "dtype": "float32",
+    }
+    return Measurement("korquad", {"exact_match": 50.0, "f1": f1}, {**known, **protocol}, dict(ENVIRONMENT))
+
+
 def make_results() -> EvaluationResults:
     return EvaluationResults(
         fingerprint="0123",
-        sparse=[perplexity(), kobest("hellaswag")],
+        sparse=[perplexity(), kobest("hellaswag"), nsmc(), korquad(tuning=dict(TUNING))],
         dense=[perplexity(10.0), kobest("copa", num_fewshot=5, limit=50)],
         dense_model="폴리글롯",
         dense_revision="89ab",
@@ -135,12 +175,26 @@ TYPES = {
     "split": "str",
     "num_samples": "int",
     "items_sha256": "str",
+    "accuracy": "int float",
+    "accuracy_stderr": "int float null",
+    "macro_f1": "int float",
+    "greedy_accuracy": "int float null",
+    "greedy_note": "str null",
+    "max_example_tokens": "int",
+    "seed": "int",
+    "prompt": "str",
+    "example_labels": "list",
+    "exact_match": "int float",
+    "max_question_tokens": "int",
+    "max_answer_tokens": "int",
+    "num_best": "int",
+    "tuning": "object null",
     "device": "str",
     "batch_size": "int",
     "versions": "object",
 }
 VALUES: dict[str, Any] = {"null": None, "bool": True, "int": 1, "float": 0.5, "str": "글", "list": [], "object": {}}
-OPTIONAL = ("dense_model", "dense_revision", "acc_norm")
+OPTIONAL = ("dense_model", "dense_revision", "acc_norm", "tuning")
 
 
 def places() -> Iterator[tuple[str, str]]:
@@ -162,7 +216,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert reload(results, tmp_path) == results
     text = (tmp_path / RESULTS_NAME).read_text(encoding="utf-8")
     assert "폴리글롯" in text
-    assert json.loads(text)["schema_version"] == SCHEMA_VERSION == 1
+    assert json.loads(text)["schema_version"] == SCHEMA_VERSION == 2
     assert [path.name for path in tmp_path.iterdir()] == [RESULTS_NAME]
 
 
@@ -307,6 +361,11 @@ def test_measurement_that_is_no_object_is_named(value: Any, tmp_path: Path) -> N
         ("dense[1].protocol.limit", 0, "at least 1"),
         ("dense[1].protocol.num_samples", 0, "at least 1"),
         ("dense[1].environment.batch_size", 0, "at least 1"),
+        ("sparse[2].metrics.accuracy", 1.5, "from 0.0 to 1.0"),
+        ("sparse[2].metrics.greedy_accuracy", -0.5, "from 0.0 to 1.0"),
+        ("sparse[3].metrics.exact_match", 100.5, "from 0.0 to 100.0"),
+        ("sparse[3].metrics.f1", -1, "from 0.0 to 100.0"),
+        ("sparse[3].protocol.stride", 0, "at least 1"),
         ("schema_version", 0, "at least 1"),
     ],
 )
@@ -344,6 +403,118 @@ def test_unknown_measurement_is_named(name: str, tmp_path: Path) -> None:
     refused(edit(tmp_path, "sparse[1].name", name), match)
 
 
+def test_a_file_of_the_first_schema_is_read_as_one_from_before_tuning(tmp_path: Path) -> None:
+    results = make_results()
+    results.sparse = results.sparse[:2]
+    results.save(tmp_path)
+    path = tmp_path / RESULTS_NAME
+    old = {**json.loads(path.read_text(encoding="utf-8")), "schema_version": 1}
+    path.write_text(json.dumps(old), encoding="utf-8")
+    found = EvaluationResults.load(path)
+    assert found == results and found.schema_version == SCHEMA_VERSION
+    assert all(row.tuning is None for row in (*found.sparse, *found.dense))
+
+
+@pytest.mark.parametrize("name", ["nsmc_2", "korquad"])
+def test_a_row_of_a_further_kind_is_sorted_whole(name: str, tmp_path: Path) -> None:
+    expected = nsmc(2, tuning=None) if name == "nsmc_2" else korquad(tuning=dict(TUNING))
+    row = {**expected.metrics, **expected.protocol, **expected.environment}
+    assert Measurement.from_row(name, row) == expected
+    assert reload(EvaluationResults("", [expected]), tmp_path).sparse == [expected]
+    with pytest.raises(KeyError, match="prepend_bos"):
+        Measurement.from_row(name, {key: value for key, value in row.items() if key != "prepend_bos"})
+
+
+def test_rows_before_and_after_tuning_are_apart() -> None:
+    results = EvaluationResults("")
+    rows = [nsmc(), nsmc(tuning=TUNING), korquad(tuning=TUNING), korquad()]
+    for row in rows:
+        results.add("sparse", row)
+    assert results.sparse == rows
+    results.add("sparse", later := nsmc(accuracy=0.5, tuning={**TUNING, "steps": 9}))
+    assert results.sparse == [rows[0], *rows[2:], later]
+    results.add("dense", korquad(tuning=TUNING))
+    results.add("dense", nsmc(accuracy=1.0))
+    dense_after, dense_before = results.dense
+    assert results.pairs() == [(rows[0], dense_before), (rows[2], dense_after), (rows[3], None), (later, None)]
+    assert results.comparable() == [(rows[0], dense_before), (rows[2], dense_after)]
+    results.add("dense", nsmc(tuning=TUNING))
+    assert len(results.comparable()) == 2  # tuned by other settings
+    assert later.differences(results.dense[-1]) == ["tuning"]
+
+
+def test_rows_of_one_tuning_are_not_there_twice(tmp_path: Path) -> None:
+    rows = [asdict(korquad()), asdict(korquad(tuning=TUNING)), asdict(korquad(tuning={"task": "x"}))]
+    refused(
+        edit(tmp_path, "sparse", rows), r"sparse\[2\] is a second measurement of korquad with 0 shots after tuning"
+    )
+
+
+def test_the_mean_is_of_before_or_after_tuning() -> None:
+    before = [kobest(task, f1=0.5) for task in STUDY_TASKS]
+    after = [kobest(task, f1=0.75, tuning=TUNING) for task in STUDY_TASKS]
+    results = EvaluationResults("", before + after)
+    assert (results.mean_f1("sparse"), results.mean_f1("sparse", tuned=True)) == (0.5, 0.75)
+    after[0].protocol["tuning"] = {"task": "korquad"}
+    assert results.mean_f1("sparse", tuned=True) is None
+    rows = [
+        (row.tuning, row.sparse)
+        for row in result_rows(EvaluationResults("", before + after[1:]))
+        if row.name == "mean"
+    ]
+    assert rows == [(None, 0.5), ("KoAlpaca", None)]
+
+
+def test_what_was_before_tuning_is_taken_over() -> None:
+    base = EvaluationResults("b", [nsmc(accuracy=0.5), perplexity(9.0)], [nsmc(accuracy=0.6), korquad()], "team/dense")
+    base.sparse.append(korquad(tuning=TUNING))  # of a tuning before this one
+    tuned = EvaluationResults("t", [nsmc(tuning=TUNING), perplexity(8.0)], [nsmc(tuning=TUNING)], "tuned")
+    tuned.take_before(base)
+    assert tuned.sparse == [nsmc(tuning=TUNING), perplexity(8.0), nsmc(accuracy=0.5)]
+    assert tuned.dense == [nsmc(tuning=TUNING), *base.dense]
+    assert (tuned.dense_model, tuned.fingerprint) == ("team/dense", "t")
+    tuned.sparse[-1].protocol["dtype"] = "float16"
+    assert base.sparse[0].protocol["dtype"] == "float32"
+    other = EvaluationResults("t", [], [nsmc(accuracy=0.9)], "another/dense")
+    other.take_before(base)
+    assert (other.dense, other.dense_model) == ([nsmc(accuracy=0.9)], "another/dense")
+
+
+def test_a_dense_model_tuned_alike_becomes_the_dense_column() -> None:
+    column = EvaluationResults("d", [], [nsmc(accuracy=0.9, tuning=TUNING)], "dense-tuned")
+    results = EvaluationResults("t", [], [korquad(), korquad(tuning=TUNING)], "team/dense")
+    results.take_baseline(column)
+    assert results.dense == [korquad(), nsmc(accuracy=0.9, tuning=TUNING)]
+    assert results.dense_model == "team/dense"
+    results.take_baseline(EvaluationResults("d", [], [nsmc()], "other/dense", "89ab"))
+    assert results.dense == [nsmc(accuracy=0.9, tuning=TUNING), nsmc()]
+    assert (results.dense_model, results.dense_revision) == ("other/dense", "89ab")
+    for wrong in (EvaluationResults("s", [nsmc()], [nsmc()]), EvaluationResults("e")):
+        with pytest.raises(ValueError, match="must be of a dense model"):
+            results.take_baseline(wrong)
+
+
+def test_the_table_names_what_was_measured_after_tuning() -> None:
+    tuning = {"task": "korquad"}
+    rows = [nsmc(accuracy=0.5), nsmc(2, num_fewshot=0), korquad(tuning=tuning), perplexity(tuning={"task": "mine"})]
+    printed = results_table(EvaluationResults("", rows, [korquad(f1=80.0, tuning=tuning)]))
+    assert [re.split(" {2,}", line)[:2] for line in printed.splitlines()[1:]] == [
+        ["perplexity, after mine tuning", "perplexity"],
+        ["perplexity, after mine tuning", "bits_per_byte"],
+        ["NSMC, prompt 1", "accuracy"],
+        ["NSMC, prompt 1", "greedy_accuracy"],
+        ["NSMC, prompt 2, 0-shot", "accuracy"],
+        ["NSMC, prompt 2, 0-shot", "greedy_accuracy"],
+        ["KorQuAD, after KorQuAD tuning", "exact_match"],
+        ["KorQuAD, after KorQuAD tuning", "f1"],
+    ]
+    assert re.search(r"KorQuAD, after KorQuAD tuning +f1 +80.0000 +75.0000 +93.8 %", printed)
+
+
+def test_rows_that_were_not_measured_are_of_perplexity_and_kobest_alone() -> None:
+    assert {row.name for row in result_rows(None)} == {"perplexity", *KOBEST_TASKS, "mean"}
+
+
 def test_second_measurement_of_one_name_and_shots_is_refused(tmp_path: Path) -> None:
     refused(edit(tmp_path, "sparse", [asdict(perplexity()), asdict(perplexity(10.0))]), r"sparse\[1\]")
 
@@ -353,7 +524,7 @@ def test_newer_schema_is_refused_before_its_fields(tmp_path: Path) -> None:
     path = tmp_path / RESULTS_NAME
     newer = {**json.loads(path.read_text(encoding="utf-8")), "schema_version": SCHEMA_VERSION + 1, "new": 1}
     path.write_text(json.dumps(newer), encoding="utf-8")
-    refused(path, "schema_version=2 is newer than 1: upgrade")
+    refused(path, "schema_version=3 is newer than 2: upgrade")
 
 
 def fail_to_replace(monkeypatch: pytest.MonkeyPatch, results: EvaluationResults) -> type[Exception]:

@@ -62,24 +62,28 @@ def read_settings(args: argparse.Namespace, allowed: list[str]) -> dict[str, Any
 
 
 def load_checkpoint(source: str, settings: Mapping[str, Any]) -> Any:
-    """The model of a checkpoint, of an adapter with its base; in its own dtype unless `settings` say otherwise.
+    """The model of a checkpoint, of an adapter with its base; in its own dtype unless `settings` say otherwise. What
+    the folder's `finetuning.json` says becomes `model.tuning`.
 
     Raises:
-        ValueError: the results in its folder are damaged, which `from_pretrained` merely warns of.
+        ValueError: the results in its folder are damaged, which `from_pretrained` merely warns of, or the tuning is.
     """
     from transformers import AutoModelForCausalLM
 
-    from ..evaluation import EvaluationResults
+    from ..evaluation import EvaluationResults, read_tuning
     from ..report import RESULTS_NAME
 
     results = os.path.join(source, RESULTS_NAME)
     known = EvaluationResults.load(results) if os.path.isfile(results) else None
+    tuning = read_tuning(source)
     names = ("dtype", "device_map", "revision", "trust_remote_code")
     loading = {name: settings[name] for name in names if settings.get(name) is not None}
     model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
     if known is not None:
         # An adapter's own, instead of its base's.
         model.evaluation_results = known  # type: ignore[assignment]
+    if tuning is not None:
+        model.tuning = tuning  # type: ignore[assignment]
     return model
 
 

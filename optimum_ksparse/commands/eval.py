@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,31 @@ from .base import Command, add_flags, load_checkpoint, read_settings
 from .protocol import LOADING_FLAGS, PROTOCOL_FLAGS, protocol_of
 
 _USAGE = "optimum-cli ksparse eval CHECKPOINT [--baseline [MODEL]] [--config recipe.yaml]"
+# Words that may stand before the checkpoint: what they measure, and nothing else, unless flags say otherwise.
+_SHORTHANDS: dict[str, dict[str, Any]] = {"nsmc": {"texts": "none", "tasks": ["nsmc"]}}
 
 
 class EvalCommand(Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.add_argument("checkpoint", nargs="?", help="folder or Hub id of a sparse (or a dense) model")
+        parser.add_argument(
+            "checkpoint",
+            nargs="*",
+            help="folder or Hub id of a sparse (or a dense) model; nsmc before it measures NSMC alone",
+        )
         parser.add_argument(
             "--baseline",
             nargs="?",
             const=True,
             metavar="MODEL",
             help="measure the dense model too: the recorded one, or this folder or Hub id",
+        )
+        parser.add_argument(
+            "--baseline-results",
+            "--baseline_results",
+            dest="baseline_results",
+            metavar="FOLDER",
+            help="take the dense column from the evaluation_results.json of a dense model, tuned as this one was, say",
         )
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
         parser.add_argument("--revision", help="branch, tag or commit of the checkpoint")
@@ -31,8 +44,9 @@ class EvalCommand(Command):
         add_flags(parser, PROTOCOL_FLAGS, LOADING_FLAGS)
 
     def execute(self) -> None:
-        own = ["checkpoint", "baseline", "revision", "output", "overwrite", "trust_remote_code"]
-        settings = read_settings(self.args, [*own, *PROTOCOL_FLAGS, *LOADING_FLAGS])
+        shorthand = _take_shorthand(self.args)
+        own = ["checkpoint", "baseline", "baseline_results", "revision", "output", "overwrite", "trust_remote_code"]
+        settings = {**shorthand, **read_settings(self.args, [*own, *PROTOCOL_FLAGS, *LOADING_FLAGS])}
         if not settings.get("checkpoint"):
             raise ValueError(f"checkpoint is missing: {_USAGE}")
         protocol = protocol_of(settings)
@@ -45,7 +59,12 @@ class EvalCommand(Command):
         checkpoint = settings["checkpoint"]
         output = Path(settings.get("output") or _folder_of(checkpoint))
         known = EvaluationResults.load(output / RESULTS_NAME) if (output / RESULTS_NAME).is_file() else None
+        column: Any = settings.get("baseline_results")
+        if column:
+            column = EvaluationResults.load(Path(column) / RESULTS_NAME)
+            EvaluationResults("").take_baseline(column)  # what cannot be one is refused before the work
         model = load_checkpoint(checkpoint, settings)
+        before = _results_before(model)
         if known is not None:
             if known.fingerprint == fingerprint(model):
                 model.evaluation_results = known
@@ -66,6 +85,10 @@ class EvalCommand(Command):
             results.save(output)
 
         results = evaluate_model(model, tokenizer, protocol, on_measured=keep)
+        if before is not None:
+            results.take_before(before)
+        if column:
+            results.take_baseline(column)
         if dense is not None:
             report = getattr(model, "sparsity_report", None)
             size, like, dtype = getattr(report, "num_parameters", None), type(model), model.dtype
@@ -76,6 +99,26 @@ class EvalCommand(Command):
         keep(results)
         print(results_table(results))
         print(f"written to {output / RESULTS_NAME}")
+
+
+def _take_shorthand(args: Namespace) -> dict[str, Any]:
+    """Parts what stands before the flags into the settings of a shorthand, which are returned, and the checkpoint."""
+    words = list(args.checkpoint)
+    settings = _SHORTHANDS[words.pop(0)] if words and words[0] in _SHORTHANDS else {}
+    if len(words) > 1:
+        raise ValueError(f"checkpoint must be one folder or Hub id, found {' '.join(words)}: {_USAGE}")
+    args.checkpoint = words[0] if words else None
+    return settings
+
+
+def _results_before(model: Any) -> Any:
+    """The results of the model that this one was tuned from, where its folder is at hand; None otherwise."""
+    from ..evaluation import EvaluationResults
+    from ..report import RESULTS_NAME
+
+    base = (getattr(model, "tuning", None) or {}).get("base")
+    path = Path(base) / RESULTS_NAME if isinstance(base, str) else None
+    return EvaluationResults.load(path) if path is not None and path.is_file() else None
 
 
 def _folder_of(checkpoint: str) -> str:

@@ -6,13 +6,18 @@ from .fingerprint import fingerprint
 from .kobest import evaluate_kobest
 from .kobest_data import KOBEST_TASKS
 from .measure import evaluate_baseline, evaluate_model
+from .nsmc import evaluate_nsmc
 from .perplexity import evaluate_perplexity
 from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
-from .table import TASK_TITLES, result_rows, results_table
+from .schemas import SCHEMAS
+from .table import OTHER_TITLES, TASK_TITLES, result_rows, results_table
+from .tuning import read_tuning, tuning_of, tuning_title
 
 __all__ = [
     "KOBEST_TASKS",
+    "OTHER_TITLES",
+    "SCHEMAS",
     "TASK_TITLES",
     "Baseline",
     "EvaluationProtocol",
@@ -22,11 +27,15 @@ __all__ = [
     "evaluate_baseline",
     "evaluate_kobest",
     "evaluate_model",
+    "evaluate_nsmc",
     "evaluate_perplexity",
     "fingerprint",
     "has_head",
+    "read_tuning",
     "recorded_baseline",
     "result_rows",
     "results_table",
     "set_aside",
+    "tuning_of",
+    "tuning_title",
 ]

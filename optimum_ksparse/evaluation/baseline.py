@@ -14,6 +14,7 @@ from transformers import GgufConfig, PreTrainedModel
 from ..checkpoint import sparse_modules
 from ..config import describe_source, names_repository
 from ..report import SparsityReport
+from .tuning import read_tuning
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Baseline:
 
     def load(self, like: PreTrainedModel | type[PreTrainedModel], dtype: torch.dtype, device: Any) -> PreTrainedModel:
         """Loads it with a class of model, in a dtype, on a device or by a device map."""
+        if read_tuning(self.source) is not None:
+            raise ValueError(
+                f"{describe_source(self.source)} was tuned, and is not what the sparse model was made from: measure "
+                "it by itself, and take its results with --baseline-results (EvaluationResults.take_baseline)"
+            )
         arguments = dict(self.arguments)
         if arguments.get("gguf_file") is not None:
             arguments["quantization_config"] = GgufConfig(dequantize=True)

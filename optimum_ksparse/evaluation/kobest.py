@@ -109,17 +109,18 @@ def mean_f1(results: dict[str, Any]) -> float | None:
     return math.fsum(results[task]["f1"] for task in STUDY_TASKS) / len(STUDY_TASKS)
 
 
-def check_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
-    """The tasks as a tuple. Raises ValueError for one that is not known, naming the nearest."""
+def check_tasks(tasks: Sequence[str], allowed: Sequence[str] = KOBEST_TASKS) -> tuple[str, ...]:
+    """The tasks as a tuple. Raises ValueError for one that is not allowed, naming the nearest."""
+    names = ", ".join(allowed)
     if not isinstance(tasks, list | tuple) or not all(isinstance(task, str) for task in tasks):
-        raise TypeError(f"tasks must be a list of names out of {', '.join(KOBEST_TASKS)}; found {tasks!r}")
+        raise TypeError(f"tasks must be a list of names out of {names}; found {tasks!r}")
     if not tasks:
-        raise ValueError(f"tasks is empty; allowed: {', '.join(KOBEST_TASKS)}")
+        raise ValueError(f"tasks is empty; allowed: {names}")
     for task in tasks:
-        if task not in KOBEST_TASKS:
-            near = difflib.get_close_matches(task.removeprefix("kobest_"), KOBEST_TASKS, n=1)
+        if task not in allowed:
+            near = difflib.get_close_matches(task.removeprefix("kobest_"), allowed, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"tasks: {task!r} is not a task of KoBEST; {hint}allowed: {', '.join(KOBEST_TASKS)}")
+            raise ValueError(f"tasks: {task!r} is not a task of KoBEST; {hint}allowed: {names}")
     return tuple(dict.fromkeys(tasks))
 
 

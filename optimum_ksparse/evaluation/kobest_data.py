@@ -1,4 +1,4 @@
-"""KoBEST's data: which tasks there are, and reading them from local files."""
+"""The tasks' data: which tasks KoBEST has, and reading them and NSMC from local files."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], int]] = {
     "hellaswag": (("context", "ending_1", "ending_2", "ending_3", "ending_4"), 4),
     "sentineg": (("sentence",), 2),
     "wic": (("word", "context_1", "context_2"), 2),
+    "nsmc": (("document",), 2),
 }
 
 
@@ -51,6 +52,8 @@ def read_items(task: str, data_dir: str | os.PathLike[str], num_fewshot: int = 0
 
 def _files(task: str, data_dir: str | os.PathLike[str], num_fewshot: int) -> dict[str, Path]:
     folder = Path(data_dir) / task
+    if task not in KOBEST_TASKS and not folder.is_dir():
+        folder = Path(data_dir)  # the files of a data set that is one task may lie there themselves
     there = {split: folder / f"{split}.jsonl" for split in ("test", "validation", "train")}
     there = {split: path for split, path in there.items() if path.is_file()}
     measured = next((split for split in ("test", "validation") if split in there), None)

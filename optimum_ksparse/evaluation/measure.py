@@ -17,6 +17,7 @@ from .baseline import Baseline, recorded_baseline, set_aside
 from .fingerprint import fingerprint
 from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
+from .tuning import tuning_of
 
 
 def evaluate_model(
@@ -29,7 +30,8 @@ def evaluate_model(
 ) -> EvaluationResults:
     """Measures a sparse model, and after it the dense model it was made from; the results are also
     `model.evaluation_results`, which `save_pretrained` and `push_to_hub` write. What has been measured of the same
-    weights by the same protocol is not measured again. A dense model is measured as well, into the dense column.
+    weights by the same protocol is not measured again. A dense model is measured as well, into the dense column. Where
+    the model has a `tuning` (a dict), its rows are those after tuning.
 
     Args:
         model: causal LM.
@@ -40,8 +42,8 @@ def evaluate_model(
         on_measured: called after each measurement, so that a long run can keep what it has.
 
     Raises:
-        TypeError, ValueError, ImportError, FileNotFoundError, ConnectionError: as `evaluate_perplexity` and
-            `evaluate_kobest`.
+        TypeError, ValueError, ImportError, FileNotFoundError, ConnectionError: as `evaluate_perplexity`,
+            `evaluate_kobest` and `evaluate_nsmc`.
     """
     protocol = check_protocol(model, tokenizer, protocol)
     dense = recorded_baseline(model) if baseline is True else baseline
@@ -56,8 +58,9 @@ def evaluate_model(
     if part == "dense":
         if dense:
             raise ValueError("the model is dense: it is its own baseline")
-        results.dense_model = describe_model(model)
-        results.dense_revision = getattr(model, "hub_commit", None)
+        if tuning_of(model) is None or results.dense_model is None:
+            results.dense_model = describe_model(model)
+            results.dense_revision = getattr(model, "hub_commit", None)
     _measure_missing(results, part, model, tokenizer, protocol, on_measured)
     if isinstance(dense, Baseline):
         report = getattr(model, "sparsity_report", None)
@@ -96,7 +99,7 @@ def evaluate_baseline(
         num_parameters: of the sparse model, zeros included; a dense model with another number is refused.
 
     Raises:
-        ValueError: the dense model is sparse itself, or of another size.
+        ValueError: the dense model is sparse itself, of another size, or was tuned.
     """
     protocol = protocol or EvaluationProtocol()
     model = baseline.load(like, dtype, device)
@@ -109,7 +112,8 @@ def evaluate_baseline(
         name = describe_model(model)
         revision = getattr(model, "hub_commit", None)
         if (results.dense_model, results.dense_revision) != (name, revision):
-            results.dense.clear()  # figures of another dense model
+            # Figures of another dense model; those after tuning are of a third one anyway.
+            results.dense[:] = [row for row in results.dense if row.tuning is not None]
         results.dense_model, results.dense_revision = name, revision
         _measure_missing(results, "dense", model, tokenizer, protocol, on_measured)
     finally:

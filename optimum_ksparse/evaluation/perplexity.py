@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +12,12 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
 
 from ..calibration import evaluation_mode, prepends_bos
 from ..calibration.tokens import check_context
 from .environment import check_causal_lm, environment
+from .head import input_device, map_logits, run_base
 from .texts import evaluation_texts
-
-# Logits held at a time: a vocabulary of 262,144 words and 512 positions would take half a gigabyte in float32.
-_LOGITS_BYTES = 128 * 2**20
 
 
 @dataclass
@@ -162,47 +157,19 @@ def _total_loss(model: PreTrainedModel, windows: list[_Window], batch_size: int)
 
 
 def _batch_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    ids = torch.tensor([window.ids for window in batch], device=device)
-    takes_cache = inspect.signature(model.base_model.forward).parameters.keys() & {"use_cache", "kwargs"}
-    output = model.base_model(input_ids=ids, **({"use_cache": False} if takes_cache else {}))
-    hidden = output[0]
-    scored = torch.tensor([window.scored for window in batch], device=device)
+    ids = torch.tensor([window.ids for window in batch], device=input_device(model))
+    output = run_base(model, ids)
+    scored = torch.tensor([window.scored for window in batch], device=ids.device)
     # Position p predicts token p + 1.
-    positions = torch.arange(ids.shape[1] - 1, device=device)
+    positions = torch.arange(ids.shape[1] - 1, device=ids.device)
     counts = positions >= ids.shape[1] - 1 - scored.unsqueeze(1)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    chunk = max(1, _LOGITS_BYTES // (4 * vocabulary * len(batch)))
-    total = 0.0
-    with _frozen_base(model, type(output)) as set_hidden:
-        for part in positions.split(chunk):
-            set_hidden(hidden[:, part])
-            logits = model(input_ids=ids[:, part]).logits
-            targets = ids[:, part + 1].to(logits.device)
-            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-            total += float((losses.view_as(targets) * counts[:, part].to(losses.device)).double().sum())
-    return total
 
+    def loss(part: slice, logits: torch.Tensor) -> float:
+        targets = ids[:, 1:][:, part].to(logits.device)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        return float((losses.view_as(targets) * counts[:, part].to(losses.device)).double().sum())
 
-@contextmanager
-def _frozen_base(model: PreTrainedModel, kind: type[ModelOutput]) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Within it the model's base returns given hidden states in an output of its own `kind`, so that the model's own
-    head, with all that it does to logits (soft caps, scales), runs on a part of the positions at a time."""
-    base = model.base_model
-    own = vars(base).get("forward")
-    current: list[torch.Tensor] = []
-
-    def forward(*args: Any, **kwargs: Any) -> ModelOutput:
-        return kind(last_hidden_state=current[0])
-
-    base.forward = forward
-    try:
-        yield lambda hidden: current.__setitem__(slice(None), [hidden])
-    finally:
-        if own is None:
-            del base.forward
-        else:
-            base.forward = own
+    return sum(map_logits(model, output, output[0][:, :-1], ids[:, :-1], loss))
 
 
 def _bytes_of_spans(text: str, offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> int:

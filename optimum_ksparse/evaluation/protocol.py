@@ -15,10 +15,15 @@ from ..config import check_integer
 from .environment import check_causal_lm, check_prepend_bos
 from .kobest import check_tasks, evaluate_kobest, import_lm_eval
 from .kobest_data import KOBEST_TASKS, describe_data, read_items
+from .nsmc import MAX_EXAMPLE_TOKENS, NUM_FEWSHOT, NUM_SAMPLES, PROMPTS, SEED, evaluate_nsmc
+from .nsmc_data import describe_nsmc
 from .perplexity import evaluate_perplexity
 from .results import Measurement
 from .texts import describe_texts
+from .tuning import tuning_of
 
+NSMC_TASK = "nsmc"
+_TASKS = (*KOBEST_TASKS, NSMC_TASK)
 _MOST_POSITIONS = 2048
 
 
@@ -30,7 +35,10 @@ class EvaluationProtocol:
         texts: for perplexity: `"kowiki"`, a `.txt` or `.jsonl` file, a list of texts, or None for no perplexity.
         seq_len: window positions; None takes the model's context, at most 2048.
         stride, max_tokens: as in `evaluate_perplexity`.
-        tasks: of KoBEST, none where empty. num_fewshot, limit, data_dir: as in `evaluate_kobest`.
+        tasks: of KoBEST, and `"nsmc"`, which is not in the default; none where empty.
+        num_fewshot: of KoBEST's tasks; NSMC has the study's 10.
+        limit: as in `evaluate_kobest`; items of NSMC, 500 where None.
+        data_dir: folder of `<task>/<split>.jsonl`; None reads the Hub.
         prepend_bos: begin each window and item with the beginning token; None does so where the tokenizer does.
         batch_size: windows or items in one forward pass.
 
@@ -59,53 +67,58 @@ class EvaluationProtocol:
         _check_stride(self.stride, self.seq_len)
         if self.texts is not None:
             describe_texts(self.texts)
-        object.__setattr__(self, "tasks", () if self.tasks in ([], ()) else check_tasks(self.tasks))
+        object.__setattr__(self, "tasks", () if self.tasks in ([], ()) else check_tasks(self.tasks, _TASKS))
         if self.texts is None and not self.tasks:
             raise ValueError("texts is None and tasks is empty: there is nothing to measure")
         for task in self.tasks if self.data_dir is not None else ():
-            read_items(task, self.data_dir, self.num_fewshot)  # type: ignore[arg-type]
+            shots = NUM_FEWSHOT if task == NSMC_TASK else self.num_fewshot
+            read_items(task, self.data_dir, shots)  # type: ignore[arg-type]
 
     def requests(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
         """For each measurement that this asks for, the part of its protocol that is known beforehand."""
         common = {
             "prepend_bos": prepends_bos(tokenizer, self.prepend_bos),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "tuning": tuning_of(model),
         }
         asked: dict[str, dict[str, Any]] = {}
         if self.texts is not None:
             windows = {"seq_len": self.window(model), "stride": self.stride, "max_tokens": self.max_tokens}
             asked["perplexity"] = {"texts": describe_texts(self.texts), **windows, **common}
-        for task in self.tasks:
+        for task in self.kobest_tasks:
             data = describe_data(task, self.data_dir, self.num_fewshot)
             asked[task] = {"num_fewshot": self.num_fewshot, "limit": self.limit, "data": data, **common}
+        if NSMC_TASK in self.tasks:
+            drawn = {"num_fewshot": NUM_FEWSHOT, "max_example_tokens": MAX_EXAMPLE_TOKENS, "seed": SEED}
+            how = {
+                "data": describe_nsmc(self.data_dir, NUM_FEWSHOT),
+                "num_samples": self.limit or NUM_SAMPLES,
+                **drawn,
+            }
+            asked |= {f"nsmc_{name}": {"prompt": prompt, **how, **common} for name, prompt in PROMPTS.items()}
         return asked
 
     def measure(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measurement:
         """Takes one of the measurements that `requests` names."""
+        common = {"batch_size": self.batch_size, "prepend_bos": self.prepend_bos}
         if name == "perplexity":
             assert self.texts is not None
-            row = evaluate_perplexity(
-                model,
-                tokenizer,
-                self.texts,
-                seq_len=self.window(model),
-                stride=self.stride,
-                prepend_bos=self.prepend_bos,
-                batch_size=self.batch_size,
-                max_tokens=self.max_tokens,
-            )
+            windows = {"seq_len": self.window(model), "stride": self.stride, "max_tokens": self.max_tokens}
+            row = evaluate_perplexity(model, tokenizer, self.texts, **windows, **common)  # type: ignore[arg-type]
+        elif name in KOBEST_TASKS:
+            settings = {"num_fewshot": self.num_fewshot, "limit": self.limit, "data_dir": self.data_dir, **common}
+            row = evaluate_kobest(model, tokenizer, tasks=[name], **settings)[name]  # type: ignore[arg-type]
         else:
-            row = evaluate_kobest(
-                model,
-                tokenizer,
-                tasks=[name],
-                num_fewshot=self.num_fewshot,
-                limit=self.limit,
-                batch_size=self.batch_size,
-                data_dir=self.data_dir,
-                prepend_bos=self.prepend_bos,
-            )[name]
-        return Measurement.from_row(name, row)
+            prompt = name.removeprefix("nsmc_")
+            settings = {"num_samples": self.limit or NUM_SAMPLES, "data_dir": self.data_dir, **common}
+            row = evaluate_nsmc(model, tokenizer, prompts=[prompt], **settings)[prompt]  # type: ignore[arg-type]
+        tuning = tuning_of(model)
+        return Measurement.from_row(name, row if tuning is None else {**row, "tuning": tuning})
+
+    @property
+    def kobest_tasks(self) -> tuple[str, ...]:
+        """The tasks that are KoBEST's."""
+        return tuple(task for task in self.tasks if task in KOBEST_TASKS)
 
     def window(self, model: PreTrainedModel) -> int:
         """Window positions for a model."""
@@ -135,6 +148,6 @@ def check_protocol(
     if protocol.texts is not None:
         check_context(model, protocol.window(model))
         _check_stride(protocol.stride, protocol.window(model))
-    if protocol.tasks:
+    if protocol.kobest_tasks:
         import_lm_eval()
     return protocol

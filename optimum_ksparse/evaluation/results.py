@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,44 +16,11 @@ from ..config import check_keys
 from ..report import RESULTS_NAME
 from ..staging import write_text
 from .kobest import mean_f1
-from .kobest_data import KOBEST_TASKS, STUDY_TASKS
+from .kobest_data import STUDY_TASKS
+from .schemas import ENVIRONMENT, OPTIONAL_PROTOCOL, Fields, check_field, schema_of
 
-SCHEMA_VERSION = 1
-
-# What a row of `evaluate_perplexity` or `evaluate_kobest` holds: field → types and smallest and largest value.
-_SHARE = (int, float), 0.0, 1.0
-_OPTIONAL_SHARE = (int, float, type(None)), 0.0, 1.0
-_COUNT = (int,), 1, None
-_PERPLEXITY_METRICS = {
-    "perplexity": ((int, float, type(None)), 1.0, None),  # null: too large for a float, which JSON cannot hold
-    "bits_per_byte": ((int, float), 0.0, None),
-}
-_KOBEST_METRICS = {"acc": _SHARE, "acc_stderr": _OPTIONAL_SHARE, "f1": _SHARE}
-_OPTIONAL_METRICS = {"acc_norm": _SHARE}
-_PERPLEXITY_PROTOCOL = {
-    "texts": ((dict,), None, None),
-    "seq_len": ((int,), 2, None),
-    "stride": ((int, type(None)), 1, None),
-    "max_tokens": ((int, type(None)), 2, None),
-    "num_windows": _COUNT,
-    "num_tokens": _COUNT,
-    "num_bytes": ((int,), 0, None),
-    "prepend_bos": ((bool,), None, None),
-    "dtype": ((str,), None, None),
-}
-_KOBEST_PROTOCOL = {
-    "task": ((str,), None, None),
-    "task_version": ((int, float, str), None, None),
-    "num_fewshot": ((int,), 0, None),
-    "limit": ((int, type(None)), 1, None),
-    "data": ((dict,), None, None),
-    "split": ((str,), None, None),
-    "num_samples": _COUNT,
-    "items_sha256": ((str,), None, None),
-    "prepend_bos": ((bool,), None, None),
-    "dtype": ((str,), None, None),
-}
-_ENVIRONMENT = {"device": ((str,), None, None), "batch_size": _COUNT, "versions": ((dict,), None, None)}
+# 2: kinds beside perplexity and KoBEST, and `tuning`, which files of version 1 lack: they are of models before it.
+SCHEMA_VERSION = 2
 
 
 @dataclass
@@ -61,10 +28,11 @@ class Measurement:
     """One figure and how it came about.
 
     Attributes:
-        name: `"perplexity"`, or a task of KoBEST.
-        metrics: `perplexity` and `bits_per_byte`, or `acc`, `acc_stderr` and `f1`.
+        name: one of `schemas.SCHEMAS`: `"perplexity"`, a task of KoBEST, `"nsmc_1"`, `"nsmc_2"`, `"korquad"`.
+        metrics: its figures, shares from 0 to 1; of KorQuAD in per cent.
         protocol: what must be equal for two measurements to be comparable: the data, the number of items or tokens,
-            shots, limit, version of the task, windows, dtype.
+            shots, limit, version of the task, windows, dtype; `tuning`: task and settings of the tuning that the model
+            went through, missing or None before tuning.
         environment: device, batch size and versions of libraries, which move a figure by rounding only.
     """
 
@@ -75,24 +43,35 @@ class Measurement:
 
     @classmethod
     def from_row(cls, name: str, row: Mapping[str, Any]) -> Measurement:
-        """Sorts what `evaluate_perplexity` or `evaluate_kobest` returned into its three parts."""
-        metrics, optional, protocol = _schema(name)
+        """Sorts what an `evaluate_…` function returned of one measurement into its three parts."""
+        schema = schema_of(name)
+        metrics = (*schema.metrics, *schema.optional_metrics)
         return cls(
             name,
-            {key: None if row[key] == math.inf else row[key] for key in (*metrics, *optional) if key in row},
-            {key: row[key] for key in protocol},
-            {key: row[key] for key in _ENVIRONMENT},
+            {key: None if row[key] == math.inf else row[key] for key in metrics if key in row},
+            {key: row[key] for key in (*schema.protocol, *OPTIONAL_PROTOCOL) if key in row or key in schema.protocol},
+            {key: row[key] for key in ENVIRONMENT},
         )
 
     @property
     def num_fewshot(self) -> int:
         return int(self.protocol.get("num_fewshot", 0))
 
+    @property
+    def tuning(self) -> dict[str, Any] | None:
+        """Of the model that was measured; None before tuning."""
+        return self.protocol.get("tuning")
+
+    @property
+    def key(self) -> tuple[str, int, bool]:
+        """What one of the rows of a model stands for: name, shots, and whether it was measured after tuning."""
+        return self.name, self.num_fewshot, self.tuning is not None
+
     def recovered(self, metric: str, dense: Measurement) -> float | None:
         """The share of the dense model's figure: for perplexity and bits per byte, where less is better, dense ÷
         sparse. None where a figure is missing, or would be divided by zero."""
         ours, theirs = self.value(metric), dense.value(metric)
-        share = (theirs, ours) if metric in _PERPLEXITY_METRICS else (ours, theirs)
+        share = (theirs, ours) if metric in ("perplexity", "bits_per_byte") else (ours, theirs)
         if share[0] is None or share[0] == math.inf or not share[1]:
             return None
         return share[0] / share[1]
@@ -129,8 +108,9 @@ class EvaluationResults:
     """What was measured of a sparse model (`sparse`) and of the dense model it was made from (`dense`).
 
     Attributes:
-        fingerprint: of the sparse model's weights (`fingerprint(model)`): the results are of these alone.
-        sparse, dense: measurements, at most one for each name and number of shots.
+        fingerprint: of the sparse model's weights (`fingerprint(model)`): the results are of these alone, but for
+            those before tuning, which are of the model that was tuned.
+        sparse, dense: measurements, at most one for each name and number of shots, before tuning and after it.
         dense_model: the dense model as it was named, a local folder by its last part; `dense_revision`: its commit.
     """
 
@@ -143,10 +123,11 @@ class EvaluationResults:
 
     def pairs(self) -> list[tuple[Measurement | None, Measurement | None]]:
         """Each measurement of the sparse model with that of the dense model by the same protocol, or, where there is
-        none, one of the same name by another (see `Measurement.differences`); then those of the dense model alone."""
+        none, one of the same name by another (see `Measurement.differences`); then those of the dense model alone.
+        What was measured before tuning stands beside what was before it, and after it beside after."""
         found: list[tuple[Measurement | None, Measurement | None]] = []
         for ours in self.sparse:
-            others = [other for other in self.dense if other.name == ours.name]
+            others = [row for row in self.dense if (row.name, row.key[2]) == (ours.name, ours.key[2])]
             found.append((ours, min(others, key=ours.num_differences, default=None)))
         taken = [other for _, other in found]
         return found + [(None, other) for other in self.dense if other not in taken]
@@ -156,21 +137,56 @@ class EvaluationResults:
         pairs = [(ours, other) for ours, other in self.pairs() if ours is not None and other is not None]
         return [(ours, other) for ours, other in pairs if not ours.differences(other)]
 
-    def mean_f1(self, part: str, num_fewshot: int = 0) -> float | None:
-        """Mean macro F1 of `part` ("sparse" or "dense") over the study's four tasks; None where not all were
-        measured in one way."""
-        rows = [row for row in getattr(self, part) if row.name in STUDY_TASKS and row.num_fewshot == num_fewshot]
+    def mean_f1(self, part: str, num_fewshot: int = 0, tuned: bool = False) -> float | None:
+        """Mean macro F1 of `part` ("sparse" or "dense"), before or after tuning, over the study's four tasks; None
+        where not all were measured in one way."""
+        rows = [row for row in getattr(self, part) if row.name in STUDY_TASKS and row.key[1:] == (num_fewshot, tuned)]
         if len({tuple(row.protocol[key] for key in ("limit", "split", "dtype", "prepend_bos")) for row in rows}) > 1:
+            return None
+        if any(row.tuning != rows[0].tuning for row in rows):
             return None
         return mean_f1({row.name: row.metrics for row in rows})
 
     def add(self, part: str, measurement: Measurement) -> None:
-        """Adds a measurement to `part`, in the place of an earlier one of the same name and number of shots."""
+        """Adds a measurement to `part`, in the place of an earlier one of the same name and number of shots, both
+        before tuning or both after it."""
         rows: list[Measurement] = getattr(self, part)
-        same = [r for r in rows if (r.name, r.num_fewshot) == (measurement.name, measurement.num_fewshot)]
-        for row in same:
+        for row in [row for row in rows if row.key == measurement.key]:
             rows.remove(row)
         rows.append(measurement)
+
+    def take_before(self, other: EvaluationResults) -> None:
+        """Takes over what `other`, of the model that was tuned, holds from before tuning: its own column, and the
+        dense model's, unless another dense model was measured here. What was measured here stays."""
+        theirs = other.dense_model, other.dense_revision
+        same = (self.dense_model, self.dense_revision) == theirs
+        for part in ("sparse", "dense"):
+            rows: list[Measurement] = getattr(self, part)
+            if part == "dense" and not same and any(row.tuning is None for row in rows):
+                continue
+            known = {row.key for row in rows}
+            found = [row for row in getattr(other, part) if row.tuning is None and row.key not in known]
+            rows.extend(copy.deepcopy(found))
+            if part == "dense" and found:
+                self.dense_model, self.dense_revision = theirs
+
+    def take_baseline(self, other: EvaluationResults) -> None:
+        """Takes the dense column from `other`, of a dense model: of one that was tuned as this one was, say. What it
+        holds from before tuning, or from after it, goes in the place of all from then that was here.
+
+        Raises:
+            ValueError: `other` is of a sparse model, or holds nothing of a dense one.
+        """
+        if other.sparse or not other.dense:
+            raise ValueError(
+                f"{RESULTS_NAME} to take the dense column from must be of a dense model; it holds {len(other.sparse)} "
+                f"rows of a sparse model and {len(other.dense)} of a dense one"
+            )
+        replaced = {row.key[2] for row in other.dense}
+        kept = [row for row in self.dense if row.key[2] not in replaced]
+        if self.dense_model is None or False in replaced:
+            self.dense_model, self.dense_revision = other.dense_model, other.dense_revision
+        self.dense[:] = [*kept, *copy.deepcopy(other.dense)]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `evaluation_results.json` into `directory`, whole or not at all."""
@@ -187,73 +203,54 @@ class EvaluationResults:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(data, dict):
                 raise ValueError(f"it holds {type(data).__name__}, not an object")
-            _check_field("schema_version", data.get("schema_version"), (int,), 1, None)
+            check_field("schema_version", data.get("schema_version"), (int,), 1, None)
             if data["schema_version"] > SCHEMA_VERSION:
                 raise ValueError(f"schema_version={data['schema_version']} is newer than {SCHEMA_VERSION}: upgrade")
             check_keys(data, [f.name for f in fields(cls)], "the results")
-            _check_field("fingerprint", data.get("fingerprint"), (str,), None, None)
+            check_field("fingerprint", data.get("fingerprint"), (str,), None, None)
             for name in ("dense_model", "dense_revision"):
-                _check_field(name, data.get(name), (str, type(None)), None, None)
+                check_field(name, data.get(name), (str, type(None)), None, None)
             for part in ("sparse", "dense"):
-                _check_field(part, data.get(part), (list,), None, None)
+                check_field(part, data.get(part), (list,), None, None)
                 data[part] = [_read_measurement(f"{part}[{i}]", row) for i, row in enumerate(data[part])]
                 _check_unique(part, data[part])
-            return cls(**data)
+            return cls(**{**data, "schema_version": SCHEMA_VERSION})
         except (ValueError, RecursionError) as error:  # JSON and encoding errors are ValueErrors
             raise ValueError(f"{os.path.basename(path)} is not a results file of optimum-ksparse: {error}") from None
 
 
-def _schema(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Metrics, those that may be missing, and protocol of a measurement."""
-    if name == "perplexity":
-        return _PERPLEXITY_METRICS, {}, _PERPLEXITY_PROTOCOL
-    if name in KOBEST_TASKS:
-        return _KOBEST_METRICS, _OPTIONAL_METRICS, _KOBEST_PROTOCOL
-    raise ValueError(f"name={name!r} is not known; allowed: perplexity, {', '.join(KOBEST_TASKS)}")
-
-
 def _read_measurement(where: str, row: Any) -> Measurement:
-    _check_field(where, row, (dict,), None, None)
+    check_field(where, row, (dict,), None, None)
     check_keys(row, [f.name for f in fields(Measurement)], where)
-    _check_field(f"{where}.name", row.get("name"), (str,), None, None)
+    check_field(f"{where}.name", row.get("name"), (str,), None, None)
     try:
-        metrics, optional_metrics, protocol = _schema(row["name"])
+        schema = schema_of(row["name"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    parts = {"metrics": (metrics, optional_metrics), "protocol": (protocol, {}), "environment": (_ENVIRONMENT, {})}
+    parts: dict[str, tuple[Fields, Fields]] = {
+        "metrics": (schema.metrics, schema.optional_metrics),
+        "protocol": (schema.protocol, OPTIONAL_PROTOCOL),
+        "environment": (ENVIRONMENT, {}),
+    }
     for part, (required, optional) in parts.items():
         found = row.get(part)
-        _check_field(f"{where}.{part}", found, (dict,), None, None)
+        check_field(f"{where}.{part}", found, (dict,), None, None)
         check_keys(found, [*required, *optional], f"{where}.{part}")
         for key, (types, least, most) in {**required, **optional}.items():
             if key in found:
-                _check_field(f"{where}.{part}.{key}", found[key], types, least, most)
+                check_field(f"{where}.{part}.{key}", found[key], types, least, most)
             elif key in required:
                 raise ValueError(f"{where}.{part}.{key} is missing")
     if row["name"] == "perplexity":
         texts = row["protocol"]["texts"]
-        _check_field(f"{where}.protocol.texts.sha256", texts.get("sha256"), (str,), None, None)
+        check_field(f"{where}.protocol.texts.sha256", texts.get("sha256"), (str,), None, None)
     return Measurement(**row)
 
 
 def _check_unique(part: str, rows: list[Measurement]) -> None:
     seen = set()
     for i, row in enumerate(rows):
-        key = row.name, row.num_fewshot
-        if key in seen:
-            raise ValueError(f"{part}[{i}] is a second measurement of {row.name} with {row.num_fewshot} shots")
-        seen.add(key)
-
-
-def _check_field(where: str, value: Any, types: tuple[type, ...], least: Any, most: Any) -> None:
-    """Raises ValueError that names the field, what was found and what is allowed."""
-    names = " or ".join({"NoneType": "null", "dict": "object"}.get(t.__name__, t.__name__) for t in types)
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise ValueError(f"{where} is {value!r}, must be {names}")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    if abs(value) > sys.float_info.max or value != value:  # integers may be larger than any float
-        raise ValueError(f"{where} is {value!r}, must be finite")
-    if (least is not None and value < least) or (most is not None and value > most):
-        limits = f"from {least} to {most}" if most is not None else f"at least {least}"
-        raise ValueError(f"{where} is {value!r}, must be {limits}")
+        if row.key in seen:
+            after = " after tuning" if row.key[2] else ""
+            raise ValueError(f"{part}[{i}] is a second measurement of {row.name} with {row.num_fewshot} shots{after}")
+        seen.add(row.key)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .kobest_data import KOBEST_TASKS
+from .kobest_data import KOBEST_TASKS, STUDY_TASKS
 from .results import EvaluationResults, Measurement
+from .schemas import SCHEMAS
+from .tuning import tuning_title
 
 TASK_TITLES = {"boolq": "BoolQ", "copa": "COPA", "hellaswag": "HellaSwag", "sentineg": "SentiNeg", "wic": "WiC"}
+OTHER_TITLES = {"nsmc_1": "NSMC, prompt 1", "nsmc_2": "NSMC, prompt 2", "korquad": "KorQuAD"}
 MEAN_TITLE = "mean (COPA, HellaSwag, BoolQ, SentiNeg)"
+Pair = tuple[Measurement | None, Measurement | None]
+# Have a row also where nothing was measured.
+_ALWAYS = ("perplexity", *KOBEST_TASKS)
 
 
 @dataclass
 class ResultRow:
-    """One line of the results table. `differences` names what keeps the two from being comparable."""
+    """One line of the results table. `name` is the measurement's, or "mean"; tables name its shots unless they are the
+    `usual_shots`; `tuning` is the title of the tuning that it was measured after, None before; `differences` names
+    what keeps the two from being comparable."""
 
+    name: str
     task: str
     metric: str
     num_fewshot: int
@@ -23,47 +32,86 @@ class ResultRow:
     recovered: float | None
     stderr: tuple[float | None, float | None]
     differences: list[str]
+    tuning: str | None = None
+    usual_shots: int = 0
 
 
 def result_rows(results: EvaluationResults | None) -> list[ResultRow]:
-    """Perplexity, then the tasks of KoBEST in their order; what was not measured has no figures."""
-    rows: list[ResultRow] = []
+    """Perplexity, the tasks of KoBEST in their order and their means, with no figures where they were not measured;
+    then what else was measured. Of each kind what was measured before tuning comes first."""
     pairs = results.pairs() if results is not None else []
-    for name in ("perplexity", *KOBEST_TASKS):
-        metrics = ("perplexity", "bits_per_byte") if name == "perplexity" else ("acc", "f1")
-        measured = [pair for pair in pairs if name in (row.name for row in pair if row is not None)]
-        for metric in metrics:
-            rows += [_result_row(name, metric, *pair) for pair in measured] or [_result_row(name, metric, None, None)]
-    everything = [*results.sparse, *results.dense] if results is not None else []
-    for shots in sorted({row.num_fewshot for row in everything if row.name in KOBEST_TASKS}) or [0]:
-        sparse = results.mean_f1("sparse", shots) if results is not None else None
-        dense = results.mean_f1("dense", shots) if results is not None else None
-        tasks = [row for row in rows if row.metric == "f1" and row.num_fewshot == shots and row.task != "WiC"]
-        differences = (
-            list(dict.fromkeys(name for row in tasks for name in row.differences)) if sparse and dense else []
-        )
-        recovered = sparse / dense if sparse is not None and dense and not differences else None
-        rows.append(ResultRow("mean", "f1", shots, dense, sparse, recovered, (None, None), differences))
+    rows = _rows_of(_ALWAYS, pairs)
+    rows += _means(results, rows)
+    return rows + _rows_of(tuple(name for name in SCHEMAS if name not in _ALWAYS), pairs)
+
+
+def _rows_of(names: tuple[str, ...], pairs: list[Pair]) -> list[ResultRow]:
+    rows: list[ResultRow] = []
+    for name in names:
+        measured = [pair for pair in pairs if _measured(pair).name == name]
+        measured.sort(key=lambda pair: _measured(pair).tuning is not None)
+        if not measured and name in _ALWAYS:
+            measured = [(None, None)]
+        rows += [_result_row(name, metric, *pair) for metric in SCHEMAS[name].shown for pair in measured]
     return rows
 
 
+def _means(results: EvaluationResults | None, rows: list[ResultRow]) -> list[ResultRow]:
+    """Mean F1 of KoBEST, for each number of shots, before and after tuning."""
+    everything = [*results.sparse, *results.dense] if results is not None else []
+    found = {row.key[1:]: tuning_title(row.tuning) for row in everything if row.name in KOBEST_TASKS}
+    means = []
+    for shots, tuned in sorted(found) or [(0, False)]:
+        title = found.get((shots, tuned))
+        sparse, dense = (
+            results.mean_f1(part, shots, tuned) if results is not None else None for part in ("sparse", "dense")
+        )
+        tasks = [
+            row
+            for row in rows
+            if row.name in STUDY_TASKS
+            and row.metric == "f1"
+            and (row.num_fewshot, row.tuning is not None) == (shots, tuned)
+        ]
+        differences, recovered = [], None
+        if sparse is not None and dense is not None:
+            differences = list(dict.fromkeys(name for row in tasks for name in row.differences))
+            recovered = sparse / dense if dense and not differences else None
+        means.append(
+            ResultRow("mean", "mean", "f1", shots, dense, sparse, recovered, (None, None), differences, title)
+        )
+    return means
+
+
+def _measured(pair: Pair) -> Measurement:
+    """The sparse model's measurement of a pair, or, where there is none, the dense model's."""
+    found = pair[0] or pair[1]
+    assert found is not None
+    return found
+
+
 def _result_row(name: str, metric: str, ours: Measurement | None, other: Measurement | None) -> ResultRow:
+    schema = SCHEMAS[name]
     known = [row for row in (ours, other) if row is not None]
     differences, recovered = [], None
     if ours is not None and other is not None:
         differences = ours.differences(other)
         recovered = None if differences else ours.recovered(metric, other)
     dense, sparse = (row.value(metric) if row is not None else None for row in (other, ours))
-    errors = [row.metrics.get("acc_stderr") if row is not None and metric == "acc" else None for row in (other, ours)]
+    error = schema.stderr.get(metric, "")
+    errors = [row.metrics.get(error) if row is not None else None for row in (other, ours)]
     return ResultRow(
-        task=TASK_TITLES.get(name, name),
+        name=name,
+        task=TASK_TITLES.get(name) or OTHER_TITLES.get(name, name),
         metric=metric,
-        num_fewshot=known[0].num_fewshot if known else 0,
+        num_fewshot=known[0].num_fewshot if known else schema.usual_shots,
         dense=dense,
         sparse=sparse,
         recovered=recovered,
         stderr=(errors[0], errors[1]),
         differences=differences,
+        tuning=tuning_title(known[0].tuning) if known else None,
+        usual_shots=schema.usual_shots,
     )
 
 
@@ -74,11 +122,12 @@ def results_table(results: EvaluationResults) -> str:
         if row.dense is None and row.sparse is None:
             continue
         title = MEAN_TITLE if row.task == "mean" else row.task
-        shots = f", {row.num_fewshot}-shot" if row.num_fewshot else ""
+        shots = f", {row.num_fewshot}-shot" if row.num_fewshot != row.usual_shots else ""
         figures = ["not evaluated" if value is None else f"{value:.4f}" for value in (row.dense, row.sparse)]
         recovered = "" if row.recovered is None else f"{100 * row.recovered:.1f} %"
         differences = f"not comparable: {', '.join(row.differences)}" if row.differences else recovered
-        rows.append((title + shots, row.metric, *figures, differences))
+        tuning = f", after {row.tuning} tuning" if row.tuning is not None else ""
+        rows.append((title + shots + tuning, row.metric, *figures, differences))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from ..evaluation import TASK_TITLES, EvaluationResults, result_rows
+from ..evaluation import KOBEST_TASKS, TASK_TITLES, EvaluationResults, Measurement, result_rows, tuning_title
 from ..nn.kernels import GROUPS
 from ..pattern import Pattern
 from ..report import SparsityReport
@@ -106,13 +106,27 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "results": results,
         "rows": result_rows(results),
         "perplexities": [row for row in measured if row.name == "perplexity"],
-        "tasks": [(TASK_TITLES[row.name], row) for row in measured if row.name in TASK_TITLES],
+        "tasks": [(TASK_TITLES[row.name], row) for row in measured if row.name in KOBEST_TASKS],
+        "nsmc": [row for row in measured if row.name.startswith("nsmc_")],
+        "korquad": [row for row in measured if row.name == "korquad"],
+        "measured": measured,
+        "tunings": _tunings(measured),
+        "tuning_title": tuning_title,
         "environments": _environments(results),
         "pattern": pattern,
         "has_kernels": str(pattern) in GROUPS and subject.dtype in ("bfloat16", "float16"),
         "version": __version__,
         "limited": any(row.protocol.get("limit") for row in measured),
     }
+
+
+def _tunings(rows: list[Measurement]) -> list[tuple[str | None, dict[str, Any]]]:
+    """Title and settings of each tuning after which something was measured."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        if row.tuning is not None and row.tuning not in found:
+            found.append(row.tuning)
+    return [(tuning_title(tuning), {k: v for k, v in tuning.items() if k != "task"}) for tuning in found]
 
 
 def _environments(results: EvaluationResults | None) -> list[tuple[str, dict[str, str]]]:

@@ -7,11 +7,17 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..evaluation import KOBEST_TASKS, EvaluationResults, Measurement
+from ..evaluation import KOBEST_TASKS, SCHEMAS, EvaluationResults, Measurement
 from ..report import SparsityReport
 
 ERROR_FIGURE = "relative_output_error.png"
 RESULTS_FIGURE = "dense_and_sparse.png"
+_PANELS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("perplexity (lower is better)", ("perplexity",), "perplexity"),
+    ("KoBEST macro F1 (higher is better)", KOBEST_TASKS, "f1"),
+    ("NSMC accuracy (higher is better)", ("nsmc_1", "nsmc_2"), "accuracy"),
+    ("KorQuAD F1 in % (higher is better)", ("korquad",), "f1"),
+)
 _DENSE, _SPARSE = "#9aa5b1", "#1f6feb"
 
 logger = logging.get_logger(__name__)
@@ -38,8 +44,12 @@ def draw_figures(directory: Path, report: SparsityReport | None, results: Evalua
 
 
 def _drawable(results: EvaluationResults) -> list[tuple[Measurement, Measurement]]:
-    """Comparable pairs with finite figures."""
-    return [pair for pair in results.comparable() if all(row.metrics.get("perplexity", 0) is not None for row in pair)]
+    """Comparable pairs with finite figures, before tuning first."""
+    found = [
+        pair for pair in results.comparable() if all(row.metrics.get("perplexity", 0) is not None for row in pair)
+    ]
+    order = list(SCHEMAS)
+    return sorted(found, key=lambda pair: (pair[0].tuning is not None, order.index(pair[0].name), pair[0].num_fewshot))
 
 
 def _figure(width: float, height: float) -> Any:
@@ -75,12 +85,8 @@ def _output_errors(report: SparsityReport) -> Any:
 
 
 def _dense_and_sparse(results: EvaluationResults) -> Any:
-    order = ("perplexity", *KOBEST_TASKS)
-    pairs = sorted(_drawable(results), key=lambda pair: (order.index(pair[0].name), pair[0].num_fewshot))
-    panels = [
-        ("perplexity (lower is better)", [pair for pair in pairs if pair[0].name == "perplexity"], "perplexity"),
-        ("KoBEST macro F1 (higher is better)", [pair for pair in pairs if pair[0].name != "perplexity"], "f1"),
-    ]
+    pairs = _drawable(results)
+    panels = [(title, [pair for pair in pairs if pair[0].name in names], metric) for title, names, metric in _PANELS]
     panels = [panel for panel in panels if panel[1]]
     figure = _figure(2 + sum(1 + 1.1 * len(rows) for _, rows, _ in panels), 3.6)
     widths = [1 + len(rows) for _, rows, _ in panels]
@@ -91,13 +97,17 @@ def _dense_and_sparse(results: EvaluationResults) -> Any:
             heights = [pair[side].metrics[metric] for pair in rows]
             bars = axes.bar([i + offset for i in range(len(rows))], heights, 0.38, color=color, label=label)
             axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-        labels = [pair[0].name + (f"\n{pair[0].num_fewshot}-shot" if pair[0].num_fewshot else "") for pair in rows]
-        axes.set_xticks(range(len(rows)), labels)
+        axes.set_xticks(range(len(rows)), [_label(pair[0]) for pair in rows])
         axes.set_title(title, fontsize=10)
         axes.margins(y=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     return figure
+
+
+def _label(row: Measurement) -> str:
+    shots = f"\n{row.num_fewshot}-shot" if row.num_fewshot != SCHEMAS[row.name].usual_shots else ""
+    return row.name + shots + ("\ntuned" if row.tuning is not None else "")
 
 
 def _plain(text: str) -> str:

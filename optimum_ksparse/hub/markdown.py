@@ -53,6 +53,11 @@ def number(value: float | None, digits: int | None = None, missing: str = "") ->
     return Markdown(f"{value:,}" if digits is None else f"{value:,.{digits}f}")
 
 
+def fill(phrase: str, value: Any) -> Markdown:
+    """A phrase of a template with a value, escaped by itself, in the place of its `%s`."""
+    return Markdown(phrase.replace("%s", escape(value)))
+
+
 @functools.cache
 def environment() -> Any:
     """The Jinja environment of this package's templates."""
@@ -66,5 +71,5 @@ def environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    found.filters |= {"code": code, "number": number, "markdown": Markdown}
+    found.filters |= {"code": code, "fill": fill, "number": number, "markdown": Markdown}
     return found

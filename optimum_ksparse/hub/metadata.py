@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..calibration.documents import HUB_DATASETS
-from ..evaluation import Baseline, EvaluationResults, Measurement
-from ..evaluation.kobest_data import KOBEST_DATASET
+from ..evaluation import Baseline, EvaluationResults
 from ..pattern import Pattern
 from ..pruners import METHODS
 from ..report import SparsityReport
+from .model_index import METRICS, index_entries, metric_types
 
 # Taken over from the base model's card, where they have these types.
 _INHERITED: dict[str, tuple[type, ...]] = {
@@ -29,7 +29,6 @@ _INHERITED: dict[str, tuple[type, ...]] = {
 # A person's entries are kept where these lists are written anew; for the other keys of `_OURS` ours replace them.
 _UNITED = ("tags", "datasets", "metrics")
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-_METRICS = ("perplexity", "accuracy", "f1")
 _PATTERN_TAG = re.compile(r"\d+of\d+|unstructured")
 _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
 
@@ -90,9 +89,9 @@ def build_metadata(
     if language is None and dataset in ("mc4-ko", "kowiki"):
         language = "ko"
     measured = results.sparse if results is not None else []
-    metrics = [*_METRICS[:1]] if any(row.name == "perplexity" for row in measured) else []
-    metrics += _METRICS[1:] if any(row.name != "perplexity" for row in measured) else []
-    eval_results = [result for row in measured for result in _eval_results(row)] or None
+    found_metrics = {metric for row in measured for metric in metric_types(row)}
+    metrics = [metric for metric in METRICS if metric in found_metrics]
+    eval_results = [result for row in measured for result in index_entries(row)] or None
     return ModelCardData(
         language=language,
         license=inherited.get("license"),
@@ -139,7 +138,7 @@ def _without_ours(metadata: dict[str, Any]) -> dict[str, Any]:
     """Without the figures of an earlier push, and without its names of method, pattern and calibration data."""
     kept = {key: value for key, value in metadata.items() if key != "model-index"}
     gone: dict[str, Callable[[Any], bool]] = {
-        "metrics": lambda item: item in _METRICS,
+        "metrics": lambda item: item in METRICS,
         "tags": lambda item: item in METHODS or _PATTERN_TAG.fullmatch(str(item)) is not None,
         "datasets": lambda item: item in {repository for repository, _ in HUB_DATASETS.values()},
     }
@@ -154,36 +153,3 @@ def _without_ours(metadata: dict[str, Any]) -> dict[str, Any]:
 def _pattern_tag(pattern: str) -> str:
     parsed = Pattern(pattern)
     return f"{parsed.n}of{parsed.m}" if parsed.is_structured else "unstructured"
-
-
-def _eval_results(row: Measurement) -> list[EvalResult]:
-    if row.name == "perplexity" and row.metrics["perplexity"] is None:
-        return []
-    if row.name == "perplexity":
-        texts = row.protocol["texts"]
-        return [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=texts.get("dataset", "local"),
-                dataset_name="Korean Wikipedia" if texts.get("name") == "kowiki" else "local text",
-                dataset_config=texts.get("configuration"),
-                dataset_args={"sha256": texts.get("sha256")},
-                metric_type="perplexity",
-                metric_value=row.metrics["perplexity"],
-                metric_args={key: row.protocol[key] for key in ("seq_len", "stride", "prepend_bos", "num_tokens")},
-            )
-        ]
-    how = {key: row.protocol[key] for key in ("num_fewshot", "limit", "num_samples")}
-    common: dict[str, Any] = {
-        "task_type": "text-classification" if row.name in ("boolq", "sentineg", "wic") else "multiple-choice",
-        "dataset_type": KOBEST_DATASET,
-        "dataset_name": "KoBEST",
-        "dataset_config": row.name,
-        "dataset_split": row.protocol["split"],
-        "metric_args": how,
-        "dataset_args": row.protocol["data"] if "files_sha256" in row.protocol["data"] else None,
-    }
-    return [
-        EvalResult(metric_type="accuracy", metric_value=row.metrics["acc"], **common),
-        EvalResult(metric_type="f1", metric_name="macro F1", metric_value=row.metrics["f1"], **common),
-    ]

@@ -1,0 +1,49 @@
+"""Which tuning a measured model went through: what the fine-tuning code wrote beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..report import TUNING_NAME
+
+TUNING_TITLES = {"koalpaca": "KoAlpaca", "korquad": "KorQuAD"}
+
+
+def read_tuning(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `finetuning.json` in a folder says, for `model.tuning`; None where there is none.
+
+    Raises:
+        ValueError: it is no JSON object, or names no `task`.
+    """
+    path = Path(directory) / TUNING_NAME
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSON and encoding errors are ValueErrors
+        raise ValueError(f"{TUNING_NAME} is damaged: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("task"), str):
+        raise ValueError(f"{TUNING_NAME} must be an object with a text under 'task'")
+    return found
+
+
+def tuning_of(model: Any) -> dict[str, Any] | None:
+    """`model.tuning` as a protocol holds it: without `base`, where the tuned model lies, in which a sparse model and a
+    dense one tuned in the same way differ. None for a model that was not tuned."""
+    found = getattr(model, "tuning", None)
+    if not isinstance(found, Mapping):
+        return None
+    # As JSON reads it back, so that a saved row and a new one are compared alike.
+    return dict(json.loads(json.dumps({key: value for key, value in found.items() if key != "base"})))
+
+
+def tuning_title(tuning: Mapping[str, Any] | None) -> str | None:
+    """What tables call a tuning: its task; None for no tuning."""
+    if tuning is None:
+        return None
+    task = str(tuning.get("task"))
+    return TUNING_TITLES.get(task, task)
