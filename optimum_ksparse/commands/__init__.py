@@ -6,6 +6,7 @@ from .bench import BenchCommand
 from .card import CardCommand
 from .eval import EvalCommand
 from .info import InfoCommand
+from .merge import MergeCommand
 from .prune import PruneCommand
 from .push import PushCommand
 
@@ -18,6 +19,7 @@ class KSparseCommand(BaseOptimumCLICommand):
         CommandInfo(name="card", help="Write the model card.", subcommand_class=CardCommand),
         CommandInfo(name="push", help="Publish on the Hub, with card.", subcommand_class=PushCommand),
         CommandInfo(name="bench", help="Measure speed beside dense.", subcommand_class=BenchCommand),
+        CommandInfo(name="merge", help="Merge an adapter, keep the mask.", subcommand_class=MergeCommand),
         CommandInfo(name="info", help="What a sparse checkpoint holds.", subcommand_class=InfoCommand),
     )
 
