@@ -34,6 +34,7 @@ __all__ = [
     "linear_targets",
     "merge_adapter",
     "prepare_for_training",
+    "require_peft",
     "train",
 ]
 

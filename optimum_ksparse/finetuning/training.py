@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers.utils import logging
@@ -54,6 +55,9 @@ def train(
 
     checkpoints = Path(output) / FOLDER
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    recompute: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=settings.micro_batch_size,
@@ -64,8 +68,8 @@ def train(
         max_steps=settings.max_steps or -1,
         seed=settings.seed,
         bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        use_cpu=not torch.accelerator.is_available(),  # it has bf16 on a CPU that is asked for alone
+        **recompute,
         logging_steps=1,
         save_steps=settings.save_steps,
         save_total_limit=2,
@@ -134,7 +138,8 @@ def finished(
     path = folder / TUNING_NAME
     if not path.is_file():
         for name in ("config.json", "adapter_config.json"):
-            if (folder / name).exists():
+            # A run that was cut off while it was saved has its checkpoints still.
+            if (folder / name).exists() and not (folder / FOLDER).is_dir():
                 raise ValueError(f"output={os.fspath(output)!r} holds a model already ({name}): use another folder")
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
