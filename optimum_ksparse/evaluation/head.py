@@ -47,7 +47,7 @@ def map_logits(
     vocabulary = model.get_output_embeddings().weight.shape[0]
     chunk = max(1, _LOGITS_BYTES // (4 * vocabulary * len(ids)))
     found = []
-    with _frozen_base(model, type(output)) as set_hidden:
+    with frozen_base(model, type(output)) as set_hidden:
         for start in range(0, ids.shape[1], chunk):
             part = slice(start, start + chunk)
             set_hidden(hidden[:, part])
@@ -61,7 +61,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 @contextmanager
-def _frozen_base(model: PreTrainedModel, kind: type[ModelOutput]) -> Iterator[Callable[[torch.Tensor], None]]:
+def frozen_base(model: PreTrainedModel, kind: type[ModelOutput]) -> Iterator[Callable[[torch.Tensor], None]]:
     """Within it the model's base returns given hidden states in an output of its own `kind`, so that the model's own
     head, with all that it does to logits (soft caps, scales), runs on a part of the positions at a time."""
     # Most heads call the base, and some, such as OPT's, the decoder inside it.
