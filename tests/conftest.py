@@ -107,6 +107,21 @@ def make_model() -> Callable[..., PreTrainedModel]:
     return make
 
 
+@pytest.fixture
+def make_pruned(make_model: Callable[..., PreTrainedModel], token_ids: torch.Tensor) -> Callable[..., PreTrainedModel]:
+    """Makes a tiny sparse causal LM: `make_pruned("llama", "4:8", dtype=torch.bfloat16)`."""
+    from optimum_ksparse import SparsityConfig, sparsify
+
+    def make(
+        name: str = "llama", pattern: str = "2:4", dtype: torch.dtype = torch.float32, **settings: object
+    ) -> PreTrainedModel:
+        model = make_model(name, dtype)
+        sparsify(model, SparsityConfig("magnitude", pattern, dataset=token_ids, **settings))
+        return model
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """A byte-level BPE trained on the sample text; it adds no beginning token by itself."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..calibration import find_blocks
 from ..config import check_integer
 from ..nn import is_linear_map
+from .support import require_peft
 
 # What is trained: low-rank adapters of three kinds, one whose delta is masked, or the sparse weights themselves.
 METHODS = ("lora", "masked", "dora", "hira", "full")
@@ -132,14 +133,6 @@ def adapter_config(
         use_dora=settings.method == "dora",
         **common,
     )
-
-
-def require_peft() -> None:
-    """Raises ImportError that names the extra, where PEFT is missing."""
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ImportError('fine-tuning needs PEFT: pip install "optimum-ksparse[finetune]"') from error
 
 
 def trainable(model: nn.Module) -> int:

@@ -9,6 +9,8 @@ from transformers.utils import PushToHubMixin
 
 from ..config import QUANT_METHOD, SparsityConfig
 from ..execution import autotune_kernels
+from ..finetuning import extend_peft
+from ..nn import before_first
 from .loading import wrap_from_pretrained
 from .publishing import wrap_push_to_hub
 from .quantizer import SparsityQuantizer
@@ -16,7 +18,9 @@ from .saving import wrap_save_pretrained
 
 
 def register() -> None:
-    """Registers with transformers; a second call does nothing."""
+    """Registers with transformers, and with PEFT when the first sparse module is made; a second call does nothing."""
+    if extend_peft not in before_first:
+        before_first.append(extend_peft)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(SparsityConfig)
         register_quantizer(QUANT_METHOD)(SparsityQuantizer)

@@ -2,7 +2,9 @@
 
 from .densify import densified
 from .experts import SparseExperts
+from .first import before_first
 from .linear import SparseLinear, dense_weight, is_linear_map
+from .masked import masked_linear, packed_product, row_norms, spread_rows
 from .tuning import KernelReport, autotune
 
 __all__ = [
@@ -10,7 +12,12 @@ __all__ = [
     "SparseExperts",
     "SparseLinear",
     "autotune",
+    "before_first",
     "dense_weight",
     "densified",
     "is_linear_map",
+    "masked_linear",
+    "packed_product",
+    "row_norms",
+    "spread_rows",
 ]

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..pattern import Pattern
 from . import kernels
+from .first import run_before_first
 from .matrix import PackedMatrix
 from .packing import check_bits, pack, values_shape
 
@@ -51,6 +52,7 @@ class SparseExperts(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        run_before_first()
         super().__init__()
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.pattern = pattern
@@ -159,6 +161,10 @@ class SparseExperts(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_dense_weight", "_formed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        run_before_first()
+        super().__setstate__(state)
 
     @property
     def shape(self) -> torch.Size:

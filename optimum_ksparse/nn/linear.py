@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..pattern import Pattern
 from . import kernels
+from .first import run_before_first
 from .packing import check_bits, pack, unpack_mask, values_shape
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class SparseLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        run_before_first()
         nn.Module.__init__(self)  # nn.Linear would make, and initialise, a dense weight
         self.in_features, self.out_features = in_features, out_features
         self.pattern = pattern
@@ -226,6 +228,12 @@ class SparseLinear(nn.Linear):
             self.weight.data = self.weight.data.clone()
         self._dense_weight = self._dense_form = self._library_form = self._formed = None
 
+    def replace_values(self, values: torch.Tensor) -> None:
+        """Takes other packed values, of the shape, dtype and device of the present ones, for the same mask; the
+        parameter stays the same object."""
+        self._part()
+        self.weight.data = values
+
     def _part(self) -> None:
         """Forgets what other tensors the weight shares its memory with."""
         self.drop_forms()
@@ -260,6 +268,10 @@ class SparseLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         run_time = ("_dense_weight", "_dense_form", "_library_form", "_formed", "_group", "_followers")
         return {name: value for name, value in self.__dict__.items() if name not in run_time}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        run_before_first()
+        super().__setstate__(state)
 
     @property
     def density(self) -> float:
