@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers.trainer_utils import get_last_checkpoint
@@ -16,6 +17,7 @@ from transformers.utils import logging
 
 from ..report import TUNING_NAME
 from ..staging import write_text
+from .sampler import LengthSampler
 from .settings import FinetuningSettings
 
 logger = logging.get_logger(__name__)
@@ -35,6 +37,7 @@ def train(
     job: dict[str, Any],
     resume: bool = True,
     callbacks: Sequence[Any] = (),
+    lengths: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains what of `model` trains. A run that was cut off goes on from its last checkpoint, with the loss curve of
     one that was not; its checkpoints lie in a hidden folder in `output`, and go with `finish`.
@@ -46,6 +49,7 @@ def train(
             refused.
         resume: False throws an earlier run's checkpoints away.
         callbacks: of `Trainer`.
+        lengths: of the examples: those of like length then come together, so that little of a batch is padding.
 
     Returns:
         The log: a dict of `step`, `loss`, `learning_rate`, … for each step.
@@ -67,8 +71,12 @@ def train(
         max_steps=settings.max_steps or -1,
         seed=settings.seed,
         bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        use_cpu=not torch.accelerator.is_available(),  # it has bf16 on a CPU that is asked for alone
+        **(
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+            if settings.gradient_checkpointing
+            else {}
+        ),
         logging_steps=1,
         save_steps=settings.save_steps,
         save_total_limit=2,
@@ -83,6 +91,9 @@ def train(
         data_collator=collate,
         callbacks=list(callbacks),
     )
+    if lengths is not None:
+        sampler = LengthSampler(lengths, settings.micro_batch_size * world, settings.seed)
+        trainer._get_train_sampler = lambda dataset=None: sampler  # type: ignore[method-assign]
     with arguments.main_process_first(local=False, desc="checkpoints"):
         last = _last_checkpoint(checkpoints, {**job, **settings.to_dict()}, resume, arguments.process_index == 0)
     if last is not None:
