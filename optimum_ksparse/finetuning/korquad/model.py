@@ -16,8 +16,6 @@ from transformers.utils import ModelOutput
 from ...calibration import decoder_of
 from .features import END, SEPARATOR, special_tokens
 
-_INIT_STD = 0.02
-
 
 @dataclass
 class SpanOutput(ModelOutput):
@@ -59,8 +57,8 @@ class SpanModel(nn.Module):
         device = embedding.weight.device
         width = model.config.get_text_config(decoder=True).hidden_size
         self.head = nn.Linear(width, 2, device=device, dtype=torch.float32)
-        nn.init.normal_(self.head.weight, std=_INIT_STD)
-        nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)  # all tokens start even, however large the hidden states of the model are
         self.new_tokens = list(new_tokens)
         with torch.no_grad():
             rows = embedding(torch.tensor(self.new_tokens, dtype=torch.int64, device=device))
