@@ -4,6 +4,9 @@ Importing this package registers it with transformers: `from_pretrained` takes a
 checkpoints load, `push_to_hub` publishes them with a card.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from . import finetuning
 from .api import prune_checkpoint, prune_weight, sparsify
 from .config import SparsityConfig
 from .evaluation import EvaluationProtocol, EvaluationResults, evaluate_kobest, evaluate_model, evaluate_perplexity
@@ -13,6 +16,9 @@ from .nn import SparseLinear
 from .pattern import Pattern
 from .report import SparsityReport
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .finetuning import merge_adapter
 
 register()
 
@@ -27,8 +33,15 @@ __all__ = [
     "evaluate_kobest",
     "evaluate_model",
     "evaluate_perplexity",
+    "merge_adapter",
     "prune_checkpoint",
     "prune_weight",
     "sparsify",
     "write_card",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "merge_adapter":  # needs PEFT, which is imported when it is taken from here
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(finetuning, name)

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -28,11 +29,38 @@ from .targets import Layer
 # From this size on the heap is trimmed after a layer, which takes some milliseconds.
 _LARGE = 2**23
 _Pruned = tuple[SparseModule, LayerReport]
+_Row = TypeVar("_Row")
 
 
 def always_resident(index: int) -> AbstractContextManager[None]:
     """The blocks of a model that is in memory are always there."""
     return nullcontext()
+
+
+def each_block(
+    description: str,
+    blocks: DecoderBlocks,
+    step: Callable[[int, nn.Module], list[_Row]],
+    *,
+    resident: Callable[[int], AbstractContextManager[None]] = always_resident,
+    start: int = 0,
+    tokens: int = 0,
+    show: bool = True,
+) -> list[_Row]:
+    """Calls `step(index, block)` for each block from `start` on, while it is resident, and shows the progress.
+
+    Returns:
+        The rows of all steps.
+    """
+    rows: list[_Row] = []
+    total = len(blocks.blocks)
+    with block_progress(description, total, start, tokens, show=show) as advance:
+        for index in range(start, total):
+            with resident(index):
+                done = step(index, blocks.blocks[index])
+            rows += done
+            advance()
+    return rows
 
 
 @torch.no_grad()
@@ -71,24 +99,28 @@ def prune_blocks(
         ConnectionError: another process has stopped.
     """
     processes = Processes() if processes is None else processes
-    rows: list[LayerReport] = []
     total = len(blocks.blocks)
     tokens = 0 if replay is None else sum(processes.gather(replay.tokens.numel()))
-    description = f"Pruning ({config.method} {config.pattern})"
-    with block_progress(description, total, start, tokens, show=processes.is_main) as advance:
-        for index in range(start, total):
-            block = blocks.blocks[index]
-            with resident(index):
-                pruned = _prune_block(blocks, index, targets[index], config, replay, replaced, processes)
-                if replay is not None and index + 1 < total:
-                    with densified(block, replay.dtype):
-                        replay.advance(index, block)
-                if finished is not None:
-                    finished(index, pruned)
-            targets[index] = {}  # the last hold on the block's dense weights
-            rows += pruned
-            advance()
-    return rows
+
+    def step(index: int, block: nn.Module) -> list[LayerReport]:
+        pruned = _prune_block(blocks, index, targets[index], config, replay, replaced, processes)
+        if replay is not None and index + 1 < total:
+            with densified(block, replay.dtype):
+                replay.advance(index, block)
+        if finished is not None:
+            finished(index, pruned)
+        targets[index] = {}  # the last hold on the block's dense weights
+        return pruned
+
+    return each_block(
+        f"Pruning ({config.method} {config.pattern})",
+        blocks,
+        step,
+        resident=resident,
+        start=start,
+        tokens=tokens,
+        show=processes.is_main,
+    )
 
 
 def _prune_block(
@@ -251,11 +283,14 @@ def _prune_layer(
     return sparse, row
 
 
-def relative_output_error(inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> float | None:
-    """‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F of `inputs` [tokens, in] for weights [out, in], computed in float32; None where there
-    are no inputs or the dense output is zero."""
+def relative_output_error(
+    inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor, original: torch.Tensor | None = None
+) -> float | None:
+    """‖X̂Ŵᵀ − XWᵀ‖_F / ‖XWᵀ‖_F for weights W and Ŵ [out, in], computed in float32; None where there are no inputs or
+    the dense output is zero. X̂ is `inputs` [tokens, in], and X is `original` of the same tokens, or `inputs` where
+    that is None."""
     x = inputs.to(weight.device, torch.float32)
-    dense = x @ weight.float().T
+    dense = (x if original is None else original.to(x)) @ weight.float().T
     difference = torch.linalg.norm(x @ pruned.float().T - dense)
     size = torch.linalg.norm(dense)
     return float(difference / size) if size > 0 else None

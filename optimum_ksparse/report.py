@@ -14,6 +14,7 @@ from .config import check_keys
 REPORT_NAME = "sparsity_report.json"
 RESULTS_NAME = "evaluation_results.json"  # what was measured; see `evaluation.EvaluationResults`
 TUNING_NAME = "finetuning.json"  # how a model was fine-tuned; beside the adapter or the weights
+MERGE_REPORT_NAME = "merge_report.json"  # what merging an adapter did; see `finetuning.report.MergeReport`
 SCHEMA_VERSION = 1
 
 

@@ -149,3 +149,25 @@ class GramMatrix(ColumnNorms):
             left, right = rows[:, strip], rows[:, strip.start :]
             self._gram[strip, strip.start :].addmm_(left.T, right, beta=keep, alpha=1 / total)
         self._is_whole = len(self._strips) == 1
+
+
+class CrossMatrix:
+    """The other inputs O of a layer beside its inputs X: OᵀX / tokens, [in, in] float32. A layer with the weight W
+    that meets O has the outputs Y = OWᵀ, so that YᵀX / tokens = W·OᵀX / tokens.
+
+    Args:
+        in_features: width of both inputs.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.num_tokens = 0
+        self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def update(self, other: torch.Tensor, x: torch.Tensor) -> None:
+        """Adds inputs [..., in] of any floating dtype, row by row of the same tokens."""
+        left, right = (t.reshape(-1, t.shape[-1]).to(self.matrix.device).float() for t in (other, x))
+        if len(left):
+            total = self.num_tokens + len(left)
+            self.matrix.addmm_(left.T, right, beta=self.num_tokens / total, alpha=1 / total)
+            self.num_tokens = total

@@ -7,8 +7,8 @@ hand the hidden states on. It is then replayed as it was.
 
 from __future__ import annotations
 
+import copy
 import inspect
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -191,11 +191,33 @@ class BlockReplay:
         self.hidden.replace(self.outputs(index, block))
         self._calls[index].clear()
 
+    def fork(self) -> BlockReplay:
+        """Another one at the same place, whose activations go their own way from here on, in memory."""
+        other = copy.copy(self)
+        other.hidden = Activations(len(self.hidden))
+        for hidden in self.hidden:
+            other.hidden.append(hidden)
+        other._calls = [list(calls) for calls in self._calls]
+        return other
+
+    def inputs(
+        self, index: int, block: nn.Module, layers: Mapping[str, Layer], leaders: dict[str, str]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Runs one batch after another through the block and yields the inputs of `layers`: those rows that count, by
+        the name of the first layer that the tensor feeds. `leaders` is filled: layer name → that name. Between two
+        batches the block may be changed."""
+        expected = 0
+        for batch in range(len(self.hidden)):
+            found: dict[str, torch.Tensor] = {}
+            batches = range(batch, batch + 1)
+            expected = self._observe(index, block, layers, leaders, found.__setitem__, batches, expected)
+            yield found
+
     def input_groups(self, index: int, block: nn.Module, layers: Mapping[str, Layer]) -> list[list[str]]:
         """Names of `layers` that one batch calls, layers fed by the same tensor together, in the order of the
         calls."""
         leaders: dict[str, str] = {}
-        self._observe(index, block, layers, leaders, lambda name, x: None, batches=1)
+        self._observe(index, block, layers, leaders, lambda name, x: None, range(1))
         groups: dict[str, list[str]] = {}
         for name, leader in leaders.items():
             groups.setdefault(leader, []).append(name)
@@ -223,7 +245,7 @@ class BlockReplay:
                 statistics[name] = make(layers[name])
             statistics[name].update(x)
 
-        self._observe(index, block, layers, leaders, update, batches=len(self.hidden))
+        self._observe(index, block, layers, leaders, update, range(len(self.hidden)))
         return {name: statistics[leader] for name, leader in leaders.items() if leader in statistics}
 
     def _observe(
@@ -233,13 +255,14 @@ class BlockReplay:
         layers: Mapping[str, Layer],
         leaders: dict[str, str],
         update: Callable[[str, torch.Tensor], None],
-        batches: int,
-    ) -> None:
+        batches: range,
+        expected: int = 0,
+    ) -> int:
         """Calls `update(leader, x)` once for each tensor that feeds layers, and fills `leaders`: layer name → the name
         under which its inputs are counted. A tensor's first layer leads the others. Once all layers and their number
-        of calls are known, a forward pass ends at its last call."""
+        of calls are known, a forward pass ends at its last call: that is `expected`, 0 where it is unknown, and what
+        is returned for the next batches."""
         calls: Counter[str] = Counter()
-        expected = 0
         seen: dict[Any, str] = {}
         alive: list[torch.Tensor] = []  # no address is used twice while its tensor lives
 
@@ -265,7 +288,8 @@ class BlockReplay:
             observed_matrices(matrices, record) if matrices else nullcontext(),
             self._autocast(self.hidden.device),
         ):
-            for hidden, call in itertools.islice(zip(self.hidden, self._calls[index], strict=True), batches):
+            for batch in batches:
+                hidden, call = self.hidden[batch], self._calls[index][batch]
                 batch_shape = hidden.shape[:2]
                 calls.clear()
                 try:
@@ -276,6 +300,7 @@ class BlockReplay:
                 expected = calls.total() if len(leaders) == len(layers) == len(calls) else 0
                 seen.clear()
                 alive.clear()
+        return expected
 
     def _counted(self, x: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
         """The rows of a layer's input that count in the statistics. Some models flatten samples and positions; tokens

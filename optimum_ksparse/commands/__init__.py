@@ -5,7 +5,9 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from .bench import BenchCommand
 from .card import CardCommand
 from .eval import EvalCommand
+from .finetune import FinetuneCommand
 from .info import InfoCommand
+from .merge import MergeCommand
 from .prune import PruneCommand
 from .push import PushCommand
 
@@ -15,9 +17,11 @@ class KSparseCommand(BaseOptimumCLICommand):
     SUBCOMMANDS = (
         CommandInfo(name="prune", help="Prune a model and save it.", subcommand_class=PruneCommand),
         CommandInfo(name="eval", help="Measure perplexity and KoBEST.", subcommand_class=EvalCommand),
+        CommandInfo(name="finetune", help="Fine-tune on a task.", subcommand_class=FinetuneCommand),
         CommandInfo(name="card", help="Write the model card.", subcommand_class=CardCommand),
         CommandInfo(name="push", help="Publish on the Hub, with card.", subcommand_class=PushCommand),
         CommandInfo(name="bench", help="Measure speed beside dense.", subcommand_class=BenchCommand),
+        CommandInfo(name="merge", help="Merge an adapter, keep the mask.", subcommand_class=MergeCommand),
         CommandInfo(name="info", help="What a sparse checkpoint holds.", subcommand_class=InfoCommand),
     )
 

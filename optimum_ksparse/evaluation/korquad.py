@@ -71,7 +71,9 @@ def korquad_scores(predictions: Mapping[str, str], references: Iterable[Mapping[
             raise TypeError(f"predictions: the answer to {name!r} must be a text, found {text!r}")
     scored = [(predictions[name], texts) for name, texts in answers.items() if name in predictions]
     return {
-        "exact_match": 100 * math.fsum(max(exact_match(text, t) for t in texts) for text, texts in scored) / len(answers),
+        "exact_match": 100
+        * math.fsum(max(exact_match(text, t) for t in texts) for text, texts in scored)
+        / len(answers),
         "f1": 100 * math.fsum(max(f1(text, t) for t in texts) for text, texts in scored) / len(answers),
     }
 

@@ -174,7 +174,7 @@ def _batch_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
     vocabulary = model.get_output_embeddings().weight.shape[0]
     chunk = max(1, _LOGITS_BYTES // (4 * vocabulary * len(batch)))
     total = 0.0
-    with _frozen_base(model, type(output)) as set_hidden:
+    with frozen_base(model, type(output)) as set_hidden:
         for part in positions.split(chunk):
             set_hidden(hidden[:, part])
             logits = model(input_ids=ids[:, part]).logits
@@ -185,7 +185,7 @@ def _batch_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
 
 
 @contextmanager
-def _frozen_base(model: PreTrainedModel, kind: type[ModelOutput]) -> Iterator[Callable[[torch.Tensor], None]]:
+def frozen_base(model: PreTrainedModel, kind: type[ModelOutput]) -> Iterator[Callable[[torch.Tensor], None]]:
     """Within it the model's base returns given hidden states in an output of its own `kind`, so that the model's own
     head, with all that it does to logits (soft caps, scales), runs on a part of the positions at a time."""
     base = model.base_model

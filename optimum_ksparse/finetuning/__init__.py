@@ -6,25 +6,35 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .koalpaca import KOALPACA, finetune_koalpaca, koalpaca_prompt
 from .prepare import prepare_for_training
+from .report import MergedLayer, MergeReport
 from .settings import FinetuningSettings, adapter_config, linear_targets
 from .support import extend_peft, require_peft
 from .training import finish, train
 
 if TYPE_CHECKING:
     from .config import SparseLoraConfig
+    from .merge import merge_adapter
 
 # Names whose modules import PEFT.
-_WITH_PEFT = {"SparseLoraConfig": "config"}
+_WITH_PEFT = {"SparseLoraConfig": "config", "merge_adapter": "merge"}
 
 __all__ = [
+    "KOALPACA",
     "FinetuningSettings",
+    "MergeReport",
+    "MergedLayer",
     "SparseLoraConfig",
     "adapter_config",
     "extend_peft",
+    "finetune_koalpaca",
     "finish",
+    "koalpaca_prompt",
     "linear_targets",
+    "merge_adapter",
     "prepare_for_training",
+    "require_peft",
     "train",
 ]
 

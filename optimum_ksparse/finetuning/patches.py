@@ -23,6 +23,7 @@ from transformers.core_model_loading import WeightRenaming
 from ..nn import SparseLinear
 from .config import SparseLoraConfig, with_mask
 from .layers import SparseHiraLinear, SparseLoraLinear
+from .masks import extend_saving
 from .targets import SPARSE, base_of, check_targets, targets_of_state
 
 _applied = False
@@ -34,6 +35,7 @@ def apply() -> None:
     if _applied:
         return
     _applied = True
+    extend_saving(PeftModel)
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = SparseLoraConfig
     kind: Any  # mypy takes a method for what cannot be assigned
     for kind, layer in ((LoraModel, SparseLoraLinear), (HiraModel, SparseHiraLinear)):

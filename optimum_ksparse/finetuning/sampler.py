@@ -14,8 +14,8 @@ _POOL = 50
 class LengthSampler(Sampler[int]):
     """A random order in which examples of like length come together, so that little of a batch is padding.
 
-    The order of an epoch follows from the seed and its number alone, so that a run that goes on finds it again; that of
-    transformers' `LengthGroupedSampler` depends on what was drawn before.
+    The order of an epoch follows from the seed and its number alone, so that a run that goes on finds it again; that
+    of transformers' `LengthGroupedSampler` depends on what was drawn before.
 
     Args:
         lengths: of the examples. batch_size: examples of a batch. seed: draws the orders.

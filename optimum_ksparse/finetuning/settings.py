@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..calibration import find_blocks
@@ -133,8 +132,3 @@ def adapter_config(
         use_dora=settings.method == "dora",
         **common,
     )
-
-
-def trainable(model: nn.Module) -> int:
-    """Parameters that train."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -5,26 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..report import TUNING_NAME
 from ..staging import write_text
+from .checkpoints import FOLDER, MarkWhole, differences, last_checkpoint
 from .sampler import LengthSampler
 from .settings import FinetuningSettings
 
 logger = logging.get_logger(__name__)
-
-# In the output, until the run is done.
-_CHECKPOINTS = ".checkpoints"
-_JOB = "job.json"
 
 
 def train(
@@ -59,8 +56,11 @@ def train(
     """
     from transformers import Trainer, TrainingArguments
 
-    checkpoints = Path(output) / _CHECKPOINTS
+    checkpoints = Path(output) / FOLDER
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    recompute: dict[str, Any] = {}
+    if settings.gradient_checkpointing:
+        recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=settings.micro_batch_size,
@@ -72,11 +72,7 @@ def train(
         seed=settings.seed,
         bf16=settings.bf16,
         use_cpu=not torch.accelerator.is_available(),  # it has bf16 on a CPU that is asked for alone
-        **(
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-            if settings.gradient_checkpointing
-            else {}
-        ),
+        **recompute,
         logging_steps=1,
         save_steps=settings.save_steps,
         save_total_limit=2,
@@ -84,22 +80,39 @@ def train(
         report_to="none",
         ddp_find_unused_parameters=False if world > 1 else None,
     )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=examples,
-        data_collator=collate,
-        callbacks=list(callbacks),
-    )
-    if lengths is not None:
-        sampler = LengthSampler(lengths, settings.micro_batch_size * world, settings.seed)
-        trainer._get_train_sampler = lambda dataset=None: sampler  # type: ignore[method-assign]
+    # One process trains on one device; `Trainer` would spread batches over all GPUs, and make a step that much larger.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     with arguments.main_process_first(local=False, desc="checkpoints"):
-        last = _last_checkpoint(checkpoints, {**job, **settings.to_dict()}, resume, arguments.process_index == 0)
+        wanted, is_main = {**job, **settings.to_dict()}, arguments.process_index == 0
+        last = last_checkpoint(checkpoints, wanted, resume=resume, is_main=is_main)
     if last is not None:
         logger.warning(f"Going on from {os.path.basename(last)}.")
-    trainer.train(resume_from_checkpoint=last)
+    with _own_forward(model):
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            data_collator=collate,
+            callbacks=[*callbacks, MarkWhole()],
+        )
+        if lengths is not None:
+            sampler = LengthSampler(lengths, settings.micro_batch_size * world, settings.seed)
+            trainer._get_train_sampler = lambda train_dataset=None: sampler  # type: ignore[method-assign]
+        trainer.train(resume_from_checkpoint=last)
     return list(trainer.state.log_history)
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Takes off what accelerate has put around the forward pass by the end."""
+    before = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        vars(model).pop("_original_forward", None)
+        vars(model).pop("forward", None)
+        if before is not None:
+            vars(model)["forward"] = before
 
 
 def finish(
@@ -115,26 +128,39 @@ def finish(
         "loss": [round(row["loss"], 6) for row in log if "loss" in row],
     }
     write_text(Path(output) / TUNING_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(Path(output) / _CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(Path(output) / FOLDER, ignore_errors=True)
     return record
 
 
-def _last_checkpoint(folder: Path, job: dict[str, Any], resume: bool, is_main: bool) -> str | None:
-    """The checkpoint to go on from; notes the job beside it."""
-    job = json.loads(json.dumps(job))
-    path = folder / _JOB
-    if not resume and is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(key for key in {*found, *job} if found.get(key) != job.get(key))
-        if different:
-            key = different[0]
+def finished(
+    output: str | os.PathLike[str], settings: FinetuningSettings, job: dict[str, Any], *, overwrite: bool = False
+) -> dict[str, Any] | None:
+    """The record of a finished run of the same job in `output`; None where there is none, or it may be overwritten.
+
+    Raises:
+        ValueError: `output` holds another run, or a model that no run wrote, which an adapter must not lie beside.
+    """
+    folder = Path(output)
+    path = folder / TUNING_NAME
+    if not path.is_file():
+        for name in ("config.json", "adapter_config.json"):
+            # A run that was cut off while it was saved has its checkpoints still.
+            if (folder / name).exists() and not (folder / FOLDER).is_dir():
+                raise ValueError(f"output={os.fspath(output)!r} holds a model already ({name}): use another folder")
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    results = ("steps", "loss", "history", "results")
+    before = {name: value for name, value in found.items() if name not in results}
+    wanted = json.loads(json.dumps({**job, **settings.to_dict()}))
+    if overwrite:
+        if (found.get("method") == "full") != (settings.method == "full"):
             raise ValueError(
-                f"{folder.parent} holds an unfinished run with {key}={found.get(key)!r}, not {job.get(key)!r}: use "
-                "the same settings, another folder, or resume=False to start over"
+                f"{folder} holds a run with method={found.get('method')!r}, whose files method={settings.method!r} "
+                "does not replace: use another folder"
             )
-    elif is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(job, indent=2, ensure_ascii=False) + "\n")
-    return get_last_checkpoint(str(folder))
+        return None
+    if different := differences(before, wanted):
+        raise ValueError(
+            f"{folder} holds a finished run with {different}: use another folder, or overwrite=True to replace it"
+        )
+    return dict(found)

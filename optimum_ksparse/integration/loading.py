@@ -19,8 +19,9 @@ from ..checkpoint import check_loaded, commit_of, sparse_experts, sparse_modules
 from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig
 from ..evaluation import EvaluationResults
 from ..execution import apply_settings
+from ..finetuning import MergeReport
 from ..pattern import Pattern
-from ..report import REPORT_NAME, RESULTS_NAME, SparsityReport
+from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, SparsityReport
 
 logger = logging.get_logger(__name__)
 
@@ -192,6 +193,7 @@ def _finish_sparse(
         apply_settings(model, config)
     records: dict[str, tuple[str, Any]] = {
         "sparsity_report": (REPORT_NAME, SparsityReport),
+        "merge_report": (MERGE_REPORT_NAME, MergeReport),
         "evaluation_results": (RESULTS_NAME, EvaluationResults),
     }
     for attribute, (name, kind) in records.items():

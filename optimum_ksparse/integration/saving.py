@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..checkpoint import layer_records, sparse_experts, sparse_modules
 from ..config import DENSE_CONFIG_KEY, SparsityConfig
 from ..evaluation import EvaluationResults, fingerprint
+from ..finetuning import MergeReport
 from ..report import SparsityReport
 from ..staging import staged
 
@@ -50,9 +51,9 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
         given = _given_state_dict(self, bound.get("state_dict"))
         with staged(directory) as staging, given, _config_for_storage(self, config):
             original(self, **{**known, "save_directory": staging})
-            report = getattr(self, "sparsity_report", None)
-            if isinstance(report, SparsityReport):
-                report.save(staging)
+            for report in (getattr(self, "sparsity_report", None), getattr(self, "merge_report", None)):
+                if isinstance(report, SparsityReport | MergeReport):
+                    report.save(staging)
             results = getattr(self, "evaluation_results", None)
             if isinstance(results, EvaluationResults):
                 _save_results(self, results, staging)

@@ -50,9 +50,7 @@ class WindowSettings:
             )
 
     @classmethod
-    def for_model(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
-    ) -> WindowSettings:
+    def for_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> WindowSettings:
         """The settings with what they leave open: `seq_len` is at most the model's context, and `prepend_bos` is True
         or False."""
         wanted, context = cls(**settings), context_length(model)
@@ -113,7 +111,8 @@ def make_windows(
     if special_tokens(tokenizer):
         raise ValueError(f"the tokenizer lacks {special_tokens(tokenizer)[0]}: add it first (`prepare_tokens`)")
     prefix = [tokenizer.bos_token_id] if settings.prepend_bos else []
-    separator, end = tokenizer.convert_tokens_to_ids([SEPARATOR, END])
+    vocabulary = tokenizer.get_vocab()
+    separator, end = vocabulary[SEPARATOR], vocabulary[END]
     paragraphs: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
     windows: list[Window] = []
     for number, question in enumerate(tqdm(questions, desc="KorQuAD windows", unit="question", delay=2)):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ...calibration import decoder_of
-from .features import END, SEPARATOR, special_tokens
+from .features import special_tokens
 
 
 @dataclass
@@ -53,7 +53,7 @@ class SpanModel(nn.Module):
         self.backbone = backbone
         model = self.language_model
         decoder = decoder_of(model)
-        embedding = model.get_input_embeddings()
+        embedding: Any = model.get_input_embeddings()
         device = embedding.weight.device
         width = model.config.get_text_config(decoder=True).hidden_size
         self.head = nn.Linear(width, 2, device=device, dtype=torch.float32)
@@ -119,7 +119,6 @@ class SpanModel(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """As of transformers' models, for `Trainer`."""
-        self.language_model.enable_input_require_grads()
         self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def _embed_new(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -145,7 +144,7 @@ def prepare_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         return []
     tokenizer.add_tokens(new, special_tokens=True)
     ids: list[int] = tokenizer.convert_tokens_to_ids(new)  # type: ignore[assignment]
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     known = embeddings.weight.shape[0]
     mean = embeddings.weight.detach()[: min(ids)].float().mean(0)
     if max(ids) >= known:
@@ -156,6 +155,3 @@ def prepare_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     with torch.no_grad():
         embeddings.weight[ids] = mean.to(embeddings.weight.dtype)
     return ids
-
-
-__all__ = ["END", "SEPARATOR", "SpanModel", "SpanOutput", "prepare_tokens"]

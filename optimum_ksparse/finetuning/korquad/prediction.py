@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -126,7 +126,11 @@ def best_spans(
         check_integer(name, value, 1)
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))  # like lengths together; too large fails first
     found: dict[int, dict[tuple[int, int], float]] = {window.question: {} for window in windows}
-    with evaluation_mode(model), _products(model, bf16), tqdm(total=len(windows), desc="KorQuAD", unit="window") as bar:
+    with (
+        evaluation_mode(model),
+        _products(model, bf16),
+        tqdm(total=len(windows), desc="KorQuAD", unit="window") as bar,
+    ):
         for i in range(0, len(order), batch_size):
             part = [windows[j] for j in order[i : i + batch_size]]
             batch = {name: t.to(model.device) for name, t in collate(part, 0).items() if "positions" not in name}
@@ -139,9 +143,9 @@ def best_spans(
                     best[place] = max(score, best.get(place, score))
             bar.update(len(part))
     return {
-        number: sorted((Span(*place, score) for place, score in best.items()), key=lambda s: (-s.score, s.start, s.end))[
-            :num_best
-        ]
+        number: sorted(
+            (Span(*place, score) for place, score in best.items()), key=lambda s: (-s.score, s.start, s.end)
+        )[:num_best]
         for number, best in found.items()
     }
 
@@ -165,17 +169,10 @@ def _window_spans(
     first = places[0].gather(1, best.indices // count).tolist()
     last = places[1].gather(1, best.indices % count).tolist()
     return [
-        [
-            (a - window.first, b - window.first, value)
-            for a, b, value in zip(*row, strict=True)
-            if value > -torch.inf
-        ]
+        [(a - window.first, b - window.first, value) for a, b, value in zip(*row, strict=True) if value > -torch.inf]
         for window, *row in zip(windows, first, last, best.values.tolist(), strict=True)
     ]
 
 
 def _products(model: SpanModel, bf16: bool) -> AbstractContextManager[Any]:
     return torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext()
-
-
-Evaluate = Callable[[], dict[str, float]]

@@ -22,15 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ...staging import staged
 from ..support import require_peft
 from .features import special_tokens
-from .model import SpanModel, prepare_tokens
+from .model import SpanModel
 
 HEAD_NAME = "korquad_head.safetensors"
 _ADAPTER = "adapter_config.json"
 
 
-def save_korquad_model(
-    model: SpanModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]
-) -> None:
+def save_korquad_model(model: SpanModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:
     """Writes all that `load_korquad_model` needs but the base of an adapter, whole or not at all."""
     tensors = {
         "weight": model.head.weight,
@@ -45,6 +43,8 @@ def save_korquad_model(
             model.backbone.save_pretrained(staging, save_embedding_layers=False)
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / HEAD_NAME)
         tokenizer.save_pretrained(staging)
+        # PEFT's empty form of a card; the card of this model is written from what is known of it.
+        (staging / "README.md").unlink(missing_ok=True)
 
 
 def load_korquad_model(
@@ -101,6 +101,3 @@ def _with_adapter(folder: Path, base: Any, state: dict[str, torch.Tensor], loadi
     if rows > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)
     return PeftModel.from_pretrained(base, str(folder))
-
-
-__all__ = ["HEAD_NAME", "load_korquad_model", "prepare_tokens", "save_korquad_model"]

@@ -1,0 +1,131 @@
+"""Which masks an adapter was trained over: a file beside it says so, and merging into other masks is refused."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from ..calibration import decoder_of
+from ..checkpoint import SparseModule, aligned, describe_model, sparse_modules
+from ..staging import write_text
+
+RECORD_NAME = "ksparse_adapter.json"
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def mask_fingerprint(model: Any) -> str | None:
+    """SHA-256 over the masks of all sparse layers by their path in the decoder, adapters or not; None where there is
+    none. The values do not count."""
+    layers = _plain_layers(_plain_model(model))
+    if not layers:
+        return None
+    hashed = hashlib.sha256()
+    for name in sorted(layers):
+        with aligned(layers[name]):
+            bits = layers[name].weight_mask.cpu().contiguous()
+            hashed.update(f"{name} {list(bits.shape)} {layers[name].in_features};".encode())
+            hashed.update(bits.numpy().data)
+    return hashed.hexdigest()
+
+
+def record(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Writes `ksparse_adapter.json` beside an adapter on a sparse model; nothing for a dense one."""
+    found = mask_fingerprint(model)
+    if found is not None:
+        content = {"base_model": describe_model(_plain_model(model)), "mask_sha256": found}
+        write_text(Path(folder) / RECORD_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_record(source: str | os.PathLike[str], **hub_arguments: Any) -> dict[str, Any] | None:
+    """The record beside an adapter, in a folder or on the Hub; None where there is none, as beside those that plain
+    PEFT saved. Raises ValueError where it is damaged."""
+    known = {name: value for name, value in hub_arguments.items() if name in _HUB_ARGUMENTS and value is not None}
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(source, RECORD_NAME, **quiet, **known)
+    if path is None:
+        return None
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found["mask_sha256"], str):
+            raise TypeError("mask_sha256 is no text")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{RECORD_NAME} is damaged: {error}") from error
+    return dict(found)
+
+
+def check(model: Any, folder: str | os.PathLike[str], **hub_arguments: Any) -> None:
+    """Raises ValueError where the adapter in `folder` was trained over other masks than those of `model`. Adapters
+    without a record pass."""
+    check_record(model, read_record(folder, **hub_arguments), os.path.basename(os.path.normpath(folder)))
+
+
+def check_record(model: Any, known: dict[str, Any] | None, name: str) -> None:
+    """The same for a record that was read before, of the adapter `name`."""
+    if known is not None and known["mask_sha256"] != mask_fingerprint(model):
+        raise ValueError(
+            f"adapter {name!r} was trained over other masks than this base has (that one was called "
+            f"{known.get('base_model')!r}): merge it into the sparse model that it was trained on, or train it anew"
+        )
+
+
+def extend_saving(kind: Any) -> None:
+    """Makes `save_pretrained` of PEFT's model class write the record, and `load_adapter` remember it in
+    `model.mask_records`, for the time of merging."""
+    kind.save_pretrained = _with_record(kind.save_pretrained)
+    kind.load_adapter = _with_memory(kind.load_adapter)
+
+
+def _with_record(save: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        save(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        if given.arguments["is_main_process"] and mask_fingerprint(self) is not None:
+            for name in given.arguments["selected_adapters"] or list(self.peft_config):
+                folder = Path(given.arguments["save_directory"])
+                record(self, folder if name == "default" else folder / name)
+
+    return save_pretrained
+
+
+def _with_memory(load: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        if _plain_layers(_plain_model(self)):
+            known = read_record(given["model_id"], **given.get("kwargs", {}))
+            self.mask_records = {**getattr(self, "mask_records", {}), given["adapter_name"]: known}
+        return result
+
+    return load_adapter
+
+
+def _plain_model(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _plain_layers(model: Any) -> dict[str, SparseModule]:
+    """The sparse modules of a model by their path in the decoder without PEFT's wrappers; of a module that PEFT trains
+    as a whole the original."""
+    if not hasattr(model, "get_decoder"):
+        return {}
+    layers = {}
+    for name, module in sparse_modules(decoder_of(model)).items():
+        parts = name.split(".")
+        if "modules_to_save" not in parts:
+            layers[".".join(p for p in parts if p not in ("base_layer", "original_module"))] = module
+    return layers

@@ -1,0 +1,121 @@
+"""`MergeReport`: what merging an adapter did, layer by layer; saved as `merge_report.json` beside the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..config import check_keys
+from ..report import MERGE_REPORT_NAME
+from ..staging import write_text
+
+SCHEMA_VERSION = 1
+_WORST = 5
+
+
+@dataclass
+class MergedLayer:
+    """One sparse layer into which adapters were merged.
+
+    Attributes:
+        name: its path in the decoder. shape: [out, in].
+        num_values: weights kept, before and after.
+        how: "exact" (the adapter changes kept weights alone), "masked" (what lies outside the mask is thrown away), or
+            "solved" (the kept weights make up for that).
+        relative_output_error: ‖X'W'ᵀ − XWᵀ‖_F / ‖XWᵀ‖_F of the merged weight W' and of the weight W that the unmerged
+            layer computes with, on a sample of the calibration tokens: X' as they reach the layer in the merged model,
+            X in the unmerged one. None where no data were read, or none reached it.
+        discarded: the share of the adapter's change ΔW that lies outside the mask M, ‖ΔW∘(1 − M)‖_F / ‖ΔW‖_F.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    num_values: int
+    how: str
+    relative_output_error: float | None
+    discarded: float
+    seconds: float
+
+    @property
+    def density(self) -> float:
+        return self.num_values / (self.shape[0] * self.shape[1])
+
+
+@dataclass
+class MergeReport:
+    """What merging did to a model.
+
+    Attributes:
+        method: "masked" or "solve".
+        adapters: of each merged adapter its name, kind, base model and main settings.
+        calibration: where the tokens came from, as in `SparsityReport`; empty where none were read.
+        layers: a row for each sparse layer, in the order of the model.
+        dense_layers: paths in the model of layers that are not sparse, which were merged as PEFT does it.
+        seconds: all in all. versions: of the libraries that did it.
+    """
+
+    method: str
+    adapters: list[dict[str, Any]]
+    calibration: dict[str, Any] = field(default_factory=dict)
+    layers: list[MergedLayer] = field(default_factory=list)
+    dense_layers: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def totals(self) -> dict[str, Any]:
+        """Number of layers by `how`, density, mean and worst output error (None where none was measured), mean share
+        of the change that was discarded, seconds."""
+        errors = [row.relative_output_error for row in self.layers if row.relative_output_error is not None]
+        size = sum(row.shape[0] * row.shape[1] for row in self.layers)
+        return {
+            "layers": {how: sum(row.how == how for row in self.layers) for how in ("exact", "masked", "solved")},
+            "density": sum(row.num_values for row in self.layers) / max(1, size),
+            "mean_output_error": sum(errors) / len(errors) if errors else None,
+            "worst_output_error": max(errors, default=None),
+            "mean_discarded": sum(row.discarded for row in self.layers) / max(1, len(self.layers)),
+            "seconds": self.seconds,
+        }
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `merge_report.json` into `directory`."""
+        write_text(Path(directory) / MERGE_REPORT_NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MergeReport:
+        """Reads a report from its file. Raises ValueError where it is damaged or of a newer schema."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["schema_version"] > SCHEMA_VERSION:
+                raise ValueError(f"schema_version {data['schema_version']} is newer than {SCHEMA_VERSION}: upgrade")
+            check_keys(data, [f.name for f in fields(cls)], "the report")
+            data["layers"] = [MergedLayer(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
+            return cls(**data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.path.basename(path)} is not a report of merging: {error}") from error
+
+    def __str__(self) -> str:
+        """The layers with the largest errors, and the totals."""
+        measured = any(row.relative_output_error is not None for row in self.layers)
+        worst = sorted(self.layers, key=lambda row: (row.relative_output_error or 0.0, row.discarded), reverse=True)
+        lines = [f"{'worst layers':<40}  {'how':<7}  {'density':>7}  {'output error':>12}  {'discarded':>9}"]
+        for row in worst[:_WORST]:
+            error = "not measured" if row.relative_output_error is None else f"{row.relative_output_error:.2e}"
+            lines.append(f"{row.name:<40}  {row.how:<7}  {row.density:>7.4f}  {error:>12}  {row.discarded:>9.4f}")
+        totals = self.totals()
+        counts = ", ".join(f"{count} {how}" for how, count in totals["layers"].items() if count)
+        lines.append(f"{len(self.layers)} sparse layers ({counts}), density {totals['density']:.4f} as before")
+        if measured:
+            lines.append(
+                f"output error: mean {totals['mean_output_error']:.2e}, worst {totals['worst_output_error']:.2e}"
+            )
+        if self.layers and totals["layers"]["exact"] == len(self.layers):
+            lines.append("the adapter changes kept weights alone: merging is exact, there is nothing to solve")
+        if self.dense_layers:
+            lines.append(f"merged as dense layers: {', '.join(self.dense_layers)}")
+        names = ", ".join(f"{entry['name']} ({entry['peft_type']})" for entry in self.adapters)
+        lines.append(f"merged {names} by method={self.method!r} in {self.seconds:.1f} s")
+        return "\n".join(lines)
