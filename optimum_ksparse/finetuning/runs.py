@@ -41,10 +41,15 @@ def add_adapter(model: PreTrainedModel, settings: FinetuningSettings, **more: An
     return get_peft_model(model, config).train()
 
 
+def is_main() -> bool:
+    """Whether this is the process that writes: the only one, or the first."""
+    return not (dist.is_available() and dist.is_initialized() and dist.get_rank())
+
+
 def save_run(model: Any, tokenizer: PreTrainedTokenizerBase, output: str | os.PathLike[str]) -> bool:
     """Saves an adapter or a model, and the tokenizer; whole or not at all. Gives False in all processes but the first
     one, which alone writes."""
-    if dist.is_available() and dist.is_initialized() and dist.get_rank():
+    if not is_main():
         return False
     with staged(output) as staging:
         model.save_pretrained(staging)

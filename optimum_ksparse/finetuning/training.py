@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..report import TUNING_NAME
 from ..staging import write_text
 from .checkpoints import FOLDER, MarkWhole, differences, last_checkpoint
+from .sampler import LengthSampler
 from .settings import FinetuningSettings
 
 logger = logging.get_logger(__name__)
@@ -33,6 +34,7 @@ def train(
     job: dict[str, Any],
     resume: bool = True,
     callbacks: Sequence[Any] = (),
+    lengths: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains what of `model` trains. A run that was cut off goes on from its last checkpoint, with the loss curve of
     one that was not; its checkpoints lie in a hidden folder in `output`, and go with `finish`.
@@ -44,6 +46,7 @@ def train(
             refused.
         resume: False throws an earlier run's checkpoints away.
         callbacks: of `Trainer`.
+        lengths: of the examples: those of like length then come together, so that little of a batch is padding.
 
     Returns:
         The log: a dict of `step`, `loss`, `learning_rate`, … for each step.
@@ -92,6 +95,9 @@ def train(
             data_collator=collate,
             callbacks=[*callbacks, MarkWhole()],
         )
+        if lengths is not None:
+            sampler = LengthSampler(lengths, settings.micro_batch_size * world, settings.seed)
+            trainer._get_train_sampler = lambda train_dataset=None: sampler  # type: ignore[method-assign]
         trainer.train(resume_from_checkpoint=last)
     return list(trainer.state.log_history)
 
@@ -143,7 +149,7 @@ def finished(
                 raise ValueError(f"output={os.fspath(output)!r} holds a model already ({name}): use another folder")
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    results = ("steps", "loss")
+    results = ("steps", "loss", "history", "results")
     before = {name: value for name, value in found.items() if name not in results}
     wanted = json.loads(json.dumps({**job, **settings.to_dict()}))
     if overwrite:

@@ -1,0 +1,103 @@
+"""A span model in a folder: the adapter (or the weights), the head with the new embeddings, and the tokenizer.
+
+`korquad_head.safetensors`:
+
+| key | shape | dtype | meaning |
+|---|---|---|---|
+| `weight`, `bias` | [2, hidden], [2] | float32 | hidden state → logits of start and end |
+| `new_tokens` | [new] | int64 | ids of the tokens that were added |
+| `new_embeddings` | [new, embedding] | float32 | what the embedding gives for them |
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ...staging import staged
+from ..support import require_peft
+from .features import special_tokens
+from .model import SpanModel
+
+HEAD_NAME = "korquad_head.safetensors"
+_ADAPTER = "adapter_config.json"
+
+
+def save_korquad_model(model: SpanModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:
+    """Writes all that `load_korquad_model` needs but the base of an adapter, whole or not at all."""
+    tensors = {
+        "weight": model.head.weight,
+        "bias": model.head.bias,
+        "new_tokens": torch.tensor(model.new_tokens, dtype=torch.int64),
+        "new_embeddings": model.new_embeddings,
+    }
+    with staged(folder) as staging:
+        if model.backbone is model.language_model:
+            model.backbone.save_pretrained(staging)
+        else:  # an adapter: the new embeddings are in the head's file, and the rest of the embeddings in the base
+            model.backbone.save_pretrained(staging, save_embedding_layers=False)
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / HEAD_NAME)
+        tokenizer.save_pretrained(staging)
+        # PEFT's empty form of a card; the card of this model is written from what is known of it.
+        (staging / "README.md").unlink(missing_ok=True)
+
+
+def load_korquad_model(
+    folder: str | os.PathLike[str], base: Any = None, **loading: Any
+) -> tuple[SpanModel, PreTrainedTokenizerBase]:
+    """What `finetune_korquad` saved, in evaluation mode, and its tokenizer.
+
+    Args:
+        folder: the output of `finetune_korquad`.
+        base: the model under the adapter, its folder or its name on the Hub; None takes the one that the adapter
+            names. A model is changed in place.
+        loading: arguments of `from_pretrained` for the base, such as `dtype`, `device_map`, `sparsity_config`.
+
+    Raises:
+        FileNotFoundError: `folder` holds no span model.
+        ValueError: a tensor of the head does not fit the base; names it.
+        ImportError: there is an adapter, and PEFT is not installed.
+    """
+    folder = Path(folder)
+    if not (folder / HEAD_NAME).is_file():
+        raise FileNotFoundError(f"{folder} holds no {HEAD_NAME}: it is not the output of finetune_korquad")
+    has_adapter = (folder / _ADAPTER).is_file()
+    if not has_adapter and base is not None:
+        raise ValueError(f"{folder} holds a whole model and no adapter: leave base out")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    state = load_file(folder / HEAD_NAME)
+    if not has_adapter:
+        backbone: Any = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **loading})
+    else:
+        backbone = _with_adapter(folder, base, state, loading)
+    if special_tokens(tokenizer):
+        raise ValueError(f"the tokenizer in {folder} lacks {special_tokens(tokenizer)[0]}")
+    model = SpanModel(backbone, state["new_tokens"].tolist())
+    own = {"weight": model.head.weight, "bias": model.head.bias, "new_embeddings": model.new_embeddings}
+    for name, parameter in own.items():
+        if state[name].shape != parameter.shape:
+            raise ValueError(
+                f"{HEAD_NAME}: {name} is {list(state[name].shape)}, this base needs {list(parameter.shape)}: it was "
+                "trained on another one"
+            )
+        parameter.data.copy_(state[name])
+    return model.eval(), tokenizer
+
+
+def _with_adapter(folder: Path, base: Any, state: dict[str, torch.Tensor], loading: dict[str, Any]) -> Any:
+    require_peft()
+    from peft import PeftConfig, PeftModel
+
+    if base is None:
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if isinstance(base, str | os.PathLike):
+        base = AutoModelForCausalLM.from_pretrained(base, **{"dtype": "auto", **loading})
+    rows = int(state["new_tokens"].max()) + 1 if state["new_tokens"].numel() else 0
+    if rows > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    return PeftModel.from_pretrained(base, str(folder))
