@@ -11,6 +11,9 @@ from typing import Any
 from ..report import TUNING_NAME
 
 TUNING_TITLES = {"koalpaca": "KoAlpaca", "korquad": "KorQuAD"}
+# Of what `finetuning.json` holds: where the tuned model came from, in which a sparse model and a dense one tuned in the
+# same way differ, and what came of the run.
+_NOT_SETTINGS = ("base", "loss", "history", "results")
 
 
 def read_tuning(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -32,13 +35,13 @@ def read_tuning(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def tuning_of(model: Any) -> dict[str, Any] | None:
-    """`model.tuning` as a protocol holds it: without `base`, where the tuned model lies, in which a sparse model and a
-    dense one tuned in the same way differ. None for a model that was not tuned."""
+    """`model.tuning` as a protocol holds it: what was tuned on and how, without the model and the outcome. None for a
+    model that was not tuned."""
     found = getattr(model, "tuning", None)
     if not isinstance(found, Mapping):
         return None
     # As JSON reads it back, so that a saved row and a new one are compared alike.
-    return dict(json.loads(json.dumps({key: value for key, value in found.items() if key != "base"})))
+    return dict(json.loads(json.dumps({key: value for key, value in found.items() if key not in _NOT_SETTINGS})))
 
 
 def tuning_title(tuning: Mapping[str, Any] | None) -> str | None:
