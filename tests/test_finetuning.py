@@ -296,11 +296,15 @@ def test_a_run_that_is_killed_goes_on_with_the_same_curve(folder, tmp_path, monk
     torn = output / ".checkpoints/checkpoint-8"
     torn.mkdir()
     (torn / "trainer_state.json").write_text("{")
-    began = []
+    began: list[int] = []
+
+    def begins(self, args, state, control, **kwargs):
+        began.append(state.global_step)
+
     with monkeypatch.context() as patch:
-        patch.setattr(MarkWhole, "on_train_begin", lambda self, args, state, *rest, **kw: began.append(state))
-        found = train_all(folder, output)
-    assert found == expected
+        patch.setattr(MarkWhole, "on_train_begin", begins)
+        assert train_all(folder, output) == expected
+    assert began == [6]
     assert contents(output) == contents(tmp_path / "whole")
 
 

@@ -54,7 +54,9 @@ def train(
     Raises:
         ValueError: the checkpoints are of another run (names the difference), or a batch does not come out even.
     """
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
+
+    from .trainer import ResumableTrainer
 
     checkpoints = Path(output) / FOLDER
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -87,17 +89,16 @@ def train(
         last = last_checkpoint(checkpoints, wanted, resume=resume, is_main=is_main)
     if last is not None:
         logger.warning(f"Going on from {os.path.basename(last)}.")
+    sampler = None if lengths is None else LengthSampler(lengths, settings.micro_batch_size * world, settings.seed)
     with _own_forward(model):
-        trainer = Trainer(
+        trainer = ResumableTrainer(
             model=model,
             args=arguments,
             train_dataset=examples,
             data_collator=collate,
             callbacks=[*callbacks, MarkWhole()],
+            sampler=sampler,
         )
-        if lengths is not None:
-            sampler = LengthSampler(lengths, settings.micro_batch_size * world, settings.seed)
-            trainer._get_train_sampler = lambda train_dataset=None: sampler  # type: ignore[method-assign]
         trainer.train(resume_from_checkpoint=last)
     return list(trainer.state.log_history)
 
