@@ -11,8 +11,8 @@ from typing import Any
 from ..report import TUNING_NAME
 
 TUNING_TITLES = {"koalpaca": "KoAlpaca", "korquad": "KorQuAD"}
-# Of what `finetuning.json` holds: where the tuned model came from, in which a sparse model and a dense one tuned in the
-# same way differ, and what came of the run.
+# Of what `finetuning.json` holds: where the tuned model came from, in which a sparse model and a dense one tuned in
+# the same way differ, and what came of the run.
 _NOT_SETTINGS = ("base", "loss", "history", "results")
 
 
