@@ -119,7 +119,7 @@ class SpanModel(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """As of transformers' models, for `Trainer`."""
-        self.language_model.activation_checkpointing_enable(**kwargs)  # type: ignore[operator]
+        self.language_model.activation_checkpointing_enable(**kwargs)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """The same by its former name, which earlier versions of transformers call."""
