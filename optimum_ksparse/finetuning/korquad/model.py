@@ -117,9 +117,13 @@ class SpanModel(nn.Module):
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """As of transformers' models, for `Trainer`."""
-        self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.language_model.activation_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The same by its former name, which earlier versions of transformers call."""
+        self.language_model.gradient_checkpointing_enable(**kwargs)
 
     def _embed_new(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         ids = inputs[0]
