@@ -9,6 +9,8 @@ from typing import Any
 from .base import Command, add_flags, load_checkpoint, read_settings
 from .protocol import LOADING_FLAGS, PROTOCOL_FLAGS, protocol_of
 
+# Folders whose results are taken over: as the dense column, and as rows after tuning.
+_TAKEN = ("baseline_results", "tuned_results")
 _USAGE = "optimum-cli ksparse eval CHECKPOINT [--baseline [MODEL]] [--config recipe.yaml]"
 # Words that may stand before the checkpoint: what they measure, and nothing else, unless flags say otherwise.
 _SHORTHANDS: dict[str, dict[str, Any]] = {"nsmc": {"texts": "none", "tasks": ["nsmc"]}}
@@ -36,6 +38,13 @@ class EvalCommand(Command):
             metavar="FOLDER",
             help="take the dense column from the evaluation_results.json of a dense model, tuned as this one was, say",
         )
+        parser.add_argument(
+            "--tuned-results",
+            "--tuned_results",
+            dest="tuned_results",
+            metavar="FOLDER",
+            help="take rows after tuning from the output of `finetune korquad` on this model",
+        )
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
         parser.add_argument("--revision", help="branch, tag or commit of the checkpoint")
         parser.add_argument("--output", help="folder for evaluation_results.json (default: the checkpoint's)")
@@ -45,7 +54,7 @@ class EvalCommand(Command):
 
     def execute(self) -> None:
         shorthand = _take_shorthand(self.args)
-        own = ["checkpoint", "baseline", "baseline_results", "revision", "output", "overwrite", "trust_remote_code"]
+        own = ["checkpoint", "baseline", *_TAKEN, "revision", "output", "overwrite", "trust_remote_code"]
         settings = {**shorthand, **read_settings(self.args, [*own, *PROTOCOL_FLAGS, *LOADING_FLAGS])}
         if not settings.get("checkpoint"):
             raise ValueError(f"checkpoint is missing: {_USAGE}")
@@ -59,12 +68,14 @@ class EvalCommand(Command):
         checkpoint = settings["checkpoint"]
         output = Path(settings.get("output") or _folder_of(checkpoint))
         known = EvaluationResults.load(output / RESULTS_NAME) if (output / RESULTS_NAME).is_file() else None
-        column: Any = settings.get("baseline_results")
+        folders = [settings.get(name) for name in _TAKEN]
+        column, tuned = (EvaluationResults.load(Path(f) / RESULTS_NAME) if f else None for f in folders)
         if column:
-            column = EvaluationResults.load(Path(column) / RESULTS_NAME)
             EvaluationResults("").take_baseline(column)  # what cannot be one is refused before the work
         model = load_checkpoint(checkpoint, settings)
         before = _results_before(model)
+        if tuned:
+            EvaluationResults(fingerprint(model)).take_tuned(tuned)
         if known is not None:
             if known.fingerprint == fingerprint(model):
                 model.evaluation_results = known
@@ -87,6 +98,8 @@ class EvalCommand(Command):
         results = evaluate_model(model, tokenizer, protocol, on_measured=keep)
         if before is not None:
             results.take_before(before)
+        if tuned:
+            results.take_tuned(tuned)
         if column:
             results.take_baseline(column)
         if dense is not None:

@@ -12,7 +12,7 @@ from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
 from .schemas import SCHEMAS
 from .table import OTHER_TITLES, TASK_TITLES, result_rows, results_table
-from .tuning import read_tuning, tuning_of, tuning_title
+from .tuning import read_tuning, tuning_of, tuning_settings, tuning_title
 
 __all__ = [
     "KOBEST_TASKS",
@@ -37,5 +37,6 @@ __all__ = [
     "results_table",
     "set_aside",
     "tuning_of",
+    "tuning_settings",
     "tuning_title",
 ]

@@ -109,7 +109,8 @@ class EvaluationResults:
 
     Attributes:
         fingerprint: of the sparse model's weights (`fingerprint(model)`): the results are of these alone, but for
-            those before tuning, which are of the model that was tuned.
+            those before tuning, which are of the model that was tuned, and those after it that were taken over with
+            `take_tuned`, which are of what was made of this model.
         sparse, dense: measurements, at most one for each name and number of shots, before tuning and after it.
         dense_model: the dense model as it was named, a local folder by its last part; `dense_revision`: its commit.
     """
@@ -187,6 +188,20 @@ class EvaluationResults:
         if self.dense_model is None or False in replaced:
             self.dense_model, self.dense_revision = other.dense_model, other.dense_revision
         self.dense[:] = [*kept, *copy.deepcopy(other.dense)]
+
+    def take_tuned(self, other: EvaluationResults) -> None:
+        """Takes over what `other` holds from after a tuning of this very model, which cannot be measured by itself
+        because the tuning gave it another head, as for KorQuAD. It goes in the place of rows of the same kind.
+
+        Raises:
+            ValueError: `other` is of a model with other weights, or holds nothing from after tuning.
+        """
+        rows = [(part, row) for part in ("sparse", "dense") for row in getattr(other, part) if row.tuning is not None]
+        if not rows or other.fingerprint != self.fingerprint:
+            why = "were measured on a model tuned from other weights" if rows else "hold nothing from after tuning"
+            raise ValueError(f"the {RESULTS_NAME} to take rows after tuning from {why}")
+        for part, row in rows:
+            self.add(part, copy.deepcopy(row))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `evaluation_results.json` into `directory`, whole or not at all."""

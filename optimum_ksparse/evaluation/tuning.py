@@ -13,7 +13,7 @@ from ..report import TUNING_NAME
 TUNING_TITLES = {"koalpaca": "KoAlpaca", "korquad": "KorQuAD"}
 # Of what `finetuning.json` holds: where the tuned model came from, in which a sparse model and a dense one tuned in
 # the same way differ, and what came of the run.
-_NOT_SETTINGS = ("base", "loss", "history", "results")
+_NOT_SETTINGS = ("base", "loss", "history", "results", "num_trained")
 
 
 def read_tuning(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -38,8 +38,11 @@ def tuning_of(model: Any) -> dict[str, Any] | None:
     """`model.tuning` as a protocol holds it: what was tuned on and how, without the model and the outcome. None for a
     model that was not tuned."""
     found = getattr(model, "tuning", None)
-    if not isinstance(found, Mapping):
-        return None
+    return tuning_settings(found) if isinstance(found, Mapping) else None
+
+
+def tuning_settings(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of what `finetuning.json` holds."""
     # As JSON reads it back, so that a saved row and a new one are compared alike.
     return dict(json.loads(json.dumps({key: value for key, value in found.items() if key not in _NOT_SETTINGS})))
 

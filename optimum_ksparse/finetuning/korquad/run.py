@@ -9,7 +9,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ...calibration import read_tokenizer
-from ...config import check_integer, describe_source
+from ...checkpoint import describe_model, sparse_modules
+from ...config import check_integer
+from ...evaluation import EvaluationResults, Measurement, fingerprint, tuning_settings
 from ..prepare import prepare_for_training
 from ..runs import add_adapter, is_main
 from ..settings import FinetuningSettings
@@ -42,8 +44,10 @@ def finetune_korquad(
     """Trains an adapter and a span head on KorQuAD 1.0, saves them, and measures them.
 
     `output` then holds the adapter (or, with `method="full"`, the weights), `korquad_head.safetensors`, the tokenizer,
-    and `finetuning.json` with settings, losses and the F1 on the way; `load_korquad_model` reads it. A run that was
-    cut off goes on from its last checkpoint when it is called again.
+    and `finetuning.json` with settings, losses and the F1 on the way; `load_korquad_model` reads it. The figures are
+    also in `evaluation_results.json`, as rows after tuning of the model that was tuned
+    (`EvaluationResults.take_tuned`, `optimum-cli ksparse eval MODEL --tuned-results OUTPUT`). A run that was cut off
+    goes on from its last checkpoint when it is called again.
 
     Args:
         model: a causal LM, dense or sparse, its folder, or its name on the Hub; it is changed in place.
@@ -85,6 +89,7 @@ def finetune_korquad(
         model = AutoModelForCausalLM.from_pretrained(os.fspath(model), dtype="auto")
     tokenizer = tokenizer or read_tokenizer(str(model.name_or_path))
     windows = windows or WindowSettings.for_model(model, tokenizer)
+    outcome, part = _outcome_of(model)  # of the weights before anything is added to them
     span_model = make_span_model(model, tokenizer, settings, head_only=head_only)
     questions = data.questions[:max_train_questions]
     examples = [w for w in make_windows(questions, tokenizer, windows) if w.start is not None]
@@ -92,7 +97,7 @@ def finetune_korquad(
         raise ValueError("data: no question has an answer that is in its paragraph, there is nothing to train on")
     job = {
         "task": "korquad",
-        "base": describe_source(model.name_or_path),
+        "base": str(model.name_or_path),
         "data": {**data.description, "split": data.split, "questions": len(questions)},
         "num_windows": len(examples),
         "windows": asdict(windows),
@@ -100,6 +105,7 @@ def finetune_korquad(
         "num_trained": sum(parameter.numel() for parameter in span_model.trained_parameters().values()),
     }
     if (record := finished(output, settings, job, overwrite=overwrite)) is not None:
+        _save_results(outcome, part, record, output)
         return record
     how: dict[str, Any] = {"windows": windows, "batch_size": eval_batch_size, "bf16": settings.bf16}
     callbacks = []
@@ -115,7 +121,27 @@ def finetune_korquad(
     if eval_data is not None:
         results = evaluate_korquad(span_model, tokenizer, eval_data, max_questions=max_eval_questions, **how)
     history = [row for row in log if "exact_match" in row]
-    return finish(output, settings, log, {**job, "history": history, "results": results})
+    record = finish(output, settings, log, {**job, "history": history, "results": results})
+    _save_results(outcome, part, record, output)
+    return record
+
+
+def _outcome_of(model: PreTrainedModel) -> tuple[EvaluationResults, str]:
+    """Results of a model, still empty, and in which of their columns it belongs."""
+    outcome = EvaluationResults(fingerprint(model))
+    if sparse_modules(model):
+        return outcome, "sparse"
+    outcome.dense_model, outcome.dense_revision = describe_model(model), getattr(model, "hub_commit", None)
+    return outcome, "dense"
+
+
+def _save_results(
+    outcome: EvaluationResults, part: str, record: dict[str, Any], output: str | os.PathLike[str]
+) -> None:
+    if record.get("results") is not None:
+        row = Measurement.from_row("korquad", {**record["results"], "tuning": tuning_settings(record)})
+        outcome.add(part, row)
+        outcome.save(output)
 
 
 def make_span_model(
