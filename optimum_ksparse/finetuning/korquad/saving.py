@@ -1,12 +1,12 @@
-"""A span model in a folder: the adapter (or the weights), the head with the new embeddings, and the tokenizer.
+"""A span model in a folder: the adapter (or the weights), the head with the embeddings of two tokens, the tokenizer.
 
 `korquad_head.safetensors`:
 
 | key | shape | dtype | meaning |
 |---|---|---|---|
 | `weight`, `bias` | [2, hidden], [2] | float32 | hidden state → logits of start and end |
-| `new_tokens` | [new] | int64 | ids of the tokens that were added |
-| `new_embeddings` | [new, embedding] | float32 | what the embedding gives for them |
+| `marker_tokens` | [2] | int64 | ids of `<|SEP|>` and `<|EOS|>` |
+| `marker_embeddings` | [2, embedding] | float32 | what the embedding gives for them |
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def save_korquad_model(model: SpanModel, tokenizer: PreTrainedTokenizerBase, fol
     tensors = {
         "weight": model.head.weight,
         "bias": model.head.bias,
-        "new_tokens": torch.tensor(model.new_tokens, dtype=torch.int64),
-        "new_embeddings": model.new_embeddings,
+        "marker_tokens": torch.tensor(model.marker_tokens, dtype=torch.int64),
+        "marker_embeddings": model.marker_embeddings,
     }
     with staged(folder) as staging:
         if model.backbone is model.language_model:
             model.backbone.save_pretrained(staging)
-        else:  # an adapter: the new embeddings are in the head's file, and the rest of the embeddings in the base
+        else:  # an adapter: those of the two tokens are in the head's file, and the rest of the embeddings in the base
             model.backbone.save_pretrained(staging, save_embedding_layers=False)
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / HEAD_NAME)
         tokenizer.save_pretrained(staging)
@@ -77,8 +77,8 @@ def load_korquad_model(
         backbone = _with_adapter(folder, base, state, loading)
     if special_tokens(tokenizer):
         raise ValueError(f"the tokenizer in {folder} lacks {special_tokens(tokenizer)[0]}")
-    model = SpanModel(backbone, state["new_tokens"].tolist())
-    own = {"weight": model.head.weight, "bias": model.head.bias, "new_embeddings": model.new_embeddings}
+    model = SpanModel(backbone, state["marker_tokens"].tolist())
+    own = {"weight": model.head.weight, "bias": model.head.bias, "marker_embeddings": model.marker_embeddings}
     for name, parameter in own.items():
         if state[name].shape != parameter.shape:
             raise ValueError(
@@ -97,7 +97,7 @@ def _with_adapter(folder: Path, base: Any, state: dict[str, torch.Tensor], loadi
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if isinstance(base, str | os.PathLike):
         base = AutoModelForCausalLM.from_pretrained(base, **{"dtype": "auto", **loading})
-    rows = int(state["new_tokens"].max()) + 1 if state["new_tokens"].numel() else 0
+    rows = int(state["marker_tokens"].max()) + 1
     if rows > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)
     return PeftModel.from_pretrained(base, str(folder))
