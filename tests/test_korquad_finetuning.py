@@ -316,9 +316,13 @@ def test_every_method_saves_and_loads(make_model, own_tokenizer, data, tmp_path,
     record = finetune_korquad(
         model, tokenizer, data, settings, tmp_path / "out", eval_data=data, windows=WINDOWS, head_only=head_only
     )
-    loaded, its_tokenizer = load_korquad_model(tmp_path / "out")
+    loaded, its_tokenizer = load_korquad_model(tmp_path / "out", base if head_only else None)
     row = evaluate_korquad(loaded, its_tokenizer, data, windows=WINDOWS)
     assert row["f1"] == record["results"]["f1"] and record["num_trained"] > 0
+    assert (tmp_path / "out/model.safetensors").exists() == (method == "full")
+    if head_only:
+        with pytest.raises(ValueError, match="a head alone: pass base"):
+            load_korquad_model(tmp_path / "out")
     if method == "full":
         with pytest.raises(ValueError, match="leave base out"):
             load_korquad_model(tmp_path / "out", base)
@@ -367,13 +371,8 @@ def test_arguments_are_checked(make_model, own_tokenizer, data, tmp_path):
 def test_the_head_of_another_base_is_named(make_model, own_tokenizer, data, tmp_path):
     base = base_folder(make_model, own_tokenizer, tmp_path)
     finetune_korquad(base, None, data, FAST, tmp_path / "out", windows=WINDOWS, head_only=True)
-    config = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
-    assert config["vocab_size"] == 386
-    other = make_model("llama", hidden_size=64)
-    other.resize_token_embeddings(386)
-    other.save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match=r"weight is \[2, 32\], this base needs \[2, 64\]"):
-        load_korquad_model(tmp_path / "out")
+        load_korquad_model(tmp_path / "out", make_model("llama", hidden_size=64))
 
 
 _KILLED = """
