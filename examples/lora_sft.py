@@ -25,6 +25,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.model)
     with open(args.data, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file if line.strip()]
@@ -37,7 +38,6 @@ def main() -> None:
         per_device_train_batch_size=4,
         learning_rate=3e-4,
         max_length=256,
-        pad_token=tokenizer.pad_token or tokenizer.eos_token,
         bf16=False,
         gradient_checkpointing=False,
         save_strategy="no",

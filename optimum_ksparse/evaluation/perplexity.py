@@ -188,21 +188,23 @@ def _batch_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
 def frozen_base(model: PreTrainedModel, kind: type[ModelOutput]) -> Iterator[Callable[[torch.Tensor], None]]:
     """Within it the model's base returns given hidden states in an output of its own `kind`, so that the model's own
     head, with all that it does to logits (soft caps, scales), runs on a part of the positions at a time."""
-    base = model.base_model
-    own = vars(base).get("forward")
+    # The head of OPT calls the decoder inside its base.
+    own: dict[Any, Any] = {m: vars(m).get("forward") for m in (model.base_model, model.get_decoder())}
     current: list[torch.Tensor] = []
 
     def forward(*args: Any, **kwargs: Any) -> ModelOutput:
         return kind(last_hidden_state=current[0])
 
-    base.forward = forward
+    for module in own:
+        module.forward = forward
     try:
         yield lambda hidden: current.__setitem__(slice(None), [hidden])
     finally:
-        if own is None:
-            del base.forward
-        else:
-            base.forward = own
+        for module, before in own.items():
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
 
 
 def _bytes_of_spans(text: str, offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> int:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging
 
 from ..calibration.tokenizer import read_tokenizer
-from ..calibration.tokens import check_context, prepends_bos
+from ..calibration.tokens import context_length, prepends_bos
 from ..config import check_integer
 from ..evaluation.environment import check_causal_lm
 from .answers import answer_loss
@@ -75,7 +75,9 @@ def finetune_koalpaca(
     if not isinstance(model, PreTrainedModel):
         model = AutoModelForCausalLM.from_pretrained(os.fspath(model), dtype="auto")
     check_causal_lm(model)
-    check_context(model, max_length)
+    context = context_length(model)
+    if context is not None and max_length > context:
+        raise ValueError(f"max_length={max_length} is above the model's context of {context} positions")
     base = str(model.name_or_path)
     tokenizer = tokenizer or read_tokenizer(base)
     name, rows = instruction_rows(data, KOALPACA, max_examples)

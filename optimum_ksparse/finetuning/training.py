@@ -55,7 +55,9 @@ def train(
     Raises:
         ValueError: the checkpoints are of another run (names the difference), or a batch does not come out even.
     """
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
+
+    from .trainer import ResumableTrainer
 
     checkpoints = Path(output) / FOLDER
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,7 +91,7 @@ def train(
     if last is not None:
         logger.warning(f"Going on from {os.path.basename(last)}.")
     with _own_forward(model):
-        trainer = Trainer(
+        trainer = ResumableTrainer(
             model=model,
             args=arguments,
             train_dataset=examples,
