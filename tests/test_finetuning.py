@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
-from optimum_ksparse.commands.finetune import KoAlpacaCommand
+from optimum_ksparse.commands.finetune_koalpaca import KoAlpacaCommand
 from optimum_ksparse.finetuning import (
     FinetuningSettings,
     finetune_koalpaca,

@@ -170,7 +170,7 @@ def test_reading_mends_and_counts(tmp_path):
     content = squad(("a", "라마바", 4), ("b", "라마바", 0), ("c", "가", 3), ("d", "없음", 0), ("e", "사아자", 99))
     data = read_korquad(written(tmp_path, content))
     assert [question.span for question in data.questions] == [(4, 7), (4, 7), (0, 1), None, (8, 11)]
-    assert data.mended == 3 and data.lost == ["d"] and len(data) == 5
+    assert data.mended == ["b", "c", "e"] and data.lost == ["d"] and len(data) == 5
     assert data.description["file"] == "data.json" and len(data.description["sha256"]) == 64
     assert data.questions[3].reference["answers"]["text"] == ["없음"]
 
@@ -215,9 +215,29 @@ def test_missing_and_broken_files(tmp_path):
         read_korquad(tmp_path / "broken.json")
 
 
+def test_the_hubs_form(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    answers = {"text": ["나"], "answer_start": [1]}
+    rows = [{"id": "a", "title": "글", "context": "가나", "question": "?", "answers": answers}]
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = read_korquad(split="train")
+    assert asked == [("KorQuAD/squad_kor_v1", "train")] and data.split == "train"
+    assert data.questions[0].span == (1, 2) and data.questions[0].article == "글"
+    assert data.description["dataset"] == "KorQuAD/squad_kor_v1" and len(data.description["sha256"]) == 64
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: 1 / 0)
+    with pytest.raises(ConnectionError, match="KorQuAD/squad_kor_v1, validation.*pass a JSON file"):
+        read_korquad()
+
+
 def test_articles_are_split_whole(shared):
     data = read_korquad(shared / "data/korquad/public.json")
-    assert (len(data), data.mended, data.lost) == (4051, 0, [])
+    assert (len(data), data.mended, data.lost) == (4051, [], [])
     train, test = split_by_article(data, seed=1)
     articles = [{question.article for question in part.questions} for part in (train, test)]
     assert list(map(len, articles)) == [80, 20] and not articles[0] & articles[1]

@@ -135,20 +135,20 @@ def test_the_head_reads_the_decoder_with_its_norm(make_model, own_tokenizer, dat
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_head_adapter_and_new_embeddings_train_alone(make_model, own_tokenizer, data, name):
+def test_head_adapter_and_marker_embeddings_train_alone(make_model, own_tokenizer, data, name):
     model = make_model(name)
     assert model.config.tie_word_embeddings == (name in TIED) or name in ("falcon", "bloom", "mpt")
     span_model = make_span_model(model, own_tokenizer, FAST)
     names = set(span_model.trained_parameters())
-    assert {"head.weight", "head.bias", "new_embeddings"} < names
-    assert all("lora_" in name for name in names - {"head.weight", "head.bias", "new_embeddings"})
+    assert {"head.weight", "head.bias", "marker_embeddings"} < names
+    assert all("lora_" in name for name in names - {"head.weight", "head.bias", "marker_embeddings"})
     before = model.get_input_embeddings().weight.detach().clone()
     torch.nn.init.normal_(span_model.head.weight)  # it begins at zero, where nothing else has a gradient
     optimizer = torch.optim.SGD(span_model.trained_parameters().values(), lr=1.0)
-    start = span_model.new_embeddings.detach().clone()
+    start = span_model.marker_embeddings.detach().clone()
     span_model(**collate(make_windows(data.questions, own_tokenizer, WINDOWS)[:4], 0)).loss.backward()
     optimizer.step()
-    assert (span_model.new_embeddings != start).any(1).tolist() == [True, True]
+    assert (span_model.marker_embeddings != start).any(1).tolist() == [True, True]
     assert torch.equal(model.get_input_embeddings().weight, before)
     assert set(span_model.state_dict()) == names
 
@@ -158,7 +158,7 @@ def test_tokens_take_rows_that_are_free(make_model, own_tokenizer):
     ids = prepare_tokens(model, own_tokenizer)
     assert ids == [384, 385] and own_tokenizer.convert_tokens_to_ids([SEPARATOR, END]) == ids
     assert model.get_input_embeddings().weight.shape[0] == 400  # as Polyglot-Ko, whose vocabulary is padded
-    assert prepare_tokens(model, own_tokenizer) == []
+    assert prepare_tokens(model, own_tokenizer) == ids
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -173,7 +173,14 @@ def test_embeddings_are_resized_where_no_row_is_free(make_model, own_tokenizer, 
 def test_a_token_that_is_known_is_used(make_model, own_tokenizer):
     own_tokenizer.add_tokens([END], special_tokens=True)
     span_model = make_span_model(make_model("llama", vocab_size=385), own_tokenizer, FAST)
-    assert span_model.new_tokens == [385] and span_model.new_embeddings.shape == (1, 32)
+    assert span_model.marker_tokens == [385, 384] and span_model.marker_embeddings.shape == (2, 32)
+
+
+def test_a_tokenizer_serves_one_model_after_another(make_model, own_tokenizer):
+    """The second model finds the tokens there, and needs rows for them all the same."""
+    first, second = (make_span_model(make_model("llama"), own_tokenizer, FAST) for _ in range(2))
+    assert first.marker_tokens == second.marker_tokens == [384, 385]
+    assert torch.equal(first.marker_embeddings, second.marker_embeddings)
 
 
 def test_a_slow_tokenizer_is_refused(make_model):
@@ -309,9 +316,13 @@ def test_every_method_saves_and_loads(make_model, own_tokenizer, data, tmp_path,
     record = finetune_korquad(
         model, tokenizer, data, settings, tmp_path / "out", eval_data=data, windows=WINDOWS, head_only=head_only
     )
-    loaded, its_tokenizer = load_korquad_model(tmp_path / "out")
+    loaded, its_tokenizer = load_korquad_model(tmp_path / "out", base if head_only else None)
     row = evaluate_korquad(loaded, its_tokenizer, data, windows=WINDOWS)
     assert row["f1"] == record["results"]["f1"] and record["num_trained"] > 0
+    assert (tmp_path / "out/model.safetensors").exists() == (method == "full")
+    if head_only:
+        with pytest.raises(ValueError, match="a head alone: pass base"):
+            load_korquad_model(tmp_path / "out")
     if method == "full":
         with pytest.raises(ValueError, match="leave base out"):
             load_korquad_model(tmp_path / "out", base)
@@ -353,20 +364,15 @@ def test_arguments_are_checked(make_model, own_tokenizer, data, tmp_path):
         load_korquad_model(tmp_path)
     with pytest.raises(RuntimeError, match=r"head\.bias is missing"):
         make_span_model(make_model("llama"), own_tokenizer, FAST, head_only=True).load_state_dict(
-            {"head.weight": torch.zeros(2, 32), "new_embeddings": torch.zeros(2, 32)}
+            {"head.weight": torch.zeros(2, 32), "marker_embeddings": torch.zeros(2, 32)}
         )
 
 
 def test_the_head_of_another_base_is_named(make_model, own_tokenizer, data, tmp_path):
     base = base_folder(make_model, own_tokenizer, tmp_path)
     finetune_korquad(base, None, data, FAST, tmp_path / "out", windows=WINDOWS, head_only=True)
-    config = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
-    assert config["vocab_size"] == 386
-    other = make_model("llama", hidden_size=64)
-    other.resize_token_embeddings(386)
-    other.save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match=r"weight is \[2, 32\], this base needs \[2, 64\]"):
-        load_korquad_model(tmp_path / "out")
+        load_korquad_model(tmp_path / "out", make_model("llama", hidden_size=64))
 
 
 _KILLED = """
@@ -409,6 +415,19 @@ def test_a_killed_run_goes_on_with_the_same_losses(make_model, own_tokenizer, da
     resumed = finetune_korquad(base, None, data, output=tmp_path / "cut", **run)
     assert resumed["loss"] == pytest.approx(whole["loss"], abs=1e-5) and len(whole["loss"]) == 12
     assert not (tmp_path / "cut/.checkpoints").exists()
+
+
+def test_a_run_cut_off_after_training_trains_no_further(make_model, own_tokenizer, data, tmp_path, monkeypatch):
+    base = base_folder(make_model, own_tokenizer, tmp_path)
+    run = {"eval_data": data, "output": tmp_path / "out", "windows": WINDOWS, "eval_every": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_ksparse.finetuning.korquad.run.finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finetune_korquad(base, None, data, FAST, **run)
+    weights = (tmp_path / "out/adapter_model.safetensors").read_bytes()
+    record = finetune_korquad(base, None, data, FAST, **run)
+    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == weights
+    assert len(record["loss"]) == record["steps"] == 4 and [row["step"] for row in record["history"]] == [2, 4]
 
 
 def test_like_lengths_come_together_and_every_epoch_is_another():

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from .base import boolean
-from .finetune import TaskCommand, load_with_tokenizer
+from .finetune_task import TaskCommand, load_with_tokenizer
 
 
 class KorQuADCommand(TaskCommand):

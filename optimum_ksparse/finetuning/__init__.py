@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .koalpaca import KOALPACA, finetune_koalpaca, koalpaca_prompt
+from .korquad import evaluate_korquad, finetune_korquad, load_korquad_model
 from .prepare import prepare_for_training
 from .report import MergedLayer, MergeReport
 from .settings import FinetuningSettings, adapter_config, linear_targets
@@ -27,11 +28,14 @@ __all__ = [
     "MergedLayer",
     "SparseLoraConfig",
     "adapter_config",
+    "evaluate_korquad",
     "extend_peft",
     "finetune_koalpaca",
+    "finetune_korquad",
     "finish",
     "koalpaca_prompt",
     "linear_targets",
+    "load_korquad_model",
     "merge_adapter",
     "prepare_for_training",
     "require_peft",

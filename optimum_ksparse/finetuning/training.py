@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import TrainerState
 from transformers.utils import logging
 
 from ..report import TUNING_NAME
@@ -99,8 +100,17 @@ def train(
             callbacks=[*callbacks, MarkWhole()],
             sampler=sampler,
         )
+        if last is not None and (ended := _ended(last)) is not None:
+            trainer._load_from_checkpoint(last)
+            return ended
         trainer.train(resume_from_checkpoint=last)
     return list(trainer.state.log_history)
+
+
+def _ended(checkpoint: str) -> list[dict[str, Any]] | None:
+    """The log of a run whose last step this checkpoint is, from which `Trainer` would make one step more."""
+    state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    return list(state.log_history) if state.global_step >= state.max_steps else None
 
 
 @contextmanager

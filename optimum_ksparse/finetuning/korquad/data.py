@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ...config import describe_dataset
+from .rows import file_rows, hub_rows
 
 logger = logging.get_logger(__name__)
 
@@ -57,15 +58,15 @@ class KorQuADData:
     Attributes:
         questions: in the order of the data.
         description: name or file, and SHA-256, as JSON holds it. split: which part of the data it is.
-        mended: answers that were not at their offset, and once elsewhere in their paragraph, where they are taken to
-            be.
+        mended: ids of questions with an answer that was not at its offset, and once elsewhere in the paragraph, where
+            it is taken to be.
         lost: ids of questions none of whose answers is found in the paragraph: they do not train, and are measured.
     """
 
     questions: list[Question]
     description: dict[str, Any]
     split: str = "all"
-    mended: int = 0
+    mended: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -74,8 +75,8 @@ class KorQuADData:
     def part(self, questions: Sequence[Question], split: str) -> KorQuADData:
         """Some of the questions, as a split of that name."""
         ids = {question.id for question in questions}
-        lost = [name for name in self.lost if name in ids]
-        return KorQuADData(list(questions), self.description, split, self.mended, lost)
+        mended, lost = ([name for name in names if name in ids] for names in (self.mended, self.lost))
+        return KorQuADData(list(questions), self.description, split, mended, lost)
 
 
 def read_korquad(source: str | os.PathLike[str] = KORQUAD_DATASET, split: str | None = None) -> KorQuADData:
@@ -92,13 +93,13 @@ def read_korquad(source: str | os.PathLike[str] = KORQUAD_DATASET, split: str | 
         ImportError, ConnectionError: the Hub's data cannot be read.
     """
     if os.path.isfile(source):
-        description, rows = describe_dataset(Path(source)), _read_file(Path(source))
+        description, rows = describe_dataset(Path(source)), file_rows(Path(source))
         split = split or "all"
     elif os.fspath(source).endswith(".json") or isinstance(source, os.PathLike):
         raise FileNotFoundError(f"{os.fspath(source)!r}: there is no such file")
     else:
         split = split or "validation"
-        rows = _read_hub(os.fspath(source), split)
+        rows = hub_rows(os.fspath(source), split)
         hashed = describe_dataset([json.dumps(row, ensure_ascii=False, sort_keys=True) for row in rows])
         description = {"dataset": os.fspath(source), "sha256": hashed["sha256"]}
     data = KorQuADData([], description, split)
@@ -113,8 +114,8 @@ def read_korquad(source: str | os.PathLike[str] = KORQUAD_DATASET, split: str | 
         raise ValueError(f"{os.fspath(source)} holds no questions")
     if data.mended or data.lost:
         logger.warning(
-            f"{os.path.basename(source)}: {data.mended} answers were not at their offset and are found elsewhere in "
-            f"their paragraph; {len(data.lost)} questions have no answer that is in their paragraph, these do not "
+            f"{os.path.basename(source)}: {len(data.mended)} answers were not at their offset and are found elsewhere "
+            f"in their paragraph; {len(data.lost)} questions have no answer that is in their paragraph, these do not "
             f"train{': ' + ', '.join(data.lost[:5]) if data.lost else ''}"
         )
     return data
@@ -149,88 +150,9 @@ def _question(row: Mapping[str, Any], data: KorQuADData) -> Question:
         if not text or context[start : start + len(text)] != text:
             once = bool(text) and context.count(text) == 1
             found = context.index(text) if once else None
-            data.mended += once
+            data.mended += [row["id"]] * once
         starts.append(found)
     question = Question(row["id"], row["article"], row["question"], context, tuple(row["answers"]), tuple(starts))
     if question.span is None:
         data.lost.append(question.id)
     return question
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON in UTF-8: {error}") from None
-    return list(_rows(content, path.name))
-
-
-def _rows(content: Any, name: str) -> Iterator[dict[str, Any]]:
-    """The questions of data in the form of SQuAD 1.1."""
-    for i, article in enumerate(_list(content, "data", name)):
-        in_article = f"{name}, article {i}"
-        for j, paragraph in enumerate(_list(article, "paragraphs", in_article)):
-            in_paragraph = f"{in_article}, paragraph {j}"
-            context = _text(paragraph, "context", in_paragraph)
-            for k, entry in enumerate(_list(paragraph, "qas", in_paragraph)):
-                where = f"{in_paragraph}, question {k}"
-                answers = _list(entry, "answers", where)
-                yield {
-                    "where": where,
-                    "id": _text(entry, "id", where),
-                    "article": f"{i}",
-                    "question": _text(entry, "question", where),
-                    "context": context,
-                    **_answers([(a, f"{where}, answer {n}") for n, a in enumerate(answers)], where),
-                }
-
-
-def _answers(found: Iterable[tuple[Any, str]], where: str) -> dict[str, Any]:
-    answers, starts = [], []
-    for answer, place in found:
-        answers.append(_text(answer, "text", place))
-        start = answer.get("answer_start")
-        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-            raise ValueError(f"{place}: the field 'answer_start' must be an integer of at least 0, found {start!r}")
-        starts.append(start)
-    if not answers:
-        raise ValueError(f"{where}: the field 'answers' is empty, a question needs an answer")
-    return {"answers": answers, "starts": starts}
-
-
-def _list(holder: Any, name: str, where: str) -> list[Any]:
-    found = holder.get(name) if isinstance(holder, dict) else None
-    if not isinstance(found, list):
-        kind = f"{type(found).__name__}" if isinstance(holder, dict) else f"no object but {type(holder).__name__}"
-        raise ValueError(f"{where}: the field {name!r} must be a list, found {kind}")
-    return found
-
-
-def _text(holder: Any, name: str, where: str) -> str:
-    found = holder.get(name) if isinstance(holder, dict) else None
-    if not isinstance(found, str):
-        kind = f"{type(found).__name__}" if isinstance(holder, dict) else f"no object but {type(holder).__name__}"
-        raise ValueError(f"{where}: the field {name!r} must be a text, found {kind}")
-    return found
-
-
-def _read_hub(name: str, split: str) -> list[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError('data on the Hub need datasets: pip install "datasets>=4.0"') from error
-    try:
-        found = load_dataset(name, split=split)
-    except Exception as error:  # datasets, huggingface_hub and the network raise many kinds here
-        raise ConnectionError(
-            f"KorQuAD ({name}, {split}) cannot be read from the Hub: {type(error).__name__}: {error}; without a "
-            "network pass a JSON file in the form of SQuAD 1.1"
-        ) from error
-    rows = []
-    for number, row in enumerate(found):
-        where = f"{name}, {split}, question {number}"
-        texts, starts = (row["answers"][field] for field in ("text", "answer_start"))
-        pairs = [({"text": t, "answer_start": s}, where) for t, s in zip(texts, starts, strict=True)]
-        fields = {name: _text(row, name, where) for name in ("id", "question", "context")}
-        rows.append({"where": where, **fields, "article": _text(row, "title", where), **_answers(pairs, where)})
-    return rows

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ...calibration import decoder_of
-from .features import special_tokens
+from .features import END, SEPARATOR, special_tokens
 
 
 @dataclass
@@ -40,15 +40,16 @@ class SpanModel(nn.Module):
     Args:
         backbone: a causal LM, sparse or dense, or a PEFT model of one. Which of its parameters train is its own
             affair.
-        new_tokens: ids of tokens that it did not know: their embeddings are parameters of this model, and train, while
-            those of the backbone stay. It works for tied embeddings, and costs no gradient of the whole matrix.
+        marker_tokens: ids of `<|SEP|>` and `<|EOS|>`, which most backbones do not know: their embeddings are
+            parameters of this model, and train, while those of the backbone stay. It works for tied embeddings, and
+            costs no gradient of the whole matrix.
 
     Attributes:
         head: hidden state → logits of start and end, in float32.
-        new_embeddings: [new tokens, embedding], in float32, what the backbone's embedding gives for them.
+        marker_embeddings: [2, embedding], in float32, what the backbone's embedding gives for them.
     """
 
-    def __init__(self, backbone: Any, new_tokens: list[int]) -> None:
+    def __init__(self, backbone: Any, marker_tokens: list[int]) -> None:
         super().__init__()
         self.backbone = backbone
         model = self.language_model
@@ -59,11 +60,11 @@ class SpanModel(nn.Module):
         self.head = nn.Linear(width, 2, device=device, dtype=torch.float32)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)  # all tokens start even, however large the hidden states of the model are
-        self.new_tokens = list(new_tokens)
+        self.marker_tokens = list(marker_tokens)
         with torch.no_grad():
-            rows = embedding(torch.tensor(self.new_tokens, dtype=torch.int64, device=device))
-        self.new_embeddings = nn.Parameter(rows.detach().float().clone())
-        embedding.register_forward_hook(self._embed_new)
+            rows = embedding(torch.tensor(self.marker_tokens, dtype=torch.int64, device=device))
+        self.marker_embeddings = nn.Parameter(rows.detach().float().clone())
+        embedding.register_forward_hook(self._embed_markers)
         self._without_cache = bool(inspect.signature(decoder.forward).parameters.keys() & {"use_cache", "kwargs"})
 
     @property
@@ -125,10 +126,10 @@ class SpanModel(nn.Module):
         """The same by its former name, which earlier versions of transformers call."""
         self.language_model.gradient_checkpointing_enable(**kwargs)
 
-    def _embed_new(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def _embed_markers(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         ids = inputs[0]
-        for row, token in enumerate(self.new_tokens):
-            rows = self.new_embeddings[row].to(output.device, output.dtype)
+        for row, token in enumerate(self.marker_tokens):
+            rows = self.marker_embeddings[row].to(output.device, output.dtype)
             output = torch.where((ids == token).unsqueeze(-1), rows, output)
         return output
 
@@ -138,24 +139,26 @@ def prepare_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     place; new rows are the mean of the others.
 
     Returns:
-        Ids of the tokens that were added.
+        Ids of the two.
 
     Raises:
         TypeError: the tokenizer is a slow one.
     """
     new = special_tokens(tokenizer)
-    if not new:
-        return []
     tokenizer.add_tokens(new, special_tokens=True)
-    ids: list[int] = tokenizer.convert_tokens_to_ids(new)  # type: ignore[assignment]
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[token] for token in (SEPARATOR, END)]
     embeddings: Any = model.get_input_embeddings()
-    known = embeddings.weight.shape[0]
-    mean = embeddings.weight.detach()[: min(ids)].float().mean(0)
-    if max(ids) >= known:
+    rows = embeddings.weight.shape[0]
+    fresh = [i for i in ids if i >= rows or i in (vocabulary[token] for token in new)]
+    if not fresh:
+        return ids
+    mean = embeddings.weight.detach()[: min(fresh)].float().mean(0)
+    if max(ids) >= rows:
         trains = embeddings.weight.requires_grad
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         embeddings = model.get_input_embeddings()
         embeddings.weight.requires_grad_(trains)
     with torch.no_grad():
-        embeddings.weight[ids] = mean.to(embeddings.weight.dtype)
+        embeddings.weight[fresh] = mean.to(embeddings.weight.dtype)
     return ids

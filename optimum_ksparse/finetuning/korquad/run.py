@@ -58,7 +58,7 @@ def finetune_korquad(
         output: a folder.
         eval_data: to measure on at the end, and on the way; None does not.
         windows: how the data become windows; None takes the defaults for the model.
-        head_only: train head and new embeddings alone: what the backbone knows without an adapter.
+        head_only: train head and the embeddings of the two tokens alone: what the backbone knows without an adapter.
         resume: go on with an unfinished run in `output`; False starts over.
         overwrite: replace a finished run in `output`. Without it, the record of one of the same job is returned.
         max_train_questions, max_eval_questions: from the first on; None takes all.
@@ -151,17 +151,17 @@ def make_span_model(
     *,
     head_only: bool = False,
 ) -> SpanModel:
-    """The model with a new head, new embeddings for the tokens that the tokenizer lacked, and an adapter as `settings`
+    """The model with a new head, embeddings of `<|SEP|>` and `<|EOS|>` that train, and an adapter as `settings`
     say, ready to train; model and tokenizer are changed in place. The same seed gives the same one."""
-    new_tokens = prepare_tokens(model, tokenizer)
+    marker_tokens = prepare_tokens(model, tokenizer)
     if head_only:
         prepare_for_training(model, gradient_checkpointing=settings.gradient_checkpointing)
-        return SpanModel(model, new_tokens).train()
+        return SpanModel(model, marker_tokens).train()
     backbone = add_adapter(model, settings)
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         head.weight.requires_grad_(False)  # it does not run
-    return SpanModel(backbone, new_tokens).train()
+    return SpanModel(backbone, marker_tokens).train()
 
 
 class _Measure(TrainerCallback):

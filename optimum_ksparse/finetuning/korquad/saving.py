@@ -1,12 +1,12 @@
-"""A span model in a folder: the adapter (or the weights), the head with the new embeddings, and the tokenizer.
+"""A span model in a folder: the adapter (or the weights), the head with the embeddings of two tokens, the tokenizer.
 
 `korquad_head.safetensors`:
 
 | key | shape | dtype | meaning |
 |---|---|---|---|
 | `weight`, `bias` | [2, hidden], [2] | float32 | hidden state → logits of start and end |
-| `new_tokens` | [new] | int64 | ids of the tokens that were added |
-| `new_embeddings` | [new, embedding] | float32 | what the embedding gives for them |
+| `marker_tokens` | [2] | int64 | ids of `<|SEP|>` and `<|EOS|>` |
+| `marker_embeddings` | [2, embedding] | float32 | what the embedding gives for them |
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ def save_korquad_model(model: SpanModel, tokenizer: PreTrainedTokenizerBase, fol
     tensors = {
         "weight": model.head.weight,
         "bias": model.head.bias,
-        "new_tokens": torch.tensor(model.new_tokens, dtype=torch.int64),
-        "new_embeddings": model.new_embeddings,
+        "marker_tokens": torch.tensor(model.marker_tokens, dtype=torch.int64),
+        "marker_embeddings": model.marker_embeddings,
     }
     with staged(folder) as staging:
         if model.backbone is model.language_model:
-            model.backbone.save_pretrained(staging)
-        else:  # an adapter: the new embeddings are in the head's file, and the rest of the embeddings in the base
+            if any(parameter.requires_grad for parameter in model.backbone.parameters()):
+                model.backbone.save_pretrained(staging)  # where it is frozen, it is a base like that of an adapter
+        else:  # an adapter: those of the two tokens are in the head's file, and the rest of the embeddings in the base
             model.backbone.save_pretrained(staging, save_embedding_layers=False)
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / HEAD_NAME)
         tokenizer.save_pretrained(staging)
@@ -54,31 +55,32 @@ def load_korquad_model(
 
     Args:
         folder: the output of `finetune_korquad`.
-        base: the model under the adapter, its folder or its name on the Hub; None takes the one that the adapter
-            names. A model is changed in place.
+        base: the model under the adapter (or under a head that was trained alone), its folder or its name on the Hub;
+            None takes the one that the adapter names. A model is changed in place.
         loading: arguments of `from_pretrained` for the base, such as `dtype`, `device_map`, `sparsity_config`.
 
     Raises:
         FileNotFoundError: `folder` holds no span model.
-        ValueError: a tensor of the head does not fit the base; names it.
+        ValueError: `base` is missing, or there is no use for it, or a tensor of the head, which is named, does not fit
+            the base.
         ImportError: there is an adapter, and PEFT is not installed.
     """
     folder = Path(folder)
     if not (folder / HEAD_NAME).is_file():
         raise FileNotFoundError(f"{folder} holds no {HEAD_NAME}: it is not the output of finetune_korquad")
-    has_adapter = (folder / _ADAPTER).is_file()
-    if not has_adapter and base is not None:
+    is_whole = (folder / "config.json").is_file()
+    if is_whole and base is not None:
         raise ValueError(f"{folder} holds a whole model and no adapter: leave base out")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     state = load_file(folder / HEAD_NAME)
-    if not has_adapter:
+    if is_whole:
         backbone: Any = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **loading})
     else:
-        backbone = _with_adapter(folder, base, state, loading)
+        backbone = _on_base(folder, base, state, loading)
     if special_tokens(tokenizer):
         raise ValueError(f"the tokenizer in {folder} lacks {special_tokens(tokenizer)[0]}")
-    model = SpanModel(backbone, state["new_tokens"].tolist())
-    own = {"weight": model.head.weight, "bias": model.head.bias, "new_embeddings": model.new_embeddings}
+    model = SpanModel(backbone, state["marker_tokens"].tolist())
+    own = {"weight": model.head.weight, "bias": model.head.bias, "marker_embeddings": model.marker_embeddings}
     for name, parameter in own.items():
         if state[name].shape != parameter.shape:
             raise ValueError(
@@ -89,15 +91,24 @@ def load_korquad_model(
     return model.eval(), tokenizer
 
 
-def _with_adapter(folder: Path, base: Any, state: dict[str, torch.Tensor], loading: dict[str, Any]) -> Any:
-    require_peft()
-    from peft import PeftConfig, PeftModel
-
+def _on_base(folder: Path, base: Any, state: dict[str, torch.Tensor], loading: dict[str, Any]) -> Any:
+    """The base, with the adapter where there is one."""
+    has_adapter = (folder / _ADAPTER).is_file()
+    if not has_adapter and base is None:
+        raise ValueError(f"{folder} holds a head alone: pass base, the model that it was trained on")
+    if has_adapter:
+        require_peft()
     if base is None:
+        from peft import PeftConfig
+
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if isinstance(base, str | os.PathLike):
         base = AutoModelForCausalLM.from_pretrained(base, **{"dtype": "auto", **loading})
-    rows = int(state["new_tokens"].max()) + 1 if state["new_tokens"].numel() else 0
+    rows = int(state["marker_tokens"].max()) + 1
     if rows > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)
+    if not has_adapter:
+        return base
+    from peft import PeftModel
+
     return PeftModel.from_pretrained(base, str(folder))
