@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
+from .report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, TUNING_NAME
 
 _WEIGHT_FILE = re.compile(r"model(\.[^.-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[^.]+)?\.json)?")
 
@@ -93,5 +93,5 @@ def _outdated(directory: Path, files: list[Path]) -> list[Path]:
     there = {path.name for path in directory.iterdir()}
     outdated = outdated_weights(there, new)
     if any(_WEIGHT_FILE.fullmatch(name) for name in new):
-        outdated += [name for name in (REPORT_NAME, RESULTS_NAME, MERGE_REPORT_NAME) if name in there - new]
+        outdated += [name for name in (REPORT_NAME, RESULTS_NAME, MERGE_REPORT_NAME, TUNING_NAME) if name in there - new]
     return [Path(name) for name in outdated]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from argparse import ArgumentParser
 from typing import Any
 
@@ -50,6 +51,7 @@ class MergeCommand(Command):
         merging = {name: settings[name] for name in _FLAGS if name in settings}
 
         from ..finetuning import merge_adapter
+        from ..report import TUNING_NAME
         from ..staging import staged
 
         with staged(output):  # an output that cannot be written to is an error before the work, not after it
@@ -66,6 +68,9 @@ class MergeCommand(Command):
             model.save_pretrained(folder, **save)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            tuning = os.path.join(settings["adapter"], TUNING_NAME)
+            if os.path.isfile(tuning):  # results of the merged model are those after this tuning
+                shutil.copy(tuning, folder)
         print(model.merge_report)
         print(f"saved in {output}" + ("" if tokenizer is not None else f", without a tokenizer: {where}"))
 
