@@ -93,5 +93,7 @@ def _outdated(directory: Path, files: list[Path]) -> list[Path]:
     there = {path.name for path in directory.iterdir()}
     outdated = outdated_weights(there, new)
     if any(_WEIGHT_FILE.fullmatch(name) for name in new):
-        outdated += [name for name in (REPORT_NAME, RESULTS_NAME, MERGE_REPORT_NAME, TUNING_NAME) if name in there - new]
+        outdated += [
+            name for name in (REPORT_NAME, RESULTS_NAME, MERGE_REPORT_NAME, TUNING_NAME) if name in there - new
+        ]
     return [Path(name) for name in outdated]

@@ -741,3 +741,15 @@ def test_add_takes_the_place_of_the_same_name_and_shots() -> None:
     assert len(results.sparse) == 4
     assert all(row in results.sparse for row in (*later, kobest(num_fewshot=5), kobest("wic")))
     assert not results.dense
+
+
+def test_rows_after_tuning_are_taken_over_from_a_model_tuned_from_these_weights():
+    row = korquad(tuning={"task": "korquad", "r": 8})
+    tuned, results = EvaluationResults("a" * 64), EvaluationResults("a" * 64)
+    tuned.add("sparse", row)
+    results.take_tuned(tuned)
+    assert results.sparse == [row] and results.sparse[0] is not row
+    with pytest.raises(ValueError, match="other weights"):
+        EvaluationResults("b" * 64).take_tuned(tuned)
+    with pytest.raises(ValueError, match="nothing from after tuning"):
+        results.take_tuned(EvaluationResults("a" * 64))
