@@ -464,13 +464,13 @@ def test_the_command(make_model, own_tokenizer, data_file, tmp_path, capsys):
     assert (record["r"], record["steps"], record["windows"]["seq_len"]) == (2, 2, 56)
     assert record["results"]["split"].startswith("test: all but 0.8") and record["results"]["num_samples"] == 2
     assert "exact match" in capsys.readouterr().out
-    # The figures are rows of the model that was tuned, a sparse one here.
+    # The figures are rows of the model that was tuned, a dense one here.
     tuned = EvaluationResults.load(tmp_path / "out/evaluation_results.json")
     results = EvaluationResults(fingerprint(AutoModelForCausalLM.from_pretrained(base, dtype="auto")))
     results.take_tuned(tuned)
-    assert [(row.name, row.tuning["task"], row.tuning["r"]) for row in results.sparse] == [("korquad", "korquad", 2)]
-    assert results.sparse[0].metrics["f1"] == record["results"]["f1"] and not results.dense
-    assert not {"base", "loss", "results"} & results.sparse[0].tuning.keys()
+    assert [(row.name, row.tuning["task"], row.tuning["r"]) for row in results.dense] == [("korquad", "korquad", 2)]
+    assert results.dense[0].metrics["f1"] == record["results"]["f1"] and not results.sparse
+    assert not {"base", "loss", "results"} & results.dense[0].tuning.keys()
     args.train_file, args.eval_file, args.output = None, str(data_file), str(tmp_path / "other")
     with pytest.raises(ValueError, match="eval_file without train_file"):
         command.execute()
