@@ -446,6 +446,24 @@ def test_like_lengths_come_together_and_every_epoch_is_another():
 # The command
 
 
+def test_a_finished_run_is_measured_on_what_is_asked_for(make_model, own_tokenizer, data_file, tmp_path):
+    base, data, output = base_folder(make_model, own_tokenizer, tmp_path), read_korquad(data_file), tmp_path / "out"
+    run = {"windows": WINDOWS}
+    assert finetune_korquad(base, None, data, FAST, output, **run)["results"] is None
+    first = finetune_korquad(base, None, data, FAST, output, eval_data=data, max_eval_questions=1, **run)
+    every = finetune_korquad(base, None, data, FAST, output, eval_data=data, **run)
+    assert (first["results"]["num_samples"], every["results"]["num_samples"]) == (1, len(data))
+    assert json.loads((output / "finetuning.json").read_text()) == every
+
+
+def test_the_command_is_registered():
+    from optimum_ksparse.commands import KSparseCommand
+
+    commands = {info.name: info.subcommand_class for info in KSparseCommand.SUBCOMMANDS}
+    assert {"finetune", "merge", "eval", "prune"} <= commands.keys()
+    assert [info.name for info in commands["finetune"].SUBCOMMANDS] == ["koalpaca", "korquad"]
+
+
 def test_the_command(make_model, own_tokenizer, data_file, tmp_path, capsys):
     pytest.importorskip("optimum.commands")
     from optimum_ksparse.commands.finetune_korquad import KorQuADCommand
@@ -471,6 +489,12 @@ def test_the_command(make_model, own_tokenizer, data_file, tmp_path, capsys):
     assert [(row.name, row.tuning["task"], row.tuning["r"]) for row in results.dense] == [("korquad", "korquad", 2)]
     assert results.dense[0].metrics["f1"] == record["results"]["f1"] and not results.sparse
     assert not {"base", "loss", "results"} & results.dense[0].tuning.keys()
+    # What is tuned is known by its weights: another model under the same name is another run.
+    model = AutoModelForCausalLM.from_pretrained(base)
+    next(model.parameters()).data.mul_(2)
+    model.save_pretrained(base)
+    with pytest.raises(ValueError, match="finished run with base_fingerprint"):
+        command.execute()
     args.train_file, args.eval_file, args.output = None, str(data_file), str(tmp_path / "other")
     with pytest.raises(ValueError, match="eval_file without train_file"):
         command.execute()

@@ -226,7 +226,8 @@ def _with_nan(model):
 
 
 def _other_mask(model):
-    model.mask_records = {"default": {"mask_sha256": "0" * 64, "base_model": "another"}}
+    record = {"mask_sha256": "0" * 64, "base_model": "another"}
+    model.get_base_model().mask_records = {"default": (model.peft_config["default"], record)}
 
 
 @pytest.mark.parametrize(
@@ -394,3 +395,67 @@ def test_the_command_refuses_in_one_line(folders, make_model, capsys):
         shown = capsys.readouterr().err.strip().splitlines()[-1]
         assert stopped.value.code == 1 and message in shown
         assert not (folders / "out").exists()
+
+
+def test_the_bias_of_an_adapter_is_in_what_later_layers_are_solved_for(make_model, token_ids):
+    model = make_model("gpt_neox")
+    sparsify(model, SparsityConfig("magnitude"))
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["dense"], bias="none", lora_bias=True))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.5 if name.endswith("bias") else 0.02)
+    unmerged = peft_model(token_ids).logits
+    merged = merge_adapter(peft_model, method="solve", dataset=token_ids)
+    assert (merged(token_ids).logits - unmerged).norm() < 0.1 * unmerged.norm()
+    assert max(row.relative_output_error for row in merged.merge_report.layers) < 0.2
+
+
+def test_other_masks_are_refused_by_every_way_to_merge(make_model, token_ids, tmp_path, caplog):
+    def sparse(pattern):
+        model = make_model("llama")
+        sparsify(model, SparsityConfig("magnitude", pattern))
+        return model
+
+    get_peft_model(sparse("2:4"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(sparse("4:8"), tmp_path)
+    for merge in (loaded.merge_and_unload, loaded.merge_adapter, lambda: merge_adapter(loaded)):
+        with pytest.raises(ValueError, match="trained over other masks"):
+            merge()
+    loaded.unload()  # without the adapter there is nothing to refuse
+    loaded = PeftModel.from_pretrained(sparse("4:8"), tmp_path)
+    loaded.delete_adapter("default")
+    loaded.add_adapter("default", LoraConfig(r=2, target_modules=["q_proj"]))  # another one of the same name
+    loaded.set_adapter("default")
+    merge_adapter(loaded)
+
+
+def test_what_transformers_saves_of_an_adapter_knows_its_masks(make_model, tmp_path):
+    model = make_model("llama")
+    sparsify(model, SparsityConfig("magnitude"))
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "ksparse_adapter.json").is_file() and not (tmp_path / "config.json").exists()
+
+
+def test_an_adapter_that_is_merged_elsewhere_is_not_merged_along(make_model):
+    model = make_model("gpt_neox")
+    sparsify(model, SparsityConfig("magnitude"))
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["dense"]), adapter_name="a")
+    peft_model.add_adapter("b", LoraConfig(r=2, target_modules=["dense_4h_to_h"]))
+    peft_model.base_model.merge_adapter(["b"])
+    with pytest.raises(ValueError, match="b is merged into it already"):
+        merge_adapter(peft_model, adapter_names=["a"])
+
+
+def test_an_interrupt_at_the_very_end_leaves_the_adapter(make_model, monkeypatch):
+    model = make_model("llama")
+    sparsify(model, SparsityConfig("magnitude"))
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimum_ksparse.finetuning.merge.library_versions", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge_adapter(peft_model)
+    assert any("lora_A" in name for name, _ in model.named_parameters()) and model.peft_config

@@ -75,7 +75,7 @@ def load_checkpoint(source: str, settings: Mapping[str, Any]) -> Any:
 
     results = os.path.join(source, RESULTS_NAME)
     known = EvaluationResults.load(results) if os.path.isfile(results) else None
-    tuning = read_tuning(source)
+    tuning = read_tuning(source, settings.get("revision"))
     names = ("dtype", "device_map", "revision", "trust_remote_code")
     loading = {name: settings[name] for name in names if settings.get(name) is not None}
     model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})

@@ -51,6 +51,7 @@ class MergeCommand(Command):
         merging = {name: settings[name] for name in _FLAGS if name in settings}
 
         from ..finetuning import merge_adapter
+        from ..finetuning.korquad import HEAD_NAME
         from ..report import TUNING_NAME
         from ..staging import staged
 
@@ -68,9 +69,10 @@ class MergeCommand(Command):
             model.save_pretrained(folder, **save)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            tuning = os.path.join(settings["adapter"], TUNING_NAME)
-            if os.path.isfile(tuning):  # results of the merged model are those after this tuning
-                shutil.copy(tuning, folder)
+            # Results of the merged model are those after this tuning; and a span head goes with its decoder.
+            for path in (os.path.join(settings["adapter"], name) for name in (TUNING_NAME, HEAD_NAME)):
+                if os.path.isfile(path):
+                    shutil.copy(path, folder)
         print(model.merge_report)
         print(f"saved in {output}" + ("" if tokenizer is not None else f", without a tokenizer: {where}"))
 

@@ -49,12 +49,18 @@ class PushCommand(Command):
         protocol = protocol_of(settings)
 
         from ..evaluation import EvaluationResults
+        from ..finetuning.korquad import HEAD_NAME
         from ..hub import CARD_NAME, check_target, push_model, read_card
 
         check_target(settings["repo_id"], settings.get("revision"), settings.get("dense_revision"))
         folder = Path(settings["checkpoint"])
         if not folder.is_dir():
             raise FileNotFoundError(f"checkpoint={settings['checkpoint']!r} is no folder; download or save it first")
+        if (folder / HEAD_NAME).is_file():
+            raise ValueError(
+                f"{folder} holds a span head, which is no part of a model of transformers: publish the folder as it "
+                "is (hf upload), and its figures on the tuned model's card (ksparse eval MODEL --tuned-results FOLDER)"
+            )
         model = load_checkpoint(settings["checkpoint"], settings)
         card = folder / CARD_NAME
         try:

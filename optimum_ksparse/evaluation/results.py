@@ -173,7 +173,8 @@ class EvaluationResults:
 
     def take_baseline(self, other: EvaluationResults) -> None:
         """Takes the dense column from `other`, of a dense model: of one that was tuned as this one was, say. What it
-        holds from before tuning, or from after it, goes in the place of all from then that was here.
+        holds from before tuning goes in the place of all from then that was here, and what it holds from after it in
+        the place of rows of the same kind.
 
         Raises:
             ValueError: `other` is of a sparse model, or holds nothing of a dense one.
@@ -183,8 +184,10 @@ class EvaluationResults:
                 f"{RESULTS_NAME} to take the dense column from must be of a dense model; it holds {len(other.sparse)} "
                 f"rows of a sparse model and {len(other.dense)} of a dense one"
             )
+        taken = {row.key for row in other.dense}
         replaced = {row.key[2] for row in other.dense}
-        kept = [row for row in self.dense if row.key[2] not in replaced]
+        # Before tuning it may be another dense model; after it each task has its own.
+        kept = [row for row in self.dense if row.key not in taken and (row.key[2] or False not in replaced)]
         if self.dense_model is None or False in replaced:
             self.dense_model, self.dense_revision = other.dense_model, other.dense_revision
         self.dense[:] = [*kept, *copy.deepcopy(other.dense)]

@@ -8,25 +8,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
+
 from ..report import TUNING_NAME
 
 TUNING_TITLES = {"koalpaca": "KoAlpaca", "korquad": "KorQuAD"}
-# Of what `finetuning.json` holds: where the tuned model came from, in which a sparse model and a dense one tuned in
-# the same way differ, and what came of the run.
-_NOT_SETTINGS = ("base", "loss", "history", "results", "num_trained")
+# Of what `finetuning.json` holds: the tuned model, in which a sparse model and a dense one tuned in the same way
+# differ; what changes a run by rounding only; and what came of it.
+_NOT_SETTINGS = (
+    *("base", "base_fingerprint", "num_trained"),
+    *("num_processes", "micro_batch_size", "gradient_checkpointing", "save_steps"),
+    *("loss", "history", "results"),
+)
 
 
-def read_tuning(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `finetuning.json` in a folder says, for `model.tuning`; None where there is none.
+def read_tuning(source: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any] | None:
+    """What `finetuning.json` in a folder, or on the Hub, says, for `model.tuning`; None where there is none.
 
     Raises:
         ValueError: it is no JSON object, or names no `task`.
     """
-    path = Path(directory) / TUNING_NAME
-    if not path.is_file():
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(source, TUNING_NAME, revision=revision, **quiet)
+    if path is None:
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # JSON and encoding errors are ValueErrors
         raise ValueError(f"{TUNING_NAME} is damaged: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("task"), str):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import sparse_modules
 from ..config import describe_source
 from ..nn import SparseLinear
-from .masks import check_record
+from .masks import check_adapters
 
 # Settings of an adapter that the report repeats.
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "masked", "target_modules")
@@ -89,13 +89,18 @@ def check_mergeable(peft_model: Any, adapter_names: list[str] | None) -> list[st
     layers = adapted_layers(model, names)
     if not layers:
         raise ValueError("the model has no adapter layers: it was merged or unloaded before, or its adapter is empty")
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise ValueError(
+                f"{path}: {', '.join(module.merged_adapters)} is merged into it already: "
+                "peft_model.unmerge_adapter() takes it out"
+            )
     for path, layer in layers.items():
         _check_layer(path, layer, names)
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     if any(len(set(names) & set(getattr(wrapper, "modules_to_save", ()))) > 1 for wrapper in wrappers):
         raise ValueError(f"several of the adapters {', '.join(names)} replace the same module (modules_to_save)")
-    for name in names:
-        check_record(model, getattr(peft_model, "mask_records", {}).get(name), name)
+    check_adapters(model, peft_model.peft_config, names)
     return names
 
 
@@ -110,11 +115,6 @@ def _check_kind(peft_model: Any, names: list[str]) -> None:
 
 
 def _check_layer(path: str, layer: Any, names: list[str]) -> None:
-    if layer.merged:
-        raise ValueError(
-            f"{path}: {', '.join(layer.merged_adapters)} is merged into it already: peft_model.unmerge_adapter() "
-            "takes it out"
-        )
     base = layer.get_base_layer()
     if sparse_modules(base) and not (isinstance(base, SparseLinear) and hasattr(layer, "effective_weight")):
         raise ValueError(f"{path}: {type(layer).__name__} on {type(base).__name__} cannot be merged into its mask")

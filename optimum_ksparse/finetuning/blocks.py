@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..calibration import BlockReplay, DecoderBlocks
-from ..nn import SparseLinear, densified
+from ..nn import densified
 from ..nn.packing import unpack_mask
 from ..pruners.solve import solve_on_mask
 from ..pruning import each_block, relative_output_error
@@ -182,7 +182,7 @@ def _merge_layer(name: str, merge: _BlockMerge, inputs: _Inputs | None, settings
         if settings.solve and lost > 0:
             weight, how = _solve(effective, weight, mask, inputs, settings), "solved"
             merge.values[name] = weight[mask].view_as(base.weight).to(base.weight.dtype)
-        merge.stand_ins[name] = _stand_in(base, weight)
+        merge.stand_ins[name] = _stand_in(adapted, weight)
         original = None if inputs.cross is None else inputs.unmerged.sample
         error = relative_output_error(inputs.gram.sample, effective, merge.stand_ins[name].weight, original)
     return MergedLayer(
@@ -213,9 +213,12 @@ def _solve(
     )
 
 
-def _stand_in(base: SparseLinear, weight: torch.Tensor) -> nn.Linear:
-    """A dense layer with `weight` [out, in], rounded as the packed one will be, and the bias of `base`."""
+def _stand_in(adapted: AdaptedLayer, weight: torch.Tensor) -> nn.Linear:
+    """A dense layer with `weight` [out, in], rounded as the packed one will be, and the bias as it will be merged."""
+    base = adapted.base
     dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
-    dense.bias = base.bias
+    bias = adapted.layer._merged_bias(base.bias, adapted.names)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
     return dense

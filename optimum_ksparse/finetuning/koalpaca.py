@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..calibration.tokenizer import read_tokenizer
 from ..calibration.tokens import context_length, prepends_bos
 from ..config import check_integer
+from ..evaluation import fingerprint
 from ..evaluation.environment import check_causal_lm
 from .answers import answer_loss
 from .instructions import fingerprint_of, instruction_rows
@@ -88,6 +89,7 @@ def finetune_koalpaca(
     job = {
         "task": "koalpaca",
         "base": base,
+        "base_fingerprint": fingerprint(model),
         "data": name,
         "data_sha256": fingerprint_of(examples),
         "max_length": max_length,

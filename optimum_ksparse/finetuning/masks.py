@@ -7,15 +7,17 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from ..calibration import decoder_of
 from ..checkpoint import SparseModule, aligned, describe_model, sparse_modules
 from ..staging import write_text
+
+logger = logging.get_logger(__name__)
 
 RECORD_NAME = "ksparse_adapter.json"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -76,11 +78,24 @@ def check_record(model: Any, known: dict[str, Any] | None, name: str) -> None:
         )
 
 
-def extend_saving(kind: Any) -> None:
-    """Makes `save_pretrained` of PEFT's model class write the record, and `load_adapter` remember it in
-    `model.mask_records`, for the time of merging."""
-    kind.save_pretrained = _with_record(kind.save_pretrained)
-    kind.load_adapter = _with_memory(kind.load_adapter)
+def check_adapters(model: Any, configs: Mapping[str, Any], names: Iterable[str]) -> None:
+    """The same for adapters of a model that were loaded from somewhere: `configs` are the settings of those that it
+    has now, of which some may have taken the name of a loaded one."""
+    for name in names:
+        config, known = getattr(model, "mask_records", {}).get(name, (None, None))
+        if config is not None and config is configs.get(name):
+            check_record(model, known, name)
+
+
+def changes(model: Any, tuner: Any) -> list[tuple[Any, str, Any]]:
+    """What to assign to PEFT's classes (class, name, value): `save_pretrained` of the model class writes the record,
+    `load_adapter` remembers it and warns of other masks, and the tuner's own ways to merge refuse these."""
+    return [
+        (model, "save_pretrained", _with_record(model.save_pretrained)),
+        (model, "load_adapter", _with_memory(model.load_adapter)),
+        (tuner, "merge_adapter", _with_check(tuner.merge_adapter)),
+        (tuner, "_unload_and_optionally_merge", _with_check(tuner._unload_and_optionally_merge)),
+    ]
 
 
 def _with_record(save: Callable[..., None]) -> Callable[..., None]:
@@ -105,13 +120,31 @@ def _with_memory(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = load(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs).arguments
-        if _plain_layers(_plain_model(self)):
-            known = read_record(given["model_id"], **given.get("kwargs", {}))
-            self.mask_records = {**getattr(self, "mask_records", {}), given["adapter_name"]: known}
+        given, plain = signature.bind(self, *args, **kwargs).arguments, _plain_model(self)
+        if _plain_layers(plain):
+            known, name = read_record(given["model_id"], **given.get("kwargs", {})), given["adapter_name"]
+            # With its settings: another adapter may take the name later.
+            plain.mask_records = {**getattr(plain, "mask_records", {}), name: (self.peft_config[name], known)}
+            try:
+                check_record(plain, known, name)
+            except ValueError as error:
+                logger.warning(str(error))
         return result
 
     return load_adapter
+
+
+def _with_check(merge: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(merge)
+
+    @functools.wraps(merge)
+    def merge_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        if given.get("merge", True):
+            check_adapters(self.model, self.peft_config, given.get("adapter_names") or self.active_adapters)
+        return merge(self, *args, **kwargs)
+
+    return merge_adapter
 
 
 def _plain_model(model: Any) -> Any:

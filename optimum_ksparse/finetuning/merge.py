@@ -105,11 +105,11 @@ def merge_adapter(
             _unload(peft_model, model, undo)
             if tied and not _is_tied(model):
                 model.config.tie_word_embeddings = False
+        return _finish(model, report, started)
     except BaseException:
         for take_back in reversed(undo):
             take_back()
         raise
-    return _finish(model, report, started)
 
 
 def _settings(method: str, dataset: Any, damping: float, max_steps: int, tolerance: float) -> MergeSettings:
@@ -203,12 +203,12 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _finish(model: PreTrainedModel, report: MergeReport, started: float) -> PreTrainedModel:
-    if hasattr(model, "evaluation_results"):
-        del model.evaluation_results
     config: Any = getattr(model.config, "quantization_config", None)
     if isinstance(config, SparsityConfig) and (config.fuse or config.optimize_for == "speed"):
         apply_settings(model, config)
     report.versions = library_versions("torch", "transformers", "peft")
     report.seconds = round(time.perf_counter() - started, 2)
+    if hasattr(model, "evaluation_results"):
+        del model.evaluation_results
     model.merge_report = report  # type: ignore[assignment]
     return model

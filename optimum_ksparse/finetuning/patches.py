@@ -8,46 +8,53 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import peft.peft_model
 import torch
-from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, PeftType
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel, PeftType, peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.hira.model import HiraModel
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, hotswap
 from peft.utils import transformers_weight_conversion as conversion
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
 from ..nn import SparseLinear
+from . import masks
 from .config import SparseLoraConfig, with_mask
 from .layers import SparseHiraLinear, SparseLoraLinear
-from .masks import extend_saving
 from .targets import SPARSE, base_of, check_targets, targets_of_state
 
 _applied = False
 
 
 def apply() -> None:
-    """Extends PEFT; a second call does nothing."""
+    """Extends PEFT; a second call does nothing.
+
+    Raises:
+        AttributeError: this PEFT lacks what is to be extended; then nothing of it is.
+    """
     global _applied
     if _applied:
         return
-    _applied = True
-    extend_saving(PeftModel)
-    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = SparseLoraConfig
-    kind: Any  # mypy takes a method for what cannot be assigned
-    for kind, layer in ((LoraModel, SparseLoraLinear), (HiraModel, SparseHiraLinear)):
-        kind._create_new_module = staticmethod(_with_layer(kind._create_new_module, layer))
+    extended: list[tuple[Any, str, Any]] = [
+        *masks.changes(PeftModel, BaseTuner),
+        (LoraModel, "_create_new_module", staticmethod(_with_layer(LoraModel._create_new_module, SparseLoraLinear))),
+        (HiraModel, "_create_new_module", staticmethod(_with_layer(HiraModel._create_new_module, SparseHiraLinear))),
+        (BaseTuner, "inject_adapter", _with_check(BaseTuner.inject_adapter)),
+        (PeftModel, "from_pretrained", classmethod(_with_masked_config(PeftModel.from_pretrained.__func__))),  # type: ignore[attr-defined]
+        (conversion, "build_peft_weight_mapping", _with_magnitudes(conversion.build_peft_weight_mapping)),
+        (peft_model, "set_peft_model_state_dict", _with_whole_state(peft_model.set_peft_model_state_dict)),
+    ]
     for kind in (PeftModel, PeftMixedModel):
-        kind.get_nb_trainable_parameters = _with_logical_weights(kind.get_nb_trainable_parameters)
-    kind = BaseTuner
-    kind.inject_adapter = _with_check(kind.inject_adapter)
-    kind = PeftModel
-    kind.from_pretrained = classmethod(_with_masked_config(kind.from_pretrained.__func__))
-    conversion.build_peft_weight_mapping = _with_magnitudes(conversion.build_peft_weight_mapping)
-    peft.peft_model.set_peft_model_state_dict = _with_whole_state(peft.peft_model.set_peft_model_state_dict)
+        counted = _with_logical_weights(kind.get_nb_trainable_parameters)
+        extended.append((kind, "get_nb_trainable_parameters", counted))
+    swapped = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+    for owner, name, value in extended:
+        setattr(owner, name, value)
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = SparseLoraConfig
+    swapped.append("masked")  # an adapter does not take the place of one that computes in another way
+    _applied = True
 
 
 def _has_sparse(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from ..staging import staged
 from .prepare import prepare_for_training
 from .settings import FinetuningSettings, adapter_config, linear_targets
 from .support import require_peft
+from .training import forget
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +52,7 @@ def save_run(model: Any, tokenizer: PreTrainedTokenizerBase, output: str | os.Pa
     one, which alone writes."""
     if not is_main():
         return False
+    forget(output)
     with staged(output) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

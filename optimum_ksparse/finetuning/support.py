@@ -20,10 +20,10 @@ def extend_peft() -> None:
         return
     try:
         from .patches import apply
-    except ImportError as error:
+
+        apply()
+    except (ImportError, AttributeError, KeyError) as error:  # a PEFT that is too old, or too new
         logger.warning_once(f"The PEFT that is installed cannot adapt sparse layers ({error}); install it by {_EXTRA}")
-        return
-    apply()
 
 
 def require_peft() -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerState
 from transformers.utils import logging
 
-from ..report import TUNING_NAME
+from ..report import RESULTS_NAME, TUNING_NAME
 from ..staging import write_text
 from .checkpoints import FOLDER, MarkWhole, differences, last_checkpoint
 from .sampler import LengthSampler
@@ -86,7 +86,7 @@ def train(
     # One process trains on one device; `Trainer` would spread batches over all GPUs, and make a step that much larger.
     arguments._n_gpu = min(1, arguments.n_gpu)
     with arguments.main_process_first(local=False, desc="checkpoints"):
-        wanted, is_main = {**job, **settings.to_dict()}, arguments.process_index == 0
+        wanted, is_main = {**job, **settings.to_dict(), "num_processes": world}, arguments.process_index == 0
         last = last_checkpoint(checkpoints, wanted, resume=resume, is_main=is_main)
     if last is not None:
         logger.warning(f"Going on from {os.path.basename(last)}.")
@@ -126,6 +126,13 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
             vars(model)["forward"] = before
 
 
+def forget(output: str | os.PathLike[str]) -> None:
+    """Removes what says that an earlier run in `output` is finished, and its figures: called before its files are
+    replaced."""
+    for name in (TUNING_NAME, RESULTS_NAME):
+        (Path(output) / name).unlink(missing_ok=True)
+
+
 def finish(
     output: str | os.PathLike[str], settings: FinetuningSettings, log: list[dict[str, Any]], job: dict[str, Any]
 ) -> dict[str, Any]:
@@ -160,7 +167,7 @@ def finished(
                 raise ValueError(f"output={os.fspath(output)!r} holds a model already ({name}): use another folder")
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    results = ("steps", "loss", "history", "results")
+    results = ("steps", "loss", "history", "results", "num_trained")
     before = {name: value for name, value in found.items() if name not in results}
     wanted = json.loads(json.dumps({**job, **settings.to_dict()}))
     if overwrite:

@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from transformers.utils import CONFIG_NAME, logging
 
-from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
+from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, TUNING_NAME
 from ..staging import outdated_weights
 from .figures import ERROR_FIGURE, RESULTS_FIGURE
 from .writing import CARD_NAME, read_card, write_card_of
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 _T = TypeVar("_T")
 # Beside the weights; on the Hub they go when a push has none of them any more.
-_OWNED = (REPORT_NAME, RESULTS_NAME, MERGE_REPORT_NAME, ERROR_FIGURE, RESULTS_FIGURE)
+_OWNED = (REPORT_NAME, RESULTS_NAME, MERGE_REPORT_NAME, TUNING_NAME, ERROR_FIGURE, RESULTS_FIGURE)
 # transformers would load an adapter that is beside a model instead of the model alone.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Seconds between tries. The client itself retries uploads, but neither commits nor look-ups.

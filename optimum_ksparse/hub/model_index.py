@@ -12,7 +12,7 @@ from ..evaluation.kobest_data import KOBEST_DATASET
 from ..evaluation.nsmc_data import NSMC_DATASET
 
 METRICS = ("perplexity", "accuracy", "f1", "exact_match")
-KORQUAD_DATASET = "squad_kor_v1"
+KORQUAD_DATASET = "KorQuAD/squad_kor_v1"
 
 
 @dataclass

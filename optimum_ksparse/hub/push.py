@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..checkpoint import describe_model
 from ..config import describe_source
 from ..evaluation import EvaluationProtocol, check_protocol, evaluate_model
-from ..report import REPORT_NAME
+from ..report import REPORT_NAME, TUNING_NAME
 from .commit import commit_folder, with_retries
 from .sources import choose_baseline, choose_tokenizer
 from .writing import (
@@ -170,6 +170,10 @@ def _save(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         _drop(folder / "tokenizer_config.json", "is_local", "local_files_only")  # how it was loaded here
+    tuning = getattr(sparse_part(model), "tuning", None)
+    if isinstance(tuning, dict):  # without the path of a local base
+        kept = {**tuning, "base": describe_source(tuning.get("base"))}
+        (folder / TUNING_NAME).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     configs = list(folder.rglob("adapter_config.json"))  # adapters with names of their own lie in folders
     for config in configs:
         _hide_local_base(config, sparse_part(model))

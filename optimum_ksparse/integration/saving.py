@@ -17,6 +17,7 @@ from ..checkpoint import layer_records, sparse_experts, sparse_modules
 from ..config import DENSE_CONFIG_KEY, SparsityConfig
 from ..evaluation import EvaluationResults, fingerprint
 from ..finetuning import MergeReport
+from ..finetuning.masks import record
 from ..report import SparsityReport
 from ..staging import staged
 
@@ -54,6 +55,8 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
             for report in (getattr(self, "sparsity_report", None), getattr(self, "merge_report", None)):
                 if isinstance(report, SparsityReport | MergeReport):
                     report.save(staging)
+            if getattr(self, "_hf_peft_config_loaded", False):  # transformers saves the adapter alone
+                record(self, staging)
             results = getattr(self, "evaluation_results", None)
             if isinstance(results, EvaluationResults):
                 _save_results(self, results, staging)

@@ -5,9 +5,10 @@ from .features import WindowSettings
 from .model import SpanModel
 from .prediction import evaluate_korquad, predict
 from .run import finetune_korquad, make_span_model
-from .saving import load_korquad_model, save_korquad_model
+from .saving import HEAD_NAME, load_korquad_model, save_korquad_model
 
 __all__ = [
+    "HEAD_NAME",
     "KORQUAD_DATASET",
     "KorQuADData",
     "Question",

@@ -101,7 +101,7 @@ def read_korquad(source: str | os.PathLike[str] = KORQUAD_DATASET, split: str | 
         split = split or "validation"
         rows = hub_rows(os.fspath(source), split)
         hashed = describe_dataset([json.dumps(row, ensure_ascii=False, sort_keys=True) for row in rows])
-        description = {"dataset": os.fspath(source), "sha256": hashed["sha256"]}
+        description = {"name": os.fspath(source), "sha256": hashed["sha256"]}
     data = KorQuADData([], description, split)
     seen: set[str] = set()
     for row in rows:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import CONFIG_NAME
 
 from ...calibration import read_tokenizer
 from ...checkpoint import describe_model, sparse_modules
 from ...config import check_integer
 from ...evaluation import EvaluationResults, Measurement, fingerprint, tuning_settings
+from ...report import TUNING_NAME
+from ...staging import write_text
 from ..prepare import prepare_for_training
 from ..runs import add_adapter, is_main
 from ..settings import FinetuningSettings
@@ -20,7 +25,7 @@ from .data import KorQuADData
 from .features import WindowSettings, collate, make_windows
 from .model import SpanModel, prepare_tokens
 from .prediction import evaluate_korquad
-from .saving import save_korquad_model
+from .saving import load_korquad_model, save_korquad_model
 
 
 def finetune_korquad(
@@ -90,7 +95,7 @@ def finetune_korquad(
     tokenizer = tokenizer or read_tokenizer(str(model.name_or_path))
     windows = windows or WindowSettings.for_model(model, tokenizer)
     outcome, part = _outcome_of(model)  # of the weights before anything is added to them
-    span_model = make_span_model(model, tokenizer, settings, head_only=head_only)
+    prepare_tokens(model, tokenizer)
     questions = data.questions[:max_train_questions]
     examples = [w for w in make_windows(questions, tokenizer, windows) if w.start is not None]
     if not examples:
@@ -98,16 +103,20 @@ def finetune_korquad(
     job = {
         "task": "korquad",
         "base": str(model.name_or_path),
+        "base_fingerprint": outcome.fingerprint,
         "data": {**data.description, "split": data.split, "questions": len(questions)},
+        "left_out": len(questions) - len({window.question for window in examples}),
         "num_windows": len(examples),
         "windows": asdict(windows),
         "head_only": head_only,
-        "num_trained": sum(parameter.numel() for parameter in span_model.trained_parameters().values()),
     }
+    how: dict[str, Any] = {"windows": windows, "batch_size": eval_batch_size, "bf16": settings.bf16}
     if (record := finished(output, settings, job, overwrite=overwrite)) is not None:
+        if eval_data is not None and not _is_measured(record, eval_data, max_eval_questions):
+            _measure_again(record, model, output, eval_data, max_questions=max_eval_questions, **how)
         _save_results(outcome, part, record, output)
         return record
-    how: dict[str, Any] = {"windows": windows, "batch_size": eval_batch_size, "bf16": settings.bf16}
+    span_model = make_span_model(model, tokenizer, settings, head_only=head_only)
     callbacks = []
     if eval_every is not None and eval_data is not None:
         callbacks.append(_Measure(span_model, tokenizer, eval_data, eval_every, eval_every_questions, how))
@@ -117,11 +126,13 @@ def finetune_korquad(
     if not is_main():
         return {}
     save_korquad_model(span_model, tokenizer, output)
-    results = None
+    results: dict[str, Any] | None = None
     if eval_data is not None:
         results = evaluate_korquad(span_model, tokenizer, eval_data, max_questions=max_eval_questions, **how)
     history = [row for row in log if "exact_match" in row]
-    record = finish(output, settings, log, {**job, "history": history, "results": results})
+    trained = sum(parameter.numel() for parameter in span_model.trained_parameters().values())
+    outcomes = {"num_trained": trained, "history": history, "results": results}
+    record = finish(output, settings, log, {**job, **outcomes})
     _save_results(outcome, part, record, output)
     return record
 
@@ -133,6 +144,23 @@ def _outcome_of(model: PreTrainedModel) -> tuple[EvaluationResults, str]:
         return outcome, "sparse"
     outcome.dense_model, outcome.dense_revision = describe_model(model), getattr(model, "hub_commit", None)
     return outcome, "dense"
+
+
+def _is_measured(record: dict[str, Any], data: KorQuADData, max_questions: int | None) -> bool:
+    """Whether the results of a finished run are those of `data`."""
+    found, count = record.get("results") or {}, len(data.questions[:max_questions])
+    wanted = {"data": data.description, "split": data.split, "num_samples": count}
+    return all(found.get(name) == value for name, value in wanted.items())
+
+
+def _measure_again(
+    record: dict[str, Any], model: PreTrainedModel, output: str | os.PathLike[str], data: KorQuADData, **how: Any
+) -> None:
+    """Measures what a finished run saved on other data than it was measured on, into its record."""
+    base = None if (Path(output) / CONFIG_NAME).is_file() else model
+    span_model, tokenizer = load_korquad_model(output, base)
+    record["results"] = evaluate_korquad(span_model, tokenizer, data, **how)
+    write_text(Path(output) / TUNING_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def _save_results(

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ...staging import staged
 from ..support import require_peft
+from ..training import forget
 from .features import special_tokens
 from .model import SpanModel
 
@@ -36,6 +37,7 @@ def save_korquad_model(model: SpanModel, tokenizer: PreTrainedTokenizerBase, fol
         "marker_tokens": torch.tensor(model.marker_tokens, dtype=torch.int64),
         "marker_embeddings": model.marker_embeddings,
     }
+    forget(folder)
     with staged(folder) as staging:
         if model.backbone is model.language_model:
             if any(parameter.requires_grad for parameter in model.backbone.parameters()):
@@ -75,6 +77,7 @@ def load_korquad_model(
     state = load_file(folder / HEAD_NAME)
     if is_whole:
         backbone: Any = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **loading})
+        _make_room(backbone, state)  # merged, it has the embeddings of its base
     else:
         backbone = _on_base(folder, base, state, loading)
     if special_tokens(tokenizer):
@@ -91,6 +94,13 @@ def load_korquad_model(
     return model.eval(), tokenizer
 
 
+def _make_room(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Rows for the two tokens, whose embeddings come from the head's file."""
+    rows = int(state["marker_tokens"].max()) + 1
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
 def _on_base(folder: Path, base: Any, state: dict[str, torch.Tensor], loading: dict[str, Any]) -> Any:
     """The base, with the adapter where there is one."""
     has_adapter = (folder / _ADAPTER).is_file()
@@ -104,9 +114,7 @@ def _on_base(folder: Path, base: Any, state: dict[str, torch.Tensor], loading: d
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if isinstance(base, str | os.PathLike):
         base = AutoModelForCausalLM.from_pretrained(base, **{"dtype": "auto", **loading})
-    rows = int(state["marker_tokens"].max()) + 1
-    if rows > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(rows, mean_resizing=False)
+    _make_room(base, state)
     if not has_adapter:
         return base
     from peft import PeftModel
