@@ -531,8 +531,8 @@ def test_the_model_index_tells_before_tuning_from_after_it() -> None:
         for entry in found["model-index"][0]["results"]
     }
     asked, classed = "question answering, after KoAlpaca tuning", "text classification, after KoAlpaca tuning"
-    assert entries["squad_kor_v1", None] == {"exact_match": 30.0, "f1": 60.0}
-    assert entries["squad_kor_v1", asked] == {"exact_match": 32.0, "f1": 64.0}
+    assert entries["KorQuAD/squad_kor_v1", None] == {"exact_match": 30.0, "f1": 60.0}
+    assert entries["KorQuAD/squad_kor_v1", asked] == {"exact_match": 32.0, "f1": 64.0}
     assert entries["e9t/nsmc", None] == {"accuracy, prompt 1": 0.5, "accuracy, prompt 2": 0.5}
     assert entries["e9t/nsmc", classed] == {"accuracy, prompt 1": 0.6, "accuracy, prompt 2": 0.6}
 

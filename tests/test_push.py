@@ -1335,7 +1335,7 @@ def test_adapter(kind: str, hub: LoopbackHub, sparse_on_hub: str, base: Path, to
         model.push_to_hub("user/adapter")
     (commit,) = pushed(hub, "user/adapter")
     assert commit.message == "Upload adapter"
-    weights = {"adapter_config.json", "adapter_model.safetensors"}
+    weights = {"adapter_config.json", "adapter_model.safetensors", "ksparse_adapter.json"}
     assert set(commit.files) - {"generation_config.json"} == weights | TOKENIZER_FILES | {"README.md"}
     found = metadata(hub, "user/adapter")
     assert (found["base_model"], found["base_model_relation"]) == (sparse_on_hub, "adapter")

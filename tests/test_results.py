@@ -484,10 +484,13 @@ def test_a_dense_model_tuned_alike_becomes_the_dense_column() -> None:
     column = EvaluationResults("d", [], [nsmc(accuracy=0.9, tuning=TUNING)], "dense-tuned")
     results = EvaluationResults("t", [], [korquad(), korquad(tuning=TUNING)], "team/dense")
     results.take_baseline(column)
-    assert results.dense == [korquad(), nsmc(accuracy=0.9, tuning=TUNING)]
+    after = [korquad(tuning=TUNING), nsmc(accuracy=0.9, tuning=TUNING)]
+    assert results.dense == [korquad(), *after]
     assert results.dense_model == "team/dense"
     results.take_baseline(EvaluationResults("d", [], [nsmc()], "other/dense", "89ab"))
-    assert results.dense == [nsmc(accuracy=0.9, tuning=TUNING), nsmc()]
+    assert results.dense == [*after, nsmc()]
+    results.take_baseline(EvaluationResults("d", [], [nsmc(accuracy=0.7, tuning=TUNING)], "dense-tuned"))
+    assert results.dense == [korquad(tuning=TUNING), nsmc(), nsmc(accuracy=0.7, tuning=TUNING)]
     assert (results.dense_model, results.dense_revision) == ("other/dense", "89ab")
     for wrong in (EvaluationResults("s", [nsmc()], [nsmc()]), EvaluationResults("e")):
         with pytest.raises(ValueError, match="must be of a dense model"):
