@@ -105,7 +105,9 @@ def main() -> None:
         figures = {}
         if run == "base":
             model = model.unload()
-        elif run != "unmerged":
+        elif run == "unmerged":
+            model = model.get_base_model()  # with PEFT's layers in it
+        else:
             from optimum_ksparse import merge_adapter
 
             samples = cut(tokenizer, texts, 512)[: args.num_samples]
