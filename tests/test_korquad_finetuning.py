@@ -446,6 +446,31 @@ def test_like_lengths_come_together_and_every_epoch_is_another():
 # The command
 
 
+def run_command(command, *words):
+    parser = argparse.ArgumentParser()
+    command.parse_args(parser)
+    made = command.__new__(command)
+    made.args = parser.parse_args([str(word) for word in words])
+    made.execute()
+
+
+def test_merging_keeps_the_head_and_pushing_is_refused(make_model, own_tokenizer, data, tmp_path):
+    from optimum_ksparse.commands.merge import MergeCommand
+    from optimum_ksparse.commands.push import PushCommand
+
+    base, output = base_folder(make_model, own_tokenizer, tmp_path, sparse=True), tmp_path / "out"
+    settings = FinetuningSettings(**{**asdict(FAST), "method": "masked"})
+    record = finetune_korquad(base, None, data, settings, output, eval_data=data, windows=WINDOWS)
+    run_command(MergeCommand, output, tmp_path / "merged")
+    model, tokenizer = load_korquad_model(tmp_path / "merged")
+    assert not (tmp_path / "merged/adapter_config.json").exists()
+    row = evaluate_korquad(model, tokenizer, data, windows=WINDOWS)
+    assert row["f1"] == pytest.approx(record["results"]["f1"])
+    assert json.loads((tmp_path / "merged/finetuning.json").read_text())["task"] == "korquad"
+    with pytest.raises(ValueError, match="holds a span head.*--tuned-results"):
+        run_command(PushCommand, output, "user/name")
+
+
 def test_a_finished_run_is_measured_on_what_is_asked_for(make_model, own_tokenizer, data_file, tmp_path):
     base, data, output = base_folder(make_model, own_tokenizer, tmp_path), read_korquad(data_file), tmp_path / "out"
     run = {"windows": WINDOWS}

@@ -21,7 +21,7 @@ from optimum_ksparse import SparsityConfig, merge_adapter, sparsify
 from optimum_ksparse.checkpoint import sparse_layers
 from optimum_ksparse.commands.merge import MergeCommand
 from optimum_ksparse.finetuning import MergeReport, SparseLoraConfig, blocks
-from optimum_ksparse.finetuning.masks import RECORD_NAME, check, mask_fingerprint
+from optimum_ksparse.finetuning.masks import RECORD_NAME, check_record, mask_fingerprint, read_record
 
 from .conftest import VOCABULARY, sample_texts
 
@@ -325,16 +325,16 @@ def test_an_adapter_remembers_its_masks(adapted, make_model, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     record = json.loads((tmp_path / "adapter" / RECORD_NAME).read_text())
     assert record["mask_sha256"] == mask_fingerprint(model) == mask_fingerprint(adapted(seed=7).unload())
-    check(model, tmp_path / "adapter")
+    check_record(model, read_record(tmp_path / "adapter"), "adapter")
     other = make_model("llama")
     sparsify(other, SparsityConfig("wanda", "2:4", dataset=IDS))
     with pytest.raises(ValueError, match="'adapter' was trained over other masks"):
-        check(other, tmp_path / "adapter")
+        check_record(other, read_record(tmp_path / "adapter"), "adapter")
     loaded = PeftModel.from_pretrained(other, tmp_path / "adapter")
     with pytest.raises(ValueError, match="other masks"):
         merge_adapter(loaded)
     (tmp_path / "adapter" / RECORD_NAME).unlink()  # as plain PEFT would save it
-    check(other, tmp_path / "adapter")
+    check_record(other, read_record(tmp_path / "adapter"), "adapter")
     merge_adapter(PeftModel.from_pretrained(loaded.unload(), tmp_path / "adapter"))
     assert mask_fingerprint(make_model("llama")) is None
 

@@ -43,6 +43,7 @@ from optimum_ksparse.evaluation import (
     EvaluationResults,
     evaluate_model,
     evaluate_perplexity,
+    read_tuning,
 )
 
 from .conftest import HF_HOME, make_config, sample_texts
@@ -1358,6 +1359,18 @@ def test_adapter_on_a_folder(kind: str, hub: LoopbackHub, checkpoint: Path, toke
     assert not any(str(checkpoint.parent).encode() in content for content in hub.files("user/adapter").values())
     assert "base_model" not in metadata(hub, "user/adapter")
     assert "tiny-sparse (a local folder, which is not on the Hub)" in card_of(hub, "user/adapter")
+
+
+@pytest.mark.parametrize("kind", ["peft", "transformers"])
+def test_an_adapter_says_how_it_was_tuned(kind: str, hub: LoopbackHub, checkpoint: Path) -> None:
+    pytest.importorskip("peft", reason="needs the extra finetune")
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint)
+    plain.tuning = {"task": "koalpaca", "base": str(checkpoint), "r": 8}  # as `load_checkpoint` sets it
+    lora(plain, kind).push_to_hub("user/adapter")
+    lora(AutoModelForCausalLM.from_pretrained(checkpoint), kind).push_to_hub("user/untuned")
+    assert read_tuning("user/untuned") is None
+    assert json.loads(hub.files("user/adapter")["finetuning.json"]) == {**plain.tuning, "base": "tiny-sparse"}
+    assert read_tuning("user/adapter") == {**plain.tuning, "base": "tiny-sparse"}
 
 
 @pytest.mark.parametrize("kind", ["peft", "transformers"])

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, logging, set_seed
 
-from optimum_ksparse import SparsityConfig, evaluate_perplexity
+from optimum_ksparse import SparsityConfig, evaluate_perplexity, merge_adapter
 from optimum_ksparse.calibration import prepends_bos
 
 
@@ -108,8 +108,6 @@ def main() -> None:
         elif run == "unmerged":
             model = model.get_base_model()  # with PEFT's layers in it
         else:
-            from optimum_ksparse import merge_adapter
-
             samples = cut(tokenizer, texts, 512)[: args.num_samples]
             model = merge_adapter(model, method=run, dataset=samples)
             figures = model.merge_report.totals()

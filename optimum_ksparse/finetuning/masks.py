@@ -63,14 +63,9 @@ def read_record(source: str | os.PathLike[str], **hub_arguments: Any) -> dict[st
     return dict(found)
 
 
-def check(model: Any, folder: str | os.PathLike[str], **hub_arguments: Any) -> None:
-    """Raises ValueError where the adapter in `folder` was trained over other masks than those of `model`. Adapters
-    without a record pass."""
-    check_record(model, read_record(folder, **hub_arguments), os.path.basename(os.path.normpath(folder)))
-
-
 def check_record(model: Any, known: dict[str, Any] | None, name: str) -> None:
-    """The same for a record that was read before, of the adapter `name`."""
+    """Raises ValueError where the record of the adapter `name` is of other masks than those of `model`. Adapters
+    without a record pass."""
     if known is not None and known["mask_sha256"] != mask_fingerprint(model):
         raise ValueError(
             f"adapter {name!r} was trained over other masks than this base has (that one was called "
