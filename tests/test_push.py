@@ -1444,3 +1444,13 @@ def test_model_in_the_place_of_an_adapter(
     model.push_to_hub(NAME)
     again = AutoModelForCausalLM.from_pretrained(NAME)
     assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+def test_a_private_baseline_is_loaded_with_its_token(hub: LoopbackHub, base: Path) -> None:
+    hub.add_repo("user/dense", read(base), private=True)
+    hub.required_token = TOKEN
+    model = Baseline("user/dense", None, {"token": TOKEN}).load(AutoModelForCausalLM, torch.float32, "cpu")
+    assert model.num_parameters() > 0
+    shutil.rmtree(HF_HOME / "hub")
+    with pytest.raises(OSError, match="user/dense"):
+        Baseline("user/dense").load(AutoModelForCausalLM, torch.float32, "cpu")

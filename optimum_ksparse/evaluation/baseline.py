@@ -33,7 +33,7 @@ class Baseline:
 
     def load(self, like: PreTrainedModel | type[PreTrainedModel], dtype: torch.dtype, device: Any) -> PreTrainedModel:
         """Loads it with a class of model, in a dtype, on a device or by a device map."""
-        if read_tuning(self.source) is not None:
+        if read_tuning(self.source, self.revision, self.arguments.get("token")) is not None:
             raise ValueError(
                 f"{describe_source(self.source)} was tuned, and is not what the sparse model was made from: measure "
                 "it by itself, and take its results with --baseline-results (EvaluationResults.take_baseline)"
