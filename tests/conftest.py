@@ -96,6 +96,11 @@ def make_config(name: str, **overrides: object) -> transformers.PretrainedConfig
     return getattr(transformers, kind)(**{**common, **settings, **overrides})
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: a process that takes one of them last is waited for."""
+    items.sort(key=lambda item: item.path.stem not in ("test_end_to_end", "test_machine_code", "test_wheel"))
+
+
 @pytest.fixture
 def make_model() -> Callable[..., PreTrainedModel]:
     """Makes a tiny random causal LM: `make_model("llama", dtype=torch.bfloat16, num_hidden_layers=3)`."""

@@ -86,11 +86,15 @@ def test_prune_then_info(dense, tmp_path):
         (("info", "dense"), "not a checkpoint of optimum-ksparse"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(dense, tmp_path, arguments, message):
+def test_bad_pruning_is_one_line_and_writes_nothing(cli, dense, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text("patern: '2:4'\n")
-    done = run(*arguments, cwd=tmp_path)
-    assert done.returncode == 1
-    assert message in done.stderr.splitlines()[-1]
+    refused(cli(*arguments), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_in_a_process_of_its_own(dense, tmp_path):
+    refused(run("prune", "dense", "out", "--pattern", "5:4", cwd=tmp_path), "pattern='5:4' is not a pattern")
     assert not (tmp_path / "out").exists()
 
 
