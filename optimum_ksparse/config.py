@@ -14,7 +14,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .nn.kernels import KERNELS
 from .pattern import Pattern
-from .pruners import METHODS
+from .pruners import METHODS, REFINEMENTS, statistics_of
+from .statistics import ColumnNorms
 
 QUANT_METHOD = "optimum-ksparse"
 # Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes
@@ -25,6 +26,8 @@ TEXT_SUFFIXES = (".txt", ".jsonl")
 STORAGES = ("packed", "dense")
 
 CALIBRATION_DTYPES = ("bfloat16", "float16")
+ACTIVATIONS = ("pruned", "dense", "mixed")
+RECONSTRUCTIONS = ("block",)
 OBJECTIVES = ("memory", "speed")
 DENSIFY = ("never", "lazy")
 
@@ -43,7 +46,8 @@ class SparsityConfig(QuantizationConfigMixin):
     """How to prune a model, and how to store it.
 
     Args:
-        method: `"wanda"`, `"sparsegpt"` or `"magnitude"` (which reads no data).
+        method: `"admm"` (weights and mask together), `"sparsegpt"`, `"alps"` (slow), `"wanda"` (weights stay as they
+            are) or `"magnitude"` (which reads no data).
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), or a fraction of zeros (`"50%"`, `0.5`).
         dataset: calibration text: `"mc4-ko"`, `"c4"`, `"kowiki"` (streamed from the Hub), `"self"` (the model writes
             its own), a path to a `.txt` (paragraphs apart by blank lines) or `.jsonl` file, a list of texts, a
@@ -58,8 +62,20 @@ class SparsityConfig(QuantizationConfigMixin):
             instructions (pruning Gemma 3 270M takes a fifth to a quarter less time); the statistics, the pruning and
             the weights stay float32.
         seed: draws documents, crops and generated text.
+        refine: what follows the method on the same statistics, one or several in their order: `"swaps"` (SparseSwaps:
+            a better mask, weight for weight), `"exact"` (the weights of least output error on the mask).
+        reconstruct: `"block"`: when the layers of a decoder block are pruned, its kept weights, biases and norms are
+            tuned together so that the block gives what the dense one gave. Several times as long, much more accurate.
+        reconstruction_epochs: passes over the calibration samples for that.
+        reconstruction_lr: learning rate at its height, as a share of the root mean square of each tensor.
+        activations: what the calibration inputs of a block are, and whose outputs it is to give: `"pruned"` (the model
+            pruned so far, for both), `"dense"` (the dense model, for both) or `"mixed"` (the inputs of the pruned
+            model, the outputs of the dense one). None takes what was measured to be best: `"pruned"` for layers,
+            `"mixed"` for reconstruction.
         block_size: columns that `sparsegpt` sweeps before it updates the rest; `m` must divide it.
-        damping: share of the mean diagonal that `sparsegpt` adds to the diagonal of the Gram matrix.
+        damping: share of the mean diagonal that is added to the diagonal of the Gram matrix; None takes the method's
+            own (0.01 for `sparsegpt` and `alps`, 0.1 for `admm`).
+        iterations: of `admm` (20) and at most of `alps` (300).
         true_sequential: collect statistics anew for each group of layers inside a block (q, k, v, then o, …), with the
             groups before it pruned. Slower: one forward pass of the block for each group.
         modules_to_not_convert: names, suffixes or regular expressions of linear maps in the blocks to leave dense.
@@ -104,8 +120,14 @@ class SparsityConfig(QuantizationConfigMixin):
         seq_len: int = 2048,
         batch_size: int = 1,
         seed: int = 0,
+        refine: str | Sequence[str] | None = None,
+        reconstruct: str | None = None,
+        reconstruction_epochs: int = 4,
+        reconstruction_lr: float = 0.01,
+        activations: str | None = None,
         block_size: int = 128,
-        damping: float = 0.01,
+        damping: float | None = None,
+        iterations: int | None = None,
         true_sequential: bool = False,
         modules_to_not_convert: Sequence[str] | None = None,
         skip_unsupported: bool = False,
@@ -133,7 +155,13 @@ class SparsityConfig(QuantizationConfigMixin):
         )
         self.seed = check_integer("seed", seed, 0)
         self.block_size = check_integer("block_size", block_size, 1)
-        self.damping = _number("damping", damping, 0, 1)
+        self.damping = None if damping is None else _number("damping", damping, 0, 1)
+        self.iterations = None if iterations is None else check_integer("iterations", iterations, 1)
+        self.refine = _refinements("refine", refine)
+        self.reconstruct = None if reconstruct is None else _one_of("reconstruct", reconstruct, RECONSTRUCTIONS)
+        self.reconstruction_epochs = check_integer("reconstruction_epochs", reconstruction_epochs, 1)
+        self.reconstruction_lr = _number("reconstruction_lr", reconstruction_lr, 0, 1)
+        self.activations = None if activations is None else _one_of("activations", activations, ACTIVATIONS)
         self.true_sequential = _boolean("true_sequential", true_sequential)
         self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
         self.skip_unsupported = _boolean("skip_unsupported", skip_unsupported)
@@ -152,7 +180,7 @@ class SparsityConfig(QuantizationConfigMixin):
         m = Pattern(self.pattern).m
         if self.method == "sparsegpt" and m is not None and self.block_size % m:
             raise ValueError(f"block_size={self.block_size} is not a multiple of m={m} of pattern={self.pattern!r}")
-        if dataset is not None or METHODS[self.method].statistics is not None:
+        if dataset is not None or self.needs_data:
             _check_dataset(dataset)
         # Now, because a file may be gone when the pruned model is saved.
         self._description = describe_dataset(dataset)
@@ -163,6 +191,21 @@ class SparsityConfig(QuantizationConfigMixin):
     def given(self) -> set[str]:
         """Names of the settings that were passed; the others have their defaults."""
         return set(self._given)
+
+    @property
+    def statistics(self) -> type[ColumnNorms] | None:
+        """What is to be collected of each layer's inputs; None where the method reads no data."""
+        return statistics_of(self.method, self.refine)
+
+    @property
+    def pruner_settings(self) -> dict[str, Any]:
+        """What `pruners.prune` takes besides method, weight, statistics and pattern."""
+        return {"refine": self.refine, **{name: getattr(self, name) for name in METHODS[self.method].settings}}
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration tokens run through the model at all."""
+        return self.statistics is not None or self.reconstruct is not None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable settings. Data that JSON cannot hold, and files, are described by a fingerprint; folders
@@ -330,6 +373,16 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
     if not least <= float(value) <= most:
         raise ValueError(f"{name}={value} is out of range, it must be from {least} to {most}")
     return float(value)
+
+
+def _refinements(name: str, value: Any) -> list[str]:
+    if value is None or isinstance(value, str):
+        value = [] if value is None else [value]
+    if not isinstance(value, Sequence):
+        raise TypeError(
+            f"{name} must be a string or a list of them, found {value!r}; allowed: {', '.join(REFINEMENTS)}"
+        )
+    return [_one_of(name, step, REFINEMENTS) for step in value]
 
 
 def _boolean(name: str, value: Any) -> bool:

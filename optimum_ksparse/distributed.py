@@ -98,6 +98,14 @@ class Processes:
             with _named_errors():
                 dist.broadcast(tensor.view(torch.uint8), src=rank)  # no backend knows all dtypes
 
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """Puts the mean over all processes into each tensor, which all have in the same shapes and order."""
+        if self.size > 1:
+            with _named_errors():
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
+                    tensor.div_(self.size)
+
     def add_up(self, statistics: dict[str, ColumnNorms], make: Callable[[str], ColumnNorms]) -> dict[str, ColumnNorms]:
         """Statistics over the samples of all processes.
 

@@ -16,7 +16,7 @@ from .config import SparsityConfig
 from .nn import SparseExperts
 from .nn.packing import pack
 from .pattern import Pattern
-from .pruners import METHODS
+from .pruners import prune
 from .report import LayerReport
 from .statistics import ColumnNorms
 
@@ -93,7 +93,7 @@ class _Run:
         self._path, self._statistics, self._config = path, statistics, config
         self.notes: dict[str, list[int]] = {}
         self._difference = self._dense = 0.0
-        kind = METHODS[config.method].statistics
+        kind = config.statistics
         least = 0 if kind is None else kind.min_tokens
         self._few = [i for i, own in enumerate(statistics) if least and (own is None or own.num_tokens < least)]
         self._shared = _shared(statistics) if self._few else None
@@ -121,10 +121,9 @@ class _Run:
         name = matrix_name(self._path, expert)
         if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
             raise ValueError(f"{name}: its inputs hold NaN or Inf; load the model in float32 or bfloat16")
-        method = METHODS[self._config.method]
-        settings = {setting: getattr(self._config, setting) for setting in method.settings}
+        pattern, config = Pattern(self._config.pattern), self._config
         try:
-            return method.prune(matrix, statistics, Pattern(self._config.pattern), **settings)
+            return prune(config.method, matrix, statistics, pattern, **config.pruner_settings)
         except ArithmeticError as error:
             raise ArithmeticError(f"{name}: {error}") from error
 

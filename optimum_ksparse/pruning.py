@@ -1,4 +1,5 @@
-"""The block loop, the only one: collect → prune → propagate, one decoder block at a time; a report row a layer."""
+"""The block loop, the only one: collect → prune → (reconstruct) → propagate, one decoder block at a time, with what
+there is to report of each."""
 
 from __future__ import annotations
 
@@ -6,14 +7,15 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from .calibration import BlockReplay, DecoderBlocks, ExpertStack
+from .calibration import Activations, BlockReplay, DecoderBlocks, ExpertStack
 from .calibration.experts import ExpertMatrix, layer_of, observable
-from .checkpoint import SparseModule, aligned, empty_like, replace_module
+from .checkpoint import SparseModule, aligned, empty_like, put, replace_module
 from .config import SparsityConfig
 from .distributed import Processes
 from .experts import own_statistics, prune_stack
@@ -21,8 +23,9 @@ from .memory import trim_heap
 from .nn import SparseLinear, dense_weight, densified
 from .pattern import Pattern
 from .progress import block_progress
-from .pruners import METHODS
-from .report import LayerReport
+from .pruners import prune
+from .reconstruction import reconstruct_block
+from .report import LayerReport, PrunedBlock
 from .statistics import ColumnNorms, GramMatrix
 from .targets import Layer
 
@@ -30,6 +33,31 @@ from .targets import Layer
 _LARGE = 2**23
 _Pruned = tuple[SparseModule, LayerReport]
 _Row = TypeVar("_Row")
+
+
+@dataclass
+class Replaced:
+    """What pruning has replaced so far, to be put back on an error.
+
+    Attributes:
+        layers: the dense module, or parameter, of each pruned layer by its path in the decoder.
+        tuned: parameters that stay in the model, each with its value before.
+    """
+
+    layers: dict[str, nn.Module | nn.Parameter] = field(default_factory=dict)
+    tuned: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)
+
+    def restore(self, decoder: nn.Module) -> None:
+        """Gives the decoder its dense layers and its values back."""
+        for path, dense in self.layers.items():
+            put(decoder, path, dense)
+        for parameter, value in self.tuned:
+            parameter.data = value
+
+
+def needs_original(config: SparsityConfig) -> bool:
+    """Whether the activations of the dense model are needed at every block beside those of the pruned one."""
+    return config.reconstruct is not None and config.activations in (None, "mixed")
 
 
 def always_resident(index: int) -> AbstractContextManager[None]:
@@ -69,13 +97,14 @@ def prune_blocks(
     targets: list[dict[str, Layer]],
     config: SparsityConfig,
     replay: BlockReplay | None,
-    replaced: dict[str, nn.Module | nn.Parameter] | None = None,
+    replaced: Replaced | None = None,
     *,
+    original: BlockReplay | None = None,
     resident: Callable[[int], AbstractContextManager[None]] = always_resident,
-    finished: Callable[[int, list[LayerReport]], None] | None = None,
+    finished: Callable[[int, PrunedBlock], None] | None = None,
     start: int = 0,
     processes: Processes | None = None,
-) -> list[LayerReport]:
+) -> list[PrunedBlock]:
     """Prunes `targets` block by block and puts sparse modules in their places.
 
     Args:
@@ -83,15 +112,18 @@ def prune_blocks(
         targets: for each block its layers to prune by name, as `find_targets` gives them; emptied on the way.
         config: method, pattern and settings.
         replay: the calibration activations at block `start`; None for a method without data.
-        replaced: is given the dense module, or parameter, of each pruned layer, by its path in the decoder, as soon
-            as it is replaced.
+        replaced: is given what was there before, as soon as it is replaced.
+        original: the activations of the dense model at block `start`, where `needs_original` says so; None forks them
+            from `replay`.
         resident: where the blocks come from: within `resident(index)` that block's weights are there.
-        finished: where they go: called, while the block is there, when it is pruned and `replay` is at the next one.
+        finished: where they go: called, while the block is there, when it is pruned and the activations are at the
+            next one.
         start: the first block to prune.
         processes: which share the work; each has its part of the calibration samples. None: this one alone.
 
     Returns:
-        A row for each layer. Layers are pruned in the model's order, so on an error the blocks before it are sparse.
+        What there is to report of each block. Layers are pruned in the model's order, so on an error the blocks before
+        it are sparse.
 
     Raises:
         ValueError: activations are NaN or Inf, or no token reached a layer; names the layer.
@@ -101,16 +133,22 @@ def prune_blocks(
     processes = Processes() if processes is None else processes
     total = len(blocks.blocks)
     tokens = 0 if replay is None else sum(processes.gather(replay.tokens.numel()))
+    if original is None and replay is not None and needs_original(config):
+        original = replay.fork("original")
 
-    def step(index: int, block: nn.Module) -> list[LayerReport]:
-        pruned = _prune_block(blocks, index, targets[index], config, replay, replaced, processes)
-        if replay is not None and index + 1 < total:
-            with densified(block, replay.dtype):
-                replay.advance(index, block)
+    def step(index: int, block: nn.Module) -> list[PrunedBlock]:
+        dense = _dense_outputs(index, block, config, replay, original)
+        pruned = PrunedBlock(_prune_block(blocks, index, targets[index], config, replay, replaced, processes))
+        if replay is not None:
+            if config.reconstruct is not None and dense is not None:
+                kept = None if replaced is None else replaced.tuned
+                pruned.reconstruction = reconstruct_block(index, block, replay, dense, config, processes, kept)
+            if index + 1 < total:
+                _advance(index, block, config, replay, dense)
         if finished is not None:
             finished(index, pruned)
         targets[index] = {}  # the last hold on the block's dense weights
-        return pruned
+        return [pruned]
 
     return each_block(
         f"Pruning ({config.method} {config.pattern})",
@@ -123,13 +161,37 @@ def prune_blocks(
     )
 
 
+def _dense_outputs(
+    index: int, block: nn.Module, config: SparsityConfig, replay: BlockReplay | None, original: BlockReplay | None
+) -> Activations | None:
+    """What the still dense block gives: from the dense model's inputs, where these are at hand, which then are at the
+    next block; otherwise from those of `replay`. None where nothing asks for it."""
+    if replay is None or (config.reconstruct is None and config.activations != "dense"):
+        return None
+    path = replay.fork("dense") if original is None else original
+    path.advance(index, block)
+    return path.hidden
+
+
+def _advance(
+    index: int, block: nn.Module, config: SparsityConfig, replay: BlockReplay, dense: Activations | None
+) -> None:
+    """Brings the activations to the next block: those that the pruned block gives, or, with `activations="dense"`,
+    those that the dense one gave."""
+    if config.activations == "dense" and dense is not None:
+        replay.take(index, dense)
+        return
+    with densified(block, replay.dtype):
+        replay.advance(index, block)
+
+
 def _prune_block(
     blocks: DecoderBlocks,
     index: int,
     targets: dict[str, Layer],
     config: SparsityConfig,
     replay: BlockReplay | None,
-    replaced: dict[str, nn.Module | nn.Parameter] | None,
+    replaced: Replaced | None,
     processes: Processes,
 ) -> list[LayerReport]:
     block, rows = blocks.blocks[index], []
@@ -158,7 +220,7 @@ def _prune_block(
             path = blocks.name_in_decoder(index, name)
             sparse, row = _receive(done.get(name), layer, owner, config, processes)
             if replaced is not None:
-                replaced[path] = layer.weight if isinstance(layer, ExpertStack) else layer
+                replaced.layers[path] = layer.weight if isinstance(layer, ExpertStack) else layer
             replace_module(blocks.decoder, path, sparse)
             rows.append(row)
     return rows
@@ -171,7 +233,7 @@ def _cost(layer: Layer, config: SparsityConfig) -> float:
     else:
         with aligned(layer):
             number, (out_features, in_features) = 1, dense_weight(layer).shape
-    if METHODS[config.method].statistics is GramMatrix:
+    if config.statistics is GramMatrix:
         return float(number * (out_features * in_features**2 + in_features**3))
     return float(number * out_features * in_features)
 
@@ -228,7 +290,7 @@ def _collect(
     processes: Processes,
 ) -> dict[str, ColumnNorms]:
     """Statistics of the inputs of linear maps by name, and of each matrix of a stack by `matrix_name`."""
-    kind = METHODS[config.method].statistics
+    kind = config.statistics
     if replay is None or kind is None:
         return {}
 
@@ -252,8 +314,7 @@ def _prune_layer(
 ) -> tuple[SparseLinear, LayerReport]:
     if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
         raise ValueError(f"{path}: its inputs hold NaN or Inf; load the model in float32 or bfloat16")
-    method, pattern = METHODS[config.method], Pattern(config.pattern)
-    settings = {name: getattr(config, name) for name in method.settings}
+    pattern = Pattern(config.pattern)
     started = time.perf_counter()
     with aligned(linear), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -261,7 +322,7 @@ def _prune_layer(
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{path}: its weight holds NaN or Inf; prune a checkpoint whose weights are whole")
         try:
-            pruned, mask = method.prune(weight, statistics, pattern, **settings)
+            pruned, mask = prune(config.method, weight, statistics, pattern, **config.pruner_settings)
         except ArithmeticError as error:
             raise ArithmeticError(f"{path}: {error}") from error
         sparse = SparseLinear.from_dense(linear, mask, pattern, pruned)

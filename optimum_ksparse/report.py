@@ -39,6 +39,26 @@ class LayerReport:
 
 
 @dataclass
+class BlockReport:
+    """A reconstructed block: its number, and the loss on calibration tokens that were held out, when its layers had
+    been pruned and when it had been tuned (1 is the energy of the outputs); `note` says what went wrong."""
+
+    block: int
+    loss_before: float
+    loss_after: float
+    seconds: float
+    note: str = ""
+
+
+@dataclass
+class PrunedBlock:
+    """What there is to report of a block: a row for each layer, and one of its reconstruction, where there was one."""
+
+    layers: list[LayerReport]
+    reconstruction: BlockReport | None = None
+
+
+@dataclass
 class LayerKind:
     """Layers of the same path but for the block's number, of the same shape and pattern; `name` has `*` for it."""
 
@@ -66,6 +86,8 @@ class SparsityReport:
         config: the settings, as `SparsityConfig.to_dict()` without its layers.
         calibration: where the calibration tokens came from, their number and form; empty for a method without data.
         layers: one `LayerReport` for each sparse layer, in the order of the model.
+        reconstruction: one `BlockReport` for each block that was reconstructed. The output errors of its layers are
+            those before.
         skipped: linear maps left dense, each with the reason.
         base_model: what was pruned, as it was named (a local folder by its last part).
         base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
@@ -79,6 +101,7 @@ class SparsityReport:
     config: dict[str, Any]
     calibration: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
+    reconstruction: list[BlockReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     base_revision: str | None = None
@@ -138,6 +161,7 @@ class SparsityReport:
                 raise ValueError(f"schema_version {data['schema_version']} is newer than {SCHEMA_VERSION}: upgrade")
             check_keys(data, [f.name for f in fields(cls)], "the report")
             data["layers"] = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
+            data["reconstruction"] = [BlockReport(**row) for row in data.get("reconstruction", ())]
             return cls(**data)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.path.basename(path)} is not a report of optimum-ksparse: {error}") from error
@@ -160,6 +184,18 @@ class SparsityReport:
             f"{self.num_parameters:,} parameters; packed {self.packed_bytes:,} of {self.dense_bytes:,} bytes "
             f"({self.packed_ratio:.4f})"
         )
+        if self.reconstruction:
+            lines.append(_reconstruction_line(self.reconstruction))
         lines += [f"left dense: {name}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]
+        lines += [f"note: block {row.block}: {row.note}" for row in self.reconstruction if row.note]
         return "\n".join(lines)
+
+
+def _reconstruction_line(rows: list[BlockReport]) -> str:
+    number = len(rows)
+    before, after = (sum(getattr(row, name) for row in rows) / number for name in ("loss_before", "loss_after"))
+    seconds = sum(row.seconds for row in rows)
+    return (
+        f"{number} blocks reconstructed in {seconds:.1f} s: mean loss on held-out tokens {before:.4f} -> {after:.4f}"
+    )

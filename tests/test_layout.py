@@ -26,7 +26,7 @@ ROOMS = [
     ["checkpoint"],
     ["streaming", "execution"],
     ["experts"],
-    ["targets"],
+    ["targets", "reconstruction"],
     ["pruning"],
     ["evaluation"],
     ["finetuning"],

@@ -8,7 +8,7 @@ import torch
 
 from ..config import SparsityConfig
 from ..pattern import Pattern
-from ..pruners import METHODS
+from ..pruners import METHODS, prune
 
 
 @torch.no_grad()
@@ -30,12 +30,11 @@ def prune_weight(
         ValueError: an unknown method or pattern, shapes that do not fit, NaN or Inf.
         ArithmeticError: the Gram matrix stays singular.
     """
-    chosen, parsed = METHODS[SparsityConfig(method).method], Pattern(pattern)
-    unknown = set(settings) - set(chosen.settings)
+    parsed, taken = Pattern(pattern), ("refine", *METHODS[SparsityConfig(method).method].settings)
+    unknown = set(settings) - set(taken)
     if unknown:
-        allowed = ", ".join(chosen.settings) or "none"
-        raise TypeError(f"method={method!r} has no setting {sorted(unknown)[0]!r}; it takes: {allowed}")
-    SparsityConfig(method, pattern, **settings)  # validates them
+        raise TypeError(f"method={method!r} has no setting {sorted(unknown)[0]!r}; it takes: {', '.join(taken)}")
+    config = SparsityConfig(method, pattern, **settings)  # validates them
     for name, tensor in {"weight": weight, "inputs": inputs}.items():
         if not isinstance(tensor, torch.Tensor) and (name == "weight" or tensor is not None):
             raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
@@ -45,7 +44,7 @@ def prune_weight(
     if not bool(weight.isfinite().all()):
         raise ValueError("weight holds NaN or Inf")
     statistics = None
-    if chosen.statistics is not None:
+    if config.statistics is not None:
         if inputs is None or inputs.dim() not in (2, 3) or inputs.shape[-1] != weight.shape[1] or not inputs.numel():
             found = None if inputs is None else list(inputs.shape)
             raise ValueError(
@@ -53,8 +52,8 @@ def prune_weight(
             )
         if not bool(inputs.isfinite().all()):
             raise ValueError("inputs hold NaN or Inf")
-        statistics = chosen.statistics(weight.shape[1], weight.device)
+        statistics = config.statistics(weight.shape[1], weight.device)
         statistics.update(inputs)
         if not bool(statistics.squared_norms.isfinite().all()):
             raise ValueError("inputs are too large: their squares overflow to Inf in float32")
-    return chosen.prune(weight, statistics, parsed, **settings)
+    return prune(method, weight, statistics, parsed, **config.pruner_settings)

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -23,14 +22,13 @@ from ..calibration import (
     read_tokenizer,
     use_eager_experts,
 )
-from ..checkpoint import describe_model, layer_records, put, sparse_experts, sparse_modules
+from ..checkpoint import describe_model, layer_records, sparse_experts, sparse_modules
 from ..config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
 from ..distributed import Processes, current
 from ..execution import apply_settings
 from ..memory import peak_memory
-from ..pruners import METHODS
-from ..pruning import prune_blocks
-from ..report import LayerReport, SparsityReport
+from ..pruning import Replaced, prune_blocks
+from ..report import PrunedBlock, SparsityReport
 from ..targets import find_targets
 from ..version import library_versions
 
@@ -81,20 +79,19 @@ def sparsify(
             skip_first = data.begins_with_bos and not config.bos_in_statistics
             ids = share_tokens(data.ids, config.batch_size, processes)
             replay = BlockReplay(blocks, ids, config.batch_size, skip_first, dtype=calibration_dtype(config))
-        replaced: dict[str, nn.Module | nn.Parameter] = {}
+        replaced = Replaced()
         try:
             kept = replaced if restore_on_error else None
-            rows = prune_blocks(blocks, targets, config, replay, kept, processes=processes)
+            pruned = prune_blocks(blocks, targets, config, replay, kept, processes=processes)
         except BaseException:
-            for path, dense in replaced.items():
-                put(blocks.decoder, path, dense)
+            replaced.restore(blocks.decoder)
             raise
 
     attach(model, recorded)
     apply_settings(model, config)
     if config.tokenizer is not None:
         model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
-    report = make_report(model, recorded, num_parameters, {} if data is None else data.description, rows, skipped)
+    report = make_report(model, recorded, num_parameters, {} if data is None else data.description, pruned, skipped)
     report.seconds = round(time.perf_counter() - started, 2)
     model.sparsity_report = report  # type: ignore[assignment]
     return report
@@ -120,7 +117,7 @@ def make_report(
     config: SparsityConfig,
     num_parameters: int,
     calibration: dict[str, Any],
-    rows: list[LayerReport],
+    pruned: list[PrunedBlock],
     skipped: dict[str, str],
 ) -> SparsityReport:
     """The report on a model that has just been pruned with `config`, as `record_settings` gave it. `num_parameters` is
@@ -128,7 +125,8 @@ def make_report(
     return SparsityReport(
         config=settings_of(config),
         calibration=calibration,
-        layers=rows,
+        layers=[row for block in pruned for row in block.layers],
+        reconstruction=[block.reconstruction for block in pruned if block.reconstruction is not None],
         skipped=skipped,
         base_model=describe_model(model),
         base_revision=getattr(model, "hub_commit", None),
@@ -166,6 +164,13 @@ def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         raise ValueError("the model, or a part of it, is compiled; prune it first, then compile it")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model carries an adapter; merge it, or prune the model before adding one")
+    if config.reconstruct is not None and any(
+        getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.modules()
+    ):
+        raise ValueError(
+            "reconstruct needs the weights of a block in memory, and accelerate has offloaded some: load the model "
+            "without offloading, or prune from disk to disk with prune_checkpoint"
+        )
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             "DeepSpeed ZeRO-3 holds a part of each weight; prune in a process without it, then load the result"
@@ -184,7 +189,7 @@ def load_tokenizer(config: SparsityConfig, source: Any, **arguments: Any) -> Pre
     Raises:
         ValueError: one is needed, and none can be loaded.
     """
-    if METHODS[config.method].statistics is None or is_token_ids(config.dataset):
+    if not config.needs_data or is_token_ids(config.dataset):
         return None
     if isinstance(config.tokenizer, PreTrainedTokenizerBase):
         return config.tokenizer
@@ -206,7 +211,7 @@ def draw_tokens(
     model: PreTrainedModel, config: SparsityConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> CalibrationTokens | None:
     """The calibration samples; None for a method without data."""
-    if METHODS[config.method].statistics is None:
+    if not config.needs_data:
         return None
     return calibration_tokens(config, model, tokenizer or load_tokenizer(config, model.name_or_path))
 

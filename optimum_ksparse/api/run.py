@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,8 @@ from ..distributed import Processes
 from ..memory import peak_memory
 from ..nn import dense_weight, densified
 from ..pattern import Pattern
-from ..pruners import METHODS
-from ..pruning import prune_blocks
-from ..report import REPORT_NAME, LayerReport, SparsityReport
+from ..pruning import needs_original, prune_blocks
+from ..report import REPORT_NAME, PrunedBlock, SparsityReport
 from ..streaming import DiskBlocks, Snapshot, WeightFiles, Workspace, check_space, open_checkpoint
 from ..targets import find_targets
 from .model import (
@@ -103,29 +103,36 @@ class CheckpointRun:
         stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
         with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
             data, replay = self._calibration(model, disk, len(done) < len(blocks.blocks))
+            original = None
+            if replay is not None and needs_original(config):
+                original = replay.fork("original")
+                self._catch_up(original, disk, lambda snapshot: snapshot.originals)
+            if replay is not None and config.activations == "dense":
+                self._catch_up(replay, disk, lambda snapshot: snapshot.files)
             for index, block in enumerate(done):
                 install_layers(model, block.layers)
                 disk.take_shard(index, workspace.path / block.file)
-            if replay is not None:
-                self._catch_up(replay, disk)
-            rows = [row for block in done for row in block.rows]
-            rows += prune_blocks(
+            if replay is not None and config.activations != "dense":
+                self._catch_up(replay, disk, lambda snapshot: snapshot.files)
+            pruned = [PrunedBlock(block.rows, block.reconstruction) for block in done]
+            pruned += prune_blocks(
                 blocks,
                 targets,
                 config,
                 replay,
+                original=original,
                 resident=disk.resident,
-                finished=lambda index, rows: self._block_is_done(index, rows, model, disk, replay),
+                finished=lambda index, block: self._block_is_done(index, block, model, disk, replay, original),
                 start=len(done),
                 processes=processes,
             )
-        processes.once(lambda: self._finish(model, disk, num_parameters, data, rows, skipped))
+        processes.once(lambda: self._finish(model, disk, num_parameters, data, pruned, skipped))
 
     def _calibration(
         self, model: PreTrainedModel, disk: DiskBlocks, needed: bool
     ) -> tuple[dict[str, Any], BlockReplay | None]:
         """The description of the calibration data, and the activations at the first block, where a block is left."""
-        if METHODS[self.config.method].statistics is None:
+        if not self.config.needs_data:
             return {}, None
 
         def draw() -> tuple[torch.Tensor, dict[str, Any]]:
@@ -149,13 +156,14 @@ class CheckpointRun:
             disk.blocks, ids, batch_size, skip_first, disk.resident, hidden, calibration_dtype(self.config)
         )
 
-    def _catch_up(self, replay: BlockReplay, disk: DiskBlocks) -> None:
-        """Brings the activations to the first block that is not done: from the latest snapshot, where it is whole,
-        through the finished blocks after it."""
+    def _catch_up(self, replay: BlockReplay, disk: DiskBlocks, files: Callable[[Snapshot], list[str]]) -> None:
+        """Brings the activations to the first block that is not done: from their `files` of the latest snapshot, where
+        these are whole, through the blocks after it as they are now."""
         processes, snapshot = self.processes, self.workspace.journal.snapshot
         done, at = len(self.workspace.journal.blocks), 0
         # Another number of processes has other files.
-        mine = snapshot.files[processes.rank] if snapshot and len(snapshot.files) == processes.size else None
+        saved = [] if snapshot is None else files(snapshot)
+        mine = saved[processes.rank] if len(saved) == processes.size else None
         there = processes.gather(mine is not None and snapshot and replay.hidden.can_load(mine, snapshot.block))
         if snapshot is not None and mine is not None and all(there):
             replay.hidden.load(mine)
@@ -166,7 +174,13 @@ class CheckpointRun:
                 replay.advance(index, block)
 
     def _block_is_done(
-        self, index: int, rows: list[LayerReport], model: PreTrainedModel, disk: DiskBlocks, replay: BlockReplay | None
+        self,
+        index: int,
+        pruned: PrunedBlock,
+        model: PreTrainedModel,
+        disk: DiskBlocks,
+        replay: BlockReplay | None,
+        original: BlockReplay | None,
     ) -> None:
         workspace, processes = self.workspace, self.processes
         snapshot = None
@@ -175,13 +189,15 @@ class CheckpointRun:
             # Files that the next block would write over are saved with every block.
             if any(processes.gather(replay.hidden.in_files or due)):
                 snapshot = Snapshot(index + 1, processes.gather(replay.hidden.save(index + 1)))
+                if original is not None:
+                    snapshot.originals = processes.gather(original.hidden.save(index + 1))
                 self.saved = time.perf_counter()
         peaks = processes.gather(peak_memory())
 
         def note() -> None:
             prefix = disk.blocks.name_in_decoder(index, "")
             layers = {name: layer for name, layer in layer_records(model).items() if name.startswith(prefix)}
-            workspace.add_block(index, disk.state_dict(index), layers, rows)
+            workspace.add_block(index, disk.state_dict(index), layers, pruned)
             if snapshot is not None:
                 workspace.journal.snapshot = snapshot
             self._note_costs(peaks)
@@ -202,12 +218,12 @@ class CheckpointRun:
         disk: DiskBlocks,
         num_parameters: int,
         calibration: dict[str, Any],
-        rows: list[LayerReport],
+        pruned: list[PrunedBlock],
         skipped: dict[str, str],
     ) -> None:
         recorded = record_settings(self.config)
         attach(model, recorded)
-        report = make_report(model, recorded, num_parameters, calibration, rows, skipped)
+        report = make_report(model, recorded, num_parameters, calibration, pruned, skipped)
         if self.loading.get("subfolder"):
             report.base_arguments = {"subfolder": self.loading["subfolder"]}
         report.source_fingerprint = self.workspace.journal.job["source_fingerprint"]
@@ -240,9 +256,15 @@ class CheckpointRun:
         needed = sum(size.values()) - dense + packed
         if self.config.storage == "dense":  # packed blocks are written first, and become dense ones at the end
             needed += dense
-        if METHODS[self.config.method].statistics is not None and self.workspace.journal.phase == "pruning":
+        if self.config.needs_data and self.workspace.journal.phase == "pruning":
             hidden = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0))
-            needed += 2 * self.config.num_samples * self.config.seq_len * hidden * model.dtype.itemsize
+            needed += (
+                (4 if needs_original(self.config) else 2)
+                * self.config.num_samples
+                * self.config.seq_len
+                * hidden
+                * model.dtype.itemsize
+            )
         needed = max(0, needed - self.workspace.written_bytes())
         check_space(self.workspace.path, int(needed), "the sparse checkpoint and the calibration activations")
 

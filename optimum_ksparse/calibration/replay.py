@@ -178,10 +178,14 @@ class BlockReplay:
 
     def outputs(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Runs every batch through `block`, the one at `index`, and yields its hidden states."""
-        for hidden, call in zip(self.hidden, self._calls[index], strict=True):
-            with self._autocast(hidden.device):
-                output = call.run(block, hidden)
-            yield _hidden_of(output)
+        return (self.output(index, block, batch) for batch in range(len(self._calls[index])))
+
+    def output(self, index: int, block: nn.Module, batch: int) -> torch.Tensor:
+        """Runs one batch through `block`, the one at `index`: its hidden states [batch, seq_len, hidden]."""
+        hidden = self.hidden[batch]
+        with self._autocast(hidden.device):
+            output: torch.Tensor = _hidden_of(self._calls[index][batch].run(block, hidden))
+        return output
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
@@ -191,12 +195,18 @@ class BlockReplay:
         self.hidden.replace(self.outputs(index, block))
         self._calls[index].clear()
 
-    def fork(self) -> BlockReplay:
-        """Another one at the same place, whose activations go their own way from here on, in memory."""
+    def take(self, index: int, hidden: Activations) -> None:
+        """Goes on to the next block with other inputs than the outputs of the block at `index`."""
+        self.hidden.replace(hidden)
+        self._calls[index].clear()
+
+    def fork(self, name: str = "fork") -> BlockReplay:
+        """Another one at the same place, whose activations go their own way from here on; where they are in files,
+        under that name."""
         other = copy.copy(self)
-        other.hidden = Activations(len(self.hidden))
-        for hidden in self.hidden:
-            other.hidden.append(hidden)
+        other.hidden = self.hidden.sibling(name)
+        for batch in self.hidden:
+            other.hidden.append(batch)
         other._calls = [list(calls) for calls in self._calls]
         return other
 

@@ -3,19 +3,23 @@
 `weight` is [out, in] in any floating dtype and is not changed; the returned weight has its dtype and is zero where the
 returned mask ([out, in], bool, True = kept) is False. A method warns (`warnings.warn`) of what the user should know,
 such as a raised damping; the block loop writes it into the report. To add a method: its file, its line in `METHODS`, a
-test, a recipe. `sweep` and `sweep_kernel` are the inner loop of SparseGPT, in torch and for a GPU.
+test, a recipe. `sweep` and `sweep_kernel` are the inner loop of SparseGPT, in torch and for a GPU; `scaled` is what
+`admm` and `alps` share; `solve` and `swaps` are what `refine` lets follow on any of them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ..pattern import Pattern
 from ..statistics import ColumnNorms, GramMatrix
-from . import magnitude, sparsegpt, wanda
+from . import admm, alps, magnitude, sparsegpt, wanda
+from .refine import REFINEMENTS
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,44 @@ METHODS = {
     "magnitude": Method(magnitude.prune, None, "whole layer"),
     "wanda": Method(wanda.prune, ColumnNorms, "output row"),
     "sparsegpt": Method(sparsegpt.prune, GramMatrix, "block of columns over all rows"),
+    "admm": Method(admm.prune, GramMatrix, "output row"),
+    "alps": Method(alps.prune, GramMatrix, "whole layer"),
 }
 
-__all__ = ["METHODS", "Method"]
+
+def statistics_of(method: str, refine: Sequence[str] = ()) -> type[ColumnNorms] | None:
+    """The statistics that a method with refinements reads; None where it reads no data."""
+    return GramMatrix if refine else METHODS[method].statistics
+
+
+def prune(
+    method: str,
+    weight: torch.Tensor,
+    statistics: ColumnNorms | None,
+    pattern: Pattern,
+    *,
+    refine: Sequence[str] = (),
+    **settings: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prunes `weight` [out, in] by a method and then by each refinement in its turn.
+
+    Args:
+        method: one of `METHODS`.
+        weight: [out, in], is not changed.
+        statistics: of the inputs, of the class that `statistics_of` gives.
+        pattern: what to keep.
+        refine: of `REFINEMENTS`.
+        settings: any of `SparsityConfig`; those that the method takes and that are not None reach it.
+
+    Returns:
+        The pruned weight in the dtype of `weight`, and its mask, both [out, in].
+    """
+    chosen = METHODS[method]
+    taken = {name: settings[name] for name in chosen.settings if settings.get(name) is not None}
+    pruned, mask = chosen.prune(weight, statistics, pattern, **taken)
+    for name in refine:
+        pruned, mask = REFINEMENTS[name](weight, statistics, pattern, pruned, mask)
+    return pruned, mask
+
+
+__all__ = ["METHODS", "REFINEMENTS", "Method", "prune", "statistics_of"]

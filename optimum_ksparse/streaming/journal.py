@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..report import LayerReport
+from ..report import BlockReport, LayerReport
 from ..staging import write_text
 
 _NAME = "journal.json"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass
@@ -25,21 +25,24 @@ class FinishedBlock:
         file: its state, in the workspace.
         sha256: of that file.
         layers: its sparse layers, as in the model's config.
-        rows: of the report.
+        rows: of the report, one for each layer; reconstruction: and one of the block, where it was reconstructed.
     """
 
     file: str
     sha256: str
     layers: dict[str, dict[str, Any]]
     rows: list[LayerReport]
+    reconstruction: BlockReport | None = None
 
 
 @dataclass
 class Snapshot:
-    """The calibration activations at the input of `block`, in one file for each process."""
+    """The calibration activations at the input of `block`, in one file for each process; `originals`: and those of the
+    dense model, where they are needed."""
 
     block: int
     files: list[str]
+    originals: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -87,7 +90,7 @@ class Journal:
         if not isinstance(data, dict) or data.get("version") != _VERSION or {f.name for f in fields(cls)} != {*data}:
             raise ValueError(f"{folder / _NAME} is of another version; start over with resume=False")
         try:
-            data["blocks"] = [FinishedBlock(**{**block, "rows": _rows(block["rows"])}) for block in data["blocks"]]
+            data["blocks"] = [_finished_block(block) for block in data["blocks"]]
             data["snapshot"] = None if data["snapshot"] is None else Snapshot(**data["snapshot"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / _NAME} is damaged: {error!r}; start over with resume=False") from None
@@ -116,8 +119,10 @@ class Journal:
             self.snapshot = None
 
 
-def _rows(rows: list[dict[str, Any]]) -> list[LayerReport]:
-    return [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+def _finished_block(block: dict[str, Any]) -> FinishedBlock:
+    rows = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in block["rows"]]
+    reconstruction = None if block["reconstruction"] is None else BlockReport(**block["reconstruction"])
+    return FinishedBlock(**{**block, "rows": rows, "reconstruction": reconstruction})
 
 
 def _flat(job: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint import storage_state_dict
-from ..report import REPORT_NAME, RESULTS_NAME, LayerReport, SparsityReport
+from ..report import REPORT_NAME, RESULTS_NAME, PrunedBlock, SparsityReport
 from .blocks import DiskBlocks
 from .journal import FinishedBlock, Journal, sha256_of, sync
 
@@ -113,12 +113,12 @@ class Workspace:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("ids").clone(), json.loads(file.metadata()["description"])
 
-    def add_block(self, index: int, state: dict[str, torch.Tensor], layers: Any, rows: list[LayerReport]) -> None:
+    def add_block(self, index: int, state: dict[str, torch.Tensor], layers: Any, pruned: PrunedBlock) -> None:
         """Writes a pruned block. It counts when the journal has been saved."""
         name = f"block-{index:05d}.safetensors"
         path = self.path / name
         _save_whole({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, path)
-        self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, rows))
+        self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, pruned.layers, pruned.reconstruction))
 
     def written_bytes(self) -> int:
         """Bytes that an earlier run has left to go on with."""

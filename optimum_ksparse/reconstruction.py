@@ -1,0 +1,214 @@
+"""Block reconstruction: when its layers are pruned, a block's kept weights, biases and norms are tuned together, so
+that its outputs are those of the dense block. The masks stay.
+
+Pruning layer by layer cannot trade errors across the non-linearities of a block; a few passes of gradient steps over
+the same calibration tokens can. That a window with a non-linearity in it beats every layer-wise method was found in
+arXiv 2510.14444; tuning a block to its outputs is from BRECQ (arXiv 2102.05426).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from .calibration import Activations, BlockReplay
+from .config import SparsityConfig
+from .distributed import Processes
+from .nn import SparseExperts, SparseLinear
+from .report import BlockReport
+
+# One step of the optimizer sees at least so many tokens of each process, where it has as many.
+_STEP_TOKENS = 2048
+_HELD_OUT = 8  # one batch in so many
+_WARM_UP = 0.1  # of all steps
+# The learning rate is a share of each tensor's root mean square; a tensor of zeros (a bias) counts as of this size.
+_LEAST_SIZE = 1e-3
+# No channel counts as having less than this share of the mean energy: one that hardly moves would outweigh all others.
+_LEAST_ENERGY = 1e-3
+_DIVERGED = 2.0  # times the loss at the beginning
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def reconstruct_block(
+    index: int,
+    block: nn.Module,
+    replay: BlockReplay,
+    targets: Activations,
+    config: SparsityConfig,
+    processes: Processes,
+    replaced: list[tuple[nn.Parameter, torch.Tensor]] | None = None,
+) -> BlockReport:
+    """Tunes a pruned block in place: the values of its sparse layers, its biases and its norms.
+
+    The loss is the mean squared error of the outputs, each channel in units of its own energy, each token cut down to
+    the median norm: otherwise the huge activation of a beginning token, or the few huge channels of a residual stream,
+    would be all that counts. Adam, with a learning rate that is a share of each tensor's size, a warm-up and a cosine.
+    Products are made in bfloat16 where the model or `calibration_dtype` is in 16 bit; weights are float32 until the end.
+
+    Every eighth batch is held out (of one batch alone, none): after each epoch the loss on these tells whether the
+    weights are the best so far, and the best are kept, so that a block never ends worse than it began. Memory beside
+    the activations: what is tuned, in float32, five times.
+
+    Args:
+        index, block: the block, its layers replaced by sparse ones.
+        replay: at the inputs of the block.
+        targets: the outputs that it is to give, batch by batch.
+        config: `reconstruction_epochs`, `reconstruction_lr`, `seed`, `calibration_dtype`.
+        processes: which share the samples; gradients are averaged over them.
+        replaced: is given the parameters that stay in the model, each with its value before.
+
+    Returns:
+        The block's row for the report.
+    """
+    started = time.perf_counter()
+    problem = _Problem(index, block, replay, targets, processes)
+    before = problem.held_out_loss()
+    tuned = _tuned(block)
+    original = [parameter.data.clone() for parameter in tuned]
+    if replaced is not None:
+        replaced += [pair for pair in zip(tuned, original, strict=True) if pair[0].dim() == 1]
+    best, lowest, note = original, before, ""
+    with _in_float32(tuned):
+        for epoch, loss in enumerate(_epochs(problem, tuned, config), start=1):
+            if not loss <= _DIVERGED * before:
+                note = f"diverged in epoch {epoch} and was stopped; a lower reconstruction_lr may help"
+                break
+            if loss < lowest:
+                best, lowest = [parameter.data.clone() for parameter in tuned], loss
+    _put(tuned, best, original)
+    if best is not original and original[0].dtype in _LOW_PRECISION:
+        lowest = problem.held_out_loss()  # rounded to 16 bit, a small gain may be none
+    if best is original or not lowest < before:
+        _put(tuned, original, original)
+        lowest = before
+        note = note or "no epoch was better than the beginning, on tokens held out: nothing was changed"
+    return BlockReport(index, before, lowest, round(time.perf_counter() - started, 4), note)
+
+
+def _tuned(block: nn.Module) -> list[nn.Parameter]:
+    """Values of sparse layers, and what has one dimension: biases and norms. What was left dense stays as it is."""
+    values = {id(m.weight) for m in block.modules() if isinstance(m, SparseLinear | SparseExperts)}
+    return [p for p in block.parameters() if id(p) in values or p.dim() == 1]
+
+
+def _put(parameters: list[nn.Parameter], values: list[torch.Tensor], like: list[torch.Tensor]) -> None:
+    for parameter, value, original in zip(parameters, values, like, strict=True):
+        parameter.data = value.to(original.dtype)
+
+
+@contextmanager
+def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within it the parameters are float32 and want gradients; after it they are as before, without the gradients."""
+    before = [(parameter.dtype, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, (dtype, requires_grad) in zip(parameters, before, strict=True):
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+
+
+def _epochs(problem: _Problem, parameters: list[nn.Parameter], config: SparsityConfig) -> Iterator[float]:
+    """Trains, and yields the loss on what is held out after each epoch."""
+    sizes = [float(parameter.square().mean().sqrt()) or _LEAST_SIZE for parameter in parameters]
+    groups = [{"params": [p], "lr": config.reconstruction_lr * s} for p, s in zip(parameters, sizes, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    total = config.reconstruction_epochs * problem.num_steps
+    warm_up = max(1, round(_WARM_UP * total))
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    order = torch.Generator().manual_seed(config.seed + problem.index)
+    for _ in range(config.reconstruction_epochs):
+        for batches in problem.steps(order):
+            with torch.enable_grad():
+                for batch in batches:
+                    (problem.loss(batch) / len(batches)).backward()
+            problem.average_gradients(parameters)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        yield problem.held_out_loss()
+
+
+class _Problem:
+    """A block's inputs, its targets and the loss between.
+
+    Attributes:
+        num_steps: of an epoch, the same in all processes.
+    """
+
+    def __init__(
+        self, index: int, block: nn.Module, replay: BlockReplay, targets: Activations, processes: Processes
+    ) -> None:
+        self.index, self.processes = index, processes
+        self._block, self._replay, self._targets = block, replay, targets
+        number = len(targets)
+        self._held_out = list(range(_HELD_OUT - 1, number, _HELD_OUT)) or [number - 1]
+        self._batches = [batch for batch in range(number) if batch not in self._held_out] or self._held_out
+        tokens = targets[0].shape[:-1].numel()
+        self._per_step = max(1, min(len(self._batches), _STEP_TOKENS // tokens))
+        self.num_steps = max(processes.gather(-(-len(self._batches) // self._per_step)))
+        self._limit, self._energy = self._scales()
+
+    def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The median norm of the targets' tokens, and the mean energy of each channel, [hidden] float32, where tokens
+        are cut down to that norm."""
+        norms = torch.cat([target.float().norm(dim=-1).flatten().cpu() for target in self._targets])
+        limit = torch.cat(self.processes.gather(norms)).median().to(self._targets.device)
+        energies = [(t.float() * _cut(t, limit)).square().flatten(0, -2).mean(0) for t in self._targets]
+        energy = torch.stack(energies).mean(0)
+        self.processes.average([energy])
+        return limit, energy.clamp(min=_LEAST_ENERGY * float(energy.mean()))
+
+    def steps(self, order: torch.Generator) -> Iterator[list[int]]:
+        """The batches of each step of an epoch, in an order drawn anew. A process with fewer batches than others
+        begins again."""
+        drawn = [self._batches[i] for i in torch.randperm(len(self._batches), generator=order)]
+        for step in range(self.num_steps):
+            first = step * self._per_step % len(drawn)
+            yield drawn[first : first + self._per_step]
+
+    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Over the processes. An expert that no token of a process reached has none there."""
+        if self.processes.size > 1:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.processes.average([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def loss(self, batch: int) -> torch.Tensor:
+        """Of one batch, float32."""
+        with self._precision():
+            output = self._replay.output(self.index, self._block, batch)
+        target = self._targets[batch]
+        error = (output.float() - target.float()) * _cut(target, self._limit)
+        return (error.square() / self._energy).mean()
+
+    def held_out_loss(self) -> float:
+        """Mean over the batches that are held out, of all processes."""
+        losses = [float(self.loss(batch)) for batch in self._held_out]
+        everyone = [loss for losses_of_one in self.processes.gather(losses) for loss in losses_of_one]
+        return sum(everyone) / len(everyone)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """Of products of 16-bit inputs with weights that are float32 for now. float16 has no room for gradients."""
+        hidden = self._targets.device
+        low = self._targets[0].dtype in _LOW_PRECISION
+        return torch.autocast(hidden.type, torch.bfloat16) if low else nullcontext()
+
+
+def _cut(target: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """By what each token [..., 1] is multiplied so that its norm is at most `limit`."""
+    return (limit / target.float().norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
