@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -35,10 +32,16 @@ from ..report import RESULTS_NAME, SparsityReport
 from ..staging import write_text
 from ..version import library_versions
 from .files import JOB_NAME, STAGES_NAME, clean_cell
+from .lifeline import end_with_parent
 from .results import CellResult
 from .tuning import run_korquad, run_nsmc
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "lm-eval", "peft")
+
+
+def run_cell(folder: Path) -> None:
+    """Does what `job.json` in a folder says."""
+    _Run(folder)()
 
 
 class _Run:
@@ -98,7 +101,7 @@ class _Run:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
             model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config, **loading)
             model.save_pretrained(self.checkpoint)
-            report = model.sparsity_report
+            report = cast(SparsityReport, model.sparsity_report)
         return {
             "seconds": report.seconds,
             "peak_memory_bytes": report.peak_memory_bytes,
@@ -137,7 +140,7 @@ class _Run:
         loading = {name: self.loading[name] for name in names if name in self.loading}
         model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **loading})
         self._speed_up(model)
-        return model, read_tokenizer(folder)
+        return model, read_tokenizer(str(folder))
 
     def _tokenizer(self) -> Any:
         names = ("revision", "trust_remote_code")
@@ -151,7 +154,7 @@ class _Run:
         if self.settings is None:
             return
         kernels = torch.cuda.is_available() and why_no_kernels(torch.device("cuda")) is None
-        how = {"densify": "never" if kernels and self.settings["pattern"] in GROUPS else "lazy"}
+        how: dict[str, Any] = {"densify": "never" if kernels and self.settings["pattern"] in GROUPS else "lazy"}
         how |= {name: self.settings[name] for name in EXECUTION_SETTINGS if name in self.settings}
         apply_settings(model, SparsityConfig("magnitude", dataset=None, **how))
 
@@ -168,24 +171,6 @@ def _summary(report: SparsityReport) -> dict[str, Any]:
     }
 
 
-def _end_with_parent() -> None:
-    """Ends this process, and what it started, when the study that started it is gone, however it went: its end of the
-    pipe is then closed."""
-    pipe = os.dup(0)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-
-    def wait() -> None:
-        while os.read(pipe, 1):
-            pass
-        if os.getpid() == os.getpgrp():
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 if __name__ == "__main__":
-    _end_with_parent()
-    _Run(Path(sys.argv[1]))()
+    end_with_parent()
+    run_cell(Path(sys.argv[1]))

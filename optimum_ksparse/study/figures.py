@@ -40,7 +40,7 @@ def draw_patterns(results: StudyResults, path: Path) -> bool:
     values = [row.spread.mean for row in rows] + _draw_published(results, axes, patterns)
     values += _draw_dense(results, axes, "perplexity")
     for border in range(1, len(patterns)):
-        axes.axvline(border - 0.5, color="#dddddd", linewidth=0.8, zorder=0)
+        axes.axvline(border - 0.5, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.set_xlim(-0.5, len(patterns) - 0.5)
     axes.set_xticks(range(len(patterns)), [_plain(pattern) for pattern in patterns])
     axes.set_xlabel("pattern")
@@ -176,7 +176,15 @@ def _figure(results: StudyResults, rows: Sequence[Row], width: float, height: fl
 
 
 def _style(color: str, marker: str) -> dict[str, Any]:
-    return {"color": color, "marker": marker, "markersize": 6, "capsize": 3, "linewidth": 1.3, "alpha": 0.9}
+    return {
+        "color": color,
+        "marker": marker,
+        "markersize": 6,
+        "capsize": 3,
+        "linewidth": 1.3,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.6,
+    }
 
 
 def _points(
@@ -227,7 +235,7 @@ def _save(results: StudyResults, figure: Any, axes: Any, path: Path) -> bool:
     seeds = len(results.record.grid["seeds"])
     note = f", mean ± deviation over {seeds} seeds" if seeds > 1 else ""
     axes.set_title(_plain(f"{results.record.job['model']}{note}"), fontsize=10)
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.3, axis="y" if axes.get_xlabel() == "pattern" else "both")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -6,7 +6,7 @@
 | `tables.md`, `tables.csv`, `results.json`, `*.png` | what came of it |
 | `cells/<id>/result.json` | a finished cell (`CellResult`) |
 | `cells/<id>/failure.json`, `log.txt` | how one failed, and what it said |
-| `cells/<id>/job.json`, `stages.json`, `evaluation_results.json`, `checkpoint/`, … | what one that is at work goes on from |
+| `cells/<id>/job.json`, `stages.json`, `checkpoint/`, … | what one that was cut off goes on from |
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def identity_of(config: SparsityConfig) -> dict[str, Any]:
     """The settings that decide which weights come out: as `config.to_dict()`, which describes files by their SHA-256,
     without those that leave the weights as they are, those that are the defaults (so that a setting which a later
     version adds changes no cell of an earlier one) and, where no data are read, those of calibration."""
-    defaults = {name: p.default for name, p in inspect.signature(SparsityConfig).parameters.items()}
+    defaults = {name: p.default for name, p in inspect.signature(SparsityConfig.__init__).parameters.items()}
     found = json.loads(json.dumps(config.to_dict()))
     changed = {
         name: value

@@ -1,4 +1,4 @@
-"""How the figures of a study were measured, in sentences: from the results alone, without paths or names of machines."""
+"""How the figures of a study were measured, in sentences, without paths and names of machines."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Quantity:
 
 
 TABLES = {
-    "perplexity": "Perplexity (lower is better)",
+    "perplexity": "Perplexity on {text} (lower is better)",
     "kobest": "KoBEST, macro F1 in % (higher is better)",
     "korquad": "KorQuAD after LoRA, in % (higher is better)",
     "nsmc": "NSMC, accuracy in % (higher is better)",

@@ -118,9 +118,9 @@ def _say_what_is_new(results: StudyResults, earlier: Record | None, say: Say) ->
 
 def _run(recipe: Recipe, cells: list[Cell], results: StudyResults, say: Say) -> None:
     output = Path(recipe.output)
-    for cell in results.cells:
-        if (output / CELLS / cell / JOB_NAME).is_file():  # cut off after its end
-            clean_cell(output / CELLS / cell, recipe.keep_checkpoints)
+    for done in results.cells:
+        if (output / CELLS / done / JOB_NAME).is_file():  # cut off after its end
+            clean_cell(output / CELLS / done, recipe.keep_checkpoints)
     waiting = [cell for cell in cells if cell.id not in results.cells]
     folders = {output / CELLS / cell.id: cell for cell in waiting}
     for folder, cell in folders.items():
@@ -133,10 +133,10 @@ def _run(recipe: Recipe, cells: list[Cell], results: StudyResults, say: Say) -> 
         if status == 0 and (folder / RESULT_NAME).is_file():
             (folder / FAILURE_NAME).unlink(missing_ok=True)
         else:
-            failure = {"id": cell.id, "status": status, "log": last_lines(folder / LOG_NAME)}
-            write_json(folder / FAILURE_NAME, failure)
+            log = last_lines(folder / LOG_NAME)
+            write_json(folder / FAILURE_NAME, {"id": cell.id, "status": status, "log": log})
             with bar.external_write_mode():
-                say(f"failed: {cell} (status {status}): {(failure['log'] or ['no output'])[-1]}")
+                say(f"failed: {cell} (status {status}): {(log or ['no output'])[-1]}")
         bar.set_postfix_str(str(cell), refresh=False)
         bar.update()
         write_tables(read_cells(results.record, output), output)

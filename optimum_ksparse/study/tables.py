@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .grid import DENSE
 from .method import how_it_was_measured
@@ -18,9 +20,15 @@ def markdown(results: StudyResults) -> str:
     for table, title in TABLES.items():
         found = [row for row in rows if QUANTITIES[row.quantity].table == table]
         if found:
-            lines += [f"## {title}", "", *_table(results, table, found), ""]
+            lines += [f"## {title.format(text=_text(results))}", "", *_table(results, table, found), ""]
     lines += ["## How it was measured", "", *how_it_was_measured(results)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _text(results: StudyResults) -> str:
+    """What perplexity is measured on."""
+    texts = (results.record.job["evaluation"] or {}).get("texts") or {}
+    return str(texts.get("name") or texts.get("file") or "texts")
 
 
 def _state(results: StudyResults) -> list[str]:
@@ -42,22 +50,34 @@ def _state(results: StudyResults) -> list[str]:
 
 
 def _table(results: StudyResults, table: str, rows: Sequence[Row]) -> list[str]:
+    """Rows by figure, method and calibration set, columns by pattern."""
     quantities = [name for name in QUANTITIES if any(row.quantity == name for row in rows)]
     patterns = [*([] if table == "cost" else [DENSE]), *results.record.grid["patterns"]]
     several = len(results.record.grid["calibration"]) > 1
-    head = ["method", *(["calibration"] if several else []), *([""] if len(quantities) > 1 else [])]
-    lines = ["| " + " | ".join([*head, *patterns]) + " |", "|" + "---|" * (len(head) + len(patterns))]
+    columns = [len(quantities) > 1, True, several]  # which of figure, method and calibration there are
+    head = itertools.compress(["figure", "method", "calibration"], columns)
+    lines = ["| " + " | ".join([*head, *patterns]) + " |", "|" + "---|" * (sum(columns) + len(patterns))]
     places = dict.fromkeys((row.method, row.calibration) for row in rows if row.method != DENSE)
     found = {(row.quantity, row.method, row.calibration, row.pattern): row for row in rows}
-    for method, calibration in places or {(DENSE, None): None}:
-        for quantity in quantities:
-            cells = [_escape(method), *([_escape(calibration or "none")] if several else [])]
-            cells += [QUANTITIES[quantity].label] if len(quantities) > 1 else []
-            for pattern in patterns:
-                place = (DENSE, None) if pattern == DENSE else (method, calibration)
-                cells.append(_figure(found.get((quantity, *place, pattern))))
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines + _published(results, quantities, patterns, len(head), several)
+    published = results.record.published
+    for quantity in quantities:
+        label, digits = QUANTITIES[quantity].label, QUANTITIES[quantity].digits
+        for method, calibration in places or {(DENSE, None): None}:
+            start = itertools.compress([label, _escape(method), _escape(calibration or "none")], columns)
+            where = [(DENSE, None) if pattern == DENSE else (method, calibration) for pattern in patterns]
+            figures = [_figure(found.get((quantity, *w, p))) for w, p in zip(where, patterns, strict=True)]
+            lines.append("| " + " | ".join([*start, *figures]) + " |")
+        if values := published.get(quantity):
+            start = itertools.compress([label, f"*published{_of(published)}*", ""], columns)
+            figures = [f"{values[pattern]:,.{digits}f}" if pattern in values else "" for pattern in patterns]
+            lines.append("| " + " | ".join([*start, *figures]) + " |")
+    if "source" in published and any(quantity in published for quantity in quantities):
+        lines += ["", f"Published: {published['source']}"]
+    return lines
+
+
+def _of(published: Mapping[str, Any]) -> str:
+    return f", {_escape(published['method'])}" if "method" in published else ""
 
 
 def _figure(row: Row | None) -> str:
@@ -65,23 +85,6 @@ def _figure(row: Row | None) -> str:
         return ""
     text = row.spread.text(QUANTITIES[row.quantity].digits)
     return text if row.spread.count == row.expected else f"{text} (n = {row.spread.count})"
-
-
-def _published(
-    results: StudyResults, quantities: Sequence[str], patterns: Sequence[str], num_head: int, several: bool
-) -> list[str]:
-    """Rows of the published values, and whose they are."""
-    published = results.record.published
-    name = f"*published{', ' + published['method'] if 'method' in published else ''}*"
-    lines = []
-    for quantity in quantities:
-        values = published.get(quantity)
-        if values:
-            digits = QUANTITIES[quantity].digits
-            head = [name, *([""] if several else []), *([QUANTITIES[quantity].label] if len(quantities) > 1 else [])]
-            figures = [f"{values[pattern]:,.{digits}f}" if pattern in values else "" for pattern in patterns]
-            lines.append("| " + " | ".join([*head[:num_head], *figures]) + " |")
-    return [*lines, "", f"Published: {published['source']}"] if lines and "source" in published else lines
 
 
 def _escape(text: str) -> str:
