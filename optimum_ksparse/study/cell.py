@@ -126,21 +126,23 @@ class _Run:
 
     def _load(self, measure: bool = False) -> tuple[Any, Any]:
         """The dense or the pruned model, and its tokenizer; for measuring with its execution settings."""
-        loading = dict(self.loading)
-        if self.settings is not None:
-            loading = {name: loading[name] for name in ("device_map", "trust_remote_code") if name in loading}
         source = self.job["model"] if self.settings is None else self.checkpoint
-        model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
+        model = AutoModelForCausalLM.from_pretrained(source, **self._how())
         if measure:
             self._speed_up(model)
         return model, self._tokenizer()
 
     def _load_tuned(self, folder: Path) -> tuple[Any, Any]:
-        names = ("device_map", "trust_remote_code")
-        loading = {name: self.loading[name] for name in names if name in self.loading}
-        model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **loading})
+        model = AutoModelForCausalLM.from_pretrained(folder, **self._how())
         self._speed_up(model)
         return model, read_tokenizer(str(folder))
+
+    def _how(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`; a pruned checkpoint has the dtype already, and no revision."""
+        if self.settings is None:
+            return self.loading
+        kept = {name: self.loading[name] for name in ("device_map", "trust_remote_code") if name in self.loading}
+        return {"dtype": "auto", **kept}
 
     def _tokenizer(self) -> Any:
         names = ("revision", "trust_remote_code")
