@@ -248,6 +248,13 @@ def test_recipes_in_configs_are_short_and_valid():
 # The grid
 
 
+@pytest.mark.parametrize("name", ["README.md", "README_ko.md"])
+def test_the_recipe_in_the_readme_is_valid(name):
+    text = (REPOSITORY / name).read_text(encoding="utf-8")
+    found = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert len(grid(Recipe.from_dict(found))) == 1 + 3 * 3 * 2 * 3
+
+
 def test_the_grid_has_no_cell_twice(workplace):
     twice = {"name": "again", "method": "wanda", "bos_in_statistics": True}
     cells = grid(recipe(methods=["wanda", twice, "magnitude"], seeds=[0, 1, 2]))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import RUN_TIME_SETTINGS, SparsityConfig
+from ..config import EXECUTION_SETTINGS, SparsityConfig
 from ..pruners import METHODS
 from .recipe import CALIBRATION, Recipe
 
@@ -19,6 +19,9 @@ DENSE = "dense"
 _OF_DATA = (*CALIBRATION, "seed", "bos_in_statistics", "calibration_dtype", "true_sequential")
 # Settings that a method without data may have: another one that is set may well read data.
 _WITHOUT_DATA = ("method", "pattern", "modules_to_not_convert", "skip_unsupported", "block_size", "damping")
+# Settings by which no figure changes, but for rounding. (Not config.RUN_TIME_SETTINGS: what is chosen at each
+# load may well change the figures that a cell is there for.)
+_HARMLESS = ("batch_size", "storage", "kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
 # In an identity even where they are the defaults.
 _ALWAYS = ("method", "pattern", "dataset", "num_samples", "seq_len", "seed")
 
@@ -87,7 +90,7 @@ def _cell(place: Place, settings: dict[str, Any]) -> Cell:
     identity = identity_of(config)
     if "dataset" not in identity:
         place = Place(place.method, place.pattern)
-    words = [str(identity["method"]), identity["pattern"].replace(":", "of").replace("%", "pct")]
+    words = [str(identity["method"]), str(identity["pattern"]).replace(":", "of").replace("%", "pct")]
     words += [f"seed{identity['seed']}"] if "seed" in identity else []
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(words)).strip("-")
@@ -95,15 +98,16 @@ def _cell(place: Place, settings: dict[str, Any]) -> Cell:
 
 
 def identity_of(config: SparsityConfig) -> dict[str, Any]:
-    """The settings that decide which weights come out: as `config.to_dict()`, which describes files by their SHA-256,
-    without those that leave the weights as they are, those that are the defaults (so that a setting which a later
+    """The settings that decide the figures: as `config.to_dict()`, which describes files by their SHA-256, without
+    those by which none changes, those that are the defaults (so that a setting which a later
     version adds changes no cell of an earlier one) and, where no data are read, those of calibration."""
     defaults = {name: p.default for name, p in inspect.signature(SparsityConfig.__init__).parameters.items()}
-    found = json.loads(json.dumps(config.to_dict()))
+    execution = {name: getattr(config, name) for name in EXECUTION_SETTINGS}
+    found = json.loads(json.dumps({**execution, **config.to_dict()}))
     changed = {
         name: value
         for name, value in found.items()
-        if name in defaults and name not in (*RUN_TIME_SETTINGS, "layers") and value != defaults[name]
+        if name in defaults and name not in (*_HARMLESS, "layers") and value != defaults[name]
     }
     identity = {name: found[name] for name in _ALWAYS} | changed
     if reads_data(identity):
