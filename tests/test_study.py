@@ -17,6 +17,7 @@ import statistics
 import sys
 import threading
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -693,8 +694,10 @@ def test_figures_are_drawn_where_there_is_something_to_draw(workplace):
     names = write_figures(plain, workplace)
     assert names == ["perplexity_by_pattern.png", "quality_by_time.png"], "calibration is not varied"
     sets = [{**DATA, "num_samples": n} for n in (2, 8)]
-    several = made_up(["wanda", {"name": "$x_1$ _y", "method": "sparsegpt"}], sets, [0], {})
-    names = write_figures(several, workplace)
+    several = made_up(["wanda", {"name": "$x_1$ _한국어", "method": "sparsegpt"}], sets, [0], {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a letter that no font has
+        names = write_figures(several, workplace)
     assert names == ["perplexity_by_pattern.png", "quality_by_time.png", "quality_by_calibration.png"]
     for name in names:
         pixels = image.imread(workplace / name)[..., :3]
