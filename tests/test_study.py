@@ -224,6 +224,10 @@ def test_bad_values_are_named(workplace, changes, said):
     [
         ({"methods": [{"method": "wand"}]}, "cell wand, 50%, text.txt 4 x 32, seed 0: method='wand' is not known"),
         ({"methods": ["sparsegpt"], "patterns": ["3:7"]}, "cell sparsegpt, 3:7.*block_size=128 is not a multiple"),
+        (
+            {"calibration": [{"dataset": "self"}], "stream": True},
+            "cell wanda, 50%, self 128 x 2048, seed 0: with stream",
+        ),
         ({"calibration": [{"dataset": "nowhere.txt"}]}, "cell wanda.*nowhere.txt.*there is no such file"),
     ],
 )
@@ -493,6 +497,23 @@ def test_a_killed_cell_is_the_only_one_lost(faked):
     assert list(results.failed) == [cells[1].id]
     assert results.failed[cells[1].id]["status"] == -signal.SIGKILL
     assert len(results.cells) == len(cells) - 1
+
+
+def test_cells_that_run_at_once_share_the_machine(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = [processes_module._environment(slot, 3) for slot in range(3)]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in found] == ["0", "1", "0"]
+    assert {env["OMP_NUM_THREADS"] for env in found} == {"2"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert processes_module._environment(1, 2)["CUDA_VISIBLE_DEVICES"] == "7"
+    assert processes_module._environment(1, 2)["OMP_NUM_THREADS"] == "3"
+    alone = processes_module._environment(0, 1)
+    assert alone["CUDA_VISIBLE_DEVICES"] == "5,7"
+    assert alone["PYTHONPATH"].split(os.pathsep)[: len(sys.path)] == [path or os.getcwd() for path in sys.path]
 
 
 def test_a_real_process(workplace, capsys, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,14 @@ def _checked(recipe: Recipe) -> list[Cell]:
         import_lm_eval()
     if os.path.exists(recipe.output) and not os.path.isdir(recipe.output):
         raise NotADirectoryError(f"output={recipe.output!r} is a file; name a folder")
-    return grid(recipe)
+    cells = grid(recipe)
+    for cell in cells if recipe.stream else ():
+        dataset = (cell.settings or {}).get("dataset") if "dataset" in cell.identity else None
+        if dataset == "self" or (isinstance(dataset, Mapping) and "self" in dataset):
+            raise ValueError(
+                f'cell {cell}: with stream: true no model is in memory to write the text of dataset "self"'
+            )
+    return cells
 
 
 @contextmanager
