@@ -394,6 +394,8 @@ def test_another_model_or_protocol_is_refused_with_the_difference(faked):
         run_study(recipe(evaluation=changed))
     with pytest.raises(ValueError, match=r"dtype: was 'auto', is 'float16'"):
         run_study(recipe(dtype="float16"))
+    with pytest.raises(ValueError, match=r"korquad.alpha: was None, is 16"):
+        run_study(recipe(korquad={}))
     shutil.copytree("dense", "moved")
     state = load_file("moved/model.safetensors")
     run_study(recipe(methods=["magnitude"], model="moved"), str)  # the same weights

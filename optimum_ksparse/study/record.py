@@ -18,6 +18,7 @@ from ..streaming import Journal, find_weight_files
 from .files import write_json
 from .grid import Cell, Place
 from .recipe import Recipe
+from .tuning import training_of
 
 RECORD_NAME = "study.json"
 _VERSION = 1
@@ -117,8 +118,9 @@ def describe_protocol(protocol: EvaluationProtocol) -> dict[str, Any]:
 
 
 def _described(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a tuning without paths: files by their SHA-256."""
-    found = {name: value for name, value in settings.items() if name not in _ROUNDING or name == "batch_size"}
+    """Settings of a tuning, defaults included, without paths: files by their SHA-256."""
+    everything = {**settings, **training_of(settings).to_dict()}
+    found = {name: value for name, value in everything.items() if name not in _ROUNDING or name == "batch_size"}
     for name in ("train_file", "eval_file", "data"):
         if isinstance(found.get(name), str) and Path(found[name]).is_file():
             found[name] = describe_dataset(Path(found[name]))

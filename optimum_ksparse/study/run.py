@@ -64,7 +64,7 @@ def list_cells(recipe: Recipe) -> list[tuple[Cell, str]]:
     """The cells, each with "done", "failed", "begun" or "to do", by what lies in the output. Nothing is written, and
     nothing is read of the model."""
     folder = Path(recipe.output) / CELLS
-    states = {RESULT_NAME: "done", FAILURE_NAME: "failed", JOB_NAME: "begun"}
+    states = {RESULT_NAME: "done", FAILURE_NAME: "failed", LOG_NAME: "begun"}
     found = []
     for cell in grid(recipe):
         state = next((word for name, word in states.items() if (folder / cell.id / name).is_file()), "to do")

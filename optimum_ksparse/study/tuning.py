@@ -26,7 +26,7 @@ Load = Callable[[], tuple[Any, Any]]
 
 def check_korquad(settings: Mapping[str, Any]) -> None:
     """Raises what tuning with these settings would raise before it begins."""
-    _training(settings)
+    training_of(settings)
     if settings.get("train_file") is not None or settings.get("eval_file") is not None:
         from ..finetuning.korquad import korquad_data
 
@@ -41,11 +41,12 @@ def check_nsmc(settings: Mapping[str, Any]) -> None:
             f"nsmc.koalpaca must be settings of the tuning as key: value ({{}} for none), found {koalpaca!r}"
         )
     check_keys(koalpaca, KOALPACA_KEYS, "nsmc.koalpaca")
-    _training(koalpaca)
+    training_of(koalpaca)
     _nsmc_protocol(settings)
 
 
-def _training(settings: Mapping[str, Any]) -> FinetuningSettings:
+def training_of(settings: Mapping[str, Any]) -> FinetuningSettings:
+    """How to train, of the settings of a task. Raises ImportError where that needs PEFT, which is not installed."""
     training = FinetuningSettings(**{name: settings[name] for name in _TRAINING if name in settings})
     if training.method != "full":
         require_peft()
@@ -61,7 +62,7 @@ def run_korquad(load: Load, settings: Mapping[str, Any], folder: Path) -> list[d
     """Trains an adapter and a span head in `folder`, and gives the measurement as JSON holds it."""
     from ..finetuning.korquad import WindowSettings, finetune_korquad, korquad_data
 
-    training = _training(settings)
+    training = training_of(settings)
     train, test = korquad_data(settings.get("train_file"), settings.get("eval_file"), training.seed)
     model, tokenizer = load()
     chosen = {name: settings[name] for name in _WINDOWS if name in settings}
@@ -84,7 +85,7 @@ def run_nsmc(
 
     koalpaca = settings["koalpaca"]
     more = {name: koalpaca[name] for name in ("max_length", "max_examples") if name in koalpaca}
-    finetune_koalpaca(*load(), koalpaca.get("data", KOALPACA), _training(koalpaca), folder, **more)
+    finetune_koalpaca(*load(), koalpaca.get("data", KOALPACA), training_of(koalpaca), folder, **more)
     model, tokenizer = load_tuned(folder)
     model.tuning = read_tuning(folder)
     if (folder / RESULTS_NAME).is_file():
