@@ -33,6 +33,7 @@ ROOMS = [
     ["hub"],
     ["api", "inspection"],
     ["benchmark"],
+    ["study"],
     ["integration", "commands"],
 ]
 ROW = {room: row for row, rooms in enumerate(ROOMS) for room in rooms}

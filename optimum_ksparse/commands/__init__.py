@@ -10,6 +10,7 @@ from .info import InfoCommand
 from .merge import MergeCommand
 from .prune import PruneCommand
 from .push import PushCommand
+from .study import StudyCommand
 
 
 class KSparseCommand(BaseOptimumCLICommand):
@@ -22,6 +23,7 @@ class KSparseCommand(BaseOptimumCLICommand):
         CommandInfo(name="push", help="Publish on the Hub, with card.", subcommand_class=PushCommand),
         CommandInfo(name="bench", help="Measure speed beside dense.", subcommand_class=BenchCommand),
         CommandInfo(name="merge", help="Merge an adapter, keep the mask.", subcommand_class=MergeCommand),
+        CommandInfo(name="study", help="Compare methods, patterns, data.", subcommand_class=StudyCommand),
         CommandInfo(name="info", help="What a sparse checkpoint holds.", subcommand_class=InfoCommand),
     )
 

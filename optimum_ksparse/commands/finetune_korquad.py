@@ -24,17 +24,9 @@ class KorQuADCommand(TaskCommand):
     }
 
     def finetune(self, model: str, loading: dict[str, Any], output: str, settings: Any, more: dict[str, Any]) -> None:
-        from ..finetuning.korquad import WindowSettings, finetune_korquad, read_korquad, split_by_article
+        from ..finetuning.korquad import WindowSettings, finetune_korquad, korquad_data
 
-        train_file, eval_file = more.pop("train_file", None), more.pop("eval_file", None)
-        if train_file is None and eval_file is not None:
-            raise ValueError("eval_file without train_file: give both, or neither for the Hub's KorQuAD 1.0")
-        if train_file is None:
-            train, test = read_korquad(split="train"), read_korquad(split="validation")
-        elif eval_file is None:
-            train, test = split_by_article(read_korquad(train_file), seed=settings.seed)
-        else:
-            train, test = read_korquad(train_file, "train"), read_korquad(eval_file, "test")
+        train, test = korquad_data(more.pop("train_file", None), more.pop("eval_file", None), settings.seed)
         if "max_examples" in more:
             more["max_train_questions"] = more.pop("max_examples")
         names = [field.name for field in fields(WindowSettings) if field.name in more]

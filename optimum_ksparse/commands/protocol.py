@@ -30,9 +30,4 @@ def protocol_of(settings: dict[str, Any]) -> Any:
     """The `EvaluationProtocol` of a recipe and flags; their settings are taken out of `settings`."""
     from ..evaluation import EvaluationProtocol
 
-    chosen = {name: settings.pop(name) for name in PROTOCOL_FLAGS if name in settings}
-    if chosen.get("texts") == "none":
-        chosen["texts"] = None
-    if chosen.get("tasks") in ("none", ["none"], []):
-        chosen["tasks"] = ()
-    return EvaluationProtocol(**chosen)
+    return EvaluationProtocol.from_settings({name: settings.pop(name) for name in PROTOCOL_FLAGS if name in settings})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,16 @@ class EvaluationProtocol:
         for task in self.tasks if self.data_dir is not None else ():
             shots = NUM_FEWSHOT if task == NSMC_TASK else self.num_fewshot
             read_items(task, self.data_dir, shots)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> EvaluationProtocol:
+        """The protocol of a recipe or of flags, where "none" stands for no texts, and for no tasks."""
+        chosen = dict(settings)
+        if chosen.get("texts") == "none":
+            chosen["texts"] = None
+        if chosen.get("tasks") in ("none", ["none"], []):
+            chosen["tasks"] = ()
+        return cls(**chosen)
 
     def requests(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
         """For each measurement that this asks for, the part of its protocol that is known beforehand."""

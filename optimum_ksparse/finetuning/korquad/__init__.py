@@ -1,6 +1,6 @@
 """KorQuAD 1.0: answers that are spans of a paragraph, by a causal model with a span head."""
 
-from .data import KORQUAD_DATASET, KorQuADData, Question, read_korquad, split_by_article
+from .data import KORQUAD_DATASET, KorQuADData, Question, korquad_data, read_korquad, split_by_article
 from .features import WindowSettings
 from .model import SpanModel
 from .prediction import evaluate_korquad, predict
@@ -16,6 +16,7 @@ __all__ = [
     "WindowSettings",
     "evaluate_korquad",
     "finetune_korquad",
+    "korquad_data",
     "load_korquad_model",
     "make_span_model",
     "predict",

@@ -121,6 +121,23 @@ def read_korquad(source: str | os.PathLike[str] = KORQUAD_DATASET, split: str | 
     return data
 
 
+def korquad_data(
+    train_file: str | os.PathLike[str] | None = None, eval_file: str | os.PathLike[str] | None = None, seed: int = 0
+) -> tuple[KorQuADData, KorQuADData]:
+    """What to train and what to measure on: two files, a file split by article with `seed`, or the Hub's KorQuAD 1.0.
+
+    Raises:
+        ValueError: `eval_file` without `train_file`; and as `read_korquad` and `split_by_article`.
+    """
+    if train_file is None and eval_file is not None:
+        raise ValueError("eval_file without train_file: give both, or neither for the Hub's KorQuAD 1.0")
+    if train_file is None:
+        return read_korquad(split="train"), read_korquad(split="validation")
+    if eval_file is None:
+        return split_by_article(read_korquad(train_file), seed=seed)
+    return read_korquad(train_file, "train"), read_korquad(eval_file, "test")
+
+
 def split_by_article(data: KorQuADData, share: float = 0.8, seed: int = 0) -> tuple[KorQuADData, KorQuADData]:
     """Splits data into "train" and "test" with no article in both.
 

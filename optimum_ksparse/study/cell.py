@@ -1,0 +1,178 @@
+"""One cell, in a process of its own: `python -m optimum_ksparse.study.cell FOLDER`, where FOLDER holds `job.json`.
+
+What the cell comes to is `result.json`, written whole or not at all. A cell that was cut off goes on: what is done
+stands in `stages.json`, what was measured in `evaluation_results.json`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import CONFIG_NAME
+
+from ..api import prune_checkpoint
+from ..benchmark import BenchResults
+from ..calibration import read_tokenizer
+from ..config import EXECUTION_SETTINGS, SparsityConfig
+from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model
+from ..execution import apply_settings
+from ..memory import peak_memory
+from ..nn.kernels import GROUPS, why_no_kernels
+from ..report import RESULTS_NAME, SparsityReport
+from ..staging import write_text
+from ..version import library_versions
+from .files import JOB_NAME, STAGES_NAME, clean_cell
+from .lifeline import end_with_parent
+from .results import CellResult
+from .tuning import run_korquad, run_nsmc
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "lm-eval", "peft")
+
+
+def run_cell(folder: Path) -> None:
+    """Does what `job.json` in a folder says."""
+    _Run(folder)()
+
+
+class _Run:
+    """The stages of a cell. Each loads what it needs, and leaves the memory to the next."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.job: dict[str, Any] = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
+        self.settings: dict[str, Any] | None = self.job["settings"]
+        self.checkpoint = folder / "checkpoint"
+        path = folder / STAGES_NAME
+        self.stages: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        self.loading = {name: value for name, value in self.job["loading"].items() if value is not None}
+
+    def __call__(self) -> None:
+        sparse = self.settings is not None
+        if sparse:
+            if not (self.checkpoint / CONFIG_NAME).is_file():
+                self.stages.pop("pruning", None)
+            self._stage("pruning", self._prune)
+        tasks = {"measuring": self._measure, "korquad": self._korquad, "nsmc": self._nsmc}
+        measured = {name: task for name, task in tasks.items() if self.job[name] is not None}
+        for name, task in measured.items():
+            self._stage(name, task)
+        result = CellResult(
+            id=self.job["id"],
+            identity=self.job["identity"],
+            measurements=[row for name in measured for row in self.stages[name]["rows"]],
+            pruning=self.stages.get("pruning"),
+            seconds={name: self.stages[name]["seconds"] for name in self.stages},
+            peak_memory_bytes=peak_memory(),
+            hardware=BenchResults.here(torch.device("cuda" if torch.cuda.is_available() else "cpu")).hardware,
+            versions=library_versions(*_LIBRARIES),
+        )
+        result.save(self.folder)
+        clean_cell(self.folder, self.job["keep_checkpoints"])
+
+    def _stage(self, name: str, task: Callable[[], dict[str, Any]]) -> None:
+        if name in self.stages:
+            return
+        started = time.perf_counter()
+        done = task()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.stages[name] = {"seconds": round(time.perf_counter() - started, 2), **done}
+        write_text(self.folder / STAGES_NAME, json.dumps(self.stages, ensure_ascii=False) + "\n")
+
+    def _prune(self) -> dict[str, Any]:
+        assert self.settings is not None
+        config = SparsityConfig(**self.settings)
+        source, loading = self.job["model"], dict(self.loading)
+        if self.job["stream"]:
+            loading.pop("device_map", None)
+            report = prune_checkpoint(source, self.checkpoint, config, **loading)
+        else:
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+            model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config, **loading)
+            model.save_pretrained(self.checkpoint)
+            report = cast(SparsityReport, model.sparsity_report)
+        return {
+            "seconds": report.seconds,
+            "peak_memory_bytes": report.peak_memory_bytes,
+            "calibration": report.calibration,
+            "report": _summary(report),
+        }
+
+    def _measure(self) -> dict[str, Any]:
+        model, tokenizer = self._load(measure=True)
+        if (self.folder / RESULTS_NAME).is_file():
+            model.evaluation_results = EvaluationResults.load(self.folder / RESULTS_NAME)
+        protocol = EvaluationProtocol.from_settings(self.job["measuring"])
+        found = evaluate_model(model, tokenizer, protocol, on_measured=lambda results: results.save(self.folder))
+        return {"rows": [asdict(row) for row in (*found.sparse, *found.dense)]}
+
+    def _korquad(self) -> dict[str, Any]:
+        return {"rows": run_korquad(self._load, self.job["korquad"], self.folder / "korquad")}
+
+    def _nsmc(self) -> dict[str, Any]:
+        rows = run_nsmc(self._load, self._load_tuned, self.job["nsmc"], self.folder / "koalpaca")
+        return {"rows": rows}
+
+    def _load(self, measure: bool = False) -> tuple[Any, Any]:
+        """The dense or the pruned model, and its tokenizer; for measuring with its execution settings."""
+        source = self.job["model"] if self.settings is None else self.checkpoint
+        model = AutoModelForCausalLM.from_pretrained(source, **self._how())
+        if measure:
+            self._speed_up(model)
+        return model, self._tokenizer()
+
+    def _load_tuned(self, folder: Path) -> tuple[Any, Any]:
+        model = AutoModelForCausalLM.from_pretrained(folder, **self._how())
+        self._speed_up(model)
+        return model, read_tokenizer(str(folder))
+
+    def _how(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`; a pruned checkpoint has the dtype already, and no revision."""
+        if self.settings is None:
+            return self.loading
+        kept = {name: self.loading[name] for name in ("device_map", "trust_remote_code") if name in self.loading}
+        return {"dtype": "auto", **kept}
+
+    def _tokenizer(self) -> Any:
+        names = ("revision", "trust_remote_code")
+        return read_tokenizer(
+            self.job["model"], **{name: self.loading[name] for name in names if name in self.loading}
+        )
+
+    def _speed_up(self, model: Any) -> None:
+        """Sparse layers run as the settings say; where there are no kernels for them they are dense from their first
+        forward pass on, instead of being decompressed in each."""
+        if self.settings is None:
+            return
+        kernels = torch.cuda.is_available() and why_no_kernels(torch.device("cuda")) is None
+        how: dict[str, Any] = {"densify": "never" if kernels and self.settings["pattern"] in GROUPS else "lazy"}
+        how |= {name: self.settings[name] for name in EXECUTION_SETTINGS if name in self.settings}
+        apply_settings(model, SparsityConfig("magnitude", dataset=None, **how))
+
+
+def _summary(report: SparsityReport) -> dict[str, Any]:
+    errors = [row.relative_output_error for row in report.layers if row.relative_output_error is not None]
+    return {
+        "density": report.density,
+        "packed_ratio": report.packed_ratio,
+        "mean_output_error": sum(errors) / len(errors) if errors else None,
+        "num_layers": len(report.layers),
+        "skipped": list(report.skipped),
+        "notes": list(dict.fromkeys(row.note for row in report.layers if row.note)),
+    }
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    run_cell(Path(sys.argv[1]))

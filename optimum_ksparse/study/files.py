@@ -1,0 +1,40 @@
+"""What lies where in the folder of a study.
+
+| path | what |
+|---|---|
+| `study.json` | what was asked for (`Record`) |
+| `tables.md`, `tables.csv`, `results.json`, `*.png` | what came of it |
+| `cells/<id>/result.json` | a finished cell (`CellResult`) |
+| `cells/<id>/failure.json`, `log.txt` | how one failed, and what it said |
+| `cells/<id>/job.json`, `stages.json`, `checkpoint/`, … | what one that was cut off goes on from |
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..report import RESULTS_NAME
+from ..staging import write_text
+
+CELLS = "cells"
+JOB_NAME, STAGES_NAME = "job.json", "stages.json"
+RESULT_NAME, FAILURE_NAME, LOG_NAME = "result.json", "failure.json", "log.txt"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def clean_cell(folder: Path, keep_checkpoints: bool) -> None:
+    """Removes what a finished cell does not need any more; its job last, so that a later call can end what was cut
+    off."""
+    if not keep_checkpoints:
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+    for name in (FAILURE_NAME, STAGES_NAME, RESULTS_NAME, JOB_NAME):
+        (folder / name).unlink(missing_ok=True)

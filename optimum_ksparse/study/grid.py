@@ -1,0 +1,129 @@
+"""The cells of a study: what the grid of a recipe comes to, with no cell twice."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import EXECUTION_SETTINGS, SparsityConfig
+from ..pruners import METHODS
+from .recipe import CALIBRATION, Recipe
+
+DENSE = "dense"
+# Settings that change nothing in a cell that reads no calibration data.
+_OF_DATA = (*CALIBRATION, "seed", "bos_in_statistics", "calibration_dtype", "true_sequential")
+# Settings that a method without data may have: another one that is set may well read data.
+_WITHOUT_DATA = ("method", "pattern", "modules_to_not_convert", "skip_unsupported", "block_size", "damping")
+# Settings by which no figure changes, but for rounding. (Not config.RUN_TIME_SETTINGS: what is chosen at each
+# load may well change the figures that a cell is there for.)
+_HARMLESS = ("batch_size", "storage", "kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
+# In an identity even where they are the defaults.
+_ALWAYS = ("method", "pattern", "dataset", "num_samples", "seq_len", "seed")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cell stands in the grid, by the names in the recipe. `calibration` and `seed` are None for a cell that
+    reads no data."""
+
+    method: str
+    pattern: str
+    calibration: str | None = None
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        seed = None if self.seed is None else f"seed {self.seed}"
+        parts = (self.method, None if self.pattern == self.method else self.pattern, self.calibration, seed)
+        return ", ".join(part for part in parts if part is not None)
+
+
+@dataclass
+class Cell:
+    """A model to make and measure.
+
+    Attributes:
+        id: of its folder.
+        settings: arguments of `SparsityConfig`; None for the dense model.
+        identity: what makes it what it is, as JSON holds it: files by their SHA-256, no paths.
+        places: in the grid: several where the grid asks for the same cell more than once.
+    """
+
+    id: str
+    settings: dict[str, Any] | None
+    identity: dict[str, Any]
+    places: list[Place] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return str(self.places[0])
+
+
+def grid(recipe: Recipe) -> list[Cell]:
+    """The dense model, then all cells, each once.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: settings of a cell that `SparsityConfig` refuses; names the cell.
+    """
+    cells = {DENSE: Cell(DENSE, None, {}, [Place(DENSE, DENSE)])}
+    for method in recipe.methods:
+        for pattern in recipe.patterns:
+            for calibration in recipe.calibration:
+                for seed in recipe.seeds:
+                    place = Place(method["name"], pattern, calibration["name"], seed)
+                    cell = _cell(place, {**recipe.settings, **method, **calibration, "pattern": pattern, "seed": seed})
+                    places = cells.setdefault(cell.id, cell).places
+                    if cell.places[0] not in places:
+                        places += cell.places
+    return list(cells.values())
+
+
+def _cell(place: Place, settings: dict[str, Any]) -> Cell:
+    settings = {name: value for name, value in settings.items() if name != "name"}
+    try:
+        config = SparsityConfig(**settings)
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise type(error)(f"cell {place}: {error}") from error
+    identity = identity_of(config)
+    if "dataset" not in identity:
+        place = Place(place.method, place.pattern)
+    words = [str(identity["method"]), str(identity["pattern"]).replace(":", "of").replace("%", "pct")]
+    words += [f"seed{identity['seed']}"] if "seed" in identity else []
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(words)).strip("-")
+    return Cell(f"{name}-{digest[:10]}", settings, identity, [place])
+
+
+def identity_of(config: SparsityConfig) -> dict[str, Any]:
+    """The settings that decide the figures: as `config.to_dict()`, which describes files by their SHA-256, without
+    those by which none changes, those that are the defaults (so that a setting which a later
+    version adds changes no cell of an earlier one) and, where no data are read, those of calibration."""
+    defaults = {name: p.default for name, p in inspect.signature(SparsityConfig.__init__).parameters.items()}
+    execution = {name: getattr(config, name) for name in EXECUTION_SETTINGS}
+    found = json.loads(json.dumps({**execution, **config.to_dict()}))
+    changed = {
+        name: value
+        for name, value in found.items()
+        if name in defaults and name not in (*_HARMLESS, "layers") and value != defaults[name]
+    }
+    identity = {name: found[name] for name in _ALWAYS} | changed
+    if reads_data(identity):
+        return identity
+    return {name: value for name, value in identity.items() if name not in _OF_DATA}
+
+
+def reads_data(settings: Mapping[str, Any]) -> bool:
+    """Whether a cell depends on calibration data: its method reads them, or a setting that is not the default may."""
+    method = METHODS.get(settings["method"])
+    if method is None or method.statistics is not None:
+        return True
+    return not settings.keys() <= {*_WITHOUT_DATA, *_OF_DATA}
+
+
+def settings_in_words(identity: Mapping[str, Any]) -> str:
+    """What the settings of a method add to its name and to the grid's, for the text of a table."""
+    more = {name: value for name, value in identity.items() if name not in (*_ALWAYS, *CALIBRATION)}
+    return ", ".join([str(identity["method"]), *(f"{name}={value}" for name, value in more.items())])

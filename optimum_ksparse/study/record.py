@@ -1,0 +1,133 @@
+"""`study.json`: what a study asked for, so that a later call goes on with it and anybody can read its figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..config import describe_dataset, describe_source
+from ..evaluation import EvaluationProtocol
+from ..evaluation.kobest_data import describe_data
+from ..evaluation.nsmc import NUM_FEWSHOT
+from ..evaluation.nsmc_data import describe_nsmc
+from ..evaluation.texts import describe_texts
+from ..streaming import Journal, find_weight_files
+from .files import write_json
+from .grid import Cell, Place
+from .recipe import Recipe
+from .tuning import training_of
+
+RECORD_NAME = "study.json"
+_VERSION = 1
+# Of a tuning or a measurement: they move a figure by rounding only.
+_ROUNDING = ("batch_size", "micro_batch_size", "gradient_checkpointing", "save_steps")
+
+
+@dataclass
+class Record:
+    """What a study asked for.
+
+    Attributes:
+        job: the model, its weights, and how it is measured: what all cells share, and what cannot change.
+        grid: `methods`, `patterns`, `calibration` and `seeds` of the recipe, by name.
+        published: figures to stand beside ours.
+        cells: id → `identity` and `places`.
+    """
+
+    job: dict[str, Any]
+    grid: dict[str, list[Any]]
+    published: dict[str, Any]
+    cells: dict[str, dict[str, Any]]
+    version: int = _VERSION
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / RECORD_NAME, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Record | None:
+        """None where there is none. Raises ValueError where it is damaged or of another version."""
+        try:
+            data = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"{folder / RECORD_NAME} is damaged: {error}; name another output") from None
+        if not isinstance(data, dict) or data.get("version") != _VERSION or {f.name for f in fields(cls)} != {*data}:
+            raise ValueError(f"{folder / RECORD_NAME} is of another version; name another output")
+        return cls(**data)
+
+    def check(self, earlier: Record) -> None:
+        """Raises ValueError, naming the differences, where an earlier study measured another model or in another
+        way."""
+        ours, theirs = dict(self.job), dict(earlier.job)
+        if ours["weights"] == theirs["weights"]:  # the same model in another folder
+            theirs["model"] = ours["model"]
+        differences = Journal(theirs).differences(ours)
+        if differences:
+            raise ValueError(
+                f"the output holds a study of another model, or one that was measured in another way "
+                f"({'; '.join(differences)}): its figures cannot stand in one table with new ones; name another output"
+            )
+
+    def places(self, cell: str) -> list[Place]:
+        """Where a cell stands in the grid."""
+        return [Place(**place) for place in self.cells[cell]["places"]]
+
+
+def make_record(recipe: Recipe, cells: list[Cell]) -> Record:
+    """The record of a recipe. Finds the model's weight files, which are downloaded where they are on the Hub.
+
+    Raises:
+        OSError, ValueError: there are none, or they are not safetensors.
+    """
+    hub = {} if recipe.revision is None else {"revision": recipe.revision}
+    job = {
+        "model": describe_source(recipe.model),
+        "weights": find_weight_files(recipe.model, **hub).fingerprint(),
+        "dtype": recipe.dtype,
+        "evaluation": None if recipe.protocol is None else describe_protocol(recipe.protocol),
+        "korquad": None if recipe.korquad is None else _described(recipe.korquad),
+        "nsmc": None if recipe.nsmc is None else _described_nsmc(recipe.nsmc),
+    }
+    parts = {
+        "methods": [method["name"] for method in recipe.methods],
+        "patterns": recipe.patterns,
+        "calibration": [calibration["name"] for calibration in recipe.calibration],
+        "seeds": recipe.seeds,
+    }
+    found = {
+        cell.id: {"identity": cell.identity, "places": [asdict(place) for place in cell.places]} for cell in cells
+    }
+    return Record(json.loads(json.dumps(job)), parts, recipe.published, found)
+
+
+def describe_protocol(protocol: EvaluationProtocol) -> dict[str, Any]:
+    """What of a protocol must be equal for two figures to be comparable, files by their SHA-256."""
+    data: dict[str, Any] = {
+        task: describe_data(task, protocol.data_dir, protocol.num_fewshot) for task in protocol.kobest_tasks
+    }
+    if "nsmc" in protocol.tasks:
+        data["nsmc"] = describe_nsmc(protocol.data_dir, NUM_FEWSHOT)
+    names = ("seq_len", "stride", "max_tokens", "num_fewshot", "limit", "prepend_bos")
+    texts = None if protocol.texts is None else describe_texts(protocol.texts)
+    settings = {name: getattr(protocol, name) for name in names}
+    return {"texts": texts, "tasks": list(protocol.tasks), "data": data, **settings}
+
+
+def _described(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a tuning, defaults included, without paths: files by their SHA-256."""
+    everything = {**settings, **training_of(settings).to_dict()}
+    found = {name: value for name, value in everything.items() if name not in _ROUNDING or name == "batch_size"}
+    for name in ("train_file", "eval_file", "data"):
+        if isinstance(found.get(name), str) and Path(found[name]).is_file():
+            found[name] = describe_dataset(Path(found[name]))
+    return found
+
+
+def _described_nsmc(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: value for name, value in settings.items() if name not in (*_ROUNDING, "data_dir", "koalpaca")}
+    data = describe_nsmc(settings.get("data_dir"), NUM_FEWSHOT)
+    return {**found, "data": data, "koalpaca": _described(settings["koalpaca"])}
