@@ -49,7 +49,7 @@ def reconstruct_block(
     The loss is the mean squared error of the outputs, each channel in units of its own energy, each token cut down to
     the median norm: otherwise the huge activation of a beginning token, or the few huge channels of a residual stream,
     would be all that counts. Adam, with a learning rate that is a share of each tensor's size, a warm-up and a cosine.
-    Products are made in bfloat16 where the model or `calibration_dtype` is in 16 bit; weights are float32 until the end.
+    Products are in bfloat16 where the model or `calibration_dtype` is in 16 bit; weights are float32 until the end.
 
     Every eighth batch is held out (of one batch alone, none): after each epoch the loss on these tells whether the
     weights are the best so far, and the best are kept, so that a block never ends worse than it began. Memory beside
