@@ -12,9 +12,8 @@ from .solve import solve_on_mask
 from .swaps import swap
 
 _Pruned = tuple[torch.Tensor, torch.Tensor]
-# Steps of conjugate gradient, and the ridge towards the method's own weights, as a share of the mean diagonal: without
-# one, weights of inputs that the calibration hardly knows run away.
-_STEPS, _RIDGE = 30, 1e-3
+# Of conjugate gradient: what more of them would change is what the calibration hardly knows.
+_STEPS = 30
 
 
 def exact(
@@ -23,7 +22,7 @@ def exact(
     """The weights of least output error on the mask (see `solve`). Memory: six matrices [out, in]. Time: up to 30
     products [out, in] x [in, in]."""
     gram = statistics.gram.to(weight.device)
-    solved = solve_on_mask(weight, gram, mask, start=pruned, damping=_RIDGE, max_steps=_STEPS)
+    solved = solve_on_mask(weight, gram, mask, start=pruned, max_steps=_STEPS)
     if not bool(solved.sum().isfinite()):
         raise ValueError("the solved weights hold NaN or Inf; check the weights and the calibration inputs")
     return solved.to(pruned.dtype), mask

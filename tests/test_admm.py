@@ -1,0 +1,212 @@
+"""ADMM, ALPS and what refines a mask, against slow and obvious references."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from optimum_ksparse import Pattern, SparsityConfig, prune_weight
+from optimum_ksparse.pruners import METHODS, REFINEMENTS, prune
+from optimum_ksparse.pruners.swaps import swap
+from optimum_ksparse.statistics import GramMatrix
+
+
+def make_problem(out=5, width=16, tokens=200, seed=0):
+    """A weight, correlated inputs of different scales, and their statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
+    x = torch.randn(tokens, width, generator=generator) @ mixing * torch.logspace(-1, 1, width)
+    statistics = GramMatrix(width)
+    statistics.update(x)
+    return torch.randn(out, width, generator=generator), x, statistics
+
+
+def row_errors(weight, pruned, gram):
+    """(w − ŵ)ᵀH(w − ŵ) of each row, float64."""
+    difference = (weight - pruned).double()
+    return ((difference @ gram.double()) * difference).sum(1)
+
+
+def slow_admm(weight, gram, pattern, damping, iterations):
+    """The formulas one by one, in float64, with masks by sorting."""
+    scale = gram.double().diagonal().sqrt()
+    scaled = gram.double() / scale / scale.unsqueeze(1) + damping * torch.eye(len(gram), dtype=torch.float64)
+    dense = weight.double() * scale
+    inverse = torch.linalg.inv(scaled + torch.eye(len(gram), dtype=torch.float64))
+    updated, dual = dense.clone(), torch.zeros_like(dense)
+    moving = round(0.75 * iterations)
+    for step in range(1, iterations + 1):
+        if step <= moving:
+            mask = torch.ones_like(dense)
+            groups = [range(g, g + pattern.m) for g in range(0, dense.shape[1], pattern.m)] if pattern.m else None
+            share = pattern.sparsity if groups else float(pattern.sparsity) * (1 - (1 - step / moving) ** 3)
+            for row, scores in enumerate((updated + dual).abs().tolist()):
+                for columns in groups or [range(dense.shape[1])]:
+                    order = sorted(columns, key=lambda j: (scores[j], j))
+                    mask[row, order[: int(len(order) * share + 1e-9)]] = 0
+        kept = (updated + dual) * mask
+        dual = dual + updated - kept
+        updated = (dense @ scaled + kept - dual) @ inverse
+    return (updated + dual) * mask / scale, mask.bool()
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "2:3", "50%", "75%"])
+def test_admm_is_the_formulas(pattern):
+    weight, _, statistics = make_problem(width=24)
+    pruned, mask = prune("admm", weight, statistics, Pattern(pattern), damping=0.1, iterations=20)
+    expected, expected_mask = slow_admm(weight, statistics.gram, Pattern(pattern), 0.1, 20)
+    assert torch.equal(mask, expected_mask)
+    assert torch.allclose(pruned.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["admm", "alps"])
+@pytest.mark.parametrize("pattern", ["1:2", "2:4"])
+def test_masks_come_near_to_the_best_of_all(method, pattern):
+    """Of one row of eight weights, against every mask with its exact weights."""
+    ratios = []
+    for seed in range(10):
+        weight, x, statistics = make_problem(1, 8, seed=seed)
+        best = min(
+            float(row_errors(weight, exact_row(weight, x, mask), statistics.gram))
+            for mask in all_masks(Pattern(pattern), 8)
+        )
+        pruned, _ = prune(method, weight, statistics, Pattern(pattern), refine=["exact"], damping=1e-3)
+        ratios.append(float(row_errors(weight, pruned, statistics.gram)) / best)
+    assert min(ratios) > 0.999
+    assert sorted(ratios)[len(ratios) // 2] < 1.5
+
+
+def all_masks(pattern, width):
+    groups = list(itertools.combinations(range(pattern.m), pattern.n))
+    for chosen in itertools.product(groups, repeat=width // pattern.m):
+        mask = torch.zeros(1, width, dtype=torch.bool)
+        for group, kept in enumerate(chosen):
+            mask[0, [group * pattern.m + j for j in kept]] = True
+        yield mask
+
+
+def exact_row(weight, x, mask):
+    """The weights of least output error on the mask, row by row."""
+    solved = torch.zeros_like(weight)
+    for row, kept in enumerate(mask):
+        target = (x @ weight[row]).unsqueeze(1)
+        solved[row, kept] = torch.linalg.lstsq(x[:, kept].double(), target.double()).solution.squeeze(1).float()
+    return solved
+
+
+def test_alps_keeps_the_mask_once_it_does_not_move():
+    weight, _, statistics = make_problem(8, 32)
+    some = prune("alps", weight, statistics, Pattern("2:4"), iterations=150)
+    more = prune("alps", weight, statistics, Pattern("2:4"), iterations=300)
+    assert torch.equal(some[0], more[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+def test_exact_is_least_squares_on_the_mask_of_any_method(method, pattern):
+    weight, x, statistics = make_problem(width=24)
+    found, mask = prune(method, weight, statistics, Pattern(pattern), refine=["exact"])
+    _, own_mask = prune(method, weight, statistics, Pattern(pattern))
+    assert torch.equal(mask, own_mask)
+    expected = row_errors(weight, exact_row(weight, x, mask), statistics.gram)
+    assert torch.allclose(row_errors(weight, found, statistics.gram), expected, rtol=0.05, atol=1e-6)
+
+
+def slow_swap(weight, gram, pruned, mask, pattern):
+    """Every pair of every row tried by computing the whole error, the best taken, until none helps."""
+    values, kept = pruned.clone(), mask.clone()
+    for row in range(len(weight)):
+        while True:
+            now = float(row_errors(weight[row : row + 1], values[row : row + 1], gram))
+            best, chosen = now * (1 - 1e-6) - 1e-9, None
+            for p, u in itertools.product((~kept[row]).nonzero().flatten(), kept[row].nonzero().flatten()):
+                if pattern.m is not None and p // pattern.m != u // pattern.m:
+                    continue
+                tried = values[row].clone()
+                tried[p], tried[u] = weight[row, p], 0
+                error = float(row_errors(weight[row : row + 1], tried.unsqueeze(0), gram))
+                if error < best:
+                    best, chosen = error, (p, u, tried)
+            if chosen is None:
+                break
+            p, u, values[row] = chosen
+            kept[row, p], kept[row, u] = True, False
+    return values, kept
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "50%"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_swaps_are_those_of_an_exhaustive_search(method, pattern):
+    weight, _, statistics = make_problem(4, 16, seed=1)
+    pattern = Pattern(pattern)
+    pruned, mask = prune(method, weight, statistics, pattern)
+    found, found_mask = swap(weight, statistics.gram, pruned, mask, pattern)
+    expected, expected_mask = slow_swap(weight, statistics.gram, pruned, mask, pattern)
+    assert torch.equal(found_mask, expected_mask)
+    assert torch.allclose(found, expected)
+    assert not torch.equal(found_mask, mask)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%", "29%"])
+@pytest.mark.parametrize("candidates", [1, 3, 64])
+def test_swaps_never_raise_the_error_of_a_row_and_keep_the_pattern(pattern, candidates):
+    weight, _, statistics = make_problem(32, 48, seed=2)
+    pattern = Pattern(pattern)
+    pruned, mask = prune("wanda", weight, statistics, pattern)
+    found, found_mask = swap(weight, statistics.gram, pruned, mask, pattern, candidates=candidates)
+    before, after = (row_errors(weight, w, statistics.gram) for w in (pruned, found))
+    assert bool((after <= before * (1 + 1e-6)).all()) and float(after.sum()) < float(before.sum())
+    assert torch.equal(found_mask.sum(1), mask.sum(1))
+    pattern.verify(found)
+    assert torch.equal(found, torch.where(found_mask, weight, 0))  # weights that nobody updated stay the dense ones
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_refinements_follow_each_other(method):
+    weight, x, _ = make_problem(16, 32)
+    errors = []
+    for refine in ([], ["swaps"], ["swaps", "exact"]):
+        pruned, mask = prune_weight(weight, x, method=method, pattern="2:4", refine=refine)
+        Pattern("2:4").verify(pruned)
+        assert bool((pruned[~mask] == 0).all())
+        errors.append(float(torch.linalg.norm(x @ (pruned - weight).T)))
+    assert errors[0] >= errors[1] >= errors[2]
+
+
+@pytest.mark.parametrize("method", ["admm", "alps"])
+def test_dead_inputs_lose_their_weights_first(method):
+    weight, x, _ = make_problem(6, 16)
+    x[:, [0, 5]] = 0
+    pruned, mask = prune_weight(weight, x, method=method, pattern="2:4")
+    assert bool(pruned.isfinite().all())
+    assert not bool(mask[:, [0, 5]].any())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"refine": "exactly"}, ValueError, "refine='exactly' is not known; allowed: exact, swaps"),
+        ({"refine": 3}, TypeError, "refine must be a string or a list of them, found 3"),
+        ({"refine": ["exact", None]}, TypeError, "refine must be a string"),
+        ({"iterations": 0}, ValueError, "iterations=0 is too small"),
+        ({"damping": -1}, ValueError, "damping=-1 is out of range"),
+        ({"reconstruct": "model"}, ValueError, "reconstruct='model' is not known; allowed: block"),
+        ({"reconstruction_epochs": 0}, ValueError, "reconstruction_epochs=0 is too small"),
+        ({"reconstruction_lr": 2}, ValueError, "reconstruction_lr=2 is out of range"),
+        ({"activations": "both"}, ValueError, "activations='both' is not known; allowed: pruned, dense, mixed"),
+    ],
+)
+def test_settings_are_refused(settings, error, message):
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        SparsityConfig("admm", dataset=["text"], **settings)
+
+
+def test_a_refined_method_without_data_needs_data():
+    weight, x, _ = make_problem(4, 16)
+    with pytest.raises(ValueError, match="inputs must be"):
+        prune_weight(weight, None, method="magnitude", pattern="2:4", refine="exact")
+    assert SparsityConfig("magnitude", dataset=None).needs_data is False
+    assert SparsityConfig("magnitude", dataset=["text"], refine="exact").needs_data is True
+    assert list(REFINEMENTS) == ["exact", "swaps"]

@@ -1,0 +1,192 @@
+"""Block reconstruction: what it lowers, what it leaves alone, and what happens when it goes wrong."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
+from optimum_ksparse import reconstruction as room
+from optimum_ksparse.calibration import BlockReplay, find_blocks
+from optimum_ksparse.nn import SparseLinear
+from optimum_ksparse.report import SparsityReport
+
+from .conftest import ARCHITECTURES
+
+TOKENS = torch.randint(0, 384, (16, 24), generator=torch.Generator().manual_seed(3))
+
+
+def make_settings(**changes):
+    return SparsityConfig(
+        **{"method": "wanda", "dataset": TOKENS, "batch_size": 2, "reconstruct": "block", **changes}
+    )
+
+
+def block_error(dense, sparse):
+    """Relative error of the last hidden states on the calibration tokens."""
+    with torch.no_grad():
+        expected, found = (model.base_model(TOKENS)[0].float() for model in (dense, sparse))
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_comes_nearer_to_the_dense_model(make_model, name):
+    dense = make_model(name)
+    plain, tuned = copy.deepcopy(dense), copy.deepcopy(dense)
+    sparsify(plain, make_settings(reconstruct=None))
+    report = sparsify(tuned, make_settings())
+    assert [row.block for row in report.reconstruction] == list(range(len(find_blocks(dense).blocks)))
+    assert all(row.loss_after <= row.loss_before for row in report.reconstruction)
+    assert any(row.loss_after < row.loss_before for row in report.reconstruction)
+    assert block_error(dense, tuned) < block_error(dense, plain)
+    assert all(not parameter.grad for parameter in tuned.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral", "gemma3"])
+def test_16_bit_models_stay_in_their_dtype(make_model, name, dtype):
+    if name not in ARCHITECTURES:
+        pytest.skip(f"there is no {name} among the test architectures")
+    model = make_model(name, dtype=dtype)
+    report = sparsify(model, make_settings(reconstruction_lr=0.05))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert any(row.loss_after < row.loss_before for row in report.reconstruction)
+    assert bool(model(TOKENS[:2]).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_masks_and_what_is_dense_stay(make_model, pattern):
+    dense = make_model("gpt_neox")
+    plain, tuned = copy.deepcopy(dense), copy.deepcopy(dense)
+    settings = {"pattern": pattern, "modules_to_not_convert": ["dense_4h_to_h"]}
+    sparsify(plain, make_settings(reconstruct=None, **settings))
+    sparsify(tuned, make_settings(**settings))
+    changed = set()
+    for (name, before), (_, after) in zip(plain.named_modules(), tuned.named_modules(), strict=True):
+        if isinstance(before, SparseLinear):
+            assert torch.equal(before.weight_mask, after.weight_mask)
+        for own, value in before.named_parameters(recurse=False):
+            if not torch.equal(value, getattr(after, own)):
+                changed.add(f"{name}.{own}".replace("gpt_neox.layers.", "").split(".", 1)[1])
+    assert "mlp.dense_4h_to_h.weight" not in changed
+    assert {"input_layernorm.weight", "attention.dense.weight", "attention.dense.bias"} <= changed
+
+
+@pytest.mark.parametrize("activations", ["pruned", "dense", "mixed"])
+def test_activations_say_what_a_block_reads_and_what_it_is_to_give(make_model, activations, monkeypatch):
+    dense = make_model("llama")
+    seen = []
+
+    def look(index, block, replay, targets, *rest):
+        seen.append((torch.cat(list(replay.hidden)), torch.cat(list(targets))))
+        return original(index, block, replay, targets, *rest)
+
+    original = room.reconstruct_block
+    monkeypatch.setattr("optimum_ksparse.pruning.reconstruct_block", look)
+    pruned = copy.deepcopy(dense)
+    sparsify(pruned, make_settings(activations=activations))
+    paths = {}
+    for kind, model in (("dense", dense), ("pruned", pruned)):
+        with torch.no_grad():
+            replay = BlockReplay(find_blocks(model), TOKENS, 2)
+            replay.advance(0, find_blocks(model).blocks[0])
+            paths[kind] = torch.cat(list(replay.hidden))
+            second = find_blocks(dense).blocks[1]
+            paths[f"{kind} outputs"] = torch.cat(list(replay.outputs(1, second)))
+    reads = "dense" if activations == "dense" else "pruned"
+    gives = "pruned" if activations == "pruned" else "dense"
+    assert torch.allclose(seen[1][0], paths[reads], atol=1e-6)
+    assert torch.allclose(seen[1][1], paths[f"{gives} outputs"], atol=1e-6)
+
+
+def test_a_rate_that_diverges_stops_keeps_the_best_and_says_so(make_model):
+    dense = make_model("llama")
+    plain, tuned = copy.deepcopy(dense), copy.deepcopy(dense)
+    sparsify(plain, make_settings(reconstruct=None))
+    report = sparsify(tuned, make_settings(reconstruction_lr=1.0, reconstruction_epochs=6))
+    assert all("diverged in epoch" in row.note for row in report.reconstruction)
+    assert all(row.loss_after <= row.loss_before for row in report.reconstruction)
+    assert "diverged" in str(report)
+    first = find_blocks(plain).blocks[0].state_dict()
+    for name, value in find_blocks(tuned).blocks[0].state_dict().items():
+        assert torch.equal(value, first[name]) or report.reconstruction[0].loss_after < report.reconstruction[0].loss_before
+
+
+def test_what_is_held_out_decides(make_model, monkeypatch):
+    """A loss that grows on what is held out leaves the block as it was, bit for bit, whatever the training does."""
+    losses = iter(range(1, 1000))
+    monkeypatch.setattr(room._Problem, "held_out_loss", lambda self: float(next(losses)) / 1000 + 1)
+    dense = make_model("llama")
+    plain, tuned = copy.deepcopy(dense), copy.deepcopy(dense)
+    sparsify(plain, make_settings(reconstruct=None))
+    report = sparsify(tuned, make_settings())
+    assert all(row.loss_after == row.loss_before and "nothing was changed" in row.note for row in report.reconstruction)
+    for before, after in zip(plain.state_dict().values(), tuned.state_dict().values(), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_an_error_gives_the_model_back(make_model, monkeypatch):
+    model = make_model("gpt_neox")
+    before = copy.deepcopy(model.state_dict())
+    calls = []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) > 20:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    original = room._Problem.loss
+    monkeypatch.setattr(room._Problem, "loss", fail)
+    with pytest.raises(KeyboardInterrupt):
+        sparsify(model, make_settings())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("activations", [None, "pruned", "dense"])
+@pytest.mark.parametrize("activation_memory", ["4GB", 0])
+def test_disk_to_disk_gives_the_same_bits(make_model, tmp_path, activations, activation_memory):
+    model = make_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    settings = make_settings(activations=activations)
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", settings, activation_memory=activation_memory)
+    sparsify(model, make_settings(activations=activations))
+    loaded = type(model).from_pretrained(tmp_path / "sparse")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    saved = SparsityReport.load(tmp_path / "sparse/sparsity_report.json")
+    assert saved.reconstruction == report.reconstruction
+    assert [row.loss_after for row in saved.reconstruction] == [
+        row.loss_after for row in model.sparsity_report.reconstruction
+    ]
+
+
+@pytest.mark.parametrize("activations", [None, "pruned", "dense"])
+@pytest.mark.parametrize("activation_memory", ["4GB", 0])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(
+    make_model, tmp_path, monkeypatch, activations, activation_memory
+):
+    model = make_model("gemma3")
+    model.save_pretrained(tmp_path / "dense")
+    settings = make_settings(activations=activations)
+    prune_checkpoint(tmp_path / "dense", tmp_path / "whole", settings)
+    original = room.reconstruct_block
+    stop_at = iter([False, False, True])
+
+    def stop(*arguments, **named):
+        if next(stop_at, False):
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    monkeypatch.setattr("optimum_ksparse.pruning.reconstruct_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "cut", settings, activation_memory=activation_memory)
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "cut", settings, activation_memory=activation_memory)
+    assert [row.block for row in report.reconstruction] == [0, 1, 2]
+    whole, cut = (type(model).from_pretrained(tmp_path / name).state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
