@@ -24,7 +24,8 @@ from ..calibration import (
     use_eager_experts,
 )
 from ..checkpoint import describe_model, layer_records, put, sparse_experts, sparse_modules
-from ..config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
+from ..config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source
+from ..dataset import is_token_ids, needs_tokenizer
 from ..distributed import Processes, current
 from ..execution import apply_settings
 from ..memory import peak_memory
@@ -194,7 +195,7 @@ def load_tokenizer(config: SparsityConfig, source: Any, **arguments: Any) -> Pre
     try:
         return read_tokenizer(source, **arguments)
     except Exception as error:  # transformers and huggingface_hub raise many kinds here
-        if isinstance(config.dataset, str) and config.dataset == "self":
+        if not needs_tokenizer(config.dataset):
             return None
         raise ValueError(
             f"no tokenizer could be loaded from {describe_source(source)!r}: name one with "

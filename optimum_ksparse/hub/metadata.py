@@ -80,13 +80,13 @@ def build_metadata(
         inherited: of the base model's card: license, language, pipeline tag.
         tags: further tags.
     """
-    language, dataset = inherited.get("language"), None
+    language = inherited.get("language")
+    names: list[str] = []
     found_tags = ["optimum-ksparse", "sparse", "pruned"]
     if report is not None:
-        dataset = report.calibration.get("dataset")
+        names = _hub_datasets(report.calibration)
         found_tags += [str(report.config.get("method")), _pattern_tag(str(report.config.get("pattern")))]
-    repository = HUB_DATASETS[dataset][0] if isinstance(dataset, str) and dataset in HUB_DATASETS else None
-    if language is None and dataset in ("mc4-ko", "kowiki"):
+    if language is None and names and all(name in ("mc4-ko", "kowiki") for name in names):
         language = "ko"
     measured = results.sparse if results is not None else []
     found_metrics = {metric for row in measured for metric in metric_types(row)}
@@ -101,12 +101,18 @@ def build_metadata(
         pipeline_tag=inherited.get("pipeline_tag") or ("text-generation" if is_causal else None),
         base_model=base_model,
         base_model_relation=("adapter" if is_adapter else "quantized") if base_model else None,
-        datasets=[repository] if repository else None,
+        datasets=list(dict.fromkeys(HUB_DATASETS[name][0] for name in names)) or None,
         metrics=metrics or None,
         tags=found_tags + [tag for tag in tags or [] if tag not in found_tags],
         model_name=name if eval_results else None,  # of the model index
         eval_results=eval_results,
     )
+
+
+def _hub_datasets(calibration: dict[str, Any]) -> list[str]:
+    """Names of the calibration data that are on the Hub, alone or in a mix."""
+    found = [part.get("dataset") for part in calibration.get("parts") or [calibration]]
+    return [name for name in found if isinstance(name, str) and name in HUB_DATASETS]
 
 
 def merge_metadata(existing: dict[str, Any], ours: dict[str, Any], *, again: bool = False) -> dict[str, Any]:
