@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .allocation import ALLOCATIONS, check_allocation
 from .dataset import check_dataset, describe_dataset, is_mix, is_token_ids, mix_shares, token_ids_shape
 from .nn.kernels import KERNELS
 from .pattern import Pattern
@@ -37,6 +39,12 @@ class SparsityConfig(QuantizationConfigMixin):
     Args:
         method: `"wanda"`, `"sparsegpt"` or `"magnitude"` (which reads no data).
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), or a fraction of zeros (`"50%"`, `0.5`).
+        allocation: `"uniform"` gives every layer the pattern. `"owl"` gives each its own, from what a pass of the
+            calibration data through the dense model measures (the time of one more forward pass): with a fraction of
+            zeros each decoder block its own, with the same mean (OWL); with `n:m` some layers stay dense, and `2n:2m`
+            takes the place of `n:m`, which has the same size and loses less, unless that has no kernels.
+        target_density: with `allocation="owl"` and `n:m`: the most that may be stored of the weights to prune, as a
+            mean share in which dense layers count as 1.
         dataset: calibration text: `"mc4-ko"`, `"c4"`, `"kowiki"` (streamed from the Hub), `"self"` (the model writes
             its own), a path to a `.txt` (paragraphs apart by blank lines) or `.jsonl` file, a list of texts, a
             `datasets.Dataset` with a `text` or `messages` column, or token ids [num_samples, seq_len], used as they
@@ -112,6 +120,8 @@ class SparsityConfig(QuantizationConfigMixin):
         densify: str = "never",
         fuse: bool = False,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
+        allocation: str = "uniform",
+        target_density: float | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.method = _one_of("method", method, METHODS)
@@ -140,12 +150,16 @@ class SparsityConfig(QuantizationConfigMixin):
         )
         self.densify = _one_of("densify", densify, DENSIFY)
         self.fuse = _boolean("fuse", fuse)
+        self.allocation = _one_of("allocation", allocation, ALLOCATIONS)
+        self.target_density = None if target_density is None else _share("target_density", target_density)
         self.layers = None if layers is None else {name: dict(layer) for name, layer in layers.items()}
 
         m = Pattern(self.pattern).m
         if self.method == "sparsegpt" and m is not None and self.block_size % m:
             raise ValueError(f"block_size={self.block_size} is not a multiple of m={m} of pattern={self.pattern!r}")
-        if dataset is not None or METHODS[self.method].statistics is not None:
+        reads_data = METHODS[self.method].statistics is not None
+        check_allocation(self.allocation, Pattern(self.pattern), self.target_density, reads_data)
+        if dataset is not None or reads_data:
             check_dataset(dataset)
         if is_mix(dataset):
             mix_shares(dataset, self.num_samples)  # raises where a part would get no sample
@@ -158,6 +172,12 @@ class SparsityConfig(QuantizationConfigMixin):
     def given(self) -> set[str]:
         """Names of the settings that were passed; the others have their defaults."""
         return set(self._given)
+
+    def with_pattern(self, pattern: str | Pattern) -> SparsityConfig:
+        """A copy with another pattern, for a layer that has its own."""
+        own = copy.copy(self)
+        own.pattern = str(pattern)
+        return own
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable settings. Data that JSON cannot hold, and files, are described by a fingerprint; folders
@@ -245,6 +265,14 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
         raise TypeError(f"{name} must be a number from {least} to {most}, found {value!r}")
     if not least <= float(value) <= most:
         raise ValueError(f"{name}={value} is out of range, it must be from {least} to {most}")
+    return float(value)
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number between 0 and 1, found {value!r}")
+    if not 0 < float(value) < 1:
+        raise ValueError(f"{name}={value} is out of range, it must be between 0 and 1, both excluded")
     return float(value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -75,6 +75,7 @@ def prune_blocks(
     finished: Callable[[int, list[LayerReport]], None] | None = None,
     start: int = 0,
     processes: Processes | None = None,
+    patterns: Mapping[str, str] | None = None,
 ) -> list[LayerReport]:
     """Prunes `targets` block by block and puts sparse modules in their places.
 
@@ -89,6 +90,7 @@ def prune_blocks(
         finished: where they go: called, while the block is there, when it is pruned and `replay` is at the next one.
         start: the first block to prune.
         processes: which share the work; each has its part of the calibration samples. None: this one alone.
+        patterns: of layers that have their own, by their paths in the decoder.
 
     Returns:
         A row for each layer. Layers are pruned in the model's order, so on an error the blocks before it are sparse.
@@ -103,7 +105,7 @@ def prune_blocks(
     tokens = 0 if replay is None else sum(processes.gather(replay.tokens.numel()))
 
     def step(index: int, block: nn.Module) -> list[LayerReport]:
-        pruned = _prune_block(blocks, index, targets[index], config, replay, replaced, processes)
+        pruned = _prune_block(blocks, index, targets[index], config, replay, replaced, processes, patterns or {})
         if replay is not None and index + 1 < total:
             with densified(block, replay.dtype):
                 replay.advance(index, block)
@@ -131,16 +133,14 @@ def _prune_block(
     replay: BlockReplay | None,
     replaced: dict[str, nn.Module | nn.Parameter] | None,
     processes: Processes,
+    patterns: Mapping[str, str],
 ) -> list[LayerReport]:
     block, rows = blocks.blocks[index], []
+    paths = {name: blocks.name_in_decoder(index, name) for name in targets}
+    own = {name: config.with_pattern(patterns.get(path, config.pattern)) for name, path in paths.items()}
     for layers in _rounds(index, block, targets, config, replay, processes):
-        statistics = _collect(index, block, layers, config, replay, processes)
-        reached = {layer_of(name) for name in statistics}
-        unreached = [blocks.name_in_decoder(index, name) for name in layers if name not in reached]
-        if replay is not None and unreached:
-            raise ValueError(
-                f"{unreached[0]}: no calibration token reached it; use more samples, or modules_to_not_convert"
-            )
+        kind = METHODS[config.method].statistics
+        statistics = collect_statistics(blocks, index, layers, kind, replay, processes)
         owners = processes.owners([_cost(layer, config) for layer in layers.values()])
         done: dict[str, _Pruned | Exception] = {}
         for (name, layer), owner in zip(layers.items(), owners, strict=True):
@@ -148,15 +148,15 @@ def _prune_block(
                 path = blocks.name_in_decoder(index, name)
                 try:
                     if isinstance(layer, ExpertStack):
-                        done[name] = prune_stack(path, layer, own_statistics(name, layer, statistics), config)
+                        done[name] = prune_stack(path, layer, own_statistics(name, layer, statistics), own[name])
                     else:
-                        done[name] = _prune_layer(path, layer, statistics.get(name), config)
+                        done[name] = _prune_layer(path, layer, statistics.get(name), own[name])
                 except Exception as error:  # the others wait for this layer: they are told
                     done[name] = error
                     break
         for (name, layer), owner in zip(layers.items(), owners, strict=True):
             path = blocks.name_in_decoder(index, name)
-            sparse, row = _receive(done.get(name), layer, owner, config, processes)
+            sparse, row = _receive(done.get(name), layer, owner, own[name], processes)
             if replaced is not None:
                 replaced[path] = layer.weight if isinstance(layer, ExpertStack) else layer
             replace_module(blocks.decoder, path, sparse)
@@ -219,16 +219,16 @@ def _rounds(
     return [{name: layers[name] for name in group} for group in groups]
 
 
-def _collect(
+def collect_statistics(
+    blocks: DecoderBlocks,
     index: int,
-    block: nn.Module,
     layers: dict[str, Layer],
-    config: SparsityConfig,
+    kind: type[ColumnNorms] | None,
     replay: BlockReplay | None,
     processes: Processes,
 ) -> dict[str, ColumnNorms]:
-    """Statistics of the inputs of linear maps by name, and of each matrix of a stack by `matrix_name`."""
-    kind = METHODS[config.method].statistics
+    """Statistics of the inputs of linear maps by name, and of each matrix of a stack by `matrix_name`, over the
+    samples of all processes. Raises ValueError where no token reached a layer; names it."""
     if replay is None or kind is None:
         return {}
 
@@ -244,7 +244,16 @@ def _collect(
         return statistics
 
     observed = observable(layers)
-    return processes.add_up(replay.collect(index, block, observed, make), lambda name: make(observed[name]))
+    mine = replay.collect(index, blocks.blocks[index], observed, make)
+    statistics = processes.add_up(mine, lambda name: make(observed[name]))
+    reached = {layer_of(name) for name in statistics}
+    for name in layers:
+        if name not in reached:
+            raise ValueError(
+                f"{blocks.name_in_decoder(index, name)}: no calibration token reached it; use more samples, or "
+                "modules_to_not_convert"
+            )
+    return statistics
 
 
 def _prune_layer(

@@ -14,6 +14,8 @@ from .base import Command, add_flags, boolean, dataset, read_recipe
 _FLAGS: dict[str, dict[str, Any]] = {
     "method": {"help": "wanda, sparsegpt or magnitude"},
     "pattern": {"help": '"2:4", "4:8", any "n:m" (n nonzero weights in every m), or a share of zeros such as "50%%"'},
+    "allocation": {"help": "uniform (default), or owl: each layer its own pattern, by what it would lose"},
+    "target_density": {"type": float, "help": "with owl and n:m: mean share of weights to store, such as 0.6"},
     "dataset": {
         "type": dataset,
         "help": "calibration text: mc4-ko, c4, kowiki, self, a .txt or .jsonl file, or a mix: mc4-ko=0.5,self=0.5",

@@ -85,7 +85,8 @@ def build_metadata(
     found_tags = ["optimum-ksparse", "sparse", "pruned"]
     if report is not None:
         names = _hub_datasets(report.calibration)
-        found_tags += [str(report.config.get("method")), _pattern_tag(str(report.config.get("pattern")))]
+        tags_of_patterns = dict.fromkeys(_pattern_tag(pattern) for pattern in report.patterns)
+        found_tags += [str(report.config.get("method")), *tags_of_patterns]
     if language is None and names and all(name in ("mc4-ko", "kowiki") for name in names):
         language = "ko"
     measured = results.sparse if results is not None else []
