@@ -168,7 +168,8 @@ class SparsityReport:
         """How patterns were allocated, in a line."""
         if not Pattern(self.patterns[0]).is_structured:
             densities = [layer.density for layer in self.layers]
-            return f"allocation owl: densities {min(densities):.4f} to {max(densities):.4f}, by the outliers of a block"
+            least, most = min(densities), max(densities)
+            return f"allocation owl: densities {least:.4f} to {most:.4f}, by the outliers of each block"
         found = Counter(layer.pattern for layer in self.layers)
         return (
             f"allocation owl, target_density {self.config.get('target_density')}: "
