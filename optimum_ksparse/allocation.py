@@ -4,8 +4,10 @@ Unstructured patterns: OWL (Yin et al. 2023, arXiv 2310.05175, section 3). Of ea
 is measured, entries of |W_ij|·‖X_j‖₂ above `OUTLIER_MULTIPLE` times their mean over the block. Scaled to
 [0, 2·`SPREAD`] over all blocks, that share is what a block keeps above others, around the same mean.
 
-n:m: of each layer the loss under each pattern of the asked density is predicted, and so many layers stay dense as the
-budget allows: those that lose most for each weight that they would keep.
+n:m: of each layer the relative loss under each pattern of the asked density is predicted. A layer counts as much as it
+has weights, and so many stay dense as the budget allows: those with the largest relative loss. (On Gemma 3 270M, Wanda
+2:4 with target_density 0.6, 12 x 256 tokens, perplexity was 75.9 so, 81.7 where each layer counts once, 85.2 with
+absolute losses, and 113.7 with 4:8 everywhere.)
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class LayerMeasure:
         block: number of its decoder block.
         num_weights: zeros that there may be included.
         outliers: share of outliers in the whole block; None where losses were measured.
-        losses: pattern → predicted loss under it.
+        losses: pattern → predicted relative loss under it.
     """
 
     name: str
@@ -105,10 +107,10 @@ def allocate(measures: Sequence[LayerMeasure], pattern: Pattern, target_density:
             {measure.name: patterns[measure.block] for measure in measures},
             {measure.name: outliers[measure.block] for measure in measures},
         )
-    choices: list[list[tuple[str | None, int, float]]] = []  # pattern, weights kept, predicted loss
+    choices: list[list[tuple[str | None, int, float]]] = []  # pattern, weights kept, loss
     for measure in measures:
         kept = measure.num_weights - pattern.num_zeros(measure.num_weights)
-        sparse = [(name, kept, loss) for name, loss in measure.losses.items()]
+        sparse = [(name, kept, loss * measure.num_weights) for name, loss in measure.losses.items()]
         choices.append([*sparse, (None, measure.num_weights, 0.0)])
     # Through the text, so that 0.6 is not the binary fraction below it.
     share = max(Fraction(str(target_density)), 1 - pattern.sparsity)

@@ -12,7 +12,6 @@ from typing import Any
 
 from .allocation import LEFT_DENSE
 from .config import check_keys
-from .pattern import Pattern
 
 REPORT_NAME = "sparsity_report.json"
 RESULTS_NAME = "evaluation_results.json"  # what was measured; see `evaluation.EvaluationResults`
@@ -55,9 +54,9 @@ class LayerKind:
 
     @property
     def pattern(self) -> str:
-        """Their pattern, or the sparsest and the densest of theirs."""
-        found = sorted({layer.pattern for layer in self.layers}, key=lambda pattern: Pattern(pattern).sparsity)
-        return found[0] if len(found) == 1 else f"{found[0]} … {found[-1]}"
+        """Their pattern, or the densest and the sparsest of theirs."""
+        least, most = (choose(self.layers, key=lambda layer: layer.density).pattern for choose in (max, min))
+        return least if least == most else f"{least} … {most}"
 
     @property
     def density(self) -> float:
@@ -142,7 +141,7 @@ class SparsityReport:
         kinds: dict[tuple[str, tuple[int, int], str], LayerKind] = {}
         for layer in self.layers:
             name = re.sub(r"\.\d+\.", ".*.", layer.name, count=1)
-            structure = layer.pattern if Pattern(layer.pattern).is_structured else ""
+            structure = "" if "%" in layer.pattern else layer.pattern
             kinds.setdefault((name, layer.shape, structure), LayerKind(name, layer.shape, [])).layers.append(layer)
         return list(kinds.values())
 
@@ -166,7 +165,7 @@ class SparsityReport:
 
     def _allocated(self) -> str:
         """How patterns were allocated, in a line."""
-        if not Pattern(self.patterns[0]).is_structured:
+        if "%" in self.patterns[0]:
             densities = [layer.density for layer in self.layers]
             least, most = min(densities), max(densities)
             return f"allocation owl: densities {least:.4f} to {most:.4f}, by the outliers of each block"
@@ -174,7 +173,7 @@ class SparsityReport:
         return (
             f"allocation owl, target_density {self.config.get('target_density')}: "
             f"{', '.join(f'{pattern} in {count}' for pattern, count in found.items())} layers, dense in "
-            f"{self.num_left_dense}, which would lose most for their size"
+            f"{self.num_left_dense}, which would lose most"
         )
 
     def __str__(self) -> str:

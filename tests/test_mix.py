@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
 from optimum_ksparse.calibration import calibration_tokens
 from optimum_ksparse.commands.base import dataset as dataset_flag
+from optimum_ksparse.commands.base import read_recipe
+from optimum_ksparse.commands.prune import PruneCommand
 from optimum_ksparse.dataset import describe_dataset, holds, is_mix, mix_shares, needs_tokenizer, split_samples
 from optimum_ksparse.hub.card import render_card
 from optimum_ksparse.hub.metadata import build_metadata
@@ -243,6 +245,18 @@ def test_what_a_mix_holds(files: tuple[str, str]) -> None:
 )
 def test_the_flag(text: str, found: Any) -> None:
     assert dataset_flag(text) == found
+
+
+def test_flags_and_recipes_become_settings(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    PruneCommand.parse_args(parser)
+    flags = ("--dataset", "mc4-ko=0.5,self=0.5", "--allocation", "owl", "--target-density", "0.6")
+    args = parser.parse_args(["model", "output", *flags])
+    config = SparsityConfig(dataset=args.dataset, allocation=args.allocation, target_density=args.target_density)
+    assert config.dataset == {"mc4-ko": 0.5, "self": 0.5} and config.target_density == 0.6
+    (tmp_path / "recipe.yaml").write_text("dataset: {mc4-ko: 0.5, self: 0.5}\nallocation: owl\ntarget_density: 0.6\n")
+    recipe = read_recipe(str(tmp_path / "recipe.yaml"), ["dataset", "allocation", "target_density"])
+    assert SparsityConfig(**recipe).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize("text", ["mc4-ko=0.5,self", "c4=0.5,c4=0.5", "c4=1.2.3"])

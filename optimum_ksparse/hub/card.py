@@ -127,8 +127,7 @@ def _pruned_to(report: SparsityReport | None) -> str:
     """The patterns of the layers; of an unstructured one what was asked for, which is their mean."""
     if report is None:
         return ""
-    structured = all(Pattern(pattern).is_structured for pattern in report.patterns)
-    return ", ".join(report.patterns) if structured else str(report.config["pattern"])
+    return str(report.config["pattern"]) if "%" in report.patterns[0] else ", ".join(report.patterns)
 
 
 def _tunings(rows: list[Measurement]) -> list[tuple[str | None, dict[str, Any]]]:

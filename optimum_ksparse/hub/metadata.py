@@ -13,7 +13,6 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..calibration.documents import HUB_DATASETS
 from ..evaluation import Baseline, EvaluationResults
-from ..pattern import Pattern
 from ..pruners import METHODS
 from ..report import SparsityReport
 from .model_index import METRICS, index_entries, metric_types
@@ -158,5 +157,5 @@ def _without_ours(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pattern_tag(pattern: str) -> str:
-    parsed = Pattern(pattern)
-    return f"{parsed.n}of{parsed.m}" if parsed.is_structured else "unstructured"
+    structured = re.fullmatch(r"(\d+):(\d+)", pattern)
+    return f"{structured[1]}of{structured[2]}" if structured else "unstructured"
