@@ -127,7 +127,8 @@ def _pruned_to(report: SparsityReport | None) -> str:
     """The patterns of the layers; of an unstructured one what was asked for, which is their mean."""
     if report is None:
         return ""
-    return str(report.config["pattern"]) if "%" in report.patterns[0] else ", ".join(report.patterns)
+    asked = Pattern(str(report.config["pattern"]))
+    return ", ".join(report.patterns) if asked.is_structured else str(asked)
 
 
 def _tunings(rows: list[Measurement]) -> list[tuple[str | None, dict[str, Any]]]:
