@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .allocation import ALLOCATIONS, check_allocation
+from .dataset import check_dataset, describe_dataset, is_mix, is_token_ids, mix_shares, token_ids_shape
 from .nn.kernels import KERNELS
 from .pattern import Pattern
 from .pruners import METHODS, REFINEMENTS, statistics_of
@@ -21,8 +22,6 @@ QUANT_METHOD = "optimum-ksparse"
 # Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes
 # would choke on the keyword argument of that name.
 DENSE_CONFIG_KEY = "ksparse"
-DATASET_NAMES = ("mc4-ko", "c4", "kowiki", "self")
-TEXT_SUFFIXES = (".txt", ".jsonl")
 STORAGES = ("packed", "dense")
 
 CALIBRATION_DTYPES = ("bfloat16", "float16")
@@ -36,11 +35,6 @@ EXECUTION_SETTINGS = ("kernel", "optimize_for", "max_extra_bytes", "densify", "f
 # Settings that leave the pruned weights as they are: they may differ when a sparse checkpoint is loaded again.
 RUN_TIME_SETTINGS = ("batch_size", "storage", *EXECUTION_SETTINGS)
 
-_DATASET_FORMS = (
-    f"one of {', '.join(map(repr, DATASET_NAMES))}; a path to a .txt or .jsonl file; a list of texts; a "
-    "datasets.Dataset; token ids [num_samples, seq_len]"
-)
-
 
 class SparsityConfig(QuantizationConfigMixin):
     """How to prune a model, and how to store it.
@@ -49,10 +43,17 @@ class SparsityConfig(QuantizationConfigMixin):
         method: `"admm"` (weights and mask together), `"sparsegpt"`, `"alps"` (slow), `"wanda"` (weights stay as they
             are) or `"magnitude"` (which reads no data).
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), or a fraction of zeros (`"50%"`, `0.5`).
+        allocation: `"uniform"` gives every layer the pattern. `"owl"` gives each its own, from what a pass of the
+            calibration data through the dense model measures (the time of one more forward pass): with a fraction of
+            zeros each decoder block its own, with the same mean (OWL); with `n:m` some layers stay dense, and `2n:2m`
+            takes the place of `n:m`, which has the same size and loses less, unless that has no kernels.
+        target_density: with `allocation="owl"` and `n:m`: the most that may be stored of the weights to prune, as a
+            mean share in which dense layers count as 1.
         dataset: calibration text: `"mc4-ko"`, `"c4"`, `"kowiki"` (streamed from the Hub), `"self"` (the model writes
             its own), a path to a `.txt` (paragraphs apart by blank lines) or `.jsonl` file, a list of texts, a
             `datasets.Dataset` with a `text` or `messages` column, or token ids [num_samples, seq_len], used as they
-            are.
+            are. Or a mix of names and files with weights that sum to one, `{"mc4-ko": 0.5, "self": 0.5}`: the samples
+            are shared out by them, and shuffled with the seed.
         tokenizer: name, folder or object; None takes the model's own.
         num_samples: calibration sequences.
         seq_len: tokens in each of them, the beginning token included.
@@ -141,6 +142,8 @@ class SparsityConfig(QuantizationConfigMixin):
         densify: str = "never",
         fuse: bool = False,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
+        allocation: str = "uniform",
+        target_density: float | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.method = _one_of("method", method, METHODS)
@@ -175,13 +178,18 @@ class SparsityConfig(QuantizationConfigMixin):
         )
         self.densify = _one_of("densify", densify, DENSIFY)
         self.fuse = _boolean("fuse", fuse)
+        self.allocation = _one_of("allocation", allocation, ALLOCATIONS)
+        self.target_density = None if target_density is None else _share("target_density", target_density)
         self.layers = None if layers is None else {name: dict(layer) for name, layer in layers.items()}
 
         m = Pattern(self.pattern).m
         if self.method == "sparsegpt" and m is not None and self.block_size % m:
             raise ValueError(f"block_size={self.block_size} is not a multiple of m={m} of pattern={self.pattern!r}")
+        check_allocation(self.allocation, Pattern(self.pattern), self.target_density, self.needs_data)
         if dataset is not None or self.needs_data:
-            _check_dataset(dataset)
+            check_dataset(dataset)
+        if is_mix(dataset):
+            mix_shares(dataset, self.num_samples)  # raises where a part would get no sample
         # Now, because a file may be gone when the pruned model is saved.
         self._description = describe_dataset(dataset)
         if is_token_ids(dataset):
@@ -206,6 +214,12 @@ class SparsityConfig(QuantizationConfigMixin):
     def needs_data(self) -> bool:
         """Whether calibration tokens run through the model at all."""
         return self.statistics is not None or self.reconstruct is not None
+
+    def with_pattern(self, pattern: str | Pattern) -> SparsityConfig:
+        """A copy with another pattern, for a layer that has its own."""
+        own = copy.copy(self)
+        own.pattern = str(pattern)
+        return own
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable settings. Data that JSON cannot hold, and files, are described by a fingerprint; folders
@@ -257,54 +271,6 @@ def check_keys(found: Mapping[str, Any], allowed: Sequence[str], where: str) -> 
             )
 
 
-def is_token_ids(dataset: Any) -> bool:
-    """True for integer tensors, arrays and nested lists of integers."""
-    if isinstance(dataset, list | tuple):
-        return len(dataset) > 0 and isinstance(dataset[0], list | tuple)
-    return isinstance(dataset, torch.Tensor) or type(dataset).__module__.split(".")[0] == "numpy"
-
-
-def token_ids_shape(dataset: Any) -> tuple[int, int]:
-    """[num_samples, seq_len] of token ids; ValueError where they are not two-dimensional integers."""
-    try:
-        ids = torch.as_tensor(dataset)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"dataset: token ids must be a rectangle [num_samples, seq_len] of integers: {error}"
-        ) from None
-    integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if not integers or ids.dim() != 2 or not ids.shape[0] or ids.shape[1] < 2:
-        raise ValueError(
-            f"dataset: token ids must be integers [num_samples, seq_len], found {ids.dtype} {list(ids.shape)}; "
-            "seq_len must be at least 2"
-        )
-    return ids.shape[0], ids.shape[1]
-
-
-def describe_dataset(dataset: Any) -> Any:
-    """The dataset as JSON can hold it: a name as it is, everything else by kind, size and SHA-256. What this function
-    returned before is returned unchanged."""
-    if dataset is None or isinstance(dataset, Mapping):
-        return dataset
-    if isinstance(dataset, str | os.PathLike):
-        if dataset in DATASET_NAMES:
-            return dataset
-        with open(dataset, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"file": os.path.basename(dataset), "sha256": digest}
-    if is_token_ids(dataset):
-        ids = torch.as_tensor(dataset).to("cpu", torch.int64).contiguous()
-        return {"token_ids": list(ids.shape), "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
-    if isinstance(dataset, list | tuple):
-        hashed = hashlib.sha256()
-        for text in dataset:
-            encoded = text.encode("utf-8", "surrogatepass")
-            hashed.update(len(encoded).to_bytes(8, "little") + encoded)
-        return {"texts": len(dataset), "sha256": hashed.hexdigest()}
-    rows = len(dataset) if hasattr(dataset, "__len__") else None
-    return {"dataset": type(dataset).__name__, "rows": rows, "fingerprint": getattr(dataset, "_fingerprint", None)}
-
-
 def describe_source(source: Any) -> str | None:
     """Where a model or tokenizer came from, without the path of a local folder."""
     if not source:
@@ -317,37 +283,6 @@ def names_repository(described: str | None, commit: str | None = None) -> bool:
     """Whether what `describe_source` gave is a name on the Hub: with a commit, or of two parts, because a local folder
     is described by its last part alone (which may be somebody else's repository, as "gpt2" is)."""
     return bool(described) and (commit is not None or "/" in str(described))
-
-
-def _check_dataset(dataset: Any) -> None:
-    if isinstance(dataset, str | os.PathLike):
-        if dataset in DATASET_NAMES:
-            return
-        if not os.fspath(dataset).endswith(TEXT_SUFFIXES):
-            raise ValueError(f"dataset={os.fspath(dataset)!r} is not known; allowed: {_DATASET_FORMS}")
-        if not os.path.isfile(dataset):
-            raise FileNotFoundError(
-                f"dataset={os.fspath(dataset)!r}: there is no such file; allowed: {_DATASET_FORMS}"
-            )
-    elif is_token_ids(dataset):
-        token_ids_shape(dataset)
-    elif isinstance(dataset, list | tuple):
-        if not dataset:
-            raise ValueError(f"dataset is an empty list; allowed: {_DATASET_FORMS}")
-        for i, text in enumerate(dataset):
-            if not isinstance(text, str):
-                raise TypeError(
-                    f"dataset[{i}] is {type(text).__name__}, a list must hold texts; allowed: {_DATASET_FORMS}"
-                )
-    elif isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
-        if not dataset.keys() & {"sha256", "fingerprint"}:
-            raise ValueError(
-                f"dataset is a dict without the fingerprint that a checkpoint records; allowed: {_DATASET_FORMS}"
-            )
-    elif not hasattr(dataset, "column_names"):
-        raise TypeError(f"dataset is {type(dataset).__name__}; allowed: {_DATASET_FORMS}")
-    elif hasattr(dataset, "keys") and hasattr(dataset, "column_names"):
-        raise TypeError(f"dataset is a DatasetDict with the splits {', '.join(dataset.keys())}: pass one of them")
 
 
 def _one_of(name: str, value: Any, allowed: Any) -> str:
@@ -383,6 +318,14 @@ def _refinements(name: str, value: Any) -> list[str]:
             f"{name} must be a string or a list of them, found {value!r}; allowed: {', '.join(REFINEMENTS)}"
         )
     return [_one_of(name, step, REFINEMENTS) for step in value]
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number between 0 and 1, found {value!r}")
+    if not 0 < float(value) < 1:
+        raise ValueError(f"{name}={value} is out of range, it must be between 0 and 1, both excluded")
+    return float(value)
 
 
 def _boolean(name: str, value: Any) -> bool:

@@ -72,6 +72,12 @@ class Pattern:
         """Fraction of weights that may be nonzero."""
         return float(1 - self.sparsity)
 
+    def with_sparsity(self, sparsity: Fraction) -> Pattern:
+        """An unstructured pattern with another share of zeros, which is rounded to a ten-thousandth of a per cent, so
+        that its text is exact."""
+        parts = min(max(round(sparsity * 1_000_000), 1), 999_999)
+        return Pattern(f"{parts / 10_000:.4f}".rstrip("0").rstrip(".") + "%")
+
     def num_zeros(self, count: int) -> int:
         """Exact number of zeros among `count` weights of an unstructured pattern or of whole groups:
         ⌊count·sparsity⌋."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -104,6 +104,7 @@ def prune_blocks(
     finished: Callable[[int, PrunedBlock], None] | None = None,
     start: int = 0,
     processes: Processes | None = None,
+    patterns: Mapping[str, str] | None = None,
 ) -> list[PrunedBlock]:
     """Prunes `targets` block by block and puts sparse modules in their places.
 
@@ -120,6 +121,7 @@ def prune_blocks(
             next one.
         start: the first block to prune.
         processes: which share the work; each has its part of the calibration samples. None: this one alone.
+        patterns: of layers that have their own, by their paths in the decoder.
 
     Returns:
         What there is to report of each block. Layers are pruned in the model's order, so on an error the blocks before
@@ -138,7 +140,8 @@ def prune_blocks(
 
     def step(index: int, block: nn.Module) -> list[PrunedBlock]:
         dense = _dense_outputs(index, block, config, replay, original)
-        pruned = PrunedBlock(_prune_block(blocks, index, targets[index], config, replay, replaced, processes))
+        rows = _prune_block(blocks, index, targets[index], config, replay, replaced, processes, patterns or {})
+        pruned = PrunedBlock(rows)
         if replay is not None:
             if config.reconstruct is not None and dense is not None:
                 kept = None if replaced is None else replaced.tuned
@@ -193,16 +196,14 @@ def _prune_block(
     replay: BlockReplay | None,
     replaced: Replaced | None,
     processes: Processes,
+    patterns: Mapping[str, str],
 ) -> list[LayerReport]:
     block, rows = blocks.blocks[index], []
+    paths = {name: blocks.name_in_decoder(index, name) for name in targets}
+    own = {name: config.with_pattern(patterns.get(path, config.pattern)) for name, path in paths.items()}
     for layers in _rounds(index, block, targets, config, replay, processes):
-        statistics = _collect(index, block, layers, config, replay, processes)
-        reached = {layer_of(name) for name in statistics}
-        unreached = [blocks.name_in_decoder(index, name) for name in layers if name not in reached]
-        if replay is not None and unreached:
-            raise ValueError(
-                f"{unreached[0]}: no calibration token reached it; use more samples, or modules_to_not_convert"
-            )
+        kind = config.statistics
+        statistics = collect_statistics(blocks, index, layers, kind, replay, processes)
         owners = processes.owners([_cost(layer, config) for layer in layers.values()])
         done: dict[str, _Pruned | Exception] = {}
         for (name, layer), owner in zip(layers.items(), owners, strict=True):
@@ -210,15 +211,15 @@ def _prune_block(
                 path = blocks.name_in_decoder(index, name)
                 try:
                     if isinstance(layer, ExpertStack):
-                        done[name] = prune_stack(path, layer, own_statistics(name, layer, statistics), config)
+                        done[name] = prune_stack(path, layer, own_statistics(name, layer, statistics), own[name])
                     else:
-                        done[name] = _prune_layer(path, layer, statistics.get(name), config)
+                        done[name] = _prune_layer(path, layer, statistics.get(name), own[name])
                 except Exception as error:  # the others wait for this layer: they are told
                     done[name] = error
                     break
         for (name, layer), owner in zip(layers.items(), owners, strict=True):
             path = blocks.name_in_decoder(index, name)
-            sparse, row = _receive(done.get(name), layer, owner, config, processes)
+            sparse, row = _receive(done.get(name), layer, owner, own[name], processes)
             if replaced is not None:
                 replaced.layers[path] = layer.weight if isinstance(layer, ExpertStack) else layer
             replace_module(blocks.decoder, path, sparse)
@@ -281,16 +282,16 @@ def _rounds(
     return [{name: layers[name] for name in group} for group in groups]
 
 
-def _collect(
+def collect_statistics(
+    blocks: DecoderBlocks,
     index: int,
-    block: nn.Module,
     layers: dict[str, Layer],
-    config: SparsityConfig,
+    kind: type[ColumnNorms] | None,
     replay: BlockReplay | None,
     processes: Processes,
 ) -> dict[str, ColumnNorms]:
-    """Statistics of the inputs of linear maps by name, and of each matrix of a stack by `matrix_name`."""
-    kind = config.statistics
+    """Statistics of the inputs of linear maps by name, and of each matrix of a stack by `matrix_name`, over the
+    samples of all processes. Raises ValueError where no token reached a layer; names it."""
     if replay is None or kind is None:
         return {}
 
@@ -306,7 +307,16 @@ def _collect(
         return statistics
 
     observed = observable(layers)
-    return processes.add_up(replay.collect(index, block, observed, make), lambda name: make(observed[name]))
+    mine = replay.collect(index, blocks.blocks[index], observed, make)
+    statistics = processes.add_up(mine, lambda name: make(observed[name]))
+    reached = {layer_of(name) for name in statistics}
+    for name in layers:
+        if name not in reached:
+            raise ValueError(
+                f"{blocks.name_in_decoder(index, name)}: no calibration token reached it; use more samples, or "
+                "modules_to_not_convert"
+            )
+    return statistics
 
 
 def _prune_layer(

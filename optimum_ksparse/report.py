@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .allocation import LEFT_DENSE
 from .config import check_keys
 
 REPORT_NAME = "sparsity_report.json"
@@ -21,7 +23,9 @@ SCHEMA_VERSION = 1
 @dataclass
 class LayerReport:
     """One pruned layer. `shape` is [out, in]; `relative_output_error` is ‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F on a sample of the
-    calibration tokens, None where the method read no data; `note` is what the method warned of."""
+    calibration tokens, None where the method read no data; `note` is what the method warned of; `sensitivity` is what
+    `allocation="owl"` measured: the share of outliers in the layer's block, or, for `n:m`, its predicted squared
+    relative output error under the pattern that was asked for."""
 
     name: str
     shape: tuple[int, int]
@@ -32,6 +36,7 @@ class LayerReport:
     relative_output_error: float | None
     seconds: float
     note: str = ""
+    sensitivity: float | None = None
 
     @property
     def density(self) -> float:
@@ -60,12 +65,18 @@ class PrunedBlock:
 
 @dataclass
 class LayerKind:
-    """Layers of the same path but for the block's number, of the same shape and pattern; `name` has `*` for it."""
+    """Layers of the same path but for the block's number, of the same shape, and of the same `n:m` or all
+    unstructured; `name` has `*` for the number."""
 
     name: str
     shape: tuple[int, int]
-    pattern: str
     layers: list[LayerReport]
+
+    @property
+    def pattern(self) -> str:
+        """Their pattern, or the densest and the sparsest of theirs."""
+        least, most = (choose(self.layers, key=lambda layer: layer.density).pattern for choose in (max, min))
+        return least if least == most else f"{least} … {most}"
 
     @property
     def density(self) -> float:
@@ -138,13 +149,23 @@ class SparsityReport:
         """Packed bytes as a share of the dense ones."""
         return self.packed_bytes / max(1, self.dense_bytes)
 
+    @property
+    def patterns(self) -> list[str]:
+        """The patterns of the layers, each once, in the order of the model; without layers the one asked for."""
+        return list(dict.fromkeys(layer.pattern for layer in self.layers)) or [str(self.config.get("pattern"))]
+
+    @property
+    def num_left_dense(self) -> int:
+        """How many layers the allocation left dense."""
+        return sum(reason == LEFT_DENSE for reason in self.skipped.values())
+
     def kinds(self) -> list[LayerKind]:
         """The layers grouped by kind, in the order of the model."""
         kinds: dict[tuple[str, tuple[int, int], str], LayerKind] = {}
         for layer in self.layers:
             name = re.sub(r"\.\d+\.", ".*.", layer.name, count=1)
-            key = name, layer.shape, layer.pattern
-            kinds.setdefault(key, LayerKind(*key, [])).layers.append(layer)
+            structure = "" if "%" in layer.pattern else layer.pattern
+            kinds.setdefault((name, layer.shape, structure), LayerKind(name, layer.shape, [])).layers.append(layer)
         return list(kinds.values())
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -166,6 +187,19 @@ class SparsityReport:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.path.basename(path)} is not a report of optimum-ksparse: {error}") from error
 
+    def _allocated(self) -> str:
+        """How patterns were allocated, in a line."""
+        if "%" in self.patterns[0]:
+            densities = [layer.density for layer in self.layers]
+            least, most = min(densities), max(densities)
+            return f"allocation owl: densities {least:.4f} to {most:.4f}, by the outliers of each block"
+        found = Counter(layer.pattern for layer in self.layers)
+        return (
+            f"allocation owl, target_density {self.config.get('target_density')}: "
+            f"{', '.join(f'{pattern} in {count}' for pattern, count in found.items())} layers, dense in "
+            f"{self.num_left_dense}, which would lose most"
+        )
+
     def __str__(self) -> str:
         """A table with a row for each kind of layer (same path but for the block's number), and the totals."""
         rows = [("layer", "count", "shape", "pattern", "density", "output error", "seconds")]
@@ -186,6 +220,8 @@ class SparsityReport:
         )
         if self.reconstruction:
             lines.append(_reconstruction_line(self.reconstruction))
+        if self.config.get("allocation") == "owl":
+            lines.append(self._allocated())
         lines += [f"left dense: {name}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]
         lines += [f"note: block {row.block}: {row.note}" for row in self.reconstruction if row.note]

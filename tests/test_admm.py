@@ -204,7 +204,7 @@ def test_settings_are_refused(settings, error, message):
 
 
 def test_a_refined_method_without_data_needs_data():
-    weight, x, _ = make_problem(4, 16)
+    weight = make_problem(4, 16)[0]
     with pytest.raises(ValueError, match="inputs must be"):
         prune_weight(weight, None, method="magnitude", pattern="2:4", refine="exact")
     assert SparsityConfig("magnitude", dataset=None).needs_data is False

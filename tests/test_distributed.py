@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
+from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.distributed import Processes, current, joined
 from optimum_ksparse.nn.packing import unpack_mask
 from optimum_ksparse.statistics import ColumnNorms
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, logging
-from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
+from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.distributed import joined
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -47,6 +47,7 @@ def message(call):
 if scenario == "all":
     found = {}
     prune_checkpoint(source, folder / "wanda", config())
+    prune_checkpoint(source, folder / "owl", config(allocation="owl", target_density=0.6))
     assert not dist.is_initialized()
     prune_checkpoint(source, folder / "sparsegpt", config("sparsegpt", true_sequential=True), activation_memory=0)
     with joined() as processes:
@@ -131,6 +132,19 @@ def test_two_processes_give_the_bytes_of_one_for_wanda(together: Any) -> None:
         for row in report["layers"]:
             del row["relative_output_error"]  # on other rows of the calibration data
     assert reports[0] == reports[1]
+
+
+def test_two_processes_choose_one_allocation(together: Any) -> None:
+    folder, _ = together
+    expected = alone(folder, "owl-alone", allocation="owl", target_density=0.6)
+    assert tensors(folder / "owl").keys() == tensors(expected).keys()
+    reports = [SparsityReport.load(path / "sparsity_report.json") for path in (expected, folder / "owl")]
+    assert reports[0].skipped == reports[1].skipped and reports[0].num_left_dense
+    found = [[(row.name, row.pattern) for row in report.layers] for report in reports]
+    assert found[0] == found[1]
+    # Energies are of other rows of the calibration data.
+    pairs = zip(*([row.sensitivity for row in report.layers] for report in reports), strict=True)
+    assert all(a == pytest.approx(b, rel=0.2) for a, b in pairs)
 
 
 def test_two_processes_give_nearly_the_masks_of_one_for_sparsegpt(together: Any) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity, sparsify
 from optimum_ksparse.calibration.documents import HELD_OUT_EVERY, HUB_DATASETS, documents
-from optimum_ksparse.config import describe_dataset
+from optimum_ksparse.dataset import describe_dataset
 from optimum_ksparse.evaluation.texts import NUM_ARTICLES
 
 from .conftest import ARCHITECTURES, CONTEXT, VOCABULARY, sample_texts

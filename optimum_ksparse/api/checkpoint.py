@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..config import DENSE_CONFIG_KEY, SparsityConfig, check_integer
+from ..dataset import holds
 from ..distributed import joined
 from ..report import SparsityReport
 from ..streaming import Workspace, check_output, find_weight_files
@@ -97,7 +98,7 @@ def _check_arguments(config: SparsityConfig, loading: dict[str, Any]) -> None:
             f"prune_checkpoint takes no argument {unknown[0]!r}; of from_pretrained's it takes trust_remote_code, "
             f"{', '.join(_HUB_ARGUMENTS)}; weights in other forms than safetensors have to be converted first"
         )
-    if isinstance(config.dataset, str) and config.dataset == "self" and config.needs_data:
+    if holds(config.dataset, "self") and config.needs_data:
         raise ValueError(
             'dataset="self" needs the whole model in memory to write text: use a text, or from_pretrained with a '
             "sparsity_config"

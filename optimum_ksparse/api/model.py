@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ..allocation import Allocation
 from ..calibration import (
     BlockReplay,
     CalibrationTokens,
@@ -23,12 +24,14 @@ from ..calibration import (
     use_eager_experts,
 )
 from ..checkpoint import describe_model, layer_records, sparse_experts, sparse_modules
-from ..config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source, is_token_ids
+from ..config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source
+from ..dataset import is_token_ids, needs_tokenizer
 from ..distributed import Processes, current
 from ..execution import apply_settings
 from ..memory import peak_memory
 from ..pruning import Replaced, prune_blocks
-from ..report import PrunedBlock, SparsityReport
+from ..report import LayerReport, PrunedBlock, SparsityReport
+from ..sensitivity import leave_dense, measure_allocation
 from ..targets import find_targets
 from ..version import library_versions
 
@@ -74,15 +77,24 @@ def sparsify(
     stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
     with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
         data = processes.once(lambda: draw_tokens(model, config, tokenizer))
-        replay = None
+        replay, allocation = None, None
         if data is not None:
             skip_first = data.begins_with_bos and not config.bos_in_statistics
             ids = share_tokens(data.ids, config.batch_size, processes)
-            replay = BlockReplay(blocks, ids, config.batch_size, skip_first, dtype=calibration_dtype(config))
+
+            def replayed() -> BlockReplay:
+                return BlockReplay(blocks, ids, config.batch_size, skip_first, dtype=calibration_dtype(config))
+
+            if config.allocation == "owl":
+                allocation = measure_allocation(blocks, targets, config, replayed(), processes=processes)
+                skipped |= leave_dense(blocks, targets, allocation)
+            replay = replayed()
         replaced = Replaced()
         try:
             kept = replaced if restore_on_error else None
-            pruned = prune_blocks(blocks, targets, config, replay, kept, processes=processes)
+            pruned = prune_blocks(
+                blocks, targets, config, replay, kept, processes=processes, patterns=own_patterns(allocation)
+            )
         except BaseException:
             replaced.restore(blocks.decoder)
             raise
@@ -91,6 +103,7 @@ def sparsify(
     apply_settings(model, config)
     if config.tokenizer is not None:
         model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
+    note_sensitivities([row for block in pruned for row in block.layers], allocation)
     report = make_report(model, recorded, num_parameters, {} if data is None else data.description, pruned, skipped)
     report.seconds = round(time.perf_counter() - started, 2)
     model.sparsity_report = report  # type: ignore[assignment]
@@ -110,6 +123,18 @@ def settings_of(config: SparsityConfig) -> dict[str, Any]:
     settings = config.to_dict()
     settings.pop("layers")
     return settings
+
+
+def own_patterns(allocation: Allocation | None) -> dict[str, str]:
+    """The patterns of the layers that have their own, by path."""
+    patterns = {} if allocation is None else allocation.patterns
+    return {path: pattern for path, pattern in patterns.items() if pattern is not None}
+
+
+def note_sensitivities(rows: list[LayerReport], allocation: Allocation | None) -> None:
+    """Writes into the rows of a report what decided on the layers' patterns."""
+    for row in rows:
+        row.sensitivity = None if allocation is None else allocation.sensitivities[row.name]
 
 
 def make_report(
@@ -199,7 +224,7 @@ def load_tokenizer(config: SparsityConfig, source: Any, **arguments: Any) -> Pre
     try:
         return read_tokenizer(source, **arguments)
     except Exception as error:  # transformers and huggingface_hub raise many kinds here
-        if isinstance(config.dataset, str) and config.dataset == "self":
+        if not needs_tokenizer(config.dataset):
             return None
         raise ValueError(
             f"no tokenizer could be loaded from {describe_source(source)!r}: name one with "

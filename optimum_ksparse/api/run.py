@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..allocation import Allocation
 from ..calibration import Activations, BlockReplay, ExpertStack, eager_experts, evaluation_mode, read_tokenizer
 from ..checkpoint import install_layers, layer_records
 from ..config import SparsityConfig
@@ -22,6 +24,7 @@ from ..nn import dense_weight, densified
 from ..pattern import Pattern
 from ..pruning import needs_original, prune_blocks
 from ..report import REPORT_NAME, PrunedBlock, SparsityReport
+from ..sensitivity import leave_dense, measure_allocation
 from ..streaming import DiskBlocks, Snapshot, WeightFiles, Workspace, check_space, open_checkpoint
 from ..targets import find_targets
 from .model import (
@@ -31,6 +34,8 @@ from .model import (
     draw_tokens,
     load_tokenizer,
     make_report,
+    note_sensitivities,
+    own_patterns,
     record_settings,
     share_tokens,
 )
@@ -102,7 +107,11 @@ class CheckpointRun:
         done = list(workspace.journal.blocks)
         stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
         with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
-            data, replay = self._calibration(model, disk, len(done) < len(blocks.blocks))
+            ids, data = self._tokens(model)
+            allocation = None if ids is None else self._allocation(disk, targets, ids, data)
+            if allocation is not None:
+                skipped |= leave_dense(blocks, targets, allocation)
+            replay = None if ids is None or len(done) == len(blocks.blocks) else self._replay(disk, ids, data)
             original = None
             if replay is not None and needs_original(config):
                 original = replay.fork("original")
@@ -125,15 +134,15 @@ class CheckpointRun:
                 finished=lambda index, block: self._block_is_done(index, block, model, disk, replay, original),
                 start=len(done),
                 processes=processes,
+                patterns=own_patterns(allocation),
             )
+        note_sensitivities([row for block in pruned for row in block.layers], allocation)
         processes.once(lambda: self._finish(model, disk, num_parameters, data, pruned, skipped))
 
-    def _calibration(
-        self, model: PreTrainedModel, disk: DiskBlocks, needed: bool
-    ) -> tuple[dict[str, Any], BlockReplay | None]:
-        """The description of the calibration data, and the activations at the first block, where a block is left."""
+    def _tokens(self, model: PreTrainedModel) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """This process's part of the calibration samples, and the description of all; None without data."""
         if not self.config.needs_data:
-            return {}, None
+            return None, {}
 
         def draw() -> tuple[torch.Tensor, dict[str, Any]]:
             drawn = draw_tokens(model, self.config, load_tokenizer(self.config, self.source, **self.loading))
@@ -141,20 +150,43 @@ class CheckpointRun:
             return drawn.ids, drawn.description
 
         ids, description = self.processes.once(lambda: self.workspace.tokens(draw))
-        if not needed:
-            return description, None
+        return share_tokens(ids, self.config.batch_size, self.processes), description
+
+    def _replay(
+        self, disk: DiskBlocks, ids: torch.Tensor, description: dict[str, Any], folder: Path | None = None
+    ) -> BlockReplay:
+        """The activations at the first block; what does not fit into memory goes to `folder`, or the workspace."""
         batch_size = self.config.batch_size
-        ids = share_tokens(ids, batch_size, self.processes)
         hidden = Activations(
             -(-len(ids) // batch_size),
             self.activation_memory,
-            self.workspace.path,
+            self.workspace.path if folder is None else folder,
             f"activations-{self.processes.rank}-of-{self.processes.size}",
         )
         skip_first = description["begins_with_bos"] and not self.config.bos_in_statistics
-        return description, BlockReplay(
+        return BlockReplay(
             disk.blocks, ids, batch_size, skip_first, disk.resident, hidden, calibration_dtype(self.config)
         )
+
+    def _allocation(
+        self, disk: DiskBlocks, targets: list[dict[str, Any]], ids: torch.Tensor, description: dict[str, Any]
+    ) -> Allocation | None:
+        """The layers' own patterns: those of the run that this one goes on with, or newly measured ones, which are
+        kept for a later run."""
+        if self.config.allocation == "uniform":
+            return None
+        processes, workspace = self.processes, self.workspace
+        known = processes.once(workspace.allocation)
+        if known is not None:
+            return known
+        folder = workspace.folder(f"measuring-{processes.rank}")
+        replay = self._replay(disk, ids, description, folder)
+        measured = measure_allocation(
+            disk.blocks, targets, self.config, replay, resident=disk.resident, processes=processes
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        processes.once(lambda: workspace.keep_allocation(measured))
+        return measured
 
     def _catch_up(self, replay: BlockReplay, disk: DiskBlocks, files: Callable[[Snapshot], list[str]]) -> None:
         """Brings the activations to the first block that is not done: from their `files` of the latest snapshot, where
@@ -244,7 +276,7 @@ class CheckpointRun:
 
     def _check_space(self, model: PreTrainedModel, targets: list[dict[str, Any]]) -> None:
         """Raises OSError where the disk is too small for what is still to be written, as far as can be told."""
-        pattern = Pattern(self.config.pattern)
+        density = self.config.target_density or Pattern(self.config.pattern).density
         size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
         pruned = [
             layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)
@@ -252,7 +284,7 @@ class CheckpointRun:
             for layer in layers.values()
         ]
         dense = sum(weight.nbytes for weight in pruned)
-        packed = dense * float(1 - pattern.sparsity) + sum(weight.numel() for weight in pruned) / 8
+        packed = dense * density + sum(weight.numel() for weight in pruned) / 8
         needed = sum(size.values()) - dense + packed
         if self.config.storage == "dense":  # packed blocks are written first, and become dense ones at the end
             needed += dense

@@ -47,7 +47,8 @@ def bench_model(
     context = getattr(model.config, "max_position_embeddings", prompt_tokens + new_tokens)
     prompt_tokens = max(1, min(prompt_tokens, context - new_tokens - 16))
     if sparse_modules(model):
-        pattern = str(next(iter(sparse_modules(model).values())).pattern)
+        patterns = {str(module.pattern) for module in sparse_modules(model).values()}
+        pattern = patterns.pop() if len(patterns) == 1 else "mixed"
         order = ("sparse", "dense")
     else:
         order = ("dense", "sparse")

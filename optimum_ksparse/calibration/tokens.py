@@ -11,8 +11,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import SparsityConfig, describe_dataset, is_token_ids
+from ..config import SparsityConfig
+from ..dataset import describe_dataset, is_mix, is_token_ids
 from .documents import documents
+from .mix import draw_mix
 
 _SEPARATOR = "\n\n"
 # Documents read for each sample wanted before short ones are packed: a streamed corpus has no end to wait for.
@@ -27,7 +29,8 @@ class CalibrationTokens:
         ids: [num_samples, seq_len] int64.
         begins_with_bos: the first position of each sample is the beginning token.
         description: for the report: where the tokens came from, how many, and in which form: "crops" (one from each
-            document long enough), "packed" (short texts one after another), "token ids" or "generated".
+            document long enough), "packed" (short texts one after another), "token ids" or "generated"; a "mix"
+            has `parts`, each with its own.
     """
 
     ids: torch.Tensor
@@ -45,20 +48,12 @@ def calibration_tokens(
             vocabulary, or a tokenizer is needed and missing.
     """
     check_context(model, config.seq_len)
-    if is_token_ids(config.dataset):
-        ids = torch.as_tensor(config.dataset).to("cpu", torch.int64)
-        begins_with_bos = bool((ids[:, 0] == _bos_token_id(model, tokenizer)).all())
-        form = "token ids"
-    elif isinstance(config.dataset, str) and config.dataset == "self":
-        ids, begins_with_bos, form = _generate(config, model, tokenizer), True, "generated"
+    parts: dict[str, Any] = {}
+    if is_mix(config.dataset):
+        ids, begins_with_bos, parts = draw_mix(config, lambda part: _draw(part, model, tokenizer))
+        form = "mix"
     else:
-        if tokenizer is None:
-            raise ValueError(
-                f"a tokenizer is needed to calibrate on dataset={describe_dataset(config.dataset)!r}: pass "
-                "tokenizer=, or token ids [num_samples, seq_len] as the dataset"
-            )
-        begins_with_bos = prepends_bos(tokenizer, config.prepend_bos)
-        ids, form = _tokenize(config, tokenizer, begins_with_bos)
+        ids, begins_with_bos, form = _draw(config, model, tokenizer)
     _check_vocabulary(ids, model)
     description = {
         "dataset": describe_dataset(config.dataset),
@@ -68,8 +63,28 @@ def calibration_tokens(
         "seed": config.seed,
         "begins_with_bos": begins_with_bos,
         "bos_in_statistics": config.bos_in_statistics,
+        **parts,
     }
     return CalibrationTokens(ids, begins_with_bos, description)
+
+
+def _draw(
+    config: SparsityConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[torch.Tensor, bool, str]:
+    """Samples [num_samples, seq_len] of one source, whether all begin with the beginning token, and their form."""
+    if is_token_ids(config.dataset):
+        ids = torch.as_tensor(config.dataset).to("cpu", torch.int64)
+        return ids, bool((ids[:, 0] == _bos_token_id(model, tokenizer)).all()), "token ids"
+    if isinstance(config.dataset, str) and config.dataset == "self":
+        return _generate(config, model, tokenizer), True, "generated"
+    if tokenizer is None:
+        raise ValueError(
+            f"a tokenizer is needed to calibrate on dataset={describe_dataset(config.dataset)!r}: pass "
+            "tokenizer=, or token ids [num_samples, seq_len] as the dataset"
+        )
+    begins_with_bos = prepends_bos(tokenizer, config.prepend_bos)
+    ids, form = _tokenize(config, tokenizer, begins_with_bos)
+    return ids, begins_with_bos, form
 
 
 def prepends_bos(tokenizer: PreTrainedTokenizerBase, setting: bool | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -92,3 +93,22 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
+
+
+def dataset(text: str) -> str | dict[str, float]:
+    """argparse type of calibration data: a name, a file, or a mix `NAME=WEIGHT,NAME=WEIGHT` of them."""
+    parts = [re.fullmatch(r"(.+)=([0-9.]+(?:[eE][+-]?[0-9]+)?)", part.strip()) for part in text.split(",")]
+    if not any(parts):
+        return text
+    mix: dict[str, float] = {}
+    for written, part in zip(text.split(","), parts, strict=True):
+        try:
+            if part is None or part[1] in mix:
+                raise ValueError
+            mix[part[1]] = float(part[2])
+        except ValueError:
+            reason = "occurs twice" if part is not None and part[1] in mix else "is no NAME=WEIGHT"
+            raise argparse.ArgumentTypeError(
+                f"{written.strip()!r} {reason}; allowed: a name, a file, or a mix such as mc4-ko=0.5,self=0.5"
+            ) from None
+    return mix

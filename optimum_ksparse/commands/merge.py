@@ -7,12 +7,16 @@ import shutil
 from argparse import ArgumentParser
 from typing import Any
 
-from .base import Command, add_flags, boolean, read_settings
+from .base import Command, add_flags, boolean, dataset, read_settings
 
 # Settings of merge_adapter: name → argparse arguments. Defaults are its own.
 _FLAGS: dict[str, dict[str, Any]] = {
     "method": {"help": "masked (default), or solve: the kept weights make up for what the mask discards"},
-    "dataset": {"help": "calibration text: mc4-ko, c4, kowiki, self, or a .txt or .jsonl file; solve needs it"},
+    "dataset": {
+        "type": dataset,
+        "help": "calibration text, which solve needs: mc4-ko, c4, kowiki, self, a .txt or .jsonl file, or a mix: "
+        "mc4-ko=0.5,self=0.5",
+    },
     "tokenizer": {"help": "name or folder, where it is not the base model's own"},
     "num_samples": {"type": int, "help": "calibration sequences"},
     "seq_len": {"type": int, "help": "tokens in each of them"},

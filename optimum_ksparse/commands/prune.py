@@ -8,13 +8,18 @@ from argparse import ArgumentParser
 from dataclasses import asdict
 from typing import Any
 
-from .base import Command, add_flags, boolean, read_recipe
+from .base import Command, add_flags, boolean, dataset, read_recipe
 
 # Settings of SparsityConfig as flags: name → argparse arguments. Defaults are SparsityConfig's own.
 _FLAGS: dict[str, dict[str, Any]] = {
     "method": {"help": "wanda, sparsegpt or magnitude"},
     "pattern": {"help": '"2:4", "4:8", any "n:m" (n nonzero weights in every m), or a share of zeros such as "50%%"'},
-    "dataset": {"help": "calibration text: mc4-ko, c4, kowiki, self, or a .txt or .jsonl file"},
+    "allocation": {"help": "uniform (default), or owl: each layer its own pattern, by what it would lose"},
+    "target_density": {"type": float, "help": "with owl and n:m: mean share of weights to store, such as 0.6"},
+    "dataset": {
+        "type": dataset,
+        "help": "calibration text: mc4-ko, c4, kowiki, self, a .txt or .jsonl file, or a mix: mc4-ko=0.5,self=0.5",
+    },
     "tokenizer": {"help": "name or folder, where it is not the model's own"},
     "num_samples": {"type": int, "help": "calibration sequences"},
     "seq_len": {"type": int, "help": "tokens in each of them"},

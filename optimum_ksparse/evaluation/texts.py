@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..calibration.documents import HELD_OUT_EVERY, HUB_DATASETS, is_held_out, read_file, stream
-from ..config import TEXT_SUFFIXES, describe_dataset
+from ..dataset import TEXT_SUFFIXES, describe_dataset
 
 # Of "kowiki": enough for a stable figure (some 200,000 tokens), little enough to stream in a minute.
 NUM_ARTICLES = 256

@@ -21,7 +21,8 @@ from ..calibration import (
     find_blocks,
     read_tokenizer,
 )
-from ..config import SparsityConfig, check_integer, is_token_ids
+from ..config import SparsityConfig, check_integer
+from ..dataset import is_token_ids
 from ..execution import apply_settings
 from ..version import library_versions
 from .adapted import active, adapted_layers, check_mergeable, describe_adapters, is_sparse, own_adapters

@@ -114,10 +114,21 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "tuning_title": tuning_title,
         "environments": _environments(results),
         "pattern": pattern,
-        "has_kernels": str(pattern) in GROUPS and subject.dtype in ("bfloat16", "float16"),
+        "pruned_to": _pruned_to(report),
+        "has_kernels": report is not None
+        and all(name in GROUPS for name in report.patterns)
+        and subject.dtype in ("bfloat16", "float16"),
         "version": __version__,
         "limited": any(row.protocol.get("limit") for row in measured),
     }
+
+
+def _pruned_to(report: SparsityReport | None) -> str:
+    """The patterns of the layers; of an unstructured one what was asked for, which is their mean."""
+    if report is None:
+        return ""
+    asked = Pattern(str(report.config["pattern"]))
+    return ", ".join(report.patterns) if asked.is_structured else str(asked)
 
 
 def _tunings(rows: list[Measurement]) -> list[tuple[str | None, dict[str, Any]]]:

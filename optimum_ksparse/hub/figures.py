@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def _output_errors(report: SparsityReport) -> Any:
     figure = _figure(8, 4)
     axes = figure.add_subplot()
     for kind in report.kinds():
-        points = [(i, layer.relative_output_error) for i, layer in enumerate(kind.layers)]
-        points = [(i, error) for i, error in points if error is not None]
+        rows = [(_block(layer.name, i), layer.relative_output_error) for i, layer in enumerate(kind.layers)]
+        points = [(block, error) for block, error in rows if error is not None]
         if points:
             name = kind.name.split(".*.")[-1]
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=_plain(name))
@@ -82,6 +83,12 @@ def _output_errors(report: SparsityReport) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
+
+
+def _block(name: str, otherwise: int) -> int:
+    """The number of the block that a layer is in: in some blocks it may be dense."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else otherwise
 
 
 def _dense_and_sparse(results: EvaluationResults) -> Any:

@@ -13,7 +13,6 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..calibration.documents import HUB_DATASETS
 from ..evaluation import Baseline, EvaluationResults
-from ..pattern import Pattern
 from ..pruners import METHODS
 from ..report import SparsityReport
 from .model_index import METRICS, index_entries, metric_types
@@ -80,13 +79,14 @@ def build_metadata(
         inherited: of the base model's card: license, language, pipeline tag.
         tags: further tags.
     """
-    language, dataset = inherited.get("language"), None
+    language = inherited.get("language")
+    names: list[str] = []
     found_tags = ["optimum-ksparse", "sparse", "pruned"]
     if report is not None:
-        dataset = report.calibration.get("dataset")
-        found_tags += [str(report.config.get("method")), _pattern_tag(str(report.config.get("pattern")))]
-    repository = HUB_DATASETS[dataset][0] if isinstance(dataset, str) and dataset in HUB_DATASETS else None
-    if language is None and dataset in ("mc4-ko", "kowiki"):
+        names = _hub_datasets(report.calibration)
+        tags_of_patterns = dict.fromkeys(_pattern_tag(pattern) for pattern in report.patterns)
+        found_tags += [str(report.config.get("method")), *tags_of_patterns]
+    if language is None and names and all(name in ("mc4-ko", "kowiki") for name in names):
         language = "ko"
     measured = results.sparse if results is not None else []
     found_metrics = {metric for row in measured for metric in metric_types(row)}
@@ -101,12 +101,18 @@ def build_metadata(
         pipeline_tag=inherited.get("pipeline_tag") or ("text-generation" if is_causal else None),
         base_model=base_model,
         base_model_relation=("adapter" if is_adapter else "quantized") if base_model else None,
-        datasets=[repository] if repository else None,
+        datasets=list(dict.fromkeys(HUB_DATASETS[name][0] for name in names)) or None,
         metrics=metrics or None,
         tags=found_tags + [tag for tag in tags or [] if tag not in found_tags],
         model_name=name if eval_results else None,  # of the model index
         eval_results=eval_results,
     )
+
+
+def _hub_datasets(calibration: dict[str, Any]) -> list[str]:
+    """Names of the calibration data that are on the Hub, alone or in a mix."""
+    found = [part.get("dataset") for part in calibration.get("parts") or [calibration]]
+    return [name for name in found if isinstance(name, str) and name in HUB_DATASETS]
 
 
 def merge_metadata(existing: dict[str, Any], ours: dict[str, Any], *, again: bool = False) -> dict[str, Any]:
@@ -151,5 +157,5 @@ def _without_ours(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pattern_tag(pattern: str) -> str:
-    parsed = Pattern(pattern)
-    return f"{parsed.n}of{parsed.m}" if parsed.is_structured else "unstructured"
+    structured = re.fullmatch(r"(\d+):(\d+)", pattern)
+    return f"{structured[1]}of{structured[2]}" if structured else "unstructured"

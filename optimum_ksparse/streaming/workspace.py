@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..allocation import Allocation
 from ..checkpoint import storage_state_dict
 from ..report import REPORT_NAME, RESULTS_NAME, PrunedBlock, SparsityReport
+from ..staging import write_text
 from .blocks import DiskBlocks
 from .journal import FinishedBlock, Journal, sha256_of, sync
 
 _NAME, _DONE = ".ksparse-pruning", ".ksparse-done"
-_TOKENS = "calibration.safetensors"
+_TOKENS, _ALLOCATION = "calibration.safetensors", "allocation.json"
 # What a folder for a checkpoint may hold beforehand: a repository's own files.
 _HARMLESS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 
@@ -80,8 +83,9 @@ class Workspace:
                 if entry.name != "lock":
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self.journal.save(self.path)
-        for folder in self.path.glob("offload-*"):  # perhaps of more processes than now
-            shutil.rmtree(folder)
+        for name in ("offload-*", "measuring-*"):  # perhaps of more processes than now
+            for folder in self.path.glob(name):
+                shutil.rmtree(folder)
         self._is_open = True
         return self.journal
 
@@ -112,6 +116,21 @@ class Workspace:
             _save_whole({"ids": ids}, path, {"description": json.dumps(description, ensure_ascii=False)})
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("ids").clone(), json.loads(file.metadata()["description"])
+
+    def allocation(self) -> Allocation | None:
+        """The patterns that the run which this one goes on with has chosen; None where it has not. Raises ValueError
+        where their file is damaged."""
+        path = self.path / _ALLOCATION
+        try:
+            return Allocation(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}; start over with resume=False") from None
+
+    def keep_allocation(self, allocation: Allocation) -> None:
+        """Keeps chosen patterns for a later run: measured again, by other threads, sums may be rounded differently."""
+        write_text(self.path / _ALLOCATION, json.dumps(asdict(allocation)) + "\n")
 
     def add_block(self, index: int, state: dict[str, torch.Tensor], layers: Any, pruned: PrunedBlock) -> None:
         """Writes a pruned block. It counts when the journal has been saved."""

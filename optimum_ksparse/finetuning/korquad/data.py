@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ...config import describe_dataset
+from ...dataset import describe_dataset
 from .rows import file_rows, hub_rows
 
 logger = logging.get_logger(__name__)
