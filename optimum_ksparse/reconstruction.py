@@ -74,7 +74,7 @@ def reconstruct_block(
     if replaced is not None:
         replaced += [pair for pair in zip(tuned, original, strict=True) if pair[0].dim() == 1]
     best, lowest, note = original, before, ""
-    with _in_float32(tuned):
+    with _in_float32(block, tuned):
         for epoch, loss in enumerate(_epochs(problem, tuned, config), start=1):
             if not loss <= _DIVERGED * before:
                 note = f"diverged in epoch {epoch} and was stopped; a lower reconstruction_lr may help"
@@ -103,16 +103,18 @@ def _put(parameters: list[nn.Parameter], values: list[torch.Tensor], like: list[
 
 
 @contextmanager
-def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within it the parameters are float32 and want gradients; after it they are as before, without the gradients."""
-    before = [(parameter.dtype, parameter.requires_grad) for parameter in parameters]
+def _in_float32(block: nn.Module, tuned: list[nn.Parameter]) -> Iterator[None]:
+    """Within it what is tuned is float32 and wants gradients, and nothing else of the block does; after it all is as
+    before, without the gradients."""
+    before = [(parameter, parameter.dtype, parameter.requires_grad) for parameter in block.parameters()]
     try:
-        for parameter in parameters:
+        block.requires_grad_(False)
+        for parameter in tuned:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, (dtype, requires_grad) in zip(parameters, before, strict=True):
+        for parameter, dtype, requires_grad in before:
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(requires_grad)
             parameter.grad = None

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.finetuning import prepare_for_training
 from optimum_ksparse.nn import SparseLinear
+from optimum_ksparse.pattern import Pattern
 
 from .adapters import FAMILIES, METHODS, PATTERNS, adapted, logits, same, state, trained, wrapped
 
@@ -191,3 +192,14 @@ def test_full_training_equals_that_of_the_dense_model_under_its_mask(make_pruned
         optimizer.step()
     assert any(isinstance(module, SparseLinear) for module in sparse.modules())
     torch.testing.assert_close(logits(sparse, token_ids), logits(dense, token_ids), rtol=1e-4, atol=1e-5)
+
+
+def test_the_output_may_be_changed_in_place():
+    """As Falcon does, which adds the output of its attention to that of its MLP."""
+    linear = torch.nn.Linear(16, 8)
+    sparse = SparseLinear.from_dense(linear, Pattern("2:4").mask(linear.weight.abs()))
+    x = torch.randn(2, 3, 16)
+    y = sparse(x)
+    y += 1
+    y.sum().backward()
+    assert torch.allclose(sparse.bias.grad, torch.full((8,), 6.0))

@@ -110,7 +110,8 @@ def compute(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ke
     if tokens.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.out_features)
     y = run_candidate(choose(weight, tokens.shape[0], kernel), tokens, weight, bias)
-    return y.view(*x.shape[:-1], weight.out_features)
+    # Not a view for autograd: some models add to a layer's output in place (Falcon, with parallel attention).
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.out_features])  # type: ignore[no-any-return]
 
 
 def tokens_of(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
