@@ -16,7 +16,7 @@ from .dataset import check_dataset, describe_dataset, is_mix, is_token_ids, mix_
 from .nn.kernels import KERNELS
 from .pattern import Pattern
 from .pruners import METHODS, REFINEMENTS, statistics_of
-from .statistics import ColumnNorms
+from .statistics import ColumnNorms, GramMatrix
 
 QUANT_METHOD = "optimum-ksparse"
 # Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes
@@ -27,6 +27,7 @@ STORAGES = ("packed", "dense")
 CALIBRATION_DTYPES = ("bfloat16", "float16")
 ACTIVATIONS = ("pruned", "dense", "mixed")
 RECONSTRUCTIONS = ("block",)
+AUTO = "auto"  # a method that stands for the best of all within a time
 OBJECTIVES = ("memory", "speed")
 DENSIFY = ("never", "lazy")
 
@@ -41,7 +42,9 @@ class SparsityConfig(QuantizationConfigMixin):
 
     Args:
         method: `"admm"` (weights and mask together), `"sparsegpt"`, `"alps"` (slow), `"wanda"` (weights stay as they
-            are) or `"magnitude"` (which reads no data).
+            are), `"magnitude"` (which reads no data), or `"auto"`: all are tried on one block, and what does best on
+            calibration samples that it has not seen, and fits `time_budget`, is taken.
+        time_budget: with `method="auto"`: seconds that pruning may take on this machine; None: any.
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), or a fraction of zeros (`"50%"`, `0.5`).
         allocation: `"uniform"` gives every layer the pattern. `"owl"` gives each its own, from what a pass of the
             calibration data through the dense model measures (the time of one more forward pass): with a fraction of
@@ -121,6 +124,7 @@ class SparsityConfig(QuantizationConfigMixin):
         seq_len: int = 2048,
         batch_size: int = 1,
         seed: int = 0,
+        time_budget: float | None = None,
         refine: str | Sequence[str] | None = None,
         reconstruct: str | None = None,
         reconstruction_epochs: int = 4,
@@ -146,7 +150,10 @@ class SparsityConfig(QuantizationConfigMixin):
         target_density: float | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.method = _one_of("method", method, METHODS)
+        self.method = _one_of("method", method, (*METHODS, AUTO))
+        self.time_budget = None if time_budget is None else _number("time_budget", time_budget, 0, 1e9)
+        if self.time_budget is not None and self.method != AUTO:
+            raise ValueError(f"time_budget={time_budget} is for method={AUTO!r}; method={method!r} takes its time")
         self.pattern = str(Pattern(pattern))
         self.dataset = dataset
         self.tokenizer = _tokenizer("tokenizer", tokenizer)
@@ -203,7 +210,7 @@ class SparsityConfig(QuantizationConfigMixin):
     @property
     def statistics(self) -> type[ColumnNorms] | None:
         """What is to be collected of each layer's inputs; None where the method reads no data."""
-        return statistics_of(self.method, self.refine)
+        return GramMatrix if self.method == AUTO else statistics_of(self.method, self.refine)
 
     @property
     def pruner_settings(self) -> dict[str, Any]:
@@ -219,6 +226,12 @@ class SparsityConfig(QuantizationConfigMixin):
         """A copy with another pattern, for a layer that has its own."""
         own = copy.copy(self)
         own.pattern = str(pattern)
+        return own
+
+    def as_chosen(self, method: str, reconstruct: str | None) -> SparsityConfig:
+        """A copy with what `method="auto"` is to try, or has chosen."""
+        own = copy.copy(self)
+        own.method, own.reconstruct = method, reconstruct
         return own
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -140,14 +141,11 @@ def prune_blocks(
 
     def step(index: int, block: nn.Module) -> list[PrunedBlock]:
         dense = _dense_outputs(index, block, config, replay, original)
-        rows = _prune_block(blocks, index, targets[index], config, replay, replaced, processes, patterns or {})
-        pruned = PrunedBlock(rows)
-        if replay is not None:
-            if config.reconstruct is not None and dense is not None:
-                kept = None if replaced is None else replaced.tuned
-                pruned.reconstruction = reconstruct_block(index, block, replay, dense, config, processes, kept)
-            if index + 1 < total:
-                _advance(index, block, config, replay, dense)
+        pruned = prune_one_block(
+            blocks, index, targets[index], config, replay, dense, replaced, processes, patterns or {}
+        )
+        if replay is not None and index + 1 < total:
+            _advance(index, block, config, replay, dense)
         if finished is not None:
             finished(index, pruned)
         targets[index] = {}  # the last hold on the block's dense weights
@@ -162,6 +160,26 @@ def prune_blocks(
         tokens=tokens,
         show=processes.is_main,
     )
+
+
+def prune_one_block(
+    blocks: DecoderBlocks,
+    index: int,
+    targets: dict[str, Layer],
+    config: SparsityConfig,
+    replay: BlockReplay | None,
+    dense: Activations | None,
+    replaced: Replaced | None,
+    processes: Processes,
+    patterns: Mapping[str, str] = MappingProxyType({}),
+) -> PrunedBlock:
+    """Prunes the layers of a block, which is resident, and reconstructs it where `config` says so. Arguments as in
+    `prune_blocks`, of this block; `dense` are the outputs that it is to give."""
+    pruned = PrunedBlock(_prune_block(blocks, index, targets, config, replay, replaced, processes, patterns))
+    if config.reconstruct is not None and replay is not None and dense is not None:
+        kept, block = None if replaced is None else replaced.tuned, blocks.blocks[index]
+        pruned.reconstruction = reconstruct_block(index, block, replay, dense, config, processes, kept)
+    return pruned
 
 
 def _dense_outputs(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -67,7 +67,7 @@ def reconstruct_block(
         The block's row for the report.
     """
     started = time.perf_counter()
-    problem = _Problem(index, block, replay, targets, processes)
+    problem = _Problem(OutputLoss(index, block, replay, targets, processes))
     before = problem.held_out_loss()
     tuned = _tuned(block)
     original = [parameter.data.clone() for parameter in tuned]
@@ -132,12 +132,12 @@ def _epochs(problem: _Problem, parameters: list[nn.Parameter], config: SparsityC
         return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    order = torch.Generator().manual_seed(config.seed + problem.index)
+    order = torch.Generator().manual_seed(config.seed + problem.loss.index)
     for _ in range(config.reconstruction_epochs):
         for batches in problem.steps(order):
             with torch.enable_grad():
                 for batch in batches:
-                    (problem.loss(batch) / len(batches)).backward()
+                    (problem.loss.of(batch) / len(batches)).backward()
             problem.average_gradients(parameters)
             optimizer.step()
             optimizer.zero_grad()
@@ -145,35 +145,68 @@ def _epochs(problem: _Problem, parameters: list[nn.Parameter], config: SparsityC
         yield problem.held_out_loss()
 
 
-class _Problem:
-    """A block's inputs, its targets and the loss between.
+class OutputLoss:
+    """How far the outputs of a block are from its targets: mean squared error in units of each channel's energy.
 
-    Attributes:
-        num_steps: of an epoch, the same in all processes.
+    Args:
+        index, block: the block.
+        replay: its inputs.
+        targets: what it is to give, batch by batch.
+        processes: which share the samples.
     """
 
     def __init__(
         self, index: int, block: nn.Module, replay: BlockReplay, targets: Activations, processes: Processes
     ) -> None:
-        self.index, self.processes = index, processes
-        self._block, self._replay, self._targets = block, replay, targets
-        number = len(targets)
-        self._held_out = list(range(_HELD_OUT - 1, number, _HELD_OUT)) or [number - 1]
-        self._batches = [batch for batch in range(number) if batch not in self._held_out] or self._held_out
-        tokens = targets[0].shape[:-1].numel()
-        self._per_step = max(1, min(len(self._batches), _STEP_TOKENS // tokens))
-        self.num_steps = max(processes.gather(-(-len(self._batches) // self._per_step)))
+        self.index, self.processes, self.targets = index, processes, targets
+        self._block, self._replay = block, replay
         self._limit, self._energy = self._scales()
 
     def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The median norm of the targets' tokens, and the mean energy of each channel, [hidden] float32, where tokens
         are cut down to that norm."""
-        norms = torch.cat([target.float().norm(dim=-1).flatten().cpu() for target in self._targets])
-        limit = torch.cat(self.processes.gather(norms)).median().to(self._targets.device)
-        energies = [(t.float() * _cut(t, limit)).square().flatten(0, -2).mean(0) for t in self._targets]
+        norms = torch.cat([target.float().norm(dim=-1).flatten().cpu() for target in self.targets])
+        limit = torch.cat(self.processes.gather(norms)).median().to(self.targets.device)
+        energies = [(t.float() * _cut(t, limit)).square().flatten(0, -2).mean(0) for t in self.targets]
         energy = torch.stack(energies).mean(0)
         self.processes.average([energy])
-        return limit, energy.clamp(min=_LEAST_ENERGY * float(energy.mean()))
+        return limit, energy.clamp(min=max(_LEAST_ENERGY * float(energy.mean()), torch.finfo(torch.float32).tiny))
+
+    def of(self, batch: int) -> torch.Tensor:
+        """Of one batch, float32."""
+        with self._precision():
+            output = self._replay.output(self.index, self._block, batch)
+        target = self.targets[batch]
+        error = (output.float() - target.float()) * _cut(target, self._limit)
+        return (error.square() / self._energy).mean()
+
+    def mean(self, batches: Iterable[int]) -> float:
+        """Mean over some batches of each process."""
+        everyone = self.processes.gather([float(self.of(batch)) for batch in batches])
+        losses = [loss for losses_of_one in everyone for loss in losses_of_one]
+        return sum(losses) / len(losses)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """Of products of 16-bit inputs with weights that are float32 for now. float16 has no room for gradients."""
+        device, low = self.targets.device, self.targets[0].dtype in _LOW_PRECISION
+        return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+
+
+class _Problem:
+    """The batches that a block is tuned on, those that are held out, and the loss.
+
+    Attributes:
+        num_steps: of an epoch, the same in all processes.
+    """
+
+    def __init__(self, loss: OutputLoss) -> None:
+        self.loss, self.processes = loss, loss.processes
+        number = len(loss.targets)
+        self._held_out = held_out(number)
+        self._batches = [batch for batch in range(number) if batch not in self._held_out] or self._held_out
+        tokens = loss.targets[0].shape[:-1].numel()
+        self._per_step = max(1, min(len(self._batches), _STEP_TOKENS // tokens))
+        self.num_steps = max(self.processes.gather(-(-len(self._batches) // self._per_step)))
 
     def steps(self, order: torch.Generator) -> Iterator[list[int]]:
         """The batches of each step of an epoch, in an order drawn anew. A process with fewer batches than others
@@ -190,25 +223,14 @@ class _Problem:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             self.processes.average([parameter.grad for parameter in parameters if parameter.grad is not None])
 
-    def loss(self, batch: int) -> torch.Tensor:
-        """Of one batch, float32."""
-        with self._precision():
-            output = self._replay.output(self.index, self._block, batch)
-        target = self._targets[batch]
-        error = (output.float() - target.float()) * _cut(target, self._limit)
-        return (error.square() / self._energy).mean()
-
     def held_out_loss(self) -> float:
         """Mean over the batches that are held out, of all processes."""
-        losses = [float(self.loss(batch)) for batch in self._held_out]
-        everyone = [loss for losses_of_one in self.processes.gather(losses) for loss in losses_of_one]
-        return sum(everyone) / len(everyone)
+        return self.loss.mean(self._held_out)
 
-    def _precision(self) -> AbstractContextManager[object]:
-        """Of products of 16-bit inputs with weights that are float32 for now. float16 has no room for gradients."""
-        hidden = self._targets.device
-        low = self._targets[0].dtype in _LOW_PRECISION
-        return torch.autocast(hidden.type, torch.bfloat16) if low else nullcontext()
+
+def held_out(number: int) -> list[int]:
+    """Which of `number` batches are held out; of one alone, that one, which then is not."""
+    return list(range(_HELD_OUT - 1, number, _HELD_OUT)) or [number - 1]
 
 
 def _cut(target: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,54 @@ class BlockReport:
 
 
 @dataclass
+class Trial:
+    """What `method="auto"` found of one method: the loss of a pruned block on calibration tokens that it had not seen
+    (1 is the energy of the outputs), and about how many seconds the whole model would take, the trials included."""
+
+    method: str
+    reconstruct: str | None
+    loss: float
+    seconds: float
+    fits: bool
+
+    @property
+    def name(self) -> str:
+        return self.method if self.reconstruct is None else f"{self.method} + {self.reconstruct}"
+
+
+@dataclass
+class MethodChoice:
+    """What `method="auto"` has chosen.
+
+    Attributes:
+        method, reconstruct: the settings taken.
+        block: the number of the block on which they were tried.
+        time_budget: seconds allowed; None for any.
+        trials: all that was tried.
+    """
+
+    method: str
+    reconstruct: str | None
+    block: int
+    time_budget: float | None
+    trials: list[Trial]
+
+    def __post_init__(self) -> None:
+        self.trials = [Trial(**trial) if isinstance(trial, dict) else trial for trial in self.trials]
+
+    def __str__(self) -> str:
+        def words(trial: Trial) -> str:
+            return f"{trial.name} {trial.loss:.4f} ({trial.seconds:.0f} s{'' if trial.fits else ', too long'})"
+
+        name = self.method if self.reconstruct is None else f"{self.method} + {self.reconstruct}"
+        allowed = "any time" if self.time_budget is None else f"{self.time_budget:g} s"
+        tried = ", ".join(words(trial) for trial in self.trials)
+        return (
+            f"chosen by auto: {name}, the least loss on unseen tokens in block {self.block} within {allowed}: {tried}"
+        )
+
+
+@dataclass
 class PrunedBlock:
     """What there is to report of a block: a row for each layer, and one of its reconstruction, where there was one."""
 
@@ -99,6 +147,7 @@ class SparsityReport:
         layers: one `LayerReport` for each sparse layer, in the order of the model.
         reconstruction: one `BlockReport` for each block that was reconstructed. The output errors of its layers are
             those before.
+        choice: what `method="auto"` chose, and why.
         skipped: linear maps left dense, each with the reason.
         base_model: what was pruned, as it was named (a local folder by its last part).
         base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
@@ -113,6 +162,7 @@ class SparsityReport:
     calibration: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     reconstruction: list[BlockReport] = field(default_factory=list)
+    choice: MethodChoice | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     base_revision: str | None = None
@@ -123,6 +173,13 @@ class SparsityReport:
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def method(self) -> str:
+        """The method and what followed it, as a card or a table names them: such as "admm + block"."""
+        settings = self.config if self.choice is None else {**self.config, **asdict(self.choice)}
+        steps = [settings.get("method"), *(self.config.get("refine") or ()), settings.get("reconstruct")]
+        return " + ".join(str(step) for step in steps if step)
 
     @property
     def num_weights(self) -> int:
@@ -183,6 +240,8 @@ class SparsityReport:
             check_keys(data, [f.name for f in fields(cls)], "the report")
             data["layers"] = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
             data["reconstruction"] = [BlockReport(**row) for row in data.get("reconstruction", ())]
+            if data.get("choice") is not None:
+                data["choice"] = MethodChoice(**data["choice"])
             return cls(**data)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.path.basename(path)} is not a report of optimum-ksparse: {error}") from error
@@ -218,6 +277,8 @@ class SparsityReport:
             f"{self.num_parameters:,} parameters; packed {self.packed_bytes:,} of {self.dense_bytes:,} bytes "
             f"({self.packed_ratio:.4f})"
         )
+        if self.choice is not None:
+            lines.append(str(self.choice))
         if self.reconstruction:
             lines.append(_reconstruction_line(self.reconstruction))
         if self.config.get("allocation") == "owl":

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from optimum_ksparse import Pattern, SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.allocation import (
+    Allocation,
     LEFT_DENSE,
     OUTLIER_MULTIPLE,
     SPREAD,
@@ -393,10 +394,10 @@ def test_a_run_that_goes_on_keeps_the_patterns(
 def test_a_damaged_choice_is_no_choice(tmp_path: Path) -> None:
     work = run_module.Workspace(tmp_path, {})
     work.path.mkdir()
-    assert work.allocation() is None
+    assert work.kept("allocation", Allocation) is None
     (work.path / "allocation.json").write_text('{"patterns": ')
     with pytest.raises(ValueError, match=r"allocation.json is damaged: .*; start over with resume=False"):
-        work.allocation()
+        work.kept("allocation", Allocation)
 
 
 def test_inputs_whose_squares_overflow_are_named(make_model: MakeModel, owl: Any) -> None:

@@ -141,8 +141,8 @@ def test_an_error_gives_the_model_back(make_model, monkeypatch):
             raise KeyboardInterrupt
         return original(*arguments)
 
-    original = room._Problem.loss
-    monkeypatch.setattr(room._Problem, "loss", fail)
+    original = room.OutputLoss.of
+    monkeypatch.setattr(room.OutputLoss, "of", fail)
     with pytest.raises(KeyboardInterrupt):
         sparsify(model, make_settings())
     after = model.state_dict()

@@ -24,7 +24,8 @@ from ..calibration import (
     use_eager_experts,
 )
 from ..checkpoint import describe_model, layer_records, sparse_experts, sparse_modules
-from ..config import EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source
+from ..choosing import choose_method
+from ..config import AUTO, EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source
 from ..dataset import is_token_ids, needs_tokenizer
 from ..distributed import Processes, current
 from ..execution import apply_settings
@@ -77,7 +78,7 @@ def sparsify(
     stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
     with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
         data = processes.once(lambda: draw_tokens(model, config, tokenizer))
-        replay, allocation = None, None
+        replay, allocation, choice = None, None, None
         if data is not None:
             skip_first = data.begins_with_bos and not config.bos_in_statistics
             ids = share_tokens(data.ids, config.batch_size, processes)
@@ -88,6 +89,9 @@ def sparsify(
             if config.allocation == "owl":
                 allocation = measure_allocation(blocks, targets, config, replayed(), processes=processes)
                 skipped |= leave_dense(blocks, targets, allocation)
+            if config.method == AUTO:
+                choice = choose_method(blocks, targets, config, replayed(), processes=processes)
+                config = config.as_chosen(choice.method, choice.reconstruct)
             replay = replayed()
         replaced = Replaced()
         try:
@@ -105,6 +109,7 @@ def sparsify(
         model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
     note_sensitivities([row for block in pruned for row in block.layers], allocation)
     report = make_report(model, recorded, num_parameters, {} if data is None else data.description, pruned, skipped)
+    report.choice = choice
     report.seconds = round(time.perf_counter() - started, 2)
     model.sparsity_report = report  # type: ignore[assignment]
     return report

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,13 +17,14 @@ from transformers.utils import logging
 from ..allocation import Allocation
 from ..calibration import Activations, BlockReplay, ExpertStack, eager_experts, evaluation_mode, read_tokenizer
 from ..checkpoint import install_layers, layer_records
-from ..config import SparsityConfig
+from ..choosing import choose_method
+from ..config import AUTO, SparsityConfig
 from ..distributed import Processes
 from ..memory import peak_memory
 from ..nn import dense_weight, densified
 from ..pattern import Pattern
 from ..pruning import needs_original, prune_blocks
-from ..report import REPORT_NAME, PrunedBlock, SparsityReport
+from ..report import REPORT_NAME, MethodChoice, PrunedBlock, SparsityReport
 from ..sensitivity import leave_dense, measure_allocation
 from ..streaming import DiskBlocks, Snapshot, WeightFiles, Workspace, check_space, open_checkpoint
 from ..targets import find_targets
@@ -40,6 +41,7 @@ from .model import (
     share_tokens,
 )
 
+T = TypeVar("T")
 logger = logging.get_logger(__name__)
 
 # Activations that are in memory are saved this often: what a killed run has to compute again.
@@ -111,6 +113,8 @@ class CheckpointRun:
             allocation = None if ids is None else self._allocation(disk, targets, ids, data)
             if allocation is not None:
                 skipped |= leave_dense(blocks, targets, allocation)
+            choice = None if ids is None else self._choice(disk, targets, ids, data)
+            config = config if choice is None else config.as_chosen(choice.method, choice.reconstruct)
             replay = None if ids is None or len(done) == len(blocks.blocks) else self._replay(disk, ids, data)
             original = None
             if replay is not None and needs_original(config):
@@ -137,7 +141,7 @@ class CheckpointRun:
                 patterns=own_patterns(allocation),
             )
         note_sensitivities([row for block in pruned for row in block.layers], allocation)
-        processes.once(lambda: self._finish(model, disk, num_parameters, data, pruned, skipped))
+        processes.once(lambda: self._finish(model, disk, num_parameters, data, pruned, skipped, choice))
 
     def _tokens(self, model: PreTrainedModel) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """This process's part of the calibration samples, and the description of all; None without data."""
@@ -175,17 +179,37 @@ class CheckpointRun:
         kept for a later run."""
         if self.config.allocation == "uniform":
             return None
+        return self._measured("allocation", Allocation, measure_allocation, disk, targets, ids, description)
+
+    def _choice(
+        self, disk: DiskBlocks, targets: list[dict[str, Any]], ids: torch.Tensor, description: dict[str, Any]
+    ) -> MethodChoice | None:
+        """What `method="auto"` has chosen, in this run or in the one that it goes on with."""
+        if self.config.method != AUTO:
+            return None
+        return self._measured("choice", MethodChoice, choose_method, disk, targets, ids, description)
+
+    def _measured(
+        self,
+        name: str,
+        kind: type[T],
+        measure: Callable[..., T],
+        disk: DiskBlocks,
+        targets: list[dict[str, Any]],
+        ids: torch.Tensor,
+        description: dict[str, Any],
+    ) -> T:
+        """What is measured on the dense model before the first block is pruned, once for a run and those that go on
+        with it."""
         processes, workspace = self.processes, self.workspace
-        known = processes.once(workspace.allocation)
+        known = processes.once(lambda: workspace.kept(name, kind))
         if known is not None:
             return known
         folder = workspace.folder(f"measuring-{processes.rank}")
         replay = self._replay(disk, ids, description, folder)
-        measured = measure_allocation(
-            disk.blocks, targets, self.config, replay, resident=disk.resident, processes=processes
-        )
+        measured = measure(disk.blocks, targets, self.config, replay, resident=disk.resident, processes=processes)
         shutil.rmtree(folder, ignore_errors=True)
-        processes.once(lambda: workspace.keep_allocation(measured))
+        processes.once(lambda: workspace.keep(name, measured))
         return measured
 
     def _catch_up(self, replay: BlockReplay, disk: DiskBlocks, files: Callable[[Snapshot], list[str]]) -> None:
@@ -252,10 +276,12 @@ class CheckpointRun:
         calibration: dict[str, Any],
         pruned: list[PrunedBlock],
         skipped: dict[str, str],
+        choice: MethodChoice | None,
     ) -> None:
         recorded = record_settings(self.config)
         attach(model, recorded)
         report = make_report(model, recorded, num_parameters, calibration, pruned, skipped)
+        report.choice = choice
         if self.loading.get("subfolder"):
             report.base_arguments = {"subfolder": self.loading["subfolder"]}
         report.source_fingerprint = self.workspace.journal.job["source_fingerprint"]

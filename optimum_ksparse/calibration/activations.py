@@ -43,9 +43,9 @@ class Activations:
         self._turn = 0
         self._device = torch.device("cpu")
 
-    def sibling(self, name: str) -> Activations:
-        """Empty ones of as many batches, which go where these go, under a name of their own."""
-        return Activations(self.num_batches, self._limit, self._folder, f"{self._name}-{name}")
+    def sibling(self, name: str, num_batches: int) -> Activations:
+        """Empty ones, which go where these go, under a name of their own."""
+        return Activations(num_batches, self._limit, self._folder, f"{self._name}-{name}")
 
     def __len__(self) -> int:
         return len(self._memory if self._file is None else self._file)

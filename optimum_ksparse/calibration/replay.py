@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -200,15 +200,20 @@ class BlockReplay:
         self.hidden.replace(hidden)
         self._calls[index].clear()
 
+    def part(self, batches: Sequence[int], name: str) -> BlockReplay:
+        """Another one at the same place, of some of the batches; where they are in files, under that name."""
+        other = copy.copy(self)
+        other.hidden = self.hidden.sibling(name, len(batches))
+        for batch in batches:
+            other.hidden.append(self.hidden[batch])
+        other._calls = [[calls[batch] for batch in batches] if calls else [] for calls in self._calls]
+        other.tokens = torch.cat([self.tokens.split(self.batch_size)[batch] for batch in batches])
+        return other
+
     def fork(self, name: str = "fork") -> BlockReplay:
         """Another one at the same place, whose activations go their own way from here on; where they are in files,
         under that name."""
-        other = copy.copy(self)
-        other.hidden = self.hidden.sibling(name)
-        for batch in self.hidden:
-            other.hidden.append(batch)
-        other._calls = [list(calls) for calls in self._calls]
-        return other
+        return self.part(range(len(self.hidden)), name)
 
     def inputs(
         self, index: int, block: nn.Module, layers: Mapping[str, Layer], leaders: dict[str, str]

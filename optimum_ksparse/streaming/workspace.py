@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..allocation import Allocation
 from ..checkpoint import storage_state_dict
 from ..report import REPORT_NAME, RESULTS_NAME, PrunedBlock, SparsityReport
 from ..staging import write_text
@@ -25,9 +24,12 @@ from .blocks import DiskBlocks
 from .journal import FinishedBlock, Journal, sha256_of, sync
 
 _NAME, _DONE = ".ksparse-pruning", ".ksparse-done"
-_TOKENS, _ALLOCATION = "calibration.safetensors", "allocation.json"
+_TOKENS = "calibration.safetensors"
 # What a folder for a checkpoint may hold beforehand: a repository's own files.
 _HARMLESS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+
+
+T = TypeVar("T")
 
 
 class Workspace:
@@ -117,20 +119,20 @@ class Workspace:
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("ids").clone(), json.loads(file.metadata()["description"])
 
-    def allocation(self) -> Allocation | None:
-        """The patterns that the run which this one goes on with has chosen; None where it has not. Raises ValueError
-        where their file is damaged."""
-        path = self.path / _ALLOCATION
+    def kept(self, name: str, kind: type[T]) -> T | None:
+        """What `keep` of the run which this one goes on with has kept under that name; None where it has not. Raises
+        ValueError where its file is damaged."""
+        path = self.path / f"{name}.json"
         try:
-            return Allocation(**json.loads(path.read_text(encoding="utf-8")))
+            return kind(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}; start over with resume=False") from None
 
-    def keep_allocation(self, allocation: Allocation) -> None:
-        """Keeps chosen patterns for a later run: measured again, by other threads, sums may be rounded differently."""
-        write_text(self.path / _ALLOCATION, json.dumps(asdict(allocation)) + "\n")
+    def keep(self, name: str, value: Any) -> None:
+        """Keeps a dataclass that was measured, for a later run: measured again it may come out otherwise."""
+        write_text(self.path / f"{name}.json", json.dumps(asdict(value)) + "\n")
 
     def add_block(self, index: int, state: dict[str, torch.Tensor], layers: Any, pruned: PrunedBlock) -> None:
         """Writes a pruned block. It counts when the journal has been saved."""

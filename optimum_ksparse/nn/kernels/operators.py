@@ -111,7 +111,7 @@ def compute(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, ke
         return x.new_empty(*x.shape[:-1], weight.out_features)
     y = run_candidate(choose(weight, tokens.shape[0], kernel), tokens, weight, bias)
     # Not a view for autograd: some models add to a layer's output in place (Falcon, with parallel attention).
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.out_features])  # type: ignore[no-any-return]
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.out_features])
 
 
 def tokens_of(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

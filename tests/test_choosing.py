@@ -1,0 +1,105 @@
+"""`method="auto"`: what is tried, what is taken, and the time that it may take."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from optimum_ksparse import SparsityConfig, choosing, prune_checkpoint, sparsify
+from optimum_ksparse.report import MethodChoice, SparsityReport, Trial
+
+TOKENS = torch.randint(0, 384, (16, 24), generator=torch.Generator().manual_seed(3))
+
+
+def make_settings(**changes):
+    return SparsityConfig(**{"method": "auto", "dataset": TOKENS, "batch_size": 2, **changes})
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(choosing, "CANDIDATES", (("wanda", None), ("admm", None), ("admm", "block")))
+
+
+def test_it_takes_the_least_loss_and_prunes_as_if_it_had_been_asked_for(make_model, few):
+    dense = make_model("llama")
+    model, other = copy.deepcopy(dense), copy.deepcopy(dense)
+    report = sparsify(model, make_settings())
+    assert [trial.name for trial in report.choice.trials] == ["wanda", "admm", "admm + block"]
+    best = min(report.choice.trials, key=lambda trial: trial.loss)
+    assert (report.choice.method, report.choice.reconstruct) == (best.method, best.reconstruct)
+    assert report.method == best.name
+    assert f"chosen by auto: {best.name}" in str(report)
+    sparsify(other, make_settings(method=best.method, reconstruct=best.reconstruct))
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_the_time_budget_rules_out_what_takes_too_long(make_model, few, monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(choosing.time, "perf_counter", lambda: float(next(clock)))
+    report = sparsify(make_model("llama"), make_settings(time_budget=70.0))
+    fits = {trial.name: trial.fits for trial in report.choice.trials}
+    assert fits["wanda"] is True and fits["admm"] is False
+    assert "admm + block" not in fits, "what needs more than a method that is too long is not tried"
+    assert report.choice.method == "wanda"
+    assert "too long" in str(report)
+
+
+def test_a_budget_that_nothing_meets_says_the_least_and_changes_nothing(make_model, few):
+    model = make_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"time_budget=0\.0 is too short for any method: the least .* seconds \(wanda\)"):
+        sparsify(model, make_settings(time_budget=0.0))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_disk_to_disk_and_resumed(make_model, few, tmp_path, monkeypatch):
+    model = make_model("gpt_neox")
+    model.save_pretrained(tmp_path / "dense")
+    original = choosing.choose_method
+    calls = []
+    monkeypatch.setattr("optimum_ksparse.api.run.choose_method", lambda *a, **k: calls.append(1) or original(*a, **k))
+
+    def stop(*arguments, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("optimum_ksparse.api.run.prune_blocks", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", make_settings())
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", make_settings())
+    assert len(calls) == 1, "a run that goes on takes what was chosen"
+    assert SparsityReport.load(tmp_path / "sparse/sparsity_report.json").choice == report.choice
+    loaded = type(model).from_pretrained(tmp_path / "sparse")
+    sparsify(model, make_settings(method=report.choice.method, reconstruct=report.choice.reconstruct))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_other_settings_hold_for_all_that_is_tried(make_model):
+    assert ("sparsegpt", None) not in choosing._candidates(make_settings(pattern="4:8", block_size=12))
+    assert all(reconstruct == "block" for _, reconstruct in choosing._candidates(make_settings(reconstruct="block")))
+
+
+def test_a_choice_survives_json():
+    trials = [Trial("wanda", None, 0.5, 3.0, True), Trial("admm", "block", 0.25, 30.0, False)]
+    choice = MethodChoice("wanda", None, 4, 10.0, trials)
+    report = SparsityReport({"method": "auto"}, choice=choice)
+    assert MethodChoice("wanda", None, 4, 10.0, [vars(trial) for trial in trials]) == choice
+    assert report.method == "wanda"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "wanda", "time_budget": 3}, "time_budget=3 is for method='auto'"),
+        ({"time_budget": -1}, "time_budget=-1 is out of range"),
+    ],
+)
+def test_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_settings(**settings)
