@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from optimum_ksparse import Pattern, SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.allocation import (
-    Allocation,
     LEFT_DENSE,
     OUTLIER_MULTIPLE,
     SPREAD,
+    Allocation,
     LayerMeasure,
     allocate,
     block_sparsities,
@@ -439,7 +439,7 @@ def test_the_card(language: str, pattern: str, make_model: MakeModel, owl: Any) 
 
 def test_kinds_keep_structures_apart() -> None:
     def row(name: str, pattern: str) -> LayerReport:
-        return LayerReport(name, (4, 4), pattern, 8, 32, 20, None, 0.0)
+        return LayerReport(name, (4, 5), pattern, round(20 * Pattern(pattern).density), 32, 20, None, 0.0)
 
     report = SparsityReport({}, layers=[row("layers.0.q", "2:4"), row("layers.1.q", "4:8"), row("layers.2.q", "2:4")])
     assert [(kind.pattern, len(kind.layers)) for kind in report.kinds()] == [("2:4", 2), ("4:8", 1)]
