@@ -27,7 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from .calibration import DecoderBlocks, decoder_of, use_eager_experts
-from .config import describe_source
+from .config import DENSE_CONFIG_KEY, SparsityConfig, describe_source
 from .nn import SparseExperts, SparseLinear, dense_weight, is_linear_map
 from .pattern import Pattern, lowest
 
@@ -50,6 +50,24 @@ def sparse_layers(root: nn.Module) -> dict[str, SparseLinear]:
 def sparse_experts(root: nn.Module) -> dict[str, SparseExperts]:
     """All stacks of sparse matrices under `root` by path."""
     return {name: module for name, module in root.named_modules() if isinstance(module, SparseExperts)}
+
+
+def made_with(model: PreTrainedModel) -> SparsityConfig | None:
+    """The settings with which a sparse model, or a dense one that has lost blocks, was made; None for any other."""
+    settings = getattr(model.config, "quantization_config", None)
+    if isinstance(settings, SparsityConfig):
+        return settings
+    return SparsityConfig.from_dict(getattr(model.config, DENSE_CONFIG_KEY)) if has_lost_blocks(model) else None
+
+
+def has_lost_blocks(model: PreTrainedModel) -> bool:
+    """Whether it is a dense model, from which this package has dropped blocks."""
+    return is_dense_record(getattr(model.config, DENSE_CONFIG_KEY, None)) and not sparse_modules(model)
+
+
+def is_dense_record(settings: Any) -> bool:
+    """Whether settings, as a `config.json` keeps them, are those of a dense model that has merely lost blocks."""
+    return isinstance(settings, Mapping) and settings.get("drop_layers") is not None and settings["pattern"] is None
 
 
 def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
@@ -184,13 +202,13 @@ def describe_model(model: PreTrainedModel) -> str | None:
 def storage_state_dict(
     model: PreTrainedModel, root: str, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """`state`, that of the submodule `root` of a sparse model by names in the model, as `save_pretrained` would store
-    it: packed or written out dense, in the form and by the names of the checkpoints of this architecture."""
-    settings: Any = model.config.quantization_config
+    """`state`, that of the submodule `root` of a model by names in the model, as `save_pretrained` would store it:
+    packed or written out dense, in the form and by the names of the checkpoints of this architecture."""
+    settings: Any = getattr(model.config, "quantization_config", None)
     stored = dict(state)
-    if settings.storage == "packed" and sparse_experts(model):
+    if settings is not None and settings.storage == "packed" and sparse_experts(model):
         return stored  # the usual form would take packed experts apart as if they were dense
-    if settings.storage == "dense":
+    if settings is not None and settings.storage == "dense":
         stored = {f"{root}.{name}": tensor for name, tensor in dense_state_dict(model.get_submodule(root)).items()}
     reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, stored)
     return reverted

@@ -27,6 +27,7 @@ STORAGES = ("packed", "dense")
 CALIBRATION_DTYPES = ("bfloat16", "float16")
 ACTIVATIONS = ("pruned", "dense", "mixed")
 RECONSTRUCTIONS = ("block",)
+NO_PATTERN = "none"  # how flags and recipes write pattern=None
 AUTO = "auto"  # a method that stands for the best of all within a time
 OBJECTIVES = ("memory", "speed")
 DENSIFY = ("never", "lazy")
@@ -46,6 +47,7 @@ class SparsityConfig(QuantizationConfigMixin):
             calibration samples that it has not seen, and fits `time_budget`, is taken.
         time_budget: with `method="auto"`: seconds that pruning may take on this machine; None: any.
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), or a fraction of zeros (`"50%"`, `0.5`).
+            None, or `"none"`, with `drop_layers`: nothing is pruned besides, and the model stays a dense one.
         allocation: `"uniform"` gives every layer the pattern. `"owl"` gives each its own, from what a pass of the
             calibration data through the dense model measures (the time of one more forward pass): with a fraction of
             zeros each decoder block its own, with the same mean (OWL); with `n:m` some layers stay dense, and `2n:2m`
@@ -98,6 +100,8 @@ class SparsityConfig(QuantizationConfigMixin):
             where there are no kernels (CPUs, older GPUs) and memory is no concern; `"never"` does not.
         fuse: run layers of a block that read the same input (q, k, v; gate, up) as one product, where that gives the
             same bits.
+        drop_layers: decoder blocks to drop, before anything else: those that change the hidden states least, by the
+            mean of 1 − cosine over the calibration tokens (ShortGPT). It costs one more forward pass of these.
         layers: filled in when a model has been pruned: for each sparse layer its path in the decoder, pattern and
             number of values. Not for users.
 
@@ -117,7 +121,7 @@ class SparsityConfig(QuantizationConfigMixin):
     def __init__(
         self,
         method: str = "wanda",
-        pattern: str | float | Pattern = "2:4",
+        pattern: str | float | Pattern | None = "2:4",
         dataset: Any = "mc4-ko",
         tokenizer: Any = None,
         num_samples: int = 128,
@@ -148,13 +152,16 @@ class SparsityConfig(QuantizationConfigMixin):
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         allocation: str = "uniform",
         target_density: float | None = None,
+        drop_layers: int | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.method = _one_of("method", method, (*METHODS, AUTO))
         self.time_budget = None if time_budget is None else _number("time_budget", time_budget, 0, 1e9)
         if self.time_budget is not None and self.method != AUTO:
             raise ValueError(f"time_budget={time_budget} is for method={AUTO!r}; method={method!r} takes its time")
-        self.pattern = str(Pattern(pattern))
+        # Typed for the code that prunes, which is not reached without one.
+        self.pattern: str = _pattern(pattern)  # type: ignore[assignment]
+        self.drop_layers = None if drop_layers is None else check_integer("drop_layers", drop_layers, 1)
         self.dataset = dataset
         self.tokenizer = _tokenizer("tokenizer", tokenizer)
         self.num_samples = check_integer("num_samples", num_samples, 1)
@@ -189,10 +196,15 @@ class SparsityConfig(QuantizationConfigMixin):
         self.target_density = None if target_density is None else _share("target_density", target_density)
         self.layers = None if layers is None else {name: dict(layer) for name, layer in layers.items()}
 
-        m = Pattern(self.pattern).m
-        if self.method == "sparsegpt" and m is not None and self.block_size % m:
-            raise ValueError(f"block_size={self.block_size} is not a multiple of m={m} of pattern={self.pattern!r}")
-        check_allocation(self.allocation, Pattern(self.pattern), self.target_density, self.needs_data)
+        if self.pattern is None:
+            self._check_nothing_to_prune()
+        else:
+            m = Pattern(self.pattern).m
+            if self.method == "sparsegpt" and m is not None and self.block_size % m:
+                raise ValueError(
+                    f"block_size={self.block_size} is not a multiple of m={m} of pattern={self.pattern!r}"
+                )
+            check_allocation(self.allocation, Pattern(self.pattern), self.target_density, self.prunes_with_data)
         if dataset is not None or self.needs_data:
             check_dataset(dataset)
         if is_mix(dataset):
@@ -202,6 +214,22 @@ class SparsityConfig(QuantizationConfigMixin):
         if is_token_ids(dataset):
             self.num_samples, self.seq_len = token_ids_shape(dataset)
 
+    def _check_nothing_to_prune(self) -> None:
+        """Raises ValueError for `pattern=None` without `drop_layers`, or with a setting that only pruning has."""
+        if self.drop_layers is None:
+            raise ValueError(
+                "pattern=None prunes nothing, and drop_layers drops nothing: name a pattern, such as '2:4', or drop "
+                "blocks with drop_layers"
+            )
+        asked = {"reconstruct": self.reconstruct, "refine": self.refine, "target_density": self.target_density}
+        asked |= {"allocation": None if self.allocation == "uniform" else self.allocation}
+        asked |= {"method": AUTO if self.method == AUTO else None}
+        for name, value in asked.items():
+            if value:
+                raise ValueError(
+                    f"{name}={value!r} has no meaning with pattern=None, which prunes nothing: leave it out"
+                )
+
     @property
     def given(self) -> set[str]:
         """Names of the settings that were passed; the others have their defaults."""
@@ -209,7 +237,9 @@ class SparsityConfig(QuantizationConfigMixin):
 
     @property
     def statistics(self) -> type[ColumnNorms] | None:
-        """What is to be collected of each layer's inputs; None where the method reads no data."""
+        """What is to be collected of each layer's inputs; None where the method reads no data or nothing is pruned."""
+        if self.pattern is None:
+            return None
         return GramMatrix if self.method == AUTO else statistics_of(self.method, self.refine)
 
     @property
@@ -218,9 +248,14 @@ class SparsityConfig(QuantizationConfigMixin):
         return {"refine": self.refine, **{name: getattr(self, name) for name in METHODS[self.method].settings}}
 
     @property
+    def prunes_with_data(self) -> bool:
+        """Whether calibration tokens run through the model while it is pruned."""
+        return self.statistics is not None or self.reconstruct is not None
+
+    @property
     def needs_data(self) -> bool:
         """Whether calibration tokens run through the model at all."""
-        return self.statistics is not None or self.reconstruct is not None
+        return self.prunes_with_data or self.drop_layers is not None
 
     def with_pattern(self, pattern: str | Pattern) -> SparsityConfig:
         """A copy with another pattern, for a layer that has its own."""
@@ -296,6 +331,10 @@ def names_repository(described: str | None, commit: str | None = None) -> bool:
     """Whether what `describe_source` gave is a name on the Hub: with a commit, or of two parts, because a local folder
     is described by its last part alone (which may be somebody else's repository, as "gpt2" is)."""
     return bool(described) and (commit is not None or "/" in str(described))
+
+
+def _pattern(value: Any) -> str | None:
+    return None if value is None or str(value).lower() == NO_PATTERN else str(Pattern(value))
 
 
 def _one_of(name: str, value: Any, allowed: Any) -> str:

@@ -37,9 +37,11 @@ class CheckpointSummary:
     device: str
 
     def to_dict(self) -> dict[str, Any]:
-        totals = {}
+        totals: dict[str, Any] = {}
         if self.report is not None:
             totals = {name: getattr(self.report, name) for name in ("density", "dense_bytes", "packed_bytes")}
+            if self.report.dropped is not None:
+                totals["dropped_blocks"] = self.report.dropped.blocks
         return {
             "checkpoint": self.source,
             "settings": self.settings,

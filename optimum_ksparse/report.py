@@ -104,6 +104,30 @@ class MethodChoice:
 
 
 @dataclass
+class DroppedBlocks:
+    """The decoder blocks that were dropped because they change the hidden states least.
+
+    Attributes:
+        blocks: their numbers in the dense model, in order.
+        scores: of all blocks of the dense model: 1 − cosine of a token's hidden states before and after the block, the
+            mean over the calibration tokens (ShortGPT's Block Influence).
+        num_parameters: of the dense model.
+    """
+
+    blocks: list[int]
+    scores: list[float]
+    num_parameters: int
+
+    def __str__(self) -> str:
+        dropped = ", ".join(f"{block} ({self.scores[block]:.4f})" for block in self.blocks)
+        kept = [score for block, score in enumerate(self.scores) if block not in self.blocks]
+        return (
+            f"dropped {len(self.blocks)} of {len(self.scores)} decoder blocks, those that change the hidden states "
+            f"least (1 - cosine): {dropped}; the others {min(kept):.4f} to {max(kept):.4f}"
+        )
+
+
+@dataclass
 class PrunedBlock:
     """What there is to report of a block: a row for each layer, and one of its reconstruction, where there was one."""
 
@@ -148,12 +172,13 @@ class SparsityReport:
         reconstruction: one `BlockReport` for each block that was reconstructed. The output errors of its layers are
             those before.
         choice: what `method="auto"` chose, and why.
+        dropped: the decoder blocks that were dropped first; the numbers in names of layers are those without them.
         skipped: linear maps left dense, each with the reason.
         base_model: what was pruned, as it was named (a local folder by its last part).
         base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
         base_arguments: what else `from_pretrained` needed to find it: `gguf_file`, `subfolder`.
         source_fingerprint: of the weight files that `prune_checkpoint` read.
-        num_parameters: logical parameters of the whole model, zeros included.
+        num_parameters: logical parameters of the whole model, zeros included, without those of dropped blocks.
         seconds: from the loaded to the pruned model. peak_memory_bytes: of the process (and of the GPU, where used).
         versions: of the libraries that did it.
     """
@@ -163,6 +188,7 @@ class SparsityReport:
     layers: list[LayerReport] = field(default_factory=list)
     reconstruction: list[BlockReport] = field(default_factory=list)
     choice: MethodChoice | None = None
+    dropped: DroppedBlocks | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     base_revision: str | None = None
@@ -176,10 +202,24 @@ class SparsityReport:
 
     @property
     def method(self) -> str:
-        """The method and what followed it, as a card or a table names them: such as "admm + block"."""
+        """The method, what went before it and what followed it, as a card or a table names them: such as "admm +
+        block", "drop 4 blocks + wanda", "drop 4 blocks"."""
+        before = [] if self.dropped is None else [f"drop {len(self.dropped.blocks)} blocks"]
+        if self.is_dense:
+            return " + ".join(before)
         settings = self.config if self.choice is None else {**self.config, **asdict(self.choice)}
-        steps = [settings.get("method"), *(self.config.get("refine") or ()), settings.get("reconstruct")]
+        steps = [*before, settings.get("method"), *(self.config.get("refine") or ()), settings.get("reconstruct")]
         return " + ".join(str(step) for step in steps if step)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing was pruned besides dropping blocks."""
+        return "pattern" in self.config and self.config["pattern"] is None
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense model, dropped blocks included."""
+        return self.num_parameters if self.dropped is None else self.dropped.num_parameters
 
     @property
     def num_weights(self) -> int:
@@ -188,8 +228,8 @@ class SparsityReport:
 
     @property
     def density(self) -> float:
-        """Share of the sparse layers' weights that is kept."""
-        return sum(layer.num_values for layer in self.layers) / max(1, self.num_weights)
+        """Share of the sparse layers' weights that is kept; 1 where there are none."""
+        return sum(layer.num_values for layer in self.layers) / self.num_weights if self.layers else 1.0
 
     @property
     def dense_bytes(self) -> int:
@@ -203,12 +243,15 @@ class SparsityReport:
 
     @property
     def packed_ratio(self) -> float:
-        """Packed bytes as a share of the dense ones."""
-        return self.packed_bytes / max(1, self.dense_bytes)
+        """Packed bytes as a share of the dense ones; 1 where nothing is packed."""
+        return self.packed_bytes / self.dense_bytes if self.layers else 1.0
 
     @property
     def patterns(self) -> list[str]:
-        """The patterns of the layers, each once, in the order of the model; without layers the one asked for."""
+        """The patterns of the layers, each once, in the order of the model; without layers the one asked for. None
+        where nothing was pruned."""
+        if self.is_dense:
+            return []
         return list(dict.fromkeys(layer.pattern for layer in self.layers)) or [str(self.config.get("pattern"))]
 
     @property
@@ -242,6 +285,8 @@ class SparsityReport:
             data["reconstruction"] = [BlockReport(**row) for row in data.get("reconstruction", ())]
             if data.get("choice") is not None:
                 data["choice"] = MethodChoice(**data["choice"])
+            if data.get("dropped") is not None:
+                data["dropped"] = DroppedBlocks(**data["dropped"])
             return cls(**data)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.path.basename(path)} is not a report of optimum-ksparse: {error}") from error
@@ -261,6 +306,12 @@ class SparsityReport:
 
     def __str__(self) -> str:
         """A table with a row for each kind of layer (same path but for the block's number), and the totals."""
+        lines = [] if self.dropped is None else [str(self.dropped)]
+        if self.dropped is not None:
+            lines.append(f"{self.dense_parameters:,} parameters before, {self.num_parameters:,} without these blocks")
+        return "\n".join(lines if self.is_dense else [*self._table(), *lines])
+
+    def _table(self) -> list[str]:
         rows = [("layer", "count", "shape", "pattern", "density", "output error", "seconds")]
         for kind in self.kinds():
             seconds = sum(layer.seconds for layer in kind.layers)
@@ -286,7 +337,7 @@ class SparsityReport:
         lines += [f"left dense: {name}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]
         lines += [f"note: block {row.block}: {row.note}" for row in self.reconstruction if row.note]
-        return "\n".join(lines)
+        return lines
 
 
 def _reconstruction_line(rows: list[BlockReport]) -> str:

@@ -29,7 +29,7 @@ ROOMS = [
     ["experts"],
     ["targets", "reconstruction"],
     ["pruning"],
-    ["sensitivity", "choosing"],
+    ["sensitivity", "choosing", "layer_dropping"],
     ["evaluation"],
     ["finetuning"],
     ["hub"],

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from ..checkpoint import is_dense_record
 from ..config import DENSE_CONFIG_KEY, SparsityConfig, check_integer
 from ..dataset import holds
 from ..distributed import joined
@@ -108,7 +109,7 @@ def _check_arguments(config: SparsityConfig, loading: dict[str, Any]) -> None:
 def _check_dense(source: str | os.PathLike[str], loading: dict[str, Any]) -> None:
     values, _ = PreTrainedConfig.get_config_dict(source, **_hub(loading))
     settings = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
-    if settings is not None:
+    if settings is not None and not is_dense_record(settings):
         raise ValueError(
             f"{source} is quantized or sparse already ({dict(settings).get('quant_method')}): prune the model that it "
             "was made from"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..allocation import Allocation
 from ..calibration import (
     BlockReplay,
     CalibrationTokens,
+    DecoderBlocks,
     ExpertStack,
     calibration_tokens,
     eager_experts,
@@ -25,15 +26,16 @@ from ..calibration import (
 )
 from ..checkpoint import describe_model, layer_records, sparse_experts, sparse_modules
 from ..choosing import choose_method
-from ..config import AUTO, EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source
+from ..config import AUTO, DENSE_CONFIG_KEY, EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source
 from ..dataset import is_token_ids, needs_tokenizer
 from ..distributed import Processes, current
 from ..execution import apply_settings
+from ..layer_dropping import check_drop, drop_blocks, measure_drop
 from ..memory import peak_memory
 from ..pruning import Replaced, prune_blocks
-from ..report import LayerReport, PrunedBlock, SparsityReport
+from ..report import LayerReport, MethodChoice, PrunedBlock, SparsityReport
 from ..sensitivity import leave_dense, measure_allocation
-from ..targets import find_targets
+from ..targets import Layer, find_targets
 from ..version import library_versions
 
 
@@ -44,7 +46,7 @@ def sparsify(
     *,
     restore_on_error: bool = True,
 ) -> SparsityReport:
-    """Prunes a loaded model in place and swaps in `SparseLinear`.
+    """Prunes a loaded model in place: drops decoder blocks, where `drop_layers` says so, then swaps in `SparseLinear`.
 
     Everything that can be checked is checked before a weight is touched, one calibration sample run through the dense
     model included. The model is then a sparse one for `save_pretrained`, `push_to_hub`, `Trainer` and `dequantize`;
@@ -59,7 +61,7 @@ def sparsify(
             accelerate.
         config: what to do.
         tokenizer: for calibration text; None takes `config.tokenizer`, then the model's own name.
-        restore_on_error: on an error or Ctrl-C give the model its dense modules back. They stay in memory until the
+        restore_on_error: on an error or Ctrl-C give the model its dense modules and its dropped blocks back. They stay in memory until the
             end for that; False lets each go as it is pruned, and leaves a model to throw away.
 
     Raises:
@@ -71,20 +73,66 @@ def sparsify(
     started = time.perf_counter()
     processes = current()
     blocks = find_blocks(model)
+    if config.drop_layers is not None:
+        check_drop(blocks, config.drop_layers)
     targets, skipped = find_targets(blocks, config)
     processes.agree({"model": type(model).__name__, "blocks": len(blocks.blocks), **config.to_dict()})
     recorded = record_settings(config)
-    num_parameters = model.num_parameters()
-    stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
-    with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         data = processes.once(lambda: draw_tokens(model, config, tokenizer))
-        replay, allocation, choice = None, None, None
-        if data is not None:
-            skip_first = data.begins_with_bos and not config.bos_in_statistics
-            ids = share_tokens(data.ids, config.batch_size, processes)
+    dropped, choice, allocation = None, None, None
+    with ExitStack() as undo:
+        if config.drop_layers is not None and data is not None:
+            with evaluation_mode(model), torch.no_grad():
+                replay = start_replay(blocks, config, data, processes)
+                dropped = measure_drop(blocks, config.drop_layers, replay, processes=processes)
+            put_back = drop_blocks(blocks, dropped.blocks)
+            if restore_on_error:
+                undo.callback(put_back)
+            targets, skipped = find_targets(blocks, config)
+        num_parameters = model.num_parameters()
+        pruned: list[PrunedBlock] = []
+        if config.pattern is not None:
+            pruned, allocation, choice = _prune(
+                blocks, targets, skipped, config, data, processes, Replaced() if restore_on_error else None
+            )
+        undo.pop_all()
+
+    attach(model, recorded)
+    apply_settings(model, config)
+    if config.tokenizer is not None:
+        model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
+    note_sensitivities([row for block in pruned for row in block.layers], allocation)
+    report = make_report(model, recorded, num_parameters, {} if data is None else data.description, pruned, skipped)
+    report.choice, report.dropped = choice, dropped
+    report.seconds = round(time.perf_counter() - started, 2)
+    model.sparsity_report = report  # type: ignore[assignment]
+    return report
+
+
+def _prune(
+    blocks: DecoderBlocks,
+    targets: list[dict[str, Layer]],
+    skipped: dict[str, str],
+    config: SparsityConfig,
+    data: CalibrationTokens | None,
+    processes: Processes,
+    replaced: Replaced | None,
+) -> tuple[list[PrunedBlock], Allocation | None, MethodChoice | None]:
+    """Measures the model without dropped blocks, where that is asked for, and prunes it. An error puts back what
+    `replaced` was given. What the allocation leaves dense is added to `skipped`."""
+    allocation, choice = None, None
+    stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
+    with (
+        evaluation_mode(blocks.model),
+        eager_experts(blocks.model) if stacked else nullcontext(),
+        torch.no_grad(),
+    ):
+        replay = None
+        if data is not None and config.prunes_with_data:
 
             def replayed() -> BlockReplay:
-                return BlockReplay(blocks, ids, config.batch_size, skip_first, dtype=calibration_dtype(config))
+                return start_replay(blocks, config, data, processes)
 
             if config.allocation == "owl":
                 allocation = measure_allocation(blocks, targets, config, replayed(), processes=processes)
@@ -93,26 +141,24 @@ def sparsify(
                 choice = choose_method(blocks, targets, config, replayed(), processes=processes)
                 config = config.as_chosen(choice.method, choice.reconstruct)
             replay = replayed()
-        replaced = Replaced()
         try:
-            kept = replaced if restore_on_error else None
             pruned = prune_blocks(
-                blocks, targets, config, replay, kept, processes=processes, patterns=own_patterns(allocation)
+                blocks, targets, config, replay, replaced, processes=processes, patterns=own_patterns(allocation)
             )
         except BaseException:
-            replaced.restore(blocks.decoder)
+            if replaced is not None:
+                replaced.restore(blocks.decoder)
             raise
+    return pruned, allocation, choice
 
-    attach(model, recorded)
-    apply_settings(model, config)
-    if config.tokenizer is not None:
-        model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
-    note_sensitivities([row for block in pruned for row in block.layers], allocation)
-    report = make_report(model, recorded, num_parameters, {} if data is None else data.description, pruned, skipped)
-    report.choice = choice
-    report.seconds = round(time.perf_counter() - started, 2)
-    model.sparsity_report = report  # type: ignore[assignment]
-    return report
+
+def start_replay(
+    blocks: DecoderBlocks, config: SparsityConfig, data: CalibrationTokens, processes: Processes
+) -> BlockReplay:
+    """This process's calibration activations at the first block."""
+    skip_first = data.begins_with_bos and not config.bos_in_statistics
+    ids = share_tokens(data.ids, config.batch_size, processes)
+    return BlockReplay(blocks, ids, config.batch_size, skip_first, dtype=calibration_dtype(config))
 
 
 def record_settings(config: SparsityConfig) -> SparsityConfig:
@@ -167,8 +213,14 @@ def make_report(
 
 
 def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
-    """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags."""
+    """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags. One that
+    has merely lost blocks stays a dense one, whose config keeps the settings."""
     config.layers = layer_records(model)
+    if config.pattern is None:
+        setattr(model.config, DENSE_CONFIG_KEY, config.to_dict())
+        return
+    if hasattr(model.config, DENSE_CONFIG_KEY):  # it had lost blocks before
+        delattr(model.config, DENSE_CONFIG_KEY)
     if sparse_experts(model):
         use_eager_experts(model)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,11 +21,12 @@ from ..checkpoint import install_layers, layer_records
 from ..choosing import choose_method
 from ..config import AUTO, SparsityConfig
 from ..distributed import Processes
+from ..layer_dropping import check_drop, drop_blocks, measure_drop
 from ..memory import peak_memory
 from ..nn import dense_weight, densified
 from ..pattern import Pattern
 from ..pruning import needs_original, prune_blocks
-from ..report import REPORT_NAME, MethodChoice, PrunedBlock, SparsityReport
+from ..report import REPORT_NAME, DroppedBlocks, MethodChoice, PrunedBlock, SparsityReport
 from ..sensitivity import leave_dense, measure_allocation
 from ..streaming import DiskBlocks, Snapshot, WeightFiles, Workspace, check_space, open_checkpoint
 from ..targets import find_targets
@@ -103,13 +105,25 @@ class CheckpointRun:
             **self.loading,
         )
         check_model(model, config)
-        blocks, num_parameters = disk.blocks, model.num_parameters()
+        blocks = disk.blocks
+        if config.drop_layers is not None:
+            check_drop(blocks, config.drop_layers)
         targets, skipped = find_targets(blocks, config)
+        with evaluation_mode(model), torch.no_grad():
+            ids, data = self._tokens(model)
+            dropped = None if ids is None else self._dropped(disk, ids, data)
+        if dropped is not None:
+            kept = [index for index in range(len(blocks.blocks)) if index not in dropped.blocks]
+            drop_blocks(blocks, dropped.blocks)
+            disk.keep(kept)
+            targets, skipped = find_targets(blocks, config)
+        num_parameters = model.num_parameters()
         processes.once(lambda: self._check_space(model, targets))
         done = list(workspace.journal.blocks)
+        if not config.prunes_with_data:
+            ids = None
         stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
         with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
-            ids, data = self._tokens(model)
             allocation = None if ids is None else self._allocation(disk, targets, ids, data)
             if allocation is not None:
                 skipped |= leave_dense(blocks, targets, allocation)
@@ -141,7 +155,9 @@ class CheckpointRun:
                 patterns=own_patterns(allocation),
             )
         note_sensitivities([row for block in pruned for row in block.layers], allocation)
-        processes.once(lambda: self._finish(model, disk, num_parameters, data, pruned, skipped, choice))
+        report = make_report(model, record_settings(self.config), num_parameters, data, pruned, skipped)
+        report.choice, report.dropped = choice, dropped
+        processes.once(lambda: self._finish(model, disk, report))
 
     def _tokens(self, model: PreTrainedModel) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """This process's part of the calibration samples, and the description of all; None without data."""
@@ -172,6 +188,17 @@ class CheckpointRun:
             disk.blocks, ids, batch_size, skip_first, disk.resident, hidden, calibration_dtype(self.config)
         )
 
+    def _dropped(self, disk: DiskBlocks, ids: torch.Tensor, description: dict[str, Any]) -> DroppedBlocks | None:
+        """The blocks to drop: those of the run that this one goes on with, or newly chosen ones."""
+        number = self.config.drop_layers
+        if number is None:
+            return None
+
+        def measure(replay: BlockReplay, **how: Any) -> DroppedBlocks:
+            return measure_drop(disk.blocks, number, replay, **how)
+
+        return self._measured("dropped", DroppedBlocks, measure, disk, ids, description)
+
     def _allocation(
         self, disk: DiskBlocks, targets: list[dict[str, Any]], ids: torch.Tensor, description: dict[str, Any]
     ) -> Allocation | None:
@@ -179,7 +206,8 @@ class CheckpointRun:
         kept for a later run."""
         if self.config.allocation == "uniform":
             return None
-        return self._measured("allocation", Allocation, measure_allocation, disk, targets, ids, description)
+        measure = partial(measure_allocation, disk.blocks, targets, self.config)
+        return self._measured("allocation", Allocation, measure, disk, ids, description)
 
     def _choice(
         self, disk: DiskBlocks, targets: list[dict[str, Any]], ids: torch.Tensor, description: dict[str, Any]
@@ -187,7 +215,8 @@ class CheckpointRun:
         """What `method="auto"` has chosen, in this run or in the one that it goes on with."""
         if self.config.method != AUTO:
             return None
-        return self._measured("choice", MethodChoice, choose_method, disk, targets, ids, description)
+        measure = partial(choose_method, disk.blocks, targets, self.config)
+        return self._measured("choice", MethodChoice, measure, disk, ids, description)
 
     def _measured(
         self,
@@ -195,7 +224,6 @@ class CheckpointRun:
         kind: type[T],
         measure: Callable[..., T],
         disk: DiskBlocks,
-        targets: list[dict[str, Any]],
         ids: torch.Tensor,
         description: dict[str, Any],
     ) -> T:
@@ -207,7 +235,7 @@ class CheckpointRun:
             return known
         folder = workspace.folder(f"measuring-{processes.rank}")
         replay = self._replay(disk, ids, description, folder)
-        measured = measure(disk.blocks, targets, self.config, replay, resident=disk.resident, processes=processes)
+        measured = measure(replay, resident=disk.resident, processes=processes)
         shutil.rmtree(folder, ignore_errors=True)
         processes.once(lambda: workspace.keep(name, measured))
         return measured
@@ -268,20 +296,8 @@ class CheckpointRun:
         for name, peak in (item for peaks_of_one in peaks for item in peaks_of_one.items()):
             journal.peak_memory_bytes[name] = max(peak, journal.peak_memory_bytes.get(name, 0))
 
-    def _finish(
-        self,
-        model: PreTrainedModel,
-        disk: DiskBlocks,
-        num_parameters: int,
-        calibration: dict[str, Any],
-        pruned: list[PrunedBlock],
-        skipped: dict[str, str],
-        choice: MethodChoice | None,
-    ) -> None:
-        recorded = record_settings(self.config)
-        attach(model, recorded)
-        report = make_report(model, recorded, num_parameters, calibration, pruned, skipped)
-        report.choice = choice
+    def _finish(self, model: PreTrainedModel, disk: DiskBlocks, report: SparsityReport) -> None:
+        attach(model, record_settings(self.config))
         if self.loading.get("subfolder"):
             report.base_arguments = {"subfolder": self.loading["subfolder"]}
         report.source_fingerprint = self.workspace.journal.job["source_fingerprint"]
@@ -302,7 +318,8 @@ class CheckpointRun:
 
     def _check_space(self, model: PreTrainedModel, targets: list[dict[str, Any]]) -> None:
         """Raises OSError where the disk is too small for what is still to be written, as far as can be told."""
-        density = self.config.target_density or Pattern(self.config.pattern).density
+        pattern = self.config.pattern
+        density = self.config.target_density or (1.0 if pattern is None else Pattern(pattern).density)
         size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
         pruned = [
             layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)

@@ -190,10 +190,22 @@ class BlockReplay:
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
 
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Makes the outputs of the block at `index` the inputs of the next one. Its arguments are dropped."""
-        self.hidden.replace(self.outputs(index, block))
+    def advance(
+        self, index: int, block: nn.Module, seen: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+    ) -> None:
+        """Makes the outputs of the block at `index` the inputs of the next one. Its arguments are dropped. `seen` is
+        given the hidden states of each batch before and after the block, those positions that count in statistics."""
+        self.hidden.replace(self.outputs(index, block) if seen is None else self._seen(index, block, seen))
         self._calls[index].clear()
+
+    def _seen(
+        self, index: int, block: nn.Module, seen: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> Iterator[torch.Tensor]:
+        for batch in range(len(self._calls[index])):
+            before = self.hidden[batch].clone()  # a block may write into its input
+            after = self.output(index, block, batch)
+            seen(*(self._counted(hidden, hidden.shape[:2]) for hidden in (before, after)))
+            yield after
 
     def take(self, index: int, hidden: Activations) -> None:
         """Goes on to the next block with other inputs than the outputs of the block at `index`."""

@@ -60,7 +60,7 @@ class EvalCommand(Command):
             raise ValueError(f"checkpoint is missing: {_USAGE}")
         protocol = protocol_of(settings)
 
-        from ..checkpoint import sparse_modules
+        from ..checkpoint import has_lost_blocks, sparse_modules
         from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, fingerprint, results_table
         from ..hub import choose_baseline, choose_tokenizer
         from ..report import RESULTS_NAME
@@ -84,7 +84,7 @@ class EvalCommand(Command):
                     f"{output / RESULTS_NAME} holds results of other weights, or of another dtype: move it away, or "
                     "discard it with --overwrite"
                 )
-        if settings.get("baseline") and not sparse_modules(model):
+        if settings.get("baseline") and not sparse_modules(model) and not has_lost_blocks(model):
             raise ValueError("the model is dense: it is its own baseline, measure it without --baseline")
         tokenizer = choose_tokenizer(model, settings.get("tokenizer"), None)
         assert tokenizer is not None  # only tokenizer=False leaves it out
@@ -104,7 +104,7 @@ class EvalCommand(Command):
             results.take_baseline(column)
         if dense is not None:
             report = getattr(model, "sparsity_report", None)
-            size, like, dtype = getattr(report, "num_parameters", None), type(model), model.dtype
+            size, like, dtype = getattr(report, "dense_parameters", None), type(model), model.dtype
             device = settings.get("device_map") or model.device
             del model, report  # the dense model has the machine to itself
             how = {"like": like, "dtype": dtype, "device": device, "num_parameters": size}

@@ -13,7 +13,11 @@ from .base import Command, add_flags, boolean, dataset, read_recipe
 # Settings of SparsityConfig as flags: name → argparse arguments. Defaults are SparsityConfig's own.
 _FLAGS: dict[str, dict[str, Any]] = {
     "method": {"help": "wanda, sparsegpt or magnitude"},
-    "pattern": {"help": '"2:4", "4:8", any "n:m" (n nonzero weights in every m), or a share of zeros such as "50%%"'},
+    "pattern": {
+        "help": '"2:4", "4:8", any "n:m" (n nonzero weights in every m), a share of zeros such as "50%%", or "none", '
+        "with --drop-layers"
+    },
+    "drop_layers": {"type": int, "help": "decoder blocks to drop first: those that change the hidden states least"},
     "allocation": {"help": "uniform (default), or owl: each layer its own pattern, by what it would lose"},
     "target_density": {"type": float, "help": "with owl and n:m: mean share of weights to store, such as 0.6"},
     "dataset": {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import describe_model, sparse_modules
+from ..checkpoint import describe_model, has_lost_blocks, sparse_modules
 from ..config import describe_source
 from ..report import SparsityReport
 from .baseline import Baseline, recorded_baseline, set_aside
@@ -54,7 +54,7 @@ def evaluate_model(
     if not isinstance(results, EvaluationResults) or results.fingerprint != found:
         results = EvaluationResults(found)
     model.evaluation_results = results  # type: ignore[assignment]
-    part = "sparse" if sparse_modules(model) else "dense"
+    part = "sparse" if sparse_modules(model) or has_lost_blocks(model) else "dense"
     if part == "dense":
         if dense:
             raise ValueError("the model is dense: it is its own baseline")
@@ -64,7 +64,7 @@ def evaluate_model(
     _measure_missing(results, part, model, tokenizer, protocol, on_measured)
     if isinstance(dense, Baseline):
         report = getattr(model, "sparsity_report", None)
-        size = report.num_parameters if isinstance(report, SparsityReport) else None
+        size = report.dense_parameters if isinstance(report, SparsityReport) else None
         with set_aside(model) as device:
             evaluate_baseline(
                 results,
@@ -96,7 +96,7 @@ def evaluate_baseline(
 
     Args:
         like: model or class to load it as. dtype, device: of the sparse model; a string or dict is a device map.
-        num_parameters: of the sparse model, zeros included; a dense model with another number is refused.
+        num_parameters: of the dense model that was pruned; one with another number is refused.
 
     Raises:
         ValueError: the dense model is sparse itself, of another size, or was tuned.

@@ -2,7 +2,7 @@
 
 from .push import check_target, push_model
 from .sources import choose_baseline, choose_tokenizer
-from .writing import CARD_NAME, check_language, current_results, read_card, without_peft, write_card
+from .writing import CARD_NAME, check_language, current_results, is_adapter, read_card, without_peft, write_card
 
 __all__ = [
     "CARD_NAME",
@@ -11,6 +11,7 @@ __all__ = [
     "choose_baseline",
     "choose_tokenizer",
     "current_results",
+    "is_adapter",
     "push_model",
     "read_card",
     "without_peft",

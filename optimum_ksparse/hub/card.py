@@ -37,7 +37,8 @@ class CardSubject:
         name: title; `repo_id`: where it is published, None while it is not.
         base_model: Hub id of what was pruned, or of an adapter's sparse base; None for a local folder, whose name is
             then `base_name`. base_revision: its commit.
-        storage: "packed" or "dense". dtype: of the weights. file_bytes: of all weight files.
+        storage: "packed", "dense", or "plain" where nothing is sparse. dtype: of the weights. file_bytes: of all weight
+            files.
         dense_revision: branch that holds the dense variant, or None.
         figures: file → whether it was drawn.
         adapter: None for a model of its own.
@@ -99,7 +100,8 @@ def _view(subject: CardSubject) -> dict[str, Any]:
     """What the templates see."""
     results, report = subject.results, subject.report
     measured = (results.sparse or results.dense) if results is not None else []
-    pattern = Pattern(str(report.config["pattern"])) if report is not None else None
+    is_sparse = report is not None and not report.is_dense
+    pattern = Pattern(str(report.config["pattern"])) if report is not None and is_sparse else None
     return {
         "card": subject,
         "report": report,
@@ -116,6 +118,7 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "pattern": pattern,
         "pruned_to": _pruned_to(report),
         "has_kernels": report is not None
+        and is_sparse
         and all(name in GROUPS for name in report.patterns)
         and subject.dtype in ("bfloat16", "float16"),
         "version": __version__,
@@ -125,7 +128,7 @@ def _view(subject: CardSubject) -> dict[str, Any]:
 
 def _pruned_to(report: SparsityReport | None) -> str:
     """The patterns of the layers; of an unstructured one what was asked for, which is their mean."""
-    if report is None:
+    if report is None or report.is_dense:
         return ""
     asked = Pattern(str(report.config["pattern"]))
     return ", ".join(report.patterns) if asked.is_structured else str(asked)

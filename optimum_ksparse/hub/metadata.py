@@ -29,6 +29,7 @@ _INHERITED: dict[str, tuple[type, ...]] = {
 _UNITED = ("tags", "datasets", "metrics")
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _PATTERN_TAG = re.compile(r"\d+of\d+|unstructured")
+_SPARSE, _DROPPED = "sparse", "layer-dropping"
 _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
 
 
@@ -71,7 +72,8 @@ def build_metadata(
     is_causal: bool = True,
     tags: list[str] | None = None,
 ) -> ModelCardData:
-    """The metadata of a sparse model, or of an adapter on one.
+    """The metadata of a sparse model, of one that has lost blocks, or of an adapter on one. The Hub has no relation to
+    the base for a model without some of its blocks.
 
     Args:
         name: of the model, for the model index.
@@ -81,9 +83,13 @@ def build_metadata(
     """
     language = inherited.get("language")
     names: list[str] = []
-    found_tags = ["optimum-ksparse", "sparse", "pruned"]
+    is_dense = report is not None and report.is_dense
+    found_tags = ["optimum-ksparse", *([] if is_dense else [_SPARSE]), "pruned"]
+    if report is not None and report.dropped is not None:
+        found_tags.append(_DROPPED)
     if report is not None:
         names = _hub_datasets(report.calibration)
+    if report is not None and not is_dense:
         tags_of_patterns = dict.fromkeys(_pattern_tag(pattern) for pattern in report.patterns)
         found_tags += [str(report.config.get("method")), *tags_of_patterns]
     if language is None and names and all(name in ("mc4-ko", "kowiki") for name in names):
@@ -100,7 +106,7 @@ def build_metadata(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=inherited.get("pipeline_tag") or ("text-generation" if is_causal else None),
         base_model=base_model,
-        base_model_relation=("adapter" if is_adapter else "quantized") if base_model else None,
+        base_model_relation=("adapter" if is_adapter else None if is_dense else "quantized") if base_model else None,
         datasets=list(dict.fromkeys(HUB_DATASETS[name][0] for name in names)) or None,
         metrics=metrics or None,
         tags=found_tags + [tag for tag in tags or [] if tag not in found_tags],
@@ -145,7 +151,7 @@ def _without_ours(metadata: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in metadata.items() if key != "model-index"}
     gone: dict[str, Callable[[Any], bool]] = {
         "metrics": lambda item: item in METRICS,
-        "tags": lambda item: item in METHODS or _PATTERN_TAG.fullmatch(str(item)) is not None,
+        "tags": lambda item: item in (*METHODS, _SPARSE, _DROPPED) or _PATTERN_TAG.fullmatch(str(item)) is not None,
         "datasets": lambda item: item in {repository for repository, _ in HUB_DATASETS.values()},
     }
     for key, ours in gone.items():

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checkpoint import describe_model
+from ..checkpoint import describe_model, has_lost_blocks
 from ..config import describe_source
 from ..evaluation import EvaluationProtocol, check_protocol, evaluate_model
 from ..report import REPORT_NAME, TUNING_NAME
@@ -53,13 +53,13 @@ def push_model(
     tags: list[str] | str | None = None,
     readme: str | None = None,
 ) -> CommitInfo:
-    """Publishes a sparse model, or an adapter on one: config, weights, tokenizer, report, results, figures and card in
-    one commit. What did not change is not uploaded again, what a person wrote into the card stays, and weight files
+    """Publishes a sparse model, one that has lost blocks, or an adapter on one: config, weights, tokenizer, report,
+    results, figures and card in one commit. What did not change is not uploaded again, what a person wrote into the card stays, and weight files
     of an earlier push that are no part of this one go. Where it fails nothing is published; a dense variant is a
     commit of its own, after the other.
 
     Args:
-        model: a sparse model of transformers, or a PEFT model on one.
+        model: a sparse model of transformers, one that has lost blocks, or a PEFT model on one.
         repo_id: `"user/name"`, or a name in the token's own namespace.
         evaluate: measure before the push what is not measured yet: the sparse model, then the dense model that it was
             made from, alone on the device. True takes the default protocol.
@@ -105,7 +105,7 @@ def push_model(
             "or `optimum-cli ksparse eval CHECKPOINT --baseline` before the push."
         )
     more_tags = [tags] if isinstance(tags, str) else list(tags or [])
-    message = commit_message or ("Upload adapter" if is_adapter(model) else "Upload sparse model")
+    message = commit_message or (_message(model, plain))
     card: dict[str, Any] = {"language": language, "repo_id": repo_id, "tags": more_tags, "token": token}
     card |= {"dense_revision": dense_revision, "existing": readme or "", "results": results}
     with tempfile.TemporaryDirectory() as folder:
@@ -118,6 +118,12 @@ def push_model(
             _save(model, Path(folder), found_tokenizer, max_shard_size, variant)
             commit_folder(api, repo_id, Path(folder), model, card, message, commit_description, dense_revision)
     return info
+
+
+def _message(model: Any, plain: PreTrainedModel) -> str:
+    if is_adapter(model):
+        return "Upload adapter"
+    return "Upload model without dropped blocks" if has_lost_blocks(plain) else "Upload sparse model"
 
 
 def check_target(
@@ -138,6 +144,8 @@ def _check_storage(model: Any, plain: PreTrainedModel, dense_revision: str | Non
         return
     if is_adapter(model):
         raise ValueError("dense_revision: an adapter has no dense variant; publish its base with one")
+    if has_lost_blocks(plain):
+        raise ValueError("dense_revision: the model is dense itself; leave it out")
     if plain.config.quantization_config.storage == "dense":
         raise ValueError('dense_revision: the model has storage="dense" itself')
 

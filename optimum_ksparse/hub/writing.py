@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoint import describe_model
-from ..config import SparsityConfig, names_repository
+from ..checkpoint import describe_model, made_with
+from ..config import names_repository
 from ..evaluation import Baseline, EvaluationResults, fingerprint, has_head
 from ..report import RESULTS_NAME, SparsityReport
 from ..staging import write_text
@@ -29,14 +29,13 @@ def without_peft(model: Any) -> Any:
 
 
 def sparse_part(model: Any) -> PreTrainedModel:
-    """The transformers model of a sparse model, or of a PEFT model on one.
+    """The transformers model of a sparse model, of one that has lost blocks, or of a PEFT model on one of them.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is none of them.
     """
     plain = without_peft(model)
-    config = getattr(getattr(plain, "config", None), "quantization_config", None)
-    if not isinstance(plain, PreTrainedModel) or not isinstance(config, SparsityConfig):
+    if not isinstance(plain, PreTrainedModel) or made_with(plain) is None:
         raise TypeError(f"{type(model).__name__} is no sparse model: prune it, or load a sparse checkpoint")
     return plain
 
@@ -179,7 +178,7 @@ def write_card_of(
             is_causal=is_causal,
             tags=[*(plain.model_tags or []), *(tags or [])],
         ),
-        storage=plain.config.quantization_config.storage,
+        storage=_storage(plain),
         dtype=str(plain.dtype).removeprefix("torch."),
         file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
         repo_id=repo_id,
@@ -193,6 +192,11 @@ def write_card_of(
     )
     write_text(path, render_card(subject, language, existing))
     return path
+
+
+def _storage(model: PreTrainedModel) -> str:
+    settings = made_with(model)
+    return "plain" if settings is None or settings.pattern is None else settings.storage
 
 
 def _card_source(base_model: str | None, revision: str | None, model: PreTrainedModel, token: Any) -> Baseline | None:

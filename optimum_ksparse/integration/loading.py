@@ -15,7 +15,15 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..api import attach, load_tokenizer, sparsify
 from ..calibration import find_blocks
-from ..checkpoint import check_loaded, commit_of, sparse_experts, sparse_modules, sparsify_dense
+from ..checkpoint import (
+    check_loaded,
+    commit_of,
+    has_lost_blocks,
+    is_dense_record,
+    sparse_experts,
+    sparse_modules,
+    sparsify_dense,
+)
 from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig
 from ..evaluation import EvaluationResults
 from ..execution import apply_settings
@@ -117,7 +125,8 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
 
 
 def _recorded_config(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, Any]) -> SparsityConfig | None:
-    """The settings with which a checkpoint was pruned; None for one that is not sparse."""
+    """The settings with which a checkpoint was pruned; None for one that is not sparse, which may have lost blocks: it
+    is pruned as any other dense one."""
     config = kwargs.get("config")
     if isinstance(config, PreTrainedConfig):
         settings = getattr(config, "quantization_config", None) or getattr(config, DENSE_CONFIG_KEY, None)
@@ -127,6 +136,8 @@ def _recorded_config(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, 
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         values, _ = PreTrainedConfig.get_config_dict(source if config is None else config, **hub)
         settings = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
+    if is_dense_record(settings):
+        return None
     if isinstance(settings, SparsityConfig) or settings is None:
         return settings
     settings = settings if isinstance(settings, dict) else settings.to_dict()
@@ -145,7 +156,7 @@ def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:
     differences = []
     for name in config.given - {*RUN_TIME_SETTINGS, "layers", "tokenizer"}:
         same = passed[name] == found[name]
-        if name == "pattern":
+        if name == "pattern" and None not in (passed[name], found[name]):
             same = Pattern(passed[name]) == Pattern(found[name])
         if not same:
             differences.append(f"{name}: passed {passed[name]!r}, recorded {found[name]!r}")
@@ -172,6 +183,8 @@ def _finish_sparse(
             # Packed experts are stored as they are. Without this note that nothing was converted the model, once it is
             # dense, is saved in its usual format: each expert by itself.
             del model._weight_conversions
+    elif has_lost_blocks(model):
+        pass  # a dense model like any other, with a report
     elif isinstance(dense_settings, dict) and dense_settings.get("layers"):
         recorded = SparsityConfig.from_dict(dense_settings)
         check_loaded(find_blocks(model), info)

@@ -6,14 +6,14 @@ import functools
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint import layer_records, sparse_experts, sparse_modules
+from ..checkpoint import has_lost_blocks, layer_records, made_with, sparse_experts, sparse_modules
 from ..config import DENSE_CONFIG_KEY, SparsityConfig
 from ..evaluation import EvaluationResults, fingerprint
 from ..finetuning import MergeReport
@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 
 def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
-    """Wraps `cls.save_pretrained` once; models without sparse layers pass through."""
+    """Wraps `cls.save_pretrained` once; models that are neither sparse nor have lost blocks pass through."""
     original = cls.save_pretrained
     if getattr(original, "_ksparse", False):
         return
@@ -34,28 +34,32 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
 
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        config = getattr(self.config, "quantization_config", None)
+        config, is_sparse = made_with(self), bool(sparse_modules(self))
         bound = signature.bind(self, *args, **kwargs).arguments
-        if not sparse_modules(self) or not bound.get("is_main_process", True):
+        adapted = getattr(self, "_hf_peft_config_loaded", False)  # then transformers saves the adapter alone
+        is_ours = is_sparse or (has_lost_blocks(self) and not adapted)
+        if not is_ours or not bound.get("is_main_process", True):
             return original(self, *args, **kwargs)
-        if not isinstance(config, SparsityConfig):
+        if config is None:
             raise ValueError(
                 "the model holds sparse modules that sparsify() did not make; nothing could load them again"
             )
         directory = bound["save_directory"]
         if os.path.isfile(directory):
             raise NotADirectoryError(f"save_directory={os.fspath(directory)!r} is a file; pass a folder")
-        config.layers = layer_records(self)
         known = {name: value for name, value in bound.items() if name not in ("self", "push_to_hub", "kwargs")}
         if config.storage == "packed" and sparse_experts(self):
             known["save_original_format"] = False  # it would take packed experts apart as if they were dense
-        given = _given_state_dict(self, bound.get("state_dict"))
-        with staged(directory) as staging, given, _config_for_storage(self, config):
+        with staged(directory) as staging, ExitStack() as as_stored:
+            if is_sparse:
+                config.layers = layer_records(self)
+                as_stored.enter_context(_given_state_dict(self, bound.get("state_dict")))
+                as_stored.enter_context(_config_for_storage(self, config))
             original(self, **{**known, "save_directory": staging})
             for report in (getattr(self, "sparsity_report", None), getattr(self, "merge_report", None)):
                 if isinstance(report, SparsityReport | MergeReport):
                     report.save(staging)
-            if getattr(self, "_hf_peft_config_loaded", False):  # transformers saves the adapter alone
+            if adapted:
                 record(self, staging)
             results = getattr(self, "evaluation_results", None)
             if isinstance(results, EvaluationResults):

@@ -23,7 +23,7 @@ from transformers.utils import CONFIG_NAME
 from ..api import prune_checkpoint
 from ..benchmark import BenchResults
 from ..calibration import read_tokenizer
-from ..config import EXECUTION_SETTINGS, SparsityConfig
+from ..config import EXECUTION_SETTINGS, NO_PATTERN, SparsityConfig
 from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model
 from ..execution import apply_settings
 from ..memory import peak_memory
@@ -153,7 +153,7 @@ class _Run:
     def _speed_up(self, model: Any) -> None:
         """Sparse layers run as the settings say; where there are no kernels for them they are dense from their first
         forward pass on, instead of being decompressed in each."""
-        if self.settings is None:
+        if self.settings is None or self.settings["pattern"] == NO_PATTERN:
             return
         kernels = torch.cuda.is_available() and why_no_kernels(torch.device("cuda")) is None
         how: dict[str, Any] = {"densify": "never" if kernels and self.settings["pattern"] in GROUPS else "lazy"}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import EXECUTION_SETTINGS, SparsityConfig
+from ..config import EXECUTION_SETTINGS, NO_PATTERN, SparsityConfig
 from ..pruners import METHODS
 from .recipe import CALIBRATION, Recipe
 
@@ -63,7 +63,7 @@ class Cell:
 
 
 def grid(recipe: Recipe) -> list[Cell]:
-    """The dense model, then all cells, each once.
+    """The dense model, then all cells, each once; none for the pattern "none" of a method that drops no blocks.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: settings of a cell that `SparsityConfig` refuses; names the cell.
@@ -73,8 +73,11 @@ def grid(recipe: Recipe) -> list[Cell]:
         for pattern in recipe.patterns:
             for calibration in recipe.calibration:
                 for seed in recipe.seeds:
+                    settings = {**recipe.settings, **method, **calibration, "pattern": pattern, "seed": seed}
+                    if pattern == NO_PATTERN and settings.get("drop_layers") is None:
+                        continue  # that is the dense model
                     place = Place(method["name"], pattern, calibration["name"], seed)
-                    cell = _cell(place, {**recipe.settings, **method, **calibration, "pattern": pattern, "seed": seed})
+                    cell = _cell(place, settings)
                     places = cells.setdefault(cell.id, cell).places
                     if cell.places[0] not in places:
                         places += cell.places
@@ -110,6 +113,9 @@ def identity_of(config: SparsityConfig) -> dict[str, Any]:
         if name in defaults and name not in (*_HARMLESS, "layers") and value != defaults[name]
     }
     identity = {name: found[name] for name in _ALWAYS} | changed
+    if config.pattern is None:  # then no setting of pruning changes anything
+        kept = {name: value for name, value in identity.items() if name in ("drop_layers", *_OF_DATA)}
+        return {"method": "drop", "pattern": NO_PATTERN, **kept}
     if reads_data(identity):
         return identity
     return {name: value for name, value in identity.items() if name not in _OF_DATA}
