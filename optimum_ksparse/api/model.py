@@ -61,8 +61,8 @@ def sparsify(
             accelerate.
         config: what to do.
         tokenizer: for calibration text; None takes `config.tokenizer`, then the model's own name.
-        restore_on_error: on an error or Ctrl-C give the model its dense modules and its dropped blocks back. They stay in memory until the
-            end for that; False lets each go as it is pruned, and leaves a model to throw away.
+        restore_on_error: on an error or Ctrl-C give the model its dense modules and its dropped blocks back. They stay
+            in memory until the end for that; False lets each go as it is pruned, and leaves a model to throw away.
 
     Raises:
         TypeError, ValueError: the model cannot be pruned, or the settings or the data do not fit it.

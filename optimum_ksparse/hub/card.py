@@ -37,7 +37,7 @@ class CardSubject:
         name: title; `repo_id`: where it is published, None while it is not.
         base_model: Hub id of what was pruned, or of an adapter's sparse base; None for a local folder, whose name is
             then `base_name`. base_revision: its commit.
-        storage: "packed", "dense", or "plain" where nothing is sparse. dtype: of the weights. file_bytes: of all weight
+        storage: "packed", "dense", or "plain" where nothing is sparse. dtype: of the weights. file_bytes: of all their
             files.
         dense_revision: branch that holds the dense variant, or None.
         figures: file → whether it was drawn.

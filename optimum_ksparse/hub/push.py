@@ -54,9 +54,9 @@ def push_model(
     readme: str | None = None,
 ) -> CommitInfo:
     """Publishes a sparse model, one that has lost blocks, or an adapter on one: config, weights, tokenizer, report,
-    results, figures and card in one commit. What did not change is not uploaded again, what a person wrote into the card stays, and weight files
-    of an earlier push that are no part of this one go. Where it fails nothing is published; a dense variant is a
-    commit of its own, after the other.
+    results, figures and card in one commit. What did not change is not uploaded again, what a person wrote into the
+    card stays, and weight files of an earlier push that are no part of this one go. Where it fails nothing is
+    published; a dense variant is a commit of its own, after the other.
 
     Args:
         model: a sparse model of transformers, one that has lost blocks, or a PEFT model on one.

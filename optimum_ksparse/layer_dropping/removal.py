@@ -190,13 +190,9 @@ def _text_configs(model: PreTrainedModel, total: int) -> list[PreTrainedConfig]:
     """Every object in a model that is its text config, or a copy of it."""
     own = _text_config(model.config)
     configs = {
-        id(found): found for module in model.modules() if (found := getattr(module, "config", None)) is not None
+        id(config): config for config in (own, *(getattr(module, "config", None) for module in model.modules()))
     }
-    return [
-        config
-        for config in {**configs, id(own): own}.values()
-        if type(config) is type(own) and config.num_hidden_layers == total
-    ]
+    return [c for c in configs.values() if type(c) is type(own) and c.num_hidden_layers == total]
 
 
 def _replace_modules(modules: nn.Module, blocks: Sequence[nn.Module]) -> None:
