@@ -202,13 +202,12 @@ class SparsityReport:
 
     @property
     def method(self) -> str:
-        """The method, what went before it and what followed it, as a card or a table names them: such as "admm +
-        block", "drop 4 blocks + wanda", "drop 4 blocks"."""
-        before = [] if self.dropped is None else [f"drop {len(self.dropped.blocks)} blocks"]
+        """The method and what followed it, as a card or a table names them: such as "admm + block"; where nothing was
+        pruned, what else was done."""
         if self.is_dense:
-            return " + ".join(before)
+            return "dropped blocks"
         settings = self.config if self.choice is None else {**self.config, **asdict(self.choice)}
-        steps = [*before, settings.get("method"), *(self.config.get("refine") or ()), settings.get("reconstruct")]
+        steps = [settings.get("method"), *(self.config.get("refine") or ()), settings.get("reconstruct")]
         return " + ".join(str(step) for step in steps if step)
 
     @property
@@ -229,7 +228,7 @@ class SparsityReport:
     @property
     def density(self) -> float:
         """Share of the sparse layers' weights that is kept; 1 where there are none."""
-        return sum(layer.num_values for layer in self.layers) / self.num_weights if self.layers else 1.0
+        return 1.0 if self.is_dense else sum(layer.num_values for layer in self.layers) / max(1, self.num_weights)
 
     @property
     def dense_bytes(self) -> int:
@@ -244,7 +243,7 @@ class SparsityReport:
     @property
     def packed_ratio(self) -> float:
         """Packed bytes as a share of the dense ones; 1 where nothing is packed."""
-        return self.packed_bytes / self.dense_bytes if self.layers else 1.0
+        return 1.0 if self.is_dense else self.packed_bytes / max(1, self.dense_bytes)
 
     @property
     def patterns(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -144,7 +145,7 @@ def test_scores_are_those_of_a_plain_forward_pass(family: str, settings: Any, to
     hook.remove()
     states = [*hidden[:-1], last[0]]  # the last of transformers' is behind the final norm
     expected = []
-    for before, after in zip(states[:-1], states[1:], strict=True):
+    for before, after in itertools.pairwise(states):
         cosines = [
             float(x @ y / (x.norm() * y.norm()))
             for x, y in zip(before.double().flatten(0, 1), after.double().flatten(0, 1), strict=True)
@@ -180,7 +181,6 @@ def test_dropping_then_pruning_is_pruning_the_smaller_model(
     assert_same_tensors(both.state_dict(), one_after_another.state_dict())
     assert not hasattr(one_after_another.config, "ksparse")
     assert len(report.layers) == 14
-    assert report.method == f"drop 2 blocks + {method}"
     assert "dropped 2 of 4 decoder blocks" in str(report)
     both.save_pretrained(tmp_path / "both")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
@@ -360,7 +360,6 @@ def test_a_report_survives_json(tmp_path: Path) -> None:
     report = SparsityReport.load(tmp_path / "sparsity_report.json")
     assert report.dropped == dropped
     assert (report.is_dense, report.dense_parameters, report.density, report.patterns) == (True, 100, 1.0, [])
-    assert report.method == "drop 1 blocks"
 
 
 def make_recipe(**changes: Any) -> Recipe:

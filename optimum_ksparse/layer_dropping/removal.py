@@ -20,6 +20,7 @@ from .settings import smaller, why_not
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 _PLAIN = (bool, int, float, str, type(None))
 _Change = tuple[str, str, Any]  # path of a module, attribute, value
+_Modules = dict[str, nn.Module]
 
 
 def check_drop(blocks: DecoderBlocks, number: int) -> None:
@@ -100,7 +101,7 @@ def _skeleton(model: PreTrainedModel, changes: dict[str, Any]) -> PreTrainedMode
 def _outside(blocks: DecoderBlocks, before: nn.Module, after: nn.Module, prefix: str) -> Iterator[_Change]:
     """Attributes of modules outside the blocks that depend on their number."""
     found = [{n: m for n, m in model.named_modules() if not n.startswith(prefix)} for model in (before, after)]
-    _check_classes(blocks, *found, "")
+    _check_classes(blocks, "", *found)
     for path, name, _, value in _differences(*found):
         yield path, name, value
 
@@ -118,7 +119,7 @@ def _inside(
     old, new = moved
     found = [dict(block.named_modules()) for block in (before, after)]
     where = blocks.name_in_decoder(old, "").removesuffix(".")
-    _check_classes(blocks, *found, where)
+    _check_classes(blocks, where, *found)
     for inner, name, was, value in _differences(*found):
         is_list = isinstance(value, list) and value == changes.get(name)
         if name not in _NUMBERS and not is_list and (type(was), was, value) != (int, old, new):
@@ -130,9 +131,7 @@ def _inside(
         yield f"{path}.{inner}".rstrip("."), name, value
 
 
-def _check_classes(
-    blocks: DecoderBlocks, before: dict[str, nn.Module], after: dict[str, nn.Module], where: str
-) -> None:
+def _check_classes(blocks: DecoderBlocks, where: str, before: _Modules, after: _Modules) -> None:
     for path in {**before, **after}:
         was, now = (type(found.get(path)).__name__ for found in (before, after))
         if was != now:
@@ -142,7 +141,7 @@ def _check_classes(
             )
 
 
-def _differences(before: dict[str, nn.Module], after: dict[str, nn.Module]) -> Iterator[tuple[str, str, Any, Any]]:
+def _differences(before: _Modules, after: _Modules) -> Iterator[tuple[str, str, Any, Any]]:
     """Path, attribute and both values wherever two trees of modules differ in a plain attribute."""
     for path, module in before.items():
         was, now = _attributes(module), _attributes(after[path])
