@@ -71,7 +71,7 @@ def test_defaults_are_stored_in_full():
     config = SparsityConfig()
     assert recorded(config)["quant_method"] == QUANT_METHOD == "optimum-ksparse"
     assert dict(config) == config.to_dict()
-    assert json.loads(config.to_json_string(use_diff=False))["method"] == "wanda"
+    assert json.loads(config.to_json_string(use_diff=False))["method"] == "admm"
     assert '"pattern": "2:4"' in repr(config)
 
 
