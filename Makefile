@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 MODEL ?=
 PATTERN ?= 2:4
-METHOD ?= wanda
+METHOD ?= admm
 DEMO_DIR ?= .demo
 
 .PHONY: demo test check clean

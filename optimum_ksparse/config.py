@@ -42,9 +42,10 @@ class SparsityConfig(QuantizationConfigMixin):
     """How to prune a model, and how to store it.
 
     Args:
-        method: `"admm"` (weights and mask together), `"sparsegpt"`, `"alps"` (slow), `"wanda"` (weights stay as they
-            are), `"magnitude"` (which reads no data), or `"auto"`: all are tried on one block, and what does best on
-            calibration samples that it has not seen, and fits `time_budget`, is taken.
+        method: `"admm"` (weights and mask together: the most accurate in about SparseGPT's time), `"sparsegpt"`,
+            `"alps"` (slow), `"wanda"` (fast; weights stay as they are), `"magnitude"` (which reads no data), or
+            `"auto"`: all are tried on one block, and what does best on calibration samples that it has not seen, and
+            fits `time_budget`, is taken.
         time_budget: with `method="auto"`: seconds that pruning may take on this machine; None: any.
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), or a fraction of zeros (`"50%"`, `0.5`).
             None, or `"none"`, with `drop_layers`: nothing is pruned besides, and the model stays a dense one.
@@ -120,7 +121,7 @@ class SparsityConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        method: str = "wanda",
+        method: str = "admm",
         pattern: str | float | Pattern | None = "2:4",
         dataset: Any = "mc4-ko",
         tokenizer: Any = None,

@@ -171,7 +171,7 @@ def test_other_settings_for_a_sparse_checkpoint_are_an_error(dense, tmp_path, to
     config = SparsityConfig(dataset=token_ids, storage=storage)
     AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config).save_pretrained(tmp_path / "sparse")
     other = SparsityConfig("sparsegpt", "4:8", dataset=token_ids)
-    with pytest.raises(ValueError, match="sparse already.*method: passed 'sparsegpt', recorded 'wanda'.*pattern"):
+    with pytest.raises(ValueError, match="sparse already.*method: passed 'sparsegpt', recorded 'admm'.*pattern"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", sparsity_config=other)
 
 
@@ -303,7 +303,7 @@ def test_settings_for_a_dense_stored_checkpoint_that_lost_its_zeros_are_an_error
 def test_an_interrupted_sparsify_gives_the_dense_model_back(make_model, config, token_ids, monkeypatch, error):
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    prune, calls = METHODS["wanda"].prune, []
+    prune, calls = METHODS[config.method].prune, []
 
     def interrupted(*args, **kwargs):
         calls.append(args)
@@ -311,7 +311,7 @@ def test_an_interrupted_sparsify_gives_the_dense_model_back(make_model, config, 
             raise error("now")
         return prune(*args, **kwargs)
 
-    monkeypatch.setitem(METHODS, "wanda", dataclasses.replace(METHODS["wanda"], prune=interrupted))
+    monkeypatch.setitem(METHODS, config.method, dataclasses.replace(METHODS[config.method], prune=interrupted))
     with pytest.raises(error):
         sparsify(model, config)
     assert not sparse_modules(model)

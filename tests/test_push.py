@@ -214,7 +214,7 @@ def test_arguments_of_transformers(hub: LoopbackHub, model: PreTrainedModel) -> 
     assert (commit.message, commit.description) == ("한국어 message", "Why")
     assert len([name for name in commit.files if name.endswith(".safetensors")]) > 2
     tags = metadata(hub, "somebody/name")["tags"]
-    assert tags == ["optimum-ksparse", "sparse", "pruned", "wanda", "2of4", "korean"]
+    assert tags == ["optimum-ksparse", "sparse", "pruned", "admm", "2of4", "korean"]
     assert all(("authorization" in request.headers) == (request.method != "PUT") for request in hub.requests)
     assert inspect.signature(type(model).push_to_hub) == inspect.signature(PreTrainedModel.push_to_hub.__wrapped__)
 
@@ -359,7 +359,7 @@ def test_what_a_person_wrote_stays(hub: LoopbackHub, model: PreTrainedModel, bas
         "widget": [{"text": "안녕"}],
         "pipeline_tag": "summarization",
     }
-    assert found["tags"] == ["mine", "sparse", "optimum-ksparse", "pruned", "wanda", "2of4"]
+    assert found["tags"] == ["mine", "sparse", "optimum-ksparse", "pruned", "admm", "2of4"]
     assert hub.files(NAME)["notes.md"] == b"mine"
     assert hub.commits(NAME)[-1].changed == sorted({"README.md", "evaluation_results.json", "dense_and_sparse.png"})
 

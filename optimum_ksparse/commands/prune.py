@@ -12,7 +12,13 @@ from .base import Command, add_flags, boolean, dataset, read_recipe
 
 # Settings of SparsityConfig as flags: name → argparse arguments. Defaults are SparsityConfig's own.
 _FLAGS: dict[str, dict[str, Any]] = {
-    "method": {"help": "wanda, sparsegpt or magnitude"},
+    "method": {"help": "admm (default), sparsegpt, alps, wanda, magnitude, or auto: the best within --time-budget"},
+    "time_budget": {"type": float, "help": "with auto: seconds that pruning may take (default: any)"},
+    "refine": {"nargs": "+", "help": "what follows the method: swaps (a better mask), exact (the best weights on it)"},
+    "reconstruct": {"help": "block: tune each block to its dense outputs; slower, much more accurate"},
+    "reconstruction_epochs": {"type": int, "help": "passes over the calibration samples for that"},
+    "reconstruction_lr": {"type": float, "help": "learning rate of that, as a share of each tensor's size"},
+    "activations": {"help": "calibration inputs and targets: pruned, dense or mixed (default: the measured best)"},
     "pattern": {
         "help": '"2:4", "4:8", any "n:m" (n nonzero weights in every m), a share of zeros such as "50%%", or "none", '
         "with --drop-layers"
@@ -31,7 +37,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "calibration_dtype": {"help": "bfloat16: dtype of matrix products while calibrating (default: the weights')"},
     "seed": {"type": int, "help": "draws documents and crops"},
     "block_size": {"type": int, "help": "columns swept at a time by sparsegpt"},
-    "damping": {"type": float, "help": "damping of sparsegpt"},
+    "damping": {"type": float, "help": "of the Gram matrix (default: the method's own)"},
+    "iterations": {"type": int, "help": "of admm, and at most of alps"},
     "true_sequential": {"type": boolean, "help": "collect statistics anew for each group of layers in a block"},
     "modules_to_not_convert": {"nargs": "+", "help": "linear maps to leave dense"},
     "skip_unsupported": {"type": boolean, "help": "leave what cannot be pruned dense, instead of an error"},

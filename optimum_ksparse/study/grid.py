@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import EXECUTION_SETTINGS, NO_PATTERN, SparsityConfig
-from ..pruners import METHODS
+from ..config import EXECUTION_SETTINGS, NO_PATTERN, SETTINGS, SparsityConfig
 from .recipe import CALIBRATION, Recipe
 
 DENSE = "dense"
 # Settings that change nothing in a cell that reads no calibration data.
 _OF_DATA = (*CALIBRATION, "seed", "bos_in_statistics", "calibration_dtype", "true_sequential")
-# Settings that a method without data may have: another one that is set may well read data.
-_WITHOUT_DATA = ("method", "pattern", "modules_to_not_convert", "skip_unsupported", "block_size", "damping")
 # Settings by which no figure changes, but for rounding. (Not config.RUN_TIME_SETTINGS: what is chosen at each
 # load may well change the figures that a cell is there for.)
 _HARMLESS = ("batch_size", "storage", "kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
@@ -104,29 +100,26 @@ def identity_of(config: SparsityConfig) -> dict[str, Any]:
     """The settings that decide the figures: as `config.to_dict()`, which describes files by their SHA-256, without
     those by which none changes, those that are the defaults (so that a setting which a later
     version adds changes no cell of an earlier one) and, where no data are read, those of calibration."""
-    defaults = {name: p.default for name, p in inspect.signature(SparsityConfig.__init__).parameters.items()}
-    execution = {name: getattr(config, name) for name in EXECUTION_SETTINGS}
-    found = json.loads(json.dumps({**execution, **config.to_dict()}))
+    found, defaults = _settings_of(config), _settings_of(SparsityConfig())
     changed = {
         name: value
         for name, value in found.items()
-        if name in defaults and name not in (*_HARMLESS, "layers") and value != defaults[name]
+        if name in SETTINGS and name not in (*_HARMLESS, "layers") and value != defaults[name]
     }
     identity = {name: found[name] for name in _ALWAYS} | changed
     if config.pattern is None:  # then no setting of pruning changes anything
         kept = {name: value for name, value in identity.items() if name in ("drop_layers", *_OF_DATA)}
         return {"method": "drop", "pattern": NO_PATTERN, **kept}
-    if reads_data(identity):
+    if config.needs_data:
         return identity
     return {name: value for name, value in identity.items() if name not in _OF_DATA}
 
 
-def reads_data(settings: Mapping[str, Any]) -> bool:
-    """Whether a cell depends on calibration data: its method reads them, or a setting that is not the default may."""
-    method = METHODS.get(settings["method"])
-    if method is None or method.statistics is not None:
-        return True
-    return not settings.keys() <= {*_WITHOUT_DATA, *_OF_DATA}
+def _settings_of(config: SparsityConfig) -> dict[str, Any]:
+    """All settings as JSON holds them."""
+    execution = {name: getattr(config, name) for name in EXECUTION_SETTINGS}
+    found: dict[str, Any] = json.loads(json.dumps({**execution, **config.to_dict()}))
+    return found
 
 
 def settings_in_words(identity: Mapping[str, Any]) -> str:
