@@ -387,7 +387,7 @@ logging.set_verbosity_error()
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 config = lambda pattern: SparsityConfig(
-    pattern=pattern, drop_layers=2, dataset=torch.load(folder / "ids.pt"), batch_size=2
+    "wanda", pattern, drop_layers=2, dataset=torch.load(folder / "ids.pt"), batch_size=2
 )
 prune_checkpoint(folder / "dense", folder / "disk", config("2:4"))
 with joined() as processes:
