@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import json
@@ -16,7 +17,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
+from optimum_ksparse import EvaluationProtocol, SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.calibration import find_blocks
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.hub import write_card
@@ -28,6 +29,7 @@ from optimum_ksparse.study.grid import grid
 from optimum_ksparse.study.recipe import Recipe
 
 from .conftest import REPOSITORY, VOCABULARY, make_config
+from .loopback_hub import LoopbackHub
 from .test_streaming import assert_same_tensors, tensors
 
 torch.set_num_threads(1)
@@ -352,6 +354,46 @@ def test_it_is_published_as_a_dense_model(tmp_path: Path, settings: Any) -> None
         assert "men2024shortgpt" in text
         assert "layer-dropping" in text.split("---")[1]
         assert "sparse\n" not in text.split("---")[1].replace("optimum-ksparse", "")
+
+
+def test_it_is_pushed_with_its_card_and_measured_beside_the_dense_model(
+    tmp_path: Path, settings: Any, tokenizer: Any, hub: LoopbackHub, token_ids: torch.Tensor
+) -> None:
+    make("llama").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", sparsity_config=settings())
+    (tmp_path / "text.txt").write_text("가나다 " * 100, encoding="utf-8")
+    protocol = EvaluationProtocol(texts=str(tmp_path / "text.txt"), tasks=(), seq_len=16, max_tokens=64)
+    model.push_to_hub("me/small", evaluate=protocol, baseline=tmp_path / "dense", language="ko")
+    files = hub.files("me/small")
+    assert hub.commits("me/small")[-1].message == "Upload model without dropped blocks"
+    assert {"sparsity_report.json", "evaluation_results.json", "tokenizer.json", "README.md"} <= set(files)
+    assert "블록을 뺀 모델" in files["README.md"].decode()
+    again = AutoModelForCausalLM.from_pretrained("me/small")
+    assert len(again.evaluation_results.sparse) == len(again.evaluation_results.dense) == 1
+    with torch.no_grad():
+        assert torch.equal(again(token_ids).logits, model(token_ids).logits)
+    with pytest.raises(ValueError, match="dense_revision: the model is dense itself"):
+        model.push_to_hub("me/small", dense_revision="dense")
+
+
+def test_the_command(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("optimum.commands")
+    from optimum_ksparse.commands.prune import PruneCommand
+
+    parser = argparse.ArgumentParser()
+    PruneCommand.parse_args(parser)
+    make("llama").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("가나다 " * 200, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    flags = "--drop-layers 1 --pattern none --dataset text.txt --num-samples 2 --seq-len 16"
+    for more in ("memory", "disk --stream"):
+        command = PruneCommand.__new__(PruneCommand)
+        command.args = parser.parse_args(f"dense {more} {flags}".split())
+        command.run()
+        assert "dropped 1 of 4 decoder blocks" in capsys.readouterr().out
+    assert_same_tensors(tensors(tmp_path / "memory"), tensors(tmp_path / "disk"))
 
 
 def test_a_report_survives_json(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def draw_figures(directory: Path, report: SparsityReport | None, results: Evalua
         _save(_output_errors(report), directory / ERROR_FIGURE)
         drawn[ERROR_FIGURE] = True
     if results is not None and _drawable(results):
-        _save(_dense_and_sparse(results), directory / RESULTS_FIGURE)
+        ours = "without blocks" if report is not None and report.is_dense else "sparse"
+        _save(_dense_and_sparse(results, ours), directory / RESULTS_FIGURE)
         drawn[RESULTS_FIGURE] = True
     return drawn
 
@@ -91,7 +92,7 @@ def _block(name: str, otherwise: int) -> int:
     return int(found[1]) if found else otherwise
 
 
-def _dense_and_sparse(results: EvaluationResults) -> Any:
+def _dense_and_sparse(results: EvaluationResults, ours: str) -> Any:
     pairs = _drawable(results)
     panels = [(title, [pair for pair in pairs if pair[0].name in names], metric) for title, names, metric in _PANELS]
     panels = [panel for panel in panels if panel[1]]
@@ -100,7 +101,7 @@ def _dense_and_sparse(results: EvaluationResults) -> Any:
     for axes, (title, rows, metric) in zip(
         figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0], panels, strict=True
     ):
-        for offset, color, label, side in ((-0.2, _DENSE, "dense", 1), (0.2, _SPARSE, "sparse", 0)):
+        for offset, color, label, side in ((-0.2, _DENSE, "dense", 1), (0.2, _SPARSE, ours, 0)):
             heights = [pair[side].metrics[metric] for pair in rows]
             bars = axes.bar([i + offset for i in range(len(rows))], heights, 0.38, color=color, label=label)
             axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..calibration import read_tokenizer
-from ..checkpoint import describe_model
+from ..checkpoint import describe_model, made_with
 from ..config import describe_source, names_repository
 from ..evaluation import Baseline, recorded_baseline
 from ..report import SparsityReport
@@ -41,7 +41,7 @@ def recorded_tokenizer(model: PreTrainedModel, **arguments: Any) -> PreTrainedTo
         ValueError: none of them can be loaded.
     """
     report = getattr(model, "sparsity_report", None)
-    recorded = getattr(getattr(model.config, "quantization_config", None), "tokenizer", None)
+    recorded = getattr(made_with(model), "tokenizer", None)
     live = getattr(model, "calibration_tokenizer", None)
     if isinstance(live, PreTrainedTokenizerBase):
         return live
