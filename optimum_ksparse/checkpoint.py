@@ -67,7 +67,7 @@ def has_lost_blocks(model: PreTrainedModel) -> bool:
 
 def is_dense_record(settings: Any) -> bool:
     """Whether settings, as a `config.json` keeps them, are those of a dense model that has merely lost blocks."""
-    return isinstance(settings, Mapping) and settings.get("drop_layers") is not None and settings["pattern"] is None
+    return isinstance(settings, Mapping) and bool(settings.get("drop_layers")) and settings.get("pattern", "") is None
 
 
 def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:

@@ -84,11 +84,13 @@ def sparsify(
     with ExitStack() as undo:
         if config.drop_layers is not None and data is not None:
             with evaluation_mode(model), torch.no_grad():
-                replay = start_replay(blocks, config, data, processes)
-                dropped = measure_drop(blocks, config.drop_layers, replay, processes=processes)
-            put_back = drop_blocks(blocks, dropped.blocks)
+                dropped = measure_drop(
+                    blocks, config.drop_layers, start_replay(blocks, config, data, processes), processes=processes
+                )
             if restore_on_error:
-                undo.callback(put_back)
+                undo.callback(drop_blocks(blocks, dropped.blocks))
+            else:
+                drop_blocks(blocks, dropped.blocks)
             targets, skipped = find_targets(blocks, config)
         num_parameters = model.num_parameters()
         pruned: list[PrunedBlock] = []

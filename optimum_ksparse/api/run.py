@@ -109,6 +109,8 @@ class CheckpointRun:
         if config.drop_layers is not None:
             check_drop(blocks, config.drop_layers)
         targets, skipped = find_targets(blocks, config)
+        if config.drop_layers is None:
+            processes.once(lambda: self._check_space(model, targets))
         with evaluation_mode(model), torch.no_grad():
             ids, data = self._tokens(model)
             dropped = None if ids is None else self._dropped(disk, ids, data)
@@ -117,8 +119,8 @@ class CheckpointRun:
             drop_blocks(blocks, dropped.blocks)
             disk.keep(kept)
             targets, skipped = find_targets(blocks, config)
+            processes.once(lambda: self._check_space(model, targets))
         num_parameters = model.num_parameters()
-        processes.once(lambda: self._check_space(model, targets))
         done = list(workspace.journal.blocks)
         if not config.prunes_with_data:
             ids = None
