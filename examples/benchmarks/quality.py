@@ -3,9 +3,9 @@
 python examples/benchmarks/quality.py MODEL CALIBRATION.jsonl RESULTS.jsonl --texts NAME=FILE[:FIELD]… --runs RUN…
 
 A run is METHOD:PATTERN[:SETTING=VALUE]…, as `admm:2of4:reconstruct=block:seed=1`; `none` is no pattern, which goes
-with `drop_layers=K`. Every run and the dense model are pruned in float32 on 32 samples of 512 tokens, batches of 4, and
-measured on the first windows of 512 of each text; FIELD is that of the JSON lines (`text`); `english` without a file
-is Python's own documentation. Runs that RESULTS holds already are not done again; a table of all closes.
+with `drop_layers=K`. Every run and the dense model are pruned in float32 on 32 samples of 512 tokens, in batches of 4,
+and measured on the first windows of 512 of each text; FIELD is that of the JSON lines (`text`); `english` without a
+file is Python's own documentation. Runs that RESULTS holds already are not done again; a table of all closes.
 """
 
 import argparse
