@@ -116,9 +116,9 @@ def _try_all(
 
 def _candidates(config: SparsityConfig) -> list[tuple[str, str | None]]:
     """Those that go with the other settings."""
-    m = Pattern(config.pattern).m
+    width = Pattern(config.pattern).width
     found = dict.fromkeys((method, config.reconstruct or reconstruct) for method, reconstruct in CANDIDATES)
-    return [pair for pair in found if pair[0] != "sparsegpt" or m is None or config.block_size % m == 0]
+    return [pair for pair in found if pair[0] != "sparsegpt" or config.block_size % width == 0]
 
 
 def _size(layers: dict[str, Layer]) -> int:

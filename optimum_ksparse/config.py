@@ -47,7 +47,9 @@ class SparsityConfig(QuantizationConfigMixin):
             `"auto"`: all are tried on one block, and what does best on calibration samples that it has not seen, and
             fits `time_budget`, is taken.
         time_budget: with `method="auto"`: seconds that pruning may take on this machine; None: any.
-        pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), or a fraction of zeros (`"50%"`, `0.5`).
+        pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), a fraction of zeros (`"50%"`, `0.5`), or
+            that fraction of whole blocks of r outputs x c inputs (`"50%/32x32"`), by the sum of the method's scores in
+            each, over the layer (`sparsegpt`: over each `block_size` columns).
             None, or `"none"`, with `drop_layers`: nothing is pruned besides, and the model stays a dense one.
         allocation: `"uniform"` gives every layer the pattern. `"owl"` gives each its own, from what a pass of the
             calibration data through the dense model measures (the time of one more forward pass): with a fraction of
@@ -79,7 +81,8 @@ class SparsityConfig(QuantizationConfigMixin):
             pruned so far, for both), `"dense"` (the dense model, for both) or `"mixed"` (the inputs of the pruned
             model, the outputs of the dense one). None takes what was measured to be best: `"pruned"` for layers,
             `"mixed"` for reconstruction.
-        block_size: columns that `sparsegpt` sweeps before it updates the rest; `m` must divide it.
+        block_size: columns that `sparsegpt` sweeps before it updates the rest; `m`, or the columns of a block, must
+            divide it.
         damping: share of the mean diagonal that is added to the diagonal of the Gram matrix; None takes the method's
             own (0.01 for `sparsegpt` and `alps`, 0.1 for `admm`).
         iterations: of `admm` (20) and at most of `alps` (300).
@@ -200,11 +203,7 @@ class SparsityConfig(QuantizationConfigMixin):
         if self.pattern is None:
             self._check_nothing_to_prune()
         else:
-            m = Pattern(self.pattern).m
-            if self.method == "sparsegpt" and m is not None and self.block_size % m:
-                raise ValueError(
-                    f"block_size={self.block_size} is not a multiple of m={m} of pattern={self.pattern!r}"
-                )
+            self._check_pattern(Pattern(self.pattern))
             check_allocation(self.allocation, Pattern(self.pattern), self.target_density, self.prunes_with_data)
         if dataset is not None or self.needs_data:
             check_dataset(dataset)
@@ -214,6 +213,17 @@ class SparsityConfig(QuantizationConfigMixin):
         self._description = describe_dataset(dataset)
         if is_token_ids(dataset):
             self.num_samples, self.seq_len = token_ids_shape(dataset)
+
+    def _check_pattern(self, pattern: Pattern) -> None:
+        """Raises ValueError where the method cannot make the pattern."""
+        if self.method == "sparsegpt" and self.block_size % pattern.width:
+            what = f"m={pattern.m}" if pattern.block is None else f"the {pattern.width} columns of a block"
+            raise ValueError(f"block_size={self.block_size} is not a multiple of {what} of pattern={self.pattern!r}")
+        if pattern.block is not None and "swaps" in self.refine:
+            raise ValueError(
+                f"refine='swaps' exchanges single weights, and pattern={self.pattern!r} keeps whole blocks: leave it "
+                "out; refine='exact' works on any mask"
+            )
 
     def _check_nothing_to_prune(self) -> None:
         """Raises ValueError for `pattern=None` without `drop_layers`, or with a setting that only pruning has."""

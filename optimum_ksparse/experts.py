@@ -31,9 +31,9 @@ def unsupported_stack(stack: ExpertStack, pattern: Pattern, dtypes: tuple[torch.
             return f"{what}, and {reading}: its matrices may be stored transposed, or multiplied all at once"
         if weight.dtype not in dtypes:
             return f"{what} in {weight.dtype}; supported: float32, bfloat16, float16"
-        if pattern.m is not None and weight.shape[-1] % pattern.m:
-            features = f"{weight.shape[-1]} input features"
-            return f"{what} with {features}, which m={pattern.m} of pattern {pattern} does not divide"
+        misfit = pattern.misfit(*weight.shape[-2:])
+        if misfit is not None:
+            return f"{what}, each of which {misfit}"
         return None if weight.is_meta or bool(weight.isfinite().all()) else "its weight holds NaN or Inf"
 
 

@@ -206,9 +206,22 @@ class SparsityReport:
         pruned, what else was done."""
         if self.is_dense:
             return "dropped blocks"
-        settings = self.config if self.choice is None else {**self.config, **asdict(self.choice)}
-        steps = [settings.get("method"), *(self.config.get("refine") or ()), settings.get("reconstruct")]
+        reconstruct = self.config.get("reconstruct") if self.choice is None else self.choice.reconstruct
+        steps = [self.pruner, *(self.config.get("refine") or ()), reconstruct]
         return " + ".join(str(step) for step in steps if step)
+
+    @property
+    def pruner(self) -> str | None:
+        """The method that chose the masks; what `method="auto"` has chosen."""
+        return self.config.get("method") if self.choice is None else self.choice.method
+
+    @property
+    def reconstruction_losses(self) -> tuple[float, float] | None:
+        """Mean loss of the reconstructed blocks on held-out tokens, before and after; None where there are none."""
+        rows = self.reconstruction
+        if not rows:
+            return None
+        return sum(row.loss_before for row in rows) / len(rows), sum(row.loss_after for row in rows) / len(rows)
 
     @property
     def is_dense(self) -> bool:
@@ -329,20 +342,16 @@ class SparsityReport:
         )
         if self.choice is not None:
             lines.append(str(self.choice))
-        if self.reconstruction:
-            lines.append(_reconstruction_line(self.reconstruction))
+        if self.reconstruction_losses is not None:
+            seconds = sum(row.seconds for row in self.reconstruction)
+            before, after = self.reconstruction_losses
+            lines.append(
+                f"{len(self.reconstruction)} blocks reconstructed in {seconds:.1f} s: mean loss on held-out tokens "
+                f"{before:.4f} -> {after:.4f}"
+            )
         if self.config.get("allocation") == "owl":
             lines.append(self._allocated())
         lines += [f"left dense: {name}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]
         lines += [f"note: block {row.block}: {row.note}" for row in self.reconstruction if row.note]
         return lines
-
-
-def _reconstruction_line(rows: list[BlockReport]) -> str:
-    number = len(rows)
-    before, after = (sum(getattr(row, name) for row in rows) / number for name in ("loss_before", "loss_after"))
-    seconds = sum(row.seconds for row in rows)
-    return (
-        f"{number} blocks reconstructed in {seconds:.1f} s: mean loss on held-out tokens {before:.4f} -> {after:.4f}"
-    )

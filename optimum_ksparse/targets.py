@@ -91,8 +91,9 @@ def _unsupported(linear: Layer, pattern: Pattern, owners: dict[int, list[str]], 
         weight = dense_weight(linear)
         if weight.dtype not in _DTYPES:
             return f"its weight is {weight.dtype}; supported: float32, bfloat16, float16"
-        if pattern.m is not None and weight.shape[1] % pattern.m:
-            return f"it has {weight.shape[1]} input features, which m={pattern.m} of pattern {pattern} does not divide"
+        misfit = pattern.misfit(*weight.shape)
+        if misfit is not None:
+            return f"it {misfit}"
         if not weight.is_meta and not bool(weight.isfinite().all()):
             return "its weight holds NaN or Inf"
         if shared:

@@ -31,7 +31,7 @@ from optimum_ksparse.hub import writing
 from optimum_ksparse.hub.card import BEGIN, END, AdapterFacts, CardSubject, render_card
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE, draw_figures
 from optimum_ksparse.hub.metadata import build_metadata, is_repo_id, merge_metadata
-from optimum_ksparse.report import LayerReport, SparsityReport
+from optimum_ksparse.report import BlockReport, LayerReport, MethodChoice, SparsityReport, Trial
 
 from .conftest import REPOSITORY, make_config
 from .loopback_hub import LoopbackHub
@@ -644,6 +644,8 @@ def test_layers_of_a_method_without_data(language: str) -> None:
     [
         ("wanda", ("each output row", "출력 행마다")),
         ("sparsegpt", ("each block of columns", "열 블록마다")),
+        ("admm", ("each output row", "출력 행마다")),
+        ("alps", ("whole layer", "층 전체")),
         ("magnitude", ("whole layer", "층 전체")),
     ],
 )
@@ -654,6 +656,27 @@ def test_an_unstructured_pattern_names_its_scope(method: str, scope: tuple[str, 
     )
     structured = render_card(make_subject(make_report(method, "4:8")), language)
     assert expected not in section(structured, "What was pruned", language)
+
+
+def test_blocks_of_weights_are_named(language: str) -> None:
+    for method, scope in (("wanda", ("whole layer", "층 전체")), ("sparsegpt", ("block of columns", "열 블록마다"))):
+        card = render_card(make_subject(make_report(method, "50%/32x16")), language)
+        text = section(card, "What was pruned", language)
+        assert scope[LANGUAGES.index(language)] in text and "32" in text and "16" in text
+        assert front(card)["tags"][3:] == [method, "blocks-32x16"]
+
+
+def test_a_card_says_how_blocks_were_reconstructed_and_who_chose(language: str) -> None:
+    report = make_report("auto")
+    report.choice = MethodChoice("admm", "block", 1, 60.0, [Trial("admm", "block", 0.2, 30.0, True)] * 3)
+    report.reconstruction = [BlockReport(0, 0.5, 0.25, 1.0), BlockReport(1, 0.3, 0.15, 1.0)]
+    card = render_card(make_subject(report), language)
+    assert "admm + block" in body(card).split("\n\n")[1] + body(card).split("\n\n")[2]
+    text = section(card, "What was pruned", language)
+    assert all(fact in text for fact in ("0.4000", "0.2000", 'reconstruct="block"', 'method="auto"', "3"))
+    assert front(card)["tags"][3:] == ["admm", "2of4"]
+    assert "2401.02938" in card and "2406.07831" not in card
+    assert "2401.02938" not in render_card(make_subject(), language)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from optimum_ksparse.nn.kernels import cache, dispatch, hardware
 from .conftest import REPOSITORY
 
 CPU = torch.device("cpu")
-ALLOWED = "auto, gemv, dot, decompress, library, dense, reference"
+ALLOWED = "auto, gemv, dot, decompress, library, strips, dense, reference"
 
 
 @pytest.fixture(autouse=True)

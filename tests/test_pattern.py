@@ -221,12 +221,12 @@ def test_nan_scores_raise(text, dtype):
 
 def test_groups_must_fill_the_rows():
     with pytest.raises(ValueError, match="q_proj has 10 input features, which m=4 of pattern 2:4 does not divide"):
-        Pattern("2:4").check_in_features(10, "q_proj")
+        Pattern("2:4").check_shape(4, 10, "q_proj")
     with pytest.raises(ValueError, match="m=4 of pattern 2:4 does not divide"):
         Pattern("2:4").mask(torch.zeros(3, 10))
     with pytest.raises(ValueError, match="q_proj has 10 input features"):
         Pattern("2:4").verify(torch.zeros(3, 10), "q_proj")
-    Pattern("50%").check_in_features(10)
+    Pattern("50%").check_shape(3, 10)
 
 
 @given(structured(16), st.integers(1, 5), st.integers(1, 5), st.data())

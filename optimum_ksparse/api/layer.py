@@ -40,7 +40,7 @@ def prune_weight(
             raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be floating point [out, in], found {weight.dtype} {list(weight.shape)}")
-    parsed.check_in_features(weight.shape[1])
+    parsed.check_shape(*weight.shape)
     if not bool(weight.isfinite().all()):
         raise ValueError("weight holds NaN or Inf")
     statistics = None

@@ -117,6 +117,8 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "environments": _environments(results),
         "pattern": pattern,
         "pruned_to": _pruned_to(report),
+        "pruner": None if report is None else report.pruner,
+        "reconstruction": None if report is None else report.reconstruction_losses,
         "has_kernels": report is not None
         and is_sparse
         and all(name in GROUPS for name in report.patterns)

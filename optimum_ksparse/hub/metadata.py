@@ -28,7 +28,7 @@ _INHERITED: dict[str, tuple[type, ...]] = {
 # A person's entries are kept where these lists are written anew; for the other keys of `_OURS` ours replace them.
 _UNITED = ("tags", "datasets", "metrics")
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-_PATTERN_TAG = re.compile(r"\d+of\d+|unstructured")
+_PATTERN_TAG = re.compile(r"\d+of\d+|blocks-\d+x\d+|unstructured")
 _SPARSE, _DROPPED = "sparse", "layer-dropping"
 _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
 
@@ -91,7 +91,7 @@ def build_metadata(
         names = _hub_datasets(report.calibration)
     if report is not None and not is_dense:
         tags_of_patterns = dict.fromkeys(_pattern_tag(pattern) for pattern in report.patterns)
-        found_tags += [str(report.config.get("method")), *tags_of_patterns]
+        found_tags += [str(report.pruner), *tags_of_patterns]
     if language is None and names and all(name in ("mc4-ko", "kowiki") for name in names):
         language = "ko"
     measured = results.sparse if results is not None else []
@@ -164,4 +164,6 @@ def _without_ours(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _pattern_tag(pattern: str) -> str:
     structured = re.fullmatch(r"(\d+):(\d+)", pattern)
-    return f"{structured[1]}of{structured[2]}" if structured else "unstructured"
+    if structured is not None:
+        return f"{structured[1]}of{structured[2]}"
+    return f"blocks-{pattern.rpartition('/')[2]}" if "x" in pattern else "unstructured"

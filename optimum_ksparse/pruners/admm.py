@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 
 from ..pattern import Pattern
 from ..statistics import GramMatrix
-from .scaled import Scaled, cholesky_factor, restored, scale
+from .scaled import Scaled, cholesky_factor, restored, scale, to_rank
 
 # Of all iterations, the share in which the mask may still move.
 _MOVING = 0.75
@@ -24,7 +26,7 @@ def prune(
     multipliers, in units in which every input has the norm 1: Ŵ = W·D, D = √diag H, Ĥ = D⁻¹HD⁻¹ + damping·I.
 
     In the first three quarters of the iterations the mask is chosen anew from |Ŵ + U|, U being the running sum of what
-    the mask has cut off: a weight that keeps being needed grows until it is kept. An unstructured mask begins dense
+    the mask has cut off: a weight that keeps being needed grows until it is kept. A mask without groups begins dense
     and closes by the cubic schedule s·(1 − (1 − t/T)³). The last quarter settles the weights on the final mask.
 
     Memory: two [in, in] and four [out, in] matrices in float32. Time: one inverse of [in, in], and a product
@@ -33,7 +35,7 @@ def prune(
     Args:
         weight: [out, in].
         statistics: Gram matrix of the inputs.
-        pattern: what to keep; unstructured: of each output row.
+        pattern: what to keep; unstructured: of each output row; blocks: of the whole layer.
         damping: added to the unit diagonal of Ĥ: how closely weights are held to the dense ones.
         iterations: in all.
 
@@ -62,7 +64,7 @@ def _iterate(problem: Scaled, pattern: Pattern, moving: int, iterations: int) ->
     mask = torch.ones_like(total, dtype=torch.bool)
     for step in range(1, iterations + 1):
         if step <= moving:
-            mask = _closing(pattern, step / moving).mask(total.abs())
+            mask = _closing(pattern, step / moving).mask(to_rank(total, pattern))
         kept = total * mask
         cut = total - kept  # U
         total = torch.addmm(cut, target.add(kept).sub_(cut), inverse)
@@ -73,4 +75,4 @@ def _closing(pattern: Pattern, progress: float) -> Pattern:
     """The pattern at a share `progress` of the way to the final one."""
     if pattern.is_structured or progress >= 1:
         return pattern
-    return Pattern(round(float(pattern.sparsity) * (1 - (1 - progress) ** 3), 9))
+    return pattern.with_sparsity(pattern.sparsity * Fraction(1 - (1 - progress) ** 3))

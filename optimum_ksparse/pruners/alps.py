@@ -7,7 +7,7 @@ import torch
 
 from ..pattern import Pattern
 from ..statistics import GramMatrix
-from .scaled import Scaled, restored, scale
+from .scaled import Scaled, restored, scale, to_rank
 from .solve import solve_on_mask
 
 _FIRST_PENALTY = 0.1
@@ -36,7 +36,7 @@ def prune(
     Args:
         weight: [out, in].
         statistics: Gram matrix of the inputs.
-        pattern: what to keep; unstructured: over the whole layer, as the paper has it.
+        pattern: what to keep; unstructured, and blocks: over the whole layer, as the paper has it.
         damping: added to the unit diagonal of the scaled Gram matrix.
         iterations: the most of them.
 
@@ -76,5 +76,4 @@ def _iterate(problem: Scaled, pattern: Pattern, iterations: int) -> tuple[torch.
 
 
 def _mask(pattern: Pattern, weight: torch.Tensor) -> torch.Tensor:
-    scores = weight.abs()
-    return pattern.mask(scores) if pattern.is_structured else pattern.mask(scores.view(1, -1)).view_as(scores)
+    return pattern.mask_of_layer(to_rank(weight, pattern))

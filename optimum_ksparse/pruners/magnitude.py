@@ -8,7 +8,7 @@ from ..pattern import Pattern
 
 
 def prune(weight: torch.Tensor, statistics: None, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score |W|, ranked over the whole layer, or within each group of `n:m`.
+    """Score |W|, ranked over the whole layer (blocks by their sums), or within each group of `n:m`.
 
     Args:
         weight: [out, in].
@@ -18,6 +18,5 @@ def prune(weight: torch.Tensor, statistics: None, pattern: Pattern) -> tuple[tor
     Returns:
         The pruned weight and its mask, both [out, in].
     """
-    scores = weight.abs()
-    mask = pattern.mask(scores if pattern.is_structured else scores.reshape(1, -1)).view_as(weight)
+    mask = pattern.mask_of_layer(weight.abs())
     return weight.masked_fill(~mask, 0), mask

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..pattern import Pattern
 from ..statistics import GramMatrix
 
 
@@ -40,6 +41,12 @@ def restored(updated: torch.Tensor, problem: Scaled, dtype: torch.dtype) -> torc
     if not bool(updated.sum().isfinite()):
         raise ValueError("the updated weights hold NaN or Inf; check the weights and the calibration inputs")
     return (updated / problem.scale).to(dtype)
+
+
+def to_rank(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Scores by which the nearest weight of the pattern is found: what is cut off is least in the sum of its squares,
+    which |W| ranks one by one, but not summed over blocks."""
+    return weight.abs() if pattern.block is None else weight.square()
 
 
 def cholesky_factor(matrix: torch.Tensor) -> torch.Tensor:

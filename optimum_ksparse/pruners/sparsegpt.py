@@ -9,7 +9,7 @@ import weakref
 
 import torch
 
-from ..pattern import Pattern, lowest
+from ..pattern import Pattern, lowest, lowest_blocks
 from ..statistics import GramMatrix
 from .sweep import one_thread, sweep
 
@@ -20,28 +20,28 @@ def prune(
     """Zeroes weights by W²/U_jj² and updates the kept ones to the right of them, with U the upper Cholesky factor of
     the inverse of H + damping·mean(diag H)·I.
 
-    Unstructured: ranked over each block of `block_size` columns and all rows. `n:m`: each group is ranked when the
-    sweep reaches it, by weights already updated.
+    Unstructured, and blocks: ranked over each block of `block_size` columns and all rows. `n:m`: each group is ranked
+    when the sweep reaches it, by weights already updated.
 
     Args:
         weight: [out, in].
         statistics: Gram matrix of the inputs.
         pattern: what to keep.
-        block_size: columns swept before the rest of the matrix is updated; `m` must divide it.
+        block_size: columns swept before the rest of the matrix is updated; `m` and `c` must divide it.
         damping: share of the mean of the diagonal of H that is added to it.
 
     Returns:
         The updated, pruned weight in the dtype of `weight`, and its mask, both [out, in].
 
     Raises:
-        ValueError: `m` does not divide `block_size`, `damping` is out of range, or weights become NaN or Inf.
+        ValueError: `m` or `c` does not divide `block_size`, `damping` is out of range, or weights become NaN or Inf.
         ArithmeticError: H stays singular with a damping of 1.
     """
     if not 0 <= damping <= 1:
         raise ValueError(f"damping={damping} is out of range, it must be from 0 to 1")
-    if pattern.m is not None and block_size % pattern.m:
-        raise ValueError(f"block_size={block_size} is not a multiple of m={pattern.m} of pattern {pattern}")
-    rows, columns = weight.shape
+    if block_size % pattern.width:
+        raise ValueError(f"block_size={block_size} is not a multiple of {pattern.width}, as pattern {pattern} needs")
+    columns = weight.shape[1]
     factor, scale = (tensor.to(weight.device) for tensor in _inverse_factor(statistics, damping))
     dead = (statistics.squared_norms == 0).to(weight.device).unsqueeze(1)
     # Transposed, so that each column of the sweep is contiguous in memory; in units of U_jj until the end.
@@ -53,9 +53,7 @@ def prune(
         block = updated[start:stop]
         with one_thread(weight.device):
             if not pattern.is_structured:
-                # The difference of two running counts, so that the whole layer has the exact number of zeros.
-                zeros = pattern.num_zeros(rows * stop) - pattern.num_zeros(rows * start)
-                mask[start:stop] = ~lowest(block.abs().view(1, -1), zeros).view_as(block)
+                mask[start:stop] = _mask_of_columns(block, pattern, start)
             errors = sweep(block, factor[start:stop, start:stop], pattern, mask[start:stop])
         updated[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     if not bool(updated.sum().isfinite()):
@@ -63,6 +61,17 @@ def prune(
     # As products: a fill at scattered places takes five times as long on a CPU. 0 added to −0 is 0.
     updated.mul_(scale).mul_(mask).add_(0)
     return updated.T.to(weight.dtype).contiguous(), mask.T.contiguous()
+
+
+def _mask_of_columns(values: torch.Tensor, pattern: Pattern, start: int) -> torch.Tensor:
+    """The mask of `values` [columns, out], which begin at column `start` of the layer and are in units of U_jj."""
+    rows, stop = values.shape[1], start + len(values)
+    high, wide = pattern.block or (1, 1)
+    # The difference of two running counts, so that the whole layer has the exact number of zeros.
+    before, behind = (pattern.num_zeros(rows // high * (column // wide)) for column in (start, stop))
+    if pattern.block is None:
+        return ~lowest(values.abs().view(1, -1), behind - before).view_as(values)
+    return ~lowest_blocks(values.square(), behind - before, (wide, high))
 
 
 _Factor = tuple[torch.Tensor, torch.Tensor]

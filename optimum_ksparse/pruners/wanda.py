@@ -9,7 +9,8 @@ from ..statistics import ColumnNorms
 
 
 def prune(weight: torch.Tensor, statistics: ColumnNorms, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score |W_ij|·‖X_j‖₂, ranked within each output row, or within each group of `n:m`. Weights are not updated.
+    """Score |W_ij|·‖X_j‖₂, ranked within each output row, or within each group of `n:m`; blocks by their sums over the
+    whole layer. Weights are not updated.
 
     Args:
         weight: [out, in].

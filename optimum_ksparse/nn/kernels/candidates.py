@@ -7,6 +7,7 @@
 | decompress | any | decompresses rows of W to scratch memory, multiplies with cuBLAS |
 | library | any | torch's semi-structured tensor, where a layer keeps that form |
 | dense | any | a dense weight, where a layer keeps one |
+| strips | 1 to 16 | on a CPU, whole blocks of a weight as small dense products |
 | reference | any | decompresses in plain PyTorch: every pattern, dtype and device |
 """
 
@@ -19,10 +20,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ...pattern import Pattern
 from ..packing import unpack
 from . import hardware
 from .hardware import on_device_of
 from .library import library_form, library_linear, why_not_library
+from .strips import strips_linear, why_not_strips
 
 GROUPS = {"2:4": 4, "4:8": 8}  # m of the patterns that kernels take
 KEPT_FORMS = (
@@ -162,6 +165,10 @@ def _why_not_library(problem: Problem) -> str | None:
     return why_not_library(problem.out_features, problem.in_features, problem.dtype, problem.pattern)
 
 
+def _why_not_strips(problem: Problem) -> str | None:
+    return why_not_strips(problem.pattern, problem.tokens, problem.device)
+
+
 def _gemv_configs(problem: Problem) -> list[Config]:
     """(warps, rows), none of which spills registers on any GPU that is compiled for."""
     if problem.tokens == 1:
@@ -254,6 +261,12 @@ def _run_library(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | Non
     return library_linear(x, weight.library, bias, weight.out_features)
 
 
+def _run_strips(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    block = Pattern(weight.pattern).block
+    assert block is not None
+    return strips_linear(x, weight.values, weight.bits, bias, block[0])
+
+
 def _run_dense(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     return F.linear(x, weight.dense, bias)  # type: ignore[arg-type]
 
@@ -275,6 +288,7 @@ KERNELS: dict[str, Kernel] = {
     "dot": Kernel(_why_not_dot, _dot_configs, _run_dot, ("rows", "tokens", "bytes", "warps", "splits")),
     "decompress": Kernel(_why_not_packed, _decompress_configs, _run_decompress),
     "library": Kernel(_why_not_library, _no_config, _run_library),
+    "strips": Kernel(_why_not_strips, _no_config, _run_strips),
     "dense": Kernel(_takes_all, _no_config, _run_dense),
     "reference": Kernel(_takes_all, _no_config, _run_reference),
 }

@@ -58,7 +58,8 @@ def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate
     if key in _choices:
         return _choices[key]
     if not has_kernels(problem):
-        _choices[key] = Candidate("reference" if weight.dense is None else "dense")
+        packed = "strips" if KERNELS["strips"].why_not(problem) is None else "reference"
+        _choices[key] = Candidate(packed if weight.dense is None else "dense")
         return _choices[key]
     if _is_unknown(problem):
         captures = problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,200 @@
+"""Patterns of whole blocks of weights: their masks, every method, storage, and products from their packed values."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from optimum_ksparse import SparsityConfig, prune_weight, sparsify
+from optimum_ksparse.checkpoint import sparse_modules
+from optimum_ksparse.nn import SparseLinear
+from optimum_ksparse.nn.kernels import KERNELS, PackedWeight, Problem, apply, choose
+from optimum_ksparse.nn.packing import check_bits, pack, pack_mask, unpack
+from optimum_ksparse.pattern import Pattern
+from optimum_ksparse.pruners import METHODS
+from optimum_ksparse.pruners.scaled import to_rank
+from optimum_ksparse.study.recipe import pattern_label
+
+quick = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def cases(draw):
+    """A pattern, and scores of few different values that its blocks fill."""
+    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    share = draw(st.sampled_from(("50%", "29%", "1/3", "0.9")))
+    shape = rows * draw(st.integers(1, 4)), columns * draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    return Pattern(f"{share}/{rows}x{columns}"), torch.randint(0, 4, shape, generator=generator).float()
+
+
+def blocks_of(matrix, block):
+    """The blocks one by one, in the order of their places."""
+    rows, columns = block
+    places = itertools.product(range(0, matrix.shape[0], rows), range(0, matrix.shape[1], columns))
+    return [matrix[i : i + rows, j : j + columns] for i, j in places]
+
+
+@given(cases())
+@quick
+def test_the_blocks_with_the_lowest_sums_go(case):
+    pattern, scores = case
+    mask = pattern.mask(scores)
+    sums = [float(block.sum()) for block in blocks_of(scores, pattern.block)]
+    order = sorted(range(len(sums)), key=sums.__getitem__)
+    pruned = set(order[: pattern.num_zeros(len(sums))])
+    for place, block in enumerate(blocks_of(mask, pattern.block)):
+        assert bool((block == (place not in pruned)).all())
+    assert torch.equal(pattern.mask(torch.stack([scores, scores.flip(0)]))[0], mask)
+    assert torch.equal(pattern.mask_of_layer(scores), mask)
+
+
+@given(cases())
+@quick
+def test_packed_blocks_come_back(case):
+    pattern, weight = case
+    mask = pattern.mask(weight)
+    values, bits = pack(weight, mask, pattern)
+    assert torch.equal(unpack(values, bits, weight.shape[1]), weight * mask)
+    check_bits(bits, pattern, weight.shape[1], int(mask.sum()), "weight_mask")
+    pattern.verify(weight * mask)
+    x = torch.randn(3, weight.shape[1])
+    y = KERNELS["strips"].run(x, PackedWeight(values, bits, weight.shape[1], str(pattern)), None)
+    torch.testing.assert_close(y, x @ (weight * mask).T)
+
+
+def test_what_is_read_is_whole_blocks():
+    pattern, mask = Pattern("50%/2x4"), torch.zeros(4, 8, dtype=torch.bool)
+    mask[:2], mask[0, 0], mask[2, 0] = True, False, True
+    with pytest.raises(ValueError, match="mask keeps blocks in part, which pattern 50%/2x4 does not"):
+        pack(torch.ones(4, 8), mask, pattern)
+    with pytest.raises(ValueError, match="layer.weight_mask keeps blocks of pattern 50%/2x4 in part"):
+        check_bits(pack_mask(mask), pattern, 8, 16, "layer.weight_mask")
+    with pytest.raises(ValueError, match="w has 3 blocks that are not zero, pattern 50%/2x4 allows 2"):
+        pattern.verify(mask.float(), "w")
+
+
+def test_parsing():
+    pattern = Pattern("62.5%/16x32")
+    assert (pattern.block, pattern.sparsity, pattern.width, str(pattern)) == (
+        (16, 32),
+        Fraction(5, 8),
+        32,
+        "62.5%/16x32",
+    )
+    assert not pattern.is_structured
+    assert Pattern("1/2/4x4") == Pattern("0.5/4x4") == Pattern("50%/4x4") != Pattern("50%")
+    assert str(pattern.with_sparsity(Fraction(1, 3))) == "33.3333%/16x32"
+    assert pattern_label("0.5/4x4") == "50%/4x4"
+    assert (Pattern("2:4").width, Pattern("50%").width) == (4, 1)
+    for text in ("50%/0x4", "50%/4", "2:4/4x4", "50%/4x", "/4x4", "100%/4x4", "50%/-1x4"):
+        with pytest.raises(ValueError, match=r"allowed: .*\"50%/32x32\""):
+            Pattern(text)
+    with pytest.raises(ValueError, match="q_proj is 6 x 8, which the blocks of pattern 50%/4x4 do not fill"):
+        Pattern("50%/4x4").check_shape(6, 8, "q_proj")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_whole_blocks(method):
+    torch.manual_seed(0)
+    weight, x = torch.randn(12, 24), torch.randn(2, 40, 24) @ torch.randn(24, 24)
+    pattern = Pattern("50%/4x3")
+    more = {"block_size": 12} if method == "sparsegpt" else {}
+    pruned, mask = prune_weight(weight, x, method=method, pattern=pattern, **more)
+    kept = [bool(block.any()) for block in blocks_of(mask, pattern.block)]
+    assert all(bool(block.all()) == k for block, k in zip(blocks_of(mask, pattern.block), kept, strict=True))
+    assert sum(kept) == 12 and bool((pruned[~mask] == 0).all())
+    if method == "sparsegpt":
+        assert int(mask[:, :12].sum()) == int(mask[:, 12:].sum()) == 72  # ranked over each block_size columns
+    if method == "wanda":
+        norms = x.flatten(0, 1).square().sum(0).sqrt()
+        sums = [float(block.sum()) for block in blocks_of(weight.abs() * norms, pattern.block)]
+        assert kept == [total >= sorted(sums)[12] for total in sums]
+    _, refined = prune_weight(weight, x, method=method, pattern=pattern, refine="exact", **more)
+    assert torch.equal(refined, mask)
+
+
+def test_the_nearest_weight_of_the_pattern_is_found():
+    """ADMM and ALPS project on the pattern: what is cut off has the least sum of squares that there is."""
+    torch.manual_seed(0)
+    weight, pattern = torch.randn(4, 6), Pattern("50%/2x2")
+    sums = [float(block.square().sum()) for block in blocks_of(weight, pattern.block)]
+    least = min(sum(cut) for cut in itertools.combinations(sums, 3))
+    mask = pattern.mask(to_rank(weight, pattern))
+    assert float(weight[~mask].square().sum()) == pytest.approx(least)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"method": "sparsegpt", "pattern": "50%/4x24"},
+            "block_size=128 is not a multiple of the 24 columns of a block",
+        ),
+        ({"pattern": "50%/4x4", "refine": "swaps"}, "refine='swaps' exchanges single weights"),
+    ],
+)
+def test_settings_that_blocks_cannot_have(config, message):
+    with pytest.raises(ValueError, match=message):
+        SparsityConfig(**config)
+
+
+def test_a_layer_that_blocks_do_not_fill(make_model, token_ids):
+    model = make_model()
+    with pytest.raises(ValueError, match=r"layers\.0\..* cannot be pruned: it is .*blocks of pattern 50%/7x7"):
+        sparsify(model, SparsityConfig("magnitude", "50%/7x7"))
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_a_model_of_blocks_saves_and_loads(make_model, token_ids, tmp_path, storage):
+    model = make_model()
+    report = sparsify(model, SparsityConfig(pattern="50%/16x8", dataset=token_ids, storage=storage))
+    assert report.density == 0.5 and report.patterns == ["50%/16x8"]
+    expected = model(token_ids).logits
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(str(module.pattern) == "50%/16x8" for module in sparse_modules(again).values())
+    torch.testing.assert_close(again(token_ids).logits, expected)
+    torch.testing.assert_close(again(token_ids[:1, :4]).logits, expected[:1, :4])  # few tokens: by strips
+    torch.testing.assert_close(again.dequantize()(token_ids).logits, expected)
+
+
+def test_owl_and_blocks(make_model, token_ids):
+    model = make_model()
+    report = sparsify(model, SparsityConfig("wanda", "50%/4x4", dataset=token_ids, allocation="owl"))
+    assert all(row.pattern.endswith("%/4x4") for row in report.layers)
+    assert abs(report.density - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strips_compute_few_tokens(bias, dtype):
+    torch.manual_seed(0)
+    linear, pattern = torch.nn.Linear(64, 48, bias=bias, dtype=dtype), Pattern("50%/16x8")
+    sparse = SparseLinear.from_dense(linear, pattern.mask(linear.weight.abs()), pattern)
+    x = torch.randn(2, 3, 64, dtype=dtype)
+    assert choose(sparse.packed(), 6).kernel == "strips"
+    assert choose(sparse.packed(), 17).kernel == "reference"
+    expected = torch.nn.functional.linear(x, sparse.to_dense_weight(), sparse.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(apply(x, sparse.packed(), sparse.bias), expected, rtol=0.02, atol=2e-3)
+    x.requires_grad_(True)
+    sparse(x).square().sum().backward()  # through the operator
+    assert x.grad is not None and sparse.weight.grad.shape == sparse.weight.shape
+
+
+def test_strips_say_where_they_do_not_pay():
+    def why_not(pattern, tokens=1, device="cpu"):
+        return KERNELS["strips"].why_not(Problem(64, 64, tokens, pattern, torch.float32, torch.device(device)))
+
+    assert why_not("50%/16x1") is None
+    assert "strips are for blocks" in why_not("2:4")
+    assert "not with 8 rows and 1 tokens" in why_not("50%/8x8")
+    assert "16 rows and 17 tokens" in why_not("50%/16x16", 17)
+    assert "not on meta" in why_not("50%/16x16", 1, "meta")
