@@ -161,7 +161,6 @@ def test_a_model_of_blocks_saves_and_loads(make_model, token_ids, tmp_path, stor
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(str(module.pattern) == "50%/16x8" for module in sparse_modules(again).values())
     torch.testing.assert_close(again(token_ids).logits, expected)
-    torch.testing.assert_close(again(token_ids[:1, :4]).logits, expected[:1, :4])  # few tokens: by strips
     torch.testing.assert_close(again.dequantize()(token_ids).logits, expected)
 
 
@@ -176,7 +175,7 @@ def test_owl_and_blocks(make_model, token_ids):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strips_compute_few_tokens(bias, dtype):
     torch.manual_seed(0)
-    linear, pattern = torch.nn.Linear(64, 48, bias=bias, dtype=dtype), Pattern("50%/16x8")
+    linear, pattern = torch.nn.Linear(64, 96, bias=bias, dtype=dtype), Pattern("50%/32x8")
     sparse = SparseLinear.from_dense(linear, pattern.mask(linear.weight.abs()), pattern)
     x = torch.randn(2, 3, 64, dtype=dtype)
     assert choose(sparse.packed(), 6).kernel == "strips"
@@ -193,8 +192,8 @@ def test_strips_say_where_they_do_not_pay():
     def why_not(pattern, tokens=1, device="cpu"):
         return KERNELS["strips"].why_not(Problem(64, 64, tokens, pattern, torch.float32, torch.device(device)))
 
-    assert why_not("50%/16x1") is None
+    assert why_not("50%/32x1") is None
     assert "strips are for blocks" in why_not("2:4")
     assert "not with 8 rows and 1 tokens" in why_not("50%/8x8")
-    assert "16 rows and 17 tokens" in why_not("50%/16x16", 17)
-    assert "not on meta" in why_not("50%/16x16", 1, "meta")
+    assert "32 rows and 17 tokens" in why_not("50%/32x16", 17)
+    assert "not on meta" in why_not("50%/32x16", 1, "meta")

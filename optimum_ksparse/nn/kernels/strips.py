@@ -8,11 +8,10 @@ import torch
 from ...pattern import Pattern
 from ..packing import unpack_mask
 
-# Lower strips, and more tokens, take longer than decompressing (measured on 2 cores of an Intel Xeon with AVX-512,
-# float32, 50 % of 640 x 2048 to 4096 x 4096: one token is 2 to 18 times as fast, sixteen 1.2 to 7 times). The BSR
-# product of torch keeps its own copy, and took 1.7 to 6 times as long as the dense product with one token and 10 to
-# 90 times with 512.
-_LEAST_ROWS, _MOST_TOKENS = 16, 16
+# Lower strips, and more tokens, take longer than decompressing (2 threads of an Intel Xeon with AVX-512, float32, 50 %
+# of 640 x 2048 to 4096 x 4096: one token is 2.7 to 20 times as fast, sixteen 1.6 to 7 times). The BSR product of torch
+# keeps a copy of its own, and took 2 to 4 times as long as the dense product with one token, 10 to 16 times with 512.
+_LEAST_ROWS, _MOST_TOKENS = 32, 16
 
 
 def why_not_strips(pattern: str, tokens: int, device: torch.device) -> str | None:
