@@ -115,9 +115,9 @@ def together(scene: Any) -> tuple[Path, list[dict[str, str]]]:
     return folder, [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
 
 
-def alone(folder: Path, name: str, *args: Any, **settings: Any) -> Path:
+def alone(folder: Path, name: str, method: str = "wanda", **settings: Any) -> Path:
     ids = torch.load(folder / "ids.pt")
-    config = SparsityConfig(*args, **{"dataset": ids, "batch_size": 2, **settings})
+    config = SparsityConfig(method, **{"dataset": ids, "batch_size": 2, **settings})
     prune_checkpoint(folder / "source", folder / name, config)
     return folder / name
 
@@ -170,7 +170,7 @@ def test_samples_that_do_not_divide_evenly(together: Any) -> None:
 def test_a_model_in_memory_ends_the_same_in_all_processes(together: Any) -> None:
     folder, _ = together
     model = AutoModelForCausalLM.from_pretrained(folder / "source")
-    sparsify(model, SparsityConfig(dataset=torch.load(folder / "ids.pt"), batch_size=2))
+    sparsify(model, SparsityConfig("wanda", dataset=torch.load(folder / "ids.pt"), batch_size=2))
     for rank in range(2):
         found = torch.load(folder / f"memory-{rank}.pt")
         for name, tensor in model.state_dict().items():

@@ -408,7 +408,7 @@ def test_warnings_of_a_method_name_the_experts() -> None:
     statistics: list[ColumnNorms | None] = []
     for expert in range(4):
         statistics.append(GramMatrix(32))
-        rows = torch.randn(200, 1).expand(200, 32) if expert == 2 else torch.randn(200, 32)
+        rows = torch.ones(200, 32) if expert == 2 else torch.randn(200, 32)
         statistics[expert].update(rows)
     config = SparsityConfig(method="sparsegpt", pattern="2:4", dataset=IDS, damping=0.0, block_size=16)
     _, row = prune_stack("e", ExpertStack(make().model.layers[0].mlp.experts, "gate_up_proj"), statistics, config)
