@@ -34,7 +34,7 @@ DENSIFY = ("never", "lazy")
 
 # How a loaded model computes: chosen at each load, never saved.
 EXECUTION_SETTINGS = ("kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
-# Settings that leave the pruned weights as they are: they may differ when a sparse checkpoint is loaded again.
+# Settings of the run, not of what was asked for: they may differ when a sparse checkpoint is loaded again.
 RUN_TIME_SETTINGS = ("batch_size", "storage", *EXECUTION_SETTINGS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -99,20 +100,32 @@ def test_activations_say_what_a_block_reads_and_what_it_is_to_give(make_model, a
     assert torch.allclose(seen[1][1], paths[f"{gives} outputs"], atol=1e-6)
 
 
-def test_a_rate_that_diverges_stops_keeps_the_best_and_says_so(make_model):
-    dense = make_model("llama")
-    plain, tuned = copy.deepcopy(dense), copy.deepcopy(dense)
-    sparsify(plain, make_settings(reconstruct=None))
-    report = sparsify(tuned, make_settings(reconstruction_lr=1.0, reconstruction_epochs=6))
+def test_a_rate_that_diverges_stops_and_says_so(make_model):
+    report = sparsify(make_model("llama"), make_settings(reconstruction_lr=1.0, reconstruction_epochs=6))
     assert all("diverged in epoch" in row.note for row in report.reconstruction)
     assert all(row.loss_after <= row.loss_before for row in report.reconstruction)
     assert "diverged" in str(report)
-    first = find_blocks(plain).blocks[0].state_dict()
-    for name, value in find_blocks(tuned).blocks[0].state_dict().items():
-        assert (
-            torch.equal(value, first[name])
-            or report.reconstruction[0].loss_after < report.reconstruction[0].loss_before
-        )
+
+
+def test_what_was_best_before_it_diverged_is_kept(make_model, monkeypatch):
+    """Of epochs that end at 0.5 and then at nine times the loss of the beginning, the weights after the first."""
+    losses = itertools.cycle((1.0, 0.5, 9.0))
+    kept, original = [], room._Problem.held_out_loss
+
+    def held_out_loss(self):
+        loss = next(losses)
+        if loss == 0.5:
+            kept.append([p.data.clone() for p in room._tuned(self.loss._block)])
+        assert original(self) >= 0
+        return loss
+
+    monkeypatch.setattr(room._Problem, "held_out_loss", held_out_loss)
+    model = make_model("llama")
+    report = sparsify(model, make_settings(reconstruction_epochs=6))
+    assert [(row.loss_before, row.loss_after) for row in report.reconstruction] == [(1.0, 0.5)] * 2
+    assert all("diverged in epoch 2" in row.note for row in report.reconstruction)
+    for block, values in zip(find_blocks(model).blocks, kept, strict=True):
+        assert all(torch.equal(p.data, value) for p, value in zip(room._tuned(block), values, strict=True))
 
 
 def test_what_is_held_out_decides(make_model, monkeypatch):

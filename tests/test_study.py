@@ -34,8 +34,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_ksparse import SparsityConfig, evaluate_perplexity
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.commands.study import StudyCommand
-from optimum_ksparse.config import SETTINGS
-from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.study import (
     CellResult,
     Recipe,
@@ -51,8 +49,8 @@ from optimum_ksparse.study import (
 from optimum_ksparse.study import cell as cell_module
 from optimum_ksparse.study import processes as processes_module
 from optimum_ksparse.study import run as run_module
-from optimum_ksparse.study.grid import identity_of
-from optimum_ksparse.study.record import Record
+from optimum_ksparse.study.grid import identity_of, settings_in_words
+from optimum_ksparse.study.record import Record, make_record
 
 from .conftest import REPOSITORY, make_config, sample_texts
 
@@ -197,6 +195,10 @@ def test_an_unknown_key_is_named_with_the_nearest(workplace, changes, said):
         ({"model": None}, "the recipe has no model"),
         ({"methods": []}, "methods is empty"),
         ({"methods": "wanda"}, "methods must be a list"),
+        (
+            {"methods": [{"name": "dense", "method": "wanda"}]},
+            r"methods\[0\]: 'dense' is what tables call",
+        ),
         ({"methods": [{"name": "x"}]}, r"methods\[0\] has no method"),
         ({"methods": ["wanda", {"name": "wanda", "method": "sparsegpt"}]}, "names of methods: 'wanda' comes twice"),
         ({"patterns": ["50%", 0.5]}, "patterns: '50%' comes twice"),
@@ -244,8 +246,6 @@ def test_recipes_in_configs_are_short_and_valid():
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 20, path.name
         found = yaml.safe_load(text)
-        if "admm" not in METHODS or "reconstruct" not in SETTINGS:
-            found["methods"] = [name for name in found["methods"] if isinstance(name, str) and name in METHODS]
         cells = grid(Recipe.from_dict(found))
         assert len(cells) == 1 + len(found["methods"]) * len(found["patterns"]) * len(found["seeds"])
 
@@ -292,6 +292,41 @@ def test_an_identity_is_of_what_makes_the_weights(workplace):
     Path("text.txt").write_text("another text", encoding="utf-8")
     assert of() != same
     assert str(workplace) not in json.dumps(same)
+
+
+def test_batches_count_where_they_decide_the_weights(workplace):
+    def of(**changes):
+        return identity_of(SparsityConfig(**{"dataset": "text.txt", **changes}))
+
+    assert of(method="admm", batch_size=4) == of(method="admm")
+    for chosen in ({"reconstruct": "block"}, {"method": "auto"}):
+        assert of(batch_size=4, **chosen) != of(**chosen)
+
+
+def test_calibration_sets_are_named_by_what_they_are(workplace):
+    mixes = [{"self": 0.5, "text.txt": 0.5}, {"self": 0.25, "text.txt": 0.75}, "text.txt"]
+    sets = [{"dataset": data, "num_samples": 4, "seq_len": 32} for data in mixes]
+    sets.append({**sets[-1], "prepend_bos": False})
+    names = [entry["name"] for entry in recipe(calibration=sets).calibration]
+    assert names == [
+        "0.5 self + 0.5 text.txt 4 x 32",
+        "0.25 self + 0.75 text.txt 4 x 32",
+        "text.txt 4 x 32",
+        "text.txt 4 x 32, prepend_bos=False",
+    ]
+    with pytest.raises(ValueError, match="comes twice; where two are to differ, give each a name of its own"):
+        recipe(calibration=[sets[0], sets[0]])
+
+
+def test_blocks_are_dropped_alone_by_a_method_that_does_more(workplace):
+    more = {"name": "all", "method": "auto", "drop_layers": 1, "time_budget": 60, "reconstruct": "block"}
+    less = {"name": "less", "method": "wanda", "drop_layers": 1}
+    asked = recipe(methods=[more, less], patterns=["none", "2:4"])
+    alone = [cell for cell in grid(asked) if cell.identity.get("pattern") == "none"]
+    assert [[place.method for place in cell.places] for cell in alone] == [["all", "less"]] * 2
+    results = StudyResults(make_record(asked, grid(asked)), {})
+    assert settings_in_words(results.identity_of("less")) == "wanda, drop_layers=1"
+    assert settings_in_words(results.identity_of("all")).startswith("auto, ")
 
 
 # Running

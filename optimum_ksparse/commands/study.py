@@ -5,13 +5,13 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from typing import Any
 
-from .base import Command, add_flags, read_recipe
+from .base import Command, add_flags, dataset, read_recipe
 
 # Keys of the recipe that differ from machine to machine: name → argparse arguments.
 _FLAGS: dict[str, dict[str, Any]] = {
     "model": {"help": "folder or Hub id of the dense model"},
     "output": {"help": "folder for the study"},
-    "dataset": {"help": "calibration text, where the recipe has one alone"},
+    "dataset": {"type": dataset, "help": "calibration text, or a mix as for prune, where the recipe has one alone"},
     "texts": {"help": "to measure perplexity on"},
     "data_dir": {"help": "folder of <task>/<split>.jsonl of KoBEST"},
     "device_map": {"help": "as in from_pretrained: auto, cpu, cuda:0, …"},

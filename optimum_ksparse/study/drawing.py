@@ -133,10 +133,8 @@ def title_of(results: StudyResults, key: Key) -> str:
 
 def settings_of(results: StudyResults, method: str) -> str:
     """What a method is, without the name that the recipe gave it."""
-    for cell, content in results.record.cells.items():
-        if any(place.method == method for place in results.record.places(cell)):
-            return settings_in_words(content["identity"])
-    return method
+    identity = results.identity_of(method)
+    return settings_in_words(identity) if identity else method
 
 
 def shown(text: str, instead: str) -> str:

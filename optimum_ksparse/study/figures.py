@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..dataset import is_mix, mix_parts
 from .drawing import (
     COLORS,
     ERROR_BAR,
@@ -163,4 +164,6 @@ def _identity(results: StudyResults, row: Row) -> dict[str, Any] | None:
 
 
 def _text_of(dataset: Any) -> str:
+    if is_mix(dataset):
+        return " + ".join(f"{weight:g} {_text_of(part)}" for part, weight in mix_parts(dataset))
     return str(dataset.get("file", dataset)) if isinstance(dataset, dict) else str(dataset)

@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import EXECUTION_SETTINGS, NO_PATTERN, SETTINGS, SparsityConfig
-from .recipe import CALIBRATION, Recipe
+from ..config import AUTO, EXECUTION_SETTINGS, NO_PATTERN, SETTINGS, SparsityConfig
+from .recipe import CALIBRATION, DENSE, Recipe
 
-DENSE = "dense"
 # Settings that change nothing in a cell that reads no calibration data.
 _OF_DATA = (*CALIBRATION, "seed", "bos_in_statistics", "calibration_dtype", "true_sequential")
 # Settings by which no figure changes, but for rounding. (Not config.RUN_TIME_SETTINGS: what is chosen at each
 # load may well change the figures that a cell is there for.)
 _HARMLESS = ("batch_size", "storage", "kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
+# Settings without meaning in a cell where blocks are dropped and nothing else is pruned.
+_OF_PRUNING = ("method", "refine", "reconstruct", "allocation", "target_density", "time_budget")
 # In an identity even where they are the defaults.
 _ALWAYS = ("method", "pattern", "dataset", "num_samples", "seq_len", "seed")
 
@@ -70,8 +71,10 @@ def grid(recipe: Recipe) -> list[Cell]:
             for calibration in recipe.calibration:
                 for seed in recipe.seeds:
                     settings = {**recipe.settings, **method, **calibration, "pattern": pattern, "seed": seed}
-                    if pattern == NO_PATTERN and settings.get("drop_layers") is None:
-                        continue  # that is the dense model
+                    if pattern == NO_PATTERN:
+                        if settings.get("drop_layers") is None:
+                            continue  # that is the dense model
+                        settings = {name: value for name, value in settings.items() if name not in _OF_PRUNING}
                     place = Place(method["name"], pattern, calibration["name"], seed)
                     cell = _cell(place, settings)
                     places = cells.setdefault(cell.id, cell).places
@@ -98,13 +101,16 @@ def _cell(place: Place, settings: dict[str, Any]) -> Cell:
 
 def identity_of(config: SparsityConfig) -> dict[str, Any]:
     """The settings that decide the figures: as `config.to_dict()`, which describes files by their SHA-256, without
-    those by which none changes, those that are the defaults (so that a setting which a later
-    version adds changes no cell of an earlier one) and, where no data are read, those of calibration."""
+    those by which none changes, those that are the defaults (so that a setting which a later version adds changes no
+    cell of an earlier one) and, where no data are read, those of calibration."""
     found, defaults = _settings_of(config), _settings_of(SparsityConfig())
+    # The batches are what reconstruction steps by, and what is held out.
+    by_batches = config.reconstruct is not None or config.method == AUTO
+    harmless = {"layers", *_HARMLESS} - ({"batch_size"} if by_batches else set())
     changed = {
         name: value
         for name, value in found.items()
-        if name in SETTINGS and name not in (*_HARMLESS, "layers") and value != defaults[name]
+        if name in SETTINGS and name not in harmless and value != defaults[name]
     }
     identity = {name: found[name] for name in _ALWAYS} | changed
     if config.pattern is None:  # then no setting of pruning changes anything

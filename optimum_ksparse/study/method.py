@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..dataset import is_mix, mix_parts
 from ..evaluation import KOBEST_TASKS, TASK_TITLES, tuning_title
 from .grid import settings_in_words
 from .results import StudyResults
@@ -51,6 +52,8 @@ def _source(described: Any) -> str:
     """Data as `describe_dataset` has them."""
     if not isinstance(described, Mapping):
         return str(described)
+    if is_mix(described):
+        return "a mix of " + " and ".join(f"{weight:g} {_source(part)}" for part, weight in mix_parts(described))
     name = described.get("dataset") or described.get("name") or described.get("file")
     if described.get("configuration"):
         name = f"{name} {described['configuration']}"
@@ -62,11 +65,7 @@ def _source(described: Any) -> str:
 
 
 def _methods(results: StudyResults) -> list[str]:
-    names: dict[str, str] = {}
-    for cell, content in results.record.cells.items():
-        for place in results.record.places(cell):
-            if content["identity"]:
-                names.setdefault(place.method, settings_in_words(content["identity"]))
+    names = {name: settings_in_words(results.identity_of(name)) for name in results.record.grid["methods"]}
     return [f"- Method {name}: {words}." for name, words in names.items() if words != name]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config import NO_PATTERN, SETTINGS, check_integer, check_keys
+from ..dataset import is_mix
 from ..evaluation import EvaluationProtocol
 from ..pattern import Pattern
 from .quantities import QUANTITIES
@@ -17,6 +18,7 @@ CALIBRATION = ("dataset", "num_samples", "seq_len", "prepend_bos", "tokenizer")
 _METHOD = tuple(name for name in SETTINGS if name not in ("pattern", "seed", "layers", *CALIBRATION))
 _COMMON = tuple(name for name in _METHOD if name != "method")
 _SOURCES = ("source", "method")
+DENSE = "dense"  # what tables call the dense model
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ def _methods(found: Sequence[Any]) -> list[dict[str, Any]]:
         if not isinstance(settings.get("method"), str):
             raise ValueError(f"{where} has no method: it must name one, such as method: wanda")
         methods.append({**settings, "name": str(settings.get("name", settings["method"]))})
-    _unique("names of methods", [method["name"] for method in methods])
+    names = [method["name"] for method in methods]
+    if DENSE in _unique("names of methods", names):
+        raise ValueError(f"methods[{names.index(DENSE)}]: {DENSE!r} is what tables call the dense model, name it anew")
     return methods
 
 
@@ -164,9 +168,14 @@ def _calibration(found: Sequence[Any]) -> list[dict[str, Any]]:
 def _name_of(calibration: Mapping[str, Any]) -> str:
     """What tables call calibration data that have no name: without the folder of a file."""
     dataset = calibration.get("dataset", "mc4-ko")
-    text = " + ".join(map(str, dataset)) if isinstance(dataset, Mapping) else str(dataset).replace("\\", "/")
+    parts = [f"{weight:g} {_last_part(name)}" for name, weight in dataset.items()] if is_mix(dataset) else []
     size = f"{calibration.get('num_samples', 128)} x {calibration.get('seq_len', 2048)}"
-    return f"{text.rsplit('/', 1)[-1]} {size}"
+    bos = f", prepend_bos={calibration['prepend_bos']}" if calibration.get("prepend_bos") is not None else ""
+    return f"{' + '.join(parts) or _last_part(dataset)} {size}{bos}"
+
+
+def _last_part(source: Any) -> str:
+    return str(source).replace("\\", "/").rsplit("/", 1)[-1]
 
 
 def _published(found: Any) -> dict[str, Any]:
@@ -198,5 +207,5 @@ def _typed(name: str, value: Any, kind: type, words: str) -> Any:
 def _unique(name: str, values: list[Any]) -> list[Any]:
     twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
     if twice is not None:
-        raise ValueError(f"{name}: {twice!r} comes twice")
+        raise ValueError(f"{name}: {twice!r} comes twice; where two are to differ, give each a name of its own")
     return values

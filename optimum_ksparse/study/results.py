@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import check_keys
+from ..config import NO_PATTERN, check_keys
 from ..evaluation import Measurement
 from .files import CELLS, FAILURE_NAME, RESULT_NAME, write_json
 from .quantities import QUANTITIES, figures_of
@@ -97,12 +97,27 @@ class StudyResults:
         """What messages call a cell."""
         return str(self.record.places(cell)[0])
 
+    def identity_of(self, method: str) -> dict[str, Any]:
+        """The settings of a method: those of a cell in which it prunes, where there is one."""
+        found = [
+            content["identity"]
+            for cell, content in self.record.cells.items()
+            if any(place.method == method for place in self.record.places(cell))
+        ]
+        return next((identity for identity in found if identity.get("pattern") != NO_PATTERN), found[0])
+
+    def _order(self, method: str, calibration: str | None, pattern: str) -> tuple[int, ...]:
+        """By which rows are sorted: the places in the recipe, the dense model first."""
+        where = (("methods", method), ("calibration", calibration), ("patterns", pattern))
+        return tuple(names.index(name) if name in (names := self.record.grid[part]) else -1 for part, name in where)
+
     def rows(self) -> list[Row]:
         """Each figure over the seeds, in the order of `QUANTITIES` and of the recipe."""
         grouped: dict[tuple[str, str | None, str], list[str]] = {}
         for cell in self.record.cells:
             for place in self.record.places(cell):
                 grouped.setdefault((place.method, place.calibration, place.pattern), []).append(cell)
+        grouped = dict(sorted(grouped.items(), key=lambda item: self._order(*item[0])))
         figures = {cell: result.figures() for cell, result in self.cells.items()}
         rows = []
         for quantity in QUANTITIES:

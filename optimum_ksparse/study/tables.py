@@ -40,7 +40,7 @@ def _state(results: StudyResults) -> list[str]:
         names = ", ".join(map(str, seeds))
         lines.append(
             f"Figures are mean ± sample standard deviation over the calibration seeds {names} (n = {len(seeds)}); "
-            "what has no ± is one run."
+            "what has no ± is one run, or infinite."
         )
     if results.failed:
         lines.append("Failed: " + "; ".join(results.title(cell) for cell in results.failed) + ".")
