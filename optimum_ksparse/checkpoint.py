@@ -282,6 +282,11 @@ def _aligned_weight(root: nn.Module, name: str) -> Iterator[torch.Tensor]:
         yield getattr(root.get_submodule(owner), attribute) if stacked else dense_weight(found)
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights of the model elsewhere, and brings them in for a forward pass alone."""
+    return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
+
+
 def aligned(module: nn.Module) -> AbstractContextManager[None]:
     """Within it, the parameters of a module that accelerate has offloaded are there."""
     if not hasattr(module, "_hf_hook"):

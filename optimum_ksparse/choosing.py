@@ -1,20 +1,22 @@
 """`method="auto"`: every method tried on one block of the dense model, and the best of those that fit the time taken.
 
-The block is the middle one, its inputs and targets the dense model's. Each method prunes it with the statistics of
-seven eighths of the calibration samples; how well the block then does on the last eighth, which no method has seen,
-decides (the loss is that of reconstruction). How long a method took there says how long the whole model would take.
+The block is the one in the middle that has layers to prune, its inputs and targets the dense model's. Each method
+prunes it with the statistics of seven eighths of the calibration samples; how well the block then does on the last
+eighth, which no method has seen, decides (the loss is that of reconstruction). How long a method took there says how
+long the whole model would take.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 from .calibration import BlockReplay, DecoderBlocks, ExpertStack
-from .checkpoint import aligned
+from .checkpoint import aligned, is_offloaded
 from .config import SparsityConfig
 from .distributed import Processes
 from .nn import dense_weight
@@ -33,6 +35,8 @@ CANDIDATES: tuple[tuple[str, str | None], ...] = (
     ("alps", None),
     ("alps", "block"),
 )
+# At most about so many times as long as the method alone takes a block that is reconstructed as well.
+_SLOWER = 10
 
 
 @torch.no_grad()
@@ -44,81 +48,143 @@ def choose_method(
     *,
     resident: Callable[[int], AbstractContextManager[None]] = always_resident,
     processes: Processes | None = None,
+    patterns: Mapping[str, str] | None = None,
 ) -> MethodChoice:
     """Tries the methods and chooses one; the model is left as it was.
 
     Args:
-        blocks, targets, config, resident, processes: as in `prune_blocks`; the targets stay as they are.
+        blocks, targets, config, resident, processes, patterns: as in `prune_blocks`; the targets stay as they are.
         replay: the calibration activations at the first block; used up.
 
     Raises:
         ValueError: no method fits `time_budget`; says the least that is possible.
+        ArithmeticError: no method could prune the block; says why.
         ConnectionError: another process has stopped.
     """
-    started = time.perf_counter()
+    clock = _Clock()
     processes = Processes() if processes is None else processes
     middle = len(blocks.blocks) // 2
-    for index in range(middle):
+    tried = min((i for i, layers in enumerate(targets) if layers), key=lambda index: abs(index - middle))
+    for index in range(tried):
         with resident(index):
             replay.advance(index, blocks.blocks[index])
-    with resident(middle):
-        share = _size(targets[middle]) / sum(map(_size, targets))
-        trials = _try_all(blocks, middle, targets[middle], config, replay, processes, share, started)
-    fitting = [trial for trial in trials if trial.fits]
-    if not fitting:
-        least = min(trials, key=lambda trial: trial.seconds)
+    with resident(tried):
+        trials = _Trials(blocks, tried, targets, config, replay, processes, patterns or {}, clock)()
+    spent = processes.once(clock.seconds)
+    for trial in trials:
+        trial.seconds = round(trial.seconds + spent, 2)
+        trial.fits = trial.loss is not None and (config.time_budget is None or trial.seconds <= config.time_budget)
+    done = [trial for trial in trials if trial.loss is not None]
+    if not done:
+        raise ArithmeticError(f"no method could prune block {tried}: {'; '.join(trial.note for trial in trials)}")
+    fitting = [trial for trial in done if trial.fits]
+    least = min(done, key=lambda trial: trial.seconds)
+    if not fitting and len(done) == 1:  # with more, a trial took longer than expected: what is fastest must do
         raise ValueError(
             f"time_budget={config.time_budget} is too short for any method: the least that is possible is about "
             f"{least.seconds:.0f} seconds ({least.name}), the trial included"
         )
-    best = min(fitting, key=lambda trial: trial.loss)
-    return MethodChoice(best.method, best.reconstruct, middle, config.time_budget, trials)
+    best = min(fitting, key=lambda trial: float(trial.loss or 0)) if fitting else least
+    return MethodChoice(best.method, best.reconstruct, tried, config.time_budget, trials)
 
 
-def _try_all(
-    blocks: DecoderBlocks,
-    index: int,
-    targets: dict[str, Layer],
-    config: SparsityConfig,
-    replay: BlockReplay,
-    processes: Processes,
-    share: float,
-    started: float,
-) -> list[Trial]:
-    block, number = blocks.blocks[index], len(replay.hidden)
-    judged = held_out(number)
-    seen = [batch for batch in range(number) if batch not in judged] or judged
-    parts = {name: replay.part(batches, name) for name, batches in {"seen": seen, "judged": judged}.items()}
-    dense = {name: part.fork(f"{name}-dense") for name, part in parts.items()}
-    for path in dense.values():
-        path.advance(index, block)
-    trials: list[Trial] = []
-    for method, reconstruct in _candidates(config):
-        # One that takes longer than another which does not fit already is not tried.
-        if any(not trial.fits and trial.method in (method, "wanda") for trial in trials):
-            continue
-        own, replaced, began = config.as_chosen(method, reconstruct), Replaced(), time.perf_counter()
+class _Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+
+class _Trials:
+    """Prunes a resident block by one method after another, puts it back each time, and tells what came of it.
+
+    The seconds of a trial are those that the method would take for the whole model, without the trials: what pruning
+    the block took, times the share of the weights in it and of the samples seen, and for each block the forward passes
+    that bring the activations on. The first process decides, so that all do the same.
+    """
+
+    def __init__(
+        self,
+        blocks: DecoderBlocks,
+        index: int,
+        targets: list[dict[str, Layer]],
+        config: SparsityConfig,
+        replay: BlockReplay,
+        processes: Processes,
+        patterns: Mapping[str, str],
+        clock: _Clock,
+    ) -> None:
+        self.blocks, self.index, self.targets, self.config = blocks, index, targets[index], config
+        self.processes, self.patterns, self.clock = processes, patterns, clock
+        number = len(replay.hidden)
+        judged = held_out(number)
+        seen = [batch for batch in range(number) if batch not in judged] or judged
+        self.parts = {name: replay.part(batches, name) for name, batches in {"seen": seen, "judged": judged}.items()}
+        self.dense = {name: part.fork(f"{name}-dense") for name, part in self.parts.items()}
+        began = clock.seconds()
+        for path in self.dense.values():
+            path.advance(index, blocks.blocks[index])
+        self.one_pass = clock.seconds() - began
+        self.scale = number / len(seen) * sum(map(_size, targets)) / _size(self.targets)
+
+    def __call__(self) -> list[Trial]:
+        trials: list[Trial] = []
+        for method, reconstruct in _candidates(self.config, self.blocks.model):
+            if self.processes.once(lambda name=method, more=reconstruct: self._is_affordable(name, more, trials)):  # type: ignore[misc]
+                trials.append(self._try(method, reconstruct))
+        return trials
+
+    def _is_affordable(self, method: str, reconstruct: str | None, trials: list[Trial]) -> bool:
+        """Whether the budget allows to try a method, and then still to prune with the fastest of those before."""
+        budget, costs = self.config.time_budget, [trial.seconds for trial in trials if trial.loss is not None]
+        if budget is None or not costs:
+            return True
+        before = [trial for trial in trials if trial.method == method]
+        # The order of the candidates is that of their times.
+        expected = (before[-1].seconds if before else max(costs)) / self.scale * (_SLOWER if reconstruct else 1)
+        return self.clock.seconds() + expected + min(costs) <= budget
+
+    def _try(self, method: str, reconstruct: str | None) -> Trial:
+        own, replaced, began = self.config.as_chosen(method, reconstruct), Replaced(), self.clock.seconds()
+        loss, note = None, ""
         try:
-            targets_of_block = dense["seen"].hidden if reconstruct else None
-            prune_one_block(blocks, index, targets, own, parts["seen"], targets_of_block, replaced, processes)
-            took = time.perf_counter() - began
-            loss = OutputLoss(index, block, parts["judged"], dense["judged"].hidden, processes)
-            error = loss.mean(range(len(judged)))
+            outputs = self.dense["seen"].hidden if reconstruct else None
+            prune_one_block(
+                self.blocks,
+                self.index,
+                self.targets,
+                own,
+                self.parts["seen"],
+                outputs,
+                replaced,
+                self.processes,
+                self.patterns,
+            )
+            took = self.clock.seconds() - began
+            judged, targets = self.parts["judged"], self.dense["judged"].hidden
+            pruned = self.blocks.blocks[self.index]
+            loss = OutputLoss(self.index, pruned, judged, targets, self.processes).mean(range(len(targets)))
+        except (ArithmeticError, ValueError, torch.linalg.LinAlgError) as error:
+            took, note = self.clock.seconds() - began, str(error)
         finally:
-            replaced.restore(blocks.decoder)
-        spent = time.perf_counter() - started
-        # All of the samples instead of those seen; the slowest process counts.
-        expected = max(processes.gather(took)) / share * number / len(seen) + max(processes.gather(spent))
-        fits = config.time_budget is None or expected <= config.time_budget
-        trials.append(Trial(method, reconstruct, error, round(expected, 2), fits))
-    return trials
+            replaced.restore(self.blocks.decoder)
+        passes = (1 if reconstruct is None else 2) * len(self.blocks.blocks) * self.one_pass
+        slowest = max(self.processes.gather(took * self.scale + passes))
+        return Trial(method, reconstruct, loss, slowest, False, note)
 
 
-def _candidates(config: SparsityConfig) -> list[tuple[str, str | None]]:
-    """Those that go with the other settings."""
-    width = Pattern(config.pattern).width
+def _candidates(config: SparsityConfig, model: nn.Module) -> list[tuple[str, str | None]]:
+    """Those that go with the other settings and with the model."""
+    width, offloaded = Pattern(config.pattern).width, is_offloaded(model)
     found = dict.fromkeys((method, config.reconstruct or reconstruct) for method, reconstruct in CANDIDATES)
-    return [pair for pair in found if pair[0] != "sparsegpt" or config.block_size % width == 0]
+    return [
+        (method, reconstruct)
+        for method, reconstruct in found
+        if (method != "sparsegpt" or config.block_size % width == 0) and not (offloaded and reconstruct)
+    ]
 
 
 def _size(layers: dict[str, Layer]) -> int:

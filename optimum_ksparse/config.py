@@ -132,15 +132,8 @@ class SparsityConfig(QuantizationConfigMixin):
         seq_len: int = 2048,
         batch_size: int = 1,
         seed: int = 0,
-        time_budget: float | None = None,
-        refine: str | Sequence[str] | None = None,
-        reconstruct: str | None = None,
-        reconstruction_epochs: int = 4,
-        reconstruction_lr: float = 0.01,
-        activations: str | None = None,
         block_size: int = 128,
         damping: float | None = None,
-        iterations: int | None = None,
         true_sequential: bool = False,
         modules_to_not_convert: Sequence[str] | None = None,
         skip_unsupported: bool = False,
@@ -157,6 +150,13 @@ class SparsityConfig(QuantizationConfigMixin):
         allocation: str = "uniform",
         target_density: float | None = None,
         drop_layers: int | None = None,
+        time_budget: float | None = None,
+        refine: str | Sequence[str] | None = None,
+        reconstruct: str | None = None,
+        reconstruction_epochs: int = 4,
+        reconstruction_lr: float = 0.01,
+        activations: str | None = None,
+        iterations: int | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.method = _one_of("method", method, (*METHODS, AUTO))
@@ -183,6 +183,11 @@ class SparsityConfig(QuantizationConfigMixin):
         self.reconstruction_epochs = check_integer("reconstruction_epochs", reconstruction_epochs, 1)
         self.reconstruction_lr = _number("reconstruction_lr", reconstruction_lr, 0, 1)
         self.activations = None if activations is None else _one_of("activations", activations, ACTIVATIONS)
+        if self.activations == "mixed" and self.reconstruct is None and self.method != AUTO:
+            raise ValueError(
+                "activations='mixed' gives a block the inputs of the pruned model and the outputs of the dense one to "
+                "aim at, which reconstruct='block' alone does: add it, or pass 'pruned' or 'dense'"
+            )
         self.true_sequential = _boolean("true_sequential", true_sequential)
         self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
         self.skip_unsupported = _boolean("skip_unsupported", skip_unsupported)

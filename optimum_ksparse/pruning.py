@@ -152,7 +152,7 @@ def prune_blocks(
         return [pruned]
 
     return each_block(
-        f"Pruning ({config.method} {config.pattern})",
+        _title(config),
         blocks,
         step,
         resident=resident,
@@ -160,6 +160,13 @@ def prune_blocks(
         tokens=tokens,
         show=processes.is_main,
     )
+
+
+def _title(config: SparsityConfig) -> str:
+    if config.pattern is None:
+        return "Writing what is left"
+    steps = (config.method, *config.refine, *([config.reconstruct] if config.reconstruct else []))
+    return f"Pruning ({' + '.join(steps)} {config.pattern})"
 
 
 def prune_one_block(

@@ -24,7 +24,7 @@ from .report import BlockReport
 
 # One step of the optimizer sees at least so many tokens of each process, where it has as many.
 _STEP_TOKENS = 2048
-_HELD_OUT = 8  # one batch in so many
+HELD_OUT = 8  # one batch in so many
 _WARM_UP = 0.1  # of all steps
 # The learning rate is a share of each tensor's root mean square; a tensor of zeros (a bias) counts as of this size.
 _LEAST_SIZE = 1e-3
@@ -32,6 +32,7 @@ _LEAST_SIZE = 1e-3
 _LEAST_ENERGY = 1e-3
 _DIVERGED = 2.0  # times the loss at the beginning
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def reconstruct_block(
     would be all that counts. Adam, with a learning rate that is a share of each tensor's size, a warm-up and a cosine.
     Products are in bfloat16 where the model or `calibration_dtype` is in 16 bit; weights are float32 until the end.
 
-    Every eighth batch is held out (of one batch alone, none): after each epoch the loss on these tells whether the
+    Every eighth batch is held out (of one sample alone, none): after each epoch the loss on these tells whether the
     weights are the best so far, and the best are kept, so that a block never ends worse than it began. Memory beside
     the activations: what is tuned, in float32, five times.
 
@@ -72,8 +73,10 @@ def reconstruct_block(
     tuned = _tuned(block)
     original = [parameter.data.clone() for parameter in tuned]
     if replaced is not None:
-        replaced += [pair for pair in zip(tuned, original, strict=True) if pair[0].dim() == 1]
-    best, lowest, note = original, before, ""
+        values = _values(block)
+        replaced += [pair for pair in zip(tuned, original, strict=True) if id(pair[0]) not in values]
+    best, lowest = original, before
+    note = "" if problem.holds_out else "one sample alone: nothing was held out"
     with _in_float32(block, tuned):
         for epoch, loss in enumerate(_epochs(problem, tuned, config), start=1):
             if not loss <= _DIVERGED * before:
@@ -91,10 +94,28 @@ def reconstruct_block(
     return BlockReport(index, before, lowest, round(time.perf_counter() - started, 4), note)
 
 
+def _values(block: nn.Module) -> set[int]:
+    """Ids of the values of sparse layers."""
+    return {id(m.weight) for m in block.modules() if isinstance(m, SparseLinear | SparseExperts)}
+
+
 def _tuned(block: nn.Module) -> list[nn.Parameter]:
-    """Values of sparse layers, and what has one dimension: biases and norms. What was left dense stays as it is."""
-    values = {id(m.weight) for m in block.modules() if isinstance(m, SparseLinear | SparseExperts)}
-    return [p for p in block.parameters() if id(p) in values or p.dim() == 1]
+    """Values of sparse layers, biases and norms. What was left dense stays as it is."""
+    values, small = _values(block), {id(p) for p in _small(block)}
+    return [p for p in block.parameters() if id(p) in values or id(p) in small]
+
+
+def _small(block: nn.Module) -> list[nn.Parameter]:
+    """Parameters of one dimension, but for the values of sparse layers and for biases of convolutions, which must have
+    the dtype of their weight."""
+    values = _values(block)
+    fixed = {
+        id(p)
+        for module in block.modules()
+        if isinstance(module, _CONVOLUTIONS)
+        for p in module.parameters(recurse=False)
+    }
+    return [p for p in block.parameters() if p.dim() == 1 and id(p) not in values | fixed]
 
 
 def _put(parameters: list[nn.Parameter], values: list[torch.Tensor], like: list[torch.Tensor]) -> None:
@@ -118,6 +139,20 @@ def _in_float32(block: nn.Module, tuned: list[nn.Parameter]) -> Iterator[None]:
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
+
+
+@contextmanager
+def _norms_in_float32(block: nn.Module) -> Iterator[None]:
+    """Within it norms and biases are float32, as autocast has what they are applied to: a layer norm on a CPU takes
+    no inputs of another dtype than its own."""
+    small = [(p, p.data) for p in _small(block) if p.dtype in _LOW_PRECISION]
+    try:
+        for parameter, value in small:
+            parameter.data = value.float()
+        yield
+    finally:
+        for parameter, value in small:
+            parameter.data = value
 
 
 def _epochs(problem: _Problem, parameters: list[nn.Parameter], config: SparsityConfig) -> Iterator[float]:
@@ -160,6 +195,10 @@ class OutputLoss:
     ) -> None:
         self.index, self.processes, self.targets = index, processes, targets
         self._block, self._replay = block, replay
+        # Some keep the hidden states in float32 (Mamba).
+        self._low = any(
+            dtype in _LOW_PRECISION for dtype in (targets[0].dtype, *(p.dtype for p in block.parameters()))
+        )
         self._limit, self._energy = self._scales()
 
     def _scales(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +213,7 @@ class OutputLoss:
 
     def of(self, batch: int) -> torch.Tensor:
         """Of one batch, float32."""
-        with self._precision():
+        with self._precision(), _norms_in_float32(self._block):
             output = self._replay.output(self.index, self._block, batch)
         target = self.targets[batch]
         error = (output.float() - target.float()) * _cut(target, self._limit)
@@ -188,8 +227,7 @@ class OutputLoss:
 
     def _precision(self) -> AbstractContextManager[object]:
         """Of products of 16-bit inputs with weights that are float32 for now. float16 has no room for gradients."""
-        device, low = self.targets.device, self.targets[0].dtype in _LOW_PRECISION
-        return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+        return torch.autocast(self.targets.device.type, torch.bfloat16) if self._low else nullcontext()
 
 
 class _Problem:
@@ -197,6 +235,7 @@ class _Problem:
 
     Attributes:
         num_steps: of an epoch, the same in all processes.
+        holds_out: whether any batch of any process is.
     """
 
     def __init__(self, loss: OutputLoss) -> None:
@@ -204,6 +243,7 @@ class _Problem:
         number = len(loss.targets)
         self._held_out = held_out(number)
         self._batches = [batch for batch in range(number) if batch not in self._held_out] or self._held_out
+        self.holds_out = any(self.processes.gather(self._batches != self._held_out))
         tokens = loss.targets[0].shape[:-1].numel()
         self._per_step = max(1, min(len(self._batches), _STEP_TOKENS // tokens))
         self.num_steps = max(self.processes.gather(-(-len(self._batches) // self._per_step)))
@@ -230,7 +270,7 @@ class _Problem:
 
 def held_out(number: int) -> list[int]:
     """Which of `number` batches are held out; of one alone, that one, which then is not."""
-    return list(range(_HELD_OUT - 1, number, _HELD_OUT)) or [number - 1]
+    return list(range(HELD_OUT - 1, number, HELD_OUT)) or [number - 1]
 
 
 def _cut(target: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:

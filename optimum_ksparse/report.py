@@ -58,13 +58,15 @@ class BlockReport:
 @dataclass
 class Trial:
     """What `method="auto"` found of one method: the loss of a pruned block on calibration tokens that it had not seen
-    (1 is the energy of the outputs), and about how many seconds the whole model would take, the trials included."""
+    (1 is the energy of the outputs; None where the method failed, and `note` says how), and about how many seconds the
+    whole model would take, the trials included."""
 
     method: str
     reconstruct: str | None
-    loss: float
+    loss: float | None
     seconds: float
     fits: bool
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -93,6 +95,8 @@ class MethodChoice:
 
     def __str__(self) -> str:
         def words(trial: Trial) -> str:
+            if trial.loss is None:
+                return f"{trial.name} failed ({trial.note})"
             return f"{trial.name} {trial.loss:.4f} ({trial.seconds:.0f} s{'' if trial.fits else ', too long'})"
 
         name = self.method if self.reconstruct is None else f"{self.method} + {self.reconstruct}"

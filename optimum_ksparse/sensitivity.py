@@ -19,7 +19,7 @@ from .allocation import LEFT_DENSE, OUTLIER_MULTIPLE, Allocation, LayerMeasure, 
 from .calibration import BlockReplay, DecoderBlocks, ExpertStack
 from .calibration.experts import matrix_name
 from .checkpoint import aligned
-from .config import SparsityConfig
+from .config import AUTO, SparsityConfig
 from .distributed import Processes
 from .nn import dense_weight
 from .pattern import Pattern
@@ -117,7 +117,7 @@ def _losses(
     name: str, layer: Layer, statistics: dict[str, ColumnNorms], path: str, config: SparsityConfig
 ) -> dict[str, float]:
     """Predicted loss of a layer by pattern; the matrices of a stack count as often as tokens reached them."""
-    block_size = config.block_size if config.method == "sparsegpt" else None
+    block_size = config.block_size if config.method in ("sparsegpt", AUTO) else None
     lost: dict[str, float] = {}
     energy = 0.0
     for weight, own in _matrices(name, layer, statistics):

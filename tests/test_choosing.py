@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,31 +37,74 @@ def test_it_takes_the_least_loss_and_prunes_as_if_it_had_been_asked_for(make_mod
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def test_the_time_budget_rules_out_what_takes_too_long(make_model, few, monkeypatch):
-    class Clock:
-        """A second for each look at it, and a hundred for one that follows ADMM."""
+class Clock:
+    """A second for each look at it, and so many more for one while a method is at work."""
 
-        now, slow = 0.0, False
+    def __init__(self, seconds):
+        self.now, self.method, self.slow = 0.0, None, seconds
 
-        def perf_counter(self):
-            self.now += 100 if self.slow else 1
-            return self.now
+    def perf_counter(self):
+        self.now += self.slow.get(self.method, 1)
+        return self.now
 
-    clock = Clock()
-    monkeypatch.setattr(choosing, "time", clock)
+
+@pytest.fixture
+def slow(monkeypatch):
+    def make(**seconds):
+        clock, original = Clock(seconds), choosing.prune_one_block
+        monkeypatch.setattr(choosing, "time", clock)
+
+        def prune_one_block(*arguments):
+            clock.method = arguments[3].reconstruct or arguments[3].method
+            done = original(*arguments)
+            clock.now += clock.slow.get(clock.method, 1)
+            clock.method = None
+            return done
+
+        monkeypatch.setattr(choosing, "prune_one_block", prune_one_block)
+
+    return make
+
+
+def test_the_time_budget_rules_out_what_takes_too_long(make_model, few, slow):
+    slow(admm=30)
+    report = sparsify(make_model("llama"), make_settings(time_budget=90.0))
+    fits = {trial.name: trial.fits for trial in report.choice.trials}
+    assert fits == {"wanda": True, "admm": False}, "what needs more than a method that is too long is not tried"
+    assert report.choice.method == "wanda" and "too long" in str(report)
+    assert all(trial.seconds > 20 for trial in report.choice.trials), "all trials count in all"
+
+
+def test_a_trial_that_spends_the_budget_leaves_the_fastest(make_model, few, slow):
+    slow(admm=1000)
+    report = sparsify(make_model("llama"), make_settings(time_budget=100.0))
+    assert report.choice.method == "wanda" and not any(trial.fits for trial in report.choice.trials)
+
+
+def test_a_method_that_fails_is_told_and_the_others_go_on(make_model, few, monkeypatch):
     original = choosing.prune_one_block
 
-    def prune_one_block(*arguments):
-        clock.slow = arguments[3].method == "admm"
+    def fail(*arguments):
+        if arguments[3].method == "admm":
+            raise ArithmeticError("the Gram matrix stays singular")
         return original(*arguments)
 
-    monkeypatch.setattr(choosing, "prune_one_block", prune_one_block)
-    report = sparsify(make_model("llama"), make_settings(time_budget=70.0))
-    fits = {trial.name: trial.fits for trial in report.choice.trials}
-    assert fits["wanda"] is True and fits["admm"] is False
-    assert "admm + block" not in fits, "what needs more than a method that is too long is not tried"
+    monkeypatch.setattr(choosing, "prune_one_block", fail)
+    report = sparsify(make_model("llama"), make_settings())
     assert report.choice.method == "wanda"
-    assert "too long" in str(report)
+    assert "admm failed (the Gram matrix stays singular)" in str(report)
+
+
+def test_a_block_without_layers_to_prune_is_not_the_one_tried(make_model, few):
+    model = make_model("llama", num_hidden_layers=4)
+    report = sparsify(model, make_settings(modules_to_not_convert=["model.layers.2."]))
+    assert report.choice.block in (1, 3)
+
+
+def test_it_is_tried_with_the_patterns_that_layers_will_have(make_model, monkeypatch):
+    monkeypatch.setattr(choosing, "CANDIDATES", (("sparsegpt", None),))
+    asked = make_settings(block_size=4, allocation="owl", target_density=0.6)
+    assert {layer.pattern for layer in sparsify(make_model("llama"), asked).layers} == {"2:4"}
 
 
 def test_a_budget_that_nothing_meets_says_the_least_and_changes_nothing(make_model, few):
@@ -99,8 +143,12 @@ def test_disk_to_disk_and_resumed(make_model, few, tmp_path, monkeypatch):
 
 
 def test_other_settings_hold_for_all_that_is_tried(make_model):
-    assert ("sparsegpt", None) not in choosing._candidates(make_settings(pattern="4:8", block_size=12))
-    assert all(reconstruct == "block" for _, reconstruct in choosing._candidates(make_settings(reconstruct="block")))
+    model = make_model("llama")
+    assert ("sparsegpt", None) not in choosing._candidates(make_settings(pattern="4:8", block_size=12), model)
+    found = choosing._candidates(make_settings(reconstruct="block"), model)
+    assert all(reconstruct == "block" for _, reconstruct in found)
+    model.model.layers[0]._hf_hook = SimpleNamespace(offload=True)
+    assert all(reconstruct is None for _, reconstruct in choosing._candidates(make_settings(), model))
 
 
 def test_a_choice_survives_json():

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Mamba2Config, PreTrainedModel
 
 from optimum_ksparse import EvaluationProtocol, SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.calibration import find_blocks
@@ -455,3 +455,17 @@ def test_two_processes_drop_the_same_blocks_as_one(tmp_path: Path, settings: Any
         assert DroppedBlocks(**json.loads((tmp_path / f"dropped-{rank}.json").read_text())) == alone.dropped
     model.save_pretrained(tmp_path / "memory")
     assert_same_tensors(tensors(tmp_path / "disk"), tensors(tmp_path / "memory"))
+
+
+def test_blocks_named_by_number_are_refused_with_drop_layers(make_model, token_ids):
+    settings = SparsityConfig("wanda", dataset=token_ids, drop_layers=1, modules_to_not_convert=["model.layers.1.mlp"])
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp' names a block by its number"):
+        sparsify(make_model("llama"), settings)
+
+
+def test_configs_with_infinite_numbers_are_read_as_they_are_saved(token_ids):
+    sizes = {"state_size": 8, "num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1, "chunk_size": 8}
+    config = Mamba2Config(vocab_size=384, hidden_size=32, num_hidden_layers=3, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    sparsify(model, SparsityConfig(pattern=None, dataset=token_ids, drop_layers=1))
+    assert model.config.num_hidden_layers == len(model.backbone.layers) == 2

@@ -7,12 +7,16 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
 from optimum_ksparse import reconstruction as room
 from optimum_ksparse.calibration import BlockReplay, find_blocks
+from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.nn import SparseLinear
+from optimum_ksparse.pruning import Replaced, prune_blocks
 from optimum_ksparse.report import SparsityReport
+from optimum_ksparse.targets import find_targets
 
 from .conftest import ARCHITECTURES
 
@@ -206,3 +210,48 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(
     assert [row.block for row in report.reconstruction] == [0, 1, 2]
     whole, cut = (type(model).from_pretrained(tmp_path / name).state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mamba"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_and_convolutions_in_16_bit(make_model, name, dtype):
+    """On a CPU a layer norm takes inputs of its own dtype alone, and a convolution a bias of its weight's."""
+    more = {}
+    if name == "mamba":  # its dt_proj is not called, but read
+        more = {"modules_to_not_convert": ["dt_proj"]}
+        sizes = {"state_size": 4, "conv_kernel": 3, "time_step_rank": 4}
+        config = MambaConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, **sizes)
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    else:
+        model = make_model(name, dtype)
+    report = sparsify(model, make_settings(reconstruction_epochs=1, **more))
+    assert all(row.loss_after <= row.loss_before < 10 for row in report.reconstruction)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_large_batches_leave_some_samples_to_hold_out(make_model):
+    """As if the batches had been small enough from the start; of one sample alone nothing can be held out."""
+    one, other = make_model("llama"), make_model("llama")
+    report = sparsify(one, make_settings(batch_size=64))
+    assert report.reconstruction[0].note == ""
+    sparsify(other, make_settings(batch_size=max(1, len(TOKENS) // room.HELD_OUT)))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    alone = sparsify(make_model("llama"), make_settings(dataset=TOKENS[:1]))
+    assert "one sample alone: nothing was held out" in str(alone)
+
+
+def test_what_would_be_restored_is_norms_and_biases(make_model):
+    """Values of an unstructured layer have one dimension as well, and go with their layer."""
+    model, replaced = make_model("llama"), Replaced()
+    blocks = find_blocks(model)
+    config = make_settings(pattern="50%")
+    targets, _ = find_targets(blocks, config)
+    with torch.no_grad():
+        prune_blocks(blocks, targets, config, BlockReplay(blocks, TOKENS, 2), replaced)
+    values = {id(module.weight) for module in sparse_modules(model).values()}
+    assert replaced.tuned and not values & {id(parameter) for parameter, _ in replaced.tuned}
+
+
+def test_mixed_activations_are_for_reconstruction():
+    with pytest.raises(ValueError, match="activations='mixed' gives a block .* which reconstruct='block' alone does"):
+        make_settings(activations="mixed", reconstruct=None)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..config import SparsityConfig
+from ..config import AUTO, SparsityConfig
 from ..pattern import Pattern
 from ..pruners import METHODS, prune
 
@@ -30,6 +30,8 @@ def prune_weight(
         ValueError: an unknown method or pattern, shapes that do not fit, NaN or Inf.
         ArithmeticError: the Gram matrix stays singular.
     """
+    if method == AUTO:
+        raise ValueError(f"method={AUTO!r} tries methods on a block of a model; one layer takes {', '.join(METHODS)}")
     parsed, taken = Pattern(pattern), ("refine", *METHODS[SparsityConfig(method).method].settings)
     unknown = set(settings) - set(taken)
     if unknown:

@@ -24,7 +24,7 @@ from ..calibration import (
     read_tokenizer,
     use_eager_experts,
 )
-from ..checkpoint import describe_model, layer_records, sparse_experts, sparse_modules
+from ..checkpoint import describe_model, is_offloaded, layer_records, sparse_experts, sparse_modules
 from ..choosing import choose_method
 from ..config import AUTO, DENSE_CONFIG_KEY, EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source
 from ..dataset import is_token_ids, needs_tokenizer
@@ -33,6 +33,7 @@ from ..execution import apply_settings
 from ..layer_dropping import check_drop, drop_blocks, measure_drop
 from ..memory import peak_memory
 from ..pruning import Replaced, prune_blocks
+from ..reconstruction import HELD_OUT
 from ..report import LayerReport, MethodChoice, PrunedBlock, SparsityReport
 from ..sensitivity import leave_dense, measure_allocation
 from ..targets import Layer, find_targets
@@ -74,7 +75,7 @@ def sparsify(
     processes = current()
     blocks = find_blocks(model)
     if config.drop_layers is not None:
-        check_drop(blocks, config.drop_layers)
+        check_drop(blocks, config.drop_layers, config.modules_to_not_convert)
     targets, skipped = find_targets(blocks, config)
     processes.agree({"model": type(model).__name__, "blocks": len(blocks.blocks), **config.to_dict()})
     recorded = record_settings(config)
@@ -132,15 +133,17 @@ def _prune(
     ):
         replay = None
         if data is not None and config.prunes_with_data:
+            asked = config
 
             def replayed() -> BlockReplay:
-                return start_replay(blocks, config, data, processes)
+                return start_replay(blocks, asked, data, processes)
 
             if config.allocation == "owl":
                 allocation = measure_allocation(blocks, targets, config, replayed(), processes=processes)
                 skipped |= leave_dense(blocks, targets, allocation)
             if config.method == AUTO:
-                choice = choose_method(blocks, targets, config, replayed(), processes=processes)
+                own = own_patterns(allocation)
+                choice = choose_method(blocks, targets, config, replayed(), processes=processes, patterns=own)
                 config = config.as_chosen(choice.method, choice.reconstruct)
             replay = replayed()
         try:
@@ -159,8 +162,16 @@ def start_replay(
 ) -> BlockReplay:
     """This process's calibration activations at the first block."""
     skip_first = data.begins_with_bos and not config.bos_in_statistics
-    ids = share_tokens(data.ids, config.batch_size, processes)
-    return BlockReplay(blocks, ids, config.batch_size, skip_first, dtype=calibration_dtype(config))
+    batch_size = replay_batch_size(config)
+    ids = share_tokens(data.ids, batch_size, processes)
+    return BlockReplay(blocks, ids, batch_size, skip_first, dtype=calibration_dtype(config))
+
+
+def replay_batch_size(config: SparsityConfig) -> int:
+    """Samples in a batch: `config.batch_size`, or less where some batches are to be held out."""
+    if config.reconstruct is None and config.method != AUTO:
+        return config.batch_size
+    return max(1, min(config.batch_size, config.num_samples // HELD_OUT))
 
 
 def record_settings(config: SparsityConfig) -> SparsityConfig:
@@ -248,9 +259,7 @@ def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         raise ValueError("the model, or a part of it, is compiled; prune it first, then compile it")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model carries an adapter; merge it, or prune the model before adding one")
-    if config.reconstruct is not None and any(
-        getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.modules()
-    ):
+    if config.reconstruct is not None and is_offloaded(model):
         raise ValueError(
             "reconstruct needs the weights of a block in memory, and accelerate has offloaded some: load the model "
             "without offloading, or prune from disk to disk with prune_checkpoint"

@@ -40,6 +40,7 @@ from .model import (
     note_sensitivities,
     own_patterns,
     record_settings,
+    replay_batch_size,
     share_tokens,
 )
 
@@ -107,7 +108,7 @@ class CheckpointRun:
         check_model(model, config)
         blocks = disk.blocks
         if config.drop_layers is not None:
-            check_drop(blocks, config.drop_layers)
+            check_drop(blocks, config.drop_layers, config.modules_to_not_convert)
         targets, skipped = find_targets(blocks, config)
         if config.drop_layers is None:
             processes.once(lambda: self._check_space(model, targets))
@@ -129,7 +130,7 @@ class CheckpointRun:
             allocation = None if ids is None else self._allocation(disk, targets, ids, data)
             if allocation is not None:
                 skipped |= leave_dense(blocks, targets, allocation)
-            choice = None if ids is None else self._choice(disk, targets, ids, data)
+            choice = None if ids is None else self._choice(disk, targets, ids, data, own_patterns(allocation))
             config = config if choice is None else config.as_chosen(choice.method, choice.reconstruct)
             replay = None if ids is None or len(done) == len(blocks.blocks) else self._replay(disk, ids, data)
             original = None
@@ -172,13 +173,13 @@ class CheckpointRun:
             return drawn.ids, drawn.description
 
         ids, description = self.processes.once(lambda: self.workspace.tokens(draw))
-        return share_tokens(ids, self.config.batch_size, self.processes), description
+        return share_tokens(ids, replay_batch_size(self.config), self.processes), description
 
     def _replay(
         self, disk: DiskBlocks, ids: torch.Tensor, description: dict[str, Any], folder: Path | None = None
     ) -> BlockReplay:
         """The activations at the first block; what does not fit into memory goes to `folder`, or the workspace."""
-        batch_size = self.config.batch_size
+        batch_size = replay_batch_size(self.config)
         hidden = Activations(
             -(-len(ids) // batch_size),
             self.activation_memory,
@@ -212,12 +213,17 @@ class CheckpointRun:
         return self._measured("allocation", Allocation, measure, disk, ids, description)
 
     def _choice(
-        self, disk: DiskBlocks, targets: list[dict[str, Any]], ids: torch.Tensor, description: dict[str, Any]
+        self,
+        disk: DiskBlocks,
+        targets: list[dict[str, Any]],
+        ids: torch.Tensor,
+        description: dict[str, Any],
+        patterns: dict[str, str],
     ) -> MethodChoice | None:
         """What `method="auto"` has chosen, in this run or in the one that it goes on with."""
         if self.config.method != AUTO:
             return None
-        measure = partial(choose_method, disk.blocks, targets, self.config)
+        measure = partial(choose_method, disk.blocks, targets, self.config, patterns=patterns)
         return self._measured("choice", MethodChoice, measure, disk, ids, description)
 
     def _measured(
@@ -336,7 +342,7 @@ class CheckpointRun:
         if self.config.needs_data and self.workspace.journal.phase == "pruning":
             hidden = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0))
             needed += (
-                (4 if needs_original(self.config) else 2)
+                (4 if self.config.reconstruct is not None or self.config.method == AUTO else 2)
                 * self.config.num_samples
                 * self.config.seq_len
                 * hidden

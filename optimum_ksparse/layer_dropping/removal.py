@@ -4,12 +4,15 @@ written, read and built on the meta device, with and without the blocks, and the
 from __future__ import annotations
 
 import copy
-import json
+import os
+import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -23,9 +26,16 @@ _Change = tuple[str, str, Any]  # path of a module, attribute, value
 _Modules = dict[str, nn.Module]
 
 
-def check_drop(blocks: DecoderBlocks, number: int) -> None:
+def check_drop(blocks: DecoderBlocks, number: int, left_dense: Sequence[str] | None = None) -> None:
     """Raises ValueError where `number` blocks of the model cannot be dropped, whichever they are, as far as can be
-    told without knowing them."""
+    told without knowing them; also where `left_dense`, the names in `modules_to_not_convert`, tell a block by its
+    number, which another block may have then."""
+    numbered = next((name for name in left_dense or () if re.search(r"(^|\.|\b)\d+(\.|$)", name)), None)
+    if numbered is not None:
+        raise ValueError(
+            f"modules_to_not_convert: {numbered!r} names a block by its number, and drop_layers gives blocks other "
+            "numbers: name layers without one, or drop the blocks first and prune the model that is left"
+        )
     total = len(blocks.blocks)
     if not 1 <= number < total:
         raise ValueError(
@@ -76,7 +86,7 @@ def _plan(blocks: DecoderBlocks, kept: list[int]) -> tuple[dict[str, Any], list[
     changes = smaller(_text_config(model.config), kept)
     try:
         before, after = _skeleton(model, {}), _skeleton(model, changes)
-    except (TypeError, ValueError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, StrictDataclassError) as error:
         raise _refusal(blocks, f"no config of {len(kept)} blocks can be made of its own: {error}") from error
     prefix = blocks.name_in_model(0, "").removesuffix("0.")
     attributes = list(_outside(blocks, before, after, prefix))
@@ -92,7 +102,10 @@ def _skeleton(model: PreTrainedModel, changes: dict[str, Any]) -> PreTrainedMode
     config = copy.deepcopy(model.config)
     for name, value in changes.items():
         setattr(_text_config(config), name, value)
-    config = type(config).from_dict(json.loads(config.to_json_string()))
+    with tempfile.TemporaryDirectory() as folder:
+        config.to_json_file(os.path.join(folder, "config.json"), use_diff=False)
+        read, _ = type(config).get_config_dict(folder)
+    config = type(config).from_dict(read)
     with torch.device("meta"):
         built: PreTrainedModel = type(model)._from_config(config)
     return built
@@ -152,6 +165,8 @@ def _differences(before: _Modules, after: _Modules) -> Iterator[tuple[str, str, 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     def is_plain(value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(map(is_plain, [*value, *value.values()]))
         return isinstance(value, _PLAIN) or (isinstance(value, list | tuple) and all(map(is_plain, value)))
 
     return {name: value for name, value in vars(module).items() if name[0] != "_" and is_plain(value)}
