@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import ModelCardData
 
 from ..evaluation import KOBEST_TASKS, TASK_TITLES, EvaluationResults, Measurement, result_rows, tuning_title
-from ..nn.kernels import GROUPS
+from ..nn.kernels import GROUPS, why_not_strips
 from ..pattern import Pattern
 from ..report import SparsityReport
 from ..version import __version__
@@ -119,6 +120,8 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "pruned_to": _pruned_to(report),
         "pruner": None if report is None else report.pruner,
         "reconstruction": None if report is None else report.reconstruction_losses,
+        "has_strips": pattern is not None and why_not_strips(str(pattern), 1, torch.device("cpu")) is None,
+        "decided": _decided(subject),
         "has_kernels": report is not None
         and is_sparse
         and all(name in GROUPS for name in report.patterns)
@@ -126,6 +129,13 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "version": __version__,
         "limited": any(row.protocol.get("limit") for row in measured),
     }
+
+
+def _decided(subject: CardSubject) -> str:
+    """What the calibration data decided on: "weights", or "blocks" where they were read to drop these alone."""
+    report = subject.report
+    blind = report is not None and report.pruner == "magnitude" and not report.config.get("refine")
+    return "blocks" if subject.storage == "plain" or (blind and report is not None and report.dropped) else "weights"
 
 
 def _pruned_to(report: SparsityReport | None) -> str:

@@ -23,6 +23,7 @@ from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values, why_not_library
 from .operators import apply, compute, decompress, gather, linear, runs_plainly
 from .sample import sample_weights
+from .strips import why_not_strips
 from .timing import rotations, time_calls
 
 __all__ = [
@@ -60,4 +61,5 @@ __all__ = [
     "time_calls",
     "why_no_kernels",
     "why_not_library",
+    "why_not_strips",
 ]

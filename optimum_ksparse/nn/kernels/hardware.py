@@ -41,8 +41,8 @@ def describe_device(device: torch.device) -> str:
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
         return f"2:4 and 4:8 layers in bfloat16 and float16 run on their packed weights ({name})"
     return (
-        f"{reason}: sparse layers compute the same here but not faster; each forward pass decompresses them, or once "
-        "with densify='lazy', which keeps them dense in memory"
+        f"{reason}: sparse layers compute the same here but not faster; each forward pass decompresses them (but "
+        "for a few tokens and blocks of many rows), or once with densify='lazy', which keeps them dense in memory"
     )
 
 
