@@ -67,9 +67,9 @@ class SparsityConfig(QuantizationConfigMixin):
         seq_len: tokens in each of them, the beginning token included.
         batch_size: calibration sequences in one forward pass.
         calibration_dtype: dtype of the matrix products while calibration tokens run through the model; None: that of
-            the weights. `"bfloat16"` makes such products of a float32 model twice as fast on a CPU that has the
-            instructions (pruning Gemma 3 270M takes a fifth to a quarter less time); the statistics, the pruning and
-            the weights stay float32.
+            the weights. `"bfloat16"` makes such products of a float32 model twice as fast on some CPUs that have the
+            instructions (on an AMD EPYC pruning Gemma 3 270M takes a fifth to a quarter less time), and slower on
+            others (an Intel Xeon without AMX); the statistics, the pruning and the weights stay float32.
         seed: draws documents, crops and generated text.
         refine: what follows the method on the same statistics, one or several in their order: `"swaps"` (SparseSwaps:
             a better mask, weight for weight), `"exact"` (the weights of least output error on the mask).
