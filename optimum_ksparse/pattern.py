@@ -104,7 +104,8 @@ class Pattern:
         if self.m is not None and in_features % self.m:
             return f"has {in_features} input features, which m={self.m} of pattern {self} does not divide"
         if self.block is not None and (out_features % self.block[0] or in_features % self.block[1]):
-            return f"is {out_features} x {in_features}, which the blocks of pattern {self} do not fill"
+            sizes = f"{self.block[0]} must divide the outputs, {self.block[1]} the inputs"
+            return f"is {out_features} x {in_features}, which the blocks of pattern {self} do not fill ({sizes})"
         return None
 
     def check_shape(self, out_features: int, in_features: int, name: str = "weight") -> None:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from optimum_ksparse import SparsityConfig, prune_weight, sparsify
+from optimum_ksparse import SparsityConfig, prune_checkpoint, prune_weight, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
-from optimum_ksparse.nn import SparseLinear
+from optimum_ksparse.nn import SparseExperts, SparseLinear
 from optimum_ksparse.nn.kernels import KERNELS, PackedWeight, Problem, apply, choose
 from optimum_ksparse.nn.packing import check_bits, pack, pack_mask, unpack
 from optimum_ksparse.pattern import Pattern
@@ -96,8 +96,11 @@ def test_parsing():
     for text in ("50%/0x4", "50%/4", "2:4/4x4", "50%/4x", "/4x4", "100%/4x4", "50%/-1x4"):
         with pytest.raises(ValueError, match=r"allowed: .*\"50%/32x32\""):
             Pattern(text)
-    with pytest.raises(ValueError, match="q_proj is 6 x 8, which the blocks of pattern 50%/4x4 do not fill"):
-        Pattern("50%/4x4").check_shape(6, 8, "q_proj")
+    message = (
+        r"q_proj is 6 x 9, which the blocks of pattern 50%/2x4 do not fill \(2 must divide the outputs, 4 the inputs"
+    )
+    with pytest.raises(ValueError, match=message):
+        Pattern("50%/2x4").check_shape(6, 9, "q_proj")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -149,6 +152,41 @@ def test_a_layer_that_blocks_do_not_fill(make_model, token_ids):
     model = make_model()
     with pytest.raises(ValueError, match=r"layers\.0\..* cannot be pruned: it is .*blocks of pattern 50%/7x7"):
         sparsify(model, SparsityConfig("magnitude", "50%/7x7"))
+    report = sparsify(model, SparsityConfig("magnitude", "62.5%/64x16", skip_unsupported=True))
+    assert {tuple(row.shape) for row in report.layers} == {(64, 32)}  # gate and up alone have 64 outputs
+    assert all(row.density == 0.5 for row in report.layers)  # one of two blocks: the count is rounded down
+    assert "is 32 x 32, which the blocks" in report.skipped["layers.0.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_from_memory_and_disk_to_a_dense_model(make_model, token_ids, tmp_path, method):
+    config = {"method": method, "pattern": "50%/4x4", "dataset": token_ids, "batch_size": 2}
+    model = make_model()
+    model.save_pretrained(tmp_path / "dense")
+    sparsify(model, SparsityConfig(**config))
+    expected = model(token_ids).logits
+    model.save_pretrained(tmp_path / "memory")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "disk", SparsityConfig(**config))
+    for folder in ("memory", "disk"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        layers = sparse_modules(again)
+        assert len(layers) == 14
+        for layer in layers.values():
+            assert 2 * layer.weight.numel() == layer.in_features * layer.out_features
+            layer.pattern.verify(layer.to_dense_weight())
+        torch.testing.assert_close(again(token_ids).logits, expected)
+        torch.testing.assert_close(again.dequantize()(token_ids).logits, expected)
+
+
+def test_each_matrix_of_a_stack_has_its_own_blocks():
+    weight, pattern = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(0)), Pattern("50%/4x3")
+    weight[0] *= 100  # over all matrices at once it would keep every block
+    mask = pattern.mask(weight.abs())
+    stack = SparseExperts.from_dense(torch.nn.Parameter(weight), mask, pattern)
+    assert stack.weight.shape == (3, 48)
+    assert torch.equal(stack.to_dense_weight(), weight * mask)
+    for matrix, kept in zip(weight, mask, strict=True):
+        assert torch.equal(pattern.mask(matrix.abs()), kept)
 
 
 @pytest.mark.parametrize("storage", ["packed", "dense"])

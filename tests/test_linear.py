@@ -264,7 +264,7 @@ def test_from_dense_refuses_what_is_not_linear(module):
 
 
 def test_an_unstructured_pattern_needs_the_number_of_values():
-    with pytest.raises(ValueError, match="num_values must be given for the unstructured pattern 50%"):
+    with pytest.raises(ValueError, match="num_values must be given for pattern 50%, which does not fix it"):
         SparseLinear(12, 6, pattern=Pattern("50%"))
     assert SparseLinear(12, 6, pattern=Pattern("50%"), num_values=30).weight.shape == (30,)
     assert SparseLinear(12, 6, pattern=Pattern("1:4")).weight.shape == (6, 3)

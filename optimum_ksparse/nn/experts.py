@@ -23,12 +23,12 @@ class SparseExperts(nn.Module):
     Args:
         num_experts, in_features, out_features: of the stack, and of each matrix.
         pattern: which weights of a matrix are kept.
-        num_values: how many are kept in the whole stack, as many in each matrix; needed for an unstructured pattern
-            only.
+        num_values: how many are kept in the whole stack, as many in each matrix; `n:m` fixes it, other
+            patterns need it.
         device, dtype: of the tensors, which are left uninitialised.
 
     Attributes:
-        weight: kept values, n:m: [experts, out, in·n/m], unstructured: [experts, nnz of a matrix].
+        weight: kept values, n:m: [experts, out, in·n/m], otherwise: [experts, nnz of a matrix].
         weight_mask: [experts, out, ceil(in/8)] uint8.
         kernel, densify: as in `SparseLinear`.
     """
@@ -58,7 +58,7 @@ class SparseExperts(nn.Module):
         self.pattern = pattern
         if num_values is None:
             if pattern.m is None or pattern.n is None:
-                raise ValueError(f"num_values must be given for the unstructured pattern {pattern}")
+                raise ValueError(f"num_values must be given for pattern {pattern}, which does not fix it")
             num_values = num_experts * (out_features * in_features // pattern.m * pattern.n)
         if not isinstance(num_values, int) or num_values % num_experts:
             raise ValueError(f"num_values is {num_values!r}, which {num_experts} matrices cannot share equally")

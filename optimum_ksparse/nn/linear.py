@@ -52,12 +52,12 @@ class SparseLinear(nn.Linear):
     Args:
         in_features, out_features, bias: as in `nn.Linear`.
         pattern: which weights are kept.
-        num_values: how many are kept; needed for an unstructured pattern only.
+        num_values: how many are kept; `n:m` fixes it, other patterns need it.
         dense_type: class of the module it stands for, which `to_dense` gives back (`nn.Linear`, a subclass, `Conv1D`).
         device, dtype: of the parameters, which are left uninitialised.
 
     Attributes:
-        weight: kept values, n:m: [out, in·n/m], unstructured: [nnz].
+        weight: kept values, n:m: [out, in·n/m], otherwise: [nnz].
         weight_mask: [out, ceil(in/8)] uint8.
         bias: [out] or None.
         kernel: how to compute: "auto" (what was measured to be fastest), or one of `kernels.KERNELS`.
@@ -100,7 +100,7 @@ class SparseLinear(nn.Linear):
         self.dense_type = dense_type
         if num_values is None:
             if pattern.m is None or pattern.n is None:
-                raise ValueError(f"num_values must be given for the unstructured pattern {pattern}")
+                raise ValueError(f"num_values must be given for pattern {pattern}, which does not fix it")
             num_values = out_features * in_features // pattern.m * pattern.n
         shape = values_shape(pattern, out_features, in_features, num_values)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
