@@ -23,6 +23,7 @@ from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values, why_not_library
 from .operators import apply, compute, decompress, gather, linear, runs_plainly
 from .sample import sample_weights
+from .strips import STRIP_TOKENS, why_not_strips
 from .timing import rotations, time_calls
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "GROUPS",
     "KEPT_FORMS",
     "KERNELS",
+    "STRIP_TOKENS",
     "Candidate",
     "PackedWeight",
     "Problem",
@@ -60,4 +62,5 @@ __all__ = [
     "time_calls",
     "why_no_kernels",
     "why_not_library",
+    "why_not_strips",
 ]
