@@ -25,7 +25,7 @@ class CheckpointSummary:
     num_parameters: logical, zeros included.
     file_bytes: weight file → bytes.
     report: None where the checkpoint has none.
-    device: how sparse layers run on this machine, in a sentence.
+    device: how its sparse layers run on this machine, in a sentence.
     """
 
     source: str
@@ -79,7 +79,9 @@ def inspect_checkpoint(source: str | os.PathLike[str], revision: str | None = No
     path = cached_file(source, REPORT_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     report = None if path is None else SparsityReport.load(path)
     num_parameters = report.num_parameters if report is not None else _count_parameters(source, revision)
-    device = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = describe_device(
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"), {layer["pattern"] for layer in layers.values()}
+    )
     return CheckpointSummary(source, settings, layers, num_parameters, _file_bytes(source, revision), report, device)
 
 

@@ -205,7 +205,7 @@ def test_the_layers_that_lose_most_stay_dense() -> None:
         (
             {"allocation": "owl", "method": "magnitude", "target_density": 0.6},
             ValueError,
-            'method="magnitude" reads no data: use "admm", "wanda" or another that',
+            'method="magnitude" reads no data: use "admm", "wanda" or another that reads data',
         ),
     ],
 )

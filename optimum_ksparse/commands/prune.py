@@ -20,8 +20,8 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "reconstruction_lr": {"type": float, "help": "learning rate of that, as a share of each tensor's size"},
     "activations": {"help": "calibration inputs and targets: pruned, dense or mixed (default: the measured best)"},
     "pattern": {
-        "help": '"2:4", "4:8", any "n:m" (n nonzero weights in every m), a share of zeros such as "50%%", of whole '
-        'blocks such as "50%%/32x32", or "none", with --drop-layers'
+        "help": '"2:4", "4:8", any "n:m" (n nonzero weights in every m), a share of zeros such as "50%%", the '
+        'same of whole blocks of outputs x inputs such as "50%%/32x32", or "none", with --drop-layers'
     },
     "drop_layers": {"type": int, "help": "decoder blocks to drop first: those that change the hidden states least"},
     "allocation": {"help": "uniform (default), or owl: each layer its own pattern, by what it would lose"},

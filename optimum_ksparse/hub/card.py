@@ -9,8 +9,9 @@ import torch
 import yaml
 from huggingface_hub import ModelCardData
 
+from ..allocation import LEFT_DENSE
 from ..evaluation import KOBEST_TASKS, TASK_TITLES, EvaluationResults, Measurement, result_rows, tuning_title
-from ..nn.kernels import GROUPS, why_not_strips
+from ..nn.kernels import GROUPS, STRIP_TOKENS, why_not_strips
 from ..pattern import Pattern
 from ..report import SparsityReport
 from ..version import __version__
@@ -118,14 +119,17 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "environments": _environments(results),
         "pattern": pattern,
         "pruned_to": _pruned_to(report),
+        "zeros": _zeros(pattern),
         "pruner": None if report is None else report.pruner,
+        "refine": [] if report is None else report.config.get("refine") or [],
         "reconstruction": None if report is None else report.reconstruction_losses,
-        "has_strips": pattern is not None and why_not_strips(str(pattern), 1, torch.device("cpu")) is None,
-        "decided": _decided(subject),
+        "holds_out": _holds_out(report),
+        "left_dense": LEFT_DENSE,
         "has_kernels": report is not None
         and is_sparse
         and all(name in GROUPS for name in report.patterns)
         and subject.dtype in ("bfloat16", "float16"),
+        "strip_tokens": _strip_tokens(pattern),
         "version": __version__,
         "limited": any(row.protocol.get("limit") for row in measured),
     }
@@ -144,6 +148,22 @@ def _pruned_to(report: SparsityReport | None) -> str:
         return ""
     asked = Pattern(str(report.config["pattern"]))
     return ", ".join(report.patterns) if asked.is_structured else str(asked)
+
+
+def _zeros(pattern: Pattern | None) -> str:
+    """The share of zeros that was asked for, without the size of blocks."""
+    return "" if pattern is None else str(pattern).rpartition("/")[0] if pattern.block else str(pattern)
+
+
+def _holds_out(report: SparsityReport | None) -> bool:
+    """Whether reconstruction held calibration tokens out: it does from two batches on."""
+    return report is not None and report.calibration.get("num_samples", 0) > report.config.get("batch_size", 1)
+
+
+def _strip_tokens(pattern: Pattern | None) -> int | None:
+    """Up to how many tokens a CPU computes without decompressing; None where it always decompresses."""
+    runs = pattern is not None and why_not_strips(str(pattern), STRIP_TOKENS, torch.device("cpu")) is None
+    return STRIP_TOKENS if runs else None
 
 
 def _tunings(rows: list[Measurement]) -> list[tuple[str | None, dict[str, Any]]]:

@@ -96,7 +96,8 @@ def autotune(
     """
     groups = _groups(layers)
     device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
-    report = KernelReport(kernels.describe_device(device), optimize_for)
+    patterns = {str(layer.pattern) for layer in layers.values()}
+    report = KernelReport(kernels.describe_device(device, patterns), optimize_for)
     problems = {kind: _problems(layers[names[0]], tokens) for kind, names in groups.items()}
     fused = [replace(p, out_features=rows) for p, rows in _fused_rows(layers, groups, problems)]
     wanted = [*(p for row in problems.values() for p in row), *fused]

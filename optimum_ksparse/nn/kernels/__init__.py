@@ -23,7 +23,7 @@ from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values, why_not_library
 from .operators import apply, compute, decompress, gather, linear, runs_plainly
 from .sample import sample_weights
-from .strips import why_not_strips
+from .strips import STRIP_TOKENS, why_not_strips
 from .timing import rotations, time_calls
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "GROUPS",
     "KEPT_FORMS",
     "KERNELS",
+    "STRIP_TOKENS",
     "Candidate",
     "PackedWeight",
     "Problem",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Iterable
 
 import torch
 
 from ...version import library_versions
+from .strips import STRIP_TOKENS, why_not_strips
 
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_TRITON = (3, 6)
@@ -33,13 +35,19 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and why_no_kernels(device) is None
 
 
-def describe_device(device: torch.device) -> str:
-    """What sparse layers do on `device`, in a sentence."""
+def describe_device(device: torch.device, patterns: Iterable[str] = ()) -> str:
+    """What sparse layers of these patterns do on `device`, in a sentence."""
     reason = why_no_kernels(device) if device.type == "cuda" else f"no NVIDIA GPU on {device.type}"
     if reason is None:
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
         return f"2:4 and 4:8 layers in bfloat16 and float16 run on their packed weights ({name})"
+    if any(why_not_strips(pattern, STRIP_TOKENS, device) is None for pattern in patterns):
+        return (
+            f"{reason}: up to {STRIP_TOKENS} tokens are computed from the packed blocks, which is still slower than "
+            "dense; everything else decompresses its layers at each forward pass, or once with densify='lazy', which "
+            "keeps them dense in memory"
+        )
     return (
         f"{reason}: sparse layers compute the same here but not faster; each forward pass decompresses them (but "
         "for a few tokens and blocks of many rows), or once with densify='lazy', which keeps them dense in memory"
