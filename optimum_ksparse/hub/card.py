@@ -135,13 +135,6 @@ def _view(subject: CardSubject) -> dict[str, Any]:
     }
 
 
-def _decided(subject: CardSubject) -> str:
-    """What the calibration data decided on: "weights", or "blocks" where they were read to drop these alone."""
-    report = subject.report
-    blind = report is not None and report.pruner == "magnitude" and not report.config.get("refine")
-    return "blocks" if subject.storage == "plain" or (blind and report is not None and report.dropped) else "weights"
-
-
 def _pruned_to(report: SparsityReport | None) -> str:
     """The patterns of the layers; of an unstructured one what was asked for, which is their mean."""
     if report is None or report.is_dense:
@@ -156,8 +149,8 @@ def _zeros(pattern: Pattern | None) -> str:
 
 
 def _holds_out(report: SparsityReport | None) -> bool:
-    """Whether reconstruction held calibration tokens out: it does from two batches on."""
-    return report is not None and report.calibration.get("num_samples", 0) > report.config.get("batch_size", 1)
+    """Whether reconstruction held calibration tokens out: it does from two samples on."""
+    return report is not None and report.calibration.get("num_samples", 0) > 1
 
 
 def _strip_tokens(pattern: Pattern | None) -> int | None:

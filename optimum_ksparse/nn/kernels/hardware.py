@@ -49,8 +49,8 @@ def describe_device(device: torch.device, patterns: Iterable[str] = ()) -> str:
             "keeps them dense in memory"
         )
     return (
-        f"{reason}: sparse layers compute the same here but not faster; each forward pass decompresses them (but "
-        "for a few tokens and blocks of many rows), or once with densify='lazy', which keeps them dense in memory"
+        f"{reason}: sparse layers compute the same here but not faster; each forward pass decompresses them, or once "
+        "with densify='lazy', which keeps them dense in memory"
     )
 
 

@@ -10,7 +10,8 @@ from ..packing import unpack_mask
 
 # Lower strips, and more tokens, take longer than decompressing (2 threads of an Intel Xeon with AVX-512, float32, 50 %
 # of 640 x 2048 to 4096 x 4096: one token is 2.7 to 20 times as fast, sixteen 1.6 to 7 times). The BSR product of torch
-# keeps a copy of its own, and took 2 to 4 times as long as the dense product with one token, 10 to 16 times with 512.
+# keeps a copy of its own, and took 2 to 4 times as long as the dense product with one token, 10 to 16 times with 512:
+# with one token less than strips, but a layer that keeps a copy had better keep a dense one.
 _LEAST_ROWS, STRIP_TOKENS = 32, 16
 
 
