@@ -208,7 +208,7 @@ def test_a_device_is_described_for_the_patterns_of_a_model():
     assert "up to 16 tokens are computed from the packed blocks" in described["50%/32x8"]
 
 
-def test_info_knows_what_blocks_do_on_a_cpu(make_model, token_ids, tmp_path):
+def test_info_knows_what_blocks_do_on_a_cpu(make_model, tmp_path):
     model = make_model()
     sparsify(model, SparsityConfig("magnitude", "50%/32x8"))
     model.save_pretrained(tmp_path)
