@@ -235,3 +235,20 @@ def test_strips_say_where_they_do_not_pay():
     assert "not with 8 rows and 1 tokens" in why_not("50%/8x8")
     assert "32 rows and 17 tokens" in why_not("50%/32x16", 17)
     assert "not on meta" in why_not("50%/32x16", 1, "meta")
+
+
+def test_a_device_is_described_for_the_patterns_of_a_model():
+    described = {
+        pattern: describe_device(torch.device("cpu"), [pattern]) for pattern in ("2:4", "50%/8x8", "50%/32x8")
+    }
+    assert described["2:4"] == described["50%/8x8"] == describe_device(torch.device("cpu"))
+    assert "up to 16 tokens are computed from the packed blocks" in described["50%/32x8"]
+
+
+def test_info_knows_what_blocks_do_on_a_cpu(make_model, tmp_path):
+    model = make_model()
+    sparsify(model, SparsityConfig("magnitude", "50%/32x8"))
+    model.save_pretrained(tmp_path)
+    assert inspect_checkpoint(tmp_path).device == describe_device(
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"), ["50%/32x8"]
+    )

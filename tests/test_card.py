@@ -26,12 +26,13 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import create_and_tag_model_card
 
 from optimum_ksparse import SparsityConfig, sparsify, write_card
+from optimum_ksparse.allocation import LEFT_DENSE
 from optimum_ksparse.evaluation import KOBEST_TASKS, EvaluationResults, Measurement, fingerprint
 from optimum_ksparse.hub import writing
 from optimum_ksparse.hub.card import BEGIN, END, AdapterFacts, CardSubject, render_card
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE, draw_figures
 from optimum_ksparse.hub.metadata import build_metadata, is_repo_id, merge_metadata
-from optimum_ksparse.report import BlockReport, LayerReport, MethodChoice, SparsityReport, Trial
+from optimum_ksparse.report import BlockReport, DroppedBlocks, LayerReport, MethodChoice, SparsityReport, Trial
 
 from .conftest import REPOSITORY, make_config
 from .loopback_hub import LoopbackHub
@@ -162,15 +163,18 @@ def make_results(**protocol: Any) -> EvaluationResults:
     )
 
 
-def make_report(method: str = "wanda", pattern: str = "2:4", **calibration: Any) -> SparsityReport:
+def make_report(method: str = "wanda", pattern: str = "2:4", **more: Any) -> SparsityReport:
+    """Pruned so; `more` are settings where they have the names of some, otherwise of the calibration."""
     data = {"dataset": "kowiki", "form": "crops", "num_samples": 1024, "seq_len": 2048, "seed": 7}
     names = ("self_attn.q_proj", "mlp.up_proj")
     error = None if method == "magnitude" else 0.125
+    names_of_settings = ("allocation", "target_density", "refine", "reconstruct", "batch_size")
+    chosen = {name: more.pop(name) for name in names_of_settings if name in more}
     return SparsityReport(
-        config={"method": method, "pattern": pattern},
+        config={"method": method, "pattern": pattern, **chosen},
         calibration={}
         if method == "magnitude"
-        else {**data, "begins_with_bos": True, "bos_in_statistics": False} | calibration,
+        else {**data, "begins_with_bos": True, "bos_in_statistics": False} | more,
         layers=[
             LayerReport(f"layers.{i}.{name}", (64, 32), pattern, 1024, 4096, 2304, error, 0.5)
             for i in range(3)
@@ -182,6 +186,14 @@ def make_report(method: str = "wanda", pattern: str = "2:4", **calibration: Any)
         num_parameters=1_331_810_304,
         versions={"torch": "2.12.1", "transformers": "5.20.0"},
     )
+
+
+def make_dropped() -> SparsityReport:
+    """Of a model that has lost one of its blocks, and nothing else."""
+    report = make_report()
+    report.config["pattern"], report.layers, report.skipped = None, [], {}
+    report.dropped = DroppedBlocks([1], [0.5, 0.125, 0.25, 0.5], 1_500_000_000)
+    return report
 
 
 def make_subject(report: Any = "default", results: Any = "default", **more: Any) -> CardSubject:
@@ -248,6 +260,10 @@ SUBJECTS: dict[str, Callable[[], CardSubject]] = {
     "tuned": lambda: make_subject(results=make_tuned()),
     "nsmc alone": lambda: make_subject(results=EvaluationResults("0", [nsmc(greedy_note="both begin alike")])),
     "adapter": make_adapter,
+    "blocks of weights": lambda: make_subject(make_report("admm", "50%/32x32", refine=["exact", "swaps"])),
+    "without a block": lambda: make_subject(make_dropped(), storage="plain"),
+    "without a block, no report": lambda: make_subject(None, None, base_model=None, storage="plain"),
+    "adapter without a block": lambda: make_adapter(report=make_dropped(), storage="plain"),
     "adapter without figures": lambda: make_adapter(report=None, results=None, base_model=None, base_name="folder"),
 }
 
@@ -666,6 +682,89 @@ def test_blocks_of_weights_are_named(language: str) -> None:
         assert front(card)["tags"][3:] == [method, "blocks-32x16"]
 
 
+def test_a_mean_share_of_zeros_is_told_without_the_size_of_blocks(language: str) -> None:
+    card = render_card(make_subject(make_report("wanda", "50%/8x8", allocation="owl")), language)
+    assert ("with a mean of 50%.", "평균은 50%입니다.")[LANGUAGES.index(language)] in card
+
+
+REFINED = {
+    ("swaps",): ("`swaps` then exchanged", "`swaps`로 남긴 가중치와 자른 가중치를 맞바꿨습니다."),
+    ("exact",): ("`exact` then solved", "`exact`로 출력 오차가 가장 작은 값을 구했습니다."),
+    ("swaps", "exact"): (
+        "`swaps` then exchanged kept and pruned weights; `exact` solved for the kept weights of least output error.",
+        "`swaps`로 남긴 가중치와 자른 가중치를 맞바꾸고, `exact`로 출력 오차가 가장 작은 값을 구했습니다.",
+    ),
+    ("exact", "swaps"): (
+        "`exact` then solved for the kept weights of least output error; `swaps` exchanged kept and pruned weights.",
+        "값을 구하고, `swaps`로 남긴 가중치와 자른 가중치를 맞바꿨습니다.",
+    ),
+}
+
+
+@pytest.mark.parametrize("refine", REFINED, ids="-".join)
+def test_refinements_and_allocation_are_told_and_cited(refine: tuple[str, ...], language: str) -> None:
+    card = render_card(make_subject(make_report(refine=list(refine), allocation="owl", target_density=0.6)), language)
+    assert REFINED[refine][LANGUAGES.index(language)] in section(card, "What was pruned", language)
+    eprints = {entry.get("eprint") for entry in bibtex(card).values()}
+    assert "2310.05175" in eprints and ("2512.10922" in eprints) == ("swaps" in refine)
+    assert not {"2310.05175", "2512.10922"} & {
+        entry.get("eprint") for entry in bibtex(render_card(make_subject(), language)).values()
+    }
+
+
+def test_a_model_without_one_block(language: str) -> None:
+    card = render_card(SUBJECTS["without a block"](), language)
+    text = section(card, "What was pruned", language)
+    assert ("1 of the 4 decoder blocks was dropped: the one that changes", "1개를 뺐습니다")[
+        LANGUAGES.index(language)
+    ] in text
+    assert ("![Dense and sparse", "![원본과 희소")[LANGUAGES.index(language)] not in card
+    unrecorded = render_card(SUBJECTS["without a block, no report"](), language)
+    assert (
+        "a model that is not recorded, without some of its decoder blocks.",
+        "기록되지 않은 모델에서 디코더 블록 일부를 뺀 모델입니다.",
+    )[LANGUAGES.index(language)] in unrecorded
+
+
+def test_an_adapter_on_a_model_without_blocks_is_not_called_one_on_a_sparse_model(language: str) -> None:
+    card = render_card(SUBJECTS["adapter without a block"](), language)
+    intro = ("on top of a model without some of its decoder blocks: [", "디코더 블록 일부를 뺀 모델 [user")
+    column = ("without these blocks, with this adapter", "블록을 뺀 모델 + 이 어댑터")
+    assert intro[LANGUAGES.index(language)] in card.split("## ")[0]
+    assert tables(card)[0][0][3] == column[LANGUAGES.index(language)]
+    sparse = render_card(make_adapter(), language)
+    assert (
+        tables(sparse)[0][0][3] == ("sparse with this adapter", "희소(sparse) + 이 어댑터")[LANGUAGES.index(language)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "decides"), [({}, "blocks"), ({"refine": ["swaps"]}, "weights"), ({"reconstruct": "block"}, "weights")]
+)
+def test_what_the_calibration_text_decides(more: dict[str, Any], decides: str, language: str) -> None:
+    """Magnitude reads no data: the blocks that were dropped are all that the text has chosen."""
+    report = make_report("magnitude", **more)
+    report.calibration, report.dropped = make_report().calibration, make_dropped().dropped
+    words = {"blocks": ("which blocks stay", "어떤 블록을"), "weights": ("which weights stay", "어떤 가중치를")}
+    text = section(render_card(make_subject(report), language), "Limits", language)
+    assert {name for name, word in words.items() if word[LANGUAGES.index(language)] in text} == {decides}
+
+
+@pytest.mark.parametrize(("num_samples", "held_out"), [(8, False), (9, True)])
+def test_held_out_tokens_are_named_where_there_were_any(num_samples: int, held_out: bool, language: str) -> None:
+    report = make_report(reconstruct="block", batch_size=8)
+    report.calibration["num_samples"], report.reconstruction = num_samples, [BlockReport(0, 0.5, 0.25, 1.0)]
+    text = section(render_card(make_subject(report), language), "What was pruned", language)
+    assert (("held-out", "따로 떼어 둔")[LANGUAGES.index(language)] in text) == held_out
+    assert "0.5000" in text and "0.2500" in text
+
+
+def test_a_korean_card_has_no_english_reason_for_layers_that_the_allocation_left_dense() -> None:
+    report = make_report(allocation="owl", target_density=0.6)
+    report.skipped["layers.1.mlp.down_proj"] = LEFT_DENSE
+    assert "`layers.1.mlp.down_proj`: target\\_density에 따라 그대로 둠" in render_card(make_subject(report), "ko")
+
+
 def test_a_card_says_how_blocks_were_reconstructed_and_who_chose(language: str) -> None:
     report = make_report("auto")
     report.choice = MethodChoice("admm", "block", 1, 60.0, [Trial("admm", "block", 0.2, 30.0, True)] * 3)
@@ -913,6 +1012,15 @@ def test_where_it_is_faster_and_where_not(language: str) -> None:
         assert ("Ampere" in text and "1.78" in text) == has_kernels
         assert (("not faster", "빨라지지 않습니다")[LANGUAGES.index(language)] in text) != has_kernels
         assert (("No speed was measured", "측정하지 않았습니다")[LANGUAGES.index(language)] in text) == has_kernels
+
+
+@pytest.mark.parametrize(("pattern", "has_strips"), [("50%/32x16", True), ("50%/16x32", False)])
+def test_high_blocks_are_computed_from_packed_weights_on_a_cpu(pattern: str, has_strips: bool, language: str) -> None:
+    title = "Where it is smaller, and where it is faster"
+    text = section(render_card(make_subject(make_report(pattern=pattern)), language), title, language)
+    assert (("On a CPU up to 16 tokens", "CPU에서는 16토큰까지")[LANGUAGES.index(language)] in text) == has_strips
+    assert (("on every device", "모든 장치에서")[LANGUAGES.index(language)] in text) != has_strips
+    assert "2:4" in text
 
 
 def test_limits_and_software(language: str) -> None:
