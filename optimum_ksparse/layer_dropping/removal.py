@@ -30,7 +30,7 @@ def check_drop(blocks: DecoderBlocks, number: int, left_dense: Sequence[str] | N
     """Raises ValueError where `number` blocks of the model cannot be dropped, whichever they are, as far as can be
     told without knowing them; also where `left_dense`, the names in `modules_to_not_convert`, tell a block by its
     number, which another block may have then."""
-    numbered = next((name for name in left_dense or () if re.search(r"(^|\.|\b)\d+(\.|$)", name)), None)
+    numbered = next((name for name in left_dense or () if re.search(r"\b\d+(\\?\.|$)", name)), None)
     if numbered is not None:
         raise ValueError(
             f"modules_to_not_convert: {numbered!r} names a block by its number, and drop_layers gives blocks other "
