@@ -42,10 +42,10 @@ class SparsityConfig(QuantizationConfigMixin):
     """How to prune a model, and how to store it.
 
     Args:
-        method: `"admm"` (weights and mask together: more accurate than SparseGPT, at most 1.5 times as long), `"sparsegpt"`,
-            `"alps"` (slow), `"wanda"` (fast; weights stay as they are), `"magnitude"` (which reads no data), or
-            `"auto"`: all are tried on one block, and what does best on calibration samples that it has not seen, and
-            fits `time_budget`, is taken.
+        method: `"admm"` (weights and mask together: more accurate than SparseGPT, in up to 1.5 times its time),
+            `"sparsegpt"`, `"alps"` (slow), `"wanda"` (fast; weights stay as they are), `"magnitude"` (which reads no
+            data), or `"auto"`: all are tried on one block, and what does best on calibration samples that it has not
+            seen, and fits `time_budget`, is taken.
         time_budget: with `method="auto"`: seconds that pruning may take on this machine; None: any.
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), a fraction of zeros (`"50%"`, `0.5`), or
             that fraction of whole blocks of r outputs x c inputs (`"50%/32x32"`), by the sum of the method's scores in
