@@ -61,7 +61,7 @@ def choose_method(
         ArithmeticError: no method could prune the block; says why.
         ConnectionError: another process has stopped.
     """
-    clock = _Clock()
+    began = time.perf_counter()
     processes = Processes() if processes is None else processes
     middle = len(blocks.blocks) // 2
     tried = min((i for i, layers in enumerate(targets) if layers), key=lambda index: abs(index - middle))
@@ -69,8 +69,8 @@ def choose_method(
         with resident(index):
             replay.advance(index, blocks.blocks[index])
     with resident(tried):
-        trials = _Trials(blocks, tried, targets, config, replay, processes, patterns or {}, clock)()
-    spent = processes.once(clock.seconds)
+        trials = _Trials(blocks, tried, targets, config, replay, processes, patterns or {}, began)()
+    spent = processes.once(lambda: time.perf_counter() - began)
     for trial in trials:
         trial.seconds = round(trial.seconds + spent, 2)
         trial.fits = trial.loss is not None and (config.time_budget is None or trial.seconds <= config.time_budget)
@@ -86,16 +86,6 @@ def choose_method(
         )
     best = min(fitting, key=lambda trial: float(trial.loss or 0)) if fitting else least
     return MethodChoice(best.method, best.reconstruct, tried, config.time_budget, trials)
-
-
-class _Clock:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
 
 
 class _Trials:
@@ -115,19 +105,19 @@ class _Trials:
         replay: BlockReplay,
         processes: Processes,
         patterns: Mapping[str, str],
-        clock: _Clock,
+        began: float,
     ) -> None:
         self.blocks, self.index, self.targets, self.config = blocks, index, targets[index], config
-        self.processes, self.patterns, self.clock = processes, patterns, clock
+        self.processes, self.patterns, self.began = processes, patterns, began
         number = len(replay.hidden)
         judged = held_out(number)
         seen = [batch for batch in range(number) if batch not in judged] or judged
         self.parts = {name: replay.part(batches, name) for name, batches in {"seen": seen, "judged": judged}.items()}
         self.dense = {name: part.fork(f"{name}-dense") for name, part in self.parts.items()}
-        began = clock.seconds()
+        began = time.perf_counter()
         for path in self.dense.values():
             path.advance(index, blocks.blocks[index])
-        self.one_pass = clock.seconds() - began
+        self.one_pass = time.perf_counter() - began
         self.scale = number / len(seen) * sum(map(_size, targets)) / _size(self.targets)
 
     def __call__(self) -> list[Trial]:
@@ -145,10 +135,10 @@ class _Trials:
         before = [trial for trial in trials if trial.method == method]
         # The order of the candidates is that of their times.
         expected = (before[-1].seconds if before else max(costs)) / self.scale * (_SLOWER if reconstruct else 1)
-        return self.clock.seconds() + expected + min(costs) <= budget
+        return time.perf_counter() - self.began + expected + min(costs) <= budget
 
     def _try(self, method: str, reconstruct: str | None) -> Trial:
-        own, replaced, began = self.config.as_chosen(method, reconstruct), Replaced(), self.clock.seconds()
+        own, replaced, began = self.config.as_chosen(method, reconstruct), Replaced(), time.perf_counter()
         loss, note = None, ""
         try:
             outputs = self.dense["seen"].hidden if reconstruct else None
@@ -163,12 +153,12 @@ class _Trials:
                 self.processes,
                 self.patterns,
             )
-            took = self.clock.seconds() - began
+            took = time.perf_counter() - began
             judged, targets = self.parts["judged"], self.dense["judged"].hidden
             pruned = self.blocks.blocks[self.index]
             loss = OutputLoss(self.index, pruned, judged, targets, self.processes).mean(range(len(targets)))
         except (ArithmeticError, ValueError, torch.linalg.LinAlgError) as error:
-            took, note = self.clock.seconds() - began, str(error)
+            took, note = time.perf_counter() - began, str(error)
         finally:
             replaced.restore(self.blocks.decoder)
         passes = (1 if reconstruct is None else 2) * len(self.blocks.blocks) * self.one_pass

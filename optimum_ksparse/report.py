@@ -101,10 +101,11 @@ class MethodChoice:
 
         name = self.method if self.reconstruct is None else f"{self.method} + {self.reconstruct}"
         allowed = "any time" if self.time_budget is None else f"{self.time_budget:g} s"
-        tried = ", ".join(words(trial) for trial in self.trials)
-        return (
-            f"chosen by auto: {name}, the least loss on unseen tokens in block {self.block} within {allowed}: {tried}"
-        )
+        if any(trial.fits for trial in self.trials):
+            why = f"the least loss on unseen tokens in block {self.block} within {allowed}"
+        else:
+            why = f"the fastest, because the trials on block {self.block} left too little of {allowed} for any"
+        return f"chosen by auto: {name}, {why}: {', '.join(words(trial) for trial in self.trials)}"
 
 
 @dataclass

@@ -79,6 +79,7 @@ def test_a_trial_that_spends_the_budget_leaves_the_fastest(make_model, few, slow
     slow(admm=1000)
     report = sparsify(make_model("llama"), make_settings(time_budget=100.0))
     assert report.choice.method == "wanda" and not any(trial.fits for trial in report.choice.trials)
+    assert "chosen by auto: wanda, the fastest, because the trials" in str(report)
 
 
 def test_a_method_that_fails_is_told_and_the_others_go_on(make_model, few, monkeypatch):
