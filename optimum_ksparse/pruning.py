@@ -185,7 +185,8 @@ def prune_one_block(
     pruned = PrunedBlock(_prune_block(blocks, index, targets, config, replay, replaced, processes, patterns))
     if config.reconstruct is not None and replay is not None and dense is not None:
         kept, block = None if replaced is None else replaced.tuned, blocks.blocks[index]
-        pruned.reconstruction = reconstruct_block(index, block, replay, dense, config, processes, kept)
+        elsewhere = {id(p) for i, other in enumerate(blocks.blocks) if i != index for p in other.parameters()}
+        pruned.reconstruction = reconstruct_block(index, block, replay, dense, config, processes, kept, elsewhere)
     return pruned
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -44,6 +44,7 @@ def reconstruct_block(
     config: SparsityConfig,
     processes: Processes,
     replaced: list[tuple[nn.Parameter, torch.Tensor]] | None = None,
+    elsewhere: Collection[int] = (),
 ) -> BlockReport:
     """Tunes a pruned block in place: the values of its sparse layers, its biases and its norms.
 
@@ -63,6 +64,7 @@ def reconstruct_block(
         config: `reconstruction_epochs`, `reconstruction_lr`, `seed`, `calibration_dtype`.
         processes: which share the samples; gradients are averaged over them.
         replaced: is given the parameters that stay in the model, each with its value before.
+        elsewhere: ids of the parameters of other blocks; those that this one shares with them stay as they are.
 
     Returns:
         The block's row for the report.
@@ -70,7 +72,7 @@ def reconstruct_block(
     started = time.perf_counter()
     problem = _Problem(OutputLoss(index, block, replay, targets, processes))
     before = problem.held_out_loss()
-    tuned = _tuned(block)
+    tuned = [parameter for parameter in _tuned(block) if id(parameter) not in elsewhere]
     original = [parameter.data.clone() for parameter in tuned]
     if replaced is not None:
         values = _values(block)

@@ -222,7 +222,7 @@ class SparsityReport:
 
     @property
     def reconstruction_losses(self) -> tuple[float, float] | None:
-        """Mean loss of the reconstructed blocks on held-out tokens, before and after; None where there are none."""
+        """Mean loss of the reconstructed blocks, before and after; None where there are none."""
         rows = self.reconstruction
         if not rows:
             return None
@@ -351,7 +351,7 @@ class SparsityReport:
             seconds = sum(row.seconds for row in self.reconstruction)
             before, after = self.reconstruction_losses
             lines.append(
-                f"{len(self.reconstruction)} blocks reconstructed in {seconds:.1f} s: mean loss on held-out tokens "
+                f"{len(self.reconstruction)} blocks reconstructed in {seconds:.1f} s: mean loss of their outputs "
                 f"{before:.4f} -> {after:.4f}"
             )
         if self.config.get("allocation") == "owl":

@@ -252,6 +252,18 @@ def test_what_would_be_restored_is_norms_and_biases(make_model):
     assert replaced.tuned and not values & {id(parameter) for parameter, _ in replaced.tuned}
 
 
+def test_a_norm_that_two_blocks_share_stays(make_model):
+    """Tuned for the later block, it would spoil the earlier one."""
+    model = make_model("llama")
+    first, second = find_blocks(model).blocks[:2]
+    second.input_layernorm = first.input_layernorm
+    before = copy.deepcopy(model.state_dict())
+    sparsify(model, make_settings())
+    changed = {name for name, value in model.state_dict().items() if name in before and "norm" in name}
+    changed = {name for name in changed if not torch.equal(before[name], model.state_dict()[name])}
+    assert changed and not any("input_layernorm" in name for name in changed)
+
+
 def test_mixed_activations_are_for_reconstruction():
     with pytest.raises(ValueError, match="activations='mixed' gives a block .* which reconstruct='block' alone does"):
         make_settings(activations="mixed", reconstruct=None)
