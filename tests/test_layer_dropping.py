@@ -267,6 +267,19 @@ def test_numbers_of_blocks_that_cannot_be(settings: Any) -> None:
     assert len(sparsify(model, settings(drop_layers=3)).dropped.blocks) == 3
 
 
+def test_a_hybrid_keeps_a_block_with_attention(settings: Any, token_ids: torch.Tensor) -> None:
+    """Without one its cache does not know how many tokens it has seen."""
+    kinds = ["conv", "full_attention", "conv", "conv"]
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(**_SMALL, num_hidden_layers=4, layer_types=kinds, block_multiple_of=8)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in find_blocks(model).blocks[1].parameters():
+        parameter.data *= 1e-3
+    dropped = sparsify(model, settings(drop_layers=3)).dropped
+    assert min(range(4), key=dropped.scores.__getitem__) == 1 and dropped.blocks == [0, 2, 3]
+    assert generated(model, token_ids[:1, :8]).shape == (1, 18)
+
+
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [

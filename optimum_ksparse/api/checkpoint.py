@@ -52,7 +52,7 @@ def prune_checkpoint(
         dtype: of the weights, as in `from_pretrained`; "auto" takes the checkpoint's.
         device: where blocks run; None takes this process's GPU, where there is one.
         activation_memory: calibration activations that stay in memory, in bytes or as "4GB"; more go to files in
-            `output`.
+            `output`. With `reconstruct` there are two such sets: the pruned model's and the dense one's.
         model_class: Auto class, or model's class, of the checkpoint.
         loading: `revision`, `token`, `cache_dir`, `subfolder`, `trust_remote_code`, `local_files_only`.
 

@@ -27,8 +27,8 @@ def measure_drop(
     resident: Callable[[int], AbstractContextManager[None]] = always_resident,
     processes: Processes | None = None,
 ) -> DroppedBlocks:
-    """Measures the dense model and chooses the `number` blocks of the lowest influence, the earlier one among equals.
-    The model stays as it is.
+    """Measures the dense model and chooses the `number` blocks of the lowest influence, the earlier one among equals;
+    but the last block with attention stays. The model stays as it is.
 
     Args:
         blocks, resident, processes: as in `prune_blocks`.
@@ -55,8 +55,15 @@ def measure_drop(
     scores = each_block(
         "Measuring what blocks change", blocks, step, resident=resident, tokens=tokens, show=processes.is_main
     )
-    dropped = sorted(range(len(scores)), key=lambda index: (scores[index], index))[:number]
+    order = sorted(range(len(scores)), key=lambda index: (scores[index], index))
+    attention = [index for index in order if _has_attention(blocks.blocks[index])]
+    # A hybrid cannot write text without attention: its cache counts the tokens there.
+    dropped = [index for index in order if index not in attention[-1:]][:number]
     return DroppedBlocks(sorted(dropped), scores, blocks.model.num_parameters())
+
+
+def _has_attention(block: nn.Module) -> bool:
+    return any("Attention" in type(module).__name__ for module in block.modules())
 
 
 def _change(before: torch.Tensor, after: torch.Tensor) -> tuple[float, int]:
