@@ -147,6 +147,16 @@ def test_what_is_held_out_decides(make_model, monkeypatch):
         assert torch.equal(before, after)
 
 
+def test_overfitting_is_told_and_not_kept(make_model):
+    """On a few random tokens everything can be learned by heart; the loss on others rises while that is done."""
+    few = TOKENS[:8, :6]
+    settings = {"reconstruction_epochs": 20, "reconstruction_lr": 0.05, "batch_size": 1, "pattern": "50%"}
+    report = sparsify(make_model("llama"), make_settings(dataset=few, **settings))
+    assert any("overfitted from epoch" in row.note for row in report.reconstruction), str(report)
+    assert all(row.loss_after <= row.loss_before for row in report.reconstruction)
+    assert not [row.note for row in sparsify(make_model("llama"), make_settings()).reconstruction if row.note]
+
+
 def test_an_error_gives_the_model_back(make_model, monkeypatch):
     model = make_model("gpt_neox")
     before = copy.deepcopy(model.state_dict())
