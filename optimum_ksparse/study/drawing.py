@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,12 @@ def draw_published(results: StudyResults, axes: Any, patterns: Sequence[str]) ->
         line = [place - 0.42, place + 0.42]
         axes.plot(line, [value, value], color="#888888", linewidth=1, linestyle=":", label=None if number else label)
     return list(found.values())
+
+
+def ends(rows: Iterable[Row]) -> list[float]:
+    """Where the error bars of rows end, for the limits of a logarithmic axis."""
+    spreads = [(row.spread.mean, row.spread.deviation or 0) for row in rows]
+    return [end for mean, deviation in spreads for end in (mean - deviation, mean + deviation) if end > 0]
 
 
 def make_logarithmic(axes: Any, which: str, values: Sequence[float]) -> None:

@@ -17,6 +17,7 @@ from .drawing import (
     draw_dense,
     draw_points,
     draw_published,
+    ends,
     finite_rows,
     make_logarithmic,
     new_figure,
@@ -53,7 +54,7 @@ def draw_patterns(results: StudyResults, path: Path) -> bool:
             high = row.spread.mean + (row.spread.deviation or 0)
             text = f"{row.spread.mean:.1f}"
             axes.annotate(text, (place, high), (0, 5), textcoords="offset points", ha="center", fontsize=7)
-    values = [row.spread.mean for row in rows] + draw_published(results, axes, patterns)
+    values = ends(rows) + draw_published(results, axes, patterns)
     values += draw_dense(results, axes, "perplexity")
     for border in range(1, len(patterns)):
         axes.axvline(border - 0.5, color="#bbbbbb", linewidth=0.8, zorder=0)
@@ -88,10 +89,10 @@ def draw_time(results: StudyResults, path: Path) -> bool:
         axes.plot(*empty, linestyle="", marker=MARKERS[number % 9], color="#666666", label=title_of(results, key))
     for number, pattern in enumerate(patterns):
         axes.plot(*empty, linewidth=5, color=COLORS[number % 7], label=plain(pattern))
-    values = [row.spread.mean for row in rows] + draw_dense(results, axes, quality)
+    values = ends(rows) + draw_dense(results, axes, quality)
     axes.set_xlabel("seconds of pruning")
     axes.set_ylabel(_QUALITIES[quality])
-    make_logarithmic(axes, "x", [seconds[_key(row), row.pattern].spread.mean for row in rows])
+    make_logarithmic(axes, "x", ends(seconds[_key(row), row.pattern] for row in rows))
     if quality == "perplexity":
         make_logarithmic(axes, "y", values)
     return save_figure(results, figure, axes, path)
@@ -125,7 +126,7 @@ def draw_calibration(results: StudyResults, path: Path) -> bool:
         dashes = ("-", "--", ":", "-.")[names.index((method, text)) % 4]
         rows = [row for _, row in line]
         draw_points(axes, [tokens for tokens, _ in line], rows, color, marker, plain(label), linestyle=dashes)
-    values = [row.spread.mean for line in lines.values() for _, row in line] + draw_dense(results, axes, quality)
+    values = ends(row for line in lines.values() for _, row in line) + draw_dense(results, axes, quality)
     tokens = sorted({tokens for line in lines.values() for tokens, _ in line})
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [f"{number:,}" for number in tokens], fontsize=8, rotation=30, ha="right")
