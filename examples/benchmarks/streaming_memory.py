@@ -9,6 +9,7 @@ calls `prune_checkpoint`, one that calls `from_pretrained` with the same config 
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -51,13 +52,14 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     ).save_pretrained(folder)
     groups = [{name: shape for name, shape in shapes.items() if name not in inside}]
     groups += [{name.replace(".0.", f".{i}.", 1): shape for name, shape in inside.items()} for i in range(blocks)]
+    drawn = {  # once: blocks have the same numbers, each at other places
+        name: (torch.randn(shape, generator=draw) * (1 if "norm" in name else shape[-1] ** -0.5)).bfloat16()
+        for name, shape in shapes.items()
+    }
     weight_map, size = {}, 0
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        state = {
-            name: (torch.randn(shape, generator=draw) * (1 if "norm" in name else shape[-1] ** -0.5)).bfloat16()
-            for name, shape in group.items()
-        }
+        state = {name: drawn[re.sub(r"\.\d+\.", ".0.", name)].roll(number) for name in group}
         save_file(state, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(state, file)
         size += sum(tensor.nbytes for tensor in state.values())
