@@ -241,7 +241,7 @@ def test_settings_that_cannot_be_are_refused_with_their_cell_before_any_work(wor
 
 def test_recipes_in_configs_are_short_and_valid():
     paths = sorted((REPOSITORY / "configs/study").glob("*.yaml"))
-    assert len(paths) == 3
+    assert len(paths) == 4
     for path in paths:
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 20, path.name
