@@ -41,32 +41,37 @@ def run(*arguments, cwd, **environment):
 def dense(tmp_path, make_model, tokenizer):
     make_model("llama").save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
-    (tmp_path / "text.txt").write_text("\n\n".join(sample_texts("calibration")), encoding="utf-8")
+    write_text(tmp_path)
     return tmp_path / "dense"
 
 
-def test_prune_then_info(dense, tmp_path):
+def write_text(folder):
+    (folder / "text.txt").write_text("\n\n".join(sample_texts("calibration")), encoding="utf-8")
+
+
+def test_prune_then_info(cli, workplace):
+    write_text(workplace)
     recipe = {"method": "sparsegpt", "pattern": "4:8", "dataset": "text.txt", "num_samples": 8, "seq_len": 64}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (workplace / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     flags = ("--config", "recipe.yaml", "--seq-len", "32", "--modules-to-not-convert", "o_proj")
-    done = run("prune", "dense", "sparse", *flags, cwd=tmp_path)
+    done = run("prune", "dense", "pruned", *flags, cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert "12 sparse layers, density 0.5000" in done.stdout
-    assert {"model.safetensors", "tokenizer.json", "sparsity_report.json"} <= set(os.listdir(tmp_path / "sparse"))
+    assert {"model.safetensors", "tokenizer.json", "sparsity_report.json"} <= set(os.listdir(workplace / "pruned"))
 
-    done = run("info", "sparse", cwd=tmp_path)
+    done = cli("info", "pruned")
     assert done.returncode == 0, done.stderr
     assert "pattern: 4:8" in done.stdout
     assert "on this machine: " in done.stdout
-    done = run("info", "sparse", "--json", cwd=tmp_path)
+    done = cli("info", "pruned", "--json")
     summary = json.loads(done.stdout)
     assert summary["settings"]["seq_len"] == 32
     assert summary["settings"]["method"] == "sparsegpt"
     assert summary["num_sparse_layers"] == 12
-    assert summary["file_bytes"]["model.safetensors"] == (tmp_path / "sparse/model.safetensors").stat().st_size
+    assert summary["file_bytes"]["model.safetensors"] == (workplace / "pruned/model.safetensors").stat().st_size
 
-    (tmp_path / "sparse/sparsity_report.json").unlink()
-    without_report = json.loads(run("info", "sparse", "--json", cwd=tmp_path).stdout)
+    (workplace / "pruned/sparsity_report.json").unlink()
+    without_report = json.loads(cli("info", "pruned", "--json").stdout)
     assert without_report["num_parameters"] == summary["num_parameters"]
 
 
@@ -98,10 +103,11 @@ def test_bad_input_in_a_process_of_its_own(dense, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_prune_from_disk_to_disk(dense, tmp_path):
+def test_prune_from_disk_to_disk(cli, workplace):
+    write_text(workplace)
     flags = ("--dataset", "text.txt", "--num-samples", "4", "--seq-len", "32")
-    assert run("prune", "dense", "memory", *flags, cwd=tmp_path).returncode == 0
-    done = run("prune", "dense", "disk", *flags, "--stream", "--json", "--activation-memory", "1KB", cwd=tmp_path)
+    assert cli("prune", "dense", "memory", *flags).returncode == 0
+    done = run("prune", "dense", "disk", *flags, "--stream", "--json", "--activation-memory", "1KB", cwd=workplace)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(line["event"], line.get("done")) for line in lines] == [("block", 1), ("block", 2), ("done", None)]
@@ -109,14 +115,14 @@ def test_prune_from_disk_to_disk(dense, tmp_path):
     assert lines[0]["tokens_per_second"] > 0
     assert lines[0]["peak_memory_bytes"] >= lines[0]["memory_bytes"] > 10**8
     assert len(lines[2]["layers"]) == 14
-    assert (tmp_path / "disk" / "tokenizer.json").is_file()
-    states = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("memory", "disk")]
+    assert (workplace / "disk" / "tokenizer.json").is_file()
+    states = [AutoModelForCausalLM.from_pretrained(workplace / name).state_dict() for name in ("memory", "disk")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
-    done = run("prune", "dense", "disk", *flags, "--stream", "--pattern", "4:8", cwd=tmp_path)
+    done = cli("prune", "dense", "disk", *flags, "--stream", "--pattern", "4:8")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: disk holds another sparse checkpoint")
     for wrong in (("--stream", "--device-map", "cpu"), ("--resume", "false")):
-        done = run("prune", "dense", "other", *flags, *wrong, cwd=tmp_path)
+        done = cli("prune", "dense", "other", *flags, *wrong)
         assert done.returncode == 1
         assert "has no meaning with" in done.stderr
 
