@@ -15,18 +15,15 @@ READMES = {"en": HERE.parents[1] / "README.md", "ko": HERE.parents[1] / "README_
 TABLES = ("quality", "speed")
 STUDY = HERE / "results" / "study-gemma-3-270m-methods" / "results.json"
 METHODS = {
-    "wanda": {"en": "Wanda", "ko": "Wanda"},
-    "sparsegpt": {"en": "SparseGPT", "ko": "SparseGPT"},
-    "alps": {"en": "ALPS", "ko": "ALPS"},
-    "admm": {"en": "**ADMM**: `SparsityConfig()`", "ko": "**ADMM**: `SparsityConfig()`"},
-    "admm + block": {
-        "en": '**ADMM, then blocks**: `SparsityConfig(reconstruct="block")`',
-        "ko": '**ADMM과 블록 재구성**: `SparsityConfig(reconstruct="block")`',
-    },
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "alps": "ALPS",
+    "admm": "**ADMM**: `SparsityConfig()`",
+    "admm + block": '**{then}**: `SparsityConfig(reconstruct="block")`',
 }
-HEAD = {
-    "en": ("perplexity (dense {dense:.2f})", "50 %", "seconds for 2:4"),
-    "ko": ("퍼플렉시티 (원본 {dense:.2f})", "50 %", "2:4에 걸린 초"),
+WORDS = {
+    "en": {"title": "perplexity (dense {dense:.2f})", "seconds": "seconds for 2:4", "then": "ADMM, then blocks"},
+    "ko": {"title": "퍼플렉시티 (원본 {dense:.2f})", "seconds": "2:4에 걸린 초", "then": "ADMM과 블록 재구성"},
 }
 
 
@@ -48,13 +45,13 @@ def quality_table(language: str) -> str:
         row = found.get((name, method, pattern))
         return "" if row is None else Spread(row["mean"], row["deviation"], row["seeds"]).text(digits)
 
-    title, half, seconds = HEAD[language]
-    title = title.format(dense=found["perplexity", "dense", "dense"]["mean"])
-    lines = [f"| {title} | 2:4 | 4:8 | {half} | {seconds} |", "|---|---|---|---|---|"]
-    for method, names in METHODS.items():
+    words = WORDS[language]
+    title = words["title"].format(dense=found["perplexity", "dense", "dense"]["mean"])
+    lines = [f"| {title} | 2:4 | 4:8 | 50 % | {words['seconds']} |", "|---|---|---|---|---|"]
+    for method, name in METHODS.items():
         figures = [figure("perplexity", method, pattern, 1) for pattern in ("2:4", "4:8", "50%")]
         figures.append(figure("pruning_seconds", method, "2:4", 0))
-        lines.append(f"| {names[language]} | {' | '.join(figures)} |")
+        lines.append(f"| {name.format(then=words['then'])} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 
 
