@@ -74,6 +74,8 @@ def reconstruct_block(
     problem = _Problem(OutputLoss(index, block, replay, targets, processes))
     before = problem.held_out_loss()
     tuned = [parameter for parameter in _tuned(block) if id(parameter) not in elsewhere]
+    if not tuned:
+        return BlockReport(index, before, before, round(time.perf_counter() - started, 4), "nothing to tune")
     original = [parameter.data.clone() for parameter in tuned]
     if replaced is not None:
         values = _values(block)

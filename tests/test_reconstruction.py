@@ -274,6 +274,15 @@ def test_a_norm_that_two_blocks_share_stays(make_model):
     assert changed and not any("input_layernorm" in name for name in changed)
 
 
+def test_a_block_with_nothing_to_tune_is_told(make_model):
+    """Its layers are left dense, and its norms are those of the other block."""
+    model = make_model("llama")
+    first, second = find_blocks(model).blocks[:2]
+    second.input_layernorm, second.post_attention_layernorm = first.input_layernorm, first.post_attention_layernorm
+    report = sparsify(model, make_settings(modules_to_not_convert=["model.layers.1."]))
+    assert [row.note for row in report.reconstruction] == ["", "nothing to tune"]
+
+
 def test_mixed_activations_are_for_reconstruction():
     with pytest.raises(ValueError, match="activations='mixed' gives a block .* which reconstruct='block' alone does"):
         make_settings(activations="mixed", reconstruct=None)
