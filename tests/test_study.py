@@ -580,6 +580,29 @@ def test_a_real_process(workplace, capsys, monkeypatch):
     assert Path("there/tables.md").read_bytes() == text
 
 
+def test_tables_alone_have_the_grid_of_the_recipe_that_is_given(faked, capsys):
+    wide = settings(methods=["magnitude", "wanda"], output="there")
+    Path("wide.yaml").write_text(yaml.safe_dump(wide), encoding="utf-8")
+    Path("narrow.yaml").write_text(yaml.safe_dump({**wide, "methods": ["magnitude"]}), encoding="utf-8")
+    assert command("wide.yaml", "--tables-only") == 1
+    assert "there holds no study" in capsys.readouterr().err
+    assert command("narrow.yaml") == 0, capsys.readouterr().err
+    done = len(load_study("there").cells)
+    assert command("wide.yaml", "--tables-only") == 0
+    results = load_study("there")
+    assert results.record.grid["methods"] == ["magnitude", "wanda"]
+    assert len(results.cells) == done < len(results.record.cells)
+    assert f"{done} of {len(results.record.cells)} cells" in capsys.readouterr().out
+    text = Path("there/tables.md").read_text(encoding="utf-8")
+    assert f"{done} of {len(results.record.cells)} cells are done" in text
+    Path("there/tables.md").unlink()
+    assert command("--tables-only", "--output", "there") == 0
+    assert Path("there/tables.md").read_text(encoding="utf-8") == text
+    for flags in ((), ("--tables-only",), ("--output", "there")):
+        assert command(*flags) == 1
+        assert "name a recipe" in capsys.readouterr().err
+
+
 def test_flags_take_the_place_of_what_differs_from_machine_to_machine(faked, capsys):
     found = settings(model="gone", evaluation={"texts": "gone.txt", "seq_len": 32, "tasks": []})
     found["calibration"] = [{"num_samples": 4, "seq_len": 32}]

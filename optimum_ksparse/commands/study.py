@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .base import Command, add_flags, dataset, read_recipe
+
+if TYPE_CHECKING:
+    from ..study import Recipe
 
 # Keys of the recipe that differ from machine to machine: name → argparse arguments.
 _FLAGS: dict[str, dict[str, Any]] = {
@@ -23,7 +27,12 @@ _OF_EVALUATION = ("texts", "data_dir")
 class StudyCommand(Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.add_argument("recipe", help="YAML file: model, output, methods, patterns, calibration, seeds, …")
+        parser.add_argument(
+            "recipe",
+            nargs="?",
+            help="YAML file: model, output, methods, patterns, calibration, seeds, …; with --tables-only and --output "
+            "it may be left out: then the grid is the one of the study's last run",
+        )
         parser.add_argument("--dry-run", dest="dry_run", action="store_true", help="list the cells, and what is done")
         parser.add_argument(
             "--tables-only",
@@ -34,20 +43,15 @@ class StudyCommand(Command):
         add_flags(parser, _FLAGS)
 
     def execute(self) -> None:
-        settings = self._settings()
+        from ..study import Recipe, run_study
+
+        if self.args.recipe is None:
+            return self._tables(None)
+        recipe = Recipe.from_dict(self._settings())
         if self.args.tables_only:
-            return self._tables(settings)
-
-        from ..study import Recipe, list_cells, run_study
-
-        recipe = Recipe.from_dict(settings)
+            return self._tables(recipe)
         if self.args.dry_run:
-            cells = list_cells(recipe)
-            for cell, state in cells:
-                print(f"{state:7}  {cell}  [{cell.id}]")
-            done = sum(state == "done" for _, state in cells)
-            print(f"{done} of {len(cells)} cells are done")
-            return None
+            return self._list(recipe)
         results = run_study(recipe)
         print(f"written to {recipe.output}: tables.md, tables.csv, results.json and figures")
         if results.failed:
@@ -55,17 +59,27 @@ class StudyCommand(Command):
             raise ChildProcessError(f"{len(results.failed)} cells failed: {names}; the same command runs them again")
         return None
 
-    def _tables(self, settings: dict[str, Any]) -> None:
-        from ..study import load_study, write_figures, write_tables
+    def _tables(self, recipe: Recipe | None) -> None:
+        from ..study import tabulate_study, write_study
 
-        if not settings.get("output"):
-            raise ValueError("output is missing: name it in the recipe, or with --output")
-        from pathlib import Path
+        output = self.args.output if recipe is None else recipe.output
+        if recipe is None and not (self.args.tables_only and output):
+            raise ValueError("name a recipe; only --tables-only with --output FOLDER does without one")
+        results = write_study(Path(output)) if recipe is None else tabulate_study(recipe)
+        print(
+            f"written to {output}: tables.md, tables.csv, results.json and figures of {len(results.cells)} of "
+            f"{len(results.record.cells)} cells"
+        )
 
-        results, output = load_study(settings["output"]), Path(settings["output"])
-        write_tables(results, output)
-        names = ["tables.md", "tables.csv", "results.json", *write_figures(results, output)]
-        print(f"written to {output}: {', '.join(names)}")
+    @staticmethod
+    def _list(recipe: Recipe) -> None:
+        from ..study import list_cells
+
+        cells = list_cells(recipe)
+        for cell, state in cells:
+            print(f"{state:7}  {cell}  [{cell.id}]")
+        done = sum(state == "done" for _, state in cells)
+        print(f"{done} of {len(cells)} cells are done")
 
     def _settings(self) -> dict[str, Any]:
         """The recipe, overridden by the flags that were given."""

@@ -7,7 +7,7 @@ from .output import write_figures, write_tables
 from .quantities import QUANTITIES, TABLES
 from .recipe import RECIPE_KEYS, Recipe
 from .results import CellResult, Row, StudyResults, load_study
-from .run import list_cells, run_study
+from .run import list_cells, run_study, tabulate_study, write_study
 from .spread import Spread, spread
 from .tables import markdown
 
@@ -31,6 +31,8 @@ __all__ = [
     "markdown",
     "run_study",
     "spread",
+    "tabulate_study",
     "write_figures",
+    "write_study",
     "write_tables",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,19 @@ class Record:
         """Where a cell stands in the grid."""
         return [Place(**place) for place in self.cells[cell]["places"]]
 
+    def with_grid(self, recipe: Recipe, cells: list[Cell]) -> Record:
+        """The same model, measured in the same way, with the grid of a recipe."""
+        parts = {
+            "methods": [method["name"] for method in recipe.methods],
+            "patterns": recipe.patterns,
+            "calibration": [calibration["name"] for calibration in recipe.calibration],
+            "seeds": recipe.seeds,
+        }
+        found = {
+            cell.id: {"identity": cell.identity, "places": [asdict(place) for place in cell.places]} for cell in cells
+        }
+        return replace(self, grid=parts, published=recipe.published, cells=found)
+
 
 def make_record(recipe: Recipe, cells: list[Cell]) -> Record:
     """The record of a recipe. Finds the model's weight files, which are downloaded where they are on the Hub.
@@ -92,16 +105,7 @@ def make_record(recipe: Recipe, cells: list[Cell]) -> Record:
         "korquad": None if recipe.korquad is None else _described(recipe.korquad),
         "nsmc": None if recipe.nsmc is None else _described_nsmc(recipe.nsmc),
     }
-    parts = {
-        "methods": [method["name"] for method in recipe.methods],
-        "patterns": recipe.patterns,
-        "calibration": [calibration["name"] for calibration in recipe.calibration],
-        "seeds": recipe.seeds,
-    }
-    found = {
-        cell.id: {"identity": cell.identity, "places": [asdict(place) for place in cell.places]} for cell in cells
-    }
-    return Record(json.loads(json.dumps(job)), parts, recipe.published, found)
+    return Record(json.loads(json.dumps(job)), {}, {}, {}).with_grid(recipe, cells)
 
 
 def describe_protocol(protocol: EvaluationProtocol) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .output import write_figures, write_tables
 from .processes import last_lines, run_cells
 from .recipe import Recipe
 from .record import Record, make_record
-from .results import StudyResults, read_cells
+from .results import StudyResults, load_study, read_cells
 
 _LOCK_NAME = ".lock"
 
@@ -54,9 +54,32 @@ def run_study(recipe: Recipe, say: Say = print) -> StudyResults:
         try:
             _run(recipe, cells, results, say)
         finally:
-            results = read_cells(record, output)
-            write_tables(results, output)
-            write_figures(results, output)
+            results = write_study(output)
+    return results
+
+
+def tabulate_study(recipe: Recipe) -> StudyResults:
+    """Writes tables, figures and results of the cells of a recipe that are done in its `output`, and runs nothing.
+    The study's record has the grid of this recipe then. The model is not looked for; files of calibration texts are.
+
+    Raises:
+        FileNotFoundError: `output` holds no study.
+        BlockingIOError: another study is at work there, with another grid.
+    """
+    output = Path(recipe.output)
+    earlier = load_study(output).record
+    record = earlier.with_grid(recipe, grid(recipe))
+    if record != earlier:
+        with _locked(output, created=False):
+            record.save(output)
+    return write_study(output)
+
+
+def write_study(output: Path) -> StudyResults:
+    """Writes tables, figures and results of what is done of the study in a folder, by its record."""
+    results = load_study(output)
+    write_tables(results, output)
+    write_figures(results, output)
     return results
 
 
