@@ -14,7 +14,6 @@ from .calibration import DecoderBlocks, ExpertStack
 from .calibration.experts import find_stacks
 from .checkpoint import aligned
 from .config import SparsityConfig
-from .experts import unsupported_stack
 from .nn import SparseLinear, dense_weight, is_linear_map
 from .pattern import Pattern
 
@@ -85,7 +84,7 @@ def _unsupported(linear: Layer, pattern: Pattern, owners: dict[int, list[str]], 
         return "it is sparse already; model.dequantize() makes it dense"
     shared = [owner for owner in owners.get(id(linear.weight), ()) if owner != path]
     if isinstance(linear, ExpertStack):
-        reason = unsupported_stack(linear, pattern, _DTYPES)
+        reason = _unsupported_stack(linear, pattern)
         return f"it is the same parameter as {shared[0]}" if reason is None and shared else reason
     with aligned(linear):
         weight = dense_weight(linear)
@@ -143,3 +142,19 @@ def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
         if all(should_convert_module(module, [name]) for module in prunable | outside):
             kinds = sorted({module.removeprefix(inside).split(".", 1)[1] for module in prunable})
             raise ValueError(f"modules_to_not_convert: {name!r} matches nothing; the blocks hold {', '.join(kinds)}")
+
+
+def _unsupported_stack(stack: ExpertStack, pattern: Pattern) -> str | None:
+    """Why a stack of matrices cannot be pruned; None where it can."""
+    with aligned(stack.owner):
+        weight = stack.weight
+        what = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as experts fused into one tensor)"
+        if weight.dim() != 3 or not stack.reads_matrices():
+            reading = f"{type(stack.owner).__name__} does not read it as F.linear(x, self.{stack.name}[expert])"
+            return f"{what}, and {reading}: its matrices may be stored transposed, or multiplied all at once"
+        if weight.dtype not in _DTYPES:
+            return f"{what} in {weight.dtype}; supported: float32, bfloat16, float16"
+        misfit = pattern.misfit(*weight.shape[-2:])
+        if misfit is not None:
+            return f"{what}, each of which {misfit}"
+        return None if weight.is_meta or bool(weight.isfinite().all()) else "its weight holds NaN or Inf"

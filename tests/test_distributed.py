@@ -55,15 +55,15 @@ if scenario == "all":
         prune_checkpoint(source, folder / "uneven", config(dataset=ids[:3]))
         found["settings"] = message(lambda: sparsify(model.dequantize(), config(seed=rank)))
         found["samples"] = message(lambda: prune_checkpoint(source, folder / "few", config(dataset=ids[:1])))
-        from optimum_ksparse import pruning
-        original = pruning._prune_layer
+        from optimum_ksparse.pruning import block
+        original = block.prune_layer
         def fails(path, *rest):
             if path.endswith("up_proj") and rank == 1 or "v_proj" in path:
                 raise ArithmeticError(f"{path}: singular")
             return original(path, *rest)
-        pruning._prune_layer = fails
+        block.prune_layer = fails
         found["layer"] = message(lambda: prune_checkpoint(source, folder / "error", config("sparsegpt")))
-        pruning._prune_layer = original
+        block.prune_layer = original
     model = AutoModelForCausalLM.from_pretrained(source)
     with joined():
         sparsify(model, config())

@@ -25,10 +25,10 @@ from optimum_ksparse import SparsityConfig, SparsityReport, prune_weight, sparsi
 from optimum_ksparse.calibration.experts import ExpertStack, observable, observed_matrices
 from optimum_ksparse.checkpoint import sparse_experts, sparsify_dense
 from optimum_ksparse.evaluation import fingerprint
-from optimum_ksparse.experts import prune_stack
 from optimum_ksparse.nn import SparseExperts, SparseLinear, densified
 from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.pruners import METHODS
+from optimum_ksparse.pruning.experts import prune_stack
 from optimum_ksparse.statistics import SAMPLE_ROWS, ColumnNorms, GramMatrix
 
 from .conftest import CONTEXT, VOCABULARY
@@ -355,7 +355,7 @@ def test_models_whose_experts_stay_dense_keep_their_implementation(model_of: Cal
 def test_an_error_gives_the_parameters_and_the_implementation_back(monkeypatch) -> None:
     model = make()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    monkeypatch.setattr("optimum_ksparse.pruning.BlockReplay.advance", lambda *_: 1 / 0)
+    monkeypatch.setattr("optimum_ksparse.calibration.BlockReplay.advance", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prune(model)
     assert model.config._experts_implementation == "grouped_mm"

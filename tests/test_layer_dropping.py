@@ -235,16 +235,16 @@ def test_an_error_gives_the_model_everything_back(
     state, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     modes = {name: module.training for name, module in model.named_modules()}
     attributes = [copy.deepcopy(vars(module)) for module in model.modules()]
-    from optimum_ksparse import pruning
+    from optimum_ksparse.pruning import block
 
-    original = pruning._prune_layer
+    original = block.prune_layer
 
     def fails(path: str, *rest: Any) -> Any:
         if ".1." in path:
             raise error("stop")
         return original(path, *rest)
 
-    monkeypatch.setattr(pruning, "_prune_layer", fails)
+    monkeypatch.setattr(block, "prune_layer", fails)
     with pytest.raises(error, match="stop"):
         sparsify(model, settings("2:4"))
     assert_same_tensors(model.state_dict(), state)

@@ -26,7 +26,6 @@ ROOMS = [
     ["calibration"],
     ["checkpoint"],
     ["streaming", "execution"],
-    ["experts"],
     ["targets", "reconstruction"],
     ["pruning"],
     ["sensitivity", "choosing", "layer_dropping"],

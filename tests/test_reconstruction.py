@@ -87,7 +87,7 @@ def test_activations_say_what_a_block_reads_and_what_it_is_to_give(make_model, a
         return original(index, block, replay, targets, *rest)
 
     original = room.reconstruct_block
-    monkeypatch.setattr("optimum_ksparse.pruning.reconstruct_block", look)
+    monkeypatch.setattr("optimum_ksparse.pruning.block.reconstruct_block", look)
     pruned = copy.deepcopy(dense)
     sparsify(pruned, make_settings(activations=activations))
     paths = {}
@@ -213,7 +213,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(
             raise KeyboardInterrupt
         return original(*arguments, **named)
 
-    monkeypatch.setattr("optimum_ksparse.pruning.reconstruct_block", stop)
+    monkeypatch.setattr("optimum_ksparse.pruning.block.reconstruct_block", stop)
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoint(tmp_path / "dense", tmp_path / "cut", settings, activation_memory=activation_memory)
     report = prune_checkpoint(tmp_path / "dense", tmp_path / "cut", settings, activation_memory=activation_memory)

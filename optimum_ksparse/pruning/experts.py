@@ -9,32 +9,16 @@ from collections.abc import Iterator, MutableMapping
 
 import torch
 
-from .calibration import ExpertStack
-from .calibration.experts import matrix_name
-from .checkpoint import aligned
-from .config import SparsityConfig
-from .nn import SparseExperts
-from .nn.packing import pack
-from .pattern import Pattern
-from .pruners import prune
-from .report import LayerReport
-from .statistics import ColumnNorms
-
-
-def unsupported_stack(stack: ExpertStack, pattern: Pattern, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why a stack of matrices cannot be pruned; None where it can."""
-    with aligned(stack.owner):
-        weight = stack.weight
-        what = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as experts fused into one tensor)"
-        if weight.dim() != 3 or not stack.reads_matrices():
-            reading = f"{type(stack.owner).__name__} does not read it as F.linear(x, self.{stack.name}[expert])"
-            return f"{what}, and {reading}: its matrices may be stored transposed, or multiplied all at once"
-        if weight.dtype not in dtypes:
-            return f"{what} in {weight.dtype}; supported: float32, bfloat16, float16"
-        misfit = pattern.misfit(*weight.shape[-2:])
-        if misfit is not None:
-            return f"{what}, each of which {misfit}"
-        return None if weight.is_meta or bool(weight.isfinite().all()) else "its weight holds NaN or Inf"
+from ..calibration import ExpertStack
+from ..calibration.experts import matrix_name
+from ..checkpoint import aligned
+from ..config import SparsityConfig
+from ..nn import SparseExperts
+from ..nn.packing import pack
+from ..pattern import Pattern
+from ..pruners import prune
+from ..report import LayerReport
+from ..statistics import ColumnNorms
 
 
 def own_statistics(

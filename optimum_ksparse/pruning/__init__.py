@@ -1,0 +1,16 @@
+"""Pruning a model: the block loop, one block, one layer or stack of experts."""
+
+from .block import Replaced, collect_statistics, prune_one_block
+from .layer import relative_output_error
+from .loop import always_resident, each_block, needs_original, prune_blocks
+
+__all__ = [
+    "Replaced",
+    "always_resident",
+    "collect_statistics",
+    "each_block",
+    "needs_original",
+    "prune_blocks",
+    "prune_one_block",
+    "relative_output_error",
+]
