@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .allocation import ALLOCATIONS, check_allocation
+from .checks import check_boolean, check_integer, check_keys, check_names, check_number, check_one_of, check_share
 from .dataset import check_dataset, describe_dataset, is_mix, is_token_ids, mix_shares, token_ids_shape
 from .nn.kernels import KERNELS
 from .pattern import Pattern
@@ -159,8 +158,8 @@ class SparsityConfig(QuantizationConfigMixin):
         iterations: int | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.method = _one_of("method", method, (*METHODS, AUTO))
-        self.time_budget = None if time_budget is None else _number("time_budget", time_budget, 0, 1e9)
+        self.method = check_one_of("method", method, (*METHODS, AUTO))
+        self.time_budget = None if time_budget is None else check_number("time_budget", time_budget, 0, 1e9)
         if self.time_budget is not None and self.method != AUTO:
             raise ValueError(f"time_budget={time_budget} is for method={AUTO!r}; method={method!r} takes its time")
         # Typed for the code that prunes, which is not reached without one.
@@ -172,37 +171,39 @@ class SparsityConfig(QuantizationConfigMixin):
         self.seq_len = check_integer("seq_len", seq_len, 2)
         self.batch_size = check_integer("batch_size", batch_size, 1)
         self.calibration_dtype = (
-            None if calibration_dtype is None else _one_of("calibration_dtype", calibration_dtype, CALIBRATION_DTYPES)
+            None
+            if calibration_dtype is None
+            else check_one_of("calibration_dtype", calibration_dtype, CALIBRATION_DTYPES)
         )
         self.seed = check_integer("seed", seed, 0)
         self.block_size = check_integer("block_size", block_size, 1)
-        self.damping = None if damping is None else _number("damping", damping, 0, 1)
+        self.damping = None if damping is None else check_number("damping", damping, 0, 1)
         self.iterations = None if iterations is None else check_integer("iterations", iterations, 1)
         self.refine = _refinements("refine", refine)
-        self.reconstruct = None if reconstruct is None else _one_of("reconstruct", reconstruct, RECONSTRUCTIONS)
+        self.reconstruct = None if reconstruct is None else check_one_of("reconstruct", reconstruct, RECONSTRUCTIONS)
         self.reconstruction_epochs = check_integer("reconstruction_epochs", reconstruction_epochs, 1)
-        self.reconstruction_lr = _number("reconstruction_lr", reconstruction_lr, 0, 1)
-        self.activations = None if activations is None else _one_of("activations", activations, ACTIVATIONS)
+        self.reconstruction_lr = check_number("reconstruction_lr", reconstruction_lr, 0, 1)
+        self.activations = None if activations is None else check_one_of("activations", activations, ACTIVATIONS)
         if self.activations == "mixed" and self.reconstruct is None and self.method != AUTO:
             raise ValueError(
                 "activations='mixed' gives a block the inputs of the pruned model and the outputs of the dense one to "
                 "aim at, which reconstruct='block' alone does: add it, or pass 'pruned' or 'dense'"
             )
-        self.true_sequential = _boolean("true_sequential", true_sequential)
-        self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
-        self.skip_unsupported = _boolean("skip_unsupported", skip_unsupported)
-        self.storage = _one_of("storage", storage, STORAGES)
-        self.prepend_bos = prepend_bos if prepend_bos is None else _boolean("prepend_bos", prepend_bos)
-        self.bos_in_statistics = _boolean("bos_in_statistics", bos_in_statistics)
-        self.kernel = _one_of("kernel", kernel, ("auto", *KERNELS))
-        self.optimize_for = _one_of("optimize_for", optimize_for, OBJECTIVES)
+        self.true_sequential = check_boolean("true_sequential", true_sequential)
+        self.modules_to_not_convert = check_names("modules_to_not_convert", modules_to_not_convert)
+        self.skip_unsupported = check_boolean("skip_unsupported", skip_unsupported)
+        self.storage = check_one_of("storage", storage, STORAGES)
+        self.prepend_bos = prepend_bos if prepend_bos is None else check_boolean("prepend_bos", prepend_bos)
+        self.bos_in_statistics = check_boolean("bos_in_statistics", bos_in_statistics)
+        self.kernel = check_one_of("kernel", kernel, ("auto", *KERNELS))
+        self.optimize_for = check_one_of("optimize_for", optimize_for, OBJECTIVES)
         self.max_extra_bytes = (
             max_extra_bytes if max_extra_bytes is None else check_integer("max_extra_bytes", max_extra_bytes, 0)
         )
-        self.densify = _one_of("densify", densify, DENSIFY)
-        self.fuse = _boolean("fuse", fuse)
-        self.allocation = _one_of("allocation", allocation, ALLOCATIONS)
-        self.target_density = None if target_density is None else _share("target_density", target_density)
+        self.densify = check_one_of("densify", densify, DENSIFY)
+        self.fuse = check_boolean("fuse", fuse)
+        self.allocation = check_one_of("allocation", allocation, ALLOCATIONS)
+        self.target_density = None if target_density is None else check_share("target_density", target_density)
         self.layers = None if layers is None else {name: dict(layer) for name, layer in layers.items()}
 
         if self.pattern is None:
@@ -323,18 +324,6 @@ def _setting_names() -> tuple[str, ...]:
 SETTINGS = _setting_names()
 
 
-def check_keys(found: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
-    """Raises ValueError for a key of `found` that is not allowed, naming the nearest one that is."""
-    for key in found:
-        if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"{where} has no setting {key!r}: {hint}allowed: {', '.join(allowed)} "
-                "(a checkpoint with settings unknown here was written by a newer optimum-ksparse: upgrade it)"
-            )
-
-
 def describe_source(source: Any) -> str | None:
     """Where a model or tokenizer came from, without the path of a local folder."""
     if not source:
@@ -353,31 +342,6 @@ def _pattern(value: Any) -> str | None:
     return None if value is None or str(value).lower() == NO_PATTERN else str(Pattern(value))
 
 
-def _one_of(name: str, value: Any, allowed: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, found {type(value).__name__}; allowed: {', '.join(allowed)}")
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
-    return value
-
-
-def check_integer(name: str, value: Any, least: int) -> int:
-    """`value`, where it is an integer of at least `least`; otherwise TypeError or ValueError that names it."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer of at least {least}, found {value!r}")
-    if value < least:
-        raise ValueError(f"{name}={value} is too small, it must be at least {least}")
-    return value
-
-
-def _number(name: str, value: Any, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number from {least} to {most}, found {value!r}")
-    if not least <= float(value) <= most:
-        raise ValueError(f"{name}={value} is out of range, it must be from {least} to {most}")
-    return float(value)
-
-
 def _refinements(name: str, value: Any) -> list[str]:
     if value is None or isinstance(value, str):
         value = [] if value is None else [value]
@@ -385,32 +349,10 @@ def _refinements(name: str, value: Any) -> list[str]:
         raise TypeError(
             f"{name} must be a string or a list of them, found {value!r}; allowed: {', '.join(REFINEMENTS)}"
         )
-    return [_one_of(name, step, REFINEMENTS) for step in value]
-
-
-def _share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number between 0 and 1, found {value!r}")
-    if not 0 < float(value) < 1:
-        raise ValueError(f"{name}={value} is out of range, it must be between 0 and 1, both excluded")
-    return float(value)
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, found {value!r}")
-    return value
+    return [check_one_of(name, step, REFINEMENTS) for step in value]
 
 
 def _tokenizer(name: str, value: Any) -> Any:
     if value is not None and not isinstance(value, str | os.PathLike) and not hasattr(value, "name_or_path"):
         raise TypeError(f"{name} must be a name, a folder, a tokenizer or None, found {type(value).__name__}")
     return value
-
-
-def _names(name: str, value: Any) -> list[str] | None:
-    if value is None:
-        return None
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"{name} must be a list of strings or None, found {value!r}")
-    return list(value)

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from .calibration import decoder_of, evaluation_mode
 from .checkpoint import sparse_layers, sparse_modules
-from .config import OBJECTIVES, SparsityConfig, check_integer
+from .checks import check_integer
+from .config import OBJECTIVES, SparsityConfig
 from .nn import KernelReport, autotune
 from .nn.fusing import fuse_shared_inputs
 from .nn.kernels import BUCKETS

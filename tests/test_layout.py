@@ -13,7 +13,7 @@ from .conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "optimum_ksparse"
 ROOMS = [
-    ["version"],
+    ["version", "checks"],
     ["pattern"],
     ["nn"],
     ["statistics"],
@@ -74,6 +74,7 @@ def test_the_check_above_can_fail():
     assert imported_rooms(PACKAGE / "pruners" / "wanda.py") == {"pattern", "statistics"}
     assert imported_rooms(PACKAGE / "config.py") == {
         "allocation",
+        "checks",
         "dataset",
         "nn",
         "pattern",

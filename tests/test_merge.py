@@ -243,7 +243,7 @@ def _other_mask(model):
         (None, {"method": "solve", "dataset": IDS + VOCABULARY}, ValueError, "vocabulary"),
         (None, {"dataset": IDS, "batch_size": 0}, ValueError, "batch_size"),
         (None, {"damping": -1}, ValueError, "damping"),
-        (None, {"tolerance": "x"}, ValueError, "tolerance"),
+        (None, {"tolerance": "x"}, TypeError, "tolerance"),
         (None, {"max_steps": 0}, ValueError, "max_steps"),
         (_with_nan, {}, ValueError, "lora_B.*NaN"),
         (_other_mask, {}, ValueError, "other masks.*'another'"),

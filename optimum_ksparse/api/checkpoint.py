@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..checkpoint import is_dense_record
-from ..config import DENSE_CONFIG_KEY, SparsityConfig, check_integer
+from ..checks import check_integer
+from ..config import DENSE_CONFIG_KEY, SparsityConfig
 from ..dataset import holds
 from ..distributed import joined
 from ..report import SparsityReport

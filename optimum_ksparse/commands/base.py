@@ -35,7 +35,7 @@ def read_recipe(path: str, allowed: list[str]) -> dict[str, Any]:
     nearest."""
     import yaml
 
-    from ..config import check_keys
+    from ..checks import check_keys
 
     with open(path, encoding="utf-8") as file:
         try:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..calibration import evaluation_mode, prepends_bos
-from ..config import check_integer
+from ..checks import check_integer
 from .environment import check_causal_lm, check_prepend_bos, environment
 from .kobest_data import FIELDS, KOBEST_DATASET, KOBEST_TASKS, STUDY_TASKS, describe_data, read_items
 

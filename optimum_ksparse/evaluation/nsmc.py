@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import evaluation_mode, prepends_bos
 from ..calibration.tokens import context_length
-from ..config import check_integer
+from ..checks import check_integer
 from .answers import Query, answer_queries, score_answers
 from .environment import check_causal_lm, check_prepend_bos, environment
 from .nsmc_data import NsmcData, Review, describe_nsmc, draw_nsmc

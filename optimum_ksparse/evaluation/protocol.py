@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration import prepends_bos
 from ..calibration.tokens import check_context, context_length
-from ..config import check_integer
+from ..checks import check_integer
 from .environment import check_causal_lm, check_prepend_bos
 from .kobest import check_tasks, evaluate_kobest, import_lm_eval
 from .kobest_data import KOBEST_TASKS, describe_data, read_items

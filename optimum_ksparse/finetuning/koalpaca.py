@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..calibration.tokenizer import read_tokenizer
 from ..calibration.tokens import context_length, prepends_bos
-from ..config import check_integer
+from ..checks import check_integer
 from ..evaluation import fingerprint
 from ..evaluation.environment import check_causal_lm
 from .answers import answer_loss

@@ -21,7 +21,8 @@ from ..calibration import (
     find_blocks,
     read_tokenizer,
 )
-from ..config import SparsityConfig, check_integer
+from ..checks import check_integer, check_number
+from ..config import SparsityConfig
 from ..dataset import is_token_ids
 from ..execution import apply_settings
 from ..version import library_versions
@@ -119,10 +120,8 @@ def _settings(method: str, dataset: Any, damping: float, max_steps: int, toleran
     if method == "solve" and dataset is None:
         raise ValueError('method="solve" needs calibration text: pass dataset=, or use method="masked"')
     check_integer("max_steps", max_steps, 1)
-    for name, value in (("damping", damping), ("tolerance", tolerance)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
-    return MergeSettings(method == "solve", float(damping), max_steps, float(tolerance))
+    damping, tolerance = check_number("damping", damping, 0, 1), check_number("tolerance", tolerance, 0, 1)
+    return MergeSettings(method == "solve", damping, max_steps, tolerance)
 
 
 def _draw(model: PreTrainedModel, config: SparsityConfig) -> CalibrationTokens:

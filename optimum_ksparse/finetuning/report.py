@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import check_keys
+from ..checks import check_keys
 from ..report import MERGE_REPORT_NAME
 from ..staging import write_text
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..calibration import find_blocks
-from ..config import check_integer
+from ..checks import check_integer
 from ..nn import is_linear_map
 from .support import require_peft
 

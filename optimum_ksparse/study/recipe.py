@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..config import NO_PATTERN, SETTINGS, check_integer, check_keys
+from ..checks import check_integer, check_keys
+from ..config import NO_PATTERN, SETTINGS
 from ..dataset import is_mix
 from ..evaluation import EvaluationProtocol
 from ..pattern import Pattern

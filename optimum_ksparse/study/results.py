@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import NO_PATTERN, check_keys
+from ..checks import check_keys
+from ..config import NO_PATTERN
 from ..evaluation import Measurement
 from .files import CELLS, FAILURE_NAME, RESULT_NAME, write_json
 from .quantities import QUANTITIES, figures_of

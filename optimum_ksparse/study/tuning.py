@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import check_keys
+from ..checks import check_keys
 from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, read_tuning
 from ..finetuning import FinetuningSettings, require_peft
 from ..report import RESULTS_NAME

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...calibration import prepends_bos
 from ...calibration.tokens import context_length
-from ...config import check_integer
+from ...checks import check_integer
 from .data import Question
 
 SEPARATOR, END = "<|SEP|>", "<|EOS|>"

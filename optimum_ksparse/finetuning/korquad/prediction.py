@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ...calibration import evaluation_mode
-from ...config import check_integer
+from ...checks import check_integer
 from ...evaluation.environment import environment
 from ...evaluation.korquad import korquad_scores
 from .data import KorQuADData, Question

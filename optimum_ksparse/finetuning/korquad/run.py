@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME
 
 from ...calibration import read_tokenizer
 from ...checkpoint import describe_model, sparse_modules
-from ...config import check_integer
+from ...checks import check_integer
 from ...evaluation import EvaluationResults, Measurement, fingerprint, tuning_settings
 from ...report import TUNING_NAME
 from ...staging import write_text

@@ -1,0 +1,73 @@
+"""Checks of arguments: each gives the value back, or raises an error that names the argument, what was found and what
+is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+
+def check_keys(found: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+    """Raises ValueError for a key of `found` that is not allowed, naming the nearest one that is."""
+    for key in found:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"{where} has no setting {key!r}: {hint}allowed: {', '.join(allowed)} "
+                "(a checkpoint with settings unknown here was written by a newer optimum-ksparse: upgrade it)"
+            )
+
+
+def check_one_of(name: str, value: Any, allowed: Any) -> str:
+    """A string, one of `allowed`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, found {type(value).__name__}; allowed: {', '.join(allowed)}")
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
+    return value
+
+
+def check_integer(name: str, value: Any, least: int) -> int:
+    """An integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least {least}, found {value!r}")
+    if value < least:
+        raise ValueError(f"{name}={value} is too small, it must be at least {least}")
+    return value
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> float:
+    """A number from `least` to `most`, as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number from {least} to {most}, found {value!r}")
+    if not least <= float(value) <= most:
+        raise ValueError(f"{name}={value} is out of range, it must be from {least} to {most}")
+    return float(value)
+
+
+def check_share(name: str, value: Any) -> float:
+    """A number between 0 and 1, both excluded, as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number between 0 and 1, found {value!r}")
+    if not 0 < float(value) < 1:
+        raise ValueError(f"{name}={value} is out of range, it must be between 0 and 1, both excluded")
+    return float(value)
+
+
+def check_boolean(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, found {value!r}")
+    return value
+
+
+def check_names(name: str, value: Any) -> list[str] | None:
+    """A list of strings, or None."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name} must be a list of strings or None, found {value!r}")
+    return list(value)

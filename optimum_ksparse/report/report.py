@@ -1,0 +1,168 @@
+"""`SparsityReport`: what pruning did, layer by layer; saved as `sparsity_report.json` beside the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..allocation import LEFT_DENSE
+from ..checks import check_keys
+from .rows import BlockReport, DroppedBlocks, LayerKind, LayerReport, MethodChoice
+from .text import in_words
+
+REPORT_NAME = "sparsity_report.json"
+RESULTS_NAME = "evaluation_results.json"  # what was measured; see `evaluation.EvaluationResults`
+TUNING_NAME = "finetuning.json"  # how a model was fine-tuned; beside the adapter or the weights
+MERGE_REPORT_NAME = "merge_report.json"  # what merging an adapter did; see `finetuning.report.MergeReport`
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class SparsityReport:
+    """What pruning did to a model.
+
+    Attributes:
+        config: the settings, as `SparsityConfig.to_dict()` without its layers.
+        calibration: where the calibration tokens came from, their number and form; empty for a method without data.
+        layers: one `LayerReport` for each sparse layer, in the order of the model.
+        reconstruction: one `BlockReport` for each block that was reconstructed. The output errors of its layers are
+            those before.
+        choice: what `method="auto"` chose, and why.
+        dropped: the decoder blocks that were dropped first; the numbers in names of layers are those without them.
+        skipped: linear maps left dense, each with the reason.
+        base_model: what was pruned, as it was named (a local folder by its last part).
+        base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
+        base_arguments: what else `from_pretrained` needed to find it: `gguf_file`, `subfolder`.
+        source_fingerprint: of the weight files that `prune_checkpoint` read.
+        num_parameters: logical parameters of the whole model, zeros included, without those of dropped blocks.
+        seconds: from the loaded to the pruned model. peak_memory_bytes: of the process (and of the GPU, where used).
+        versions: of the libraries that did it.
+    """
+
+    config: dict[str, Any]
+    calibration: dict[str, Any] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    reconstruction: list[BlockReport] = field(default_factory=list)
+    choice: MethodChoice | None = None
+    dropped: DroppedBlocks | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    base_model: str | None = None
+    base_revision: str | None = None
+    base_arguments: dict[str, str] = field(default_factory=dict)
+    source_fingerprint: str | None = None
+    num_parameters: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def method(self) -> str:
+        """The method and what followed it, as a card or a table names them: such as "admm + block"; where nothing was
+        pruned, what else was done."""
+        if self.is_dense:
+            return "dropped blocks"
+        reconstruct = self.config.get("reconstruct") if self.choice is None else self.choice.reconstruct
+        steps = [self.pruner, *(self.config.get("refine") or ()), reconstruct]
+        return " + ".join(str(step) for step in steps if step)
+
+    @property
+    def pruner(self) -> str | None:
+        """The method that chose the masks; what `method="auto"` has chosen."""
+        return self.config.get("method") if self.choice is None else self.choice.method
+
+    @property
+    def reconstruction_losses(self) -> tuple[float, float] | None:
+        """Mean loss of the reconstructed blocks, before and after; None where there are none."""
+        rows = self.reconstruction
+        if not rows:
+            return None
+        return sum(row.loss_before for row in rows) / len(rows), sum(row.loss_after for row in rows) / len(rows)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing was pruned besides dropping blocks."""
+        return "pattern" in self.config and self.config["pattern"] is None
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the dense model, dropped blocks included."""
+        return self.num_parameters if self.dropped is None else self.dropped.num_parameters
+
+    @property
+    def num_weights(self) -> int:
+        """Logical weights of the sparse layers, zeros included."""
+        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+
+    @property
+    def density(self) -> float:
+        """Share of the sparse layers' weights that is kept; 1 where there are none."""
+        return 1.0 if self.is_dense else sum(layer.num_values for layer in self.layers) / max(1, self.num_weights)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the sparse layers' weights, were they dense."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the sparse layers' values and masks."""
+        return sum(layer.packed_bytes for layer in self.layers)
+
+    @property
+    def packed_ratio(self) -> float:
+        """Packed bytes as a share of the dense ones; 1 where nothing is packed."""
+        return 1.0 if self.is_dense else self.packed_bytes / max(1, self.dense_bytes)
+
+    @property
+    def patterns(self) -> list[str]:
+        """The patterns of the layers, each once, in the order of the model; without layers the one asked for. None
+        where nothing was pruned."""
+        if self.is_dense:
+            return []
+        return list(dict.fromkeys(layer.pattern for layer in self.layers)) or [str(self.config.get("pattern"))]
+
+    @property
+    def num_left_dense(self) -> int:
+        """How many layers the allocation left dense."""
+        return sum(reason == LEFT_DENSE for reason in self.skipped.values())
+
+    def kinds(self) -> list[LayerKind]:
+        """The layers grouped by kind, in the order of the model."""
+        kinds: dict[tuple[str, tuple[int, int], str], LayerKind] = {}
+        for layer in self.layers:
+            name = re.sub(r"\.\d+\.", ".*.", layer.name, count=1)
+            structure = "" if "%" in layer.pattern else layer.pattern
+            kinds.setdefault((name, layer.shape, structure), LayerKind(name, layer.shape, [])).layers.append(layer)
+        return list(kinds.values())
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `sparsity_report.json` into `directory`."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        (Path(directory) / REPORT_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparsityReport:
+        """Reads a report from its file. Raises ValueError where it is damaged or of a newer schema."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["schema_version"] > SCHEMA_VERSION:
+                raise ValueError(f"schema_version {data['schema_version']} is newer than {SCHEMA_VERSION}: upgrade")
+            check_keys(data, [f.name for f in fields(cls)], "the report")
+            data["layers"] = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
+            data["reconstruction"] = [BlockReport(**row) for row in data.get("reconstruction", ())]
+            if data.get("choice") is not None:
+                data["choice"] = MethodChoice(**data["choice"])
+            if data.get("dropped") is not None:
+                data["dropped"] = DroppedBlocks(**data["dropped"])
+            return cls(**data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.path.basename(path)} is not a report of optimum-ksparse: {error}") from error
+
+    def __str__(self) -> str:
+        """A table with a row for each kind of layer (same path but for the block's number), and the totals."""
+        return in_words(self)

@@ -1,0 +1,151 @@
+"""What a report is made of: a row for each layer and each reconstructed block, and what was chosen and dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class LayerReport:
+    """One pruned layer. `shape` is [out, in]; `relative_output_error` is ‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F on a sample of the
+    calibration tokens, None where the method read no data; `note` is what the method warned of; `sensitivity` is what
+    `allocation="owl"` measured: the share of outliers in the layer's block, or, for `n:m`, its predicted squared
+    relative output error under the pattern that was asked for."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    num_values: int
+    dense_bytes: int
+    packed_bytes: int
+    relative_output_error: float | None
+    seconds: float
+    note: str = ""
+    sensitivity: float | None = None
+
+    @property
+    def density(self) -> float:
+        return self.num_values / (self.shape[0] * self.shape[1])
+
+
+@dataclass
+class BlockReport:
+    """A reconstructed block: its number, and the loss on calibration tokens that were held out, when its layers had
+    been pruned and when it had been tuned (1 is the energy of the outputs); `note` says what went wrong."""
+
+    block: int
+    loss_before: float
+    loss_after: float
+    seconds: float
+    note: str = ""
+
+
+@dataclass
+class Trial:
+    """What `method="auto"` found of one method: the loss of a pruned block on calibration tokens that it had not seen
+    (1 is the energy of the outputs; None where the method failed, and `note` says how), and about how many seconds the
+    whole model would take, the trials included."""
+
+    method: str
+    reconstruct: str | None
+    loss: float | None
+    seconds: float
+    fits: bool
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.method if self.reconstruct is None else f"{self.method} + {self.reconstruct}"
+
+
+@dataclass
+class MethodChoice:
+    """What `method="auto"` has chosen.
+
+    Attributes:
+        method, reconstruct: the settings taken.
+        block: the number of the block on which they were tried.
+        time_budget: seconds allowed; None for any.
+        trials: all that was tried.
+    """
+
+    method: str
+    reconstruct: str | None
+    block: int
+    time_budget: float | None
+    trials: list[Trial]
+
+    def __post_init__(self) -> None:
+        self.trials = [Trial(**trial) if isinstance(trial, dict) else trial for trial in self.trials]
+
+    def __str__(self) -> str:
+        def words(trial: Trial) -> str:
+            if trial.loss is None:
+                return f"{trial.name} failed ({trial.note})"
+            return f"{trial.name} {trial.loss:.4f} ({trial.seconds:.0f} s{'' if trial.fits else ', too long'})"
+
+        name = self.method if self.reconstruct is None else f"{self.method} + {self.reconstruct}"
+        allowed = "any time" if self.time_budget is None else f"{self.time_budget:g} s"
+        if any(trial.fits for trial in self.trials):
+            why = f"the least loss on unseen tokens in block {self.block} within {allowed}"
+        else:
+            why = f"the fastest, because the trials on block {self.block} left too little of {allowed} for any"
+        return f"chosen by auto: {name}, {why}: {', '.join(words(trial) for trial in self.trials)}"
+
+
+@dataclass
+class DroppedBlocks:
+    """The decoder blocks that were dropped because they change the hidden states least.
+
+    Attributes:
+        blocks: their numbers in the dense model, in order.
+        scores: of all blocks of the dense model: 1 − cosine of a token's hidden states before and after the block, the
+            mean over the calibration tokens (ShortGPT's Block Influence).
+        num_parameters: of the dense model.
+    """
+
+    blocks: list[int]
+    scores: list[float]
+    num_parameters: int
+
+    def __str__(self) -> str:
+        dropped = ", ".join(f"{block} ({self.scores[block]:.4f})" for block in self.blocks)
+        kept = [score for block, score in enumerate(self.scores) if block not in self.blocks]
+        return (
+            f"dropped {len(self.blocks)} of {len(self.scores)} decoder blocks, those that change the hidden states "
+            f"least (1 - cosine): {dropped}; the others {min(kept):.4f} to {max(kept):.4f}"
+        )
+
+
+@dataclass
+class PrunedBlock:
+    """What there is to report of a block: a row for each layer, and one of its reconstruction, where there was one."""
+
+    layers: list[LayerReport]
+    reconstruction: BlockReport | None = None
+
+
+@dataclass
+class LayerKind:
+    """Layers of the same path but for the block's number, of the same shape, and of the same `n:m` or all
+    unstructured; `name` has `*` for the number."""
+
+    name: str
+    shape: tuple[int, int]
+    layers: list[LayerReport]
+
+    @property
+    def pattern(self) -> str:
+        """Their pattern, or the densest and the sparsest of theirs."""
+        least, most = (choose(self.layers, key=lambda layer: layer.density).pattern for choose in (max, min))
+        return least if least == most else f"{least} … {most}"
+
+    @property
+    def density(self) -> float:
+        return sum(layer.density for layer in self.layers) / len(self.layers)
+
+    @property
+    def relative_output_error(self) -> float | None:
+        """Mean over the layers; None where none was measured."""
+        errors = [layer.relative_output_error for layer in self.layers if layer.relative_output_error is not None]
+        return sum(errors) / len(errors) if errors else None

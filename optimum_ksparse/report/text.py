@@ -1,0 +1,63 @@
+"""A report as text, for a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .report import SparsityReport
+
+
+def in_words(report: SparsityReport) -> str:
+    """A table with a row for each kind of layer (same path but for the block's number), and the totals."""
+    lines = [] if report.dropped is None else [str(report.dropped)]
+    if report.dropped is not None:
+        lines.append(f"{report.dense_parameters:,} parameters before, {report.num_parameters:,} without these blocks")
+    return "\n".join(lines if report.is_dense else [*_table(report), *lines])
+
+
+def _table(report: SparsityReport) -> list[str]:
+    rows = [("layer", "count", "shape", "pattern", "density", "output error", "seconds")]
+    for kind in report.kinds():
+        seconds = sum(layer.seconds for layer in kind.layers)
+        error = "not measured" if kind.relative_output_error is None else f"{kind.relative_output_error:.4f}"
+        shape, density = f"{kind.shape[0]} x {kind.shape[1]}", f"{kind.density:.4f}"
+        rows.append((kind.name, str(len(kind.layers)), shape, kind.pattern, density, error, f"{seconds:.1f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines.append(
+        f"{len(report.layers)} sparse layers, density {report.density:.4f}; {report.num_weights:,} of "
+        f"{report.num_parameters:,} parameters; packed {report.packed_bytes:,} of {report.dense_bytes:,} bytes "
+        f"({report.packed_ratio:.4f})"
+    )
+    if report.choice is not None:
+        lines.append(str(report.choice))
+    if report.reconstruction_losses is not None:
+        seconds = sum(row.seconds for row in report.reconstruction)
+        before, after = report.reconstruction_losses
+        lines.append(
+            f"{len(report.reconstruction)} blocks reconstructed in {seconds:.1f} s: mean loss of their outputs "
+            f"{before:.4f} -> {after:.4f}"
+        )
+    if report.config.get("allocation") == "owl":
+        lines.append(_allocated(report))
+    lines += [f"left dense: {name}: {reason}" for name, reason in report.skipped.items()]
+    lines += [f"note: {layer.name}: {layer.note}" for layer in report.layers if layer.note]
+    lines += [f"note: block {row.block}: {row.note}" for row in report.reconstruction if row.note]
+    return lines
+
+
+def _allocated(report: SparsityReport) -> str:
+    """How patterns were allocated, in a line."""
+    if "%" in report.patterns[0]:
+        densities = [layer.density for layer in report.layers]
+        least, most = min(densities), max(densities)
+        return f"allocation owl: densities {least:.4f} to {most:.4f}, by the outliers of each block"
+    found = Counter(layer.pattern for layer in report.layers)
+    return (
+        f"allocation owl, target_density {report.config.get('target_density')}: "
+        f"{', '.join(f'{pattern} in {count}' for pattern, count in found.items())} layers, dense in "
+        f"{report.num_left_dense}, which would lose most"
+    )
