@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..allocation import Allocation
-from ..calibration import Activations, BlockReplay, ExpertStack, eager_experts, evaluation_mode, read_tokenizer
+from ..calibration import BlockReplay, ExpertStack, eager_experts, evaluation_mode, read_tokenizer
 from ..checkpoint import install_layers, layer_records
 from ..choosing import choose_method
 from ..config import AUTO, SparsityConfig
 from ..distributed import Processes
 from ..layer_dropping import check_drop, drop_blocks, measure_drop
 from ..memory import peak_memory
-from ..nn import dense_weight, densified
-from ..pattern import Pattern
 from ..pruning import needs_original, prune_blocks
 from ..report import REPORT_NAME, DroppedBlocks, MethodChoice, PrunedBlock, SparsityReport
 from ..sensitivity import leave_dense, measure_allocation
-from ..streaming import DiskBlocks, Snapshot, WeightFiles, Workspace, check_space, open_checkpoint
+from ..streaming import DiskBlocks, Snapshot, WeightFiles, Workspace, open_checkpoint
 from ..targets import find_targets
+from .disk_replays import DiskReplays
 from .model import (
     attach,
     calibration_dtype,
@@ -43,8 +40,8 @@ from .model import (
     replay_batch_size,
     share_tokens,
 )
+from .space import check_run_space
 
-T = TypeVar("T")
 logger = logging.get_logger(__name__)
 
 # Activations that are in memory are saved this often: what a killed run has to compute again.
@@ -111,39 +108,29 @@ class CheckpointRun:
             check_drop(blocks, config.drop_layers, config.modules_to_not_convert)
         targets, skipped = find_targets(blocks, config)
         if config.drop_layers is None:
-            processes.once(lambda: self._check_space(model, targets))
+            processes.once(lambda: check_run_space(model, targets, config, workspace))
         with evaluation_mode(model), torch.no_grad():
             ids, data = self._tokens(model)
-            dropped = None if ids is None else self._dropped(disk, ids, data)
+            replays = None if ids is None else self._replays(disk, ids, data)
+            dropped = None if replays is None else self._dropped(replays)
         if dropped is not None:
             kept = [index for index in range(len(blocks.blocks)) if index not in dropped.blocks]
             drop_blocks(blocks, dropped.blocks)
             disk.keep(kept)
             targets, skipped = find_targets(blocks, config)
-            processes.once(lambda: self._check_space(model, targets))
+            processes.once(lambda: check_run_space(model, targets, config, workspace))
         num_parameters = model.num_parameters()
         done = list(workspace.journal.blocks)
         if not config.prunes_with_data:
-            ids = None
+            replays = None
         stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
         with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
-            allocation = None if ids is None else self._allocation(disk, targets, ids, data)
+            allocation = None if replays is None else self._allocation(replays, targets)
             if allocation is not None:
                 skipped |= leave_dense(blocks, targets, allocation)
-            choice = None if ids is None else self._choice(disk, targets, ids, data, own_patterns(allocation))
+            choice = None if replays is None else self._choice(replays, targets, own_patterns(allocation))
             config = config if choice is None else config.as_chosen(choice.method, choice.reconstruct)
-            replay = None if ids is None or len(done) == len(blocks.blocks) else self._replay(disk, ids, data)
-            original = None
-            if replay is not None and needs_original(config):
-                original = replay.fork("original")
-                self._catch_up(original, disk, lambda snapshot: snapshot.originals)
-            if replay is not None and config.activations == "dense":
-                self._catch_up(replay, disk, lambda snapshot: snapshot.files)
-            for index, block in enumerate(done):
-                install_layers(model, block.layers)
-                disk.take_shard(index, workspace.path / block.file)
-            if replay is not None and config.activations != "dense":
-                self._catch_up(replay, disk, lambda snapshot: snapshot.files)
+            replay, original = self._go_on(model, disk, replays, config)
             pruned = [PrunedBlock(block.rows, block.reconstruction) for block in done]
             pruned += prune_blocks(
                 blocks,
@@ -162,6 +149,31 @@ class CheckpointRun:
         report.choice, report.dropped = choice, dropped
         processes.once(lambda: self._finish(model, disk, report))
 
+    def _go_on(
+        self, model: PreTrainedModel, disk: DiskBlocks, replays: DiskReplays | None, config: SparsityConfig
+    ) -> tuple[BlockReplay | None, BlockReplay | None]:
+        """Puts the blocks that are done into the model, and brings the activations to the first one that is not.
+
+        Returns:
+            The activations of the pruned model, None where none are needed, and those of the dense one, None where
+            they are not needed beside these.
+        """
+        done = self.workspace.journal.blocks
+        replay = original = None
+        if replays is not None and len(done) < len(disk.blocks.blocks):
+            replay = replays.start()
+            if needs_original(config):
+                original = replay.fork("original")
+                replays.catch_up(original, lambda snapshot: snapshot.originals)
+            if config.activations == "dense":
+                replays.catch_up(replay, lambda snapshot: snapshot.files)
+        for index, block in enumerate(done):
+            install_layers(model, block.layers)
+            disk.take_shard(index, self.workspace.path / block.file)
+        if replays is not None and replay is not None and config.activations != "dense":
+            replays.catch_up(replay, lambda snapshot: snapshot.files)
+        return replay, original
+
     def _tokens(self, model: PreTrainedModel) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """This process's part of the calibration samples, and the description of all; None without data."""
         if not self.config.needs_data:
@@ -175,95 +187,46 @@ class CheckpointRun:
         ids, description = self.processes.once(lambda: self.workspace.tokens(draw))
         return share_tokens(ids, replay_batch_size(self.config), self.processes), description
 
-    def _replay(
-        self, disk: DiskBlocks, ids: torch.Tensor, description: dict[str, Any], folder: Path | None = None
-    ) -> BlockReplay:
-        """The activations at the first block; what does not fit into memory goes to `folder`, or the workspace."""
-        batch_size = replay_batch_size(self.config)
-        hidden = Activations(
-            -(-len(ids) // batch_size),
-            self.activation_memory,
-            self.workspace.path if folder is None else folder,
-            f"activations-{self.processes.rank}-of-{self.processes.size}",
-        )
+    def _replays(self, disk: DiskBlocks, ids: torch.Tensor, description: dict[str, Any]) -> DiskReplays:
         skip_first = description["begins_with_bos"] and not self.config.bos_in_statistics
-        return BlockReplay(
-            disk.blocks, ids, batch_size, skip_first, disk.resident, hidden, calibration_dtype(self.config)
+        return DiskReplays(
+            disk,
+            ids,
+            replay_batch_size(self.config),
+            skip_first,
+            calibration_dtype(self.config),
+            self.activation_memory,
+            self.workspace,
+            self.processes,
         )
 
-    def _dropped(self, disk: DiskBlocks, ids: torch.Tensor, description: dict[str, Any]) -> DroppedBlocks | None:
+    def _dropped(self, replays: DiskReplays) -> DroppedBlocks | None:
         """The blocks to drop: those of the run that this one goes on with, or newly chosen ones."""
         number = self.config.drop_layers
         if number is None:
             return None
 
         def measure(replay: BlockReplay, **how: Any) -> DroppedBlocks:
-            return measure_drop(disk.blocks, number, replay, **how)
+            return measure_drop(replays.disk.blocks, number, replay, **how)
 
-        return self._measured("dropped", DroppedBlocks, measure, disk, ids, description)
+        return replays.measured("dropped", DroppedBlocks, measure)
 
-    def _allocation(
-        self, disk: DiskBlocks, targets: list[dict[str, Any]], ids: torch.Tensor, description: dict[str, Any]
-    ) -> Allocation | None:
+    def _allocation(self, replays: DiskReplays, targets: list[dict[str, Any]]) -> Allocation | None:
         """The layers' own patterns: those of the run that this one goes on with, or newly measured ones, which are
         kept for a later run."""
         if self.config.allocation == "uniform":
             return None
-        measure = partial(measure_allocation, disk.blocks, targets, self.config)
-        return self._measured("allocation", Allocation, measure, disk, ids, description)
+        measure = partial(measure_allocation, replays.disk.blocks, targets, self.config)
+        return replays.measured("allocation", Allocation, measure)
 
     def _choice(
-        self,
-        disk: DiskBlocks,
-        targets: list[dict[str, Any]],
-        ids: torch.Tensor,
-        description: dict[str, Any],
-        patterns: dict[str, str],
+        self, replays: DiskReplays, targets: list[dict[str, Any]], patterns: dict[str, str]
     ) -> MethodChoice | None:
         """What `method="auto"` has chosen, in this run or in the one that it goes on with."""
         if self.config.method != AUTO:
             return None
-        measure = partial(choose_method, disk.blocks, targets, self.config, patterns=patterns)
-        return self._measured("choice", MethodChoice, measure, disk, ids, description)
-
-    def _measured(
-        self,
-        name: str,
-        kind: type[T],
-        measure: Callable[..., T],
-        disk: DiskBlocks,
-        ids: torch.Tensor,
-        description: dict[str, Any],
-    ) -> T:
-        """What is measured on the dense model before the first block is pruned, once for a run and those that go on
-        with it."""
-        processes, workspace = self.processes, self.workspace
-        known = processes.once(lambda: workspace.kept(name, kind))
-        if known is not None:
-            return known
-        folder = workspace.folder(f"measuring-{processes.rank}")
-        replay = self._replay(disk, ids, description, folder)
-        measured = measure(replay, resident=disk.resident, processes=processes)
-        shutil.rmtree(folder, ignore_errors=True)
-        processes.once(lambda: workspace.keep(name, measured))
-        return measured
-
-    def _catch_up(self, replay: BlockReplay, disk: DiskBlocks, files: Callable[[Snapshot], list[str]]) -> None:
-        """Brings the activations to the first block that is not done: from their `files` of the latest snapshot, where
-        these are whole, through the blocks after it as they are now."""
-        processes, snapshot = self.processes, self.workspace.journal.snapshot
-        done, at = len(self.workspace.journal.blocks), 0
-        # Another number of processes has other files.
-        saved = [] if snapshot is None else files(snapshot)
-        mine = saved[processes.rank] if len(saved) == processes.size else None
-        there = processes.gather(mine is not None and snapshot and replay.hidden.can_load(mine, snapshot.block))
-        if snapshot is not None and mine is not None and all(there):
-            replay.hidden.load(mine)
-            at = snapshot.block
-        for index in range(at, done):
-            block = disk.blocks.blocks[index]
-            with disk.resident(index), densified(block, replay.dtype):
-                replay.advance(index, block)
+        measure = partial(choose_method, replays.disk.blocks, targets, self.config, patterns=patterns)
+        return replays.measured("choice", MethodChoice, measure)
 
     def _block_is_done(
         self,
@@ -323,33 +286,6 @@ class CheckpointRun:
             logger.warning(f"The checkpoint has no tokenizer: none could be loaded from {self.source}: {reason}")
             return
         tokenizer.save_pretrained(folder)
-
-    def _check_space(self, model: PreTrainedModel, targets: list[dict[str, Any]]) -> None:
-        """Raises OSError where the disk is too small for what is still to be written, as far as can be told."""
-        pattern = self.config.pattern
-        density = self.config.target_density or (1.0 if pattern is None else Pattern(pattern).density)
-        size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
-        pruned = [
-            layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)
-            for layers in targets
-            for layer in layers.values()
-        ]
-        dense = sum(weight.nbytes for weight in pruned)
-        packed = dense * density + sum(weight.numel() for weight in pruned) / 8
-        needed = sum(size.values()) - dense + packed
-        if self.config.storage == "dense":  # packed blocks are written first, and become dense ones at the end
-            needed += dense
-        if self.config.needs_data and self.workspace.journal.phase == "pruning":
-            hidden = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0))
-            needed += (
-                (4 if self.config.reconstruct is not None or self.config.method == AUTO else 2)
-                * self.config.num_samples
-                * self.config.seq_len
-                * hidden
-                * model.dtype.itemsize
-            )
-        needed = max(0, needed - self.workspace.written_bytes())
-        check_space(self.workspace.path, int(needed), "the sparse checkpoint and the calibration activations")
 
 
 def _finished_report(workspace: Workspace) -> SparsityReport | None:
