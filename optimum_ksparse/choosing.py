@@ -157,8 +157,10 @@ class _Trials:
             judged, targets = self.parts["judged"], self.dense["judged"].hidden
             pruned = self.blocks.blocks[self.index]
             loss = OutputLoss(self.index, pruned, judged, targets, self.processes).mean(range(len(targets)))
-        except (ArithmeticError, ValueError, torch.linalg.LinAlgError) as error:
-            took, note = time.perf_counter() - began, str(error)
+        except (ArithmeticError, ValueError, torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) and self.processes.size > 1:
+                raise  # the others do not know of it
+            took, note = time.perf_counter() - began, str(error) or type(error).__name__
         finally:
             replaced.restore(self.blocks.decoder)
         passes = (1 if reconstruct is None else 2) * len(self.blocks.blocks) * self.one_pass

@@ -184,7 +184,8 @@ class SparsityConfig(QuantizationConfigMixin):
         self.reconstruction_epochs = check_integer("reconstruction_epochs", reconstruction_epochs, 1)
         self.reconstruction_lr = check_number("reconstruction_lr", reconstruction_lr, 0, 1)
         self.activations = None if activations is None else check_one_of("activations", activations, ACTIVATIONS)
-        if self.activations == "mixed" and self.reconstruct is None and self.method != AUTO:
+        mixes = self.activations == "mixed" and self.pattern is not None
+        if mixes and self.reconstruct is None and self.method != AUTO:
             raise ValueError(
                 "activations='mixed' gives a block the inputs of the pruned model and the outputs of the dense one to "
                 "aim at, which reconstruct='block' alone does: add it, or pass 'pruned' or 'dense'"
@@ -240,7 +241,7 @@ class SparsityConfig(QuantizationConfigMixin):
             )
         asked = {"reconstruct": self.reconstruct, "refine": self.refine, "target_density": self.target_density}
         asked |= {"allocation": None if self.allocation == "uniform" else self.allocation}
-        asked |= {"method": AUTO if self.method == AUTO else None}
+        asked |= {"method": AUTO if self.method == AUTO else None, "activations": self.activations}
         for name, value in asked.items():
             if value:
                 raise ValueError(

@@ -23,7 +23,7 @@ def apply_settings(model: PreTrainedModel, config: SparsityConfig) -> None:
         layer.kernel, layer.densify = config.kernel, config.densify
     if config.fuse:
         fuse_model(model)
-    if config.optimize_for == "speed":
+    if config.optimize_for == "speed" and sparse_layers(model):  # there may be stacks of experts alone, or nothing
         autotune_kernels(model, optimize_for="speed", max_extra_bytes=config.max_extra_bytes)
 
 

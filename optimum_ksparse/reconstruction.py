@@ -211,7 +211,8 @@ class OutputLoss:
         self._block, self._replay = block, replay
         # Some keep the hidden states in float32 (Mamba).
         self._low = any(
-            dtype in _LOW_PRECISION for dtype in (targets[0].dtype, *(p.dtype for p in block.parameters()))
+            dtype in _LOW_PRECISION
+            for dtype in (replay.dtype, targets[0].dtype, *(p.dtype for p in block.parameters()))
         )
         self._limit, self._energy = self._scales()
 
@@ -228,7 +229,7 @@ class OutputLoss:
     def of(self, batch: int) -> torch.Tensor:
         """Of one batch, float32."""
         with self._precision(), _norms_in_float32(self._block):
-            output = self._replay.output(self.index, self._block, batch)
+            output = self._replay.output(self.index, self._block, batch, autocast=False)
         target = self.targets[batch]
         error = (output.float() - target.float()) * _cut(target, self._limit)
         return (error.square() / self._energy).mean()

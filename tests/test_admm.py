@@ -32,9 +32,10 @@ def row_errors(weight, pruned, gram):
 def slow_admm(weight, gram, pattern, damping, iterations):
     """The formulas one by one, in float64, with masks by sorting."""
     scale = gram.double().diagonal().sqrt()
+    scale = scale.clamp(min=0.3 * scale.median())
     scaled = gram.double() / scale / scale.unsqueeze(1) + damping * torch.eye(len(gram), dtype=torch.float64)
     dense = weight.double() * scale
-    inverse = torch.linalg.inv(scaled + torch.eye(len(gram), dtype=torch.float64))
+    penalties = [0.3] * 5 + [0.55] * 5 + [1.0] * 10 if pattern.m else [1.0] * 20
     updated, dual = dense.clone(), torch.zeros_like(dense)
     moving = round(0.75 * iterations)
     for step in range(1, iterations + 1):
@@ -47,8 +48,10 @@ def slow_admm(weight, gram, pattern, damping, iterations):
                     order = sorted(columns, key=lambda j: (scores[j], j))
                     mask[row, order[: int(len(order) * share + 1e-9)]] = 0
         kept = (updated + dual) * mask
-        dual = dual + updated - kept
-        updated = (dense @ scaled + kept - dual) @ inverse
+        penalty, before = penalties[step - 1], penalties[max(0, step - 2)]
+        dual = (dual + updated - kept) * before / penalty
+        inverse = torch.linalg.inv(scaled + penalty * torch.eye(len(gram), dtype=torch.float64))
+        updated = (dense @ scaled + penalty * (kept - dual)) @ inverse
     return (updated + dual) * mask / scale, mask.bool()
 
 

@@ -249,6 +249,11 @@ def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         raise TypeError(f"config must be a SparsityConfig, found {type(config).__name__}")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, found {type(model).__name__}")
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "tensors made under torch.inference_mode() cannot be changed nor learn: load the model, and prune it, "
+            "outside of it (torch.no_grad() is no hindrance)"
+        )
     if sparse_modules(model):
         raise ValueError("the model is sparse already; model.dequantize() makes it dense again")
     quantizer: Any = getattr(model, "hf_quantizer", None)

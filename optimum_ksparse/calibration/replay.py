@@ -180,10 +180,11 @@ class BlockReplay:
         """Runs every batch through `block`, the one at `index`, and yields its hidden states."""
         return (self.output(index, block, batch) for batch in range(len(self._calls[index])))
 
-    def output(self, index: int, block: nn.Module, batch: int) -> torch.Tensor:
-        """Runs one batch through `block`, the one at `index`: its hidden states [batch, seq_len, hidden]."""
+    def output(self, index: int, block: nn.Module, batch: int, *, autocast: bool = True) -> torch.Tensor:
+        """Runs one batch through `block`, the one at `index`: its hidden states [batch, seq_len, hidden]. Products are
+        in `dtype`; without `autocast` in what the caller has set."""
         hidden = self.hidden[batch]
-        with self._autocast(hidden.device):
+        with self._autocast(hidden.device) if autocast else nullcontext():
             output: torch.Tensor = _hidden_of(self._calls[index][batch].run(block, hidden))
         return output
 

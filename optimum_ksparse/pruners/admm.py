@@ -12,6 +12,10 @@ from .scaled import Scaled, cholesky_factor, restored, scale, to_rank
 
 # Of all iterations, the share in which the mask may still move.
 _MOVING = 0.75
+# From which share of the iterations on, which penalty. A small one at first lets the mask of n:m move further, as in
+# ALPS: on Gemma 3 270M 2:4 went from 67.0 to 63.5, on SmolLM2-135M from 26.2 to 24.7, in 1.1 times the time. A mask
+# that closes step by step gains nothing by it.
+_PENALTIES = ((0.0, 0.3), (0.25, 0.55), (0.5, 1.0))
 
 
 def prune(
@@ -26,11 +30,12 @@ def prune(
     multipliers, in units in which every input has the norm 1: Ŵ = W·D, D = √diag H, Ĥ = D⁻¹HD⁻¹ + damping·I.
 
     In the first three quarters of the iterations the mask is chosen anew from |Ŵ + U|, U being the running sum of what
-    the mask has cut off: a weight that keeps being needed grows until it is kept. A mask without groups begins dense
-    and closes by the cubic schedule s·(1 − (1 − t/T)³). The last quarter settles the weights on the final mask.
+    the mask has cut off: a weight that keeps being needed grows until it is kept. With n:m the penalty on what is cut
+    off grows in three steps, 0.3, 0.55 and 1. Any other mask begins dense and closes by the cubic schedule
+    s·(1 − (1 − t/T)³), the penalty being 1. The last quarter settles the weights on the final mask.
 
-    Memory: two [in, in] and four [out, in] matrices in float32. Time: one inverse of [in, in], and a product
-    [out, in] x [in, in] for each iteration.
+    Memory: two [in, in] and four [out, in] matrices in float32. Time: one inverse of [in, in], with n:m three, and a
+    product [out, in] x [in, in] for each iteration.
 
     Args:
         weight: [out, in].
@@ -55,20 +60,37 @@ def prune(
 
 
 def _iterate(problem: Scaled, pattern: Pattern, moving: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ŵ + U and the mask, [out, in]. The penalty is 1, which suits a Gram matrix with a unit diagonal."""
+    """Ŵ + U and the mask, [out, in]."""
     target = problem.weight @ problem.gram
-    shifted = problem.gram.clone()
-    shifted.diagonal().add_(1)
-    inverse = torch.cholesky_inverse(cholesky_factor(shifted))
     total = problem.weight.clone()  # Ŵ + U
     mask = torch.ones_like(total, dtype=torch.bool)
+    penalty = _penalty(pattern, 0)
+    inverse = _inverse(problem.gram, penalty)
     for step in range(1, iterations + 1):
         if step <= moving:
             mask = _closing(pattern, step / moving).mask(to_rank(total, pattern))
         kept = total * mask
         cut = total - kept  # U
-        total = torch.addmm(cut, target.add(kept).sub_(cut), inverse)
+        grown = _penalty(pattern, (step - 1) / iterations)
+        if grown != penalty:
+            cut.mul_(penalty / grown)  # U is in units of 1 / penalty
+            penalty, inverse = grown, _inverse(problem.gram, grown)
+        total = torch.addmm(cut, target.add(kept, alpha=penalty).sub_(cut, alpha=penalty), inverse)
     return total, mask
+
+
+def _inverse(gram: torch.Tensor, penalty: float) -> torch.Tensor:
+    """(Ĥ + penalty·I)⁻¹."""
+    shifted = gram.clone()
+    shifted.diagonal().add_(penalty)
+    return torch.cholesky_inverse(cholesky_factor(shifted))
+
+
+def _penalty(pattern: Pattern, progress: float) -> float:
+    """At a share `progress` of the iterations. 1 suits a Gram matrix with a unit diagonal."""
+    if not pattern.is_structured:
+        return 1.0
+    return next(penalty for start, penalty in reversed(_PENALTIES) if progress >= start)
 
 
 def _closing(pattern: Pattern, progress: float) -> Pattern:

@@ -8,6 +8,7 @@ import torch
 
 from ..pattern import Pattern
 from ..statistics import GramMatrix
+from .scaled import finite
 from .solve import solve_on_mask
 from .swaps import swap
 
@@ -23,9 +24,7 @@ def exact(
     products [out, in] x [in, in]."""
     gram = statistics.gram.to(weight.device)
     solved = solve_on_mask(weight, gram, mask, start=pruned, max_steps=_STEPS)
-    if not bool(solved.sum().isfinite()):
-        raise ValueError("the solved weights hold NaN or Inf; check the weights and the calibration inputs")
-    return solved.to(pruned.dtype), mask
+    return finite(solved, pruned.dtype), mask
 
 
 def swaps(

@@ -3,7 +3,8 @@ calibration tokens. Each function returns False, and writes nothing, without mat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from .grid import DENSE
 from .quantities import MEAN_F1
 from .results import Row, StudyResults
 
+# What makes calibration data what they are, but for their amount.
+_DATA = ("dataset", "tokenizer", "prepend_bos")
 _QUALITIES = {"perplexity": "perplexity (lower is better)", MEAN_F1: "KoBEST mean F1 in % (higher is better)"}
 
 
@@ -108,7 +111,7 @@ def draw_calibration(results: StudyResults, path: Path) -> bool:
     for row in finite:
         identity = _identity(results, row)
         if row.quantity == quality and identity is not None:
-            key = (row.method, row.pattern, _text_of(identity["dataset"]))
+            key = (row.method, row.pattern, _data_of(identity))
             points.setdefault(key, []).append((identity["num_samples"] * identity["seq_len"], row))
     lines = {key: sorted(line, key=lambda point: point[0]) for key, line in points.items()}
     lines = {key: line for key, line in lines.items() if len({tokens for tokens, _ in line}) > 1}
@@ -119,8 +122,9 @@ def draw_calibration(results: StudyResults, path: Path) -> bool:
     names = list(dict.fromkeys((method, text) for method, _, text in lines))
     patterns = _patterns(results, [row for line in lines.values() for _, row in line])
     texts = list(dict.fromkeys(text for _, text in names))
+    called = {text: _called(text, texts) for text in texts}
     for (method, pattern, text), line in lines.items():
-        name = shown(text, f"text {texts.index(text) + 1}")
+        name = shown(called[text], f"text {texts.index(text) + 1}")
         label = ", ".join([shown(method, settings_of(results, method)), pattern, *([name] if texts[1:] else [])])
         color, marker = COLORS[patterns.index(pattern) % 7], MARKERS[names.index((method, text)) % 9]
         dashes = ("-", "--", ":", "-.")[names.index((method, text)) % 4]
@@ -162,6 +166,21 @@ def _identity(results: StudyResults, row: Row) -> dict[str, Any] | None:
             if where == (row.method, row.calibration, row.pattern) and place.calibration is not None:
                 return dict(content["identity"])
     return None
+
+
+def _data_of(identity: Mapping[str, Any]) -> str:
+    """What calibration data are but for their amount: of two files of one name each is its own."""
+    return json.dumps({name: identity[name] for name in _DATA if name in identity}, sort_keys=True)
+
+
+def _called(data: str, among: Sequence[str]) -> str:
+    """The text's name, with what tells it from others that are called the same."""
+    found = json.loads(data)
+    name = _text_of(found.pop("dataset"))
+    more = [f"{key}={value}" for key, value in found.items()]
+    if sum(_text_of(json.loads(other)["dataset"]) == name for other in among) > 1 and not more:
+        more = [f"no. {among.index(data) + 1}"]
+    return ", ".join([name, *more])
 
 
 def _text_of(dataset: Any) -> str:

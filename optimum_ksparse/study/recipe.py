@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from ..checks import check_integer, check_keys
 from ..config import NO_PATTERN, SETTINGS
 from ..dataset import is_mix
@@ -71,6 +73,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("model", "output", "dtype"):
             _typed(name, getattr(self, name), str, "a text")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype={self.dtype!r} is not known; allowed: auto, float32, bfloat16, float16")
         for name in ("stream", "keep_checkpoints", "trust_remote_code"):
             _typed(name, getattr(self, name), bool, "true or false")
         check_integer("processes", self.processes, 1)

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_keys
+from ..checks import check_boolean, check_integer, check_keys
 from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, read_tuning
 from ..finetuning import FinetuningSettings, require_peft
 from ..report import RESULTS_NAME
@@ -26,10 +26,15 @@ Load = Callable[[], tuple[Any, Any]]
 
 def check_korquad(settings: Mapping[str, Any]) -> None:
     """Raises what tuning with these settings would raise before it begins."""
-    training_of(settings)
-    if settings.get("train_file") is not None or settings.get("eval_file") is not None:
-        from ..finetuning.korquad import korquad_data
+    from ..finetuning.korquad import WindowSettings, korquad_data
 
+    training_of(settings)
+    WindowSettings(**{name: settings[name] for name in _WINDOWS if name in settings})
+    for name in ("max_examples", "max_eval_questions"):
+        if settings.get(name) is not None:
+            check_integer(f"korquad.{name}", settings[name], 1)
+    check_boolean("korquad.head_only", settings.get("head_only", False))
+    if settings.get("train_file") is not None or settings.get("eval_file") is not None:
         korquad_data(settings.get("train_file"), settings.get("eval_file"))
 
 
@@ -42,6 +47,14 @@ def check_nsmc(settings: Mapping[str, Any]) -> None:
         )
     check_keys(koalpaca, KOALPACA_KEYS, "nsmc.koalpaca")
     training_of(koalpaca)
+    check_integer("nsmc.koalpaca.max_length", koalpaca.get("max_length", 512), 2)
+    if koalpaca.get("max_examples") is not None:
+        check_integer("nsmc.koalpaca.max_examples", koalpaca["max_examples"], 1)
+    if str(koalpaca.get("data", "")).endswith((".jsonl", ".json")):  # otherwise it may be a name on the Hub
+        from ..finetuning import KOALPACA
+        from ..finetuning.instructions import instruction_rows
+
+        instruction_rows(koalpaca["data"], KOALPACA, 1)
     _nsmc_protocol(settings)
 
 
