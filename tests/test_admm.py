@@ -9,6 +9,7 @@ import torch
 
 from optimum_ksparse import Pattern, SparsityConfig, prune_weight
 from optimum_ksparse.pruners import METHODS, REFINEMENTS, prune
+from optimum_ksparse.pruners.scaled import finite
 from optimum_ksparse.pruners.swaps import swap
 from optimum_ksparse.statistics import GramMatrix
 
@@ -62,6 +63,40 @@ def test_admm_is_the_formulas(pattern):
     expected, expected_mask = slow_admm(weight, statistics.gram, Pattern(pattern), 0.1, 20)
     assert torch.equal(mask, expected_mask)
     assert torch.allclose(pruned.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["admm", "alps"])
+def test_weights_of_rare_inputs_do_not_fit_the_few_tokens_that_have_them(method):
+    """ReLU features, some of which a token in a thousand has: on other tokens no worse than SparseGPT."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(512, 128, generator=generator) / 128**0.5
+    shift = -torch.linspace(0, 4, 512)
+    seen, others = (torch.relu(torch.randn(n, 128, generator=generator) @ mixing.T + shift) for n in (4096, 20000))
+    weight = 0.05 * torch.randn(128, 512, generator=generator)
+    errors = {}
+    for name in (method, "sparsegpt"):
+        pruned, _ = prune_weight(weight, seen, method=name, pattern="2:4")
+        errors[name] = float((others @ (pruned - weight).T).norm())
+        assert pruned.abs().max() < 10 * weight.abs().max()
+    assert errors[method] < errors["sparsegpt"]
+
+
+@pytest.mark.parametrize("settings", [{"method": "admm"}, {"method": "alps"}, {"method": "wanda", "refine": "exact"}])
+def test_a_faint_input_does_not_overflow_float16(settings):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 64, generator=generator)
+    x[:, 7] = 0
+    x[3, 7] = 6e-6
+    weight = torch.randn(32, 64, generator=generator).half()
+    pruned, _ = prune_weight(weight, x, pattern="2:4", **settings)
+    assert pruned.isfinite().all()
+
+
+def test_what_overflows_a_dtype_is_told():
+    with pytest.raises(ValueError, match="too large for torch.float16: load the model in bfloat16"):
+        finite(torch.tensor([[1e6, 1.0]]), torch.float16)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        finite(torch.tensor([[torch.nan, 1.0]]), torch.float16)
 
 
 @pytest.mark.parametrize("method", ["admm", "alps"])

@@ -82,12 +82,13 @@ def test_a_trial_that_spends_the_budget_leaves_the_fastest(make_model, few, slow
     assert "chosen by auto: wanda, the fastest, because the trials" in str(report)
 
 
-def test_a_method_that_fails_is_told_and_the_others_go_on(make_model, few, monkeypatch):
+@pytest.mark.parametrize("error", [ArithmeticError, torch.OutOfMemoryError, MemoryError])
+def test_a_method_that_fails_is_told_and_the_others_go_on(make_model, few, monkeypatch, error):
     original = choosing.prune_one_block
 
     def fail(*arguments):
         if arguments[3].method == "admm":
-            raise ArithmeticError("the Gram matrix stays singular")
+            raise error("the Gram matrix stays singular")
         return original(*arguments)
 
     monkeypatch.setattr(choosing, "prune_one_block", fail)

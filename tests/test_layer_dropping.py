@@ -280,6 +280,11 @@ def test_a_hybrid_keeps_a_block_with_attention(settings: Any, token_ids: torch.T
     assert generated(model, token_ids[:1, :8]).shape == (1, 18)
 
 
+def test_a_model_without_sparse_layers_runs_with_any_settings(settings: Any) -> None:
+    report = sparsify(make("llama"), settings(optimize_for="speed", fuse=True, densify="lazy"))
+    assert report.is_dense and report.dropped is not None
+
+
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [
@@ -290,6 +295,7 @@ def test_a_hybrid_keeps_a_block_with_attention(settings: Any, token_ids: torch.T
         ({"refine": "swaps"}, ValueError, "refine=.*has no meaning with pattern=None"),
         ({"allocation": "owl"}, ValueError, "allocation='owl' has no meaning with pattern=None"),
         ({"method": "auto"}, ValueError, "method='auto' has no meaning with pattern=None"),
+        ({"activations": "mixed"}, ValueError, "activations='mixed' has no meaning with pattern=None"),
     ],
 )
 def test_settings_are_refused(more: dict[str, Any], error: type[Exception], message: str, settings: Any) -> None:

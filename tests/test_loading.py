@@ -341,6 +341,18 @@ def test_dense_weights_are_let_go_block_by_block(dense, config, monkeypatch):
     assert alive[1][1] <= 1  # the last layer, which the loop still names
 
 
+def test_inference_mode_is_refused_before_any_work(make_model, config):
+    model = make_model("llama")
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="under torch.inference_mode"):
+            sparsify(model, config)
+        inside = make_model("llama")
+    with pytest.raises(ValueError, match="under torch.inference_mode"):
+        sparsify(inside, config)
+    with torch.no_grad():
+        sparsify(model, config)
+
+
 def test_a_compiled_model_is_refused(make_model, config):
     model = make_model()
     model.model.layers[0].compile(backend="eager")

@@ -157,6 +157,26 @@ def test_overfitting_is_told_and_not_kept(make_model):
     assert not [row.note for row in sparsify(make_model("llama"), make_settings()).reconstruction if row.note]
 
 
+def test_float16_has_no_room_for_gradients(make_model, monkeypatch):
+    """The products that gradients go through are in bfloat16 where calibration is in float16."""
+    seen, original = set(), room.OutputLoss.of
+
+    def of(self, batch):
+        def look(*_):
+            seen.add((torch.is_grad_enabled(), torch.get_autocast_dtype("cpu")))
+
+        handles = [module.register_forward_pre_hook(look) for module in self._block.modules()]
+        try:
+            return original(self, batch)
+        finally:
+            [handle.remove() for handle in handles]
+
+    monkeypatch.setattr(room.OutputLoss, "of", of)
+    few = {"dataset": TOKENS[:2, :4], "batch_size": 1, "reconstruction_epochs": 1}
+    sparsify(make_model("llama"), make_settings(calibration_dtype="float16", **few))
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
 def test_an_error_gives_the_model_back(make_model, monkeypatch):
     model = make_model("gpt_neox")
     before = copy.deepcopy(model.state_dict())

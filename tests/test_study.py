@@ -212,6 +212,14 @@ def test_an_unknown_key_is_named_with_the_nearest(workplace, changes, said):
         ({"evaluation": {"texts": "nowhere.txt"}}, "there is no such file"),
         ({"korquad": {"train_file": "nowhere.json"}}, "there is no such file"),
         ({"korquad": {"r": 0}}, "r=0 is too small"),
+        ({"korquad": {"seq_len": "abc"}}, "seq_len must be an integer"),
+        ({"korquad": {"seq_len": 8}}, "seq_len=8 has no room for a question"),
+        ({"korquad": {"max_examples": "many"}}, "korquad.max_examples must be an integer"),
+        ({"korquad": {"head_only": "yes"}}, "korquad.head_only must be True or False"),
+        ({"nsmc": {"koalpaca": {"max_length": 1}}}, "nsmc.koalpaca.max_length=1 is too small"),
+        ({"nsmc": {"koalpaca": {"max_examples": -3}}}, "nsmc.koalpaca.max_examples=-3 is too small"),
+        ({"nsmc": {"koalpaca": {"data": "nowhere.json"}}}, "nowhere.json"),
+        ({"dtype": "foo"}, "dtype='foo' is not known"),
         ({"nsmc": {"limit": 3}}, "nsmc.koalpaca must be settings"),
         ({"published": {"perplexity": {"2:4": "9"}}}, "published.perplexity.2:4 must be a number"),
     ],
@@ -318,8 +326,18 @@ def test_calibration_sets_are_named_by_what_they_are(workplace):
         recipe(calibration=[sets[0], sets[0]])
 
 
+def test_a_setting_that_the_method_does_not_read_makes_no_other_cell(workplace):
+    more = [{"name": "damped", "method": "wanda", "damping": 0.1}, {"name": "tuned", "method": "wanda"}]
+    more[1] |= {"iterations": 9, "reconstruction_epochs": 7}
+    assert len(grid(recipe(methods=["wanda", *more], seeds=[0]))) == 1 + 2
+    read = [{"name": "damped", "method": "sparsegpt", "damping": 0.1}]
+    read.append({"name": "tuned", "method": "sparsegpt", "reconstruct": "block", "reconstruction_epochs": 7})
+    assert len(grid(recipe(methods=["sparsegpt", *read], seeds=[0]))) == 1 + 3 * 2
+
+
 def test_blocks_are_dropped_alone_by_a_method_that_does_more(workplace):
     more = {"name": "all", "method": "auto", "drop_layers": 1, "time_budget": 60, "reconstruct": "block"}
+    more |= {"activations": "mixed", "damping": 0.1, "reconstruction_epochs": 2}
     less = {"name": "less", "method": "wanda", "drop_layers": 1}
     asked = recipe(methods=[more, less], patterns=["none", "2:4"])
     alone = [cell for cell in grid(asked) if cell.identity.get("pattern") == "none"]
@@ -766,6 +784,21 @@ def test_a_row_for_each_calibration_set_where_there_are_several(workplace):
     assert "| wanda | text.txt 8 x 32 | 20.00 | 38.00 | 38.00 |" in text
     assert "| magnitude | none | 20.00 | 30.00 | 30.00 |" in text
     assert "±" not in text
+
+
+def test_two_texts_of_one_name_are_not_one_line(workplace):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    sets = []
+    for number, size in ((1, 2), (2, 8)):
+        folder = workplace / f"corpus{number}"
+        folder.mkdir()
+        (folder / "train.txt").write_text(f"corpus {number}\n\n" * 50, encoding="utf-8")
+        sets.append(
+            {"name": f"set {number}", "dataset": f"corpus{number}/train.txt", "num_samples": size, "seq_len": 32}
+        )
+    assert "quality_by_calibration.png" not in write_figures(made_up(["wanda"], sets, [0], {}), workplace)
+    both = [*sets, {**sets[0], "name": "set 3", "num_samples": 16}, {**sets[1], "name": "set 4", "num_samples": 16}]
+    assert "quality_by_calibration.png" in write_figures(made_up(["wanda"], both, [0], {}), workplace)
 
 
 def test_figures_are_drawn_where_there_is_something_to_draw(workplace):
