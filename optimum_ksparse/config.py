@@ -266,6 +266,17 @@ class SparsityConfig(QuantizationConfigMixin):
         return {"refine": self.refine, **{name: getattr(self, name) for name in METHODS[self.method].settings}}
 
     @property
+    def unread(self) -> dict[str, Any]:
+        """Settings, by name, that neither the method nor reconstruction reads; none for `auto`, which may come to read
+        any."""
+        if self.method == AUTO:
+            return {}
+        names = {name for method in METHODS.values() for name in method.settings}
+        names -= set(METHODS[self.method].settings)
+        names |= set() if self.reconstruct else {"reconstruction_epochs", "reconstruction_lr"}
+        return {name: getattr(self, name) for name in sorted(names)}
+
+    @property
     def prunes_with_data(self) -> bool:
         """Whether calibration tokens run through the model while it is pruned."""
         return self.statistics is not None or self.reconstruct is not None

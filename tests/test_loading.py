@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import weakref
 
 import pytest
@@ -351,6 +352,17 @@ def test_inference_mode_is_refused_before_any_work(make_model, config):
         sparsify(inside, config)
     with torch.no_grad():
         sparsify(model, config)
+
+
+def test_a_setting_that_is_not_read_is_told(make_model, token_ids, caplog):
+    settings = {"dataset": token_ids, "damping": 0.3, "reconstruction_epochs": 50}
+    with caplog.at_level(logging.WARNING):
+        sparsify(make_model("llama"), SparsityConfig("wanda", **settings))
+    assert "method='wanda' does not read damping=0.3, reconstruction_epochs=50" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        sparsify(make_model("llama"), SparsityConfig("sparsegpt", dataset=token_ids, damping=0.3))
+    assert "does not read" not in caplog.text
 
 
 def test_a_compiled_model_is_refused(make_model, config):

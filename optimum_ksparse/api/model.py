@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import logging
 
 from ..allocation import Allocation
 from ..calibration import (
@@ -38,6 +39,8 @@ from ..report import LayerReport, MethodChoice, PrunedBlock, SparsityReport
 from ..sensitivity import leave_dense, measure_allocation
 from ..targets import Layer, find_targets
 from ..version import library_versions
+
+logger = logging.get_logger(__name__)
 
 
 def sparsify(
@@ -264,6 +267,10 @@ def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         raise ValueError("the model, or a part of it, is compiled; prune it first, then compile it")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model carries an adapter; merge it, or prune the model before adding one")
+    usual = SparsityConfig("magnitude", dataset=None)
+    ignored = [f"{name}={value!r}" for name, value in config.unread.items() if value != getattr(usual, name)]
+    if ignored:
+        logger.warning(f"method={config.method!r} does not read {', '.join(ignored)}: without effect here")
     if config.reconstruct is not None and is_offloaded(model):
         raise ValueError(
             "reconstruct needs the weights of a block in memory, and accelerate has offloaded some: load the model "

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import AUTO, EXECUTION_SETTINGS, NO_PATTERN, SETTINGS, SparsityConfig
-from ..pruners import METHODS
 from .recipe import CALIBRATION, DENSE, Recipe
 
 # Settings that change nothing in a cell that reads no calibration data.
@@ -20,7 +19,6 @@ _OF_DATA = (*CALIBRATION, "seed", "bos_in_statistics", "calibration_dtype", "tru
 _HARMLESS = ("batch_size", "storage", "kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
 # Settings without meaning in a cell where blocks are dropped and nothing else is pruned.
 _OF_PRUNING = ("method", "refine", "reconstruct", "allocation", "target_density", "time_budget", "activations")
-_OF_RECONSTRUCTION = ("reconstruction_epochs", "reconstruction_lr")
 # In an identity even where they are the defaults.
 _ALWAYS = ("method", "pattern", "dataset", "num_samples", "seq_len", "seed")
 
@@ -108,7 +106,7 @@ def identity_of(config: SparsityConfig) -> dict[str, Any]:
     found, defaults = _settings_of(config), _settings_of(SparsityConfig())
     # The batches are what reconstruction steps by, and what is held out.
     by_batches = config.reconstruct is not None or config.method == AUTO
-    harmless = {"layers", *_HARMLESS} - ({"batch_size"} if by_batches else set()) | _unused(config)
+    harmless = {"layers", *_HARMLESS} - ({"batch_size"} if by_batches else set()) | set(config.unread)
     changed = {
         name: value
         for name, value in found.items()
@@ -121,15 +119,6 @@ def identity_of(config: SparsityConfig) -> dict[str, Any]:
     if config.needs_data:
         return identity
     return {name: value for name, value in identity.items() if name not in _OF_DATA}
-
-
-def _unused(config: SparsityConfig) -> set[str]:
-    """Settings that neither the method nor reconstruction reads; `auto` may come to read any."""
-    if config.method == AUTO:
-        return set()
-    of_methods = {name for method in METHODS.values() for name in method.settings}
-    unused = of_methods.difference(METHODS[config.method].settings)
-    return unused if config.reconstruct is not None else unused | set(_OF_RECONSTRUCTION)
 
 
 def _settings_of(config: SparsityConfig) -> dict[str, Any]:
