@@ -354,6 +354,16 @@ def test_inference_mode_is_refused_before_any_work(make_model, config):
         sparsify(model, config)
 
 
+@pytest.mark.parametrize("error", [ValueError, ArithmeticError])
+def test_an_error_of_a_method_names_the_layer(make_model, config, monkeypatch, error):
+    def fails(*_, **__):
+        raise error("the updated weights are too large for torch.float16")
+
+    monkeypatch.setattr("optimum_ksparse.pruning.layer.prune", fails)
+    with pytest.raises(error, match="^layers.0.*_proj: the updated weights are too large"):
+        sparsify(make_model("llama"), config)
+
+
 def test_a_setting_that_is_not_read_is_told(make_model, token_ids, caplog):
     settings = {"dataset": token_ids, "damping": 0.3, "reconstruction_epochs": 50}
     with caplog.at_level(logging.WARNING):

@@ -108,8 +108,8 @@ class _Run:
         pattern, config = Pattern(self._config.pattern), self._config
         try:
             return prune(config.method, matrix, statistics, pattern, **config.pruner_settings)
-        except ArithmeticError as error:
-            raise ArithmeticError(f"{name}: {error}") from error
+        except (ArithmeticError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
 
     def _measure(self, inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> None:
         x = inputs.to(weight.device, torch.float32)

@@ -36,7 +36,8 @@ def prune_layer(
         The packed layer, and its row.
 
     Raises:
-        ValueError: inputs or weights are NaN or Inf; names the layer.
+        ValueError: inputs or weights are NaN or Inf, or the updated weights have no room in their dtype; names the
+            layer.
         ArithmeticError: a Gram matrix stays singular; names the layer.
     """
     if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
@@ -50,8 +51,8 @@ def prune_layer(
             raise ValueError(f"{path}: its weight holds NaN or Inf; prune a checkpoint whose weights are whole")
         try:
             pruned, mask = prune(config.method, weight, statistics, pattern, **config.pruner_settings)
-        except ArithmeticError as error:
-            raise ArithmeticError(f"{path}: {error}") from error
+        except (ArithmeticError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
         sparse = SparseLinear.from_dense(linear, mask, pattern, pruned)
         output_error = None if statistics is None else relative_output_error(statistics.sample, weight, pruned)
     if sparse.dense_bytes >= _LARGE:
