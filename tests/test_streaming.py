@@ -570,7 +570,7 @@ def test_a_file_that_goes_away_meanwhile(
         for path in source.glob("*.safetensors"):
             path.unlink()
 
-    monkeypatch.setattr(run_module.CheckpointRun, "_check_space", remove)
+    monkeypatch.setattr(run_module, "check_run_space", remove)
     with pytest.raises(OSError, match=r"tensor model\.layers\.0\..* cannot be read"):
         prune_checkpoint(source, tmp_path / "disk", config())
 
