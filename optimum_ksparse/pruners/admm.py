@@ -13,7 +13,7 @@ from .scaled import Scaled, cholesky_factor, restored, scale, to_rank
 # Of all iterations, the share in which the mask may still move.
 _MOVING = 0.75
 # From which share of the iterations on, which penalty. A small one at first lets the mask of n:m move further, as in
-# ALPS: with 2:4 the perplexity of Gemma 3 270M went from 66.2 to 63.8 (three seeds), of SmolLM2-135M from 26.2 to 24.7,
+# ALPS: with 2:4 the perplexity of Gemma 3 270M went from 66.2 to 63.8 (three seeds), of SmolLM2-135M 26.2 to 24.7,
 # in 1.1 times the time. A mask that closes step by step gains nothing by it.
 _PENALTIES = ((0.0, 0.3), (0.25, 0.55), (0.5, 1.0))
 
