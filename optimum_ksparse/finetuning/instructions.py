@@ -34,7 +34,7 @@ def instruction_rows(
     if not isinstance(data, str | os.PathLike):
         found = (_texts(row, f"data, row {number}") for number, row in enumerate(data))
         rows, name = list(islice(found, max_examples)), "rows"
-    elif os.path.exists(data) or os.fspath(data).endswith((".jsonl", ".json")):
+    elif is_file(data):
         name = os.path.basename(data)
         rows = list(islice(_file_rows(os.fspath(data)), max_examples))
     else:
@@ -43,6 +43,11 @@ def instruction_rows(
     if not rows:
         raise ValueError(f"data={name!r} holds no example")
     return name, rows
+
+
+def is_file(data: str | os.PathLike[str]) -> bool:
+    """Whether `data` names a file, there or not, and no data set on the Hub."""
+    return os.path.exists(data) or os.fspath(data).endswith((".jsonl", ".json"))
 
 
 def fingerprint_of(examples: list[dict[str, list[int]]]) -> str:

@@ -122,7 +122,7 @@ def draw_calibration(results: StudyResults, path: Path) -> bool:
     names = list(dict.fromkeys((method, text) for method, _, text in lines))
     patterns = _patterns(results, [row for line in lines.values() for _, row in line])
     texts = list(dict.fromkeys(text for _, text in names))
-    called = {text: _called(text, texts) for text in texts}
+    called = _labels(texts)
     for (method, pattern, text), line in lines.items():
         name = shown(called[text], f"text {texts.index(text) + 1}")
         label = ", ".join([shown(method, settings_of(results, method)), pattern, *([name] if texts[1:] else [])])
@@ -173,14 +173,16 @@ def _data_of(identity: Mapping[str, Any]) -> str:
     return json.dumps({name: identity[name] for name in _DATA if name in identity}, sort_keys=True)
 
 
-def _called(data: str, among: Sequence[str]) -> str:
-    """The text's name, with what tells it from others that are called the same."""
-    found = json.loads(data)
-    name = _text_of(found.pop("dataset"))
-    more = [f"{key}={value}" for key, value in found.items()]
-    if sum(_text_of(json.loads(other)["dataset"]) == name for other in among) > 1 and not more:
-        more = [f"no. {among.index(data) + 1}"]
-    return ", ".join([name, *more])
+def _labels(texts: Sequence[str]) -> dict[str, str]:
+    """What to call each of the data that `_data_of` gives: numbered where others are called the same."""
+    labels = []
+    for text in texts:
+        found = json.loads(text)
+        name = _text_of(found.pop("dataset"))
+        labels.append(", ".join([name, *(f"{key}={value}" for key, value in found.items())]))
+    numbered = [f"{label} no. {number}" for number, label in enumerate(labels, start=1)]
+    pairs = zip(labels, numbered, strict=True)
+    return dict(zip(texts, (new if labels.count(old) > 1 else old for old, new in pairs), strict=True))
 
 
 def _text_of(dataset: Any) -> str:

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
-
-from ..checks import check_integer, check_keys
+from ..checks import check_integer, check_keys, check_one_of
 from ..config import NO_PATTERN, SETTINGS
 from ..dataset import is_mix
 from ..evaluation import EvaluationProtocol
@@ -20,6 +18,7 @@ CALIBRATION = ("dataset", "num_samples", "seq_len", "prepend_bos", "tokenizer")
 # Settings of SparsityConfig that stand at one place of a recipe each.
 _METHOD = tuple(name for name in SETTINGS if name not in ("pattern", "seed", "layers", *CALIBRATION))
 _COMMON = tuple(name for name in _METHOD if name != "method")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SOURCES = ("source", "method")
 DENSE = "dense"  # what tables call the dense model
 
@@ -73,8 +72,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("model", "output", "dtype"):
             _typed(name, getattr(self, name), str, "a text")
-        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype={self.dtype!r} is not known; allowed: auto, float32, bfloat16, float16")
+        check_one_of("dtype", self.dtype, _DTYPES)
         for name in ("stream", "keep_checkpoints", "trust_remote_code"):
             _typed(name, getattr(self, name), bool, "true or false")
         check_integer("processes", self.processes, 1)

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..checks import check_boolean, check_integer, check_keys
 from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, read_tuning
-from ..finetuning import FinetuningSettings, require_peft
+from ..finetuning import KOALPACA, FinetuningSettings, require_peft
+from ..finetuning.instructions import instruction_rows, is_file
 from ..report import RESULTS_NAME
 
 _TRAINING = tuple(f.name for f in fields(FinetuningSettings))
@@ -47,13 +48,11 @@ def check_nsmc(settings: Mapping[str, Any]) -> None:
         )
     check_keys(koalpaca, KOALPACA_KEYS, "nsmc.koalpaca")
     training_of(koalpaca)
-    check_integer("nsmc.koalpaca.max_length", koalpaca.get("max_length", 512), 2)
+    if "max_length" in koalpaca:
+        check_integer("nsmc.koalpaca.max_length", koalpaca["max_length"], 2)
     if koalpaca.get("max_examples") is not None:
         check_integer("nsmc.koalpaca.max_examples", koalpaca["max_examples"], 1)
-    if str(koalpaca.get("data", "")).endswith((".jsonl", ".json")):  # otherwise it may be a name on the Hub
-        from ..finetuning import KOALPACA
-        from ..finetuning.instructions import instruction_rows
-
+    if "data" in koalpaca and is_file(koalpaca["data"]):
         instruction_rows(koalpaca["data"], KOALPACA, 1)
     _nsmc_protocol(settings)
 
@@ -94,7 +93,7 @@ def run_nsmc(
 ) -> list[dict[str, Any]]:
     """Tunes a model on KoAlpaca in `folder`, measures NSMC, and gives the measurements as JSON holds them.
     `load_tuned` loads what was saved in a folder."""
-    from ..finetuning import KOALPACA, finetune_koalpaca
+    from ..finetuning import finetune_koalpaca
 
     koalpaca = settings["koalpaca"]
     more = {name: koalpaca[name] for name in ("max_length", "max_examples") if name in koalpaca}
