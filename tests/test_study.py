@@ -49,6 +49,7 @@ from optimum_ksparse.study import (
 from optimum_ksparse.study import cell as cell_module
 from optimum_ksparse.study import processes as processes_module
 from optimum_ksparse.study import run as run_module
+from optimum_ksparse.study.files import read_stages
 from optimum_ksparse.study.grid import identity_of, settings_in_words
 from optimum_ksparse.study.record import Record, make_record
 
@@ -415,6 +416,38 @@ def test_a_cell_that_was_cut_off_goes_on_from_its_last_stage(in_process, monkeyp
     assert not pruned, "it was pruned already"
     assert in_process == ["dense", in_process[1], in_process[1]]
     assert (Path("out/cells") / in_process[1] / "checkpoint/model.safetensors").is_file(), "kept"
+
+
+def test_what_no_cell_has_measured_yet_may_change(in_process, monkeypatch):
+    pytest.importorskip("peft", reason="needs the extra finetune")
+    chosen: dict[str, Any] = {"methods": ["magnitude"], "patterns": ["2:4"], "korquad": {"max_steps": 1}}
+
+    def cut_off(load, settings, folder):
+        (folder / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+        raise RuntimeError("wrong only here")
+
+    monkeypatch.setattr(cell_module, "run_korquad", cut_off)
+    with pytest.raises(RuntimeError, match="wrong only here"):
+        run_study(recipe(**chosen), str)
+    assert read_stages(Path("out/cells/dense")).keys() == {"measuring"}
+    corrected = chosen | {"korquad": {"max_steps": 2}}
+    with pytest.raises(ValueError, match=r"evaluation.seq_len: was 32, is 16") as refused:
+        run_study(recipe(**corrected, evaluation={"texts": "held.txt", "seq_len": 16, "tasks": "none"}))
+    assert "korquad" not in str(refused.value)
+    assert Path("out/cells/dense/korquad").is_dir(), "what was refused has changed nothing"
+
+    def measure(load, settings, folder):
+        assert not folder.exists(), "it would have gone on with other settings"
+        assert settings == {"max_steps": 2}
+        return []
+
+    monkeypatch.setattr(cell_module, "run_korquad", measure)
+    said: list[str] = []
+    results = run_study(recipe(**corrected), said.append)
+    assert said[0].startswith("korquad is not what it was in the recipe")
+    assert len(results.cells) == 2 and in_process.count("dense") == 2
+    with pytest.raises(ValueError, match=r"korquad.max_steps: was 2, is 3"):
+        run_study(recipe(**chosen | {"korquad": {"max_steps": 3}}))
 
 
 def test_a_changed_recipe_runs_only_what_is_new(faked):

@@ -31,7 +31,7 @@ from ..nn.kernels import GROUPS, why_no_kernels
 from ..report import RESULTS_NAME, SparsityReport
 from ..staging import write_text
 from ..version import library_versions
-from .files import JOB_NAME, STAGES_NAME, clean_cell
+from .files import JOB_NAME, KOALPACA, KORQUAD, STAGES_NAME, clean_cell, read_stages
 from .lifeline import end_with_parent
 from .results import CellResult
 from .tuning import run_korquad, run_nsmc
@@ -52,8 +52,7 @@ class _Run:
         self.job: dict[str, Any] = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
         self.settings: dict[str, Any] | None = self.job["settings"]
         self.checkpoint = folder / "checkpoint"
-        path = folder / STAGES_NAME
-        self.stages: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        self.stages = read_stages(folder)
         self.loading = {name: value for name, value in self.job["loading"].items() if value is not None}
 
     def __call__(self) -> None:
@@ -118,10 +117,10 @@ class _Run:
         return {"rows": [asdict(row) for row in (*found.sparse, *found.dense)]}
 
     def _korquad(self) -> dict[str, Any]:
-        return {"rows": run_korquad(self._load, self.job["korquad"], self.folder / "korquad")}
+        return {"rows": run_korquad(self._load, self.job["korquad"], self.folder / KORQUAD)}
 
     def _nsmc(self) -> dict[str, Any]:
-        rows = run_nsmc(self._load, self._load_tuned, self.job["nsmc"], self.folder / "koalpaca")
+        rows = run_nsmc(self._load, self._load_tuned, self.job["nsmc"], self.folder / KOALPACA)
         return {"rows": rows}
 
     def _load(self, measure: bool = False) -> tuple[Any, Any]:

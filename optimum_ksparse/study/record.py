@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..evaluation.nsmc import NUM_FEWSHOT
 from ..evaluation.nsmc_data import describe_nsmc
 from ..evaluation.texts import describe_texts
 from ..streaming import Journal, find_weight_files
-from .files import write_json
+from .files import MEASURING, write_json
 from .grid import Cell, Place
 from .recipe import Recipe
 from .tuning import training_of
@@ -59,10 +59,18 @@ class Record:
             raise ValueError(f"{folder / RECORD_NAME} is of another version; name another output")
         return cls(**data)
 
-    def check(self, earlier: Record) -> None:
-        """Raises ValueError, naming the differences, where an earlier study measured another model or in another
-        way."""
+    def check(self, earlier: Record, measured: Collection[str]) -> list[str]:
+        """Raises ValueError, naming the differences, where an earlier study measured another model or in another way.
+
+        Args:
+            measured: sections of the recipe of which the earlier study has figures. The others may differ.
+
+        Returns:
+            The sections that differ.
+        """
         ours, theirs = dict(self.job), dict(earlier.job)
+        changed = [name for name in MEASURING if name not in measured and ours[name] != theirs[name]]
+        theirs |= {name: ours[name] for name in changed}
         if ours["weights"] == theirs["weights"]:  # the same model in another folder
             theirs["model"] = ours["model"]
         differences = Journal(theirs).differences(ours)
@@ -71,6 +79,7 @@ class Record:
                 f"the output holds a study of another model, or one that was measured in another way "
                 f"({'; '.join(differences)}): its figures cannot stand in one table with new ones; name another output"
             )
+        return changed
 
     def places(self, cell: str) -> list[Place]:
         """Where a cell stands in the grid."""

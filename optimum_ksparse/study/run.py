@@ -13,7 +13,17 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..evaluation.kobest import import_lm_eval
-from .files import CELLS, FAILURE_NAME, JOB_NAME, LOG_NAME, RESULT_NAME, clean_cell, write_json
+from .files import (
+    CELLS,
+    FAILURE_NAME,
+    JOB_NAME,
+    LOG_NAME,
+    RESULT_NAME,
+    begin_sections_anew,
+    clean_cell,
+    measured_sections,
+    write_json,
+)
 from .grid import Cell, grid
 from .output import write_figures, write_tables
 from .processes import last_lines, run_cells
@@ -47,7 +57,10 @@ def run_study(recipe: Recipe, say: Say = print) -> StudyResults:
     with _locked(output, created):
         earlier = Record.load(output)
         if earlier is not None:
-            record.check(earlier)
+            changed = record.check(earlier, measured_sections(output))
+            begin_sections_anew(output, changed)
+            for section in changed:
+                say(f"{section} is not what it was in the recipe: it takes effect, no cell had come to its end")
         record.save(output)
         results = read_cells(record, output)
         _say_what_is_new(results, earlier, say)
