@@ -21,6 +21,7 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -43,12 +44,15 @@ from optimum_ksparse.study import (
     markdown,
     run_study,
     spread,
+    tabulate_study,
     write_figures,
+    write_study,
     write_tables,
 )
 from optimum_ksparse.study import cell as cell_module
 from optimum_ksparse.study import processes as processes_module
 from optimum_ksparse.study import run as run_module
+from optimum_ksparse.study.drawing import draw_points
 from optimum_ksparse.study.files import read_stages
 from optimum_ksparse.study.grid import identity_of, settings_in_words
 from optimum_ksparse.study.record import Record, make_record
@@ -213,6 +217,8 @@ def test_an_unknown_key_is_named_with_the_nearest(workplace, changes, said):
         ({"evaluation": {"texts": "nowhere.txt"}}, "there is no such file"),
         ({"korquad": {"train_file": "nowhere.json"}}, "there is no such file"),
         ({"korquad": {"r": 0}}, "r=0 is too small"),
+        ({"korquad": {"method": "masked"}}, "a study tunes the dense model alike"),
+        ({"nsmc": {"koalpaca": {"method": "masked"}}}, "a study tunes the dense model alike"),
         ({"korquad": {"seq_len": "abc"}}, "seq_len must be an integer"),
         ({"korquad": {"seq_len": 8}}, "seq_len=8 has no room for a question"),
         ({"korquad": {"max_examples": "many"}}, "korquad.max_examples must be an integer"),
@@ -228,6 +234,21 @@ def test_an_unknown_key_is_named_with_the_nearest(workplace, changes, said):
 def test_bad_values_are_named(workplace, changes, said):
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=said):
         recipe(**changes)
+
+
+@pytest.mark.parametrize("section", ["evaluation", "korquad", "nsmc"])
+def test_a_section_without_settings_is_not_taken_for_none(workplace, section):
+    with pytest.raises(ValueError, match=f"{section} is empty: write {section}: {{}} for the defaults"):
+        Recipe.from_dict(settings() | yaml.safe_load(f"{section}:"))
+
+
+def test_texts_that_perplexity_cannot_take_are_found_before_any_work(workplace):
+    Path("empty.jsonl").write_text("", encoding="utf-8")
+    Path("chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "ab"}]}), encoding="utf-8")
+    for name, said in (("empty.jsonl", "holds no text"), ("chat.jsonl", "row 1 is a conversation")):
+        with pytest.raises(ValueError, match=said):
+            run_study(recipe(evaluation={"texts": name, "tasks": "none"}))
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
@@ -450,6 +471,34 @@ def test_what_no_cell_has_measured_yet_may_change(in_process, monkeypatch):
         run_study(recipe(**chosen | {"korquad": {"max_steps": 3}}))
 
 
+@pytest.mark.parametrize(
+    ("stage", "begun", "before", "after"),
+    [
+        ("_prune", "checkpoint", {"settings": {"batch_size": 2}}, {"settings": {"batch_size": 1}}),
+        ("_korquad", "korquad", {"korquad": {"micro_batch_size": 4}}, {"korquad": {"micro_batch_size": 1}}),
+        ("_nsmc", "koalpaca", {"nsmc": {"koalpaca": {}}}, {"nsmc": {"koalpaca": {"save_steps": 9}}}),
+    ],
+)
+def test_settings_that_only_round_differently_take_effect_where_a_cell_failed(
+    in_process, monkeypatch, stage, begun, before, after
+):
+    """Out of memory, then a smaller batch: the cell is the same, but what it had begun would refuse the settings."""
+    pytest.importorskip("peft", reason="needs the extra finetune")
+    chosen: dict[str, Any] = {"methods": ["wanda"], "patterns": ["2:4"], "seeds": [0], "stream": True}
+    found = []
+
+    def begin(run):
+        found.append((run.folder / begun).is_dir())
+        (run.folder / begun).mkdir(exist_ok=True)
+        raise MemoryError
+
+    monkeypatch.setattr(cell_module._Run, stage, begin)
+    for changes in (before, before, after):
+        with pytest.raises(MemoryError):
+            run_study(recipe(**chosen, **changes), str)
+    assert found == [False, True, False], "what was begun with these very settings stays"
+
+
 def test_a_changed_recipe_runs_only_what_is_new(faked):
     said: list[str] = []
     run_study(recipe(methods=["wanda"]), said.append)
@@ -480,8 +529,8 @@ def test_another_model_or_protocol_is_refused_with_the_difference(faked):
         run_study(recipe(evaluation=changed))
     with pytest.raises(ValueError, match=r"dtype: was 'auto', is 'float16'"):
         run_study(recipe(dtype="float16"))
-    with pytest.raises(ValueError, match=r"korquad.alpha: was None, is 16"):
-        run_study(recipe(korquad={}))
+    with pytest.raises(ValueError, match=r"done without korquad, and their weights are gone"):
+        run_study(recipe(methods=["magnitude"], korquad={}))
     shutil.copytree("dense", "moved")
     state = load_file("moved/model.safetensors")
     run_study(recipe(methods=["magnitude"], model="moved"), str)  # the same weights
@@ -523,6 +572,12 @@ def test_two_studies_in_one_folder_are_refused(faked):
     with FileLock("out/.lock"), pytest.raises(BlockingIOError, match="another study is at work in out"):
         run_study(recipe())
     assert not Path("out/study.json").exists()
+    run_study(recipe(methods=["magnitude"], patterns=["2:4"]), str)
+    before = Path("out/tables.md").stat().st_mtime_ns
+    for write in (lambda: tabulate_study(recipe()), lambda: write_study(Path("out"))):
+        with FileLock("out/.lock"), pytest.raises(BlockingIOError, match="writes its tables as it goes"):
+            write()
+    assert Path("out/tables.md").stat().st_mtime_ns == before
 
 
 def test_a_damaged_result_is_named(faked):
@@ -723,7 +778,7 @@ def made_up(
     """Results that nothing was measured for."""
     chosen = recipe(methods=methods, calibration=calibration, seeds=seeds, published=published)
     cells, results = grid(chosen), {}
-    names = {"methods": methods, "patterns": chosen.patterns, "seeds": seeds}
+    names = {"methods": [m["name"] for m in chosen.methods], "patterns": chosen.patterns, "seeds": seeds}
     names["calibration"] = [entry["name"] for entry in chosen.calibration]
     job = {"model": "m", "weights": "f" * 64, "dtype": "auto", "evaluation": {"texts": {"name": "kowiki"}}}
     places = {c.id: {"identity": c.identity, "places": [asdict(place) for place in c.places]} for c in cells}
@@ -832,6 +887,34 @@ def test_two_texts_of_one_name_are_not_one_line(workplace):
     assert "quality_by_calibration.png" not in write_figures(made_up(["wanda"], sets, [0], {}), workplace)
     both = [*sets, {**sets[0], "name": "set 3", "num_samples": 16}, {**sets[1], "name": "set 4", "num_samples": 16}]
     assert "quality_by_calibration.png" in write_figures(made_up(["wanda"], both, [0], {}), workplace)
+
+
+def test_one_run_has_no_error_bar_and_says_so(workplace):
+    results = made_up(["wanda"], [DATA], [0, 1], {})
+    one = next(cell for cell in results.cells if cell.startswith("wanda-2of4-seed1"))
+    del results.cells[one]
+    rows = [row for row in results.rows() if row.quantity == "perplexity" and row.method == "wanda"]
+    axes = Mock()
+    draw_points(axes, [0.0, 1.0], rows, "red", "o", "wanda")
+    places, means, deviations = axes.errorbar.call_args.args
+    assert places == [0.0] and len(means) == len(deviations) == 1, "50% has two seeds, 2:4 one"
+    assert axes.plot.call_args.kwargs["label"] == "wanda (n = 1 to 2)"
+
+
+def test_what_is_found_anew_for_each_cell_is_told(workplace):
+    methods = [{"name": "best", "method": "auto"}, {"name": "short", "method": "wanda", "drop_layers": 1}]
+    results = made_up(methods, [DATA], [0, 1, 2], {})
+    for cell, result in results.cells.items():
+        place = results.record.places(cell)[0]
+        if place.method == "best":
+            result.pruning["report"]["choice"] = "admm" if place.seed == 1 else "admm + block"
+        if place.method == "short":
+            result.pruning["report"]["dropped_blocks"] = [1, 3]
+        result.hardware["device"] = "CPU" if place.seed == 2 else "GPU"
+    text = markdown(results)
+    assert "- best, text.txt 4 x 32, 2:4 took: admm + block (seed 0, 2); admm (seed 1)." in text
+    assert "- short, text.txt 4 x 32, 50% dropped blocks: 1, 3 (seed 0, 1, 2)." in text
+    assert "- Hardware of 4 cells: CPU." in text and "- Hardware of 9 cells: GPU." in text
 
 
 def test_figures_are_drawn_where_there_is_something_to_draw(workplace):

@@ -27,7 +27,8 @@ from ..config import EXECUTION_SETTINGS, NO_PATTERN, SparsityConfig
 from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model
 from ..execution import apply_settings
 from ..memory import peak_memory
-from ..nn.kernels import GROUPS, why_no_kernels
+from ..nn.kernels import GROUPS
+from ..nn.kernels.hardware import runs_kernels
 from ..report import RESULTS_NAME, SparsityReport
 from ..staging import write_text
 from ..version import library_versions
@@ -54,6 +55,7 @@ class _Run:
         self.checkpoint = folder / "checkpoint"
         self.stages = read_stages(folder)
         self.loading = {name: value for name, value in self.job["loading"].items() if value is not None}
+        self.device = torch.device("cpu")
 
     def __call__(self) -> None:
         sparse = self.settings is not None
@@ -72,11 +74,16 @@ class _Run:
             pruning=self.stages.get("pruning"),
             seconds={name: self.stages[name]["seconds"] for name in self.stages},
             peak_memory_bytes=peak_memory(),
-            hardware=BenchResults.here(torch.device("cuda" if torch.cuda.is_available() else "cpu")).hardware,
+            hardware=self._hardware(),
             versions=library_versions(*_LIBRARIES),
         )
         result.save(self.folder)
         clean_cell(self.folder, self.job["keep_checkpoints"])
+
+    def _hardware(self) -> dict[str, Any]:
+        """Of the device that models ran on; with the number of cells that shared the machine."""
+        shared = {"cells at once": self.job["processes"]} if self.job["processes"] > 1 else {}
+        return {**BenchResults.here(self.device).hardware, **shared}
 
     def _stage(self, name: str, task: Callable[[], dict[str, Any]]) -> None:
         if name in self.stages:
@@ -127,6 +134,7 @@ class _Run:
         """The dense or the pruned model, and its tokenizer; for measuring with its execution settings."""
         source = self.job["model"] if self.settings is None else self.checkpoint
         model = AutoModelForCausalLM.from_pretrained(source, **self._how())
+        self.device = model.device
         if measure:
             self._speed_up(model)
         return model, self._tokenizer()
@@ -154,7 +162,7 @@ class _Run:
         forward pass on, instead of being decompressed in each."""
         if self.settings is None or self.settings["pattern"] == NO_PATTERN:
             return
-        kernels = torch.cuda.is_available() and why_no_kernels(torch.device("cuda")) is None
+        kernels = runs_kernels(model.device) and model.dtype in (torch.bfloat16, torch.float16)
         how: dict[str, Any] = {"densify": "never" if kernels and self.settings["pattern"] in GROUPS else "lazy"}
         how |= {name: self.settings[name] for name in EXECUTION_SETTINGS if name in self.settings}
         apply_settings(model, SparsityConfig("magnitude", dataset=None, **how))
@@ -162,7 +170,17 @@ class _Run:
 
 def _summary(report: SparsityReport) -> dict[str, Any]:
     errors = [row.relative_output_error for row in report.layers if row.relative_output_error is not None]
+    more: dict[str, Any] = {}
+    if report.choice is not None:
+        more["choice"] = report.method
+    if report.dropped is not None:
+        more["dropped_blocks"] = report.dropped.blocks
+    if report.reconstruction_losses is not None:
+        before, after = report.reconstruction_losses
+        more["reconstruction"] = {"loss_before": before, "loss_after": after}
+        more["blocks"] = [f"{row.block}: {row.note}" for row in report.reconstruction if row.note]
     return {
+        **more,
         "density": report.density,
         "packed_ratio": report.packed_ratio,
         "mean_output_error": sum(errors) / len(errors) if errors else None,

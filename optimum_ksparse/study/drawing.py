@@ -61,8 +61,13 @@ def draw_points(
 ) -> None:
     """Markers with their deviations, and the line between them where `linestyle` names one."""
     means = [row.spread.mean for row in rows]
-    errors = [row.spread.deviation or 0 for row in rows]
-    axes.errorbar(places, means, yerr=errors, color=color, **ERROR_BAR)
+    known = [(x, row.spread) for x, row in zip(places, rows, strict=True) if row.spread.deviation is not None]
+    if known:
+        errors = [spread.deviation for _, spread in known]
+        axes.errorbar([x for x, _ in known], [spread.mean for _, spread in known], errors, color=color, **ERROR_BAR)
+    if any(row.spread.count < row.expected for row in rows):
+        counts = sorted({row.spread.count for row in rows})
+        label += f" (n = {counts[0]})" if len(counts) == 1 else f" (n = {counts[0]} to {counts[-1]})"
     axes.plot(places, means, label=label, linestyle=linestyle, color=color, marker=marker, **MARKER)
 
 
@@ -113,7 +118,8 @@ def make_logarithmic(axes: Any, which: str, values: Sequence[float]) -> None:
 def save_figure(results: StudyResults, figure: Any, axes: Any, path: Path) -> bool:
     """Title, grid and legend; the same results give the same bytes."""
     seeds = len(results.record.grid["seeds"])
-    note = f", mean ± deviation over {seeds} seeds" if seeds > 1 else ""
+    whole = all(row.spread.count == row.expected for row in results.rows())
+    note = f", mean ± deviation over {'' if whole else 'up to '}{seeds} seeds" if seeds > 1 else ""
     axes.set_title(plain(f"{results.record.job['model']}{note}"), fontsize=10)
     axes.grid(alpha=0.3, axis="y" if axes.get_xlabel() == "pattern" else "both")
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from .results import StudyResults
 def how_it_was_measured(results: StudyResults) -> list[str]:
     """Lines of Markdown."""
     rows = [row for result in results.cells.values() for row in result.measurements]
-    lines = [_model(results), *_calibration(results), *_methods(results)]
+    lines = [_model(results), *_calibration(results), *_methods(results), *_taken(results)]
     lines += _measurement("Perplexity", [row for row in rows if row["name"] == "perplexity"])
     lines += _measurement("KoBEST", [row for row in rows if row["name"] in KOBEST_TASKS])
     lines += _measurement("KorQuAD", [row for row in rows if row["name"] == "korquad"])
@@ -69,6 +70,24 @@ def _methods(results: StudyResults) -> list[str]:
     return [f"- Method {name}: {words}." for name, words in names.items() if words != name]
 
 
+def _taken(results: StudyResults) -> list[str]:
+    """What `method="auto"` chose, and which blocks were dropped, where they are found anew for each cell."""
+    titles = {"choice": "took", "dropped_blocks": "dropped blocks"}
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for cell, result in results.cells.items():
+        report = (result.pruning or {}).get("report", {})
+        for place in results.record.places(cell):
+            for name in titles.keys() & report.keys():
+                key = (f"{place.method}, {place.calibration}, {place.pattern}", name)
+                value = report[name] if isinstance(report[name], str) else ", ".join(map(str, report[name]))
+                found.setdefault(key, {}).setdefault(value, []).append(str(place.seed))
+    lines = []
+    for (where, name), values in found.items():
+        words = [f"{value} (seed {', '.join(seeds)})" for value, seeds in values.items()]
+        lines.append(f"- {where} {titles[name]}: {'; '.join(words)}.")
+    return lines
+
+
 def _measurement(title: str, rows: list[dict[str, Any]]) -> list[str]:
     """One line for each way in which something was measured: data, number, form."""
     ways = _distinct(_way(row) for row in rows)
@@ -99,10 +118,13 @@ def _way(row: Mapping[str, Any]) -> str:
 
 
 def _machines(results: StudyResults) -> list[str]:
-    hardware = _distinct(_in_words(result.hardware) for result in results.cells.values())
-    versions = _distinct(_in_words(result.versions) for result in results.cells.values())
-    lines = [f"- Hardware: {text}." for text in hardware]
-    return lines + [f"- Versions: {text}." for text in versions]
+    """Where there are several, with the number of cells that each has: their seconds do not compare."""
+    lines = []
+    for title, name in (("Hardware", "hardware"), ("Versions", "versions")):
+        counts = Counter(_in_words(getattr(result, name)) for result in results.cells.values())
+        for text, count in counts.items():
+            lines.append(f"- {title}{f' of {count} cells' if len(counts) > 1 else ''}: {text}.")
+    return lines
 
 
 def _in_words(found: Mapping[str, Any]) -> str:

@@ -116,6 +116,9 @@ class Recipe:
         for name in ("model", "output", "methods", "patterns"):
             if settings.get(name) is None:
                 raise ValueError(f"the recipe has no {name}")
+        for name in ("evaluation", "korquad", "nsmc"):
+            if name in settings and settings[name] is None:
+                raise ValueError(f"{name} is empty: write {name}: {{}} for the defaults, or leave it out")
         return cls(**settings)
 
     @property

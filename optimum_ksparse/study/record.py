@@ -15,9 +15,10 @@ from ..evaluation.nsmc import NUM_FEWSHOT
 from ..evaluation.nsmc_data import describe_nsmc
 from ..evaluation.texts import describe_texts
 from ..streaming import Journal, find_weight_files
-from .files import MEASURING, write_json
+from .files import write_json
 from .grid import Cell, Place
 from .recipe import Recipe
+from .resuming import SECTIONS
 from .tuning import training_of
 
 RECORD_NAME = "study.json"
@@ -69,8 +70,14 @@ class Record:
             The sections that differ.
         """
         ours, theirs = dict(self.job), dict(earlier.job)
-        changed = [name for name in MEASURING if name not in measured and ours[name] != theirs[name]]
+        changed = [name for name in SECTIONS if name not in measured and ours[name] != theirs[name]]
         theirs |= {name: ours[name] for name in changed}
+        more = [name for name in SECTIONS if (ours[name] is None) != (theirs[name] is None)]
+        if more:
+            raise ValueError(
+                f"cells of this study are done {'without' if theirs[more[0]] is None else 'with'} {' and '.join(more)}"
+                ", and their weights are gone: leave the recipe as it was, or name another output"
+            )
         if ours["weights"] == theirs["weights"]:  # the same model in another folder
             theirs["model"] = ours["model"]
         differences = Journal(theirs).differences(ours)

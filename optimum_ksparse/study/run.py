@@ -13,15 +13,15 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..evaluation.kobest import import_lm_eval
+from ..evaluation.texts import evaluation_texts
+from ..finetuning import require_peft
 from .files import (
     CELLS,
     FAILURE_NAME,
     JOB_NAME,
     LOG_NAME,
     RESULT_NAME,
-    begin_sections_anew,
     clean_cell,
-    measured_sections,
     write_json,
 )
 from .grid import Cell, grid
@@ -30,6 +30,7 @@ from .processes import last_lines, run_cells
 from .recipe import Recipe
 from .record import Record, make_record
 from .results import StudyResults, load_study, read_cells
+from .resuming import forget_other_job, forget_sections, measured_sections
 
 _LOCK_NAME = ".lock"
 
@@ -58,7 +59,7 @@ def run_study(recipe: Recipe, say: Say = print) -> StudyResults:
         earlier = Record.load(output)
         if earlier is not None:
             changed = record.check(earlier, measured_sections(output))
-            begin_sections_anew(output, changed)
+            forget_sections(output, changed)
             for section in changed:
                 say(f"{section} is not what it was in the recipe: it takes effect, no cell had come to its end")
         record.save(output)
@@ -67,7 +68,7 @@ def run_study(recipe: Recipe, say: Say = print) -> StudyResults:
         try:
             _run(recipe, cells, results, say)
         finally:
-            results = write_study(output)
+            results = _write(output)
     return results
 
 
@@ -77,19 +78,23 @@ def tabulate_study(recipe: Recipe) -> StudyResults:
 
     Raises:
         FileNotFoundError: `output` holds no study.
-        BlockingIOError: another study is at work there, with another grid.
+        BlockingIOError: another study is at work there; it writes them itself.
     """
     output = Path(recipe.output)
-    earlier = load_study(output).record
-    record = earlier.with_grid(recipe, grid(recipe))
-    if record != earlier:
-        with _locked(output, created=False):
-            record.save(output)
-    return write_study(output)
+    record = load_study(output).record.with_grid(recipe, grid(recipe))
+    with _locked(output, created=False):
+        record.save(output)
+        return _write(output)
 
 
 def write_study(output: Path) -> StudyResults:
-    """Writes tables, figures and results of what is done of the study in a folder, by its record."""
+    """The same with the grid of the last run, as the study's record has it."""
+    load_study(output)
+    with _locked(output, created=False):
+        return _write(output)
+
+
+def _write(output: Path) -> StudyResults:
     results = load_study(output)
     write_tables(results, output)
     write_figures(results, output)
@@ -111,8 +116,10 @@ def list_cells(recipe: Recipe) -> list[tuple[Cell, str]]:
 def _checked(recipe: Recipe) -> list[Cell]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a study starts its own processes: run it without torchrun, and set processes in the recipe")
-    if recipe.protocol is not None and recipe.protocol.kobest_tasks:
-        import_lm_eval()
+    _check_installed(recipe)
+    texts = None if recipe.protocol is None else recipe.protocol.texts
+    if texts is not None and texts != "kowiki" and not evaluation_texts(texts)[0]:
+        raise ValueError(f"evaluation: texts={texts!r} holds no text")
     if os.path.exists(recipe.output) and not os.path.isdir(recipe.output):
         raise NotADirectoryError(f"output={recipe.output!r} is a file; name a folder")
     cells = grid(recipe)
@@ -125,13 +132,23 @@ def _checked(recipe: Recipe) -> list[Cell]:
     return cells
 
 
+def _check_installed(recipe: Recipe) -> None:
+    if recipe.protocol is not None and recipe.protocol.kobest_tasks:
+        import_lm_eval()
+    tunings = (recipe.korquad, None if recipe.nsmc is None else recipe.nsmc["koalpaca"])
+    if any(tuning is not None and tuning.get("method") != "full" for tuning in tunings):
+        require_peft()
+
+
 @contextmanager
 def _locked(output: Path, created: bool) -> Iterator[None]:
     lock = FileLock(output / _LOCK_NAME)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BlockingIOError(f"another study is at work in {output}; wait for it, or stop it") from None
+        raise BlockingIOError(
+            f"another study is at work in {output}, and writes its tables as it goes; wait for it, or stop it"
+        ) from None
     try:
         yield
     finally:
@@ -168,7 +185,9 @@ def _run(recipe: Recipe, cells: list[Cell], results: StudyResults, say: Say) -> 
     folders = {output / CELLS / cell.id: cell for cell in waiting}
     for folder, cell in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / JOB_NAME, _job(recipe, cell))
+        job = _job(recipe, cell, folder)
+        forget_other_job(folder, job)
+        write_json(folder / JOB_NAME, job)
     bar = tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="Cells", unit="cell")
 
     def ended(folder: Path, status: int) -> None:
@@ -188,11 +207,12 @@ def _run(recipe: Recipe, cells: list[Cell], results: StudyResults, say: Say) -> 
         run_cells(list(folders), recipe.processes, ended)
 
 
-def _job(recipe: Recipe, cell: Cell) -> dict[str, Any]:
+def _job(recipe: Recipe, cell: Cell, folder: Path) -> dict[str, Any]:
     """All that the process of a cell is told. Its paths are this machine's; it goes with the end of the cell."""
     names = ("dtype", "device_map", "revision", "trust_remote_code")
     job = {
         "id": cell.id,
+        "folder": str(folder),
         "identity": cell.identity,
         "settings": cell.settings,
         "model": recipe.model,
@@ -202,6 +222,7 @@ def _job(recipe: Recipe, cell: Cell) -> dict[str, Any]:
         "nsmc": recipe.nsmc,
         "stream": recipe.stream,
         "keep_checkpoints": recipe.keep_checkpoints,
+        "processes": recipe.processes,
     }
     try:
         return dict(json.loads(json.dumps(job)))

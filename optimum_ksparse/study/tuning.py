@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checks import check_boolean, check_integer, check_keys
 from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, read_tuning
-from ..finetuning import KOALPACA, FinetuningSettings, require_peft
+from ..finetuning import KOALPACA, FinetuningSettings
 from ..finetuning.instructions import instruction_rows, is_file
 from ..report import RESULTS_NAME
 
@@ -58,10 +58,14 @@ def check_nsmc(settings: Mapping[str, Any]) -> None:
 
 
 def training_of(settings: Mapping[str, Any]) -> FinetuningSettings:
-    """How to train, of the settings of a task. Raises ImportError where that needs PEFT, which is not installed."""
+    """How to train, of the settings of a task. Raises ValueError for what the dense model cannot do, which is tuned
+    alike."""
     training = FinetuningSettings(**{name: settings[name] for name in _TRAINING if name in settings})
-    if training.method != "full":
-        require_peft()
+    if training.method == "masked":
+        raise ValueError(
+            "method='masked' needs sparse layers, and a study tunes the dense model alike: take another, such as "
+            "'lora'"
+        )
     return training
 
 
