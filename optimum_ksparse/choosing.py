@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from .calibration import BlockReplay, DecoderBlocks, ExpertStack
+from .calibration import BlockReplay, DecoderBlocks, ExpertStack, always_there
 from .checkpoint import aligned, is_offloaded
 from .config import SparsityConfig
 from .distributed import Processes
 from .nn import dense_weight
 from .pattern import Pattern
-from .pruning import Replaced, always_resident, prune_one_block
+from .pruning import Replaced, prune_one_block
 from .reconstruction import OutputLoss, held_out
 from .report import MethodChoice, Trial
 from .targets import Layer
@@ -46,7 +46,7 @@ def choose_method(
     config: SparsityConfig,
     replay: BlockReplay,
     *,
-    resident: Callable[[int], AbstractContextManager[None]] = always_resident,
+    resident: Callable[[int], AbstractContextManager[None]] = always_there,
     processes: Processes | None = None,
     patterns: Mapping[str, str] | None = None,
 ) -> MethodChoice:
@@ -57,12 +57,18 @@ def choose_method(
         replay: the calibration activations at the first block; used up.
 
     Raises:
-        ValueError: no method fits `time_budget`; says the least that is possible.
+        ValueError: no method fits `time_budget`; says the least that is possible. Or there is a single batch of
+            samples, so that none can be held out.
         ArithmeticError: no method could prune the block; says why.
         ConnectionError: another process has stopped.
     """
     began = time.perf_counter()
     processes = Processes() if processes is None else processes
+    if min(processes.gather(len(replay.hidden))) < 2:
+        raise ValueError(
+            "method='auto' compares methods on calibration samples that none of them has seen, and there is a single "
+            f"batch of them in a process (num_samples={config.num_samples}): use more, or name a method"
+        )
     middle = len(blocks.blocks) // 2
     tried = min((i for i, layers in enumerate(targets) if layers), key=lambda index: abs(index - middle))
     for index in range(tried):
@@ -114,10 +120,10 @@ class _Trials:
         seen = [batch for batch in range(number) if batch not in judged] or judged
         self.parts = {name: replay.part(batches, name) for name, batches in {"seen": seen, "judged": judged}.items()}
         self.dense = {name: part.fork(f"{name}-dense") for name, part in self.parts.items()}
-        began = time.perf_counter()
+        began = _now(replay.hidden.device)
         for path in self.dense.values():
             path.advance(index, blocks.blocks[index])
-        self.one_pass = time.perf_counter() - began
+        self.one_pass = _now(replay.hidden.device) - began
         self.scale = number / len(seen) * sum(map(_size, targets)) / _size(self.targets)
 
     def __call__(self) -> list[Trial]:
@@ -138,7 +144,8 @@ class _Trials:
         return time.perf_counter() - self.began + expected + min(costs) <= budget
 
     def _try(self, method: str, reconstruct: str | None) -> Trial:
-        own, replaced, began = self.config.as_chosen(method, reconstruct), Replaced(), time.perf_counter()
+        device = self.parts["seen"].hidden.device
+        own, replaced, began = self.config.as_chosen(method, reconstruct), Replaced(), _now(device)
         loss, note = None, ""
         try:
             outputs = self.dense["seen"].hidden if reconstruct else None
@@ -153,19 +160,26 @@ class _Trials:
                 self.processes,
                 self.patterns,
             )
-            took = time.perf_counter() - began
+            took = _now(device) - began
             judged, targets = self.parts["judged"], self.dense["judged"].hidden
             pruned = self.blocks.blocks[self.index]
             loss = OutputLoss(self.index, pruned, judged, targets, self.processes).mean(range(len(targets)))
         except (ArithmeticError, ValueError, torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError) as error:
             if isinstance(error, torch.OutOfMemoryError | MemoryError) and self.processes.size > 1:
                 raise  # the others do not know of it
-            took, note = time.perf_counter() - began, str(error) or type(error).__name__
+            took, note = _now(device) - began, str(error) or type(error).__name__
         finally:
             replaced.restore(self.blocks.decoder)
         passes = (1 if reconstruct is None else 2) * len(self.blocks.blocks) * self.one_pass
         slowest = max(self.processes.gather(took * self.scale + passes))
         return Trial(method, reconstruct, loss, slowest, False, note)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that was asked of a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _candidates(config: SparsityConfig, model: nn.Module) -> list[tuple[str, str | None]]:

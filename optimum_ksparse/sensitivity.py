@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from .allocation import LEFT_DENSE, OUTLIER_MULTIPLE, Allocation, LayerMeasure, allocate, same_density
-from .calibration import BlockReplay, DecoderBlocks, ExpertStack
+from .calibration import BlockReplay, DecoderBlocks, ExpertStack, always_there
 from .calibration.experts import matrix_name
 from .checkpoint import aligned
 from .config import AUTO, SparsityConfig
 from .distributed import Processes
 from .nn import dense_weight
 from .pattern import Pattern
-from .pruning import always_resident, collect_statistics, each_block
+from .pruning import collect_statistics, each_block
 from .statistics import ColumnNorms
 from .targets import Layer
 
@@ -35,7 +35,7 @@ def measure_allocation(
     config: SparsityConfig,
     replay: BlockReplay,
     *,
-    resident: Callable[[int], AbstractContextManager[None]] = always_resident,
+    resident: Callable[[int], AbstractContextManager[None]] = always_there,
     processes: Processes | None = None,
 ) -> Allocation:
     """Measures the dense model and chooses a pattern for each layer.

@@ -171,3 +171,8 @@ def test_a_choice_survives_json():
 def test_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make_settings(**settings)
+
+
+def test_a_single_batch_cannot_be_compared_on(make_model, few):
+    with pytest.raises(ValueError, match=r"a single batch of them in a process \(num_samples=1\): use more"):
+        sparsify(make_model("llama"), make_settings(dataset=TOKENS[:1]))

@@ -68,7 +68,8 @@ class DiskReplays:
     def catch_up(self, replay: BlockReplay, files: Callable[[Snapshot], list[str]]) -> None:
         """Brings the activations to the first block that is not done: from their `files` of the latest snapshot, where
         these are whole, through the blocks after it as they are now."""
-        processes, snapshot = self.processes, self.workspace.journal.snapshot
+        # A snapshot holds hidden states alone.
+        processes, snapshot = self.processes, None if replay.has_states else self.workspace.journal.snapshot
         done, at = len(self.workspace.journal.blocks), 0
         # Another number of processes has other files.
         saved = [] if snapshot is None else files(snapshot)

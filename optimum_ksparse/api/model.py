@@ -105,7 +105,6 @@ def sparsify(
         undo.pop_all()
 
     attach(model, recorded)
-    apply_settings(model, config)
     if config.tokenizer is not None:
         model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
     note_sensitivities([row for block in pruned for row in block.layers], allocation)
@@ -113,7 +112,20 @@ def sparsify(
     report.choice, report.dropped = choice, dropped
     report.seconds = round(time.perf_counter() - started, 2)
     model.sparsity_report = report  # type: ignore[assignment]
+    _apply_settings(model, config)
     return report
+
+
+def _apply_settings(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """How sparse layers run. What has no room for it is a pruned model all the same."""
+    try:
+        apply_settings(model, config)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in EXECUTION_SETTINGS)
+        logger.warning(
+            f"The model is pruned, but the memory does not suffice for all of {settings} ({error}): save it, and load "
+            "it with less."
+        )
 
 
 def _prune(

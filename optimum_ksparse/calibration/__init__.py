@@ -3,7 +3,8 @@
 from .activations import Activations
 from .blocks import DecoderBlocks, decoder_of, evaluation_mode, find_blocks
 from .experts import ExpertStack, eager_experts, use_eager_experts
-from .replay import BlockReplay
+from .reading import find_read
+from .replay import BlockReplay, always_there
 from .tokenizer import read_tokenizer
 from .tokens import CalibrationTokens, calibration_tokens, prepends_bos
 
@@ -13,11 +14,13 @@ __all__ = [
     "CalibrationTokens",
     "DecoderBlocks",
     "ExpertStack",
+    "always_there",
     "calibration_tokens",
     "decoder_of",
     "eager_experts",
     "evaluation_mode",
     "find_blocks",
+    "find_read",
     "prepends_bos",
     "read_tokenizer",
     "use_eager_experts",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +44,23 @@ class _Call:
             return block(hidden, *self.args, **self.kwargs)
         return block(*self.args, **{self.hidden_name: hidden}, **self.kwargs)
 
+    def states(self) -> list[Any]:
+        """What blocks write into and later ones read from: keys and values that they share."""
+        return [value for value in (*self.args, *self.kwargs.values()) if _is_state(value)]
+
+    def with_states(self, copies: dict[int, Any]) -> _Call:
+        """The same call with copies of these, one each for all calls; `copies`: by the id of the original."""
+
+        def own(value: Any) -> Any:
+            return copies.setdefault(id(value), copy.copy(value)) if _is_state(value) else value
+
+        kwargs = {name: own(value) for name, value in self.kwargs.items()}
+        return _Call([own(value) for value in self.args], kwargs, self.hidden_name)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, MutableMapping)
+
 
 @dataclass
 class _Pool:
@@ -63,12 +80,13 @@ class _Pool:
             return value
         if type(value) in (list, tuple):
             return type(value)(self.share(item) for item in value)
-        if type(value) is dict:
+        if type(value) is dict and value:  # an empty one is there to be filled by the blocks
             return {key: self.share(item) for key, item in value.items()}
         return value
 
 
-def _always_there(index: int) -> AbstractContextManager[None]:
+def always_there(index: int) -> AbstractContextManager[None]:
+    """The blocks of a model that is in memory are."""
     return nullcontext()
 
 
@@ -94,7 +112,7 @@ class BlockReplay:
         tokens: torch.Tensor,
         batch_size: int,
         skip_first: bool = False,
-        resident: Callable[[int], AbstractContextManager[None]] = _always_there,
+        resident: Callable[[int], AbstractContextManager[None]] = always_there,
         hidden: Activations | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -104,13 +122,6 @@ class BlockReplay:
         # calls[block][batch]
         self._calls: list[list[_Call]] = [[] for _ in decoder_blocks.blocks]
         self._capture(self._probe())
-
-    def _run_decoder(self, tokens: torch.Tensor) -> None:
-        decoder = self._decoder_blocks.decoder
-        parameters = inspect.signature(decoder.forward).parameters
-        device = _device_of(decoder)
-        use_cache = {"use_cache": False} if "use_cache" in parameters or "kwargs" in parameters else {}
-        decoder(input_ids=tokens.to(device), **use_cache)
 
     def _probe(self) -> list[tuple[Any, ...] | None]:
         """Runs one sample through the dense model, to learn what each block returns beside the hidden states (None:
@@ -130,8 +141,8 @@ class BlockReplay:
 
             return forward
 
-        with _replaced_forward(self._decoder_blocks.blocks, checked):
-            self._run_decoder(self.tokens[:1])
+        with replaced_forward(self._decoder_blocks.blocks, checked):
+            run_decoder(self._decoder_blocks.decoder, self.tokens[:1])
         return rests
 
     def _check_output(self, index: int, block: nn.Module, hidden: Any) -> None:
@@ -143,6 +154,10 @@ class BlockReplay:
         for path, parameter in block.named_parameters():
             if parameter.device.type != "meta" and not bool(parameter.isfinite().all()):
                 raise ValueError(f"{name}.{path} holds NaN or Inf; prune a checkpoint whose weights are whole")
+        if self.dtype is torch.float16:
+            raise ValueError(
+                f"block {name} gives NaN or Inf with calibration_dtype='float16': take 'bfloat16', or leave it out"
+            )
         raise ValueError(
             f"block {name} gives NaN or Inf in {hidden.dtype} on the calibration data: the model cannot "
             "be calibrated as it is; look at its weights, or load it in float32 or bfloat16"
@@ -172,9 +187,14 @@ class BlockReplay:
 
             return forward
 
-        with _replaced_forward(self._decoder_blocks.blocks, stand_in):
+        with replaced_forward(self._decoder_blocks.blocks, stand_in):
             for batch in self.tokens.split(self.batch_size):
-                self._run_decoder(batch)
+                run_decoder(self._decoder_blocks.decoder, batch)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether blocks share more than the hidden states, so that none can be run without those before it."""
+        return any(call.states() for calls in self._calls for call in calls)
 
     def outputs(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Runs every batch through `block`, the one at `index`, and yields its hidden states."""
@@ -205,13 +225,13 @@ class BlockReplay:
         for batch in range(len(self._calls[index])):
             before = self.hidden[batch].clone()  # a block may write into its input
             after = self.output(index, block, batch)
-            seen(*(self._counted(hidden, hidden.shape[:2]) for hidden in (before, after)))
+            seen(*(self._counted(hidden, hidden.shape[-3:-1]) for hidden in (before, after)))
             yield after
 
-    def take(self, index: int, hidden: Activations) -> None:
-        """Goes on to the next block with other inputs than the outputs of the block at `index`."""
-        self.hidden.replace(hidden)
-        self._calls[index].clear()
+    def take(self, other: BlockReplay) -> None:
+        """Goes on where another one is, a fork of this one that is used up by it."""
+        self.hidden.replace(other.hidden)
+        self._calls = other._calls
 
     def part(self, batches: Sequence[int], name: str) -> BlockReplay:
         """Another one at the same place, of some of the batches; where they are in files, under that name."""
@@ -219,7 +239,11 @@ class BlockReplay:
         other.hidden = self.hidden.sibling(name, len(batches))
         for batch in batches:
             other.hidden.append(self.hidden[batch])
-        other._calls = [[calls[batch] for batch in batches] if calls else [] for calls in self._calls]
+        copies: list[dict[int, Any]] = [{} for _ in batches]
+        other._calls = [
+            [calls[batch].with_states(own) for batch, own in zip(batches, copies, strict=True)] if calls else []
+            for calls in self._calls
+        ]
         other.tokens = torch.cat([self.tokens.split(self.batch_size)[batch] for batch in batches])
         return other
 
@@ -297,6 +321,8 @@ class BlockReplay:
         def record(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 x = args[0]
+                if not x.numel():  # an expert that is called without tokens
+                    return
                 calls[name] += 1
                 key = (x.data_ptr(), x.shape, x.stride(), x._version)
                 if key not in seen:
@@ -318,7 +344,7 @@ class BlockReplay:
         ):
             for batch in batches:
                 hidden, call = self.hidden[batch], self._calls[index][batch]
-                batch_shape = hidden.shape[:2]
+                batch_shape = hidden.shape[-3:-1]
                 calls.clear()
                 try:
                     call.run(block, hidden)
@@ -333,9 +359,16 @@ class BlockReplay:
     def _counted(self, x: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
         """The rows of a layer's input that count in the statistics. Some models flatten samples and positions; tokens
         routed to experts have lost their positions, and all count."""
-        if self.skip_first and x.numel() == batch_shape.numel() * x.shape[-1]:
+        if self.skip_first and len(batch_shape) == 2 and x.numel() == batch_shape.numel() * x.shape[-1]:
             return x.reshape(*batch_shape, x.shape[-1])[:, 1:]
         return x
+
+
+def run_decoder(decoder: nn.Module, tokens: torch.Tensor) -> None:
+    """Calls a decoder with token ids [batch, seq_len], without a cache."""
+    parameters = inspect.signature(decoder.forward).parameters
+    use_cache = {"use_cache": False} if "use_cache" in parameters or "kwargs" in parameters else {}
+    decoder(input_ids=tokens.to(_device_of(decoder)), **use_cache)
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -369,7 +402,7 @@ def _hooks(layers: Mapping[str, nn.Module], make: Callable[[str], Callable[..., 
 
 
 @contextmanager
-def _replaced_forward(blocks: list[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+def replaced_forward(blocks: list[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """Gives each block the forward `make(index)`; hooks of accelerate, which live in the same place, come back
     after."""
     own = [vars(block).get("forward") for block in blocks]

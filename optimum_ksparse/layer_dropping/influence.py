@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..calibration import BlockReplay, DecoderBlocks
+from ..calibration import BlockReplay, DecoderBlocks, always_there
 from ..distributed import Processes
-from ..pruning import always_resident, each_block
+from ..pruning import each_block
 from ..report import DroppedBlocks
 
 
@@ -24,7 +24,7 @@ def measure_drop(
     number: int,
     replay: BlockReplay,
     *,
-    resident: Callable[[int], AbstractContextManager[None]] = always_resident,
+    resident: Callable[[int], AbstractContextManager[None]] = always_there,
     processes: Processes | None = None,
 ) -> DroppedBlocks:
     """Measures the dense model and chooses the `number` blocks of the lowest influence, the earlier one among equals;

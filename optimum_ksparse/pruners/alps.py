@@ -30,8 +30,8 @@ def prune(
     steps of conjugate gradient on the mask follow.
 
     Works in units in which every input has the norm 1; one eigendecomposition in float64 serves every penalty. Memory:
-    two [in, in] matrices in float64 and two in float32, four [out, in]. Time: the decomposition, about 10·in³, and up
-    to `iterations` times two products [out, in] x [in, in]: some ten times that of `admm`.
+    at most nine [in, in] and twenty [out, in] matrices in float32 (measured). Time: the decomposition, about 10·in³,
+    and up to `iterations` times two products [out, in] x [in, in]: some ten times that of `admm`.
 
     Args:
         weight: [out, in].

@@ -2,11 +2,10 @@
 
 from .block import Replaced, collect_statistics, prune_one_block
 from .layer import relative_output_error
-from .loop import always_resident, each_block, needs_original, prune_blocks
+from .loop import each_block, needs_original, prune_blocks
 
 __all__ = [
     "Replaced",
-    "always_resident",
     "collect_statistics",
     "each_block",
     "needs_original",

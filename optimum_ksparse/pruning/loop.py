@@ -4,13 +4,13 @@ there is to report of each."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ..calibration import Activations, BlockReplay, DecoderBlocks
+from ..calibration import BlockReplay, DecoderBlocks, always_there
 from ..config import SparsityConfig
 from ..distributed import Processes
 from ..nn import densified
@@ -27,17 +27,12 @@ def needs_original(config: SparsityConfig) -> bool:
     return config.reconstruct is not None and config.activations in (None, "mixed")
 
 
-def always_resident(index: int) -> AbstractContextManager[None]:
-    """The blocks of a model that is in memory are always there."""
-    return nullcontext()
-
-
 def each_block(
     description: str,
     blocks: DecoderBlocks,
     step: Callable[[int, nn.Module], list[_Row]],
     *,
-    resident: Callable[[int], AbstractContextManager[None]] = always_resident,
+    resident: Callable[[int], AbstractContextManager[None]] = always_there,
     start: int = 0,
     tokens: int = 0,
     show: bool = True,
@@ -67,7 +62,7 @@ def prune_blocks(
     replaced: Replaced | None = None,
     *,
     original: BlockReplay | None = None,
-    resident: Callable[[int], AbstractContextManager[None]] = always_resident,
+    resident: Callable[[int], AbstractContextManager[None]] = always_there,
     finished: Callable[[int, PrunedBlock], None] | None = None,
     start: int = 0,
     processes: Processes | None = None,
@@ -106,9 +101,10 @@ def prune_blocks(
         original = replay.fork("original")
 
     def step(index: int, block: nn.Module) -> list[PrunedBlock]:
-        dense = _dense_outputs(index, block, config, replay, original)
+        dense = _dense_path(index, block, config, replay, original)
+        outputs = None if dense is None else dense.hidden
         pruned = prune_one_block(
-            blocks, index, targets[index], config, replay, dense, replaced, processes, patterns or {}
+            blocks, index, targets[index], config, replay, outputs, replaced, processes, patterns or {}
         )
         if replay is not None and index + 1 < total:
             _advance(index, block, config, replay, dense)
@@ -135,25 +131,25 @@ def _title(config: SparsityConfig) -> str:
     return f"Pruning ({' + '.join(steps)} {config.pattern})"
 
 
-def _dense_outputs(
+def _dense_path(
     index: int, block: nn.Module, config: SparsityConfig, replay: BlockReplay | None, original: BlockReplay | None
-) -> Activations | None:
-    """What the still dense block gives: from the dense model's inputs, where these are at hand, which then are at the
-    next block; otherwise from those of `replay`. None where nothing asks for it."""
+) -> BlockReplay | None:
+    """Activations at the next block, which the still dense block gives: from the dense model's inputs, where these are
+    at hand; otherwise from those of `replay`. None where nothing asks for it."""
     if replay is None or (config.reconstruct is None and config.activations != "dense"):
         return None
     path = replay.fork("dense") if original is None else original
     path.advance(index, block)
-    return path.hidden
+    return path
 
 
 def _advance(
-    index: int, block: nn.Module, config: SparsityConfig, replay: BlockReplay, dense: Activations | None
+    index: int, block: nn.Module, config: SparsityConfig, replay: BlockReplay, dense: BlockReplay | None
 ) -> None:
     """Brings the activations to the next block: those that the pruned block gives, or, with `activations="dense"`,
     those that the dense one gave."""
     if config.activations == "dense" and dense is not None:
-        replay.take(index, dense)
+        replay.take(dense)
         return
     with densified(block, replay.dtype):
         replay.advance(index, block)
