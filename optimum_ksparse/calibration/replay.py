@@ -44,22 +44,20 @@ class _Call:
             return block(hidden, *self.args, **self.kwargs)
         return block(*self.args, **{self.hidden_name: hidden}, **self.kwargs)
 
-    def states(self) -> list[Any]:
-        """What blocks write into and later ones read from: keys and values that they share."""
-        return [value for value in (*self.args, *self.kwargs.values()) if _is_state(value)]
+    def has_state(self) -> bool:
+        """Whether this call, which no block has had yet, holds what blocks write into and later ones read from: keys
+        and values that they share. `_Pool` gives each call a dict of its own that was filled before."""
+        mappings = [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, MutableMapping)]
+        return any(type(value) is not dict or not value for value in mappings)
 
-    def with_states(self, copies: dict[int, Any]) -> _Call:
+    def with_own_states(self, copies: dict[int, Any]) -> _Call:
         """The same call with copies of these, one each for all calls; `copies`: by the id of the original."""
 
         def own(value: Any) -> Any:
-            return copies.setdefault(id(value), copy.copy(value)) if _is_state(value) else value
+            return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
 
         kwargs = {name: own(value) for name, value in self.kwargs.items()}
         return _Call([own(value) for value in self.args], kwargs, self.hidden_name)
-
-
-def _is_state(value: Any) -> bool:
-    return isinstance(value, MutableMapping)
 
 
 @dataclass
@@ -104,6 +102,7 @@ class BlockReplay:
 
     Attributes:
         hidden: input of the current block for each batch, [batch, seq_len, hidden].
+        has_states: whether blocks share more than these, so that none can be run without those before it.
     """
 
     def __init__(
@@ -122,6 +121,7 @@ class BlockReplay:
         # calls[block][batch]
         self._calls: list[list[_Call]] = [[] for _ in decoder_blocks.blocks]
         self._capture(self._probe())
+        self.has_states = any(call.has_state() for calls in self._calls for call in calls)
 
     def _probe(self) -> list[tuple[Any, ...] | None]:
         """Runs one sample through the dense model, to learn what each block returns beside the hidden states (None:
@@ -191,11 +191,6 @@ class BlockReplay:
             for batch in self.tokens.split(self.batch_size):
                 run_decoder(self._decoder_blocks.decoder, batch)
 
-    @property
-    def has_states(self) -> bool:
-        """Whether blocks share more than the hidden states, so that none can be run without those before it."""
-        return any(call.states() for calls in self._calls for call in calls)
-
     def outputs(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Runs every batch through `block`, the one at `index`, and yields its hidden states."""
         return (self.output(index, block, batch) for batch in range(len(self._calls[index])))
@@ -241,7 +236,7 @@ class BlockReplay:
             other.hidden.append(self.hidden[batch])
         copies: list[dict[int, Any]] = [{} for _ in batches]
         other._calls = [
-            [calls[batch].with_states(own) for batch, own in zip(batches, copies, strict=True)] if calls else []
+            [calls[batch].with_own_states(own) for batch, own in zip(batches, copies, strict=True)] if calls else []
             for calls in self._calls
         ]
         other.tokens = torch.cat([self.tokens.split(self.batch_size)[batch] for batch in batches])
