@@ -358,7 +358,7 @@ def test_nothing_is_left_behind_by_an_error_in_the_stand_ins(
     make_model: MakeModel, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model()
-    monkeypatch.setattr("optimum_ksparse.calibration.replay._Pool.share", failing)
+    monkeypatch.setattr("optimum_ksparse.calibration.calls.Pool.share", failing)
     with pytest.raises(RuntimeError, match="on purpose"):
         sparsify(model, SparsityConfig(dataset=token_ids))
     assert_untouched(model)

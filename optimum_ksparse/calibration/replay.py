@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import nn
 from ..statistics import ColumnNorms
 from .activations import Activations
 from .blocks import DecoderBlocks
+from .calls import Call, Pool, hidden_name_of
 from .experts import ExpertMatrix, observed_matrices
 
 Layer = nn.Module | ExpertMatrix
@@ -28,59 +28,6 @@ Layer = nn.Module | ExpertMatrix
 
 class _StopForward(Exception):  # noqa: N818 (not an error)
     """Raised by a hook that has seen what it needed."""
-
-
-@dataclass
-class _Call:
-    """Arguments of one call of a block beside the hidden states, which are the first one, or the one of
-    `hidden_name`."""
-
-    args: list[Any]
-    kwargs: dict[str, Any]
-    hidden_name: str | None
-
-    def run(self, block: nn.Module, hidden: torch.Tensor) -> Any:
-        if self.hidden_name is None:
-            return block(hidden, *self.args, **self.kwargs)
-        return block(*self.args, **{self.hidden_name: hidden}, **self.kwargs)
-
-    def has_state(self) -> bool:
-        """Whether this call, which no block has had yet, holds what blocks write into and later ones read from: keys
-        and values that they share. `_Pool` gives each call a dict of its own that was filled before."""
-        mappings = [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, MutableMapping)]
-        return any(type(value) is not dict or not value for value in mappings)
-
-    def with_own_states(self, copies: dict[int, Any]) -> _Call:
-        """The same call with copies of these, one each for all calls; `copies`: by the id of the original."""
-
-        def own(value: Any) -> Any:
-            return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
-
-        kwargs = {name: own(value) for name, value in self.kwargs.items()}
-        return _Call([own(value) for value in self.args], kwargs, self.hidden_name)
-
-
-@dataclass
-class _Pool:
-    """Keeps one copy of equal tensors: most blocks and batches get the same mask and the same position embeddings."""
-
-    tensors: dict[Any, list[torch.Tensor]] = field(default_factory=dict)
-    limit: int = 4
-
-    def share(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            known = self.tensors.setdefault((value.shape, value.dtype, value.device), [])
-            for tensor in known:
-                if tensor is value or torch.equal(tensor, value):
-                    return tensor
-            if len(known) < self.limit:
-                known.append(value)
-            return value
-        if type(value) in (list, tuple):
-            return type(value)(self.share(item) for item in value)
-        if type(value) is dict and value:  # an empty one is there to be filled by the blocks
-            return {key: self.share(item) for key, item in value.items()}
-        return value
 
 
 def always_there(index: int) -> AbstractContextManager[None]:
@@ -119,7 +66,7 @@ class BlockReplay:
         self._decoder_blocks, self._resident, self.dtype = decoder_blocks, resident, dtype
         self.hidden = Activations(-(-len(tokens) // batch_size)) if hidden is None else hidden
         # calls[block][batch]
-        self._calls: list[list[_Call]] = [[] for _ in decoder_blocks.blocks]
+        self._calls: list[list[Call]] = [[] for _ in decoder_blocks.blocks]
         self._capture(self._probe())
         self.has_states = any(call.has_state() for calls in self._calls for call in calls)
 
@@ -165,13 +112,13 @@ class BlockReplay:
 
     def _capture(self, rests: list[tuple[Any, ...] | None]) -> None:
         """Records the arguments of every block for every batch, and the first block's hidden states."""
-        pool = _Pool()
+        pool = Pool()
         last: list[torch.Tensor] = []
 
         def stand_in(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 values, named = list(args), dict(kwargs)
-                name = None if args else _hidden_name(named)
+                name = None if args else hidden_name_of(named)
                 hidden = values.pop(0) if name is None else named.pop(name)
                 if index == 0:
                     self.hidden.append(hidden)
@@ -181,7 +128,7 @@ class BlockReplay:
                         f"{type(self._decoder_blocks.decoder).__name__} changes the hidden states between blocks "
                         f"{index - 1} and {index}, so its blocks cannot be calibrated one at a time"
                     )
-                self._calls[index].append(_Call(pool.share(values), pool.share(named), name))
+                self._calls[index].append(Call(pool.share(values), pool.share(named), name))
                 rest = rests[index]
                 return hidden if rest is None else (hidden, *rest)
 
@@ -373,17 +320,6 @@ def _device_of(module: nn.Module) -> torch.device:
 
 def _hidden_of(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) else output
-
-
-def _hidden_name(kwargs: dict[str, Any]) -> str:
-    """The keyword of the hidden states [batch, seq_len, hidden]: the one of that name, or the first that looks like
-    them."""
-    if "hidden_states" in kwargs:
-        return "hidden_states"
-    for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3:
-            return name
-    raise TypeError(f"a block is called without hidden states, with {', '.join(kwargs) or 'nothing'}")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..pattern import Pattern
 from ..pruners import prune
 from ..report import LayerReport
 from ..statistics import ColumnNorms
+from .layer import overflow_advice
 
 
 def own_statistics(
@@ -104,7 +105,7 @@ class _Run:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         name = matrix_name(self._path, expert)
         if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
-            raise ValueError(f"{name}: its inputs hold NaN or Inf; load the model in float32 or bfloat16")
+            raise ValueError(f"{name}: its inputs hold NaN or Inf; {overflow_advice(self._config)}")
         pattern, config = Pattern(self._config.pattern), self._config
         try:
             return prune(config.method, matrix, statistics, pattern, **config.pruner_settings)

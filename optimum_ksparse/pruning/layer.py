@@ -21,6 +21,13 @@ from ..statistics import ColumnNorms
 _LARGE = 2**23
 
 
+def overflow_advice(config: SparsityConfig) -> str:
+    """What to do where calibration has overflowed."""
+    if config.calibration_dtype == "float16":
+        return "take calibration_dtype='bfloat16', or leave it out"
+    return "load the model in float32 or bfloat16"
+
+
 def prune_layer(
     path: str, linear: nn.Module, statistics: ColumnNorms | None, config: SparsityConfig
 ) -> tuple[SparseLinear, LayerReport]:
@@ -41,7 +48,7 @@ def prune_layer(
         ArithmeticError: a Gram matrix stays singular; names the layer.
     """
     if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
-        raise ValueError(f"{path}: its inputs hold NaN or Inf; load the model in float32 or bfloat16")
+        raise ValueError(f"{path}: its inputs hold NaN or Inf; {overflow_advice(config)}")
     pattern = Pattern(config.pattern)
     started = time.perf_counter()
     with aligned(linear), warnings.catch_warnings(record=True) as caught:

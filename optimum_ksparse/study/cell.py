@@ -178,7 +178,7 @@ def _summary(report: SparsityReport) -> dict[str, Any]:
     if report.reconstruction_losses is not None:
         before, after = report.reconstruction_losses
         more["reconstruction"] = {"loss_before": before, "loss_after": after}
-        more["blocks"] = [f"{row.block}: {row.note}" for row in report.reconstruction if row.note]
+        more["reconstruction"]["notes"] = [f"{row.block}: {row.note}" for row in report.reconstruction if row.note]
     return {
         **more,
         "density": report.density,

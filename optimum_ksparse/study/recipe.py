@@ -12,6 +12,7 @@ from ..dataset import is_mix
 from ..evaluation import EvaluationProtocol
 from ..pattern import Pattern
 from .quantities import QUANTITIES
+from .resuming import SECTIONS
 from .tuning import KORQUAD_KEYS, NSMC_KEYS, check_korquad, check_nsmc
 
 CALIBRATION = ("dataset", "num_samples", "seq_len", "prepend_bos", "tokenizer")
@@ -116,7 +117,7 @@ class Recipe:
         for name in ("model", "output", "methods", "patterns"):
             if settings.get(name) is None:
                 raise ValueError(f"the recipe has no {name}")
-        for name in ("evaluation", "korquad", "nsmc"):
+        for name in SECTIONS:
             if name in settings and settings[name] is None:
                 raise ValueError(f"{name} is empty: write {name}: {{}} for the defaults, or leave it out")
         return cls(**settings)

@@ -89,7 +89,7 @@ def tabulate_study(recipe: Recipe) -> StudyResults:
 
 def write_study(output: Path) -> StudyResults:
     """The same with the grid of the last run, as the study's record has it."""
-    load_study(output)
+    load_study(output)  # raises where there is none, before a lock is left there
     with _locked(output, created=False):
         return _write(output)
 

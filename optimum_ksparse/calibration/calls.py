@@ -1,0 +1,75 @@
+"""What a model passes to its blocks beside the hidden states, for each block and batch; equal tensors once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Call:
+    """Arguments of one call of a block beside the hidden states, which are the first one, or the one of
+    `hidden_name`."""
+
+    args: list[Any]
+    kwargs: dict[str, Any]
+    hidden_name: str | None
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> Any:
+        if self.hidden_name is None:
+            return block(hidden, *self.args, **self.kwargs)
+        return block(*self.args, **{self.hidden_name: hidden}, **self.kwargs)
+
+    def has_state(self) -> bool:
+        """Whether this call, which no block has had yet, holds what blocks write into and later ones read from: keys
+        and values that they share. `Pool` gives each call a dict of its own that was filled before."""
+        mappings = [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, MutableMapping)]
+        return any(type(value) is not dict or not value for value in mappings)
+
+    def with_own_states(self, copies: dict[int, Any]) -> Call:
+        """The same call with copies of these, one each for all calls; `copies`: by the id of the original."""
+
+        def own(value: Any) -> Any:
+            return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
+
+        kwargs = {name: own(value) for name, value in self.kwargs.items()}
+        return Call([own(value) for value in self.args], kwargs, self.hidden_name)
+
+
+@dataclass
+class Pool:
+    """Keeps one copy of equal tensors: most blocks and batches get the same mask and the same position embeddings."""
+
+    tensors: dict[Any, list[torch.Tensor]] = field(default_factory=dict)
+    limit: int = 4
+
+    def share(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            known = self.tensors.setdefault((value.shape, value.dtype, value.device), [])
+            for tensor in known:
+                if tensor is value or torch.equal(tensor, value):
+                    return tensor
+            if len(known) < self.limit:
+                known.append(value)
+            return value
+        if type(value) in (list, tuple):
+            return type(value)(self.share(item) for item in value)
+        if type(value) is dict and value:  # an empty one is there to be filled by the blocks
+            return {key: self.share(item) for key, item in value.items()}
+        return value
+
+
+def hidden_name_of(kwargs: dict[str, Any]) -> str:
+    """The keyword of the hidden states [batch, seq_len, hidden]: the one of that name, or the first that looks like
+    them."""
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3:
+            return name
+    raise TypeError(f"a block is called without hidden states, with {', '.join(kwargs) or 'nothing'}")
