@@ -13,7 +13,7 @@ from .conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "optimum_ksparse"
 ROOMS = [
-    ["version", "checks"],
+    ["version", "checks", "model_class"],
     ["pattern"],
     ["nn"],
     ["statistics"],

@@ -1,0 +1,103 @@
+"""The class that a checkpoint is loaded with: the Auto class of transformers for what its config.json names."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.utils import CONFIG_NAME, find_adapter_config_file
+
+# The first of them that leads to the class is taken, then any other. A class in two mappings, such as
+# `Gemma3ForConditionalGeneration`, is first of all what it takes besides text.
+_GENERATING = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM")
+_OTHERS = [name for name in modeling_auto.__all__ if name.startswith("AutoModel") and name not in _GENERATING]
+# What `AutoModelForPreTraining` leads to, others do with a name that says more.
+_AUTO_CLASSES = (*_GENERATING, *sorted(_OTHERS, key="AutoModelForPreTraining".__eq__))
+_ADAPTER_ARGUMENTS = ("cache_dir", "token", "revision", "local_files_only", "subfolder")
+
+
+def class_for_source(source: str | os.PathLike[str], **loading: Any) -> Any:
+    """The class to load a folder or a repository on the Hub with; for an adapter, its base model's.
+
+    Args:
+        loading: of `from_pretrained`: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `gguf_file`,
+            `trust_remote_code`; those that are None count as left out.
+
+    Raises:
+        OSError: there is no config.json. ValueError: it names no class that transformers knows.
+    """
+    loading = {name: value for name, value in loading.items() if value is not None}
+    config = AutoConfig.from_pretrained(_with_config(os.fspath(source), loading), **loading)
+    return class_for_config(config, bool(loading.get("trust_remote_code")))
+
+
+def class_for_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
+    """The Auto class that makes the class which a config names in `architectures`, and that class where none does. No
+    other Auto class will do: that for causal LMs makes the text model alone of many vision-language models.
+
+    Where the config names none, or one by a name of earlier days, its type decides.
+
+    Raises:
+        ValueError: transformers has neither a class of that name, nor one for that type.
+    """
+    names = config.architectures if isinstance(config.architectures, list | tuple) else []
+    name = next((name for name in names if isinstance(name, str)), None)
+    if trust_remote_code and (remote := _remote_class(config, name)):
+        return remote
+    autos = [getattr(transformers, auto) for auto in _AUTO_CLASSES if hasattr(transformers, auto)]
+    classes = {auto: _classes(auto, config) for auto in autos}
+    if found := next((auto for auto, made in classes.items() if name in made), None):
+        return found
+    own = getattr(transformers, name, None) if name else None
+    if isinstance(own, type) and issubclass(own, PreTrainedModel):
+        return own
+    if found := next((auto for auto in autos[: len(_GENERATING)] if classes[auto]), None):
+        return found
+    raise ValueError(
+        f"transformers {transformers.__version__} has no class {name or 'of a language model'} for the type "
+        f"{config.model_type!r} of {CONFIG_NAME}: upgrade it, or pass trust_remote_code where the model brings its "
+        "code"
+    )
+
+
+def class_for_model(model: PreTrainedModel) -> Any:
+    """The Auto class that makes a loaded model's own class, or that class."""
+    kind = type(model)
+    if isinstance(registered := getattr(kind, "_auto_class", None), str) and hasattr(transformers, registered):
+        return getattr(transformers, registered)  # code that came with the model
+    autos = (getattr(transformers, auto) for auto in _AUTO_CLASSES if hasattr(transformers, auto))
+    return next((auto for auto in autos if kind.__name__ in _classes(auto, model.config)), kind)
+
+
+def _classes(auto: Any, config: PreTrainedConfig) -> list[str]:
+    """Names of the classes that an Auto class may make of a config."""
+    made = auto._model_mapping.get(type(config), ())
+    return [kind.__name__ for kind in (made if isinstance(made, list | tuple) else (made,)) if kind is not None]
+
+
+def _remote_class(config: PreTrainedConfig, name: str | None) -> Any:
+    """The Auto class for code that comes with a model: `auto_map` holds `file.Class`, or `repository--file.Class`."""
+    auto_map = getattr(config, "auto_map", None)
+    if not isinstance(auto_map, Mapping):
+        return None
+    autos = [auto for auto in (*_AUTO_CLASSES, "AutoModel") if auto in auto_map and hasattr(transformers, auto)]
+    named = [auto for auto in autos if name is not None and str(auto_map[auto]).rpartition(".")[2] == name]
+    return getattr(transformers, [*named, *autos][0]) if autos else None
+
+
+def _with_config(source: str, loading: Mapping[str, Any]) -> str:
+    """Where the config is: beside the weights, or with the base of an adapter, as `from_pretrained` finds it."""
+    if loading.get("gguf_file") or os.path.isfile(os.path.join(source, loading.get("subfolder", ""), CONFIG_NAME)):
+        return source
+    hub = {name: loading[name] for name in _ADAPTER_ARGUMENTS if name in loading}
+    path = find_adapter_config_file(source, **hub)
+    if path is None:
+        return source
+    with open(path, encoding="utf-8") as file:
+        base = json.load(file).get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else source
