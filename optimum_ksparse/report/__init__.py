@@ -1,7 +1,7 @@
 """Reports: what pruning did, as data, as a file and as text."""
 
 from .report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, SCHEMA_VERSION, TUNING_NAME, SparsityReport
-from .rows import BlockReport, DroppedBlocks, LayerKind, LayerReport, MethodChoice, PrunedBlock, Trial
+from .rows import BlockReport, Change, DroppedBlocks, LayerKind, LayerReport, MethodChoice, PrunedBlock, Trial
 
 __all__ = [
     "MERGE_REPORT_NAME",
@@ -10,6 +10,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "TUNING_NAME",
     "BlockReport",
+    "Change",
     "DroppedBlocks",
     "LayerKind",
     "LayerReport",

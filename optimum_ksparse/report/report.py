@@ -11,7 +11,7 @@ from typing import Any
 
 from ..allocation import LEFT_DENSE
 from ..checks import check_keys
-from .rows import BlockReport, DroppedBlocks, LayerKind, LayerReport, MethodChoice
+from .rows import BlockReport, Change, DroppedBlocks, LayerKind, LayerReport, MethodChoice
 from .text import in_words
 
 REPORT_NAME = "sparsity_report.json"
@@ -38,6 +38,10 @@ class SparsityReport:
         base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
         base_arguments: what else `from_pretrained` needed to find it: `gguf_file`, `subfolder`.
         source_fingerprint: of the weight files that `prune_checkpoint` read.
+        fingerprint: of the weights that the report was saved with (`evaluation.fingerprint`); None where it was not
+            computed, as in the checkpoints of a training run, or by an earlier version.
+        changes: what was done to the weights after pruning. Where there are any, the output errors and the losses of
+            reconstruction are those of weights that are gone.
         num_parameters: logical parameters of the whole model, zeros included, without those of dropped blocks.
         seconds: from the loaded to the pruned model. peak_memory_bytes: of the process (and of the GPU, where used).
         versions: of the libraries that did it.
@@ -54,6 +58,8 @@ class SparsityReport:
     base_revision: str | None = None
     base_arguments: dict[str, str] = field(default_factory=dict)
     source_fingerprint: str | None = None
+    fingerprint: str | None = None
+    changes: list[Change] = field(default_factory=list)
     num_parameters: int = 0
     seconds: float = 0.0
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
@@ -159,6 +165,7 @@ class SparsityReport:
                 data["choice"] = MethodChoice(**data["choice"])
             if data.get("dropped") is not None:
                 data["dropped"] = DroppedBlocks(**data["dropped"])
+            data["changes"] = [Change(**row) for row in data.get("changes", ())]
             return cls(**data)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.path.basename(path)} is not a report of optimum-ksparse: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -149,3 +149,31 @@ class LayerKind:
         """Mean over the layers; None where none was measured."""
         errors = [layer.relative_output_error for layer in self.layers if layer.relative_output_error is not None]
         return sum(errors) / len(errors) if errors else None
+
+
+@dataclass
+class Change:
+    """What was done to the weights after pruning, as far as it is known.
+
+    Attributes:
+        kind: "trained", "merged" (an adapter became part of them), or "unknown": they are others than before, and
+            nothing recorded why.
+        by: the class of the trainer, or the method of merging.
+        dataset: what was trained on. steps, epochs: how long.
+        adapters: kinds of those that were merged, such as "LORA".
+    """
+
+    kind: str
+    by: str | None = None
+    dataset: str | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    adapters: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if self.kind not in ("trained", "merged"):
+            return "changed by something that left no record"
+        what = f"an adapter merged in ({', '.join(self.adapters)})" if self.kind == "merged" else "trained"
+        more = "" if self.by is None else f" with {self.by}"
+        more += "" if self.dataset is None else f" on {self.dataset}"
+        return what + more + ("" if self.steps is None else f", {self.steps:,} steps")

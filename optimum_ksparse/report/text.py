@@ -14,6 +14,9 @@ def in_words(report: SparsityReport) -> str:
     lines = [] if report.dropped is None else [str(report.dropped)]
     if report.dropped is not None:
         lines.append(f"{report.dense_parameters:,} parameters before, {report.num_parameters:,} without these blocks")
+    lines += [f"after pruning: {change}" for change in report.changes]
+    if report.changes and not report.is_dense:
+        lines.append("output errors and losses are those before that")
     return "\n".join(lines if report.is_dense else [*_table(report), *lines])
 
 
