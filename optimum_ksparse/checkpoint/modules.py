@@ -1,0 +1,153 @@
+"""Sparse modules in a model and in accelerate's keeping: found, made empty for a checkpoint, put in others' places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..calibration import decoder_of, use_eager_experts
+from ..nn import SparseExperts, SparseLinear, is_linear_map
+from ..pattern import Pattern
+
+SparseModule = SparseLinear | SparseExperts
+
+
+def sparse_modules(root: nn.Module) -> dict[str, SparseModule]:
+    """All sparse modules under `root` by path."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, SparseModule)}
+
+
+def sparse_layers(root: nn.Module) -> dict[str, SparseLinear]:
+    """All sparse linear maps under `root` by path."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, SparseLinear)}
+
+
+def sparse_experts(root: nn.Module) -> dict[str, SparseExperts]:
+    """All stacks of sparse matrices under `root` by path."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, SparseExperts)}
+
+
+def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Puts an empty sparse module on the meta device in the place of each layer that a checkpoint records.
+
+    Raises:
+        ValueError: a record names no linear map or stack of matrices of the model, or cannot be true of its shape.
+    """
+    decoder = decoder_of(model)
+    for name, record in layers.items():
+        dense = dense_layer(decoder, name, type(model).__name__)
+        try:
+            sparse = empty_like(dense, Pattern(record["pattern"]), record["num_values"], "meta")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the checkpoint's record of layer {name} cannot be right: {error}") from error
+        # transformers initialises what it has not loaded, by rules for dense weights; here everything must be loaded.
+        sparse._is_hf_initialized = True  # type: ignore[assignment]
+        put(decoder, name, sparse)
+    if sparse_experts(decoder):
+        use_eager_experts(model)
+
+
+def empty_like(
+    dense: nn.Module | nn.Parameter, pattern: Pattern, num_values: int, device: str | None = None
+) -> SparseModule:
+    """A sparse module that stands for a dense linear map, or for a parameter [experts, out, in], with a weight still
+    to be filled in; on its device or on another one. Raises ValueError where `num_values` cannot be right."""
+    if isinstance(dense, nn.Module):
+        return SparseLinear.empty_like(dense, pattern, num_values, device)
+    num_experts, out_features, in_features = dense.shape
+    settings: dict[str, Any] = {"dtype": dense.dtype, "device": dense.device if device is None else device}
+    return SparseExperts(num_experts, in_features, out_features, pattern=pattern, num_values=num_values, **settings)
+
+
+def dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | nn.Parameter:
+    """What a record of a sparse layer stands for: a linear map, or a parameter [experts, out, in]."""
+    owner, _, attribute = name.rpartition(".")
+    try:
+        holder = decoder.get_submodule(owner)
+        found: Any = holder._modules.get(attribute, holder._parameters.get(attribute))
+    except AttributeError:
+        found = None
+    if is_linear_map(found) or (isinstance(found, nn.Parameter) and found.dim() == 3):
+        return found
+    raise ValueError(
+        f"the checkpoint records a sparse layer {name}, where {kind} has "
+        f"{'nothing' if found is None else type(found).__name__}; is it for another model?"
+    )
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights of the model elsewhere, and brings them in for a forward pass alone."""
+    return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
+
+
+def aligned(module: nn.Module) -> AbstractContextManager[None]:
+    """Within it, the parameters of a module that accelerate has offloaded are there."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
+def put(root: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
+    """Puts `new` in the place of `root`'s submodule or parameter `name`."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = root.get_submodule(owner_name)
+    if isinstance(new, nn.Parameter) or attribute in owner._parameters:
+        delattr(owner, attribute)  # a module does not take a parameter's place, nor the other way round
+    setattr(owner, attribute, new)
+    if isinstance(new, SparseExperts):  # in one order, whatever order they come in: the fingerprint follows it
+        for stack in sorted(key for key, module in owner._modules.items() if isinstance(module, SparseExperts)):
+            owner._modules[stack] = owner._modules.pop(stack)
+
+
+def replace_module(root: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
+    """Puts `new` in the place of `root`'s submodule or parameter `name`. Where accelerate keeps that one (on another
+    device, offloaded to memory or to disk), it keeps the new one in the same way; a parameter takes the place of one
+    that is not offloaded only."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = root.get_submodule(owner_name)
+    old: Any = getattr(owner, attribute)
+    hook = getattr(owner if isinstance(old, nn.Parameter) else old, "_hf_hook", None)
+    key = attribute if isinstance(old, nn.Parameter) else "weight"
+    put(root, name, new)
+    if hook is None or isinstance(new, nn.Parameter):
+        return
+    from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    for hook in hooks:
+        if isinstance(hook, AlignDevicesHook):
+            moved = AlignDevicesHook(
+                execution_device=hook.execution_device,
+                offload=hook.offload,
+                io_same_device=hook.io_same_device,
+                weights_map=_offloaded(new, hook.weights_map, key) if hook.offload else None,
+                offload_buffers=hook.offload_buffers,
+                place_submodules=hook.place_submodules,
+                skip_keys=hook.skip_keys,
+            )
+            add_hook_to_module(new, moved)
+
+
+def _offloaded(module: nn.Module, old: Any, key: str) -> Mapping[str, torch.Tensor]:
+    """A weights map for accelerate: on disk in the offload folder where the old weight, the map's `key`, is there,
+    otherwise in memory."""
+    from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, offload_weight
+
+    tensors = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+    loader = getattr(old, "dataset", None)
+    folder = getattr(loader, "save_folder", None)
+    if folder is None or f"{old.prefix}{key}" in loader.state_dict:  # type: ignore[union-attr]
+        return tensors
+    index: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        # Another name than the old one's, whose file may still be mapped.
+        offload_weight(tensor.contiguous(), f"{old.prefix}{key}.{type(module).__name__}.{name}", folder, index)
+    loader = OffloadedWeightsLoader(save_folder=folder, index=index)
+    return PrefixedDataset(loader, f"{old.prefix}{key}.{type(module).__name__}.")

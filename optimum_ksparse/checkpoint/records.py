@@ -1,0 +1,60 @@
+"""What a model's config says of how it was made, and where it was loaded from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
+
+from ..calibration import decoder_of
+from ..config import DENSE_CONFIG_KEY, SparsityConfig, describe_source
+from .modules import sparse_modules
+
+
+def made_with(model: PreTrainedModel) -> SparsityConfig | None:
+    """The settings with which a sparse model, or a dense one that has lost blocks, was made; None for any other."""
+    settings = getattr(model.config, "quantization_config", None)
+    if isinstance(settings, SparsityConfig):
+        return settings
+    return SparsityConfig.from_dict(getattr(model.config, DENSE_CONFIG_KEY)) if has_lost_blocks(model) else None
+
+
+def has_lost_blocks(model: PreTrainedModel) -> bool:
+    """Whether it is a dense model, from which this package has dropped blocks."""
+    return is_dense_record(getattr(model.config, DENSE_CONFIG_KEY, None)) and not sparse_modules(model)
+
+
+def is_dense_record(settings: Any) -> bool:
+    """Whether settings, as a `config.json` keeps them, are those of a dense model that has merely lost blocks."""
+    return isinstance(settings, Mapping) and bool(settings.get("drop_layers")) and settings.get("pattern", "") is None
+
+
+def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """What `config.json` says of each sparse layer: path in the decoder → pattern and number of values."""
+    return {
+        name: {"pattern": str(module.pattern), "num_values": module.weight.numel()}
+        for name, module in sparse_modules(decoder_of(model)).items()
+    }
+
+
+def commit_of(source: Any, file_name: str = CONFIG_NAME, **hub_arguments: Any) -> str | None:
+    """Commit of the repository on the Hub that a model is, or was, loaded from; None for a folder."""
+    try:
+        path = cached_file(source, file_name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    except OSError:
+        return None
+    # A file of a Hub snapshot lies in a folder named after its commit.
+    commit: str | None = extract_commit_hash(path, None)
+    return commit
+
+
+def describe_model(model: PreTrainedModel) -> str | None:
+    """Where a model was loaded from, as a report or a card may name it: a local folder by its last part."""
+    name = model.name_or_path
+    # Noted when it was loaded: from elsewhere a relative path reads like a name on the Hub.
+    if name and getattr(model, "is_from_folder", False):
+        return os.path.basename(os.path.normpath(name))
+    return describe_source(name)

@@ -1,0 +1,114 @@
+"""Sparse models on disk: names, shapes and dtypes of packed and dense storage, and dense storage read back.
+
+| key in a packed checkpoint | shape | dtype |
+|---|---|---|
+| `<layer>.weight` | n:m: [out, in·n/m]; unstructured: [nnz] | the model's |
+| `<layer>.weight_mask` | [out, ceil(in/8)] | uint8 |
+| `<layer>.bias` | [out] | the model's |
+
+Experts stacked in one parameter have `<parameter>.weight` and `<parameter>.weight_mask`, with the number of the expert
+as one more dimension before these.
+
+A dense checkpoint holds its tensors as any other model does, with their zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from ..calibration import decoder_of
+from ..nn import SparseExperts, SparseLinear, dense_weight
+from ..pattern import Pattern, lowest
+from .modules import aligned, dense_layer, replace_module, sparse_experts, sparse_modules
+
+MASK_SUFFIX = ".weight_mask"
+
+
+def storage_state_dict(
+    model: PreTrainedModel, root: str, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`state`, that of the submodule `root` of a model by names in the model, as `save_pretrained` would store it:
+    packed or written out dense, in the form and by the names of the checkpoints of this architecture."""
+    settings: Any = getattr(model.config, "quantization_config", None)
+    stored = dict(state)
+    if settings is not None and settings.storage == "packed" and sparse_experts(model):
+        return stored  # the usual form would take packed experts apart as if they were dense
+    if settings is not None and settings.storage == "dense":
+        stored = {f"{root}.{name}": tensor for name, tensor in dense_state_dict(model.get_submodule(root)).items()}
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, stored)
+    return reverted
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's state dict with every packed weight written out dense, in the layout of the module it came from."""
+    state = dict(model.state_dict())
+    for name, module in sparse_modules(model).items():
+        del state[f"{name}.weight"], state[f"{name}{MASK_SUFFIX}"]
+        with aligned(module):
+            dense = module.to_dense()
+        if isinstance(dense, nn.Parameter):
+            state[name] = dense.detach()
+        else:
+            state |= {f"{name}.{key}": tensor for key, tensor in dense.state_dict().items()}
+    return state
+
+
+def sparsify_dense(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Makes sparse modules of the layers of a dense checkpoint whose weights hold the zeros of a recorded pattern.
+
+    Raises:
+        ValueError: the weights do not have the recorded pattern (any more); names the layer. The model is not changed.
+    """
+    decoder, kind = decoder_of(model), type(model).__name__
+    dense = {name: dense_layer(decoder, name, kind) for name in layers}
+    for name in dense:
+        with _aligned_weight(decoder, name) as weight:
+            _kept(weight, layers[name], name)
+    for name, layer in dense.items():
+        with _aligned_weight(decoder, name) as weight:
+            mask, pattern = _kept(weight, layers[name], name), Pattern(layers[name]["pattern"])
+            if isinstance(layer, nn.Parameter):
+                replace_module(decoder, name, SparseExperts.from_dense(weight, mask, pattern))
+            else:
+                replace_module(decoder, name, SparseLinear.from_dense(layer, mask, pattern))
+
+
+def _kept(weight: torch.Tensor, record: Mapping[str, Any], name: str) -> torch.Tensor:
+    """The mask of a weight [out, in], or a stack of them, that holds the zeros of a recorded pattern. A kept weight
+    may be zero: groups are filled up to n, and matrices of a stack, which are packed alike, to the same number; any
+    other unstructured mask needs no filling.
+
+    Raises:
+        ValueError: it does not have that pattern.
+    """
+    pattern = Pattern(record["pattern"])
+    for matrix in weight if weight.dim() == 3 else [weight]:
+        pattern.verify(matrix, f"{name}.weight")
+    if pattern.is_structured or pattern.block is not None:
+        return pattern.mask(weight.abs())
+    mask = weight != 0
+    if weight.dim() == 3:
+        flat, zeros = weight.abs().flatten(1), (weight.numel() - record["num_values"]) // len(weight)
+        filled = ~lowest(flat, zeros).view_as(weight)
+        if bool((mask & ~filled).any()):
+            raise ValueError(f"{name}: a matrix has more nonzero weights than the recorded {flat.shape[1] - zeros}")
+        mask = filled
+    return mask
+
+
+@contextmanager
+def _aligned_weight(root: nn.Module, name: str) -> Iterator[torch.Tensor]:
+    """The weight [out, in] of a dense linear map, or the parameter [experts, out, in], wherever accelerate keeps
+    it."""
+    owner, _, attribute = name.rpartition(".")
+    found: Any = getattr(root.get_submodule(owner), attribute)
+    stacked = isinstance(found, nn.Parameter)
+    with aligned(root.get_submodule(owner) if stacked else found):
+        yield getattr(root.get_submodule(owner), attribute) if stacked else dense_weight(found)
