@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ZambaConfig
 
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint
 from optimum_ksparse.api import run as run_module
@@ -143,6 +144,92 @@ def test_activations_in_files_are_those_in_memory(
     prune_checkpoint(source, tmp_path / "memory", asked)
     prune_checkpoint(source, tmp_path / "files", asked, activation_memory=0)
     assert contents(tmp_path / "memory") == contents(tmp_path / "files")
+
+
+def assert_same_as_in_memory(source: Any, folder: Path, config: SparsityConfig, **loading: Any) -> None:
+    """Prunes `source` in memory and from disk to disk: all files that are no weights, but the report, and all tensors
+    are the same."""
+    model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=copy.deepcopy(config), **loading)
+    model.save_pretrained(folder / "memory")
+    prune_checkpoint(source, folder / "disk", config, **loading)
+    assert_same_tensors(tensors(folder / "disk"), tensors(folder / "memory"))
+    memory, disk = (
+        {name: content for name, content in contents(folder / name).items() if name.endswith((".py", "config.json"))}
+        for name in ("memory", "disk")
+    )
+    assert disk == memory
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_modules_that_stay_in_float32(
+    method: str, stored: torch.dtype, dtype: Any, tmp_path: Path, make_model: MakeModel, token_ids: torch.Tensor
+) -> None:
+    """RWKV keeps two parameters of a block in float32 beside float16; what is stored may have any dtype."""
+    make_model("rwkv", dtype=stored).save_pretrained(tmp_path / "dense")
+    config = SparsityConfig(method, "2:4", token_ids)
+    assert_same_as_in_memory(tmp_path / "dense", tmp_path, config, dtype=dtype)
+    kept = tensors(tmp_path / "disk")["rwkv.blocks.0.attention.time_decay"].dtype
+    assert kept == (torch.float32 if dtype == "float16" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_what_blocks_share_is_stored_once(storage: str, tmp_path: Path, token_ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
+    mamba = {"mamba_d_state": 8, "mamba_dt_rank": 8, "n_mamba_heads": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    config = ZambaConfig(**sizes, **heads, attn_layer_period=2, attn_layer_offset=1, **mamba)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "dense")
+    asked = {"dataset": token_ids, "batch_size": 2, "storage": storage}
+    others = {"modules_to_not_convert": [".*mamba", ".*mamba_decoder", ".*linear"]}
+    with pytest.raises(ValueError, match=r"shares its weight with layers\.\d\.shared_transf"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "refused", SparsityConfig(**asked, **others))
+    assert_same_as_in_memory(tmp_path / "dense", tmp_path, SparsityConfig(**asked, skip_unsupported=True))
+    written = {name for name in tensors(tmp_path / "disk") if "shared_transf" in name}
+    assert written and len({name.split(".")[2] for name in written}) == 1
+
+
+def write_remote_model(folder: Path, model: PreTrainedModel) -> None:
+    """A checkpoint whose code lies beside its weights, in three files."""
+    model.save_pretrained(folder)
+    (folder / "scale.py").write_text("SCALE = 1.0\n")
+    (folder / "configuration_tiny.py").write_text(
+        'from transformers import LlamaConfig\n\n\nclass TinyConfig(LlamaConfig):\n    model_type = "tiny-remote"\n'
+    )
+    (folder / "modeling_tiny.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_tiny import TinyConfig\n"
+        "from .scale import SCALE\n\n\nclass TinyForCausalLM(LlamaForCausalLM):\n"
+        "    config_class = TinyConfig\n    scale = SCALE\n"
+    )
+    values = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"}
+    values |= {"model_type": "tiny-remote", "architectures": ["TinyForCausalLM"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def test_code_beside_the_weights(tmp_path: Path, make_model: MakeModel, config: Any, hub: LoopbackHub) -> None:
+    from huggingface_hub import HfApi
+
+    write_remote_model(tmp_path / "remote", make_model("llama"))
+    HfApi().create_repo("me/remote")
+    commit = HfApi().upload_folder(repo_id="me/remote", folder_path=tmp_path / "remote").oid
+    trusted = {"trust_remote_code": True, "dtype": "bfloat16"}
+    assert_same_as_in_memory(tmp_path / "remote", tmp_path / "local", config(), **trusted)
+    for number, source in enumerate((tmp_path / "remote", "me/remote")):
+        prune_checkpoint(source, tmp_path / str(number), config(), code_revision=commit, **trusted)
+        for name in ("scale.py", "configuration_tiny.py", "modeling_tiny.py"):
+            assert (tmp_path / str(number) / name).read_text() == (tmp_path / "remote" / name).read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "local" / "disk", trust_remote_code=True)
+    assert type(again).__name__ == "TinyForCausalLM"
+
+
+def test_code_of_transformers_itself_may_be_trusted_too(tmp_path: Path, source: Path, config: Any) -> None:
+    prune_checkpoint(source, tmp_path / "trusted", config(), trust_remote_code=True)
+    prune_checkpoint(source, tmp_path / "plain", config())
+    assert contents(tmp_path / "trusted") == contents(tmp_path / "plain")
 
 
 def test_tied_embeddings_are_stored_once(tmp_path: Path, make_model: MakeModel, config: Any) -> None:
@@ -630,9 +717,7 @@ def test_reading_ahead_gives_the_same(
     tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = run_module.DiskBlocks.__init__
-    monkeypatch.setattr(
-        run_module.DiskBlocks, "__init__", lambda self, blocks, device: original(self, blocks, device, True)
-    )
+    monkeypatch.setattr(run_module.DiskBlocks, "__init__", lambda *arguments: original(*arguments, True))
     prune_checkpoint(source, tmp_path / "ahead", config())
     monkeypatch.undo()
     prune_checkpoint(source, tmp_path / "whole", config())

@@ -19,6 +19,7 @@ from .model import settings_of
 from .run import CheckpointRun
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+_CODE_ARGUMENTS = ("trust_remote_code", "code_revision")
 
 
 def prune_checkpoint(
@@ -55,7 +56,8 @@ def prune_checkpoint(
         activation_memory: calibration activations that stay in memory, in bytes or as "4GB"; more go to files in
             `output`. With `reconstruct` there are two such sets: the pruned model's and the dense one's.
         model_class: Auto class, or model's class, of the checkpoint.
-        loading: `revision`, `token`, `cache_dir`, `subfolder`, `trust_remote_code`, `local_files_only`.
+        loading: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`,
+            `code_revision`.
 
     Raises:
         TypeError, ValueError: an argument, the checkpoint or the data do not fit, an unfinished run had other
@@ -94,11 +96,12 @@ def _hub(loading: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_arguments(config: SparsityConfig, loading: dict[str, Any]) -> None:
-    unknown = sorted(set(loading) - {"trust_remote_code", *_HUB_ARGUMENTS})
+    unknown = sorted(set(loading) - {*_CODE_ARGUMENTS, *_HUB_ARGUMENTS})
     if unknown:
         raise TypeError(
-            f"prune_checkpoint takes no argument {unknown[0]!r}; of from_pretrained's it takes trust_remote_code, "
-            f"{', '.join(_HUB_ARGUMENTS)}; weights in other forms than safetensors have to be converted first"
+            f"prune_checkpoint takes no argument {unknown[0]!r}; of from_pretrained's it takes "
+            f"{', '.join((*_CODE_ARGUMENTS, *_HUB_ARGUMENTS))}; weights in other forms than safetensors have to be "
+            "converted first"
         )
     if holds(config.dataset, "self") and config.needs_data:
         raise ValueError(

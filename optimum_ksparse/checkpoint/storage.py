@@ -14,7 +14,7 @@ A dense checkpoint holds its tensors as any other model does, with their zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,16 +32,18 @@ MASK_SUFFIX = ".weight_mask"
 
 
 def storage_state_dict(
-    model: PreTrainedModel, root: str, state: Mapping[str, torch.Tensor]
+    model: PreTrainedModel, root: str, state: Mapping[str, torch.Tensor], elsewhere: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
     """`state`, that of the submodule `root` of a model by names in the model, as `save_pretrained` would store it:
-    packed or written out dense, in the form and by the names of the checkpoints of this architecture."""
+    packed or written out dense, in the form and by the names of the checkpoints of this architecture, without what is
+    stored `elsewhere` under another name."""
     settings: Any = getattr(model.config, "quantization_config", None)
     stored = dict(state)
-    if settings is not None and settings.storage == "packed" and sparse_experts(model):
-        return stored  # the usual form would take packed experts apart as if they were dense
     if settings is not None and settings.storage == "dense":
         stored = {f"{root}.{name}": tensor for name, tensor in dense_state_dict(model.get_submodule(root)).items()}
+    stored = {name: tensor for name, tensor in stored.items() if name not in elsewhere}
+    if settings is not None and settings.storage == "packed" and sparse_experts(model):
+        return stored  # the usual form would take packed experts apart as if they were dense
     reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, stored)
     return reverted
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..calibration import DecoderBlocks, find_blocks
 from ..calibration.experts import find_stacks
@@ -45,26 +45,22 @@ def open_checkpoint(
         offload_folder: an empty folder, for as long as the model is used.
         offload_space: bytes that its disk must have free, where the model may store weights in another form.
         loading: further arguments of `from_pretrained` that say where the files are.
+
+    Raises:
+        ValueError: the model has no decoder blocks, or the checkpoint lacks weights of it.
     """
-    config = AutoConfig.from_pretrained(source, **loading)
-    with torch.device("meta"):
-        build = getattr(model_class, "from_config", None) or model_class._from_config
-        trusted = {"trust_remote_code": True, "code_revision": loading.get("revision")}
-        skeleton = find_blocks(build(config, **(trusted if loading.get("trust_remote_code") else {})))
-    if any(find_stacks(block) for block in skeleton.blocks):
+    arguments = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **loading}
+    # Reads no weights: it tells where the blocks are, which dtype each weight gets, which are one and the same, and
+    # whether all are there.
+    skeleton, info = model_class.from_pretrained(source, device_map={"": "meta"}, **arguments)
+    empty = find_blocks(skeleton)
+    check_loaded(empty, info)
+    if any(find_stacks(block) for block in empty.blocks):
         check_space(offload_folder, offload_space, "weights that are stored in another form than the model's")
-    model, info = model_class.from_pretrained(
-        source,
-        dtype=dtype,
-        device_map=_device_map(skeleton, device),
-        offload_folder=offload_folder,
-        use_safetensors=True,
-        output_loading_info=True,
-        **loading,
+    model, _ = model_class.from_pretrained(
+        source, device_map=_device_map(empty, device), offload_folder=offload_folder, **arguments
     )
-    blocks = find_blocks(model)
-    check_loaded(blocks, info)
-    return model, DiskBlocks(blocks, device)
+    return model, DiskBlocks(find_blocks(model), device, empty)
 
 
 def _device_map(blocks: DecoderBlocks, device: torch.device) -> dict[str, str]:
@@ -89,13 +85,16 @@ class DiskBlocks:
     Args:
         blocks: the blocks, with accelerate's hooks, which are taken off.
         device: where a block is while it is in memory.
+        empty: the same blocks on the meta device: their weights stand for those that are on the disk.
         prefetch: read the next block while this one is used; None does so where the device is no CPU.
 
     Attributes:
         blocks: the blocks; their weights are on the meta device but within `resident`.
     """
 
-    def __init__(self, blocks: DecoderBlocks, device: torch.device, prefetch: bool | None = None) -> None:
+    def __init__(
+        self, blocks: DecoderBlocks, device: torch.device, empty: DecoderBlocks, prefetch: bool | None = None
+    ) -> None:
         from accelerate.hooks import remove_hook_from_submodules
 
         self.blocks, self.device = blocks, device
@@ -105,6 +104,8 @@ class DiskBlocks:
         self._coming: dict[int, Future[dict[str, torch.Tensor]]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
         remove_hook_from_submodules(blocks.model)
+        for block, stand_ins in zip(blocks.blocks, empty.blocks, strict=True):
+            _stand_in(block, stand_ins)
         if hasattr(blocks.model, "hf_device_map"):
             del blocks.model.hf_device_map  # nothing is offloaded by accelerate any more
 
@@ -128,12 +129,16 @@ class DiskBlocks:
         """
         block = self.blocks.blocks[index]
         modules = set(block.modules())
+        stand_ins: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for name, tensor in self._take(index).items():
-                _put(block, name, tensor.to(self.device, non_blocking=True))
+                stand_ins.append(_put(block, name, tensor.to(self.device, non_blocking=True)))
             yield
         finally:
             # Replaced ones too, which wait for the garbage collector: accelerate's hooks left circles in them.
+            for tensors, name, stand_in in stand_ins:
+                if name in tensors:
+                    tensors[name] = stand_in
             _empty(modules.union(block.modules()))
             trim_heap()
 
@@ -161,9 +166,11 @@ class DiskBlocks:
                     for name in file.keys():  # noqa: SIM118 (not a dict)
                         tensors[name.removeprefix(prefix)] = file.get_tensor(name)
             else:
-                for name, (weights, key) in self._offloaded[index].items():
-                    tensors[name] = weights[key]
-        except Exception as error:  # of safetensors, of accelerate, of the system
+                block = self.blocks.blocks[index]
+                for name, (path, key) in self._offloaded[index].items():
+                    with safe_open(path, framework="pt") as file:
+                        tensors[name] = file.get_tensor(key).to(block.get_parameter(name).dtype)
+        except Exception as error:  # of safetensors, of the system
             where = self.blocks.name_in_model(index, name)
             raise OSError(f"tensor {where} cannot be read: {type(error).__name__}: {error}") from error
         return tensors
@@ -177,27 +184,40 @@ class DiskBlocks:
         return tensors
 
 
-def _offloaded_weights(block: nn.Module) -> dict[str, tuple[Mapping[str, torch.Tensor], str]]:
-    """For each offloaded parameter of a block, by its name, where accelerate finds it."""
+def _offloaded_weights(block: nn.Module) -> dict[str, tuple[Path, str]]:
+    """For each offloaded parameter of a block, by its name, the file that it is in, and its name there."""
     found = {}
     for path, module in block.named_modules():
-        hook = getattr(module, "_hf_hook", None)
-        weights = getattr(hook, "weights_map", None)
+        weights: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights is not None:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
-                    found[f"{path}.{name}".lstrip(".")] = (weights, name)
+                    entry = weights.dataset.index[weights.prefix + name]
+                    place = Path(entry["safetensors_file"]), entry.get("weight_name", weights.prefix + name)
+                    found[f"{path}.{name}".lstrip(".")] = place
     return found
 
 
-def _put(block: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _stand_in(block: nn.Module, empty: nn.Module) -> None:
+    """Puts the parameters of `empty` in the places of those that are on the disk: they have the dtype that each one
+    gets, which is not always the model's, and two names of one weight still hold one and the same."""
+    for path, module in block.named_modules():
+        other = empty.get_submodule(path)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = other._parameters[name]
+
+
+def _put(block: nn.Module, name: str, tensor: torch.Tensor) -> tuple[dict[str, Any], str, Any]:
+    """Puts a tensor in its place. Gives the place, and what was there."""
     path, _, leaf = name.rpartition(".")
     module = block.get_submodule(path)
-    if leaf in module._parameters:
-        old = module._parameters[leaf]
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
-    else:
-        module._buffers[leaf] = tensor
+    tensors: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+    old = tensors[leaf]
+    tensors[leaf] = (
+        tensor if tensors is module._buffers else nn.Parameter(tensor, old is not None and old.requires_grad)
+    )
+    return tensors, leaf, old
 
 
 def _empty(modules: Iterable[nn.Module]) -> None:

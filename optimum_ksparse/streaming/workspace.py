@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint import storage_state_dict
@@ -154,7 +155,9 @@ class Workspace:
         final, rest = self.path / "final", self.folder("rest")
         final.mkdir(exist_ok=True)
         inside = disk.blocks.name_in_model(0, "").removesuffix("0.")
-        state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+        state = model.state_dict()
+        once = remove_tied_weights_from_state_dict(dict(state), model).keys()  # what blocks share is stored with one
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
         model.save_pretrained(rest, state_dict=state, max_shard_size="10000GB")
         save_more(rest)
         names = self._weight_names()
@@ -163,18 +166,21 @@ class Workspace:
             disk.take_shard(index, self.path / block.file)
         for index, name in enumerate(names[1:]):
             if not (final / name).exists():  # an earlier run got as far as that
-                self._finish_block(index, model, disk, final / name)
+                self._finish_block(index, model, disk, final / name, once)
         _write_index(final, names, model.num_parameters())
         _move_files(rest, final)
         sync(final)
         self.journal.phase = "complete"
         self.journal.save(self.path)
 
-    def _finish_block(self, index: int, model: PreTrainedModel, disk: DiskBlocks, target: Path) -> None:
+    def _finish_block(
+        self, index: int, model: PreTrainedModel, disk: DiskBlocks, target: Path, once: Collection[str]
+    ) -> None:
         path = self.path / self.journal.blocks[index].file
         with disk.resident(index):
             state = disk.state_dict(index)
-            stored = storage_state_dict(model, disk.blocks.name_in_model(index, "").removesuffix("."), state)
+            root = disk.blocks.name_in_model(index, "").removesuffix(".")
+            stored = storage_state_dict(model, root, state, [name for name in state if name not in once])
             as_it_is = stored.keys() == state.keys() and all(stored[name] is state[name] for name in state)
             if not as_it_is:
                 _save_whole({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, target)
