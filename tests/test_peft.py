@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -148,6 +149,21 @@ def test_merging_keeps_every_zero(make_pruned, token_ids, name, pattern, method)
     assert not any("lora" in key or "hira" in key for key in merged.state_dict())
     for layer in sparse_modules(merged).values():
         Pattern(pattern).verify(layer.to_dense_weight())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_what_pefts_merging_throws_away_is_said_once(make_pruned, method, merge):
+    model = adapted(make_pruned(), method)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        getattr(model, merge)()
+        if merge == "merge_adapter":
+            model.unload()  # merged already: nothing more is lost
+    messages = [str(warning.message) for warning in caught if "solve" in str(warning.message)]
+    assert len(messages) == (method in ("lora", "rslora", "dora"))
+    if method == "lora":  # half of the weights at random: the norm of what is lost is that of the whole times √½
+        assert 60 < int(re.search(r"(\d+)%", messages[0])[1]) < 80
 
 
 def test_merged_models_are_saved_and_read_back(make_pruned, token_ids, tmp_path):

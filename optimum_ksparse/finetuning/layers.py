@@ -92,6 +92,20 @@ class _KeepsZeros:
         dense = unpack(values, bits, base.in_features)
         return self._effective(dense, bits, [n for n in names if self._has_adapter(n)], packed=False).float()
 
+    @torch.no_grad()
+    def merging_loss(self, adapter_names: list[str]) -> tuple[float, float]:
+        """Squared Frobenius norms of what merging loses, because it lies where the weight is zero, and of all that
+        those adapters that are not merged yet do to the dense weight."""
+        names = [name for name in adapter_names if name not in self.merged_adapters and self._has_adapter(name)]
+        if not names:
+            return 0.0, 0.0
+        base = self.get_base_layer()
+        bits = packed_tensors(base)[1]
+        delta = self.effective_weight(names) - unpack(self._original()[0].to(bits.device), bits, base.in_features)
+        kept = delta[unpack_mask(bits, base.in_features)]
+        total = float(delta.square().sum())
+        return total - float(kept.square().sum()), total
+
     def _effective(self, weight: torch.Tensor, bits: torch.Tensor, names: list[str], packed: bool) -> torch.Tensor:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         effective = weight.clone()

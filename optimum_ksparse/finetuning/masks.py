@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..staging import write_text
 logger = logging.get_logger(__name__)
 
 RECORD_NAME = "ksparse_adapter.json"
+_NOTICED_LOSS = 0.005  # masked LoRA and HiRA lose what float32 rounds
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -84,7 +86,8 @@ def check_adapters(model: Any, configs: Mapping[str, Any], names: Iterable[str])
 
 def changes(model: Any, tuner: Any) -> list[tuple[Any, str, Any]]:
     """What to assign to PEFT's classes (class, name, value): `save_pretrained` of the model class writes the record,
-    `load_adapter` remembers it and warns of other masks, and the tuner's own ways to merge refuse these."""
+    `load_adapter` remembers it and warns of other masks, and the tuner's own ways to merge refuse these, and say what
+    they lose."""
     return [
         (model, "save_pretrained", _with_record(model.save_pretrained)),
         (model, "load_adapter", _with_memory(model.load_adapter)),
@@ -136,10 +139,26 @@ def _with_check(merge: Callable[..., Any]) -> Callable[..., Any]:
     def merge_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         if given.get("merge", True):
-            check_adapters(self.model, self.peft_config, given.get("adapter_names") or self.active_adapters)
+            names = given.get("adapter_names") or self.active_adapters
+            check_adapters(self.model, self.peft_config, names)
+            _warn_of_loss(self.model, names)
         return merge(self, *args, **kwargs)
 
     return merge_adapter
+
+
+def _warn_of_loss(model: Any, names: list[str]) -> None:
+    """One warning for a model of which adapters are merged as PEFT does it, where that throws something away."""
+    losses = [layer.merging_loss(list(names)) for layer in model.modules() if hasattr(layer, "merging_loss")]
+    lost, total = (sum(parts) for parts in zip(*losses, strict=True)) if losses else (0.0, 0.0)
+    share = (max(lost, 0.0) / total) ** 0.5 if total else 0.0
+    if share > _NOTICED_LOSS:
+        warnings.warn(
+            f"merging {', '.join(names)} throws away {share:.0%} of what the adapter adds to the sparse layers (by "
+            "Frobenius norm), because it lies where their weights are zero: optimum_ksparse.merge_adapter(model, "
+            'method="solve", dataset=...) makes up for it',
+            stacklevel=3,
+        )
 
 
 def _plain_model(model: Any) -> Any:
