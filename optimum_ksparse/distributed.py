@@ -81,6 +81,20 @@ class Processes:
         result: T = answer[0]
         return result
 
+    def each(self, work: Callable[[], T]) -> T:
+        """Does the work in every process; an error in one of them is raised in all."""
+        if self.size == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        for failure in self.gather(error):
+            if failure is not None:
+                raise failure
+        return result  # type: ignore[return-value]
+
     def agree(self, settings: dict[str, Any]) -> None:
         """Raises ValueError in all processes where one of them was started with other settings; names them."""
         everyone = self.gather(settings)

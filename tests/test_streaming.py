@@ -544,7 +544,7 @@ def test_another_source_is_refused(unfinished: Path, source: Path, config: Any) 
     path = sorted(source.glob("*.safetensors"))[1]
     changed = {name: tensor + 1 for name, tensor in load_file(path).items()}
     save_file(changed, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="source_fingerprint"):
+    with pytest.raises(ValueError, match=rf"source\.{path.name}: was"):
         prune_checkpoint(source, unfinished, config())
 
 
@@ -604,6 +604,11 @@ def spoil(source: Path, how: str) -> None:
         name = next(name for name in index["weight_map"] if "layers.2.mlp" in name)
         path = source / index["weight_map"].pop(name)
         save_file({key: value for key, value in load_file(path).items() if key != name}, path, {"format": "pt"})
+    elif how == "tensor twice":
+        twice = load_file(shards[0]) | dict(list(load_file(shards[1]).items())[:1])
+        save_file(twice, shards[0], {"format": "pt"})
+    elif how == "unlisted tensor":
+        save_file(load_file(shards[0]) | {"extra.weight": torch.zeros(2)}, shards[0], {"format": "pt"})
     elif how == "outside":
         index["weight_map"]["model.norm.weight"] = "../model.safetensors"
     elif how in ("pickle", "nothing"):
@@ -624,6 +629,8 @@ def spoil(source: Path, how: str) -> None:
         ("truncated shard", ValueError, r"model-00002-of-\d+\.safetensors is truncated or damaged"),
         ("absent tensor", ValueError, r"says that model-00001-of-\d+\.safetensors holds model\.layers\.9\.weight"),
         ("missing tensor", ValueError, r"not in the checkpoint.*model\.layers\.2\.mlp"),
+        ("tensor twice", ValueError, r"is in model-00001-of-\d+\.safetensors and in model-00002-of"),
+        ("unlisted tensor", ValueError, r"model-00001-of-\d+\.safetensors holds extra\.weight, which the index does"),
         ("outside", ValueError, r"names '\.\./model\.safetensors' as a weight file"),
         ("pickle", ValueError, r"pickle only \(pytorch_model\.bin\).*convert.*save_pretrained"),
         ("nothing", FileNotFoundError, r"no model\.safetensors"),
@@ -637,6 +644,30 @@ def test_damaged_sources(
     with pytest.raises(error, match=message):
         prune_checkpoint(source, tmp_path / "disk", config())
     assert not (tmp_path / "disk").exists()
+
+
+@pytest.mark.parametrize(
+    "elsewhere", ["../source/model.safetensors", "/etc/model.safetensors", "..\\model.safetensors"]
+)
+def test_an_index_that_leaves_its_folder_is_refused_before_anything_is_read(
+    elsewhere: str, tmp_path: Path, make_pruned: Any, source: Path, config: Any
+) -> None:
+    make_pruned().save_pretrained(tmp_path / "sparse", max_shard_size="40KB")
+    make_pruned(storage="dense").save_pretrained(tmp_path / "stored dense", max_shard_size="40KB")
+    for folder, settings in ((tmp_path / "sparse", {}), (tmp_path / "stored dense", {}), (source, config())):
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["model.norm.weight"] = elsewhere
+        path.write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="index.json names .* as a weight file"):
+            AutoModelForCausalLM.from_pretrained(folder, **({"sparsity_config": settings} if settings else {}))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, source: Path, config: Any) -> None:
+    sorted(source.glob("*.safetensors"))[1].chmod(0)
+    with pytest.raises(PermissionError, match="model-00002"):
+        prune_checkpoint(source, tmp_path / "disk", config())
 
 
 def test_weights_that_are_not_whole_are_named(tmp_path: Path, source: Path, config: Any) -> None:
@@ -660,6 +691,53 @@ def test_a_file_that_goes_away_meanwhile(
     monkeypatch.setattr(run_module, "check_run_space", remove)
     with pytest.raises(OSError, match=r"tensor model\.layers\.0\..* cannot be read"):
         prune_checkpoint(source, tmp_path / "disk", config())
+
+
+@pytest.mark.parametrize("where", ["config.json", "a block", "not a block"])
+def test_a_source_that_changes_meanwhile(
+    where: str, tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its size and its times put back."""
+    prune_checkpoint(source, tmp_path / "whole", config())
+    tensor = {"a block": "model.layers.4.mlp.up_proj.weight", "not a block": "model.norm.weight"}.get(where)
+    path = (
+        source / where if tensor is None else next(p for p in source.glob("*.safetensors") if tensor in load_file(p))
+    )
+    before, add_block = path.read_bytes(), Workspace.add_block
+
+    changed = before.replace(b'"silu"', b'"gelu"') if tensor is None else before[:-1] + bytes([before[-1] ^ 1])
+
+    def write(content: bytes) -> None:
+        times = path.stat()
+        with open(path, "r+b") as file:
+            file.write(content)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def add(work: Workspace, index: int, *arguments: Any) -> None:
+        add_block(work, index, *arguments)
+        if index == 2:
+            write(changed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "add_block", add)
+        with pytest.raises(OSError, match=f"{path.name} has changed since the run began"):
+            prune_checkpoint(source, tmp_path / "disk", config())
+    assert not (tmp_path / "disk" / "config.json").exists()
+    with pytest.raises(ValueError, match=rf"source\.{path.name}: was"):
+        prune_checkpoint(source, tmp_path / "disk", config())
+    write(before)
+    prune_checkpoint(source, tmp_path / "disk", config())
+    assert contents(tmp_path / "disk") == contents(tmp_path / "whole")
+
+
+def test_a_source_whose_times_alone_change_is_the_same(
+    tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = run_module.check_run_space
+    monkeypatch.setattr(
+        run_module, "check_run_space", lambda *given: ([os.utime(p) for p in source.iterdir()], original(*given))
+    )
+    prune_checkpoint(source, tmp_path / "disk", config())
 
 
 def test_sources_that_are_sparse_or_quantized(tmp_path: Path, source: Path, config: Any) -> None:
@@ -749,11 +827,19 @@ def test_saved_activations_are_read_back(limit: int | None, dtype: torch.dtype, 
     assert not Activations(2, limit, tmp_path).can_load(name, 3)
 
 
-def test_a_source_is_told_apart_by_its_weights(source: Path) -> None:
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "more/chat.jinja", ""])
+def test_a_source_is_told_apart_by_every_byte(name: str, tmp_path: Path, source: Path, config: Any) -> None:
+    """A finished checkpoint is not that of a source of which anything has changed, wherever in a file."""
+    (source / "more").mkdir()
+    (source / "more" / "chat.jinja").write_text("{{ messages }}")
+    prune_checkpoint(source, tmp_path / "disk", config("magnitude", dataset=None))
     before = find_weight_files(source).fingerprint()
     assert find_weight_files(source).fingerprint() == before
-    path = sorted(source.glob("*.safetensors"))[0]
+    path = source / name if name else sorted(source.glob("*.safetensors"))[1]
     content = bytearray(path.read_bytes())
-    content[-5] ^= 1
+    content[len(content) * 2 // 3] ^= 1
     path.write_bytes(content)
     assert find_weight_files(source).fingerprint() != before
+    if not name:
+        with pytest.raises(FileExistsError, match="another sparse checkpoint"):
+            prune_checkpoint(source, tmp_path / "disk", config("magnitude", dataset=None))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ..checkpoint import is_dense_record
+from ..checkpoint import commit_of, is_dense_record
 from ..checks import check_integer
 from ..config import DENSE_CONFIG_KEY, SparsityConfig
 from ..dataset import holds
@@ -74,18 +74,22 @@ def prune_checkpoint(
     _check_arguments(config, loading)
     with joined() as processes:
         processes.once(lambda: check_output(output, source))
+        commit = None if os.path.isdir(source) else processes.once(lambda: commit_of(source, **_hub(loading)))
+        if commit is not None:  # for as long as the run takes, whatever is pushed meanwhile
+            loading["revision"] = commit
         files = processes.once(lambda: find_weight_files(source, **_hub(loading)))  # one downloads them for all
         if not processes.is_main:
             files = find_weight_files(source, **_hub(loading))
         _check_dense(source, loading)
         job = {
-            "source_fingerprint": files.fingerprint(),
+            "source": processes.each(files.digests),
             "settings": settings_of(config),
             "dtype": str(dtype).removeprefix("torch."),
             "model_class": model_class.__name__,
+            "code_revision": loading.get("code_revision"),
         }
         how = {"output": os.path.basename(output), "resume": resume, "activation_memory": limit}
-        processes.agree({**job, **job["settings"], **how, "settings": None})
+        processes.agree({**job, **job["source"], **job["settings"], **how, "source": None, "settings": None})
         workspace = Workspace(output, job)
         run = CheckpointRun(source, config, workspace, files, processes, dtype, place, limit, model_class, loading)
         return run(resume)
@@ -112,6 +116,11 @@ def _check_arguments(config: SparsityConfig, loading: dict[str, Any]) -> None:
 
 def _check_dense(source: str | os.PathLike[str], loading: dict[str, Any]) -> None:
     values, _ = PreTrainedConfig.get_config_dict(source, **_hub(loading))
+    if values.get("transformers_weights") is not None:
+        raise ValueError(
+            f"the config of {source} names its own weight file ({values['transformers_weights']!r}), which cannot be "
+            f"read block by block; save it once as others are: from_pretrained, then save_pretrained"
+        )
     settings = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
     if settings is not None and not is_dense_record(settings):
         raise ValueError(

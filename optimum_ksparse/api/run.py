@@ -86,7 +86,11 @@ class CheckpointRun:
     def _begin(self, resume: bool) -> SparsityReport | None:
         """Opens the workspace; the report where this job is finished already."""
         self.workspace.lock()
-        finished = None if self.workspace.is_unfinished or not resume else _finished_report(self.workspace)
+        finished = (
+            None
+            if self.workspace.is_unfinished or not resume
+            else _finished_report(self.workspace, self.files.fingerprint())
+        )
         if finished is None:
             self.workspace.open(resume)
         return finished
@@ -96,6 +100,7 @@ class CheckpointRun:
         model, disk = open_checkpoint(
             self.source,
             self.model_class,
+            self.files,
             dtype=self.dtype,
             device=self.device,
             offload_folder=workspace.folder(f"offload-{processes.rank}"),
@@ -248,6 +253,7 @@ class CheckpointRun:
                     snapshot.originals = processes.gather(original.hidden.save(index + 1))
                 self.saved = time.perf_counter()
         peaks = processes.gather(peak_memory())
+        processes.each(lambda: disk.check_source(index))
 
         def note() -> None:
             prefix = disk.blocks.name_in_decoder(index, "")
@@ -271,7 +277,8 @@ class CheckpointRun:
         attach(model, record_settings(self.config))
         if self.loading.get("subfolder"):
             report.base_arguments = {"subfolder": self.loading["subfolder"]}
-        report.source_fingerprint = self.workspace.journal.job["source_fingerprint"]
+        self.files.check()
+        report.source_fingerprint = self.files.fingerprint()
         self._note_costs([peak_memory()])
         report.seconds = round(self.workspace.journal.seconds, 2)
         report.peak_memory_bytes = self.workspace.journal.peak_memory_bytes
@@ -288,7 +295,7 @@ class CheckpointRun:
         tokenizer.save_pretrained(folder)
 
 
-def _finished_report(workspace: Workspace) -> SparsityReport | None:
+def _finished_report(workspace: Workspace, fingerprint: str) -> SparsityReport | None:
     """The report of a checkpoint that the same job has made already; None where there is none.
 
     Raises:
@@ -300,7 +307,7 @@ def _finished_report(workspace: Workspace) -> SparsityReport | None:
     values, _ = PreTrainedConfig.get_config_dict(workspace.output)
     job = workspace.journal.job
     same_dtype = job["dtype"] in ("auto", values.get("dtype"))
-    if report.source_fingerprint == job["source_fingerprint"] and report.config == job["settings"] and same_dtype:
+    if report.source_fingerprint == fingerprint and report.config == job["settings"] and same_dtype:
         logger.warning(f"{workspace.output} holds what this call would make; resume=False makes it again.")
         return report
     raise FileExistsError(

@@ -26,10 +26,14 @@ def check_files(files: Iterable[str], modules: Mapping[str, SparseModule]) -> No
     headers: dict[str, tuple[list[int], str]] = {}
     for path in files:
         try:
-            with safe_open(path, framework="pt") as file:
+            with open(path, "rb"), safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
+                    if key in headers:
+                        raise ValueError(f"tensor {key} is in two files, one of them {os.path.basename(path)}")
                     view = file.get_slice(key)
                     headers[key] = (view.get_shape(), view.get_dtype())
+        except PermissionError:
+            raise
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{os.path.basename(path)} is truncated or damaged: {error}") from error
     # Only sparse layers have masks: the towers of a multimodal model may hold layers of the same names.

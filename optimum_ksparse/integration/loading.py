@@ -30,6 +30,7 @@ from ..execution import apply_settings
 from ..finetuning import MergeReport
 from ..pattern import Pattern
 from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, SparsityReport
+from ..streaming import check_index
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +58,8 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
                 _check_arguments(kwargs)
             else:
                 _check_agreement(config, recorded)
+        if config is not None or _is_sparse_folder(source, kwargs):
+            _check_index(source, kwargs)
         model, info = original(cls, source, *args, output_loading_info=True, **kwargs)
         # transformers does not keep it, and reports and cards name what a model was made from.
         model.hub_commit = _commit(source, kwargs)
@@ -147,6 +150,24 @@ def _recorded_config(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, 
             "prune the model that it was made from"
         )
     return SparsityConfig.from_dict(settings)
+
+
+def _is_sparse_folder(source: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a local folder's config says that its checkpoint is sparse; the client of the Hub has checks of its
+    own."""
+    if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
+        return False
+    try:
+        text = Path(source, kwargs.get("subfolder") or "", CONFIG_NAME).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False  # transformers says what is wrong with it
+    return QUANT_METHOD in text
+
+
+def _check_index(source: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses weight files outside the checkpoint's folder before transformers reads them."""
+    if isinstance(source, str | os.PathLike) and kwargs.get("gguf_file") is None:
+        check_index(source, kwargs.get("variant"), **_hub(kwargs))
 
 
 def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:

@@ -2,7 +2,7 @@
 workspace of a run, and the journal with which a run that was cut off goes on."""
 
 from .blocks import DiskBlocks, open_checkpoint
-from .files import WeightFiles, check_space, find_weight_files
+from .files import WeightFiles, check_index, check_space, find_weight_files
 from .journal import FinishedBlock, Journal, Snapshot
 from .workspace import Workspace, check_output
 
@@ -13,6 +13,7 @@ __all__ = [
     "Snapshot",
     "WeightFiles",
     "Workspace",
+    "check_index",
     "check_output",
     "check_space",
     "find_weight_files",

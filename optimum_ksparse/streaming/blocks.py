@@ -18,12 +18,13 @@ from ..calibration import DecoderBlocks, find_blocks
 from ..calibration.experts import find_stacks
 from ..checkpoint import check_loaded
 from ..memory import trim_heap
-from .files import check_space
+from .files import WeightFiles, check_space
 
 
 def open_checkpoint(
     source: str | os.PathLike[str],
     model_class: Any,
+    files: WeightFiles,
     *,
     dtype: Any,
     device: torch.device,
@@ -40,6 +41,7 @@ def open_checkpoint(
     Args:
         source: folder or Hub id.
         model_class: `AutoModelForCausalLM`, another Auto class, or a model's class.
+        files: of the checkpoint; that they stay as they are is checked whenever they are read.
         dtype: as in `from_pretrained`.
         device: where the blocks run.
         offload_folder: an empty folder, for as long as the model is used.
@@ -60,7 +62,8 @@ def open_checkpoint(
     model, _ = model_class.from_pretrained(
         source, device_map=_device_map(empty, device), offload_folder=offload_folder, **arguments
     )
-    return model, DiskBlocks(find_blocks(model), device, empty)
+    files.check()
+    return model, DiskBlocks(find_blocks(model), device, empty, files)
 
 
 def _device_map(blocks: DecoderBlocks, device: torch.device) -> dict[str, str]:
@@ -86,6 +89,7 @@ class DiskBlocks:
         blocks: the blocks, with accelerate's hooks, which are taken off.
         device: where a block is while it is in memory.
         empty: the same blocks on the meta device: their weights stand for those that are on the disk.
+        files: those of the checkpoint.
         prefetch: read the next block while this one is used; None does so where the device is no CPU.
 
     Attributes:
@@ -93,11 +97,16 @@ class DiskBlocks:
     """
 
     def __init__(
-        self, blocks: DecoderBlocks, device: torch.device, empty: DecoderBlocks, prefetch: bool | None = None
+        self,
+        blocks: DecoderBlocks,
+        device: torch.device,
+        empty: DecoderBlocks,
+        files: WeightFiles,
+        prefetch: bool | None = None,
     ) -> None:
         from accelerate.hooks import remove_hook_from_submodules
 
-        self.blocks, self.device = blocks, device
+        self.blocks, self.device, self._files = blocks, device, files
         self._prefetch = device.type != "cpu" if prefetch is None else prefetch
         self._offloaded = [_offloaded_weights(block) for block in blocks.blocks]
         self._shards: dict[int, Path] = {}
@@ -142,6 +151,11 @@ class DiskBlocks:
             _empty(modules.union(block.modules()))
             trim_heap()
 
+    def check_source(self, index: int) -> None:
+        """Raises OSError where what block `index` was read from is no longer what it was when the run began."""
+        if index not in self._shards:
+            self._files.check({path.name for path, _ in self._offloaded[index].values()})
+
     def state_dict(self, index: int) -> dict[str, torch.Tensor]:
         """State of block `index`, by the names in the model; within `resident`."""
         prefix = self.blocks.name_in_model(index, "")
@@ -160,6 +174,7 @@ class DiskBlocks:
         tensors: dict[str, torch.Tensor] = {}
         name = ""
         try:
+            self.check_source(index)
             if index in self._shards:
                 prefix = self.blocks.name_in_model(index, "")
                 with safe_open(self._shards[index], framework="pt") as file:

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint: found, downloaded where they are on the Hub, and checked by their headers."""
+"""The files of a checkpoint: found, downloaded from the Hub, checked by their headers, and known again."""
 
 from __future__ import annotations
 
@@ -6,74 +6,131 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
     cached_file,
+    extract_commit_hash,
 )
 
-# Pieces of a file that identify it, and how long each is: reading all of it would take as long as pruning begins.
-_PIECES, _PIECE_BYTES = 64, 16384
+from ..report import RESULTS_NAME
+
+# Files beside the weights that say what a model is: its config, its tokenizer, its code.
+_SUFFIXES = {".json", ".py", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".spm", ".vocab"}
+_PIECE_BYTES = 1 << 22
+_SHOWN_BYTES = 1 << 30  # reading less is done before anybody has read what a bar says
 
 
-@dataclass
 class WeightFiles:
-    """The weight files of a checkpoint, whole as far as their headers tell.
+    """The files of a checkpoint, whole as far as the headers of the weight files tell.
 
-    Attributes:
-        paths: of the files, by their names in the checkpoint.
-        num_bytes: of all of them.
+    Args:
+        paths: of the weight files, by their names in the checkpoint.
+        beside: of the others that say what the model is.
+        commit: of the repository on the Hub, which stands for the files beside the weights.
     """
 
-    paths: dict[str, Path]
+    def __init__(
+        self, paths: dict[str, Path], beside: dict[str, Path] | None = None, commit: str | None = None
+    ) -> None:
+        self.paths, self._beside, self._commit = paths, beside or {}, commit
+        self._digests: dict[str, str] = {}
+        self._read_as: dict[str, tuple[int, ...]] = {}
 
     @property
     def num_bytes(self) -> int:
+        """Of the weight files."""
         return sum(path.stat().st_size for path in self.paths.values())
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file, read to its end once, by its name; and the commit. `check` notices a file that was
+        written meanwhile."""
+        if not self._digests:
+            files = {**self._beside, **self.paths}
+            size = sum(path.stat().st_size for path in files.values())
+            bar = tqdm(None, "Reading the source", size, False, unit="B", unit_scale=True, disable=size < _SHOWN_BYTES)
+            with bar, ThreadPoolExecutor(_readers()) as pool:
+                self._read_as = {name: _state(path) for name, path in files.items()}
+                found = pool.map(lambda path: _sha256(path, bar), files.values())
+                self._digests = dict(zip(files, found, strict=True))
+            if self._commit is not None:
+                self._digests["commit"] = self._commit
+        return self._digests
+
     def fingerprint(self) -> str:
-        """Tells whether the files are those of an earlier run: SHA-256 of names, sizes, headers and pieces spread over
-        the weights."""
-        digest = hashlib.sha256()
-        for name, path in sorted(self.paths.items()):
-            size = path.stat().st_size
-            digest.update(f"{name} {size}\n".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
-                for piece in range(_PIECES):
-                    file.seek(piece * max(0, size - _PIECE_BYTES) // (_PIECES - 1))
-                    digest.update(file.read(_PIECE_BYTES))
-        return digest.hexdigest()
+        """SHA-256 of `digests`: tells whether the files are those of an earlier run."""
+        return hashlib.sha256(json.dumps(self.digests(), sort_keys=True).encode()).hexdigest()
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raises OSError where a file of these names, or any file, is no longer what `digests` has read. One whose
+        times alone have changed is read again."""
+        for name in self._read_as if names is None else names:
+            path = self.paths.get(name, self._beside.get(name))
+            if path is None or name not in self._read_as:
+                continue
+            now = _state(path)
+            if now != self._read_as[name]:
+                if _sha256(path) != self._digests[name]:
+                    raise OSError(
+                        f"{path} has changed since the run began: let it be what it was and call again, or start over "
+                        "with resume=False"
+                    )
+                self._read_as[name] = now
+
+
+def _readers() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes with the content of a file: its time of change too, which no copying program sets back."""
+    now = path.stat()
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
+def _sha256(path: Path, bar: Any = None) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+            if bar is not None:
+                bar.update(len(piece))
+    return digest.hexdigest()
 
 
 def find_weight_files(source: str | os.PathLike[str], **hub_arguments: Any) -> WeightFiles:
-    """The weight files of a local folder, or of a repository on the Hub, from which they are downloaded.
+    """The weight files of a local folder, or of a repository on the Hub, from which they are downloaded; and the files
+    beside them.
 
     Raises:
         FileNotFoundError: there are none, or the index names one that is missing.
-        ValueError: there are pickle files only; a file is truncated or damaged; the index names a tensor that its file
-            does not hold.
+        PermissionError: one may not be read.
+        ValueError: there are pickle files only; a file is truncated or damaged; the index and the files do not hold
+            the same tensors, each of them once.
     """
 
     def find(name: str) -> str | None:
         return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
 
-    single, index = find(SAFE_WEIGHTS_NAME), None
-    if single is not None:
-        files = WeightFiles({SAFE_WEIGHTS_NAME: Path(single)})
+    found, index = find(SAFE_WEIGHTS_NAME), None
+    if found is not None:
+        paths: dict[str, str | None] = {SAFE_WEIGHTS_NAME: found}
     else:
         index_path = find(SAFE_WEIGHTS_INDEX_NAME)
         if index_path is None:
             raise _no_weights(source, pickled=find(WEIGHTS_NAME) is not None or find(WEIGHTS_INDEX_NAME) is not None)
-        index = _read_index(Path(index_path))
+        index = read_index(Path(index_path))
         paths = {name: find(name) for name in sorted(set(index.values()))}
         missing = [name for name, path in paths.items() if path is None]
         if missing:
@@ -82,9 +139,22 @@ def find_weight_files(source: str | os.PathLike[str], **hub_arguments: Any) -> W
                 + (f" ({len(missing)} files are missing)" if len(missing) > 1 else "")
                 + "; download or copy the checkpoint again"
             )
-        files = WeightFiles({name: Path(path) for name, path in paths.items() if path is not None})
-    _check_headers(files, index)
-    return files
+    there = {name: Path(path) for name, path in paths.items() if path is not None}
+    _check_headers(there, index)
+    if os.path.isdir(source):
+        return WeightFiles(there, _files_beside(Path(source, hub_arguments.get("subfolder") or "")))
+    return WeightFiles(there, commit=extract_commit_hash(str(next(iter(there.values()))), None))
+
+
+def _files_beside(folder: Path) -> dict[str, Path]:
+    """Files of a folder, and of those in it, that say what a model is; none that is hidden, and no results of ours."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.suffix in _SUFFIXES and path.is_file() and path.name != RESULTS_NAME and not hidden:
+            found[name.as_posix()] = path
+    return found
 
 
 def _no_weights(source: str | os.PathLike[str], pickled: bool) -> Exception:
@@ -97,33 +167,73 @@ def _no_weights(source: str | os.PathLike[str], pickled: bool) -> Exception:
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor → file. Names that leave the folder are not followed."""
+def check_index(source: str | os.PathLike[str], variant: str | None = None, **hub_arguments: Any) -> None:
+    """Raises ValueError where the index of the weight files, if there is one, is damaged or names files elsewhere."""
+    ending = "" if variant is None else f".{variant}"
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        stem = name.removesuffix(".json")
+        path = cached_file(
+            source, f"{stem}{ending}.json", _raise_exceptions_for_missing_entries=False, **hub_arguments
+        )
+        if path is not None:
+            read_index(Path(path), (".safetensors", ".bin"))
+
+
+def read_index(path: Path, endings: tuple[str, ...] = (".safetensors",)) -> dict[str, str]:
+    """Tensor → file. Names that leave the folder are not followed.
+
+    Raises:
+        ValueError: it is no index, or names files elsewhere, or of other endings.
+    """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = {str(tensor): str(file) for tensor, file in index.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name} is damaged: {type(error).__name__}: {error}") from None
-    outside = [file for file in names.values() if os.path.basename(file) != file or not file.endswith(".safetensors")]
-    if outside or not names:
-        raise ValueError(f"{path.name} names {outside[0]!r} as a weight file" if outside else f"{path.name} is empty")
+    outside = [file for file in names.values() if re.search(r"[/\\]", file) or not file.endswith(endings)]
+    if outside:
+        raise ValueError(
+            f"{path.name} names {outside[0]!r} as a weight file; allowed: files beside it that end in "
+            f"{' or '.join(endings)}"
+        )
+    if not names:
+        raise ValueError(f"{path.name} is empty")
     return names
 
 
-def _check_headers(files: WeightFiles, index: dict[str, str] | None) -> None:
-    for name, path in files.paths.items():
+def _check_headers(paths: dict[str, Path], index: dict[str, str] | None) -> None:
+    holders: dict[str, str] = {}
+    for name, path in paths.items():
         try:
-            with safe_open(path, framework="pt") as file:
-                found = set(file.keys())
+            with open(path, "rb"), safe_open(path, framework="pt") as file:
+                found = list(file.keys())
+        except PermissionError:
+            raise
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{name} is truncated or damaged: {error}; download or copy it again") from error
-        absent = sorted(tensor for tensor, where in (index or {}).items() if where == name and tensor not in found)
+        for tensor in found:
+            if holders.setdefault(tensor, name) != name:
+                raise ValueError(
+                    f"{tensor} is in {holders[tensor]} and in {name}, and which of the two counts cannot be told: "
+                    "download or copy the checkpoint again, or save it anew"
+                )
+    if index is None:
+        return
+    for name in paths:
+        absent = sorted(tensor for tensor, where in index.items() if where == name and holders.get(tensor) != name)
         if absent:
             raise ValueError(
                 f"the index says that {name} holds {absent[0]}, which it does not"
                 + (f" (nor {len(absent) - 1} more)" if len(absent) > 1 else "")
                 + "; download or copy the checkpoint again"
             )
+    unknown = sorted(holders.keys() - index.keys())
+    if unknown:
+        raise ValueError(
+            f"{holders[unknown[0]]} holds {unknown[0]}, which the index does not name"
+            + (f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else "")
+            + "; download or copy the checkpoint again"
+        )
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
