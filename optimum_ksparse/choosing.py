@@ -21,7 +21,7 @@ from .config import SparsityConfig
 from .distributed import Processes
 from .nn import dense_weight
 from .pattern import Pattern
-from .pruning import Replaced, prune_one_block
+from .pruning import Replaced, check_replay, prune_one_block
 from .reconstruction import OutputLoss, held_out
 from .report import MethodChoice, Trial
 from .targets import Layer
@@ -64,7 +64,8 @@ def choose_method(
     """
     began = time.perf_counter()
     processes = Processes() if processes is None else processes
-    if min(processes.gather(len(replay.hidden))) < 2:
+    check_replay(blocks, targets, config, replay)
+    if min(processes.gather(len(set(replay.batches)))) < 2:
         raise ValueError(
             "method='auto' compares methods on calibration samples that none of them has seen, and there is a single "
             f"batch of them in a process (num_samples={config.num_samples}): use more, or name a method"
@@ -116,7 +117,7 @@ class _Trials:
         self.blocks, self.index, self.targets, self.config = blocks, index, targets[index], config
         self.processes, self.patterns, self.began = processes, patterns, began
         number = len(replay.hidden)
-        judged = held_out(number)
+        judged = held_out(replay.batches)
         seen = [batch for batch in range(number) if batch not in judged] or judged
         self.parts = {name: replay.part(batches, name) for name, batches in {"seen": seen, "judged": judged}.items()}
         self.dense = {name: part.fork(f"{name}-dense") for name, part in self.parts.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -207,7 +207,7 @@ class OutputLoss:
     def __init__(
         self, index: int, block: nn.Module, replay: BlockReplay, targets: Activations, processes: Processes
     ) -> None:
-        self.index, self.processes, self.targets = index, processes, targets
+        self.index, self.processes, self.targets, self.batches = index, processes, targets, replay.batches
         self._block, self._replay = block, replay
         # Some keep the hidden states in float32 (Mamba).
         self._low = any(
@@ -229,7 +229,7 @@ class OutputLoss:
     def of(self, batch: int) -> torch.Tensor:
         """Of one batch, float32."""
         with self._precision(), _norms_in_float32(self._block):
-            output = self._replay.output(self.index, self._block, batch, autocast=False)
+            output = self._replay.output(self.index, self._block, batch, in_dtype=False)
         target = self.targets[batch]
         error = (output.float() - target.float()) * _cut(target, self._limit)
         return (error.square() / self._energy).mean()
@@ -255,9 +255,8 @@ class _Problem:
 
     def __init__(self, loss: OutputLoss) -> None:
         self.loss, self.processes = loss, loss.processes
-        number = len(loss.targets)
-        self._held_out = held_out(number)
-        self._batches = [batch for batch in range(number) if batch not in self._held_out] or self._held_out
+        self._held_out = held_out(loss.batches)
+        self._batches = [batch for batch in range(len(loss.targets)) if batch not in self._held_out] or self._held_out
         self.holds_out = any(self.processes.gather(self._batches != self._held_out))
         tokens = loss.targets[0].shape[:-1].numel()
         self._per_step = max(1, min(len(self._batches), _STEP_TOKENS // tokens))
@@ -283,9 +282,16 @@ class _Problem:
         return self.loss.mean(self._held_out)
 
 
-def held_out(number: int) -> list[int]:
-    """Which of `number` batches are held out; of one alone, that one, which then is not."""
-    return list(range(HELD_OUT - 1, number, HELD_OUT)) or [number - 1]
+def held_out(batches: Sequence[int]) -> list[int]:
+    """Which of some activations are held out: all those of every eighth batch. Of one batch alone, that one, which
+    then is not.
+
+    Args:
+        batches: of each activation, the number of its batch.
+    """
+    numbers = list(dict.fromkeys(batches))
+    chosen = numbers[HELD_OUT - 1 :: HELD_OUT] or numbers[-1:]
+    return [index for index, batch in enumerate(batches) if batch in chosen]
 
 
 def _cut(target: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from .config import AUTO, SparsityConfig
 from .distributed import Processes
 from .nn import dense_weight
 from .pattern import Pattern
-from .pruning import collect_statistics, each_block
+from .pruning import check_replay, collect_statistics, each_block
 from .statistics import ColumnNorms
 from .targets import Layer
 
@@ -49,6 +49,7 @@ def measure_allocation(
         ConnectionError: another process has stopped.
     """
     processes = Processes() if processes is None else processes
+    check_replay(blocks, targets, config, replay)
     tokens = sum(processes.gather(replay.tokens.numel()))
 
     def step(index: int, block: nn.Module) -> list[LayerMeasure]:

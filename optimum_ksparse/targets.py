@@ -64,7 +64,7 @@ def find_targets(
                 )
         targets.append(layers)
     if not any(targets):
-        found = f"{len(blocks.blocks)} x {type(blocks.blocks[0]).__name__} in {blocks.list_name}"
+        found = f"{len(blocks.blocks)} x {type(blocks.blocks[0]).__name__} in {', '.join(blocks.list_names)}"
         raise ValueError(
             f"there is no linear map to prune in {found}" + (f", {len(skipped)} are left out" if skipped else "")
         )
@@ -140,15 +140,14 @@ def _with_random_weights(linear: nn.Module) -> nn.Module:
 def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
     """Raises ValueError for a name that leaves nothing dense: most likely it is misspelt. What is outside the blocks
     (the output head) is dense anyway and may be named."""
-    prunable = set()
+    prunable: dict[str, str] = {}  # path in the model → path in its block
     for index, block in enumerate(blocks.blocks):
         linears = [name for name, module in block.named_modules() if is_linear_map(module)]
-        prunable |= {blocks.name_in_model(index, name) for name in (*linears, *find_stacks(block))}
-    inside = blocks.name_in_model(0, "").removesuffix("0.")
-    outside = {name for name, _ in blocks.model.named_modules() if not f"{name}.".startswith(inside)}
+        prunable |= {blocks.name_in_model(index, name): name for name in (*linears, *find_stacks(block))}
+    outside = {name for name, _ in blocks.model.named_modules() if not f"{name}.".startswith(blocks.prefixes)}
     for name in names or []:
-        if all(should_convert_module(module, [name]) for module in prunable | outside):
-            kinds = sorted({module.removeprefix(inside).split(".", 1)[1] for module in prunable})
+        if all(should_convert_module(module, [name]) for module in {*prunable, *outside}):
+            kinds = sorted(set(prunable.values()))
             raise ValueError(f"modules_to_not_convert: {name!r} matches nothing; the blocks hold {', '.join(kinds)}")
 
 

@@ -71,6 +71,9 @@ class DiskReplays:
         # A snapshot holds hidden states alone.
         processes, snapshot = self.processes, None if replay.has_states else self.workspace.journal.snapshot
         done, at = len(self.workspace.journal.blocks), 0
+        if not replay.in_line:
+            replay.enter(done)
+            return
         # Another number of processes has other files.
         saved = [] if snapshot is None else files(snapshot)
         mine = saved[processes.rank] if len(saved) == processes.size else None

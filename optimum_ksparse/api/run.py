@@ -167,7 +167,7 @@ class CheckpointRun:
         replay = original = None
         if replays is not None and len(done) < len(disk.blocks.blocks):
             replay = replays.start()
-            if needs_original(config):
+            if needs_original(config, replay):
                 original = replay.fork("original")
                 replays.catch_up(original, lambda snapshot: snapshot.originals)
             if config.activations == "dense":
@@ -244,7 +244,7 @@ class CheckpointRun:
     ) -> None:
         workspace, processes = self.workspace, self.processes
         snapshot = None
-        if replay is not None and index + 1 < len(disk.blocks.blocks):
+        if replay is not None and not replay.has_states and index + 1 < len(disk.blocks.blocks):
             due = time.perf_counter() - self.saved > _SNAPSHOT_SECONDS
             # Files that the next block would write over are saved with every block.
             if any(processes.gather(replay.hidden.in_files or due)):
@@ -256,7 +256,7 @@ class CheckpointRun:
         processes.each(lambda: disk.check_source(index))
 
         def note() -> None:
-            prefix = disk.blocks.name_in_decoder(index, "")
+            prefix = f"{disk.blocks.name_in_decoder(index)}."
             layers = {name: layer for name, layer in layer_records(model).items() if name.startswith(prefix)}
             workspace.add_block(index, disk.state_dict(index), layers, pruned)
             if snapshot is not None:

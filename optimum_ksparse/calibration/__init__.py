@@ -1,10 +1,11 @@
 """Calibration: text → token blocks; finding a model's decoder blocks; running tokens through one block at a time."""
 
 from .activations import Activations
-from .blocks import DecoderBlocks, decoder_of, evaluation_mode, find_blocks
+from .blocks import DecoderBlocks, decoder_of, find_blocks
 from .experts import ExpertStack, eager_experts, use_eager_experts
 from .reading import find_read
 from .replay import BlockReplay, always_there
+from .running import evaluation_mode
 from .tokenizer import read_tokenizer
 from .tokens import CalibrationTokens, calibration_tokens, prepends_bos
 

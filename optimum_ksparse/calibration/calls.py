@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,10 @@ class Call:
         if self.hidden_name is None:
             return block(hidden, *self.args, **self.kwargs)
         return block(*self.args, **{self.hidden_name: hidden}, **self.kwargs)
+
+    def pooled(self, pool: Pool) -> Call:
+        """The same call with tensors of the pool in the place of equal ones."""
+        return Call(pool.share(self.args), pool.share(self.kwargs), self.hidden_name)
 
     def has_state(self) -> bool:
         """Whether this call, which no block has had yet, holds what blocks write into and later ones read from: keys
@@ -64,7 +68,15 @@ class Pool:
         return value
 
 
-def hidden_name_of(kwargs: dict[str, Any]) -> str:
+def split_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, Call]:
+    """The hidden states that a block is called with, and everything else."""
+    values, named = list(args), dict(kwargs)
+    name = None if values else _hidden_name(named)
+    hidden = values.pop(0) if name is None else named.pop(name)
+    return hidden, Call(values, named, name)
+
+
+def _hidden_name(kwargs: dict[str, Any]) -> str:
     """The keyword of the hidden states [batch, seq_len, hidden]: the one of that name, or the first that looks like
     them."""
     if "hidden_states" in kwargs:

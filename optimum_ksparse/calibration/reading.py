@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ..nn import is_linear_map
-from .blocks import DecoderBlocks, evaluation_mode
-from .replay import always_there, replaced_forward, run_decoder
+from .blocks import DecoderBlocks
+from .replay import always_there
+from .running import evaluation_mode, replaced_forward, run_decoder
 
 _TOKENS = 8
 

@@ -8,7 +8,6 @@ hand the hidden states on. It is then replayed as it was.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,8 +19,10 @@ from torch import nn
 from ..statistics import ColumnNorms
 from .activations import Activations
 from .blocks import DecoderBlocks
-from .calls import Call, Pool, hidden_name_of
+from .calls import Call, Pool, split_call
 from .experts import ExpertMatrix, observed_matrices
+from .probe import autocast, hidden_of, probe
+from .running import device_of, replaced_forward, run_decoder
 
 Layer = nn.Module | ExpertMatrix
 
@@ -48,8 +49,11 @@ class BlockReplay:
         dtype: of the matrix products in the blocks, by autocast; None: that of the weights.
 
     Attributes:
-        hidden: input of the current block for each batch, [batch, seq_len, hidden].
-        has_states: whether blocks share more than these, so that none can be run without those before it.
+        hidden: input of the current block for each batch, [batch, seq_len, hidden], or for each call with a batch.
+        batches: the number of the batch that each of these is of.
+        in_line: whether the model runs its blocks one after another, each once at most. Where it does not, the inputs
+            of a block are those of all its calls, and come from a run of the whole model as it then is.
+        has_states: whether blocks share more than hidden states, so that none can be run without those before it.
     """
 
     def __init__(
@@ -67,68 +71,34 @@ class BlockReplay:
         self.hidden = Activations(-(-len(tokens) // batch_size)) if hidden is None else hidden
         # calls[block][batch]
         self._calls: list[list[Call]] = [[] for _ in decoder_blocks.blocks]
-        self._capture(self._probe())
-        self.has_states = any(call.has_state() for calls in self._calls for call in calls)
-
-    def _probe(self) -> list[tuple[Any, ...] | None]:
-        """Runs one sample through the dense model, to learn what each block returns beside the hidden states (None:
-        nothing but them) and to stop before any weight is touched where the model overflows."""
-        rests: list[tuple[Any, ...] | None] = [None] * len(self._decoder_blocks.blocks)
-
-        def checked(index: int) -> Callable[..., Any]:
-            block = self._decoder_blocks.blocks[index]
-            original = block.forward
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                with self._resident(index), self._autocast(_device_of(block)):
-                    output = original(*args, **kwargs)
-                    self._check_output(index, block, _hidden_of(output))
-                rests[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
-                return output
-
-            return forward
-
-        with replaced_forward(self._decoder_blocks.blocks, checked):
-            run_decoder(self._decoder_blocks.decoder, self.tokens[:1])
-        return rests
-
-    def _check_output(self, index: int, block: nn.Module, hidden: Any) -> None:
-        name = f"{self._decoder_blocks.list_name}.{index}"
-        if not isinstance(hidden, torch.Tensor):
-            raise TypeError(f"block {name} ({type(block).__name__}) returns {type(hidden).__name__}, not a tensor")
-        if bool(hidden.isfinite().all()):
-            return
-        for path, parameter in block.named_parameters():
-            if parameter.device.type != "meta" and not bool(parameter.isfinite().all()):
-                raise ValueError(f"{name}.{path} holds NaN or Inf; prune a checkpoint whose weights are whole")
-        if self.dtype is torch.float16:
-            raise ValueError(
-                f"block {name} gives NaN or Inf with calibration_dtype='float16': take 'bfloat16', or leave it out"
-            )
-        raise ValueError(
-            f"block {name} gives NaN or Inf in {hidden.dtype} on the calibration data: the model cannot "
-            "be calibrated as it is; look at its weights, or load it in float32 or bfloat16"
-        )
+        found = probe(decoder_blocks, tokens[:1], resident, dtype)
+        self._times, self.in_line, self._reruns = found.times, found.in_line, not found.in_line
+        self.batches = list(range(self.hidden.num_batches))
+        self._empty = self.hidden
+        if found.in_line:
+            self._capture(found.rests)
+        else:
+            self.enter(0)
+        self.has_states = not found.in_line or any(call.has_state() for calls in self._calls for call in calls)
 
     def _capture(self, rests: list[tuple[Any, ...] | None]) -> None:
         """Records the arguments of every block for every batch, and the first block's hidden states."""
         pool = Pool()
-        last: list[torch.Tensor] = []
+        last: list[torch.Tensor] = []  # the hidden states of a batch, once its first block has been called
 
         def stand_in(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                values, named = list(args), dict(kwargs)
-                name = None if args else hidden_name_of(named)
-                hidden = values.pop(0) if name is None else named.pop(name)
-                if index == 0:
+                hidden, call = split_call(args, kwargs)
+                if not last:
                     self.hidden.append(hidden)
-                    last[:] = [hidden]
                 elif hidden is not last[0] and not torch.equal(hidden, last[0]):
                     raise ValueError(
-                        f"{type(self._decoder_blocks.decoder).__name__} changes the hidden states between blocks "
-                        f"{index - 1} and {index}, so its blocks cannot be calibrated one at a time"
+                        f"{type(self._decoder_blocks.decoder).__name__} changes the hidden states before block "
+                        f"{self._decoder_blocks.name_in_decoder(index)} for some samples and not for others, so its "
+                        "blocks cannot be calibrated one at a time"
                     )
-                self._calls[index].append(Call(pool.share(values), pool.share(named), name))
+                last[:] = [hidden]
+                self._calls[index].append(call.pooled(pool))
                 rest = rests[index]
                 return hidden if rest is None else (hidden, *rest)
 
@@ -136,30 +106,78 @@ class BlockReplay:
 
         with replaced_forward(self._decoder_blocks.blocks, stand_in):
             for batch in self.tokens.split(self.batch_size):
+                last.clear()
                 run_decoder(self._decoder_blocks.decoder, batch)
+
+    def enter(self, index: int, there: int | None = None) -> None:
+        """Where the blocks are not `in_line`: runs the whole model as it is now, and takes what block `index` is
+        called with, each time. The block `there` is in memory already.
+
+        Raises:
+            ValueError: the block is handed keys and values, or other states, that calls write into.
+        """
+        blocks, pool = self._decoder_blocks.blocks, Pool()
+        hidden_states = self._empty.sibling("calls", self._times[index] * self._empty.num_batches)
+        calls: list[Call] = []
+        batches: list[int] = []
+
+        def watched(number: int) -> Callable[..., Any]:
+            block, original = blocks[number], blocks[number].forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if number == index:
+                    hidden, call = split_call(args, kwargs)
+                    if call.has_state():
+                        name = self._decoder_blocks.name_in_decoder(index)
+                        raise ValueError(f"{name} shares states with other calls: its blocks cannot be calibrated")
+                    hidden_states.append(hidden.clone())  # a block may write into its input
+                    calls.append(call.pooled(pool))
+                here = always_there if number == there else self._resident
+                with here(number), autocast(device_of(block), self.dtype):
+                    return original(*args, **kwargs)
+
+            return forward
+
+        with replaced_forward(blocks, watched):
+            for batch, tokens in enumerate(self.tokens.split(self.batch_size)):
+                run_decoder(self._decoder_blocks.decoder, tokens)
+                batches += [batch] * (len(calls) - len(batches))
+        self._calls = [calls if number == index else [] for number in range(len(blocks))]
+        self.hidden, self.batches = hidden_states, batches
+
+    def times(self, index: int) -> int:
+        """How often the model calls block `index` with a batch."""
+        return self._times[index]
 
     def outputs(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Runs every batch through `block`, the one at `index`, and yields its hidden states."""
         return (self.output(index, block, batch) for batch in range(len(self._calls[index])))
 
-    def output(self, index: int, block: nn.Module, batch: int, *, autocast: bool = True) -> torch.Tensor:
+    def output(self, index: int, block: nn.Module, batch: int, *, in_dtype: bool = True) -> torch.Tensor:
         """Runs one batch through `block`, the one at `index`: its hidden states [batch, seq_len, hidden]. Products are
-        in `dtype`; without `autocast` in what the caller has set."""
+        in `dtype`; without `in_dtype` in what the caller has set."""
         hidden = self.hidden[batch]
-        with self._autocast(hidden.device) if autocast else nullcontext():
-            output: torch.Tensor = _hidden_of(self._calls[index][batch].run(block, hidden))
+        with autocast(hidden.device, self.dtype if in_dtype else None):
+            output: torch.Tensor = hidden_of(self._calls[index][batch].run(block, hidden))
         return output
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
+    @property
+    def num_rows(self) -> int:
+        """Rows that all calls of the current block bring: as many as there are tokens, for each call with them."""
+        return self.tokens.numel() * len(self.batches) // len(set(self.batches))
 
     def advance(
         self, index: int, block: nn.Module, seen: Callable[[torch.Tensor, torch.Tensor], None] | None = None
     ) -> None:
-        """Makes the outputs of the block at `index` the inputs of the next one. Its arguments are dropped. `seen` is
-        given the hidden states of each batch before and after the block, those positions that count in statistics."""
-        self.hidden.replace(self.outputs(index, block) if seen is None else self._seen(index, block, seen))
-        self._calls[index].clear()
+        """Makes the outputs of the block at `index`, which is resident, the inputs of the next one. Its arguments are
+        dropped. `seen` is given the hidden states of each batch before and after the block, those positions that count
+        in statistics; only where the blocks are `in_line`."""
+        if self._reruns:
+            if index + 1 < len(self._calls):
+                self.enter(index + 1, index)
+        elif self._calls[index]:  # text may pass a block by
+            self.hidden.replace(self.outputs(index, block) if seen is None else self._seen(index, block, seen))
+        self._calls[index] = []
 
     def _seen(
         self, index: int, block: nn.Module, seen: Callable[[torch.Tensor, torch.Tensor], None]
@@ -176,8 +194,10 @@ class BlockReplay:
         self._calls = other._calls
 
     def part(self, batches: Sequence[int], name: str) -> BlockReplay:
-        """Another one at the same place, of some of the batches; where they are in files, under that name."""
+        """Another one at the same place, of some of the batches; where they are in files, under that name. Where the
+        blocks are not `in_line` it ends with the outputs of this block."""
         other = copy.copy(self)
+        other._reruns, other.batches = False, [self.batches[batch] for batch in batches]
         other.hidden = self.hidden.sibling(name, len(batches))
         for batch in batches:
             other.hidden.append(self.hidden[batch])
@@ -186,7 +206,8 @@ class BlockReplay:
             [calls[batch].with_own_states(own) for batch, own in zip(batches, copies, strict=True)] if calls else []
             for calls in self._calls
         ]
-        other.tokens = torch.cat([self.tokens.split(self.batch_size)[batch] for batch in batches])
+        tokens = dict(zip(dict.fromkeys(self.batches), self.tokens.split(self.batch_size), strict=True))
+        other.tokens = torch.cat([tokens[batch] for batch in dict.fromkeys(other.batches)])
         return other
 
     def fork(self, name: str = "fork") -> BlockReplay:
@@ -282,7 +303,7 @@ class BlockReplay:
         with (
             _hooks(modules, record),
             observed_matrices(matrices, record) if matrices else nullcontext(),
-            self._autocast(self.hidden.device),
+            autocast(self.hidden.device, self.dtype),
         ):
             for batch in batches:
                 hidden, call = self.hidden[batch], self._calls[index][batch]
@@ -306,22 +327,6 @@ class BlockReplay:
         return x
 
 
-def run_decoder(decoder: nn.Module, tokens: torch.Tensor) -> None:
-    """Calls a decoder with token ids [batch, seq_len], without a cache."""
-    parameters = inspect.signature(decoder.forward).parameters
-    use_cache = {"use_cache": False} if "use_cache" in parameters or "kwargs" in parameters else {}
-    decoder(input_ids=tokens.to(_device_of(decoder)), **use_cache)
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """Where a module runs, as far as its weights tell."""
-    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
-
-
-def _hidden_of(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple | list) else output
-
-
 @contextmanager
 def _hooks(layers: Mapping[str, nn.Module], make: Callable[[str], Callable[..., None]]) -> Iterator[None]:
     handles = [layer.register_forward_pre_hook(make(name)) for name, layer in layers.items()]
@@ -330,20 +335,3 @@ def _hooks(layers: Mapping[str, nn.Module], make: Callable[[str], Callable[..., 
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def replaced_forward(blocks: list[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Gives each block the forward `make(index)`; hooks of accelerate, which live in the same place, come back
-    after."""
-    own = [vars(block).get("forward") for block in blocks]
-    for index, block in enumerate(blocks):
-        block.forward = make(index)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward

@@ -60,9 +60,9 @@ def check_files(files: Iterable[str], modules: Mapping[str, SparseModule]) -> No
 def check_loaded(blocks: DecoderBlocks, info: Mapping[str, Any]) -> None:
     """Raises ValueError where weights of the decoder blocks were not in the checkpoint and are random; `info` is what
     `from_pretrained` gives with `output_loading_info=True`."""
-    prefix = blocks.name_in_model(0, "").removesuffix("0.")
-    missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
-    missing += sorted(str(name) for name in info.get("mismatched_keys", ()) if prefix in str(name))
+    inside = blocks.prefixes
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(inside))
+    missing += sorted(str(name) for name in info.get("mismatched_keys", ()) if any(p in str(name) for p in inside))
     if missing:
         raise ValueError(
             f"{len(missing)} weights of the decoder of {type(blocks.model).__name__} are not in the checkpoint and "

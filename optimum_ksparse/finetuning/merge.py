@@ -101,6 +101,11 @@ def merge_adapter(
             with evaluation_mode(model), torch.no_grad():
                 blocks = find_blocks(model)
                 replay = None if data is None else BlockReplay(blocks, data.ids, batch_size)
+                if replay is not None and not replay.in_line:
+                    raise ValueError(
+                        f"{type(model).__name__} does not run its blocks one after another, which merging with a "
+                        "dataset needs: take method='masked' without one"
+                    )
                 report.layers = merge_blocks(blocks, names, replay, settings)
             tied = _is_tied(model)
             report.dense_layers = _merge_dense(model, names, undo)

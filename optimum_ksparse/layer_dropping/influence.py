@@ -39,6 +39,11 @@ def measure_drop(
         ConnectionError: another process has stopped.
     """
     processes = Processes() if processes is None else processes
+    if not replay.in_line:
+        raise ValueError(
+            f"drop_layers: blocks of {type(blocks.model).__name__} cannot be dropped: it does not run them one after "
+            "another, each once; leave drop_layers out"
+        )
     tokens = sum(processes.gather(replay.tokens.numel()))
 
     def step(index: int, block: nn.Module) -> list[float]:
@@ -48,7 +53,7 @@ def measure_drop(
         # An exact sum, so that it does not matter which process had which batch.
         score = math.fsum(total for total, _ in everyone) / sum(count for _, count in everyone)
         if not math.isfinite(score):
-            name = blocks.name_in_decoder(index, "").removesuffix(".")
+            name = blocks.name_in_decoder(index)
             raise ValueError(f"{name}: its hidden states hold NaN or Inf; load the model in float32 or bfloat16")
         return [score]
 

@@ -36,6 +36,8 @@ def check_drop(blocks: DecoderBlocks, number: int, left_dense: Sequence[str] | N
             f"modules_to_not_convert: {numbered!r} names a block by its number, and drop_layers gives blocks other "
             "numbers: name layers without one, or drop the blocks first and prune the model that is left"
         )
+    if len(blocks.list_names) > 1:
+        raise _refusal(blocks, f"it has several stacks of blocks ({', '.join(blocks.list_names)})")
     total = len(blocks.blocks)
     if not 1 <= number < total:
         raise ValueError(
@@ -64,10 +66,12 @@ def drop_blocks(blocks: DecoderBlocks, dropped: Sequence[int]) -> Callable[[], N
     changes, attributes = _plan(blocks, kept)
     model, undo = blocks.model, ExitStack()
     total = len(blocks.blocks)
-    modules = blocks.decoder.get_submodule(blocks.list_name)
+    modules = blocks.decoder.get_submodule(blocks.list_names[0])
     undo.callback(_replace_modules, modules, list(blocks.blocks))
     undo.callback(blocks.blocks.__setitem__, slice(None), list(blocks.blocks))
     blocks.blocks[:] = [blocks.blocks[index] for index in kept]
+    undo.callback(blocks.paths.__setitem__, slice(None), list(blocks.paths))
+    del blocks.paths[len(kept) :]
     _replace_modules(modules, blocks.blocks)
     for config in _text_configs(model, total):
         for name, value in changes.items():
@@ -88,7 +92,7 @@ def _plan(blocks: DecoderBlocks, kept: list[int]) -> tuple[dict[str, Any], list[
         before, after = _skeleton(model, {}), _skeleton(model, changes)
     except (TypeError, ValueError, KeyError, IndexError, StrictDataclassError) as error:
         raise _refusal(blocks, f"no config of {len(kept)} blocks can be made of its own: {error}") from error
-    prefix = blocks.name_in_model(0, "").removesuffix("0.")
+    prefix = blocks.prefixes[0]
     attributes = list(_outside(blocks, before, after, prefix))
     for new, old in enumerate(kept):
         pair = (before.get_submodule(f"{prefix}{old}"), after.get_submodule(f"{prefix}{new}"))
@@ -131,7 +135,7 @@ def _inside(
     other one that depends on its place would make another block of it."""
     old, new = moved
     found = [dict(block.named_modules()) for block in (before, after)]
-    where = blocks.name_in_decoder(old, "").removesuffix(".")
+    where = blocks.name_in_decoder(old)
     _check_classes(blocks, where, *found)
     for inner, name, was, value in _differences(*found):
         is_list = isinstance(value, list) and value == changes.get(name)
@@ -223,7 +227,7 @@ def _renumbered(devices: dict[str, Any], blocks: DecoderBlocks, kept: list[int],
     """accelerate's map of devices without the dropped blocks."""
 
     def path(index: int) -> str:
-        return blocks.name_in_model(index, "").removesuffix(".")
+        return f"{blocks.prefixes[0]}{index}"
 
     moved = {path(old): path(new) for new, old in enumerate(kept)}
     dropped = {path(old) for old in range(total) if old not in kept}

@@ -2,10 +2,11 @@
 
 from .block import Replaced, collect_statistics, prune_one_block
 from .layer import relative_output_error
-from .loop import each_block, needs_original, prune_blocks
+from .loop import check_replay, each_block, needs_original, prune_blocks
 
 __all__ = [
     "Replaced",
+    "check_replay",
     "collect_statistics",
     "each_block",
     "needs_original",

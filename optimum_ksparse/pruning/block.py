@@ -180,7 +180,7 @@ def collect_statistics(
         else:
             with aligned(layer):
                 in_features = dense_weight(layer).shape[1]
-        statistics = kind(in_features, replay.hidden.device, replay.tokens.numel() * processes.size)
+        statistics = kind(in_features, replay.hidden.device, replay.num_rows * processes.size)
         if processes.size > 1 and kind is ColumnNorms:
             statistics.parts = []
         return statistics

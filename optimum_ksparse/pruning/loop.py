@@ -3,6 +3,7 @@ there is to report of each."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -22,9 +23,31 @@ from .block import Replaced, prune_one_block
 _Row = TypeVar("_Row")
 
 
-def needs_original(config: SparsityConfig) -> bool:
-    """Whether the activations of the dense model are needed at every block beside those of the pruned one."""
-    return config.reconstruct is not None and config.activations in (None, "mixed")
+def needs_original(config: SparsityConfig, replay: BlockReplay) -> bool:
+    """Whether the activations of the dense model are needed at every block beside those of the pruned one, which are
+    in `replay`."""
+    mixes = config.activations == "mixed" or (config.activations is None and replay.in_line)
+    return config.reconstruct is not None and mixes
+
+
+def check_replay(
+    blocks: DecoderBlocks, targets: list[dict[str, Layer]], config: SparsityConfig, replay: BlockReplay
+) -> None:
+    """Raises ValueError where the calibration tokens do not reach a block that is to be pruned, or the settings do not
+    fit the way in which the model runs its blocks."""
+    for index, layers in enumerate(targets):
+        if layers and not replay.times(index):
+            inside = re.escape(f"{blocks.name_in_model(index)}.")
+            raise ValueError(
+                f"{blocks.name_in_decoder(index)}: no calibration token reached this block, which text passes by; "
+                f"leave its layers dense with modules_to_not_convert=[{inside!r}]"
+            )
+    if not replay.in_line and config.activations in ("dense", "mixed"):
+        raise ValueError(
+            f"activations={config.activations!r} keeps the dense model's activations beside the pruned one's, block "
+            f"by block, and {type(blocks.model).__name__} runs its blocks several times, or changes the hidden states "
+            "between them: leave it out, or pass 'pruned'"
+        )
 
 
 def each_block(
@@ -97,7 +120,9 @@ def prune_blocks(
     processes = Processes() if processes is None else processes
     total = len(blocks.blocks)
     tokens = 0 if replay is None else sum(processes.gather(replay.tokens.numel()))
-    if original is None and replay is not None and needs_original(config):
+    if replay is not None:
+        check_replay(blocks, targets, config, replay)
+    if original is None and replay is not None and needs_original(config, replay):
         original = replay.fork("original")
 
     def step(index: int, block: nn.Module) -> list[PrunedBlock]:

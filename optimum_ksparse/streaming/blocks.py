@@ -67,19 +67,23 @@ def open_checkpoint(
 
 
 def _device_map(blocks: DecoderBlocks, device: torch.device) -> dict[str, str]:
-    """Every block on the disk, everything else on `device`: module by module down to the list of blocks, because an
+    """Every block on the disk, everything else on `device`: module by module down to the lists of blocks, because an
     entry for the whole model would win over theirs."""
     places: dict[str, str] = {}
-    path = blocks.name_in_model(0, "").removesuffix(".0.").split(".")
-    module: nn.Module = blocks.model
-    for depth, step in enumerate(path):
-        prefix = "".join(f"{name}." for name in path[:depth])
-        tensors = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-        children = [name for name, _ in module.named_children() if name != step]
-        places |= {f"{prefix}{name}": str(device) for name in (*tensors, *children)}
-        module = getattr(module, step)
-    places |= {blocks.name_in_model(index, "").removesuffix("."): "disk" for index in range(len(blocks.blocks))}
-    return places
+
+    def place(module: nn.Module, prefix: str) -> None:
+        if prefix in blocks.prefixes:
+            return
+        if not any(inside.startswith(prefix) for inside in blocks.prefixes):
+            places[prefix.removesuffix(".")] = str(device)
+            return
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        places.update({f"{prefix}{name}": str(device) for name, _ in tensors})
+        for name, child in module.named_children():
+            place(child, f"{prefix}{name}.")
+
+    place(blocks.model, "")
+    return places | {blocks.name_in_model(index): "disk" for index in range(len(blocks.blocks))}
 
 
 class DiskBlocks:
@@ -158,7 +162,7 @@ class DiskBlocks:
 
     def state_dict(self, index: int) -> dict[str, torch.Tensor]:
         """State of block `index`, by the names in the model; within `resident`."""
-        prefix = self.blocks.name_in_model(index, "")
+        prefix = f"{self.blocks.name_in_model(index)}."
         return {prefix + name: tensor for name, tensor in self.blocks.blocks[index].state_dict().items()}
 
     def _take(self, index: int) -> dict[str, torch.Tensor]:
@@ -176,7 +180,7 @@ class DiskBlocks:
         try:
             self.check_source(index)
             if index in self._shards:
-                prefix = self.blocks.name_in_model(index, "")
+                prefix = f"{self.blocks.name_in_model(index)}."
                 with safe_open(self._shards[index], framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 (not a dict)
                         tensors[name.removeprefix(prefix)] = file.get_tensor(name)

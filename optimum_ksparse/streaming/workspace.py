@@ -154,7 +154,7 @@ class Workspace:
         self.journal.save(self.path)
         final, rest = self.path / "final", self.folder("rest")
         final.mkdir(exist_ok=True)
-        inside = disk.blocks.name_in_model(0, "").removesuffix("0.")
+        inside = disk.blocks.prefixes
         state = model.state_dict()
         once = remove_tied_weights_from_state_dict(dict(state), model).keys()  # what blocks share is stored with one
         state = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
@@ -179,7 +179,7 @@ class Workspace:
         path = self.path / self.journal.blocks[index].file
         with disk.resident(index):
             state = disk.state_dict(index)
-            root = disk.blocks.name_in_model(index, "").removesuffix(".")
+            root = disk.blocks.name_in_model(index)
             stored = storage_state_dict(model, root, state, [name for name in state if name not in once])
             as_it_is = stored.keys() == state.keys() and all(stored[name] is state[name] for name in state)
             if not as_it_is:

@@ -1,0 +1,102 @@
+"""One sample run through the dense model, before any work, to learn how it runs its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import DecoderBlocks
+from .calls import split_call
+from .running import device_of, replaced_forward, run_decoder
+
+
+@dataclass
+class Probe:
+    """How a model runs its blocks.
+
+    Attributes:
+        rests: what each block returns beside the hidden states; None: nothing but them.
+        times: how often each block is called.
+        in_line: whether each block is called once at most, in their order, with the very hidden states that the one
+            before returned, so that each can be run on the outputs of the one before.
+    """
+
+    rests: list[tuple[Any, ...] | None]
+    times: list[int]
+    in_line: bool = True
+
+
+def probe(
+    decoder_blocks: DecoderBlocks,
+    tokens: torch.Tensor,
+    resident: Callable[[int], AbstractContextManager[None]],
+    dtype: torch.dtype | None,
+) -> Probe:
+    """Runs `tokens` [samples, seq_len] through the model, products in the blocks in `dtype` (None: the weights').
+
+    Raises:
+        TypeError: a block returns no hidden states; names it.
+        ValueError: the model overflows; names the block.
+    """
+    blocks = decoder_blocks.blocks
+    found = Probe([None] * len(blocks), [0] * len(blocks))
+    last: list[tuple[int, torch.Tensor]] = []  # the block that was called last, and what it returned
+
+    def checked(index: int) -> Callable[..., Any]:
+        block, original = blocks[index], blocks[index].forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, _ = split_call(args, kwargs)
+            for before, returned in last:
+                found.in_line &= index > before and (hidden is returned or torch.equal(hidden, returned))
+            with resident(index), autocast(device_of(block), dtype):
+                output = original(*args, **kwargs)
+                _check_output(decoder_blocks, index, hidden_of(output), dtype)
+            found.times[index] += 1
+            found.rests[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
+            last[:] = [(index, hidden_of(output))]
+            return output
+
+        return forward
+
+    with replaced_forward(blocks, checked):
+        run_decoder(decoder_blocks.decoder, tokens)
+    return found
+
+
+def hidden_of(output: Any) -> Any:
+    """The hidden states in what a block returned."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Within it matrix products on the device are in `dtype`; None changes nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _check_output(decoder_blocks: DecoderBlocks, index: int, hidden: Any, dtype: torch.dtype | None) -> None:
+    name, block = decoder_blocks.name_in_decoder(index), decoder_blocks.blocks[index]
+    if not isinstance(hidden, torch.Tensor):
+        raise TypeError(f"block {name} ({type(block).__name__}) returns {type(hidden).__name__}, not a tensor")
+    if bool(hidden.isfinite().all()):
+        return
+    _check_weights(name, block)
+    if dtype is torch.float16:
+        raise ValueError(
+            f"block {name} gives NaN or Inf with calibration_dtype='float16': take 'bfloat16', or leave it out"
+        )
+    raise ValueError(
+        f"block {name} gives NaN or Inf in {hidden.dtype} on the calibration data: the model cannot "
+        "be calibrated as it is; look at its weights, or load it in float32 or bfloat16"
+    )
+
+
+def _check_weights(name: str, block: nn.Module) -> None:
+    for path, parameter in block.named_parameters():
+        if parameter.device.type != "meta" and not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name}.{path} holds NaN or Inf; prune a checkpoint whose weights are whole")

@@ -1,0 +1,53 @@
+"""Calling a model's decoder, with other functions in the places of its blocks' forwards where that is asked for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def run_decoder(decoder: nn.Module, tokens: torch.Tensor) -> None:
+    """Calls a decoder with token ids [batch, seq_len], without a cache."""
+    parameters = inspect.signature(decoder.forward).parameters
+    use_cache = {"use_cache": False} if "use_cache" in parameters or "kwargs" in parameters else {}
+    decoder(input_ids=tokens if tokens.is_meta else tokens.to(device_of(decoder)), **use_cache)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module runs, as far as its weights tell."""
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+@contextmanager
+def replaced_forward(blocks: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Gives each block the forward `make(index)`; hooks of accelerate, which live in the same place, come back
+    after."""
+    own = [vars(block).get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = make(index)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is not None:
+                block.forward = forward
+            elif "forward" in vars(block):
+                del block.forward
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the whole model is in evaluation mode. After it each module has its own mode again, or the mode of the
+    one whose place it took."""
+    training = [name for name, module in model.named_modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for name in training:
+            model.get_submodule(name).training = True
