@@ -15,10 +15,7 @@ def check_keys(found: Mapping[str, Any], allowed: Sequence[str], where: str) -> 
         if key not in allowed:
             near = difflib.get_close_matches(str(key), allowed, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"{where} has no setting {key!r}: {hint}allowed: {', '.join(allowed)} "
-                "(a checkpoint with settings unknown here was written by a newer optimum-ksparse: upgrade it)"
-            )
+            raise ValueError(f"{where} has no setting {key!r}: {hint}allowed: {', '.join(allowed)}")
 
 
 def check_one_of(name: str, value: Any, allowed: Any) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .allocation import ALLOCATIONS, check_allocation
 from .checks import check_boolean, check_integer, check_keys, check_names, check_number, check_one_of, check_share
-from .dataset import check_dataset, describe_dataset, is_mix, is_token_ids, mix_shares, token_ids_shape
+from .dataset import DATASET_NAMES, check_dataset, describe_dataset, is_mix, is_token_ids, mix_shares, token_ids_shape
 from .nn.kernels import KERNELS
 from .pattern import Pattern
 from .pruners import METHODS, REFINEMENTS, statistics_of
+from .records import Count, PatternText, build, check_depth
 from .statistics import ColumnNorms, GramMatrix
 
 QUANT_METHOD = "optimum-ksparse"
@@ -35,6 +36,13 @@ DENSIFY = ("never", "lazy")
 EXECUTION_SETTINGS = ("kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
 # Settings of the run, not of what was asked for: they may differ when a sparse checkpoint is loaded again.
 RUN_TIME_SETTINGS = ("batch_size", "storage", *EXECUTION_SETTINGS)
+
+
+class LayerRecord(TypedDict):
+    """What `config.json` says of a sparse layer."""
+
+    pattern: PatternText
+    num_values: Count
 
 
 class SparsityConfig(QuantizationConfigMixin):
@@ -309,13 +317,30 @@ class SparsityConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The settings that a checkpoint records. They may come from anywhere: nothing that they name is opened.
+
+        Raises:
+            ValueError: a setting cannot be right; names it.
+        """
         settings = {**config_dict, **{k: v for k, v in kwargs.items() if k in config_dict}}
         unused = {k: v for k, v in kwargs.items() if k not in config_dict}
+        check_depth(settings)
+        settings = build(dict[str, Any], settings)
         found = settings.pop("quant_method", QUANT_METHOD)
         if found != QUANT_METHOD:
             raise ValueError(f"quant_method={found!r} is not {QUANT_METHOD!r}")
-        check_keys(settings, SETTINGS, "SparsityConfig")
-        config = cls(**settings)
+        try:
+            check_keys(settings, SETTINGS, "SparsityConfig")
+        except ValueError as error:
+            raise ValueError(f"{error} (misspelt, or written by a newer optimum-ksparse: then upgrade it)") from None
+        if isinstance(settings.get("dataset"), str) and settings["dataset"] not in DATASET_NAMES:
+            raise ValueError(f"dataset={settings['dataset']!r} is no name, and a checkpoint's own path is not opened")
+        if "layers" in settings:
+            settings["layers"] = build(dict[str, LayerRecord] | None, settings["layers"], "layers")
+        try:
+            config = cls(**settings)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
         return (config, unused) if return_unused_kwargs else config
 
     def __iter__(self) -> Any:

@@ -44,7 +44,7 @@ settings_drawn = st.fixed_dictionaries(
         "block_size": st.integers(1, 64).map(lambda blocks: 16 * blocks),
         "damping": st.floats(0, 1) | st.sampled_from([0, 1]),
         "true_sequential": st.booleans(),
-        "modules_to_not_convert": st.none() | st.lists(st.text()),
+        "modules_to_not_convert": st.none() | st.lists(st.sampled_from(["lm_head", "q_proj", "계층"])),
         "skip_unsupported": st.booleans(),
         "storage": st.sampled_from(["packed", "dense"]),
         "prepend_bos": st.none() | st.booleans(),

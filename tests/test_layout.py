@@ -15,6 +15,7 @@ PACKAGE = REPOSITORY / "optimum_ksparse"
 ROOMS = [
     ["version", "checks", "model_class"],
     ["pattern"],
+    ["records"],
     ["nn"],
     ["statistics"],
     ["pruners"],
@@ -79,6 +80,7 @@ def test_the_check_above_can_fail():
         "nn",
         "pattern",
         "pruners",
+        "records",
         "statistics",
     }
 

@@ -20,7 +20,15 @@ def make_layer(name="layers.0.q_proj", shape=(8, 16), num_values=64, error=0.25,
 def report():
     return SparsityReport(
         config={"method": "wanda", "pattern": "2:4", "dataset": {"texts": 2, "sha256": "00"}},
-        calibration={"source": "texts", "tokens": 48},
+        calibration={
+            "dataset": {"texts": 2, "sha256": "00"},
+            "form": "crops",
+            "num_samples": 2,
+            "seq_len": 24,
+            "seed": 0,
+            "begins_with_bos": False,
+            "bos_in_statistics": True,
+        },
         layers=[
             make_layer("layers.0.q_proj", error=0.25),
             make_layer("layers.0.up_proj", (32, 16), 256, 0.125, "damping raised"),
@@ -55,25 +63,27 @@ def test_save_and_load(report, tmp_path):
     assert str(loaded) == str(report)
 
 
+# What is read holds no control characters.
+texts = st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs", "Zl", "Zp"]), max_size=9)
 layers_drawn = st.builds(
     LayerReport,
-    name=st.text(),
-    shape=st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)),
+    name=texts,
+    shape=st.tuples(st.integers(10, 10**6), st.integers(10, 10**6)),
     pattern=st.sampled_from(["2:4", "50%"]),
-    num_values=st.integers(0, 10**12),
+    num_values=st.integers(0, 100),
     dense_bytes=st.integers(0, 10**12),
     packed_bytes=st.integers(0, 10**12),
     relative_output_error=st.none() | st.floats(0, 10),
     seconds=st.floats(0, 1e6),
-    note=st.text(),
+    note=texts,
 )
 
 
-@given(st.lists(layers_drawn, max_size=4), st.dictionaries(st.text(), st.text(), max_size=3))
+@given(st.lists(layers_drawn, max_size=4), st.dictionaries(texts, texts, max_size=3))
 @settings(deadline=None, max_examples=50)
 def test_any_report_is_loaded_as_it_was_saved_and_printed(tmp_path_factory, layers, skipped):
     folder = tmp_path_factory.mktemp("report")
-    report = SparsityReport(config={}, layers=layers, skipped=skipped)
+    report = SparsityReport(config={"pattern": "2:4"}, layers=layers, skipped=skipped)
     report.save(folder)
     assert SparsityReport.load(folder / REPORT_NAME) == report
     assert f"{len(layers)} sparse layers" in str(report)
@@ -147,12 +157,12 @@ def test_damaged_layers_are_refused(report, tmp_path, layers):
 
 def test_a_newer_schema_is_refused(report, tmp_path):
     path = change(report, tmp_path, schema_version=SCHEMA_VERSION + 1, something_new=1)
-    with pytest.raises(ValueError, match="schema_version 2 is newer than 1: upgrade"):
+    with pytest.raises(ValueError, match="schema_version=2 is newer than 1: upgrade"):
         SparsityReport.load(path)
 
 
 def test_an_unknown_key_is_refused_and_the_nearest_named(report, tmp_path):
-    with pytest.raises(ValueError, match="the report has no setting 'layer': did you mean 'layers'"):
+    with pytest.raises(ValueError, match="it has no setting 'layer': did you mean 'layers'"):
         SparsityReport.load(change(report, tmp_path, layer=[]))
     report.save(tmp_path)
     layer = json.loads((tmp_path / REPORT_NAME).read_text(encoding="utf-8"))["layers"][0]

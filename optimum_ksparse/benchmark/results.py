@@ -9,20 +9,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 
+from ..records import As, Count, Positive, read_record, to_json
 from ..staging import write_text
 from ..version import library_versions
 
 RESULTS_NAME = "results.json"
-_ROW = {"shape", "tokens", "dtype", "pattern", "kernel", "dense_us", "sparse_us", "speedup", "dense_bytes"}
+
+
+class _Row(TypedDict):
+    shape: list[Positive]
+    tokens: Positive
+    dtype: str
+    pattern: str
+    kernel: str
+    dense_us: float
+    sparse_us: float
+    speedup: float
+    dense_bytes: Count
+    speed_us: float
 
 
 @dataclass
@@ -31,7 +43,7 @@ class BenchResults:
 
     hardware: dict[str, Any]
     versions: dict[str, str]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Annotated[dict[str, Any], As(_Row, is_open=True)]] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -45,19 +57,14 @@ class BenchResults:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes `results.json`, whole or not at all."""
         path = Path(folder) / RESULTS_NAME
-        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        write_text(path, to_json(self, indent=1))
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BenchResults:
         """Reads results. Raises ValueError, naming the file, where it holds none."""
-        try:
-            results = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-            if any(not row.keys() >= _ROW for row in results.rows):
-                raise ValueError(f"a row lacks one of {', '.join(sorted(_ROW))}")
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{os.path.basename(path)} holds no results of the benchmark: {error}") from error
-        return results
+        found: BenchResults = read_record(cls, path, "holds no results of the benchmark")
+        return found
 
     def chosen(self) -> list[dict[str, Any]]:
         """The rows of the kernels that the dispatch takes."""

@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..checks import check_keys
+from ..records import Present, Version, build_fields, read_record, to_json
 from ..report import RESULTS_NAME
 from ..staging import write_text
 from .kobest import mean_f1
 from .kobest_data import STUDY_TASKS
-from .schemas import ENVIRONMENT, OPTIONAL_PROTOCOL, Fields, check_field, schema_of
+from .schemas import ENVIRONMENT, OPTIONAL_PROTOCOL, schema_of
 
 # 2: kinds beside perplexity and KoBEST, and `tuning`, which files of version 1 lack: they are of models before it.
 SCHEMA_VERSION = 2
@@ -52,6 +51,16 @@ class Measurement:
             {key: row[key] for key in (*schema.protocol, *OPTIONAL_PROTOCOL) if key in row or key in schema.protocol},
             {key: row[key] for key in ENVIRONMENT},
         )
+
+    def check_record(self, where: str) -> None:
+        """Raises ValueError where a row from a file is not what its kind of measurement has."""
+        try:
+            schema = schema_of(self.name)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        self.metrics = build_fields(schema.metrics, schema.optional_metrics, self.metrics, f"{where}.metrics")
+        self.protocol = build_fields(schema.protocol, OPTIONAL_PROTOCOL, self.protocol, f"{where}.protocol")
+        self.environment = build_fields(ENVIRONMENT, {}, self.environment, f"{where}.environment")
 
     @property
     def num_fewshot(self) -> int:
@@ -116,11 +125,11 @@ class EvaluationResults:
     """
 
     fingerprint: str
-    sparse: list[Measurement] = field(default_factory=list)
-    dense: list[Measurement] = field(default_factory=list)
+    sparse: Annotated[list[Measurement], Present()] = field(default_factory=list)
+    dense: Annotated[list[Measurement], Present()] = field(default_factory=list)
     dense_model: str | None = None
     dense_revision: str | None = None
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Annotated[int, Version(SCHEMA_VERSION)] = SCHEMA_VERSION
 
     def pairs(self) -> list[tuple[Measurement | None, Measurement | None]]:
         """Each measurement of the sparse model with that of the dense model by the same protocol, or, where there is
@@ -208,7 +217,7 @@ class EvaluationResults:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `evaluation_results.json` into `directory`, whole or not at all."""
-        write_text(Path(directory) / RESULTS_NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        write_text(Path(directory) / RESULTS_NAME, to_json(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EvaluationResults:
@@ -217,58 +226,15 @@ class EvaluationResults:
         Raises:
             ValueError: the file is damaged, of a newer schema, or edited so that a field cannot be right; names it.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(data, dict):
-                raise ValueError(f"it holds {type(data).__name__}, not an object")
-            check_field("schema_version", data.get("schema_version"), (int,), 1, None)
-            if data["schema_version"] > SCHEMA_VERSION:
-                raise ValueError(f"schema_version={data['schema_version']} is newer than {SCHEMA_VERSION}: upgrade")
-            check_keys(data, [f.name for f in fields(cls)], "the results")
-            check_field("fingerprint", data.get("fingerprint"), (str,), None, None)
-            for name in ("dense_model", "dense_revision"):
-                check_field(name, data.get(name), (str, type(None)), None, None)
-            for part in ("sparse", "dense"):
-                check_field(part, data.get(part), (list,), None, None)
-                data[part] = [_read_measurement(f"{part}[{i}]", row) for i, row in enumerate(data[part])]
-                _check_unique(part, data[part])
-            return cls(**{**data, "schema_version": SCHEMA_VERSION})
-        except (ValueError, RecursionError) as error:  # JSON and encoding errors are ValueErrors
-            raise ValueError(f"{os.path.basename(path)} is not a results file of optimum-ksparse: {error}") from None
+        found = read_record(cls, path, "is not a results file of optimum-ksparse")
+        found.schema_version = SCHEMA_VERSION
+        return found
 
-
-def _read_measurement(where: str, row: Any) -> Measurement:
-    check_field(where, row, (dict,), None, None)
-    check_keys(row, [f.name for f in fields(Measurement)], where)
-    check_field(f"{where}.name", row.get("name"), (str,), None, None)
-    try:
-        schema = schema_of(row["name"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    parts: dict[str, tuple[Fields, Fields]] = {
-        "metrics": (schema.metrics, schema.optional_metrics),
-        "protocol": (schema.protocol, OPTIONAL_PROTOCOL),
-        "environment": (ENVIRONMENT, {}),
-    }
-    for part, (required, optional) in parts.items():
-        found = row.get(part)
-        check_field(f"{where}.{part}", found, (dict,), None, None)
-        check_keys(found, [*required, *optional], f"{where}.{part}")
-        for key, (types, least, most) in {**required, **optional}.items():
-            if key in found:
-                check_field(f"{where}.{part}.{key}", found[key], types, least, most)
-            elif key in required:
-                raise ValueError(f"{where}.{part}.{key} is missing")
-    if row["name"] == "perplexity":
-        texts = row["protocol"]["texts"]
-        check_field(f"{where}.protocol.texts.sha256", texts.get("sha256"), (str,), None, None)
-    return Measurement(**row)
-
-
-def _check_unique(part: str, rows: list[Measurement]) -> None:
-    seen = set()
-    for i, row in enumerate(rows):
-        if row.key in seen:
-            after = " after tuning" if row.key[2] else ""
-            raise ValueError(f"{part}[{i}] is a second measurement of {row.name} with {row.num_fewshot} shots{after}")
-        seen.add(row.key)
+    def check_record(self, where: str) -> None:
+        """Raises ValueError where a measurement is there twice."""
+        for part, rows in (("sparse", self.sparse), ("dense", self.dense)):
+            keys = [row.key for row in rows]
+            for i, key in enumerate(keys):
+                if key in keys[:i]:
+                    after = " after tuning" if key[2] else ""
+                    raise ValueError(f"{part}[{i}] is a second measurement of {key[0]} with {key[1]} shots{after}")

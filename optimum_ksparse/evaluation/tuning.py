@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from transformers.utils import cached_file
 
+from ..records import As, read_record
 from ..report import TUNING_NAME
 
 TUNING_TITLES = {"koalpaca": "KoAlpaca", "korquad": "KorQuAD"}
@@ -20,6 +20,10 @@ _NOT_SETTINGS = (
     *("num_processes", "micro_batch_size", "gradient_checkpointing", "save_steps"),
     *("loss", "history", "results"),
 )
+
+
+class _Task(TypedDict):
+    task: str
 
 
 def read_tuning(
@@ -34,13 +38,7 @@ def read_tuning(
     path = cached_file(source, TUNING_NAME, revision=revision, token=token, **quiet)
     if path is None:
         return None
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSON and encoding errors are ValueErrors
-        raise ValueError(f"{TUNING_NAME} is damaged: {error}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("task"), str):
-        raise ValueError(f"{TUNING_NAME} must be an object with a text under 'task'")
-    return found
+    return read_record(Annotated[dict[str, Any], As(_Task, is_open=True)], path, "is not a record of a tuning")
 
 
 def tuning_of(model: Any) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..records import read_record, to_json
 from ..staging import write_text
 
 FOLDER = ".checkpoints"
@@ -51,7 +52,7 @@ def last_checkpoint(folder: Path, job: dict[str, Any], *, resume: bool, is_main:
     if not resume and is_main:
         shutil.rmtree(folder, ignore_errors=True)
     if (folder / _JOB).is_file():
-        found = json.loads((folder / _JOB).read_text(encoding="utf-8"))
+        found = read_record(dict[str, Any], folder / _JOB, "is damaged", "; use resume=False to start over")
         if different := differences(found, job):
             raise ValueError(
                 f"{folder.parent} holds an unfinished run with {different}: use the same settings, another folder, or "
@@ -59,7 +60,7 @@ def last_checkpoint(folder: Path, job: dict[str, Any], *, resume: bool, is_main:
             )
     elif is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / _JOB, json.dumps(job, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / _JOB, to_json(job))
     steps: dict[int, Path] = {}
     for path in folder.iterdir():
         match = _NUMBERED.fullmatch(path.name)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from transformers.utils import cached_file, logging
 
+from .. import records
 from ..calibration import decoder_of
 from ..checkpoint import SparseModule, aligned, describe_model, sparse_modules
+from ..records import As
 from ..staging import write_text
 
 logger = logging.get_logger(__name__)
@@ -40,12 +41,16 @@ def mask_fingerprint(model: Any) -> str | None:
     return hashed.hexdigest()
 
 
+class _MaskRecord(TypedDict):
+    mask_sha256: str
+
+
 def record(model: Any, folder: str | os.PathLike[str]) -> None:
     """Writes `ksparse_adapter.json` beside an adapter on a sparse model; nothing for a dense one."""
     found = mask_fingerprint(model)
     if found is not None:
         content = {"base_model": describe_model(_plain_model(model)), "mask_sha256": found}
-        write_text(Path(folder) / RECORD_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_text(Path(folder) / RECORD_NAME, records.to_json(content))
 
 
 def read_record(source: str | os.PathLike[str], **hub_arguments: Any) -> dict[str, Any] | None:
@@ -56,13 +61,7 @@ def read_record(source: str | os.PathLike[str], **hub_arguments: Any) -> dict[st
     path = cached_file(source, RECORD_NAME, **quiet, **known)
     if path is None:
         return None
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(found["mask_sha256"], str):
-            raise TypeError("mask_sha256 is no text")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{RECORD_NAME} is damaged: {error}") from error
-    return dict(found)
+    return records.read_record(Annotated[dict[str, Any], As(_MaskRecord, is_open=True)], path, "is damaged")
 
 
 def check_record(model: Any, known: dict[str, Any] | None, name: str) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..checks import check_keys
+from ..records import Amount, Count, Positive, Share, Version, read_record, to_json
 from ..report import MERGE_REPORT_NAME
 from ..staging import write_text
 
 SCHEMA_VERSION = 1
 _WORST = 5
+
+
+def _named(adapter: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(adapter.get("name"), str) or not isinstance(adapter.get("peft_type"), str):
+        raise ValueError("must have texts under 'name' and 'peft_type'")
+    return adapter
 
 
 @dataclass
@@ -32,12 +37,12 @@ class MergedLayer:
     """
 
     name: str
-    shape: tuple[int, int]
-    num_values: int
+    shape: tuple[Positive, Positive]
+    num_values: Count
     how: str
-    relative_output_error: float | None
-    discarded: float
-    seconds: float
+    relative_output_error: Amount | None
+    discarded: Share
+    seconds: Amount
 
     @property
     def density(self) -> float:
@@ -58,13 +63,13 @@ class MergeReport:
     """
 
     method: str
-    adapters: list[dict[str, Any]]
+    adapters: list[Annotated[dict[str, Any], _named]]
     calibration: dict[str, Any] = field(default_factory=dict)
     layers: list[MergedLayer] = field(default_factory=list)
     dense_layers: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: Amount = 0.0
     versions: dict[str, str] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Annotated[int, Version(SCHEMA_VERSION)] = SCHEMA_VERSION
 
     def totals(self) -> dict[str, Any]:
         """Number of layers by `how`, density, mean and worst output error (None where none was measured), mean share
@@ -82,20 +87,13 @@ class MergeReport:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `merge_report.json` into `directory`."""
-        write_text(Path(directory) / MERGE_REPORT_NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        write_text(Path(directory) / MERGE_REPORT_NAME, to_json(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MergeReport:
-        """Reads a report from its file. Raises ValueError where it is damaged or of a newer schema."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["schema_version"] > SCHEMA_VERSION:
-                raise ValueError(f"schema_version {data['schema_version']} is newer than {SCHEMA_VERSION}: upgrade")
-            check_keys(data, [f.name for f in fields(cls)], "the report")
-            data["layers"] = [MergedLayer(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
-            return cls(**data)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.path.basename(path)} is not a report of merging: {error}") from error
+        """Reads a report from its file. Raises ValueError, which names the field, where it is damaged or of a newer
+        schema."""
+        return read_record(cls, path, "is not a report of merging")
 
     def __str__(self) -> str:
         """The layers with the largest errors, and the totals."""

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerState
 from transformers.utils import logging
 
+from ..records import read_record, to_json
 from ..report import RESULTS_NAME, TUNING_NAME
 from ..staging import write_text
 from .checkpoints import FOLDER, MarkWhole, differences, last_checkpoint
@@ -145,7 +146,7 @@ def finish(
         "steps": steps,
         "loss": [round(row["loss"], 6) for row in log if "loss" in row],
     }
-    write_text(Path(output) / TUNING_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(Path(output) / TUNING_NAME, to_json(record))
     shutil.rmtree(Path(output) / FOLDER, ignore_errors=True)
     return record
 
@@ -166,7 +167,7 @@ def finished(
             if (folder / name).exists() and not (folder / FOLDER).is_dir():
                 raise ValueError(f"output={os.fspath(output)!r} holds a model already ({name}): use another folder")
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_record(dict[str, Any], path, "is no record of a tuning")
     results = ("steps", "loss", "history", "results", "num_trained")
     before = {name: value for name, value in found.items() if name not in results}
     wanted = json.loads(json.dumps({**job, **settings.to_dict()}))

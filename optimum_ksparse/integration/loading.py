@@ -24,7 +24,8 @@ from ..checkpoint import (
     sparse_modules,
     sparsify_dense,
 )
-from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SparsityConfig
+from ..checks import check_keys
+from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SETTINGS, SparsityConfig
 from ..evaluation import EvaluationResults
 from ..execution import apply_settings
 from ..finetuning import MergeReport
@@ -92,7 +93,11 @@ def _take_config(kwargs: dict[str, Any]) -> SparsityConfig | None:
         return None
     config = kwargs.pop(found[0])
     kwargs.pop("sparsity_config", None)
-    return SparsityConfig.from_dict(config) if isinstance(config, dict) else config
+    if not isinstance(config, dict):
+        return config
+    settings = {name: value for name, value in config.items() if name != "quant_method"}
+    check_keys(settings, SETTINGS, found[0])
+    return SparsityConfig(**settings)
 
 
 def _is_ours(name: str, value: Any) -> bool:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..allocation import LEFT_DENSE
-from ..checks import check_keys
-from .rows import BlockReport, Change, DroppedBlocks, LayerKind, LayerReport, MethodChoice
+from ..config import SparsityConfig
+from ..records import Amount, As, Count, Version, read_record, to_json
+from .rows import (
+    BaseArguments,
+    BlockReport,
+    Calibration,
+    Change,
+    DroppedBlocks,
+    LayerKind,
+    LayerReport,
+    MethodChoice,
+    Nothing,
+)
 from .text import in_words
 
 REPORT_NAME = "sparsity_report.json"
@@ -36,7 +46,8 @@ class SparsityReport:
         skipped: linear maps left dense, each with the reason.
         base_model: what was pruned, as it was named (a local folder by its last part).
         base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
-        base_arguments: what else `from_pretrained` needed to find it: `gguf_file`, `subfolder`.
+        base_arguments: what else `from_pretrained` needed to find it: `gguf_file`, `subfolder`. Nothing else that
+            changes what is loaded is taken from a file.
         source_fingerprint: of the weight files that `prune_checkpoint` read.
         fingerprint: of the weights that the report was saved with (`evaluation.fingerprint`); None where it was not
             computed, as in the checkpoints of a training run, or by an earlier version.
@@ -48,7 +59,7 @@ class SparsityReport:
     """
 
     config: dict[str, Any]
-    calibration: dict[str, Any] = field(default_factory=dict)
+    calibration: Annotated[dict[str, Any], As(Nothing | Calibration)] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     reconstruction: list[BlockReport] = field(default_factory=list)
     choice: MethodChoice | None = None
@@ -56,15 +67,15 @@ class SparsityReport:
     skipped: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     base_revision: str | None = None
-    base_arguments: dict[str, str] = field(default_factory=dict)
+    base_arguments: Annotated[dict[str, str], As(BaseArguments)] = field(default_factory=dict)
     source_fingerprint: str | None = None
     fingerprint: str | None = None
     changes: list[Change] = field(default_factory=list)
-    num_parameters: int = 0
-    seconds: float = 0.0
-    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    num_parameters: Count = 0
+    seconds: Amount = 0.0
+    peak_memory_bytes: dict[str, Count] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Annotated[int, Version(SCHEMA_VERSION)] = SCHEMA_VERSION
 
     @property
     def method(self) -> str:
@@ -148,27 +159,25 @@ class SparsityReport:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `sparsity_report.json` into `directory`."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-        (Path(directory) / REPORT_NAME).write_text(text, encoding="utf-8")
+        (Path(directory) / REPORT_NAME).write_text(to_json(self), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparsityReport:
-        """Reads a report from its file. Raises ValueError where it is damaged or of a newer schema."""
+        """Reads a report from its file. Raises ValueError, which names the field, where it is damaged or of a newer
+        schema."""
+        return read_record(cls, path, "is not a report of optimum-ksparse")
+
+    def check_record(self, where: str) -> None:
+        """Raises ValueError where what was read from a file could not be printed, or contradicts itself."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["schema_version"] > SCHEMA_VERSION:
-                raise ValueError(f"schema_version {data['schema_version']} is newer than {SCHEMA_VERSION}: upgrade")
-            check_keys(data, [f.name for f in fields(cls)], "the report")
-            data["layers"] = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in data["layers"]]
-            data["reconstruction"] = [BlockReport(**row) for row in data.get("reconstruction", ())]
-            if data.get("choice") is not None:
-                data["choice"] = MethodChoice(**data["choice"])
-            if data.get("dropped") is not None:
-                data["dropped"] = DroppedBlocks(**data["dropped"])
-            data["changes"] = [Change(**row) for row in data.get("changes", ())]
-            return cls(**data)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.path.basename(path)} is not a report of optimum-ksparse: {error}") from error
+            settings = SparsityConfig.from_dict(self.config).to_dict()
+        except ValueError as error:
+            raise ValueError(f"config: {error}") from None
+        if "pattern" not in self.config:
+            raise ValueError("config.pattern is missing")
+        self.config = {name: settings.get(name, value) for name, value in self.config.items()}
+        if self.is_dense and (self.layers or self.dropped is None):
+            raise ValueError("config.pattern is null, and there are layers, or no blocks were dropped")
 
     def __str__(self) -> str:
         """A table with a row for each kind of layer (same path but for the block's number), and the totals."""

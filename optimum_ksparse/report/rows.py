@@ -3,6 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, NotRequired, TypedDict
+
+from ..records import Amount, Count, PatternText, Positive, RelativePath
+
+
+class BaseArguments(TypedDict, total=False):
+    """Of `from_pretrained`, those that say which part of a repository was pruned."""
+
+    gguf_file: RelativePath
+    subfolder: RelativePath
+
+
+class File(TypedDict):
+    """A file of texts, as `describe_dataset` describes it."""
+
+    file: str
+    sha256: str
+
+
+class MixPart(TypedDict):
+    """A part of a mix of calibration data."""
+
+    dataset: str | File
+    num_samples: Count
+    form: str
+    begins_with_bos: bool
+
+
+class Calibration(TypedDict):
+    """The description of `calibration.CalibrationTokens`; `parts` of a mix."""
+
+    dataset: str | dict[str, Any]
+    form: str
+    num_samples: Count
+    seq_len: Count
+    seed: Count
+    begins_with_bos: bool
+    bos_in_statistics: bool
+    parts: NotRequired[list[MixPart]]
+
+
+class Nothing(TypedDict):
+    """An object without fields."""
 
 
 @dataclass
@@ -13,15 +56,20 @@ class LayerReport:
     relative output error under the pattern that was asked for."""
 
     name: str
-    shape: tuple[int, int]
-    pattern: str
-    num_values: int
-    dense_bytes: int
-    packed_bytes: int
-    relative_output_error: float | None
-    seconds: float
+    shape: tuple[Positive, Positive]
+    pattern: PatternText
+    num_values: Count
+    dense_bytes: Count
+    packed_bytes: Count
+    relative_output_error: Amount | None
+    seconds: Amount
     note: str = ""
     sensitivity: float | None = None
+
+    def check_record(self, where: str) -> None:
+        """Raises ValueError where more is kept than there is."""
+        if self.num_values > self.shape[0] * self.shape[1]:
+            raise ValueError(f"{where}.num_values is {self.num_values}, more than shape {list(self.shape)} has")
 
     @property
     def density(self) -> float:
@@ -33,10 +81,10 @@ class BlockReport:
     """A reconstructed block: its number, and the loss on calibration tokens that were held out, when its layers had
     been pruned and when it had been tuned (1 is the energy of the outputs); `note` says what went wrong."""
 
-    block: int
+    block: Count
     loss_before: float
     loss_after: float
-    seconds: float
+    seconds: Amount
     note: str = ""
 
 
@@ -49,7 +97,7 @@ class Trial:
     method: str
     reconstruct: str | None
     loss: float | None
-    seconds: float
+    seconds: Amount
     fits: bool
     note: str = ""
 
@@ -71,12 +119,9 @@ class MethodChoice:
 
     method: str
     reconstruct: str | None
-    block: int
-    time_budget: float | None
+    block: Count
+    time_budget: Amount | None
     trials: list[Trial]
-
-    def __post_init__(self) -> None:
-        self.trials = [Trial(**trial) if isinstance(trial, dict) else trial for trial in self.trials]
 
     def __str__(self) -> str:
         def words(trial: Trial) -> str:
@@ -104,9 +149,16 @@ class DroppedBlocks:
         num_parameters: of the dense model.
     """
 
-    blocks: list[int]
+    blocks: list[Count]
     scores: list[float]
-    num_parameters: int
+    num_parameters: Count
+
+    def check_record(self, where: str) -> None:
+        """Raises ValueError where the blocks are not some, and not all, of those with a score."""
+        if not self.blocks or len(self.blocks) >= len(self.scores) or sorted({*self.blocks}) != self.blocks:
+            raise ValueError(f"{where}.blocks are not some of {len(self.scores)} blocks, in order")
+        if self.blocks[-1] >= len(self.scores):
+            raise ValueError(f"{where}.blocks names block {self.blocks[-1]}, and there are {len(self.scores)} scores")
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{block} ({self.scores[block]:.4f})" for block in self.blocks)

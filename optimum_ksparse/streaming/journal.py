@@ -6,10 +6,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from ..config import LayerRecord
+from ..records import Amount, As, Count, RelativePath, Version, read_record, to_json
 from ..report import BlockReport, LayerReport
 from ..staging import write_text
 
@@ -28,9 +30,9 @@ class FinishedBlock:
         rows: of the report, one for each layer; reconstruction: and one of the block, where it was reconstructed.
     """
 
-    file: str
+    file: RelativePath
     sha256: str
-    layers: dict[str, dict[str, Any]]
+    layers: dict[str, Annotated[dict[str, Any], As(LayerRecord)]]
     rows: list[LayerReport]
     reconstruction: BlockReport | None = None
 
@@ -40,9 +42,9 @@ class Snapshot:
     """The calibration activations at the input of `block`, in one file for each process; `originals`: and those of the
     dense model, where they are needed."""
 
-    block: int
-    files: list[str]
-    originals: list[str] = field(default_factory=list)
+    block: Count
+    files: list[RelativePath]
+    originals: list[RelativePath] = field(default_factory=list)
 
 
 @dataclass
@@ -62,13 +64,13 @@ class Journal:
     job: dict[str, Any]
     blocks: list[FinishedBlock] = field(default_factory=list)
     snapshot: Snapshot | None = None
-    seconds: float = 0.0
-    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    seconds: Amount = 0.0
+    peak_memory_bytes: dict[str, Count] = field(default_factory=dict)
     phase: str = "pruning"
-    version: int = _VERSION
+    version: Annotated[int, Version(_VERSION, _VERSION)] = _VERSION
 
     def save(self, folder: Path) -> None:
-        write_text(folder / _NAME, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
+        write_text(folder / _NAME, to_json(self, indent=1))
 
     @staticmethod
     def is_in(folder: Path) -> bool:
@@ -82,19 +84,9 @@ class Journal:
     def load(cls, folder: Path) -> Journal | None:
         """None where there is none. Raises ValueError where it is damaged or of another version."""
         try:
-            data = json.loads((folder / _NAME).read_text(encoding="utf-8"))
+            return read_record(cls, folder / _NAME, "is damaged", "; start over with resume=False")
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise ValueError(f"{folder / _NAME} is damaged: {error}; start over with resume=False") from None
-        if not isinstance(data, dict) or data.get("version") != _VERSION or {f.name for f in fields(cls)} != {*data}:
-            raise ValueError(f"{folder / _NAME} is of another version; start over with resume=False")
-        try:
-            data["blocks"] = [_finished_block(block) for block in data["blocks"]]
-            data["snapshot"] = None if data["snapshot"] is None else Snapshot(**data["snapshot"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / _NAME} is damaged: {error!r}; start over with resume=False") from None
-        return cls(**data)
 
     def differences(self, job: dict[str, Any]) -> list[str]:
         """Where `job` is not the one of this journal, in words."""
@@ -117,12 +109,6 @@ class Journal:
                 break
         if self.snapshot is not None and self.snapshot.block > len(self.blocks):
             self.snapshot = None
-
-
-def _finished_block(block: dict[str, Any]) -> FinishedBlock:
-    rows = [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in block["rows"]]
-    reconstruction = None if block["reconstruction"] is None else BlockReport(**block["reconstruction"])
-    return FinishedBlock(**{**block, "rows": rows, "reconstruction": reconstruction})
 
 
 def _flat(job: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint import storage_state_dict
+from ..records import read_record, to_json
 from ..report import REPORT_NAME, RESULTS_NAME, PrunedBlock, SparsityReport
 from ..staging import write_text
 from .blocks import DiskBlocks
@@ -125,15 +125,13 @@ class Workspace:
         ValueError where its file is damaged."""
         path = self.path / f"{name}.json"
         try:
-            return kind(**json.loads(path.read_text(encoding="utf-8")))
+            return read_record(kind, path, "is damaged", "; start over with resume=False")
         except FileNotFoundError:
             return None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error}; start over with resume=False") from None
 
     def keep(self, name: str, value: Any) -> None:
         """Keeps a dataclass that was measured, for a later run: measured again it may come out otherwise."""
-        write_text(self.path / f"{name}.json", json.dumps(asdict(value)) + "\n")
+        write_text(self.path / f"{name}.json", to_json(value, indent=None))
 
     def add_block(self, index: int, state: dict[str, torch.Tensor], layers: Any, pruned: PrunedBlock) -> None:
         """Writes a pruned block. It counts when the journal has been saved."""

@@ -7,7 +7,6 @@ stands in `stages.json`, what was measured in `evaluation_results.json`.
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import sys
 import time
@@ -29,10 +28,10 @@ from ..execution import apply_settings
 from ..memory import peak_memory
 from ..nn.kernels import GROUPS
 from ..nn.kernels.hardware import runs_kernels
+from ..records import read_record
 from ..report import RESULTS_NAME, SparsityReport
-from ..staging import write_text
 from ..version import library_versions
-from .files import JOB_NAME, KOALPACA, KORQUAD, STAGES_NAME, clean_cell, read_stages
+from .files import JOB_NAME, KOALPACA, KORQUAD, STAGES_NAME, clean_cell, read_stages, write_json
 from .lifeline import end_with_parent
 from .results import CellResult
 from .tuning import run_korquad, run_nsmc
@@ -50,7 +49,7 @@ class _Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.job: dict[str, Any] = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
+        self.job: dict[str, Any] = read_record(dict[str, Any], folder / JOB_NAME, "is damaged")
         self.settings: dict[str, Any] | None = self.job["settings"]
         self.checkpoint = folder / "checkpoint"
         self.stages = read_stages(folder)
@@ -94,7 +93,7 @@ class _Run:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.stages[name] = {"seconds": round(time.perf_counter() - started, 2), **done}
-        write_text(self.folder / STAGES_NAME, json.dumps(self.stages, ensure_ascii=False) + "\n")
+        write_json(self.folder / STAGES_NAME, self.stages)
 
     def _prune(self) -> dict[str, Any]:
         assert self.settings is not None

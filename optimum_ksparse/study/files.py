@@ -11,11 +11,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from ..records import read_record, to_json
 from ..report import RESULTS_NAME
 from ..staging import write_text
 
@@ -27,13 +27,13 @@ KORQUAD, KOALPACA = "korquad", "koalpaca"
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, whole or not at all."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, to_json(value, indent=1))
 
 
 def read_stages(cell: Path) -> dict[str, dict[str, Any]]:
     """The stages of a cell that are done, by name; of one that was cut off. Empty where there are none."""
     path = cell / STAGES_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_record(dict[str, dict[str, Any]], path, f"of cell {cell.name} is damaged") if path.is_file() else {}
 
 
 def clean_cell(folder: Path, keep_checkpoints: bool) -> None:

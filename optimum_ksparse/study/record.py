@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from ..config import describe_dataset, describe_source
 from ..evaluation import EvaluationProtocol
@@ -14,6 +14,7 @@ from ..evaluation.kobest_data import describe_data
 from ..evaluation.nsmc import NUM_FEWSHOT
 from ..evaluation.nsmc_data import describe_nsmc
 from ..evaluation.texts import describe_texts
+from ..records import As, RelativePath, Version, read_record
 from ..streaming import Journal, find_weight_files
 from .files import write_json
 from .grid import Cell, Place
@@ -27,6 +28,27 @@ _VERSION = 1
 _ROUNDING = ("batch_size", "micro_batch_size", "gradient_checkpointing", "save_steps")
 
 
+class _Job(TypedDict):
+    model: str
+    weights: str
+    dtype: str | None
+    evaluation: dict[str, Any] | None
+    korquad: dict[str, Any] | None
+    nsmc: dict[str, Any] | None
+
+
+class _Grid(TypedDict):
+    methods: list[str]
+    patterns: list[str]
+    calibration: list[str]
+    seeds: list[int]
+
+
+class _Cell(TypedDict):
+    identity: dict[str, Any]
+    places: list[Place]
+
+
 @dataclass
 class Record:
     """What a study asked for.
@@ -38,11 +60,11 @@ class Record:
         cells: id → `identity` and `places`.
     """
 
-    job: dict[str, Any]
-    grid: dict[str, list[Any]]
-    published: dict[str, Any]
-    cells: dict[str, dict[str, Any]]
-    version: int = _VERSION
+    job: Annotated[dict[str, Any], As(_Job)]
+    grid: Annotated[dict[str, list[Any]], As(_Grid)]
+    published: Annotated[dict[str, Any], As(dict[str, str | dict[str, float]])]
+    cells: dict[RelativePath, Annotated[dict[str, Any], As(_Cell)]]
+    version: Annotated[int, Version(_VERSION, _VERSION)] = _VERSION
 
     def save(self, folder: Path) -> None:
         write_json(folder / RECORD_NAME, asdict(self))
@@ -51,14 +73,9 @@ class Record:
     def load(cls, folder: Path) -> Record | None:
         """None where there is none. Raises ValueError where it is damaged or of another version."""
         try:
-            data = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+            return read_record(cls, folder / RECORD_NAME, "is damaged", "; name another output")
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise ValueError(f"{folder / RECORD_NAME} is damaged: {error}; name another output") from None
-        if not isinstance(data, dict) or data.get("version") != _VERSION or {f.name for f in fields(cls)} != {*data}:
-            raise ValueError(f"{folder / RECORD_NAME} is of another version; name another output")
-        return cls(**data)
 
     def check(self, earlier: Record, measured: Collection[str]) -> list[str]:
         """Raises ValueError, naming the differences, where an earlier study measured another model or in another way.
@@ -90,7 +107,7 @@ class Record:
 
     def places(self, cell: str) -> list[Place]:
         """Where a cell stands in the grid."""
-        return [Place(**place) for place in self.cells[cell]["places"]]
+        return list(self.cells[cell]["places"])
 
     def with_grid(self, recipe: Recipe, cells: list[Cell]) -> Record:
         """The same model, measured in the same way, with the grid of a recipe."""
@@ -100,9 +117,7 @@ class Record:
             "calibration": [calibration["name"] for calibration in recipe.calibration],
             "seeds": recipe.seeds,
         }
-        found = {
-            cell.id: {"identity": cell.identity, "places": [asdict(place) for place in cell.places]} for cell in cells
-        }
+        found = {cell.id: {"identity": cell.identity, "places": cell.places} for cell in cells}
         return replace(self, grid=parts, published=recipe.published, cells=found)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_keys
 from ..config import NO_PATTERN
 from ..evaluation import Measurement
+from ..records import Amount, Count, build, read_record
 from .files import CELLS, FAILURE_NAME, RESULT_NAME, write_json
 from .quantities import QUANTITIES, figures_of
 from .record import Record
@@ -33,8 +32,8 @@ class CellResult:
     identity: dict[str, Any]
     measurements: list[dict[str, Any]]
     pruning: dict[str, Any] | None
-    seconds: dict[str, float]
-    peak_memory_bytes: dict[str, int]
+    seconds: dict[str, Amount]
+    peak_memory_bytes: dict[str, Count]
     hardware: dict[str, Any]
     versions: dict[str, str]
 
@@ -45,15 +44,17 @@ class CellResult:
     @classmethod
     def load(cls, folder: Path) -> CellResult:
         """Raises ValueError where the file is damaged."""
-        path = folder / RESULT_NAME
+        what = f"of cell {folder.name} is damaged"
+        return read_record(cls, folder / RESULT_NAME, what, "; delete it, and the cell runs again")
+
+    def check_record(self, where: str) -> None:
+        """Raises ValueError where what was read from a file has no figures."""
+        for i, row in enumerate(self.measurements):
+            build(Measurement, row, f"measurements[{i}]")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            check_keys(data, [f.name for f in fields(cls)], RESULT_NAME)
-            result = cls(**data)
-            _ = result.figures()
-            return result
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}; delete it, and the cell runs again") from None
+            self.figures()
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"pruning has no figures: {error!r}") from None
 
     def figures(self) -> dict[str, float]:
         """By the keys of `QUANTITIES`, in the units of the tables."""
@@ -151,7 +152,7 @@ def read_cells(record: Record, folder: Path) -> StudyResults:
         if (place / RESULT_NAME).is_file():
             results.cells[cell] = CellResult.load(place)
         elif (place / FAILURE_NAME).is_file():
-            results.failed[cell] = json.loads((place / FAILURE_NAME).read_text(encoding="utf-8"))
+            results.failed[cell] = read_record(dict[str, Any], place / FAILURE_NAME, f"of cell {cell} is damaged")
     others = (path.parent.name for path in (folder / CELLS).glob(f"*/{RESULT_NAME}"))
     results.left_out = sorted(name for name in others if name not in record.cells)
     return results

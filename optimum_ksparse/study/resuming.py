@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..records import read_record
 from ..report import RESULTS_NAME
 from .files import CELLS, JOB_NAME, KOALPACA, KORQUAD, RESULT_NAME, read_stages
 
@@ -44,7 +44,7 @@ def forget_other_job(cell: Path, job: Mapping[str, Any]) -> None:
     move a figure by rounding only make no other cell, but what was begun would be refused."""
     if not (cell / JOB_NAME).is_file():
         return
-    earlier, done = json.loads((cell / JOB_NAME).read_text(encoding="utf-8")), read_stages(cell)
+    earlier, done = read_record(dict[str, Any], cell / JOB_NAME, "is damaged"), read_stages(cell)
     for stage, (keys, name) in _BEGUN.items():
         if stage not in done and any(earlier.get(key) != job[key] for key in keys):
             _remove(cell / name)

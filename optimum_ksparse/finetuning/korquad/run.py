@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from ...calibration import read_tokenizer
 from ...checkpoint import describe_model, sparse_modules
 from ...checks import check_integer
 from ...evaluation import EvaluationResults, Measurement, fingerprint, tuning_settings
+from ...records import to_json
 from ...report import TUNING_NAME
 from ...staging import write_text
 from ..prepare import prepare_for_training
@@ -160,7 +160,7 @@ def _measure_again(
     base = None if (Path(output) / CONFIG_NAME).is_file() else model
     span_model, tokenizer = load_korquad_model(output, base)
     record["results"] = evaluate_korquad(span_model, tokenizer, data, **how)
-    write_text(Path(output) / TUNING_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(Path(output) / TUNING_NAME, to_json(record))
 
 
 def _save_results(

@@ -1,0 +1,41 @@
+"""Records: JSON files of a checkpoint or of a run, read into dataclasses.
+
+A record may come from anywhere. Each value is checked against the annotations of the dataclass that it becomes, which
+may have limits (`Annotated[int, Between(0)]`), and what does not fit is a `ValueError` that names the file and the
+field, as `layers[3].shape[1]`. Numbers are finite, and texts hold no control characters, so that they can be printed.
+"""
+
+from .build import build, build_fields
+from .files import check_depth, printable, read_json, read_record, to_json
+from .kinds import (
+    Amount,
+    As,
+    Between,
+    Count,
+    PatternText,
+    Positive,
+    Present,
+    RelativePath,
+    Share,
+    Version,
+)
+
+__all__ = [
+    "Amount",
+    "As",
+    "Between",
+    "Count",
+    "PatternText",
+    "Positive",
+    "Present",
+    "RelativePath",
+    "Share",
+    "Version",
+    "build",
+    "build_fields",
+    "check_depth",
+    "printable",
+    "read_json",
+    "read_record",
+    "to_json",
+]

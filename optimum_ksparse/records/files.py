@@ -1,0 +1,84 @@
+"""JSON files: read within limits, written without what is no JSON; and foreign text for a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from typing import Any
+
+from .build import build, clean
+
+_MOST_BYTES = 64 * 2**20  # a report of 100,000 layers is half as large
+_MOST_LEVELS = 32
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
+
+
+def printable(text: Any) -> str:
+    """Foreign text for a terminal, as one line: without control characters, and without tokens of the Hub."""
+    return _TOKEN.sub("hf_…", " ".join(clean(str(text)).split()))
+
+
+def to_json(value: Any, indent: int | None = 2) -> str:
+    """A dataclass, or a value, as the text of a JSON file. NaN and Inf, which are no JSON, become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _without_nan(dataclasses.asdict(value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, no JSON, or nested too deeply; does not name the file.
+    """
+    with open(path, "rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_MOST_LEVELS} levels deep") from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Raises ValueError for a value that holds others in more levels than any record does, before recursion fails."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > _MOST_LEVELS:
+            raise ValueError(f"it is nested more than {_MOST_LEVELS} levels deep")
+        holders = [item for item in level if isinstance(item, dict | list)]
+        level = [inner for item in holders for inner in (item.values() if isinstance(item, dict) else item)]
+
+
+def read_record(kind: Any, path: str | os.PathLike[str], what: str, remedy: str = "") -> Any:
+    """What a JSON file holds, as `kind` (see `build`).
+
+    Args:
+        what: what messages say of a file that is none, as "is no report of optimum-ksparse". remedy: what to do then.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such record, or of a newer schema; names the file, without its folder, and the field.
+    """
+    try:
+        return build(kind, read_json(path))
+    except ValueError as error:  # those of JSON and of the encoding are too
+        raise ValueError(printable(f"{os.path.basename(path)} {what}: {error}{remedy}")) from None
