@@ -8,6 +8,7 @@ long the whole model would take.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -165,6 +166,8 @@ class _Trials:
             judged, targets = self.parts["judged"], self.dense["judged"].hidden
             pruned = self.blocks.blocks[self.index]
             loss = OutputLoss(self.index, pruned, judged, targets, self.processes).mean(range(len(targets)))
+            if not math.isfinite(loss):
+                loss, note = None, "its outputs overflow"
         except (ArithmeticError, ValueError, torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError) as error:
             if isinstance(error, torch.OutOfMemoryError | MemoryError) and self.processes.size > 1:
                 raise  # the others do not know of it

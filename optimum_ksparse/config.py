@@ -15,7 +15,7 @@ from .dataset import DATASET_NAMES, check_dataset, describe_dataset, is_mix, is_
 from .nn.kernels import KERNELS
 from .pattern import Pattern
 from .pruners import METHODS, REFINEMENTS, statistics_of
-from .records import Count, PatternText, build, check_depth
+from .records import Count, PatternText, build, check_depth, printable
 from .statistics import ColumnNorms, GramMatrix
 
 QUANT_METHOD = "optimum-ksparse"
@@ -324,23 +324,10 @@ class SparsityConfig(QuantizationConfigMixin):
         """
         settings = {**config_dict, **{k: v for k, v in kwargs.items() if k in config_dict}}
         unused = {k: v for k, v in kwargs.items() if k not in config_dict}
-        check_depth(settings)
-        settings = build(dict[str, Any], settings)
-        found = settings.pop("quant_method", QUANT_METHOD)
-        if found != QUANT_METHOD:
-            raise ValueError(f"quant_method={found!r} is not {QUANT_METHOD!r}")
         try:
-            check_keys(settings, SETTINGS, "SparsityConfig")
-        except ValueError as error:
-            raise ValueError(f"{error} (misspelt, or written by a newer optimum-ksparse: then upgrade it)") from None
-        if isinstance(settings.get("dataset"), str) and settings["dataset"] not in DATASET_NAMES:
-            raise ValueError(f"dataset={settings['dataset']!r} is no name, and a checkpoint's own path is not opened")
-        if "layers" in settings:
-            settings["layers"] = build(dict[str, LayerRecord] | None, settings["layers"], "layers")
-        try:
-            config = cls(**settings)
-        except TypeError as error:
-            raise ValueError(str(error)) from None
+            config = cls(**_checked_record(settings))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the settings that the checkpoint records cannot be right: {printable(error)}") from None
         return (config, unused) if return_unused_kwargs else config
 
     def __iter__(self) -> Any:
@@ -351,6 +338,25 @@ class SparsityConfig(QuantizationConfigMixin):
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
         return copied
+
+
+def _checked_record(found: dict[str, Any]) -> dict[str, Any]:
+    """Recorded settings as far as they are more than arguments of `SparsityConfig`."""
+    check_depth(found)
+    settings: dict[str, Any] = build(dict[str, Any], found)
+    method = settings.pop("quant_method", QUANT_METHOD)
+    if method != QUANT_METHOD:
+        raise ValueError(f"quant_method={method!r} is not {QUANT_METHOD!r}")
+    try:
+        check_keys(settings, SETTINGS, "SparsityConfig")
+    except ValueError as error:
+        raise ValueError(f"{error} (misspelt, or written by a newer optimum-ksparse: then upgrade it)") from None
+    if isinstance(settings.get("dataset"), str) and settings["dataset"] not in DATASET_NAMES:
+        raise ValueError(f"dataset={settings['dataset']!r} is no name, and a checkpoint's own path is not opened")
+    build(str | None, settings.get("tokenizer"), "tokenizer")
+    if "layers" in settings:
+        settings["layers"] = build(dict[str, LayerRecord] | None, settings["layers"], "layers")
+    return settings
 
 
 def _setting_names() -> tuple[str, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from optimum_ksparse import SparsityConfig, choosing, prune_checkpoint, sparsify
+from optimum_ksparse.records import build, to_json
 from optimum_ksparse.report import MethodChoice, SparsityReport, Trial
 
 TOKENS = torch.randint(0, 384, (16, 24), generator=torch.Generator().manual_seed(3))
@@ -157,7 +159,7 @@ def test_a_choice_survives_json():
     trials = [Trial("wanda", None, 0.5, 3.0, True), Trial("admm", "block", 0.25, 30.0, False)]
     choice = MethodChoice("wanda", None, 4, 10.0, trials)
     report = SparsityReport({"method": "auto"}, choice=choice)
-    assert MethodChoice("wanda", None, 4, 10.0, [vars(trial) for trial in trials]) == choice
+    assert build(MethodChoice, json.loads(to_json(choice))) == choice
     assert report.method == "wanda"
 
 

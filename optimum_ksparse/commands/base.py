@@ -25,8 +25,10 @@ class Command(BaseOptimumCLICommand):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
-        except (OSError, ValueError, TypeError, ArithmeticError, ImportError) as error:
-            print("error:", *str(error).split(), file=sys.stderr)
+        except (OSError, ValueError, TypeError, ArithmeticError, ImportError, RecursionError) as error:
+            from ..records import printable
+
+            print("error:", printable(error), file=sys.stderr)
             sys.exit(1)
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..records import Amount, Count, Positive, Share, Version, read_record, to_json
+from ..records import Amount, Count, Positive, Version, read_record, to_json
 from ..report import MERGE_REPORT_NAME
+from ..report.rows import OVERFLOWED, is_finite, with_note
 from ..staging import write_text
 
 SCHEMA_VERSION = 1
@@ -33,7 +34,8 @@ class MergedLayer:
         relative_output_error: ‖X'W'ᵀ − XWᵀ‖_F / ‖XWᵀ‖_F of the merged weight W' and of the weight W that the unmerged
             layer computes with, on a sample of the calibration tokens: X' as they reach the layer in the merged model,
             X in the unmerged one. None where no data were read, or none reached it.
-        discarded: the share of the adapter's change ΔW that lies outside the mask M, ‖ΔW∘(1 − M)‖_F / ‖ΔW‖_F.
+        discarded: the share of the adapter's change ΔW that lies outside the mask M, ‖ΔW∘(1 − M)‖_F / ‖ΔW‖_F; None
+            where it could not be computed, as `note` says.
     """
 
     name: str
@@ -41,8 +43,20 @@ class MergedLayer:
     num_values: Count
     how: str
     relative_output_error: Amount | None
-    discarded: Share
+    discarded: Amount | None
     seconds: Amount
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not (is_finite(self.relative_output_error) and is_finite(self.discarded)):
+            self.relative_output_error = self.relative_output_error if is_finite(self.relative_output_error) else None
+            self.discarded = self.discarded if is_finite(self.discarded) else None
+            self.note = with_note(self.note, OVERFLOWED)
+
+    def check_record(self, where: str) -> None:
+        """Raises ValueError where more is kept than there is."""
+        if self.num_values > self.shape[0] * self.shape[1]:
+            raise ValueError(f"{where}.num_values is {self.num_values}, more than shape {list(self.shape)} has")
 
     @property
     def density(self) -> float:
@@ -81,7 +95,7 @@ class MergeReport:
             "density": sum(row.num_values for row in self.layers) / max(1, size),
             "mean_output_error": sum(errors) / len(errors) if errors else None,
             "worst_output_error": max(errors, default=None),
-            "mean_discarded": sum(row.discarded for row in self.layers) / max(1, len(self.layers)),
+            "mean_discarded": sum(row.discarded or 0.0 for row in self.layers) / max(1, len(self.layers)),
             "seconds": self.seconds,
         }
 
@@ -98,11 +112,15 @@ class MergeReport:
     def __str__(self) -> str:
         """The layers with the largest errors, and the totals."""
         measured = any(row.relative_output_error is not None for row in self.layers)
-        worst = sorted(self.layers, key=lambda row: (row.relative_output_error or 0.0, row.discarded), reverse=True)
+        worst = sorted(
+            self.layers, key=lambda row: (row.relative_output_error or 0.0, row.discarded or 0.0), reverse=True
+        )
         lines = [f"{'worst layers':<40}  {'how':<7}  {'density':>7}  {'output error':>12}  {'discarded':>9}"]
         for row in worst[:_WORST]:
             error = "not measured" if row.relative_output_error is None else f"{row.relative_output_error:.2e}"
-            lines.append(f"{row.name:<40}  {row.how:<7}  {row.density:>7.4f}  {error:>12}  {row.discarded:>9.4f}")
+            lines.append(
+                f"{row.name:<40}  {row.how:<7}  {row.density:>7.4f}  {error:>12}  {row.discarded or 0.0:>9.4f}"
+            )
         totals = self.totals()
         counts = ", ".join(f"{count} {how}" for how, count in totals["layers"].items() if count)
         lines.append(f"{len(self.layers)} sparse layers ({counts}), density {totals['density']:.4f} as before")
@@ -114,6 +132,7 @@ class MergeReport:
             lines.append("the adapter changes kept weights alone: merging is exact, there is nothing to solve")
         if self.dense_layers:
             lines.append(f"merged as dense layers: {', '.join(self.dense_layers)}")
+        lines += [f"note: {row.name}: {row.note}" for row in self.layers if row.note]
         names = ", ".join(f"{entry['name']} ({entry['peft_type']})" for entry in self.adapters)
         lines.append(f"merged {names} by method={self.method!r} in {self.seconds:.1f} s")
         return "\n".join(lines)

@@ -120,7 +120,7 @@ class _Run:
 
     @property
     def relative_output_error(self) -> float | None:
-        return math.sqrt(self._difference / self._dense) if self._dense > 0 else None
+        return None if self._dense == 0 else math.sqrt(self._difference / self._dense)
 
 
 def _shared(statistics: list[ColumnNorms | None]) -> ColumnNorms:

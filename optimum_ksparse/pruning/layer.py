@@ -82,11 +82,11 @@ def prune_layer(
 def relative_output_error(
     inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor, original: torch.Tensor | None = None
 ) -> float | None:
-    """‖X̂Ŵᵀ − XWᵀ‖_F / ‖XWᵀ‖_F for weights W and Ŵ [out, in], computed in float32; None where there are no inputs or
-    the dense output is zero. X̂ is `inputs` [tokens, in], and X is `original` of the same tokens, or `inputs` where
-    that is None."""
+    """‖X̂Ŵᵀ − XWᵀ‖_F / ‖XWᵀ‖_F for weights W and Ŵ [out, in], computed in float32, in which it may overflow to NaN or
+    Inf; None where there are no inputs or the dense output is zero. X̂ is `inputs` [tokens, in], and X is `original` of
+    the same tokens, or `inputs` where that is None."""
     x = inputs.to(weight.device, torch.float32)
     dense = (x if original is None else original.to(x)) @ weight.float().T
     difference = torch.linalg.norm(x @ pruned.float().T - dense)
     size = torch.linalg.norm(dense)
-    return float(difference / size) if size > 0 else None
+    return None if size == 0 else float(difference / size)

@@ -59,7 +59,7 @@ class SparsityReport:
     """
 
     config: dict[str, Any]
-    calibration: Annotated[dict[str, Any], As(Nothing | Calibration)] = field(default_factory=dict)
+    calibration: Annotated[dict[str, Any], As(Calibration | Nothing)] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     reconstruction: list[BlockReport] = field(default_factory=list)
     choice: MethodChoice | None = None
@@ -95,10 +95,11 @@ class SparsityReport:
     @property
     def reconstruction_losses(self) -> tuple[float, float] | None:
         """Mean loss of the reconstructed blocks, before and after; None where there are none."""
-        rows = self.reconstruction
-        if not rows:
+        pairs = [(row.loss_before, row.loss_after) for row in self.reconstruction]
+        known = [(before, after) for before, after in pairs if before is not None and after is not None]
+        if not known:
             return None
-        return sum(row.loss_before for row in rows) / len(rows), sum(row.loss_after for row in rows) / len(rows)
+        return sum(before for before, _ in known) / len(known), sum(after for _, after in known) / len(known)
 
     @property
     def is_dense(self) -> bool:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from ..records import Amount, Count, PatternText, Positive, RelativePath
+
+OVERFLOWED = "the output error could not be computed: the outputs overflow float32"
+
+
+def is_finite(value: float | None) -> bool:
+    """Whether JSON can hold a figure."""
+    return value is None or math.isfinite(value)
+
+
+def with_note(note: str, more: str) -> str:
+    """A note with one more."""
+    return f"{note}; {more}" if note else more
 
 
 class BaseArguments(TypedDict, total=False):
@@ -31,8 +44,14 @@ class MixPart(TypedDict):
     begins_with_bos: bool
 
 
-class Calibration(TypedDict):
-    """The description of `calibration.CalibrationTokens`; `parts` of a mix."""
+class Mixed(TypedDict, total=False):
+    """What the description of a mix has besides."""
+
+    parts: list[MixPart]
+
+
+class Calibration(Mixed):
+    """The description of `calibration.CalibrationTokens`."""
 
     dataset: str | dict[str, Any]
     form: str
@@ -41,7 +60,6 @@ class Calibration(TypedDict):
     seed: Count
     begins_with_bos: bool
     bos_in_statistics: bool
-    parts: NotRequired[list[MixPart]]
 
 
 class Nothing(TypedDict):
@@ -66,6 +84,10 @@ class LayerReport:
     note: str = ""
     sensitivity: float | None = None
 
+    def __post_init__(self) -> None:
+        if not is_finite(self.relative_output_error):
+            self.relative_output_error, self.note = None, with_note(self.note, OVERFLOWED)
+
     def check_record(self, where: str) -> None:
         """Raises ValueError where more is kept than there is."""
         if self.num_values > self.shape[0] * self.shape[1]:
@@ -79,13 +101,19 @@ class LayerReport:
 @dataclass
 class BlockReport:
     """A reconstructed block: its number, and the loss on calibration tokens that were held out, when its layers had
-    been pruned and when it had been tuned (1 is the energy of the outputs); `note` says what went wrong."""
+    been pruned and when it had been tuned (1 is the energy of the outputs; None where it could not be computed);
+    `note` says what went wrong."""
 
     block: Count
-    loss_before: float
-    loss_after: float
+    loss_before: float | None
+    loss_after: float | None
     seconds: Amount
     note: str = ""
+
+    def __post_init__(self) -> None:
+        if not (is_finite(self.loss_before) and is_finite(self.loss_after)):
+            self.loss_before = self.loss_after = None
+            self.note = with_note(self.note, OVERFLOWED)
 
 
 @dataclass
@@ -218,8 +246,8 @@ class Change:
     kind: str
     by: str | None = None
     dataset: str | None = None
-    steps: int | None = None
-    epochs: float | None = None
+    steps: Count | None = None
+    epochs: Amount | None = None
     adapters: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
