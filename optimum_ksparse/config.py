@@ -16,6 +16,7 @@ from .nn.kernels import KERNELS
 from .pattern import Pattern
 from .pruners import METHODS, REFINEMENTS, statistics_of
 from .records import Count, PatternText, build, check_depth, printable
+from .redaction import check_no_token
 from .statistics import ColumnNorms, GramMatrix
 
 QUANT_METHOD = "optimum-ksparse"
@@ -31,6 +32,19 @@ NO_PATTERN = "none"  # how flags and recipes write pattern=None
 AUTO = "auto"  # a method that stands for the best of all within a time
 OBJECTIVES = ("memory", "speed")
 DENSIFY = ("never", "lazy")
+# Setting → its values, where they are a few.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": (*METHODS, AUTO),
+    "refine": tuple(REFINEMENTS),
+    "reconstruct": RECONSTRUCTIONS,
+    "activations": ACTIVATIONS,
+    "allocation": tuple(ALLOCATIONS),
+    "calibration_dtype": CALIBRATION_DTYPES,
+    "storage": STORAGES,
+    "kernel": ("auto", *KERNELS),
+    "optimize_for": OBJECTIVES,
+    "densify": DENSIFY,
+}
 
 # How a loaded model computes: chosen at each load, never saved.
 EXECUTION_SETTINGS = ("kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
@@ -166,32 +180,30 @@ class SparsityConfig(QuantizationConfigMixin):
         iterations: int | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.method = check_one_of("method", method, (*METHODS, AUTO))
+        self.method = _choice("method", method)
         self.time_budget = None if time_budget is None else check_number("time_budget", time_budget, 0, 1e9)
         if self.time_budget is not None and self.method != AUTO:
             raise ValueError(f"time_budget={time_budget} is for method={AUTO!r}; method={method!r} takes its time")
         # Typed for the code that prunes, which is not reached without one.
         self.pattern: str = _pattern(pattern)  # type: ignore[assignment]
         self.drop_layers = None if drop_layers is None else check_integer("drop_layers", drop_layers, 1)
+        for name, value in (("dataset", dataset), ("tokenizer", tokenizer)):
+            check_no_token(name, value)
         self.dataset = dataset
         self.tokenizer = _tokenizer("tokenizer", tokenizer)
         self.num_samples = check_integer("num_samples", num_samples, 1)
         self.seq_len = check_integer("seq_len", seq_len, 2)
         self.batch_size = check_integer("batch_size", batch_size, 1)
-        self.calibration_dtype = (
-            None
-            if calibration_dtype is None
-            else check_one_of("calibration_dtype", calibration_dtype, CALIBRATION_DTYPES)
-        )
+        self.calibration_dtype = None if calibration_dtype is None else _choice("calibration_dtype", calibration_dtype)
         self.seed = check_integer("seed", seed, 0)
         self.block_size = check_integer("block_size", block_size, 1)
         self.damping = None if damping is None else check_number("damping", damping, 0, 1)
         self.iterations = None if iterations is None else check_integer("iterations", iterations, 1)
         self.refine = _refinements("refine", refine)
-        self.reconstruct = None if reconstruct is None else check_one_of("reconstruct", reconstruct, RECONSTRUCTIONS)
+        self.reconstruct = None if reconstruct is None else _choice("reconstruct", reconstruct)
         self.reconstruction_epochs = check_integer("reconstruction_epochs", reconstruction_epochs, 1)
         self.reconstruction_lr = check_number("reconstruction_lr", reconstruction_lr, 0, 1)
-        self.activations = None if activations is None else check_one_of("activations", activations, ACTIVATIONS)
+        self.activations = None if activations is None else _choice("activations", activations)
         mixes = self.activations == "mixed" and self.pattern is not None
         if mixes and self.reconstruct is None and self.method != AUTO:
             raise ValueError(
@@ -201,17 +213,17 @@ class SparsityConfig(QuantizationConfigMixin):
         self.true_sequential = check_boolean("true_sequential", true_sequential)
         self.modules_to_not_convert = check_names("modules_to_not_convert", modules_to_not_convert)
         self.skip_unsupported = check_boolean("skip_unsupported", skip_unsupported)
-        self.storage = check_one_of("storage", storage, STORAGES)
+        self.storage = _choice("storage", storage)
         self.prepend_bos = prepend_bos if prepend_bos is None else check_boolean("prepend_bos", prepend_bos)
         self.bos_in_statistics = check_boolean("bos_in_statistics", bos_in_statistics)
-        self.kernel = check_one_of("kernel", kernel, ("auto", *KERNELS))
-        self.optimize_for = check_one_of("optimize_for", optimize_for, OBJECTIVES)
+        self.kernel = _choice("kernel", kernel)
+        self.optimize_for = _choice("optimize_for", optimize_for)
         self.max_extra_bytes = (
             max_extra_bytes if max_extra_bytes is None else check_integer("max_extra_bytes", max_extra_bytes, 0)
         )
-        self.densify = check_one_of("densify", densify, DENSIFY)
+        self.densify = _choice("densify", densify)
         self.fuse = check_boolean("fuse", fuse)
-        self.allocation = check_one_of("allocation", allocation, ALLOCATIONS)
+        self.allocation = _choice("allocation", allocation)
         self.target_density = None if target_density is None else check_share("target_density", target_density)
         self.layers = None if layers is None else {name: dict(layer) for name, layer in layers.items()}
 
@@ -385,6 +397,10 @@ def _pattern(value: Any) -> str | None:
     return None if value is None or str(value).lower() == NO_PATTERN else str(Pattern(value))
 
 
+def _choice(name: str, value: Any) -> str:
+    return check_one_of(name, value, CHOICES[name])
+
+
 def _refinements(name: str, value: Any) -> list[str]:
     if value is None or isinstance(value, str):
         value = [] if value is None else [value]
@@ -392,7 +408,7 @@ def _refinements(name: str, value: Any) -> list[str]:
         raise TypeError(
             f"{name} must be a string or a list of them, found {value!r}; allowed: {', '.join(REFINEMENTS)}"
         )
-    return [check_one_of(name, step, REFINEMENTS) for step in value]
+    return [_choice(name, step) for step in value]
 
 
 def _tokenizer(name: str, value: Any) -> Any:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from .config import DENSE_CONFIG_KEY, QUANT_METHOD
+from .model_class import class_for_config
 from .nn.kernels import describe_device
 from .report import REPORT_NAME, SparsityReport
 
@@ -63,7 +64,9 @@ class CheckpointSummary:
         return "\n".join(lines)
 
 
-def inspect_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> CheckpointSummary:
+def inspect_checkpoint(
+    source: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
+) -> CheckpointSummary:
     """Summarises a sparse checkpoint, a local folder or one on the Hub, without reading a weight.
 
     Raises:
@@ -78,19 +81,23 @@ def inspect_checkpoint(source: str | os.PathLike[str], revision: str | None = No
     layers = settings.pop("layers", None) or {}
     path = cached_file(source, REPORT_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     report = None if path is None else SparsityReport.load(path)
-    num_parameters = report.num_parameters if report is not None else _count_parameters(source, revision)
+    num_parameters = (
+        report.num_parameters if report is not None else _count_parameters(source, revision, trust_remote_code)
+    )
     device = describe_device(
         torch.device("cuda" if torch.cuda.is_available() else "cpu"), {layer["pattern"] for layer in layers.values()}
     )
     return CheckpointSummary(source, settings, layers, num_parameters, _file_bytes(source, revision), report, device)
 
 
-def _count_parameters(source: str, revision: str | None) -> int:
+def _count_parameters(source: str, revision: str | None, trust_remote_code: bool) -> int:
     """Logical parameters, of the model built without weights."""
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    causal = any("CausalLM" in name for name in config.architectures or ())
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    model_class = class_for_config(config, trust_remote_code)
     with torch.device("meta"):
-        return int((AutoModelForCausalLM if causal else AutoModel).from_config(config).num_parameters())
+        build = getattr(model_class, "from_config", None) or model_class._from_config
+        trusted = {"trust_remote_code": True} if trust_remote_code else {}
+        return int(build(config, **trusted).num_parameters())
 
 
 def _file_bytes(source: str, revision: str | None) -> dict[str, int]:

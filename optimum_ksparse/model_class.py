@@ -18,22 +18,23 @@ _GENERATING = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel
 _OTHERS = [name for name in modeling_auto.__all__ if name.startswith("AutoModel") and name not in _GENERATING]
 # What `AutoModelForPreTraining` leads to, others do with a name that says more.
 _AUTO_CLASSES = (*_GENERATING, *sorted(_OTHERS, key="AutoModelForPreTraining".__eq__))
-_ADAPTER_ARGUMENTS = ("cache_dir", "token", "revision", "local_files_only", "subfolder")
+_HUB_ARGUMENTS = ("cache_dir", "token", "revision", "local_files_only", "subfolder")
 
 
 def class_for_source(source: str | os.PathLike[str], **loading: Any) -> Any:
     """The class to load a folder or a repository on the Hub with; for an adapter, its base model's.
 
     Args:
-        loading: of `from_pretrained`: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `gguf_file`,
-            `trust_remote_code`; those that are None count as left out.
+        loading: arguments of `from_pretrained`. Those that say where the files are, `gguf_file` and
+            `trust_remote_code` are read; those that are None count as left out.
 
     Raises:
         OSError: there is no config.json. ValueError: it names no class that transformers knows.
     """
-    loading = {name: value for name, value in loading.items() if value is not None}
-    config = AutoConfig.from_pretrained(_with_config(os.fspath(source), loading), **loading)
-    return class_for_config(config, bool(loading.get("trust_remote_code")))
+    names = ("gguf_file", "trust_remote_code", "code_revision", *_HUB_ARGUMENTS)
+    how = {name: loading[name] for name in names if loading.get(name) is not None}
+    config = AutoConfig.from_pretrained(_with_config(os.fspath(source), how), **how)
+    return class_for_config(config, bool(how.get("trust_remote_code")))
 
 
 def class_for_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
@@ -94,7 +95,7 @@ def _with_config(source: str, loading: Mapping[str, Any]) -> str:
     """Where the config is: beside the weights, or with the base of an adapter, as `from_pretrained` finds it."""
     if loading.get("gguf_file") or os.path.isfile(os.path.join(source, loading.get("subfolder", ""), CONFIG_NAME)):
         return source
-    hub = {name: loading[name] for name in _ADAPTER_ARGUMENTS if name in loading}
+    hub = {name: loading[name] for name in _HUB_ARGUMENTS if name in loading}
     path = find_adapter_config_file(source, **hub)
     if path is None:
         return source

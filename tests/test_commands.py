@@ -17,8 +17,8 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from optimum_ksparse import SparsityConfig
-from optimum_ksparse.commands.base import read_recipe
-from optimum_ksparse.commands.prune import _FLAGS, _LOADING_FLAGS
+from optimum_ksparse.commands.prune import _LOADING_TEXTS, SETTINGS_TEXTS
+from optimum_ksparse.commands.recipes import read_recipe
 from optimum_ksparse.config import EXECUTION_SETTINGS, SETTINGS
 from optimum_ksparse.evaluation import Baseline, EvaluationProtocol, EvaluationResults, Measurement
 
@@ -79,14 +79,11 @@ def test_prune_then_info(cli, workplace):
     ("arguments", "message"),
     [
         (("prune", "dense"), "output is missing"),
-        (("prune", "dense", "out", "--pattern", "5:4"), "pattern='5:4' is not a pattern"),
-        (
-            ("prune", "dense", "out", "--method", "wand"),
-            "method='wand' is not known; allowed: magnitude, wanda, sparsegpt",
-        ),
+        (("prune", "dense", "out", "--pattern", "5:4"), "--pattern '5:4' is not a pattern"),
+        (("prune", "dense", "out", "--method", "wand"), "'wand' is not known; did you mean wanda?"),
         (("prune", "dense", "text.txt/out", "--dataset", "text.txt"), "text.txt"),
         (("prune", "dense", "out", "--dataset", "text.txt", "--seq-len", "128"), "above the model's context of 64"),
-        (("prune", "nothing-here", "out", "--dataset", "text.txt"), "nothing-here is not a local folder"),
+        (("prune", "nothing-here", "out", "--dataset", "text.txt"), "model 'nothing-here': there is no such folder"),
         (("prune", "dense", "out", "--config", "bad.yaml"), "did you mean 'pattern'"),
         (("info", "dense"), "not a checkpoint of optimum-ksparse"),
     ],
@@ -99,7 +96,9 @@ def test_bad_pruning_is_one_line_and_writes_nothing(cli, dense, tmp_path, monkey
 
 
 def test_bad_input_in_a_process_of_its_own(dense, tmp_path):
-    refused(run("prune", "dense", "out", "--pattern", "5:4", cwd=tmp_path), "pattern='5:4' is not a pattern")
+    refused(
+        run("prune", "dense", "out", "--pattern", "5:4", cwd=tmp_path), "--pattern '5:4' is not a pattern", status=2
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -123,20 +122,19 @@ def test_prune_from_disk_to_disk(cli, workplace):
     assert done.stderr.strip().splitlines()[-1].startswith("error: disk holds another sparse checkpoint")
     for wrong in (("--stream", "--device-map", "cpu"), ("--resume", "false")):
         done = cli("prune", "dense", "other", *flags, *wrong)
-        assert done.returncode == 1
-        assert "has no meaning with" in done.stderr
+        refused(done, f"{wrong[-2]} has no meaning with", status=2)
 
 
 def test_every_setting_has_a_flag():
-    assert set(_FLAGS) == set(SETTINGS) - {"layers", *EXECUTION_SETTINGS}
+    assert set(SETTINGS_TEXTS) == set(SETTINGS) - {"layers", *EXECUTION_SETTINGS}
 
 
 def test_recipes_are_short_and_valid():
     assert RECIPES
     for path in RECIPES:
         assert len(path.read_text().splitlines()) <= 20, path.name
-        recipe = read_recipe(str(path), ["model", "output", *_FLAGS, *_LOADING_FLAGS])
-        SparsityConfig(**{name: value for name, value in recipe.items() if name in _FLAGS})
+        recipe = read_recipe(str(path), ["model", "output", *SETTINGS_TEXTS, *_LOADING_TEXTS])
+        SparsityConfig(**{name: value for name, value in recipe.items() if name in SETTINGS_TEXTS})
 
 
 def test_help_of_optimum_cli_lists_us(tmp_path):
@@ -222,10 +220,11 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """One line on standard error, and status 1."""
+def refused(done: subprocess.CompletedProcess[str], *parts: str, status: int | None = None) -> None:
+    """One line on standard error, and status 1, or 2 for a mistake of usage."""
     *before, line = done.stderr.splitlines()
-    assert (done.returncode, line.startswith("error: ")) == (1, True), done.stderr
+    assert line.startswith("error: "), done.stderr
+    assert done.returncode in ((1, 2) if status is None else (status,)), done
     assert all(part in line for part in parts), line
     assert not any("Traceback" in other for other in before)
 
@@ -350,7 +349,7 @@ def test_eval_by_a_recipe_and_flags(cli: Cli, workplace: Path) -> None:
     how = {"texts": "held_out.txt", "tasks": [], "seq_len": 16, "stride": 8}
     recipe = {"checkpoint": "sparse", "output": "out", **how}
     (workplace / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "baseline": True}))
-    refused(cli("eval", "--config", "recipe.yaml"), "pass baseline=<Hub id or folder>")
+    refused(cli("eval", "--config", "recipe.yaml"), "pass --baseline <Hub id or folder>")
     (workplace / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "baseline": "dense"}))
     done = cli("eval", "--config", "recipe.yaml", "--seq-len", "32", "--prepend_bos", "true")
     assert done.returncode == 0, done.stderr
@@ -363,33 +362,36 @@ def test_eval_by_a_recipe_and_flags(cli: Cli, workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("eval",), "checkpoint is missing: optimum-cli ksparse eval CHECKPOINT"),
+        (("eval",), "checkpoint is missing; see optimum-cli ksparse eval --help"),
         (("eval", "sparse", "--config", "bad.yaml"), "bad.yaml has no setting 'task': did you mean 'tasks'?"),
         (("eval", "sparse", "--config", "list.yaml"), "list.yaml must hold settings as `key: value`, found list"),
         (("eval", "sparse", "--config", "nothing.yaml"), "nothing.yaml"),
         (("eval", "sparse", *EVAL[:-1], "coopa"), "tasks: 'coopa' is not a task of KoBEST; did you mean 'copa'?"),
-        (("eval", "sparse", *EVAL, "--limit", "0"), "limit=0 is too small, it must be at least 1"),
-        (("eval", "sparse", *EVAL, "--seq-len", "512"), "seq_len=512"),
+        (("eval", "sparse", *EVAL, "--limit", "0"), "--limit 0 is too small, it must be at least 1"),
+        (("eval", "sparse", *EVAL, "--seq-len", "512"), "--seq-len 512"),
         (("eval", "sparse", *EVAL, "--tokenizer", "nothing-here"), "nothing-here"),
         (("eval", "sparse", "--texts", "none", "--tasks", "none"), "there is nothing to measure"),
-        (("eval", "sparse", "--texts", "nothing.txt"), "texts='nothing.txt': there is no such file"),
-        (("eval", "sparse", "--texts", "none", "--data-dir", "nothing"), "data_dir has no copa/test.jsonl"),
-        (("eval", "sparse", *EVAL[:-1], "copa", "wic", "--data-dir", "kobest"), "data_dir has no wic/test.jsonl"),
+        (("eval", "sparse", "--texts", "nothing.txt"), "--texts 'nothing.txt': there is no such file"),
+        (("eval", "sparse", "--texts", "none", "--data-dir", "nothing"), "--data-dir has no copa/test.jsonl"),
+        (("eval", "sparse", *EVAL[:-1], "copa", "wic", "--data-dir", "kobest"), "--data-dir has no wic/test.jsonl"),
         (("eval", "sparse", *EVAL, "--baseline"), "'dense', a local folder or a model without a recorded commit"),
-        (("eval", "nothing-here", *EVAL), "nothing-here is not a local folder"),
-        (("eval", "org/nothing", *EVAL), "org/nothing is not a local folder"),
-        (("card", "nothing-here"), "checkpoint='nothing-here' is no folder; download or save it first"),
-        (("card", "sparse", "--language", "de"), "language='de' is not known; allowed: en, ko"),
+        (("eval", "nothing-here", *EVAL), "checkpoint 'nothing-here': there is no such folder"),
+        (("eval", "org/nothing", *EVAL), "checkpoint 'org/nothing': there is no such folder, and no such model"),
+        (("card", "nothing-here"), "checkpoint 'nothing-here': there is no such folder; download"),
+        (("card", "sparse", "--language", "de"), "--language: 'de' is not known; allowed: en, ko"),
         (("card", "dense"), "is no sparse model: prune it, or load a sparse checkpoint"),
-        (("push", "sparse"), "repo_id is missing: optimum-cli ksparse push CHECKPOINT USER/NAME"),
-        (("push", "nothing-here", "user/name"), "checkpoint='nothing-here' is no folder; download or save it first"),
-        (("push", "sparse", "bad name"), "repo_id='bad name' cannot be a name on the Hub"),
-        (("push", "sparse", "user/name", "--revision", "a b"), "revision='a b' cannot be a branch"),
-        (("push", "sparse", "user/name", "--language", "de"), "language='de' is not known; allowed: en, ko"),
+        (("push", "sparse"), "repo_id is missing; see optimum-cli ksparse push --help"),
+        (
+            ("push", "nothing-here", "user/name"),
+            "checkpoint 'nothing-here': there is no such folder; download or save it first",
+        ),
+        (("push", "sparse", "bad name"), "repo_id 'bad name' cannot be a name on the Hub"),
+        (("push", "sparse", "user/name", "--revision", "a b"), "--revision 'a b' cannot be a branch"),
+        (("push", "sparse", "user/name", "--language", "de"), "--language: 'de' is not known; allowed: en, ko"),
         (("push", "sparse", "user/name", "--dense-revision", "main"), "is where the packed model goes"),
         (("push", "dense", "user/name"), "is no sparse model: prune it, or load a sparse checkpoint"),
-        (("push", "sparse", "user/name", "--evaluate", *EVAL), "pass baseline=<Hub id or folder>"),
-        (("push", "sparse", "user/name", "--evaluate", "--limit", "-1"), "limit=-1 is too small"),
+        (("push", "sparse", "user/name", "--evaluate", *EVAL), "pass --baseline <Hub id or folder>"),
+        (("push", "sparse", "user/name", "--evaluate", "--limit", "-1"), "--limit -1 is too small"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -407,7 +409,10 @@ def test_bad_input_is_one_line(
     ("flags", "message"),
     [
         (("--tasks", "none"), "without a network, measure on a .txt or .jsonl file"),
-        (("--texts", "none", "--tasks", "copa"), "without a network pass data_dir, a folder of <task>/<split>.jsonl"),
+        (
+            ("--texts", "none", "--tasks", "copa"),
+            "without a network pass --data-dir, a folder",
+        ),
     ],
 )
 def test_eval_without_a_network(cli: Cli, hub: LoopbackHub, flags: tuple[str, ...], message: str) -> None:

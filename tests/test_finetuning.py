@@ -7,7 +7,6 @@ import runpy
 import signal
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
-from optimum_ksparse.commands.finetune_koalpaca import KoAlpacaCommand
+from optimum_ksparse.commands import parse_words
 from optimum_ksparse.finetuning import (
     FinetuningSettings,
     finetune_koalpaca,
@@ -365,11 +364,7 @@ def test_the_model_is_left_as_it_was(make_model, tokenizer, tmp_path):
 
 
 def finetune_command(*arguments: object) -> None:
-    parser = ArgumentParser()
-    KoAlpacaCommand.parse_args(parser)
-    command = object.__new__(KoAlpacaCommand)
-    command.args = parser.parse_args([str(argument) for argument in arguments])
-    command.execute()
+    parse_words(["finetune", "koalpaca", *map(str, arguments)]).execute()
 
 
 def test_the_command(folder, tmp_path, capsys):

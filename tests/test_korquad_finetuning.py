@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from optimum_ksparse import EvaluationResults, SparsityConfig, sparsify
+from optimum_ksparse.commands import parse_words
 from optimum_ksparse.evaluation import fingerprint
 from optimum_ksparse.finetuning import FinetuningSettings
 from optimum_ksparse.finetuning.korquad import (
@@ -446,29 +446,22 @@ def test_like_lengths_come_together_and_every_epoch_is_another():
 # The command
 
 
-def run_command(command, *words):
-    parser = argparse.ArgumentParser()
-    command.parse_args(parser)
-    made = command.__new__(command)
-    made.args = parser.parse_args([str(word) for word in words])
-    made.execute()
+def run_command(*words):
+    parse_words([str(word) for word in words]).execute()
 
 
 def test_merging_keeps_the_head_and_pushing_is_refused(make_model, own_tokenizer, data, tmp_path):
-    from optimum_ksparse.commands.merge import MergeCommand
-    from optimum_ksparse.commands.push import PushCommand
-
     base, output = base_folder(make_model, own_tokenizer, tmp_path, sparse=True), tmp_path / "out"
     settings = FinetuningSettings(**{**asdict(FAST), "method": "masked"})
     record = finetune_korquad(base, None, data, settings, output, eval_data=data, windows=WINDOWS)
-    run_command(MergeCommand, output, tmp_path / "merged")
+    run_command("merge", output, tmp_path / "merged")
     model, tokenizer = load_korquad_model(tmp_path / "merged")
     assert not (tmp_path / "merged/adapter_config.json").exists()
     row = evaluate_korquad(model, tokenizer, data, windows=WINDOWS)
     assert row["f1"] == pytest.approx(record["results"]["f1"])
     assert json.loads((tmp_path / "merged/finetuning.json").read_text())["task"] == "korquad"
     with pytest.raises(ValueError, match="holds a span head.*--tuned-results"):
-        run_command(PushCommand, output, "user/name")
+        run_command("push", output, "user/name")
 
 
 def test_a_finished_run_is_measured_on_what_is_asked_for(make_model, own_tokenizer, data_file, tmp_path):
@@ -481,27 +474,13 @@ def test_a_finished_run_is_measured_on_what_is_asked_for(make_model, own_tokeniz
     assert json.loads((output / "finetuning.json").read_text()) == every
 
 
-def test_the_command_is_registered():
-    from optimum_ksparse.commands import KSparseCommand
-
-    commands = {info.name: info.subcommand_class for info in KSparseCommand.SUBCOMMANDS}
-    assert {"finetune", "merge", "eval", "prune"} <= commands.keys()
-    assert [info.name for info in commands["finetune"].SUBCOMMANDS] == ["koalpaca", "korquad"]
-
-
 def test_the_command(make_model, own_tokenizer, data_file, tmp_path, capsys):
     pytest.importorskip("optimum.commands")
-    from optimum_ksparse.commands.finetune_korquad import KorQuADCommand
-
     base = base_folder(make_model, own_tokenizer, tmp_path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seq_len: 56\nmax_question_tokens: 12\nr: 2\nmax_steps: 5\n", encoding="utf-8")
-    parser = argparse.ArgumentParser()
-    KorQuADCommand.parse_args(parser)
     flags = f"--train-file {data_file} --config {recipe} --max-steps 2 --batch-size 4 --max-eval-questions 2"
-    args = parser.parse_args([str(base), str(tmp_path / "out"), *flags.split()])
-    command = KorQuADCommand.__new__(KorQuADCommand)
-    command.args = args
+    command = parse_words(["finetune", "korquad", str(base), str(tmp_path / "out"), *flags.split()])
     command.execute()
     record = json.loads((tmp_path / "out/finetuning.json").read_text(encoding="utf-8"))
     assert (record["r"], record["steps"], record["windows"]["seq_len"]) == (2, 2, 56)
@@ -520,6 +499,7 @@ def test_the_command(make_model, own_tokenizer, data_file, tmp_path, capsys):
     model.save_pretrained(base)
     with pytest.raises(ValueError, match="finished run with base_fingerprint"):
         command.execute()
+    args = command.args
     args.train_file, args.eval_file, args.output = None, str(data_file), str(tmp_path / "other")
     with pytest.raises(ValueError, match="eval_file without train_file"):
         command.execute()

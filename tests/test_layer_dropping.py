@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import json
@@ -398,19 +397,15 @@ def test_it_is_pushed_with_its_card_and_measured_beside_the_dense_model(
 
 def test_the_command(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     pytest.importorskip("optimum.commands")
-    from optimum_ksparse.commands.prune import PruneCommand
+    from optimum_ksparse.commands import parse_words
 
-    parser = argparse.ArgumentParser()
-    PruneCommand.parse_args(parser)
     make("llama").save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("가나다 " * 200, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     flags = "--drop-layers 1 --pattern none --dataset text.txt --num-samples 2 --seq-len 16"
     for more in ("memory", "disk --stream"):
-        command = PruneCommand.__new__(PruneCommand)
-        command.args = parser.parse_args(f"dense {more} {flags}".split())
-        command.run()
+        parse_words(f"prune dense {more} {flags}".split()).execute()
         assert "dropped 1 of 4 decoder blocks" in capsys.readouterr().out
     assert_same_tensors(tensors(tmp_path / "memory"), tensors(tmp_path / "disk"))
 

@@ -13,7 +13,7 @@ from .conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "optimum_ksparse"
 ROOMS = [
-    ["version", "checks", "model_class"],
+    ["version", "checks", "model_class", "redaction"],
     ["pattern"],
     ["records"],
     ["nn"],
@@ -37,6 +37,7 @@ ROOMS = [
     ["benchmark"],
     ["study"],
     ["integration", "commands"],
+    ["__main__"],
 ]
 ROW = {room: row for row, rooms in enumerate(ROOMS) for room in rooms}
 FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
@@ -81,6 +82,7 @@ def test_the_check_above_can_fail():
         "pattern",
         "pruners",
         "records",
+        "redaction",
         "statistics",
     }
 

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
 from optimum_ksparse.calibration import calibration_tokens
-from optimum_ksparse.commands.base import dataset as dataset_flag
-from optimum_ksparse.commands.base import read_recipe
-from optimum_ksparse.commands.prune import PruneCommand
+from optimum_ksparse.commands import parse_words
+from optimum_ksparse.commands.parser import dataset as dataset_flag
+from optimum_ksparse.commands.recipes import read_recipe
 from optimum_ksparse.dataset import describe_dataset, holds, is_mix, mix_shares, needs_tokenizer, split_samples
 from optimum_ksparse.hub.card import render_card
 from optimum_ksparse.hub.metadata import build_metadata
@@ -248,10 +248,8 @@ def test_the_flag(text: str, found: Any) -> None:
 
 
 def test_flags_and_recipes_become_settings(tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    PruneCommand.parse_args(parser)
     flags = ("--dataset", "mc4-ko=0.5,self=0.5", "--allocation", "owl", "--target-density", "0.6")
-    args = parser.parse_args(["model", "output", *flags])
+    args = parse_words(["prune", "model", "output", *flags]).args
     config = SparsityConfig(dataset=args.dataset, allocation=args.allocation, target_density=args.target_density)
     assert config.dataset == {"mc4-ko": 0.5, "self": 0.5} and config.target_density == 0.6
     (tmp_path / "recipe.yaml").write_text("dataset: {mc4-ko: 0.5, self: 0.5}\nallocation: owl\ntarget_density: 0.6\n")

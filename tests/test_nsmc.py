@@ -6,7 +6,6 @@ import json
 import math
 import re
 import unicodedata
-from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -402,13 +401,9 @@ def test_a_protocol_may_ask_for_nsmc(
 
 
 def run_eval(*arguments: object) -> None:
-    from optimum_ksparse.commands.eval import EvalCommand
+    from optimum_ksparse.commands import parse_words
 
-    parser = ArgumentParser()
-    EvalCommand.parse_args(parser)
-    command = EvalCommand.__new__(EvalCommand)
-    command.args = parser.parse_args([str(argument) for argument in arguments])
-    command.execute()
+    parse_words(["eval", *map(str, arguments)]).execute()
 
 
 @pytest.mark.parametrize("form", [["nsmc"], ["--texts", "none", "--tasks", "nsmc"]])

@@ -5,7 +5,6 @@ processes."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
@@ -34,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity
 from optimum_ksparse.checkpoint import sparse_modules
-from optimum_ksparse.commands.study import StudyCommand
+from optimum_ksparse.commands import parse_words
 from optimum_ksparse.study import (
     CellResult,
     Recipe,
@@ -156,15 +155,7 @@ def recipe(**changes: Any) -> Recipe:
 
 def command(*arguments: str) -> int:
     """Exit status of the command, in this process."""
-    parser = argparse.ArgumentParser()
-    StudyCommand.parse_args(parser)
-    found = object.__new__(StudyCommand)
-    found.args = parser.parse_args(list(arguments))
-    try:
-        found.run()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
+    return parse_words(["study", *arguments]).run()
 
 
 # The recipe
@@ -705,7 +696,7 @@ def test_tables_alone_have_the_grid_of_the_recipe_that_is_given(faked, capsys):
     assert command("--tables-only", "--output", "there") == 0
     assert Path("there/tables.md").read_text(encoding="utf-8") == text
     for flags in ((), ("--tables-only",), ("--output", "there")):
-        assert command(*flags) == 1
+        assert command(*flags) == 2
         assert "name a recipe" in capsys.readouterr().err
 
 
@@ -719,7 +710,7 @@ def test_flags_take_the_place_of_what_differs_from_machine_to_machine(faked, cap
     assert load_study("there").record.grid["calibration"] == ["text.txt 4 x 32"]
     found["calibration"].append({"dataset": "c4"})
     Path("recipe.yaml").write_text(yaml.safe_dump(found), encoding="utf-8")
-    assert command("recipe.yaml", *flags) == 1
+    assert command("recipe.yaml", *flags) == 2
     assert "the recipe compares calibration texts" in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 GRACE = 10  # seconds from the interrupt to the end, at most a quarter of a step's time
-BENCH = [sys.executable, "-m", "optimum_ksparse.benchmark", "--output", "{own}"]
+BENCH = [sys.executable, "-m", "optimum_ksparse", "bench", "--output", "{own}"]
 TEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 AUTOTUNE = """
 import torch

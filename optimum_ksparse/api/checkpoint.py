@@ -6,13 +6,14 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..checkpoint import commit_of, is_dense_record
 from ..checks import check_integer
 from ..config import DENSE_CONFIG_KEY, SparsityConfig
 from ..dataset import holds
 from ..distributed import joined
+from ..model_class import class_for_source
 from ..report import SparsityReport
 from ..streaming import Workspace, check_output, find_weight_files
 from .model import settings_of
@@ -31,7 +32,7 @@ def prune_checkpoint(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     activation_memory: int | str = "4GB",
-    model_class: Any = AutoModelForCausalLM,
+    model_class: Any = None,
     **loading: Any,
 ) -> SparsityReport:
     """Prunes a checkpoint that need not fit into memory, and writes the sparse one with its report and tokenizer.
@@ -55,7 +56,7 @@ def prune_checkpoint(
         device: where blocks run; None takes this process's GPU, where there is one.
         activation_memory: calibration activations that stay in memory, in bytes or as "4GB"; more go to files in
             `output`. With `reconstruct` there are two such sets: the pruned model's and the dense one's.
-        model_class: Auto class, or model's class, of the checkpoint.
+        model_class: Auto class, or model's class, of the checkpoint; None: the one that its config.json names.
         loading: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, `trust_remote_code`,
             `code_revision`.
 
@@ -81,6 +82,7 @@ def prune_checkpoint(
         if not processes.is_main:
             files = find_weight_files(source, **_hub(loading))
         _check_dense(source, loading)
+        model_class = model_class or class_for_source(source, **loading)
         job = {
             "source": processes.each(files.digests),
             "settings": settings_of(config),

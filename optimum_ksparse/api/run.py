@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..allocation import Allocation
-from ..calibration import BlockReplay, ExpertStack, eager_experts, evaluation_mode, read_tokenizer
+from ..calibration import BlockReplay, ExpertStack, eager_experts, evaluation_mode, save_tokenizer
 from ..checkpoint import install_layers, layer_records
 from ..choosing import choose_method
 from ..config import AUTO, SparsityConfig
@@ -287,12 +287,10 @@ class CheckpointRun:
 
     def _save_tokenizer(self, folder: Path) -> None:
         try:
-            tokenizer = read_tokenizer(os.fspath(self.source), **self.loading)
+            save_tokenizer(self.source, folder, **self.loading)
         except Exception as error:  # transformers and huggingface_hub raise many kinds here
             reason = " ".join(str(error).split())
             logger.warning(f"The checkpoint has no tokenizer: none could be loaded from {self.source}: {reason}")
-            return
-        tokenizer.save_pretrained(folder)
 
 
 def _finished_report(workspace: Workspace, fingerprint: str) -> SparsityReport | None:

@@ -1,6 +1,6 @@
 """How fast sparse layers and models are beside dense ones, on the machine at hand.
 
-`optimum-cli ksparse bench`, or `python -m optimum_ksparse.benchmark` where optimum is not installed.
+`optimum-cli ksparse bench`, or `python -m optimum_ksparse bench` where optimum is not installed.
 """
 
 from .figure import FIGURE_NAME, draw_speedup

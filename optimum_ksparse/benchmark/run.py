@@ -1,4 +1,4 @@
-"""The whole benchmark, and its flags: what the command and `python -m optimum_ksparse.benchmark` share."""
+"""The whole benchmark, and its flags."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 
 from ..checkpoint import sparse_modules
+from ..model_class import class_for_source
 from ..nn.kernels import GROUPS, Problem
 from .figure import FIGURE_NAME, draw_speedup
 from .layers import bench_layers
@@ -34,6 +34,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "prompt_tokens": {"type": int, "help": "of the prefill of a whole model (default: 1024)"},
     "optimize_for": {"help": "memory (default) or speed, of a whole model"},
     "device": {"help": "cuda where there is one, otherwise cpu"},
+    "revision": {"help": "branch, tag or commit of the checkpoint (default: main)"},
     "output": {"help": "folder for results.json and speedup.png (default: ksparse-bench)"},
 }
 
@@ -57,7 +58,9 @@ def run(checkpoint: str | None = None, **settings: Any) -> BenchResults:
     results = BenchResults.here(device)
     model: Any = None
     if checkpoint is not None:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=chosen.get("dtype", "auto"))
+        where = {name: chosen[name] for name in ("revision", "trust_remote_code") if name in chosen}
+        loader = class_for_source(checkpoint, **where)
+        model = loader.from_pretrained(checkpoint, dtype=chosen.get("dtype", "auto"), **where)
         model.to(device)
         if not sparse_modules(model):
             raise ValueError(f"{checkpoint} is a dense checkpoint: prune it, or name shapes with --models")

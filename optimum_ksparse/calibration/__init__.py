@@ -6,7 +6,7 @@ from .experts import ExpertStack, eager_experts, use_eager_experts
 from .reading import find_read
 from .replay import BlockReplay, always_there
 from .running import evaluation_mode
-from .tokenizer import read_tokenizer
+from .tokenizer import copy_processor, read_tokenizer, save_tokenizer
 from .tokens import CalibrationTokens, calibration_tokens, prepends_bos
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ExpertStack",
     "always_there",
     "calibration_tokens",
+    "copy_processor",
     "decoder_of",
     "eager_experts",
     "evaluation_mode",
@@ -24,5 +25,6 @@ __all__ = [
     "find_read",
     "prepends_bos",
     "read_tokenizer",
+    "save_tokenizer",
     "use_eager_experts",
 ]

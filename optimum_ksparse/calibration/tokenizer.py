@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import (
+    AUDIO_TOKENIZER_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    cached_file,
+)
 
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
+# What a model that takes more than text has beside its tokenizer; one name serves images and sound.
+_PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME)
 
 
 def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
@@ -21,9 +32,35 @@ def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **arguments)
     if arguments.get("gguf_file") is None:
-        hub = {name: arguments[name] for name in _HUB_ARGUMENTS if arguments.get(name) is not None}
+        hub = _hub(arguments)
         names = {"tokenizer.json", *(name for name in type(tokenizer).vocab_files_names.values() if name)}
         found = (cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names)
         if not any(found):
             raise OSError(f"it has no file of a tokenizer ({', '.join(sorted(names))})")
     return tokenizer
+
+
+def save_tokenizer(source: str | os.PathLike[str], folder: str | os.PathLike[str], **arguments: Any) -> None:
+    """Saves the tokenizer of a folder or of a repository on the Hub into `folder`, and with it the processor.
+
+    Raises:
+        As `read_tokenizer`; a processor is copied first.
+    """
+    copy_processor(source, folder, **arguments)
+    read_tokenizer(os.fspath(source), **arguments).save_pretrained(folder)
+
+
+def copy_processor(source: str | os.PathLike[str], folder: str | os.PathLike[str], **arguments: Any) -> None:
+    """Copies the files of the processor of a model that takes more than text, as they are: to load one may need
+    libraries for images or sound. A model without one has nothing to copy."""
+    if arguments.get("gguf_file") is not None:
+        return
+    quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, **_hub(arguments)}
+    for name in _PROCESSOR_FILES:
+        path = cached_file(os.fspath(source), name, **quiet)
+        if path is not None:
+            shutil.copyfile(path, Path(folder) / name)
+
+
+def _hub(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in _HUB_ARGUMENTS if arguments.get(name) is not None}

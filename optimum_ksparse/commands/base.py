@@ -4,113 +4,164 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Mapping
-from typing import Any
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
 
-from optimum.commands.base import BaseOptimumCLICommand
+from ..model_class import class_for_source
+from ..records import printable
+from ..redaction import check_no_token, redact
+from .errors import UsageError, describe_error
+from .hub import check_source, hub_access
+from .parser import Parser
+from .recipes import read_recipe
+
+# Not settings: they say how the command runs, and no recipe holds them.
+_OF_THE_PROCESS = ("help", "config", "token", "cache_dir")
+LOADING_TEXTS = {
+    "dtype": "float32, bfloat16, float16, or auto (default: the checkpoint's)",
+    "device_map": "as in from_pretrained: auto, cpu, cuda:0, … (default: the CPU)",
+    "tokenizer": "name or folder, where it is not beside the model",
+    "revision": "branch, tag or commit of the model (default: main)",
+}
+TRUST = {"trust_remote_code": "run the code that comes with the model"}
 
 
-class Command(BaseOptimumCLICommand):
-    """A command that ends with one line on standard error, and status 1, where the user can mend what went wrong.
-    Heavy imports belong into `execute`: an import error at the top would break every `optimum-cli` command."""
+class Command:
+    """A command that ends with one line on standard error where something is wrong: with status 2 where its words
+    cannot be, otherwise with 1."""
+
+    # Settings that name a model, or a tokenizer: what is neither here nor on the Hub is refused before any work.
+    MODELS: ClassVar[tuple[str, ...]] = ("checkpoint", "tokenizer")
+    # Settings without which it cannot begin, and how to write them.
+    REQUIRED: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, parser: Parser, args: argparse.Namespace) -> None:
+        self.parser, self.args = parser, args
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        """Adds the words of the command to its parser."""
 
     def execute(self) -> None:
         raise NotImplementedError
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """Does it, and returns the exit status."""
         try:
-            self.execute()
+            with hub_access(self.args.token, self.args.cache_dir):
+                self.execute()
+            sys.stdout.flush()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            sys.exit(130)
-        except (OSError, ValueError, TypeError, ArithmeticError, ImportError, RecursionError) as error:
-            from ..records import printable
+            return 130
+        except BrokenPipeError:  # what reads the output has enough: nobody is there to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            if os.environ.get("KSPARSE_TRACEBACK"):
+                traceback.print_exc()
+            self.say(f"error: {describe_error(error, self.flags)}")
+            return 2 if isinstance(error, UsageError) else 1
+        return 0
 
-            print("error:", printable(error), file=sys.stderr)
-            sys.exit(1)
+    def say(self, text: str) -> None:
+        """A line on standard error, without secrets and control characters."""
+        print(redact(printable(text), self.args.token, os.environ.get("HF_TOKEN")), file=sys.stderr)
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """How the command line writes each setting."""
+        actions = self.parser._actions
+        return {action.dest: action.option_strings[-1] if action.option_strings else action.dest for action in actions}
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the recipe of `--config`, overridden by the flags that were given; checked."""
+        names = [name for name in self.flags if name not in _OF_THE_PROCESS]
+        with usage():
+            recipe = read_recipe(self.args.config, names) if getattr(self.args, "config", None) else {}
+            settings = self.merged(recipe, self.given(names))
+            missing = next((name for name in self.REQUIRED if not settings.get(name)), None)
+            if missing:
+                raise UsageError(f"{missing} is missing; see {self.parser.prog} --help")
+        self.check(settings)
+        return settings
+
+    def given(self, names: Iterable[str]) -> dict[str, Any]:
+        """What the command line says of these settings."""
+        return {name: value for name in names if (value := getattr(self.args, name)) is not None}
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuses, before any work, names that hold a token, and models that are not there."""
+        with usage():
+            for name, value in _strings(settings):
+                check_no_token(name, value)
+        for name in self.MODELS:
+            if isinstance(settings.get(name), str):
+                revision = settings.get("revision") if name == self.MODELS[0] else None
+                check_source(name, settings[name], revision)
+
+    def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a recipe, and flags, which win."""
+        return {**recipe, **given}
 
 
-def read_recipe(path: str, allowed: list[str]) -> dict[str, Any]:
-    """Settings of a YAML recipe. Raises ValueError for a file that is no mapping, or an unknown key, naming the
-    nearest."""
-    import yaml
-
-    from ..checks import check_keys
-
-    with open(path, encoding="utf-8") as file:
-        try:
-            recipe = yaml.safe_load(file) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold settings as `key: value`, found {type(recipe).__name__}")
-    check_keys(recipe, allowed, path)
-    return recipe
+@contextmanager
+def usage() -> Iterator[None]:
+    """Within it settings are checked: what cannot be is a mistake of usage."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
 
 
-def add_flags(parser: argparse.ArgumentParser, *groups: dict[str, dict[str, Any]]) -> None:
-    """Adds settings as flags: name → argparse arguments."""
-    for group in groups:
-        for name, arguments in group.items():
-            parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar="VALUE", **arguments)
+def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """All strings in settings, with the name of the setting."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _strings(key, name)
+            yield from _strings(inner, name or str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner, name)
 
 
-def read_settings(args: argparse.Namespace, allowed: list[str]) -> dict[str, Any]:
-    """Settings of the recipe of `--config`, overridden by the flags that were given."""
-    recipe = read_recipe(args.config, allowed) if args.config else {}
-    given = {name: getattr(args, name) for name in allowed}
-    return {**recipe, **{name: value for name, value in given.items() if value is not None}}
+def add_loading(parser: Parser, texts: Mapping[str, str]) -> None:
+    """Adds what `from_pretrained` is told, as flags."""
+    for name, text in texts.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text)
 
 
-def load_checkpoint(source: str, settings: Mapping[str, Any]) -> Any:
-    """The model of a checkpoint, of an adapter with its base; in its own dtype unless `settings` say otherwise. What
-    the folder's `finetuning.json` says becomes `model.tuning`.
+def folder_of(checkpoint: str) -> Path:
+    """The folder of a checkpoint, which cannot be on the Hub here. Raises FileNotFoundError where there is none."""
+    if not os.path.isdir(checkpoint):
+        raise FileNotFoundError(f"checkpoint={checkpoint!r}: there is no such folder; download or save it first")
+    return Path(checkpoint)
+
+
+def load_checkpoint(source: str | os.PathLike[str], settings: Mapping[str, Any]) -> Any:
+    """The model of a checkpoint, of an adapter with its base, by the class that its config names; in its own dtype
+    unless `settings` say otherwise. What the folder's `finetuning.json` says becomes `model.tuning`.
 
     Raises:
         ValueError: the results in its folder are damaged, which `from_pretrained` merely warns of, or the tuning is.
     """
-    from transformers import AutoModelForCausalLM
-
     from ..evaluation import EvaluationResults, read_tuning
     from ..report import RESULTS_NAME
 
     results = os.path.join(source, RESULTS_NAME)
     known = EvaluationResults.load(results) if os.path.isfile(results) else None
     tuning = read_tuning(source, settings.get("revision"))
-    names = ("dtype", "device_map", "revision", "trust_remote_code")
-    loading = {name: settings[name] for name in names if settings.get(name) is not None}
-    model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": "auto", **loading})
+    where = {name: settings[name] for name in ("revision", "trust_remote_code") if settings.get(name) is not None}
+    how = {name: settings[name] for name in ("dtype", "device_map") if settings.get(name) is not None}
+    model = class_for_source(source, **where).from_pretrained(source, **{"dtype": "auto", **how, **where})
     if known is not None:
-        # An adapter's own, instead of its base's.
-        model.evaluation_results = known  # type: ignore[assignment]
+        model.evaluation_results = known  # an adapter's own, instead of its base's
     if tuning is not None:
-        model.tuning = tuning  # type: ignore[assignment]
+        model.tuning = tuning
     return model
-
-
-def boolean(text: str) -> bool:
-    """argparse type of a setting that is true or false."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
-
-
-def dataset(text: str) -> str | dict[str, float]:
-    """argparse type of calibration data: a name, a file, or a mix `NAME=WEIGHT,NAME=WEIGHT` of them."""
-    parts = [re.fullmatch(r"(.+)=([0-9.]+(?:[eE][+-]?[0-9]+)?)", part.strip()) for part in text.split(",")]
-    if not any(parts):
-        return text
-    mix: dict[str, float] = {}
-    for written, part in zip(text.split(","), parts, strict=True):
-        try:
-            if part is None or part[1] in mix:
-                raise ValueError
-            mix[part[1]] = float(part[2])
-        except ValueError:
-            reason = "occurs twice" if part is not None and part[1] in mix else "is no NAME=WEIGHT"
-            raise argparse.ArgumentTypeError(
-                f"{written.strip()!r} {reason}; allowed: a name, a file, or a mix such as mc4-ko=0.5,self=0.5"
-            ) from None
-    return mix

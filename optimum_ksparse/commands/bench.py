@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from typing import Any
 
 from .base import Command
+from .parser import Parser
 
 
 class BenchCommand(Command):
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
         from ..benchmark import FLAGS
 
         parser.add_argument("checkpoint", nargs="?", help="folder or Hub id of a sparse model")
         for name, arguments in FLAGS.items():
-            parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar="VALUE", **arguments)
+            more: dict[str, Any] = {"metavar": "N" if arguments.get("type") is int else "VALUE", **arguments}
+            parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **more)
 
     def execute(self) -> None:
-        from ..benchmark import FLAGS, run
+        from ..benchmark import run
 
-        settings = {name: getattr(self.args, name) for name in FLAGS}
-        print(run(self.args.checkpoint, **settings))
-        print(f"written to {settings['output'] or 'ksparse-bench'}")
+        settings = self.settings()
+        print(run(settings.pop("checkpoint", None), **settings))
+        print(f"written to {settings.get('output', 'ksparse-bench')}")

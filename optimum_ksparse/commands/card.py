@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
-from pathlib import Path
-
-from .base import Command, load_checkpoint
+from .base import TRUST, Command, folder_of, load_checkpoint, usage
+from .parser import Parser, add_switches
 
 
 class CardCommand(Command):
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    MODELS = ()
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        from ..hub.card import LANGUAGES
+
         parser.add_argument("checkpoint", help="folder of a sparse checkpoint, or of an adapter on one")
-        parser.add_argument("--language", default="en", help="en or ko")
-        parser.add_argument("--repo-id", dest="repo_id", help="user/name under which it is (to be) published")
-        parser.add_argument("--tags", nargs="+", help="further tags")
-        parser.add_argument("--trust-remote-code", dest="trust_remote_code", action="store_const", const=True)
+        parser.add_argument("--language", choices=list(LANGUAGES), help="of the card (default: en)")
+        parser.add_argument("--repo-id", metavar="USER/NAME", help="under which it is (to be) published")
+        parser.add_argument("--tags", nargs="+", metavar="TAG", help="further tags")
+        add_switches(parser, TRUST)
 
     def execute(self) -> None:
-        from ..hub import check_language, write_card
+        from ..hub import write_card
+        from ..hub.writing import check_repository
 
-        if not Path(self.args.checkpoint).is_dir():
-            raise FileNotFoundError(f"checkpoint={self.args.checkpoint!r} is no folder; download or save it first")
-        check_language(self.args.language)
-        model = load_checkpoint(self.args.checkpoint, {"trust_remote_code": self.args.trust_remote_code})
-        options = {"language": self.args.language, "repo_id": self.args.repo_id, "tags": self.args.tags}
-        print(f"written: {write_card(model, self.args.checkpoint, **options)}")
+        settings = self.settings()
+        folder = folder_of(settings.pop("checkpoint"))
+        with usage():
+            if "repo_id" in settings:
+                check_repository(settings["repo_id"])
+        model = load_checkpoint(folder, {"trust_remote_code": settings.pop("trust_remote_code", None)})
+        print(f"written: {write_card(model, folder, **settings)}")

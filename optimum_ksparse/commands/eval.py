@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from .base import Command, add_flags, load_checkpoint, read_settings
-from .protocol import LOADING_FLAGS, PROTOCOL_FLAGS, protocol_of
+from .base import LOADING_TEXTS, TRUST, Command, add_loading, load_checkpoint
+from .errors import UsageError
+from .parser import Parser, add_switches
+from .protocol import add_protocol, protocol_of
 
 # Folders whose results are taken over: as the dense column, and as rows after tuning.
 _TAKEN = ("baseline_results", "tuned_results")
-_USAGE = "optimum-cli ksparse eval CHECKPOINT [--baseline [MODEL]] [--config recipe.yaml]"
 # Words that may stand before the checkpoint: what they measure, and nothing else, unless flags say otherwise.
 _SHORTHANDS: dict[str, dict[str, Any]] = {"nsmc": {"texts": "none", "tasks": ["nsmc"]}}
 
 
 class EvalCommand(Command):
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    MODELS = ("checkpoint", "baseline", "tokenizer")
+    REQUIRED = ("checkpoint",)
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
         parser.add_argument(
             "checkpoint",
             nargs="*",
@@ -33,31 +36,32 @@ class EvalCommand(Command):
         )
         parser.add_argument(
             "--baseline-results",
-            "--baseline_results",
-            dest="baseline_results",
             metavar="FOLDER",
             help="take the dense column from the evaluation_results.json of a dense model, tuned as this one was, say",
         )
         parser.add_argument(
             "--tuned-results",
-            "--tuned_results",
-            dest="tuned_results",
             metavar="FOLDER",
             help="take rows after tuning from the output of `finetune korquad` on this model",
         )
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
-        parser.add_argument("--revision", help="branch, tag or commit of the checkpoint")
-        parser.add_argument("--output", help="folder for evaluation_results.json (default: the checkpoint's)")
-        parser.add_argument("--overwrite", action="store_const", const=True, help="discard results of other weights")
-        parser.add_argument("--trust-remote-code", dest="trust_remote_code", action="store_const", const=True)
-        add_flags(parser, PROTOCOL_FLAGS, LOADING_FLAGS)
+        parser.add_argument(
+            "--output", metavar="FOLDER", help="for evaluation_results.json (default: the checkpoint's folder)"
+        )
+        add_switches(parser, {"overwrite": "discard results of other weights", **TRUST})
+        add_loading(parser, LOADING_TEXTS)
+        add_protocol(parser)
+
+    def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Words before the flags are a shorthand and the checkpoint."""
+        words = list(given.pop("checkpoint", None) or [])
+        shorthand = _SHORTHANDS[words.pop(0)] if words and words[0] in _SHORTHANDS else {}
+        if len(words) > 1:
+            raise UsageError(f"checkpoint must be one folder or Hub id, found {' '.join(words)}")
+        return {**shorthand, **recipe, **given, **({"checkpoint": words[0]} if words else {})}
 
     def execute(self) -> None:
-        shorthand = _take_shorthand(self.args)
-        own = ["checkpoint", "baseline", *_TAKEN, "revision", "output", "overwrite", "trust_remote_code"]
-        settings = {**shorthand, **read_settings(self.args, [*own, *PROTOCOL_FLAGS, *LOADING_FLAGS])}
-        if not settings.get("checkpoint"):
-            raise ValueError(f"checkpoint is missing: {_USAGE}")
+        settings = self.settings()
         protocol = protocol_of(settings)
 
         from ..checkpoint import has_lost_blocks, sparse_modules
@@ -112,16 +116,6 @@ class EvalCommand(Command):
         keep(results)
         print(results_table(results))
         print(f"written to {output / RESULTS_NAME}")
-
-
-def _take_shorthand(args: Namespace) -> dict[str, Any]:
-    """Parts what stands before the flags into the settings of a shorthand, which are returned, and the checkpoint."""
-    words = list(args.checkpoint)
-    settings = _SHORTHANDS[words.pop(0)] if words and words[0] in _SHORTHANDS else {}
-    if len(words) > 1:
-        raise ValueError(f"checkpoint must be one folder or Hub id, found {' '.join(words)}: {_USAGE}")
-    args.checkpoint = words[0] if words else None
-    return settings
 
 
 def _results_before(model: Any) -> Any:

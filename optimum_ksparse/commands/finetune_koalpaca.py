@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from .finetune_task import TaskCommand, load_with_tokenizer
+from .parser import Parser, add_settings
 
 
 class KoAlpacaCommand(TaskCommand):
-    NAME = "koalpaca"
-    FLAGS: ClassVar = {
-        "data": {"help": "file of JSON lines with instruction and output, or a Hub id (default: KoAlpaca v1.1a)"},
-        "max_length": {"type": int, "help": "tokens of an example (default: 512)"},
-    }
+    @classmethod
+    def add_task(cls, parser: Parser) -> None:
+        from ..finetuning.koalpaca import finetune_koalpaca
+
+        text = "file of JSON lines with instruction and output, or a Hub id (default: KoAlpaca v1.1a)"
+        add_settings(parser, finetune_koalpaca, {"data": text, "max_length": "tokens of an example"})
 
     def finetune(self, model: str, loading: dict[str, Any], output: str, settings: Any, more: dict[str, Any]) -> None:
         from ..finetuning import KOALPACA, finetune_koalpaca

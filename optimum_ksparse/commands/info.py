@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser
 
-from .base import Command
+from .base import LOADING_TEXTS, TRUST, Command
+from .parser import Parser, add_switches
 
 
 class InfoCommand(Command):
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
         parser.add_argument("checkpoint", help="folder or Hub id of a sparse checkpoint")
-        parser.add_argument("--revision", help="branch, tag or commit")
-        parser.add_argument("--json", action="store_true", help="for machines")
+        parser.add_argument("--revision", metavar="REVISION", help=LOADING_TEXTS["revision"])
+        add_switches(parser, {"json": "for machines", **TRUST})
 
     def execute(self) -> None:
         from ..inspection import inspect_checkpoint
 
-        summary = inspect_checkpoint(self.args.checkpoint, revision=self.args.revision)
-        print(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False) if self.args.json else summary)
+        settings = self.settings()
+        as_json = settings.pop("json", False)
+        summary = inspect_checkpoint(settings.pop("checkpoint"), **settings)
+        print(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False) if as_json else summary)

@@ -4,56 +4,65 @@ from __future__ import annotations
 
 import os
 import shutil
-from argparse import ArgumentParser
 from typing import Any
 
-from .base import Command, add_flags, boolean, dataset, read_settings
+from .base import LOADING_TEXTS, TRUST, Command, add_loading
+from .parser import Parser, add_settings, add_switches, dataset
 
-# Settings of merge_adapter: name → argparse arguments. Defaults are its own.
-_FLAGS: dict[str, dict[str, Any]] = {
-    "method": {"help": "masked (default), or solve: the kept weights make up for what the mask discards"},
-    "dataset": {
-        "type": dataset,
-        "help": "calibration text, which solve needs: mc4-ko, c4, kowiki, self, a .txt or .jsonl file, or a mix: "
-        "mc4-ko=0.5,self=0.5",
-    },
-    "tokenizer": {"help": "name or folder, where it is not the base model's own"},
-    "num_samples": {"type": int, "help": "calibration sequences"},
-    "seq_len": {"type": int, "help": "tokens in each of them"},
-    "batch_size": {"type": int, "help": "sequences in one forward pass"},
-    "seed": {"type": int, "help": "draws documents and crops"},
-    "prepend_bos": {"type": boolean, "help": "begin each sequence with the beginning token"},
-    "damping": {"type": float, "help": "of solve: holds weights near those of masked"},
-    "max_steps": {"type": int, "help": "of solve: at most so many for each layer"},
-    "tolerance": {"type": float, "help": "of solve: residual at which a row is finished"},
+# Settings of merge_adapter. It cannot be asked for them without PEFT: they have the types of what it passes them to.
+_CALIBRATION_TEXTS = {
+    "dataset": "calibration text, which solve needs: mc4-ko (Korean web text), c4 (English), kowiki, self, a .txt or "
+    ".jsonl file, or a mix: mc4-ko=0.5,self=0.5 (default: none)",
+    "tokenizer": "name or folder (default: the base model's own)",
+    "num_samples": "calibration sequences",
+    "seq_len": "tokens in each of them (default: 512)",
+    "batch_size": "sequences in one forward pass",
+    "seed": "draws documents and crops",
+    "prepend_bos": "begin each sequence with the beginning token (default: where the tokenizer does)",
 }
-_LOADING_FLAGS: dict[str, dict[str, Any]] = {
-    "dtype": {"help": "float32, bfloat16, float16, or auto (default: the checkpoint's)"},
-    "revision": {"help": "branch, tag or commit of the adapter"},
-    "base_revision": {"help": "the same of the base model"},
-    "max_shard_size": {"help": "of the saved files, such as 5GB"},
+_SOLVER_TEXTS = {
+    "damping": "of solve: holds weights near those of masked (default: 0)",
+    "max_steps": "of solve: at most so many for each layer",
+    "tolerance": "of solve: residual at which a row is finished",
 }
-_OWN = ("adapter", "output", "base", "trust_remote_code")
+_SETTINGS = ("method", *_CALIBRATION_TEXTS, *_SOLVER_TEXTS)
+_LOADING_TEXTS = {
+    "dtype": LOADING_TEXTS["dtype"],
+    "revision": "branch, tag or commit of the adapter (default: main)",
+    "base_revision": "the same of the base model",
+    "max_shard_size": "of the saved files, such as 5GB",
+}
 
 
 class MergeCommand(Command):
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    MODELS = ("adapter", "base", "tokenizer")
+    REQUIRED = ("adapter", "output")
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        from ..config import SparsityConfig
+        from ..pruners.solve import solve_on_mask
+
         parser.add_argument("adapter", nargs="?", help="folder or Hub id of an adapter on a sparse model")
         parser.add_argument("output", nargs="?", help="folder to write the merged checkpoint to")
         parser.add_argument("--base", metavar="MODEL", help="the sparse base (default: the one the adapter names)")
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
-        parser.add_argument("--trust-remote-code", dest="trust_remote_code", action="store_const", const=True)
-        add_flags(parser, _FLAGS, _LOADING_FLAGS)
+        add_switches(parser, TRUST)
+        parser.add_argument(
+            "--method",
+            choices=["masked", "solve"],
+            help="solve: the kept weights make up for what the mask discards (default: masked)",
+        )
+        add_settings(parser, SparsityConfig, _CALIBRATION_TEXTS, kinds={"dataset": dataset})
+        add_settings(parser, solve_on_mask, _SOLVER_TEXTS)
+        add_loading(parser, _LOADING_TEXTS)
 
     def execute(self) -> None:
-        settings = read_settings(self.args, [*_OWN, *_FLAGS, *_LOADING_FLAGS])
-        for name in ("adapter", "output"):
-            if not settings.get(name):
-                raise ValueError(f"{name} is missing: optimum-cli ksparse merge ADAPTER OUTPUT [--base MODEL]")
+        settings = self.settings()
         output = settings["output"]
-        merging = {name: settings[name] for name in _FLAGS if name in settings}
+        merging = {name: settings[name] for name in _SETTINGS if name in settings}
 
+        from ..calibration import copy_processor
         from ..finetuning import merge_adapter
         from ..finetuning.korquad import HEAD_NAME
         from ..report import TUNING_NAME
@@ -71,6 +80,7 @@ class MergeCommand(Command):
         save = {"max_shard_size": settings["max_shard_size"]} if "max_shard_size" in settings else {}
         with staged(output) as folder:
             model.save_pretrained(folder, **save)
+            copy_processor(source, folder, **base)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             # Results of the merged model are those after this tuning; and a span head goes with its decoder.
@@ -94,11 +104,12 @@ def _base_of(settings: dict[str, Any]) -> str:
 def _load(settings: dict[str, Any], source: str, base: dict[str, Any]) -> Any:
     """The adapter on its base."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     from ..checkpoint import sparse_modules
+    from ..model_class import class_for_source
 
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=settings.get("dtype", "auto"), **base)
+    loader = class_for_source(source, **base)
+    model: Any = loader.from_pretrained(source, dtype=settings.get("dtype", "auto"), **base)
     if not sparse_modules(model):
         raise ValueError(f"{source} is no sparse model: name the one that the adapter was trained on with --base")
     return PeftModel.from_pretrained(model, settings["adapter"], revision=settings.get("revision"))

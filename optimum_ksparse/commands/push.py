@@ -2,66 +2,64 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
-from pathlib import Path
-
-from .base import Command, add_flags, load_checkpoint, read_settings
-from .protocol import LOADING_FLAGS, PROTOCOL_FLAGS, protocol_of
+from .base import LOADING_TEXTS, TRUST, Command, add_loading, folder_of, load_checkpoint, usage
+from .parser import Parser, add_switches
+from .protocol import add_protocol, protocol_of
 
 _OPTIONS = ("private", "revision", "create_pr", "commit_message", "language", "dense_revision", "baseline")
 
 
 class PushCommand(Command):
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    MODELS = ("baseline", "tokenizer")
+    REQUIRED = ("checkpoint", "repo_id")
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        from ..hub.card import LANGUAGES
+
         parser.add_argument("checkpoint", nargs="?", help="folder of a sparse checkpoint, or of an adapter on one")
-        parser.add_argument("repo_id", nargs="?", help="user/name; the token is that of `hf auth login` or HF_TOKEN")
+        parser.add_argument("repo_id", nargs="?", help="user/name on the Hub")
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
-        parser.add_argument("--private", action="store_const", const=True, help="make the repository private")
-        parser.add_argument("--revision", help="branch to push to")
+        parser.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
+        parser.add_argument("--commit-message", metavar="TEXT")
+        parser.add_argument("--language", choices=list(LANGUAGES), help="of the card (default: en)")
+        parser.add_argument("--tags", nargs="+", metavar="TAG", help="further tags")
         parser.add_argument(
-            "--create-pr", dest="create_pr", action="store_const", const=True, help="as a pull request"
-        )
-        parser.add_argument("--commit-message", dest="commit_message")
-        parser.add_argument("--language", help="of the card: en (default) or ko")
-        parser.add_argument("--tags", nargs="+", help="further tags")
-        parser.add_argument(
-            "--dense-revision", dest="dense_revision", help="branch for the same weights with their zeros written out"
-        )
-        parser.add_argument(
-            "--evaluate",
-            action="store_const",
-            const=True,
-            help="measure first, the dense base too, by the flags below",
+            "--dense-revision", metavar="BRANCH", help="for the same weights with their zeros written out"
         )
         parser.add_argument(
             "--baseline", metavar="MODEL", help="the dense base, where the recorded one is not at hand"
         )
-        parser.add_argument("--trust-remote-code", dest="trust_remote_code", action="store_const", const=True)
-        add_flags(parser, PROTOCOL_FLAGS, LOADING_FLAGS)
+        add_switches(
+            parser,
+            {
+                "private": "make the repository private",
+                "create_pr": "as a pull request",
+                "evaluate": "measure first, the dense base too, by the flags below",
+                **TRUST,
+            },
+        )
+        add_loading(parser, {name: text for name, text in LOADING_TEXTS.items() if name != "revision"})
+        add_protocol(parser)
 
     def execute(self) -> None:
-        own = ["checkpoint", "repo_id", "tags", "evaluate", "trust_remote_code", *_OPTIONS]
-        settings = read_settings(self.args, [*own, *PROTOCOL_FLAGS, *LOADING_FLAGS])
-        for name in ("checkpoint", "repo_id"):
-            if not settings.get(name):
-                raise ValueError(f"{name} is missing: optimum-cli ksparse push CHECKPOINT USER/NAME")
+        settings = self.settings()
         protocol = protocol_of(settings)
 
         from ..evaluation import EvaluationResults
         from ..finetuning.korquad import HEAD_NAME
         from ..hub import CARD_NAME, check_target, push_model, read_card
 
-        check_target(settings["repo_id"], settings.get("revision"), settings.get("dense_revision"))
-        folder = Path(settings["checkpoint"])
-        if not folder.is_dir():
-            raise FileNotFoundError(f"checkpoint={settings['checkpoint']!r} is no folder; download or save it first")
+        with usage():
+            check_target(settings["repo_id"], settings.get("revision"), settings.get("dense_revision"))
+        folder = folder_of(settings["checkpoint"])
         if (folder / HEAD_NAME).is_file():
             raise ValueError(
                 f"{folder} holds a span head, which is no part of a model of transformers: publish the folder as it "
                 "is (hf upload), and its figures on the tuned model's card (ksparse eval MODEL --tuned-results FOLDER)"
             )
-        model = load_checkpoint(settings["checkpoint"], settings)
+        how = {name: settings.get(name) for name in ("dtype", "device_map", "trust_remote_code")}
+        model = load_checkpoint(settings["checkpoint"], how)
         card = folder / CARD_NAME
         try:
             info = push_model(

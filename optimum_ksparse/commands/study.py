@@ -2,52 +2,62 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import Command, add_flags, dataset, read_recipe
+from .base import LOADING_TEXTS, Command, add_loading, usage
+from .errors import UsageError
+from .parser import Parser, add_switches, dataset
+from .recipes import read_recipe
 
 if TYPE_CHECKING:
     from ..study import Recipe
 
-# Keys of the recipe that differ from machine to machine: name → argparse arguments.
-_FLAGS: dict[str, dict[str, Any]] = {
-    "model": {"help": "folder or Hub id of the dense model"},
-    "output": {"help": "folder for the study"},
-    "dataset": {"type": dataset, "help": "calibration text, or a mix as for prune, where the recipe has one alone"},
-    "texts": {"help": "to measure perplexity on"},
-    "data_dir": {"help": "folder of <task>/<split>.jsonl of KoBEST"},
-    "device_map": {"help": "as in from_pretrained: auto, cpu, cuda:0, …"},
-    "processes": {"type": int, "help": "cells that run at once"},
+# Keys of the recipe that differ from machine to machine.
+_TEXTS = {
+    "model": "folder or Hub id of the dense model",
+    "output": "folder for the study",
+    "texts": "to measure perplexity on",
+    "data_dir": "folder of <task>/<split>.jsonl of KoBEST",
+    **{name: LOADING_TEXTS[name] for name in ("device_map", "revision")},
 }
+_KEYS = (*_TEXTS, "dataset", "processes")
 _OF_EVALUATION = ("texts", "data_dir")
 
 
 class StudyCommand(Command):
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
+    MODELS = ("model",)
+
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
         parser.add_argument(
             "recipe",
             nargs="?",
             help="YAML file: model, output, methods, patterns, calibration, seeds, …; with --tables-only and --output "
             "it may be left out: then the grid is the one of the study's last run",
         )
-        parser.add_argument("--dry-run", dest="dry_run", action="store_true", help="list the cells, and what is done")
-        parser.add_argument(
-            "--tables-only",
-            dest="tables_only",
-            action="store_true",
-            help="write tables and figures of what is done; run nothing",
+        add_switches(
+            parser,
+            {
+                "dry_run": "list the cells, and what is done",
+                "tables_only": "write tables and figures of what is done; run nothing",
+            },
         )
-        add_flags(parser, _FLAGS)
+        add_loading(parser, _TEXTS)
+        text = "calibration text, or a mix as for prune, where the recipe has one alone"
+        parser.add_argument("--dataset", type=dataset, metavar="VALUE", help=text)
+        parser.add_argument("--processes", type=int, metavar="N", help="cells that run at once")
 
     def execute(self) -> None:
         from ..study import Recipe, run_study
 
         if self.args.recipe is None:
             return self._tables(None)
-        recipe = Recipe.from_dict(self._settings())
+        with usage():
+            settings = self._settings()
+            recipe = Recipe.from_dict(settings)
+        if not self.args.tables_only:  # which needs no model
+            self.check(settings)
         if self.args.tables_only:
             return self._tables(recipe)
         if self.args.dry_run:
@@ -64,7 +74,7 @@ class StudyCommand(Command):
 
         output = self.args.output if recipe is None else recipe.output
         if recipe is None and not (self.args.tables_only and output):
-            raise ValueError("name a recipe; only --tables-only with --output FOLDER does without one")
+            raise UsageError("name a recipe; only --tables-only with --output FOLDER does without one")
         results = write_study(Path(output)) if recipe is None else tabulate_study(recipe)
         print(
             f"written to {output}: tables.md, tables.csv, results.json and figures of {len(results.cells)} of "
@@ -86,14 +96,14 @@ class StudyCommand(Command):
         from ..study import RECIPE_KEYS
 
         recipe = read_recipe(self.args.recipe, RECIPE_KEYS)
-        given = {name: getattr(self.args, name) for name in _FLAGS if getattr(self.args, name) is not None}
+        given = self.given(_KEYS)
         dataset = given.pop("dataset", None)
         if dataset is not None:
             recipe["calibration"] = _with_dataset(recipe.get("calibration") or [{}], dataset)
         for name in _OF_EVALUATION:
             if name in given:
                 if not isinstance(recipe.get("evaluation"), dict):
-                    raise ValueError(f"--{name.replace('_', '-')} has no meaning: the recipe has no evaluation")
+                    raise ValueError(f"{name}= has no meaning: the recipe has no evaluation")
                 recipe["evaluation"] = {**recipe["evaluation"], name: given.pop(name)}
         return {**recipe, **given}
 
@@ -103,5 +113,5 @@ def _with_dataset(sets: Any, dataset: str) -> Any:
     if not isinstance(sets, list) or not all(isinstance(entry, dict) for entry in sets):
         return sets  # the recipe says what is wrong
     if len({str(entry.get("dataset")) for entry in sets}) > 1:
-        raise ValueError("--dataset has no meaning: the recipe compares calibration texts; name them there")
+        raise ValueError("dataset= has no meaning: the recipe compares calibration texts; name them there")
     return [{**entry, "dataset": dataset} for entry in sets]

@@ -29,7 +29,7 @@ def check_causal_lm(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, found {type(model).__name__}")
     if not has_head(model):
-        raise TypeError(f"{type(model).__name__} has no language model head; load it with AutoModelForCausalLM")
+        raise TypeError(f"{type(model).__name__} has no language model head; load it with the class that has one")
 
 
 def check_prepend_bos(setting: Any) -> bool | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..calibration.tokenizer import read_tokenizer
@@ -17,6 +17,7 @@ from ..calibration.tokens import context_length, prepends_bos
 from ..checks import check_integer
 from ..evaluation import fingerprint
 from ..evaluation.environment import check_causal_lm
+from ..model_class import class_for_source
 from .answers import answer_loss
 from .instructions import fingerprint_of, instruction_rows
 from .runs import add_adapter, finished_model, save_run
@@ -74,7 +75,8 @@ def finetune_koalpaca(
     if max_examples is not None:
         check_integer("max_examples", max_examples, 1)
     if not isinstance(model, PreTrainedModel):
-        model = AutoModelForCausalLM.from_pretrained(os.fspath(model), dtype="auto")
+        loaded: PreTrainedModel = class_for_source(model).from_pretrained(os.fspath(model), dtype="auto")
+        model = loaded
     check_causal_lm(model)
     context = context_length(model)
     if context is not None and max_length > context:

@@ -6,19 +6,18 @@ import dataclasses
 import json
 import math
 import os
-import re
 from typing import Any
 
+from ..redaction import redact
 from .build import build, clean
 
 _MOST_BYTES = 64 * 2**20  # a report of 100,000 layers is half as large
 _MOST_LEVELS = 32
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 
 def printable(text: Any) -> str:
-    """Foreign text for a terminal, as one line: without control characters, and without tokens of the Hub."""
-    return _TOKEN.sub("hf_…", " ".join(clean(str(text)).split()))
+    """Foreign text for a terminal, as one line: without control characters, tokens and passwords."""
+    return redact(" ".join(clean(str(text)).split()))
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:

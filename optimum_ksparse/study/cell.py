@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils import CONFIG_NAME
 
 from ..api import prune_checkpoint
@@ -26,6 +25,7 @@ from ..config import EXECUTION_SETTINGS, NO_PATTERN, SparsityConfig
 from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model
 from ..execution import apply_settings
 from ..memory import peak_memory
+from ..model_class import class_for_source
 from ..nn.kernels import GROUPS
 from ..nn.kernels.hardware import runs_kernels
 from ..records import read_record
@@ -104,7 +104,8 @@ class _Run:
             report = prune_checkpoint(source, self.checkpoint, config, **loading)
         else:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
-            model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config, **loading)
+            loader = class_for_source(source, **loading)
+            model = loader.from_pretrained(source, sparsity_config=config, **loading)
             model.save_pretrained(self.checkpoint)
             report = cast(SparsityReport, model.sparsity_report)
         return {
@@ -132,14 +133,16 @@ class _Run:
     def _load(self, measure: bool = False) -> tuple[Any, Any]:
         """The dense or the pruned model, and its tokenizer; for measuring with its execution settings."""
         source = self.job["model"] if self.settings is None else self.checkpoint
-        model = AutoModelForCausalLM.from_pretrained(source, **self._how())
+        how = self._how()
+        model = class_for_source(source, **how).from_pretrained(source, **how)
         self.device = model.device
         if measure:
             self._speed_up(model)
         return model, self._tokenizer()
 
     def _load_tuned(self, folder: Path) -> tuple[Any, Any]:
-        model = AutoModelForCausalLM.from_pretrained(folder, **self._how())
+        how = self._how()
+        model = class_for_source(folder, **how).from_pretrained(folder, **how)
         self._speed_up(model)
         return model, read_tokenizer(str(folder))
 

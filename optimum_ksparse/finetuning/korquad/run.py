@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import CONFIG_NAME
 
 from ...calibration import read_tokenizer
 from ...checkpoint import describe_model, sparse_modules
 from ...checks import check_integer
 from ...evaluation import EvaluationResults, Measurement, fingerprint, tuning_settings
+from ...model_class import class_for_source
 from ...records import to_json
 from ...report import TUNING_NAME
 from ...staging import write_text
@@ -91,7 +92,8 @@ def finetune_korquad(
     if eval_every is not None and eval_data is None:
         raise ValueError(f"eval_every={eval_every} needs eval_data")
     if not isinstance(model, PreTrainedModel):
-        model = AutoModelForCausalLM.from_pretrained(os.fspath(model), dtype="auto")
+        loaded: PreTrainedModel = class_for_source(model).from_pretrained(os.fspath(model), dtype="auto")
+        model = loaded
     tokenizer = tokenizer or read_tokenizer(str(model.name_or_path))
     windows = windows or WindowSettings.for_model(model, tokenizer)
     outcome, part = _outcome_of(model)  # of the weights before anything is added to them

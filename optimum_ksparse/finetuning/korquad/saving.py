@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ...model_class import class_for_source
 from ...staging import staged
 from ..support import require_peft
 from ..training import forget
@@ -76,7 +77,7 @@ def load_korquad_model(
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     state = load_file(folder / HEAD_NAME)
     if is_whole:
-        backbone: Any = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **loading})
+        backbone: Any = class_for_source(folder, **loading).from_pretrained(folder, **{"dtype": "auto", **loading})
         _make_room(backbone, state)  # merged, it has the embeddings of its base
     else:
         backbone = _on_base(folder, base, state, loading)
@@ -113,7 +114,7 @@ def _on_base(folder: Path, base: Any, state: dict[str, torch.Tensor], loading: d
 
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if isinstance(base, str | os.PathLike):
-        base = AutoModelForCausalLM.from_pretrained(base, **{"dtype": "auto", **loading})
+        base = class_for_source(base, **loading).from_pretrained(base, **{"dtype": "auto", **loading})
     _make_room(base, state)
     if not has_adapter:
         return base

@@ -1,0 +1,83 @@
+"""The Hub as the commands use it: with `--token` and `--cache-dir`, and models that are looked for before any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub import constants, errors, hf_hub_download
+from transformers.utils import CONFIG_NAME
+
+from ..hub.metadata import is_repo_id
+from .errors import UsageError
+
+
+@contextmanager
+def hub_access(token: str | None, cache_dir: str | None) -> Iterator[None]:
+    """Within it every request to the Hub, of this process and of those that it starts, is sent with this token, and
+    downloads are kept in this folder. A token that is passed on by each function would be left out by some."""
+    environment, kept = dict(os.environ), (constants.HF_HUB_CACHE, constants.HF_HUB_DISABLE_IMPLICIT_TOKEN)
+    if token is not None:
+        if not token.strip() or not token.strip().isascii() or not token.strip().isprintable():
+            raise UsageError("--token is empty, or has signs in it that a token cannot have")
+        os.environ["HF_TOKEN"] = token.strip()
+        os.environ.pop("HF_HUB_DISABLE_IMPLICIT_TOKEN", None)
+        constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = False
+    if cache_dir is not None:
+        os.environ["HF_HUB_CACHE"] = constants.HF_HUB_CACHE = os.path.abspath(os.path.expanduser(cache_dir))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        constants.HF_HUB_CACHE, constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = kept
+
+
+def check_source(name: str, source: str, revision: str | None = None) -> None:
+    """Raises FileNotFoundError where a model, or a tokenizer, is neither a folder nor a repository on the Hub that can
+    be read, and says which of them it was taken for; at once, because each library that reads it would try again."""
+    if os.path.isdir(source):
+        return
+    if os.path.exists(source):
+        raise NotADirectoryError(f"{name}={source!r} is a file; name the folder of the model, or a Hub id")
+    if _is_path(source):
+        raise FileNotFoundError(f"{name}={source!r}: there is no such folder")
+    try:
+        hf_hub_download(source, CONFIG_NAME, revision=revision)
+    except errors.LocalEntryNotFoundError as error:
+        reason = (
+            "the Hub cannot be reached" if not constants.HF_HUB_OFFLINE else "the Hub is switched off (HF_HUB_OFFLINE)"
+        )
+        raise FileNotFoundError(
+            f"{name}={source!r}: there is no such folder, {reason}, and it was not downloaded before"
+        ) from error
+    except errors.EntryNotFoundError:
+        return  # a repository without a config, such as an adapter's, or one of GGUF files
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{name}={source!r}: the Hub gives it to those alone who have accepted its terms: do so on its page, and "
+            "pass token=… or log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"revision={revision!r}: {source} has no such branch, tag or commit") from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name}={source!r}: there is no such folder, and no such model on the Hub that may be read; for a "
+            "private one pass token=… or log in with `hf auth login`"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise ConnectionError(f"{name}={source!r}: the Hub does not answer as it should: {_first(error)}") from error
+
+
+def _is_path(source: str) -> bool:
+    """Whether a name that is no folder can only have been meant for one."""
+    if not is_repo_id(source) or source.count("/") > 1:
+        return True
+    parent = os.path.dirname(source)
+    return source[0] in "./~" or bool(parent and os.path.isdir(parent))
+
+
+def _first(error: Any) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

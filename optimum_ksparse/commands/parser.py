@@ -1,0 +1,155 @@
+"""The parser of all commands: no abbreviations, the nearest name for an unknown one, settings as flags."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import re
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from ..redaction import redact
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes options by their whole names (an abbreviation of one is another's, in time), with `_` for `-` too, before,
+    between and after what has no name. What is wrong with the words ends with status 2 and one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+        # Adds arguments when it is about to parse: what those of the other commands need is not imported.
+        self.fill: Callable[[Parser], None] | None = None
+        self._intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._intermixed:
+            return super().parse_known_args(args, namespace)
+        if self.fill is not None:
+            fill, self.fill = self.fill, None
+            fill(self)
+        words = [self._spelled(word) for word in (sys.argv[1:] if args is None else args)]
+        if self._subparsers is not None:
+            return super().parse_known_args(words, namespace)
+        self._intermixed = True
+        try:
+            parsed, unknown = self.parse_known_intermixed_args(words, namespace)
+        finally:
+            self._intermixed = False
+        if unknown:
+            self._refuse(unknown)
+        return parsed, unknown
+
+    def _spelled(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        hyphened = name.replace("_", "-")
+        return hyphened + equals + value if name.startswith("--") and hyphened in self._option_string_actions else word
+
+    def _refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Values are not shown: one may be a secret whose option was misspelt."""
+        option = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
+        if option is None:
+            self.error(f"one word too many: {redact(unknown[0])!r}")
+        self.error(f"there is no {redact(option)}{_nearest(option, self._option_string_actions)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            allowed = [str(choice) for choice in action.choices]
+            hint = _nearest(str(value), allowed)
+            raise argparse.ArgumentError(action, f"{value!r} is not known{hint}; allowed: {', '.join(allowed)}")
+
+    def error(self, message: str) -> NoReturn:
+        message = redact(" ".join(message.removeprefix("argument ").split()))
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _nearest(name: str, names: Any) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def add_settings(
+    parser: argparse.ArgumentParser,
+    source: Callable[..., Any],
+    texts: Mapping[str, str],
+    *,
+    choices: Mapping[str, Sequence[Any]] | None = None,
+    kinds: Mapping[str, Any] | None = None,
+    several: Sequence[str] = (),
+) -> None:
+    """Adds settings of a function, or of a class, as flags: types and defaults are those of its arguments.
+
+    Args:
+        texts: name → what it is, for the help.
+        choices: name → its values, where they are a few.
+        kinds: name → argparse type, where the arguments' own does not do.
+        several: names of those that take one value or several.
+    """
+    called: Any = getattr(source, "__init__") if isinstance(source, type) else source  # noqa: B009 (for mypy)
+    hints, parameters = get_type_hints(called), inspect.signature(called).parameters
+    for name, text in texts.items():
+        kind, is_list = _kind(hints[name])
+        kind = (kinds or {}).get(name, kind)
+        default = parameters[name].default
+        allowed = (choices or {}).get(name)
+        if default is not None and "(default" not in text:
+            shown = str(default).lower() if isinstance(default, bool) else default
+            text = f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else shown})"
+        more: dict[str, Any] = {"nargs": "+"} if is_list or name in several else {}
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            type=kind,
+            choices=allowed,
+            metavar=None if allowed else _METAVARS.get(kind, "VALUE"),
+            help=text.replace("%", "%%"),
+            **more,
+        )
+
+
+def add_switches(parser: argparse.ArgumentParser, texts: Mapping[str, str]) -> None:
+    """Adds flags that have no value."""
+    for name, text in texts.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, action="store_const", const=True, help=text.replace("%", "%%")
+        )
+
+
+def boolean(text: str) -> bool:
+    """argparse type of a setting that is true or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def dataset(text: str) -> str | dict[str, float]:
+    """argparse type of calibration data: a name, a file, or a mix `NAME=WEIGHT,NAME=WEIGHT` of them."""
+    parts = [re.fullmatch(r"(.+)=([0-9.]+(?:[eE][+-]?[0-9]+)?)", part.strip()) for part in text.split(",")]
+    if not any(parts):
+        return text
+    mix: dict[str, float] = {}
+    for written, part in zip(text.split(","), parts, strict=True):
+        try:
+            if part is None or part[1] in mix:
+                raise ValueError
+            mix[part[1]] = float(part[2])
+        except ValueError:
+            reason = "occurs twice" if part is not None and part[1] in mix else "is no NAME=WEIGHT"
+            raise argparse.ArgumentTypeError(
+                f"{written.strip()!r} {reason}; allowed: a name, a file, or a mix such as mc4-ko=0.5,self=0.5"
+            ) from None
+    return mix
+
+
+_METAVARS: dict[Any, str] = {int: "N", float: "NUMBER", boolean: "true|false"}
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    """argparse type of an annotated argument, and whether it takes several values."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if str in parts:
+        return str, False
+    kind = next((read for kind, read in ((bool, boolean), (int, int), (float, float)) if kind in parts), str)
+    return kind, any(get_origin(part) in (list, Sequence) for part in parts)
