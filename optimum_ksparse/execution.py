@@ -3,10 +3,13 @@ together. Nothing here changes what the model is or what is saved."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .calibration import decoder_of, evaluation_mode
 from .checkpoint import sparse_layers, sparse_modules
@@ -15,6 +18,8 @@ from .config import OBJECTIVES, SparsityConfig
 from .nn import KernelReport, autotune
 from .nn.fusing import fuse_shared_inputs
 from .nn.kernels import BUCKETS
+
+logger = logging.get_logger(__name__)
 
 
 def apply_settings(model: PreTrainedModel, config: SparsityConfig) -> None:
@@ -25,6 +30,18 @@ def apply_settings(model: PreTrainedModel, config: SparsityConfig) -> None:
         fuse_model(model)
     if config.optimize_for == "speed" and sparse_layers(model):  # there may be stacks of experts alone, or nothing
         autotune_kernels(model, optimize_for="speed", max_extra_bytes=config.max_extra_bytes)
+
+
+def tell_cost_on_cpu(model: PreTrainedModel) -> None:
+    """Says once in a job what a sparse model costs on a CPU, where nothing is set against it."""
+    is_worker = multiprocessing.parent_process() is not None or os.environ.get("RANK", "0") != "0"
+    modules = sparse_modules(model).values()
+    if not is_worker and any(module.densify == "never" and module.weight.device.type == "cpu" for module in modules):
+        logger.warning_once(
+            "Sparse layers are slower than dense ones on a CPU, with one token at a time several times, because each "
+            "forward pass decompresses their weights. As fast as the dense model, in its memory: "
+            'from_pretrained(..., sparsity_config=SparsityConfig(densify="lazy")).'
+        )
 
 
 def fuse_model(model: PreTrainedModel) -> list[list[str]]:

@@ -26,7 +26,7 @@ from transformers import (
     pipeline,
 )
 
-from optimum_ksparse import SparseLinear, SparsityConfig, sparsify
+from optimum_ksparse import SparseLinear, SparsityConfig, execution, sparsify
 from optimum_ksparse.calibration import BlockReplay
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.integration import register
@@ -392,3 +392,36 @@ def test_a_damaged_report_does_not_stop_a_model_from_loading(packed):
 def test_a_local_folder_is_not_named_in_full(packed, dense):
     for file in ("config.json", "sparsity_report.json"):
         assert str(dense.parent) not in (packed / file).read_text()
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+def test_the_casts_of_torch_modules_are_those_of_to(packed, token_ids, cast):
+    dtype = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "double": torch.float64}[cast]
+    first, second = (AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16) for _ in range(2))
+    model, expected = getattr(first, cast)(), second.to(dtype)
+    assert model is first and {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert {module.weight_mask.dtype for module in sparse_modules(model).values()} == {torch.uint8}
+    assert torch.equal(logits(model, token_ids), logits(expected, token_ids))
+
+
+def test_other_quantized_models_are_cast_as_before(make_model):
+    model = make_model()
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="not supported for quantized model"):
+        model.half()
+
+
+def test_on_a_cpu_a_model_says_what_it_costs_unless_it_is_set(packed, dense, config, monkeypatch):
+    told = []
+    monkeypatch.setattr(execution.logger, "warning_once", told.append)
+    AutoModelForCausalLM.from_pretrained(dense)
+    lazy = SparsityConfig(densify="lazy", dataset=config.dataset, batch_size=4)
+    for source in (packed, dense):
+        AutoModelForCausalLM.from_pretrained(source, sparsity_config=lazy)
+    monkeypatch.setenv("RANK", "1")
+    AutoModelForCausalLM.from_pretrained(packed)
+    assert not told
+    monkeypatch.delenv("RANK")
+    AutoModelForCausalLM.from_pretrained(packed)
+    AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config)
+    assert len(set(told)) == 1 and 'densify="lazy"' in told[0]

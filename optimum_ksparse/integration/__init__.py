@@ -11,6 +11,7 @@ from ..config import QUANT_METHOD, SparsityConfig
 from ..execution import autotune_kernels
 from ..finetuning import extend_peft
 from ..nn import before_first
+from .casting import wrap_casts
 from .loading import wrap_from_pretrained
 from .publishing import wrap_push_to_hub
 from .quantizer import SparsityQuantizer
@@ -27,6 +28,7 @@ def register() -> None:
     # All Auto classes and model classes end in these two.
     wrap_from_pretrained(PreTrainedModel)
     wrap_save_pretrained(PreTrainedModel)
+    wrap_casts(PreTrainedModel)
     # That of PreTrainedModel ends here, and so does that of PEFT's models.
     wrap_push_to_hub(PushToHubMixin)
     PreTrainedModel.autotune_kernels = autotune_kernels  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ from ..checkpoint import (
 from ..checks import check_keys
 from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SETTINGS, SparsityConfig
 from ..evaluation import EvaluationResults
-from ..execution import apply_settings
+from ..execution import apply_settings, tell_cost_on_cpu
 from ..finetuning import MergeReport
 from ..pattern import Pattern
 from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, SparsityReport
@@ -74,6 +74,7 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
             report.base_arguments = {name: kwargs[name] for name in ("gguf_file", "subfolder") if kwargs.get(name)}
         else:
             _finish_sparse(model, info, config, source, kwargs)
+        tell_cost_on_cpu(model)
         requested = kwargs.get("experts_implementation")
         if requested not in (None, "eager") and sparse_experts(model):
             logger.warning(f'Sparse experts run with experts_implementation="eager" only, not with {requested!r}.')
