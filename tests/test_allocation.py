@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
@@ -74,7 +74,6 @@ shares = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 10**9)), min_size=1,
 
 
 @given(shares, st.fractions(Fraction(1, 1000), Fraction(999, 1000)))
-@settings(deadline=None)
 def test_the_mean_is_exact_and_more_outliers_keep_more(blocks: list[tuple[float, int]], sparsity: Fraction) -> None:
     outliers, weights = [share for share, _ in blocks], [weight for _, weight in blocks]
     found = block_sparsities(outliers, weights, sparsity)
@@ -122,7 +121,6 @@ gains = st.lists(st.tuples(st.integers(1, 20), st.floats(0.01, 10)), min_size=1,
 
 
 @given(gains, st.floats(0, 1))
-@settings(deadline=None)
 def test_the_choice_is_near_the_best_and_within_the_budget(layers: list[tuple[int, float]], share: float) -> None:
     options = [[(size, loss), (2 * size, 0.0)] for size, loss in layers]
     budget = int((1 + share) * sum(size for size, _ in layers))
@@ -134,7 +132,6 @@ def test_the_choice_is_near_the_best_and_within_the_budget(layers: list[tuple[in
 
 
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=7), st.integers(0, 7))
-@settings(deadline=None)
 def test_of_equal_layers_the_choice_is_the_best(losses: list[float], dense: int) -> None:
     options = [[(4, loss), (4, 1.5 * loss), (8, 0.0)] for loss in losses]
     budget = 4 * len(losses) + 4 * min(dense, len(losses))

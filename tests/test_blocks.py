@@ -22,7 +22,7 @@ from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.pruners.scaled import to_rank
 from optimum_ksparse.study.recipe import pattern_label
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 @st.composite

@@ -427,7 +427,7 @@ def test_a_nasty_value_is_plain_text(value: str, language: str) -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("adapter", [False, True])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(value=values)
 def test_any_value_is_plain_text(value: str, language: str, adapter: bool) -> None:
     check_contained(value, language, adapter)
@@ -475,7 +475,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.lists(values, min_size=5, max_size=5), person=st.dictionaries(values, json_values, max_size=3))
 def test_any_metadata_come_back_as_they_were(texts: list[str], person: dict[str, Any]) -> None:
     name, tag, license_name, sha256, language = texts
@@ -1151,7 +1151,7 @@ def test_damaged_markers_lose_no_text(name: str) -> None:
     assert render_card(subject, existing=card) == card
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     parts=st.lists(st.sampled_from([BEGIN, END, OLD, "A person", "B person", "C person", "---", " text "]), max_size=8)
 )

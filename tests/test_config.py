@@ -55,7 +55,7 @@ settings_drawn = st.fixed_dictionaries(
 
 
 @given(settings_drawn)
-@hypothesis_settings(deadline=None, max_examples=100)
+@hypothesis_settings(max_examples=100)
 def test_json_round_trip_keeps_every_setting(drawn):
     config = SparsityConfig(**drawn)
     first = recorded(config)

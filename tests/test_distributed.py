@@ -99,9 +99,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, token_ids: torch.Tensor) -> 
         (folder / "worker.py").write_text(_WORKER)
         arguments = [str(folder / "worker.py"), str(folder / "source"), str(folder), scenario]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.run(
-            [*launch, *arguments], capture_output=True, text=True, env=environment, timeout=120, cwd=folder
-        )
+        return subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, cwd=folder)
 
     return folder, run
 

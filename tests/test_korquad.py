@@ -87,7 +87,7 @@ def test_empty_answers_as_the_official_script():
 
 
 @given(HARD, HARD)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_properties_of_the_metric(one, two):
     normal = normalize_answer(one)
     assert not set(normal) & set(SIGNS) and "  " not in normal and normal == normal.strip()
@@ -101,7 +101,7 @@ def test_properties_of_the_metric(one, two):
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=3), HARD, min_size=1, max_size=5), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_scores_are_means_over_all_questions(answers, data):
     predicted = {name: text for name, text in answers.items() if data.draw(st.booleans())}
     found = korquad_scores(predicted, [{"id": n, "answers": {"text": [t]}} for n, t in answers.items()])

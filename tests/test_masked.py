@@ -124,7 +124,7 @@ def test_compiles():
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     pattern=st.sampled_from(PATTERNS),
     out_features=st.integers(1, 7),

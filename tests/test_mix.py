@@ -54,7 +54,6 @@ weights_drawn = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6)
 
 
 @given(weights_drawn, st.integers(1, 10**6))
-@settings(deadline=None)
 def test_split_is_exact_and_each_share_within_one_of_its_quota(weights: list[float], num_samples: int) -> None:
     shares = split_samples(num_samples, weights)
     assert sum(shares) == num_samples
@@ -63,7 +62,6 @@ def test_split_is_exact_and_each_share_within_one_of_its_quota(weights: list[flo
 
 
 @given(weights_drawn)
-@settings(deadline=None)
 def test_a_larger_weight_never_gets_fewer_samples(weights: list[float]) -> None:
     shares = split_samples(97, weights)
     pairs = sorted(zip(weights, shares, strict=True))
@@ -71,7 +69,7 @@ def test_a_larger_weight_never_gets_fewer_samples(weights: list[float]) -> None:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_the_number_of_samples_that_an_error_names_is_enough(parts: list[int]) -> None:
     names = ("mc4-ko", "c4", "kowiki", "self")[: len(parts)]
     mix = {name: part / sum(parts) for name, part in zip(names, parts, strict=True)}

@@ -12,7 +12,7 @@ from optimum_ksparse.nn.packing import check_bits, pack, pack_mask, unpack, unpa
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = {4: torch.int32, 2: torch.int16}
-quick = settings(deadline=None, max_examples=80)
+quick = settings(max_examples=80)
 
 
 def same_bits(a, b):

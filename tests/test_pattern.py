@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from optimum_ksparse import Pattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 
 
 @st.composite

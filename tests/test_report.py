@@ -80,7 +80,7 @@ layers_drawn = st.builds(
 
 
 @given(st.lists(layers_drawn, max_size=4), st.dictionaries(texts, texts, max_size=3))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_any_report_is_loaded_as_it_was_saved_and_printed(tmp_path_factory, layers, skipped):
     folder = tmp_path_factory.mktemp("report")
     report = SparsityReport(config={"pattern": "2:4"}, layers=layers, skipped=skipped)

@@ -281,7 +281,7 @@ rows_drawn = st.lists(perplexities_drawn | kobest_drawn, max_size=4)
 
 
 @given(texts, rows_drawn, rows_drawn, st.none() | texts, st.none() | texts)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_any_results_are_loaded_as_they_were_saved(
     tmp_path_factory: pytest.TempPathFactory,
     fingerprint: str,

@@ -96,7 +96,7 @@ def test_rows_that_are_done_early_do_not_disturb_the_others():
         torch.testing.assert_close(together[row], alone[0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     out=st.integers(1, 8),

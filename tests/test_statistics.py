@@ -11,7 +11,7 @@ from optimum_ksparse.pruning import relative_output_error
 from optimum_ksparse.statistics import SAMPLE_ROWS, ColumnNorms, GramMatrix
 
 KINDS = (ColumnNorms, GramMatrix)
-quick = settings(deadline=None, max_examples=30)
+quick = settings(max_examples=30)
 
 
 def inputs(rows, columns=12, seed=0):

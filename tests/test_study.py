@@ -587,10 +587,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(done, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+def until(done) -> None:
     while not done():
-        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -606,8 +604,8 @@ def test_a_killed_study_leaves_no_process_and_loses_no_finished_cell(faked, numb
     assert alive(child)
     assert parent.pid is not None
     os.kill(parent.pid, number)
-    parent.join(30)
-    until(lambda: not alive(child), 10)
+    parent.join()
+    until(lambda: not alive(child))
     assert parent.exitcode == {signal.SIGKILL: -9, signal.SIGTERM: 128 + 15, signal.SIGINT: 1}[number]
     assert set(load_study("out").cells) == {"dense", first.id}
     assert not load_study("out").failed

@@ -159,6 +159,7 @@ def _in_child(kind: str, auto: Any, folder: Path) -> dict[str, Any]:
     if not child:
         try:
             os.close(reading)
+            signal.alarm(10 * SECONDS)  # one that waits for ever
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars and warnings
@@ -197,18 +198,23 @@ def main(folder: Path, only: list[str]) -> int:
         raise SystemExit(f"no such model type: {', '.join(unknown)}")
     path = folder / "families.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if only and path.is_file() else {}
-    logits(AutoModelForCausalLM.from_config(tiny_config("llama")))  # what all need is imported once, before they fork
+    with tempfile.TemporaryDirectory() as own:
+        try_family("llama", AutoModelForCausalLM, Path(own))  # imports what all need, before they fork
     for name, auto in tried.items():
         kind = name.split("/")[0]
         if not only or kind in only:
             rows[name] = in_child(kind, auto)
             print(f"{name}: {rows[name]['outcome']} {rows[name]['note']}", flush=True)
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
-    rows = {name: rows[name] for name in sorted(rows)}
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    path.with_suffix(".md").write_text(table(rows, versions), "utf-8")
+            write(path, dict(sorted(rows.items())))
     return int(any(row["outcome"] == "fails" for row in rows.values()))
+
+
+def write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
+    text = json.dumps({"versions": versions, "rows": rows}, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(table(rows, versions), encoding="utf-8")
 
 
 if __name__ == "__main__":

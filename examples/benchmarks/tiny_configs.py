@@ -97,10 +97,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
-    """A configuration of `model_type` for a random model of some 100,000 parameters."""
+    """A configuration of `model_type` for a random model of some 100,000 parameters; what can be an encoder or a
+    decoder is a decoder."""
     config_class = CONFIG_MAPPING[model_type]
     overrides = OVERRIDES.get(model_type, {})
-    return config_class(**_merged(_small(config_class()), overrides))
+    config = config_class(**_merged(_small(config_class()), overrides))
+    if getattr(config, "is_decoder", True) is False:
+        config.is_decoder = True
+    return config
 
 
 def _small(config: PreTrainedConfig) -> dict[str, Any]:
