@@ -24,7 +24,7 @@ def _casting(original: Callable[..., PreTrainedModel], dtype: torch.dtype) -> Ca
     @functools.wraps(original)
     def cast(self: PreTrainedModel, *args: object) -> PreTrainedModel:
         if getattr(self, "quantization_method", None) == QUANT_METHOD and not args:
-            return self.to(dtype)
+            return self.to(dtype)  # type: ignore[arg-type]
         return original(self, *args)
 
     cast._ksparse = True  # type: ignore[attr-defined]
