@@ -505,7 +505,7 @@ def test_missing_harness_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, hidden, None)
     monkeypatch.delattr(lm_eval.models, "huggingface", raising=False)
-    with pytest.raises(ImportError, match=r'KoBEST needs lm-eval: pip install "optimum-ksparse\[eval\]"'):
+    with pytest.raises(ImportError, match=r'KoBEST needs lm-eval: pip install "evaluate.*" "lm-eval'):
         evaluate_kobest(model, answering, tasks=["copa"], data_dir=data_dir)
 
 

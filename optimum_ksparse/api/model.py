@@ -30,7 +30,9 @@ from ..choosing import choose_method
 from ..config import AUTO, DENSE_CONFIG_KEY, EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source
 from ..dataset import is_token_ids, needs_tokenizer
 from ..distributed import Processes, current
+from ..evaluation import RECORDS, mark_weights
 from ..execution import apply_settings
+from ..hub import tag_model
 from ..layer_dropping import check_drop, drop_blocks, measure_drop
 from ..memory import peak_memory
 from ..pruning import Replaced, prune_blocks
@@ -112,6 +114,8 @@ def sparsify(
     report.choice, report.dropped = choice, dropped
     report.seconds = round(time.perf_counter() - started, 2)
     model.sparsity_report = report  # type: ignore[assignment]
+    mark_weights(model, pruned_here=True)
+    tag_model(model, report, recorded)
     _apply_settings(model, config)
     return report
 
@@ -244,6 +248,8 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags. One that
     has merely lost blocks stays a dense one, whose config keeps the settings."""
     config.layers = layer_records(model)
+    for name in RECORDS:
+        setattr(model, name, None)
     if config.pattern is None:
         setattr(model.config, DENSE_CONFIG_KEY, config.to_dict())
         return

@@ -12,17 +12,20 @@ from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
 from .schemas import SCHEMAS
 from .table import OTHER_TITLES, TASK_TITLES, result_rows, results_table
+from .ties import RECORDS, TrainingRun, is_unchanged, mark_weights, note_merge, settle_records
 from .tuning import read_tuning, tuning_of, tuning_settings, tuning_title
 
 __all__ = [
     "KOBEST_TASKS",
     "OTHER_TITLES",
+    "RECORDS",
     "SCHEMAS",
     "TASK_TITLES",
     "Baseline",
     "EvaluationProtocol",
     "EvaluationResults",
     "Measurement",
+    "TrainingRun",
     "check_protocol",
     "evaluate_baseline",
     "evaluate_kobest",
@@ -31,11 +34,15 @@ __all__ = [
     "evaluate_perplexity",
     "fingerprint",
     "has_head",
+    "is_unchanged",
+    "mark_weights",
+    "note_merge",
     "read_tuning",
     "recorded_baseline",
     "result_rows",
     "results_table",
     "set_aside",
+    "settle_records",
     "tuning_of",
     "tuning_settings",
     "tuning_title",

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..calibration import evaluation_mode, prepends_bos
 from ..checks import check_integer
+from ..version import install_hint
 from .environment import check_causal_lm, check_prepend_bos, environment
 from .kobest_data import FIELDS, KOBEST_DATASET, KOBEST_TASKS, STUDY_TASKS, describe_data, read_items
 
@@ -221,7 +222,7 @@ def import_lm_eval() -> None:
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise ImportError(f'KoBEST needs lm-eval: pip install "optimum-ksparse[eval]" ({error})') from error
+        raise ImportError(f"KoBEST needs lm-eval: {install_hint('eval')} ({error})") from error
 
 
 class _CutPrompts(logging.Filter):

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..version import install_hint
+
 if TYPE_CHECKING:
     from .korquad_metric import KorQuAD
 
@@ -92,7 +94,7 @@ def __getattr__(name: str) -> Any:
     if name != "KorQuAD":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if importlib.util.find_spec("evaluate") is None:
-        raise ImportError('KorQuAD as a metric needs evaluate: pip install "optimum-ksparse[eval]"')
+        raise ImportError(f"KorQuAD as a metric needs evaluate: {install_hint('eval')}")
     from .korquad_metric import KorQuAD
 
     return KorQuAD

@@ -17,6 +17,7 @@ from .baseline import Baseline, recorded_baseline, set_aside
 from .fingerprint import fingerprint
 from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
+from .ties import settle_records
 from .tuning import tuning_of
 
 
@@ -54,6 +55,7 @@ def evaluate_model(
     if not isinstance(results, EvaluationResults) or results.fingerprint != found:
         results = EvaluationResults(found)
     model.evaluation_results = results  # type: ignore[assignment]
+    settle_records(model, now=found)
     part = "sparse" if sparse_modules(model) or has_lost_blocks(model) else "dense"
     if part == "dense":
         if dense:

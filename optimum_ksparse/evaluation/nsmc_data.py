@@ -114,7 +114,7 @@ def _read_hub(num_fewshot: int) -> dict[str, Iterable[dict[str, Any]]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(f'NSMC needs datasets: pip install "optimum-ksparse[eval]" ({error})') from error
+        raise ImportError(f'NSMC needs datasets: pip install "datasets>=4.0" ({error})') from error
     try:
         return {
             split: load_dataset(NSMC_DATASET, revision=PARQUET_REVISION, split=split)

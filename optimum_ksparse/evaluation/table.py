@@ -13,8 +13,7 @@ TASK_TITLES = {"boolq": "BoolQ", "copa": "COPA", "hellaswag": "HellaSwag", "sent
 OTHER_TITLES = {"nsmc_1": "NSMC, prompt 1", "nsmc_2": "NSMC, prompt 2", "korquad": "KorQuAD"}
 MEAN_TITLE = "mean (COPA, HellaSwag, BoolQ, SentiNeg)"
 Pair = tuple[Measurement | None, Measurement | None]
-# Have a row also where nothing was measured.
-_ALWAYS = ("perplexity", *KOBEST_TASKS)
+_FIRST = ("perplexity", *KOBEST_TASKS)
 
 
 @dataclass
@@ -37,12 +36,14 @@ class ResultRow:
 
 
 def result_rows(results: EvaluationResults | None) -> list[ResultRow]:
-    """Perplexity, the tasks of KoBEST in their order and their means, with no figures where they were not measured;
-    then what else was measured. Of each kind what was measured before tuning comes first."""
-    pairs = results.pairs() if results is not None else []
-    rows = _rows_of(_ALWAYS, pairs)
+    """What was measured: perplexity, the tasks of KoBEST in their order and their means, then all else. Of each kind
+    what was measured before tuning comes first."""
+    if results is None:
+        return []
+    pairs = results.pairs()
+    rows = _rows_of(_FIRST, pairs)
     rows += _means(results, rows)
-    return rows + _rows_of(tuple(name for name in SCHEMAS if name not in _ALWAYS), pairs)
+    return rows + _rows_of(tuple(name for name in SCHEMAS if name not in _FIRST), pairs)
 
 
 def _rows_of(names: tuple[str, ...], pairs: list[Pair]) -> list[ResultRow]:
@@ -50,22 +51,20 @@ def _rows_of(names: tuple[str, ...], pairs: list[Pair]) -> list[ResultRow]:
     for name in names:
         measured = [pair for pair in pairs if _measured(pair).name == name]
         measured.sort(key=lambda pair: _measured(pair).tuning is not None)
-        if not measured and name in _ALWAYS:
-            measured = [(None, None)]
         rows += [_result_row(name, metric, *pair) for metric in SCHEMAS[name].shown for pair in measured]
-    return rows
+    return [row for row in rows if row.dense is not None or row.sparse is not None]
 
 
-def _means(results: EvaluationResults | None, rows: list[ResultRow]) -> list[ResultRow]:
-    """Mean F1 of KoBEST, for each number of shots, before and after tuning."""
-    everything = [*results.sparse, *results.dense] if results is not None else []
+def _means(results: EvaluationResults, rows: list[ResultRow]) -> list[ResultRow]:
+    """Mean F1 of KoBEST where all of its tasks were measured, for each number of shots, before and after tuning."""
+    everything = [*results.sparse, *results.dense]
     found = {row.key[1:]: tuning_title(row.tuning) for row in everything if row.name in KOBEST_TASKS}
     means = []
-    for shots, tuned in sorted(found) or [(0, False)]:
-        title = found.get((shots, tuned))
-        sparse, dense = (
-            results.mean_f1(part, shots, tuned) if results is not None else None for part in ("sparse", "dense")
-        )
+    for shots, tuned in sorted(found):
+        title = found[shots, tuned]
+        sparse, dense = (results.mean_f1(part, shots, tuned) for part in ("sparse", "dense"))
+        if sparse is None and dense is None:
+            continue
         tasks = [
             row
             for row in rows
@@ -92,7 +91,7 @@ def _measured(pair: Pair) -> Measurement:
 
 def _result_row(name: str, metric: str, ours: Measurement | None, other: Measurement | None) -> ResultRow:
     schema = SCHEMAS[name]
-    known = [row for row in (ours, other) if row is not None]
+    known = _measured((ours, other))
     differences, recovered = [], None
     if ours is not None and other is not None:
         differences = ours.differences(other)
@@ -104,13 +103,13 @@ def _result_row(name: str, metric: str, ours: Measurement | None, other: Measure
         name=name,
         task=TASK_TITLES.get(name) or OTHER_TITLES.get(name, name),
         metric=metric,
-        num_fewshot=known[0].num_fewshot if known else schema.usual_shots,
+        num_fewshot=known.num_fewshot,
         dense=dense,
         sparse=sparse,
         recovered=recovered,
         stderr=(errors[0], errors[1]),
         differences=differences,
-        tuning=tuning_title(known[0].tuning) if known else None,
+        tuning=tuning_title(known.tuning),
         usual_shots=schema.usual_shots,
     )
 
@@ -119,12 +118,10 @@ def results_table(results: EvaluationResults) -> str:
     """A table for a terminal."""
     rows: list[tuple[str, ...]] = [("", "", "dense", "sparse", "recovered")]
     for row in result_rows(results):
-        if row.dense is None and row.sparse is None:
-            continue
         title = MEAN_TITLE if row.task == "mean" else row.task
         shots = f", {row.num_fewshot}-shot" if row.num_fewshot != row.usual_shots else ""
         figures = ["not evaluated" if value is None else f"{value:.4f}" for value in (row.dense, row.sparse)]
-        recovered = "" if row.recovered is None else f"{100 * row.recovered:.1f} %"
+        recovered = "" if row.recovered is None else f"{100 * row.recovered:.1f}%"
         differences = f"not comparable: {', '.join(row.differences)}" if row.differences else recovered
         tuning = f", after {row.tuning} tuning" if row.tuning is not None else ""
         rows.append((title + shots + tuning, row.metric, *figures, differences))

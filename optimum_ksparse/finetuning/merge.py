@@ -24,6 +24,7 @@ from ..calibration import (
 from ..checks import check_integer, check_number
 from ..config import SparsityConfig
 from ..dataset import is_token_ids
+from ..evaluation import note_merge
 from ..execution import apply_settings
 from ..version import library_versions
 from .adapted import active, adapted_layers, check_mergeable, describe_adapters, is_sparse, own_adapters
@@ -213,7 +214,7 @@ def _finish(model: PreTrainedModel, report: MergeReport, started: float) -> PreT
         apply_settings(model, config)
     report.versions = library_versions("torch", "transformers", "peft")
     report.seconds = round(time.perf_counter() - started, 2)
-    if hasattr(model, "evaluation_results"):
-        del model.evaluation_results
+    model.evaluation_results = None  # type: ignore[assignment]
     model.merge_report = report  # type: ignore[assignment]
+    note_merge(model, report.change())
     return model

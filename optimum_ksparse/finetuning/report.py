@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..records import Amount, Count, Positive, Version, read_record, to_json
-from ..report import MERGE_REPORT_NAME
+from ..report import MERGE_REPORT_NAME, Change
 from ..report.rows import OVERFLOWED, is_finite, with_note
 from ..staging import write_text
 
@@ -98,6 +98,10 @@ class MergeReport:
             "mean_discarded": sum(row.discarded or 0.0 for row in self.layers) / max(1, len(self.layers)),
             "seconds": self.seconds,
         }
+
+    def change(self) -> Change:
+        """What a model's `SparsityReport` says of it."""
+        return Change("merged", self.method, adapters=[str(entry.get("peft_type")) for entry in self.adapters])
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `merge_report.json` into `directory`."""

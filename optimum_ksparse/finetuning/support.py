@@ -6,9 +6,9 @@ import importlib.util
 
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from ..version import install_hint
 
-_EXTRA = 'pip install "optimum-ksparse[finetune]"'
+logger = logging.get_logger(__name__)
 
 
 def extend_peft() -> None:
@@ -23,11 +23,13 @@ def extend_peft() -> None:
 
         apply()
     except (ImportError, AttributeError, KeyError) as error:  # a PEFT that is too old, or too new
-        logger.warning_once(f"The PEFT that is installed cannot adapt sparse layers ({error}); install it by {_EXTRA}")
+        logger.warning_once(
+            f"The PEFT that is installed cannot adapt sparse layers ({error}); {install_hint('finetune')}"
+        )
 
 
 def require_peft() -> None:
     """Raises ImportError, which names the extra to install, where PEFT is missing; extends it otherwise."""
     if importlib.util.find_spec("peft") is None:
-        raise ImportError(f"fine-tuning with adapters needs PEFT, which is not installed: {_EXTRA}")
+        raise ImportError(f"fine-tuning with adapters needs PEFT, which is not installed: {install_hint('finetune')}")
     extend_peft()

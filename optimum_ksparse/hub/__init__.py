@@ -1,8 +1,10 @@
 """The Hub: report and results → card → push."""
 
+from .metadata import tag_model
+from .models import current_results, is_adapter, is_ours, without_peft
 from .push import check_target, push_model
 from .sources import choose_baseline, choose_tokenizer
-from .writing import CARD_NAME, check_language, current_results, is_adapter, read_card, without_peft, write_card
+from .writing import CARD_NAME, check_language, read_card, write_card, write_trained_card
 
 __all__ = [
     "CARD_NAME",
@@ -12,8 +14,11 @@ __all__ = [
     "choose_tokenizer",
     "current_results",
     "is_adapter",
+    "is_ours",
     "push_model",
     "read_card",
+    "tag_model",
     "without_peft",
     "write_card",
+    "write_trained_card",
 ]

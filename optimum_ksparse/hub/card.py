@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,16 +11,21 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from ..allocation import LEFT_DENSE
+from ..config import describe_source
 from ..evaluation import KOBEST_TASKS, TASK_TITLES, EvaluationResults, Measurement, result_rows, tuning_title
+from ..finetuning import MergeReport
 from ..nn.kernels import GROUPS, STRIP_TOKENS, why_not_strips
 from ..pattern import Pattern
+from ..pruners import METHODS
 from ..report import SparsityReport
-from ..version import __version__
+from ..version import __version__, install_command
 from .existing import BEGIN, END, has_section, insert_section, is_unfilled_form, split_card
 from .markdown import environment
 from .metadata import merge_metadata
 
 LANGUAGES = ("en", "ko")
+# What `citations.md.jinja` has an entry for.
+_CITED = {*METHODS, "swaps", "owl", "shortgpt", "blocks", "kobest", "korquad"}
 
 
 @dataclass
@@ -45,6 +51,9 @@ class CardSubject:
         figures: file → whether it was drawn.
         adapter: None for a model of its own.
         auto_class: name of the class of transformers that loads it.
+        merge: of the adapters that became part of the weights, where nothing has changed them since.
+        tuning: how it was tuned: `title`, and settings by name.
+        local_source: the folder that it was loaded from, which the card does not name.
     """
 
     name: str
@@ -62,6 +71,9 @@ class CardSubject:
     figures: dict[str, bool] = field(default_factory=dict)
     adapter: AdapterFacts | None = None
     auto_class: str = "AutoModelForCausalLM"
+    merge: MergeReport | None = None
+    tuning: dict[str, Any] | None = None
+    local_source: str | None = None
 
 
 def render_card(subject: CardSubject, language: str = "en", existing: str | None = None) -> str:
@@ -75,15 +87,25 @@ def render_card(subject: CardSubject, language: str = "en", existing: str | None
     existing = (existing or "").removeprefix("\ufeff")
     line_break = "\r\n" if "\r\n" in existing else "\n"
     front, body = split_card(existing)
+    _hide_path(front, subject.local_source)
     if is_unfilled_form(body):
-        front.pop("base_model", None)  # PEFT writes the path of a local one
+        front.pop("base_model", None)
         body = ""
     template = environment().get_template(f"card_{language}.md.jinja")
-    section = template.render(**_view(subject), begin=BEGIN, end=END).strip()
+    section = re.sub(r"\n{3,}", "\n\n", template.render(**_view(subject), begin=BEGIN, end=END).strip())
     metadata = merge_metadata(front, subject.metadata.to_dict(), again=has_section(body))
     block = yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     ours = [part.replace("\n", line_break) for part in (f"---\n{block}---\n\n", section, "\n")]
     return ours[0] + insert_section(body, ours[1], line_break) + ours[2]
+
+
+def _hide_path(front: dict[str, Any], folder: str | None) -> None:
+    """Takes out what PEFT writes where the base is a folder: its path, as base and in a tag."""
+    base = front.get("base_model")
+    if isinstance(base, str) and (base == folder or base != describe_source(base)):
+        del front["base_model"]
+    if folder is not None and isinstance(front.get("tags"), list):
+        front["tags"] = [tag for tag in front["tags"] if not str(tag).endswith(f":{folder}")]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -114,6 +136,11 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "nsmc": [row for row in measured if row.name.startswith("nsmc_")],
         "korquad": [row for row in measured if row.name == "korquad"],
         "measured": measured,
+        "both": results is not None and bool(results.dense),
+        "holds": report is not None and not report.changes,
+        "has_errors": report is not None and any(row.relative_output_error is not None for row in report.layers),
+        "merge": None if subject.merge is None else subject.merge.totals(),
+        "tuning": subject.tuning,
         "tunings": _tunings(measured),
         "tuning_title": tuning_title,
         "environments": _environments(results),
@@ -125,6 +152,8 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "reconstruction": None if report is None else report.reconstruction_losses,
         "holds_out": _holds_out(report),
         "left_dense": LEFT_DENSE,
+        "install": install_command("finetune" if subject.adapter is not None else None),
+        "methods": _methods(subject),
         "has_kernels": report is not None
         and is_sparse
         and all(name in GROUPS for name in report.patterns)
@@ -133,6 +162,19 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "version": __version__,
         "limited": any(row.protocol.get("limit") for row in measured),
     }
+
+
+def _methods(subject: CardSubject) -> set[str]:
+    """What there is to cite: methods that made the model, and data that it was measured on."""
+    report, results = subject.report, subject.results
+    names: set[Any] = set()
+    if report is not None:
+        names |= {None if report.is_dense else report.pruner, *(report.config.get("refine") or ())}
+        names |= {report.config.get("allocation"), "blocks" if report.reconstruction else None}
+        names |= {"shortgpt" if report.dropped is not None else None}
+    for row in [*results.sparse, *results.dense] if results is not None else []:
+        names.add("kobest" if row.name in KOBEST_TASKS else row.name)
+    return names & _CITED
 
 
 def _pruned_to(report: SparsityReport | None) -> str:

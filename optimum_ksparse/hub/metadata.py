@@ -10,8 +10,10 @@ from typing import Any
 from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import PreTrainedModel
 
 from ..calibration.documents import HUB_DATASETS
+from ..config import SparsityConfig
 from ..evaluation import Baseline, EvaluationResults
 from ..pruners import METHODS
 from ..report import SparsityReport
@@ -30,6 +32,15 @@ _UNITED = ("tags", "datasets", "metrics")
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _PATTERN_TAG = re.compile(r"\d+of\d+|blocks-\d+x\d+|unstructured")
 _SPARSE, _DROPPED = "sparse", "layer-dropping"
+# Tasks of the Hub by the class that does them.
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
 _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
 
 
@@ -69,7 +80,7 @@ def build_metadata(
     base_model: str | None,
     inherited: dict[str, Any],
     is_adapter: bool = False,
-    is_causal: bool = True,
+    auto_class: str = "AutoModelForCausalLM",
     tags: list[str] | None = None,
 ) -> ModelCardData:
     """The metadata of a sparse model, of one that has lost blocks, or of an adapter on one. The Hub has no relation to
@@ -79,19 +90,13 @@ def build_metadata(
         name: of the model, for the model index.
         base_model: Hub id of the dense base, or of an adapter's sparse base; None for a local folder.
         inherited: of the base model's card: license, language, pipeline tag.
+        auto_class: name of the class that loads the model.
         tags: further tags.
     """
     language = inherited.get("language")
-    names: list[str] = []
     is_dense = report is not None and report.is_dense
-    found_tags = ["optimum-ksparse", *([] if is_dense else [_SPARSE]), "pruned"]
-    if report is not None and report.dropped is not None:
-        found_tags.append(_DROPPED)
-    if report is not None:
-        names = _hub_datasets(report.calibration)
-    if report is not None and not is_dense:
-        tags_of_patterns = dict.fromkeys(_pattern_tag(pattern) for pattern in report.patterns)
-        found_tags += [str(report.pruner), *tags_of_patterns]
+    names = [] if report is None else _hub_datasets(report.calibration)
+    found_tags = sparse_tags(report)
     if language is None and names and all(name in ("mc4-ko", "kowiki") for name in names):
         language = "ko"
     measured = results.sparse if results is not None else []
@@ -104,7 +109,7 @@ def build_metadata(
         license_name=inherited.get("license_name"),
         license_link=inherited.get("license_link"),
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag=inherited.get("pipeline_tag") or ("text-generation" if is_causal else None),
+        pipeline_tag=_PIPELINES.get(auto_class) or inherited.get("pipeline_tag"),
         base_model=base_model,
         base_model_relation=("adapter" if is_adapter else None if is_dense else "quantized") if base_model else None,
         datasets=list(dict.fromkeys(HUB_DATASETS[name][0] for name in names)) or None,
@@ -113,6 +118,33 @@ def build_metadata(
         model_name=name if eval_results else None,  # of the model index
         eval_results=eval_results,
     )
+
+
+def sparse_tags(report: SparsityReport | None, settings: SparsityConfig | None = None) -> list[str]:
+    """The tags of a sparse model, or of one that has lost blocks: by its report, or by its settings where it has
+    none."""
+    is_dense = report.is_dense if report is not None else settings is not None and settings.pattern is None
+    tags = ["optimum-ksparse", *([] if is_dense else [_SPARSE]), "pruned"]
+    if (report.dropped if report is not None else getattr(settings, "drop_layers", None)) is not None:
+        tags.append(_DROPPED)
+    if is_dense or (report is None and settings is None):
+        return tags
+    pruner = report.pruner if report is not None else settings.method  # type: ignore[union-attr]
+    patterns = report.patterns if report is not None else [str(settings.pattern)]  # type: ignore[union-attr]
+    return [*tags, str(pruner), *dict.fromkeys(_pattern_tag(pattern) for pattern in patterns)]
+
+
+def tag_model(model: PreTrainedModel, report: SparsityReport | None, settings: SparsityConfig | None) -> None:
+    """Gives a model its tags, which transformers, PEFT and TRL write into the cards that they make, in the place of
+    those of an earlier pruning; without report and settings it has none of ours."""
+    ours = sparse_tags(report, settings) if report is not None or settings is not None else []
+    tags = ours + [tag for tag in model.model_tags or [] if not _is_our_tag(tag) and tag not in ours]
+    model.model_tags = tags or None
+
+
+def _is_our_tag(tag: Any) -> bool:
+    names = ("optimum-ksparse", "pruned", _SPARSE, _DROPPED, *METHODS)
+    return tag in names or _PATTERN_TAG.fullmatch(str(tag)) is not None
 
 
 def _hub_datasets(calibration: dict[str, Any]) -> list[str]:
@@ -151,7 +183,7 @@ def _without_ours(metadata: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in metadata.items() if key != "model-index"}
     gone: dict[str, Callable[[Any], bool]] = {
         "metrics": lambda item: item in METRICS,
-        "tags": lambda item: item in (*METHODS, _SPARSE, _DROPPED) or _PATTERN_TAG.fullmatch(str(item)) is not None,
+        "tags": _is_our_tag,
         "datasets": lambda item: item in {repository for repository, _ in HUB_DATASETS.values()},
     }
     for key, ours in gone.items():

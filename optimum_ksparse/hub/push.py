@@ -19,16 +19,9 @@ from ..config import describe_source
 from ..evaluation import EvaluationProtocol, check_protocol, evaluate_model
 from ..report import REPORT_NAME, TUNING_NAME
 from .commit import commit_folder, with_retries
+from .models import current_results, is_adapter, sparse_part
 from .sources import choose_baseline, choose_tokenizer
-from .writing import (
-    CARD_NAME,
-    check_branch,
-    check_language,
-    check_repository,
-    current_results,
-    is_adapter,
-    sparse_part,
-)
+from .writing import CARD_NAME, check_branch, check_language, check_repository
 
 logger = logging.get_logger(__name__)
 
@@ -101,7 +94,7 @@ def push_model(
     if results is None or not results.dense:
         lacking = "no figures" if results is None else "no dense column"
         logger.warning(
-            f"The card has {lacking} and says 'not evaluated' there: push_to_hub(..., evaluate=True) measures, "
+            f"The card has {lacking}: push_to_hub(..., evaluate=True) measures, "
             "or `optimum-cli ksparse eval CHECKPOINT --baseline` before the push."
         )
     more_tags = [tags] if isinstance(tags, str) else list(tags or [])

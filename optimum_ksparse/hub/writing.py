@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,52 +13,18 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import describe_model, made_with
 from ..config import names_repository
-from ..evaluation import Baseline, EvaluationResults, fingerprint, has_head
-from ..report import RESULTS_NAME, SparsityReport
+from ..evaluation import Baseline, EvaluationResults, settle_records, tuning_title
+from ..finetuning import MergeReport
+from ..model_class import class_for_model
+from ..report import SparsityReport
 from ..staging import write_text
 from .card import LANGUAGES, AdapterFacts, CardSubject, render_card
 from .figures import draw_figures
 from .metadata import base_card, build_metadata, is_repo_id
+from .models import current_results, is_adapter, sparse_part
 
 CARD_NAME = "README.md"
 _BRANCH_PART = re.compile(r"\w[\w.-]*", re.ASCII)
-
-
-def without_peft(model: Any) -> Any:
-    """The model that a PEFT model wraps; any other model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
-def sparse_part(model: Any) -> PreTrainedModel:
-    """The transformers model of a sparse model, of one that has lost blocks, or of a PEFT model on one of them.
-
-    Raises:
-        TypeError: it is none of them.
-    """
-    plain = without_peft(model)
-    if not isinstance(plain, PreTrainedModel) or made_with(plain) is None:
-        raise TypeError(f"{type(model).__name__} is no sparse model: prune it, or load a sparse checkpoint")
-    return plain
-
-
-def current_results(model: Any) -> EvaluationResults | None:
-    """The results of a model, or of an adapter on its base; None where it has none.
-
-    Raises:
-        ValueError: they are of other weights than the model has now.
-    """
-    plain = sparse_part(model)
-    results = getattr(plain, "evaluation_results", None)
-    if not isinstance(results, EvaluationResults):
-        return None
-    if results.fingerprint != fingerprint(plain):
-        if is_adapter(model):
-            return None  # the base's own, from before the adapter
-        raise ValueError(
-            f"{RESULTS_NAME} (model.evaluation_results) was measured on other weights, or in another dtype: measure "
-            "again with evaluate=True or `optimum-cli ksparse eval`, or delete the results"
-        )
-    return results
 
 
 def read_card(path: Path) -> str:
@@ -96,13 +63,6 @@ def check_language(language: str) -> None:
         raise ValueError(f"language={language!r} is not known; allowed: {', '.join(LANGUAGES)}")
 
 
-def is_adapter(model: Any) -> bool:
-    """A PEFT model, or a transformers model to which an adapter was added."""
-    return hasattr(model, "peft_config") and (
-        not isinstance(model, PreTrainedModel) or bool(getattr(model, "_hf_peft_config_loaded", False))
-    )
-
-
 def write_card(
     model: Any,
     directory: str | os.PathLike[str],
@@ -136,11 +96,34 @@ def write_card(
     )
 
 
+def write_trained_card(
+    model: Any,
+    directory: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    language: Any = None,
+    repo_id: str | None = None,
+) -> Path:
+    """`write_card` for a model in training, whose weights are too many to read at each checkpoint: what the marks on
+    it tell is taken (see `evaluation.ties`).
+
+    Args:
+        weights: folder of the weight files, where they are not in `directory` yet.
+    """
+    plain = sparse_part(model)
+    if not is_adapter(model):
+        settle_records(plain)
+    results = None if is_adapter(model) else getattr(plain, "evaluation_results", None)
+    language = language if language in LANGUAGES else LANGUAGES[0]
+    return write_card_of(model, directory, results, weights=weights, language=language, repo_id=repo_id)
+
+
 def write_card_of(
     model: Any,
     directory: str | os.PathLike[str],
     results: EvaluationResults | None,
     *,
+    weights: str | os.PathLike[str] | None = None,
     language: str = "en",
     repo_id: str | None = None,
     dense_revision: str | None = None,
@@ -148,7 +131,8 @@ def write_card_of(
     existing: str | None = None,
     token: bool | str | None = None,
 ) -> Path:
-    """`write_card` with results that are known to be of the model's weights: to find that out reads all of them."""
+    """`write_card` with results that are known to be of the model's weights, and a report that is settled: to find
+    that out reads all of them."""
     check_language(language)
     if repo_id is not None:
         check_repository(repo_id)
@@ -163,7 +147,7 @@ def write_card_of(
         existing = read_card(path) if path.is_file() else ""
     name = (repo_id or directory.resolve().name).split("/")[-1]
     adapter = _adapter_facts(model, directory)
-    is_causal = has_head(plain) and plain.can_generate()
+    auto_class = class_for_model(plain).__name__
     subject = CardSubject(
         name=name,
         report=report,
@@ -175,23 +159,42 @@ def write_card_of(
             base_model=base_model,
             inherited=base_card(_card_source(base_model, base_revision, plain, token)),
             is_adapter=adapter is not None,
-            is_causal=is_causal,
+            auto_class=auto_class,
             tags=[*(plain.model_tags or []), *(tags or [])],
         ),
         storage=_storage(plain),
         dtype=str(plain.dtype).removeprefix("torch."),
-        file_bytes=sum(file.stat().st_size for file in directory.glob("*.safetensors")),
+        file_bytes=sum(file.stat().st_size for file in Path(weights or directory).glob("*.safetensors")),
         repo_id=repo_id,
         base_model=base_model,
         base_name=base_name,
         base_revision=base_revision,
         dense_revision=dense_revision,
-        figures=draw_figures(directory, None if adapter is not None else report, results),
+        figures=draw_figures(directory, None if adapter is not None else report, results, language),
         adapter=adapter,
-        auto_class="AutoModelForCausalLM" if is_causal else type(plain).__name__,
+        auto_class=auto_class,
+        merge=_merge(plain, report),
+        tuning=_tuning(plain),
+        local_source=plain.name_or_path if getattr(plain, "is_from_folder", False) else None,
     )
     write_text(path, render_card(subject, language, existing))
     return path
+
+
+def _merge(model: PreTrainedModel, report: SparsityReport | None) -> MergeReport | None:
+    """The report of the merging that the weights are from; None where something has changed them since."""
+    merge = getattr(model, "merge_report", None)
+    last = report.changes[-1].kind if report is not None and report.changes else "merged"
+    return merge if isinstance(merge, MergeReport) and last == "merged" else None
+
+
+def _tuning(model: PreTrainedModel) -> dict[str, Any] | None:
+    """What `finetuning.json` says of how the weights, or the adapter, were tuned."""
+    tuning = getattr(model, "tuning", None)
+    if not isinstance(tuning, Mapping):
+        return None
+    shown = ("method", "steps", "num_epochs", "learning_rate", "r")
+    return {"title": tuning_title(tuning), **{name: tuning[name] for name in shown if tuning.get(name) is not None}}
 
 
 def _storage(model: PreTrainedModel) -> str:

@@ -16,6 +16,7 @@ from .loading import wrap_from_pretrained
 from .publishing import wrap_push_to_hub
 from .quantizer import SparsityQuantizer
 from .saving import wrap_save_pretrained
+from .trainer_import import watch_trainer
 
 
 def register() -> None:
@@ -31,4 +32,5 @@ def register() -> None:
     wrap_casts(PreTrainedModel)
     # That of PreTrainedModel ends here, and so does that of PEFT's models.
     wrap_push_to_hub(PushToHubMixin)
+    watch_trainer()
     PreTrainedModel.autotune_kernels = autotune_kernels  # type: ignore[attr-defined]

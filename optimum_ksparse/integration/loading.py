@@ -20,15 +20,17 @@ from ..checkpoint import (
     commit_of,
     has_lost_blocks,
     is_dense_record,
+    made_with,
     sparse_experts,
     sparse_modules,
     sparsify_dense,
 )
 from ..checks import check_keys
 from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SETTINGS, SparsityConfig
-from ..evaluation import EvaluationResults
+from ..evaluation import RECORDS, EvaluationResults, mark_weights
 from ..execution import apply_settings, tell_cost_on_cpu
 from ..finetuning import MergeReport
+from ..hub import tag_model
 from ..pattern import Pattern
 from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, SparsityReport
 from ..streaming import check_index
@@ -231,18 +233,24 @@ def _finish_sparse(
         for name in RUN_TIME_SETTINGS:
             setattr(model.config.quantization_config, name, getattr(config, name))
         apply_settings(model, config)
-    records: dict[str, tuple[str, Any]] = {
-        "sparsity_report": (REPORT_NAME, SparsityReport),
-        "merge_report": (MERGE_REPORT_NAME, MergeReport),
-        "evaluation_results": (RESULTS_NAME, EvaluationResults),
+    kinds: dict[str, Any] = {
+        REPORT_NAME: SparsityReport,
+        MERGE_REPORT_NAME: MergeReport,
+        RESULTS_NAME: EvaluationResults,
     }
-    for attribute, (name, kind) in records.items():
+    for attribute, (name, kind) in zip(RECORDS, kinds.items(), strict=True):
+        setattr(model, attribute, None)
         path = _file(source, name, kwargs)
         try:
             if path is not None:
                 setattr(model, attribute, kind.load(path))
         except ValueError as error:
             logger.warning(f"The model has no {attribute}: {error}")
+    report, merge = (getattr(model, name) for name in RECORDS[:2])
+    if report is not None and merge is not None and not report.changes:
+        report.changes.append(merge.change())  # merged by a version that did not note it
+    mark_weights(model, None if report is None else report.fingerprint)
+    tag_model(model, report, made_with(model))
 
 
 def _check_not_lost(info: dict[str, Any], source: Any, kwargs: dict[str, Any]) -> None:

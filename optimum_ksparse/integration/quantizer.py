@@ -21,6 +21,8 @@ from ..checkpoint import (
     sparse_modules,
 )
 from ..config import SparsityConfig
+from ..evaluation import RECORDS
+from ..hub import tag_model
 
 
 class SparsityQuantizer(HfQuantizer):
@@ -75,9 +77,9 @@ class SparsityQuantizer(HfQuantizer):
             replace_module(model, name, dense)
         if stacks:
             model.set_experts_implementation(model.get_correct_experts_implementation(None))  # its own choice
-        for name in ("sparsity_report", "evaluation_results"):
-            if hasattr(model, name):
-                delattr(model, name)
+        for name in (*RECORDS, "weights_mark", "training_run"):
+            setattr(model, name, None)
+        tag_model(model, None, None)
         self.remove_quantization_config(model)
         return model
 

@@ -7,21 +7,17 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..checkpoint import has_lost_blocks, layer_records, made_with, sparse_experts, sparse_modules
 from ..config import DENSE_CONFIG_KEY, SparsityConfig
-from ..evaluation import EvaluationResults, fingerprint
+from ..evaluation import RECORDS, EvaluationResults, settle_records
 from ..finetuning import MergeReport
 from ..finetuning.masks import record
 from ..report import SparsityReport
 from ..staging import staged
-
-logger = logging.get_logger(__name__)
 
 
 def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
@@ -56,14 +52,12 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
                 as_stored.enter_context(_given_state_dict(self, bound.get("state_dict")))
                 as_stored.enter_context(_config_for_storage(self, config))
             original(self, **{**known, "save_directory": staging})
-            for report in (getattr(self, "sparsity_report", None), getattr(self, "merge_report", None)):
-                if isinstance(report, SparsityReport | MergeReport):
-                    report.save(staging)
             if adapted:
                 record(self, staging)
-            results = getattr(self, "evaluation_results", None)
-            if isinstance(results, EvaluationResults):
-                _save_results(self, results, staging)
+            settle_records(self, bound.get("state_dict"))
+            for found in (getattr(self, name, None) for name in RECORDS):
+                if isinstance(found, SparsityReport | MergeReport | EvaluationResults):
+                    found.save(staging)
         if bound.get("push_to_hub"):
             # What is left are arguments for the Hub; the repository is named after the folder, as transformers does.
             hub: dict[str, Any] = {
@@ -75,13 +69,6 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
 
     save_pretrained._ksparse = True  # type: ignore[attr-defined]
     cls.save_pretrained = save_pretrained  # type: ignore[method-assign]
-
-
-def _save_results(model: PreTrainedModel, results: EvaluationResults, directory: Path) -> None:
-    if results.fingerprint == fingerprint(model):
-        results.save(directory)
-    else:
-        logger.warning("model.evaluation_results was measured on other weights than these; it is not saved with them.")
 
 
 @contextmanager

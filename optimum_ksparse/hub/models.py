@@ -1,0 +1,69 @@
+"""What of a model a card is about: whether it is one of ours, what it wraps, and what was measured of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..checkpoint import has_lost_blocks, made_with, sparse_modules
+from ..evaluation import EvaluationResults, fingerprint, settle_records
+from ..report import RESULTS_NAME, SparsityReport
+
+
+def without_peft(model: Any) -> Any:
+    """The model that a PEFT model wraps; any other model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def is_adapter(model: Any) -> bool:
+    """A PEFT model, or a transformers model to which an adapter was added."""
+    return hasattr(model, "peft_config") and (
+        not isinstance(model, PreTrainedModel) or bool(getattr(model, "_hf_peft_config_loaded", False))
+    )
+
+
+def is_ours(model: Any) -> bool:
+    """Whether it is a sparse model, an adapter on one, or a dense model that has lost blocks."""
+    plain = without_peft(model)
+    if not isinstance(plain, PreTrainedModel):
+        return False
+    return bool(sparse_modules(plain)) or (not is_adapter(model) and has_lost_blocks(plain))
+
+
+def sparse_part(model: Any) -> PreTrainedModel:
+    """The transformers model of a sparse model, of one that has lost blocks, or of a PEFT model on one of them.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    plain = without_peft(model)
+    if not isinstance(plain, PreTrainedModel) or made_with(plain) is None:
+        raise TypeError(f"{type(model).__name__} is no sparse model: prune it, or load a sparse checkpoint")
+    return plain
+
+
+def current_results(model: Any) -> EvaluationResults | None:
+    """The results of a model, or of an adapter on its base; None where it has none. All weights are read, and the
+    report says from then on whether they are those that pruning left.
+
+    Raises:
+        ValueError: the results are of other weights than the model has now.
+    """
+    plain = sparse_part(model)
+    results, report = getattr(plain, "evaluation_results", None), getattr(plain, "sparsity_report", None)
+    results = results if isinstance(results, EvaluationResults) else None
+    if is_adapter(model):
+        # The base's own, from before the adapter, are of other weights.
+        return results if results is not None and results.fingerprint == fingerprint(plain) else None
+    if results is None and not (isinstance(report, SparsityReport) and (report.fingerprint or report.changes)):
+        settle_records(plain)
+        return None
+    now = fingerprint(plain)
+    if results is not None and results.fingerprint != now:
+        raise ValueError(
+            f"{RESULTS_NAME} (model.evaluation_results) was measured on other weights, or in another dtype: measure "
+            "again with evaluate=True or `optimum-cli ksparse eval`, or delete the results"
+        )
+    settle_records(plain, now=now)
+    return results

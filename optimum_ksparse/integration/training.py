@@ -1,0 +1,85 @@
+"""What `Trainer`, and the trainers of TRL, which are subclasses of it, do with a sparse model beyond what they do with
+any: their training is in the model's report, and what they push carries report, tags and card."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_callback import TrainerCallback
+
+from ..evaluation import TrainingRun, settle_records
+from ..hub import is_adapter, is_ours, without_peft, write_trained_card
+from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
+
+# Builders of `datasets` that read files, of which they say nothing.
+_BUILDERS = ("arrow", "csv", "generator", "json", "pandas", "parquet", "text")
+
+
+def wrap_trainer(cls: Any) -> None:
+    """Wraps `Trainer.__init__` once. A trainer of any other model is as it was."""
+    original = cls.__init__
+    if getattr(original, "_ksparse", False):
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, *args, **kwargs)
+        if is_ours(self.model):
+            self.add_callback(_Provenance(self))
+            self.create_model_card = _with_section(self, self.create_model_card)
+
+    __init__._ksparse = True  # type: ignore[attr-defined]
+    cls.__init__ = __init__
+
+
+def _with_section(trainer: Any, original: Any) -> Any:
+    """`trainer.create_model_card`, whose card has this package's section as well."""
+
+    @functools.wraps(original)
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        if trainer.is_world_process_zero() and is_ours(trainer.model):
+            options = {"repo_id": trainer.hub_model_id, "language": kwargs.get("language")}
+            write_trained_card(trainer.model, trainer.args.output_dir, **options)
+
+    return create_model_card
+
+
+class _Provenance(TrainerCallback):
+    """Notes the training on the model, and puts report and card beside the weights of each push."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run = TrainingRun(type(self.trainer).__name__, _dataset_name(self.trainer.train_dataset), state)
+        without_peft(self.trainer.model).training_run = run
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = self.trainer.model
+        run = getattr(without_peft(model), "training_run", None)
+        if isinstance(run, TrainingRun):
+            if not is_adapter(model) and is_ours(model):
+                settle_records(model)
+            run.ended = True
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Of a checkpoint `Trainer` pushes config and weights alone, which it copies into the output's folder."""
+        checkpoint, output = Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir)
+        if not (state.is_world_process_zero and checkpoint.is_dir() and is_ours(self.trainer.model)):
+            return
+        for name in (REPORT_NAME, MERGE_REPORT_NAME, RESULTS_NAME):
+            if (checkpoint / name).is_file():
+                shutil.copy(checkpoint / name, output)
+            else:
+                (output / name).unlink(missing_ok=True)
+        write_trained_card(self.trainer.model, output, weights=checkpoint, repo_id=self.trainer.hub_model_id)
+
+
+def _dataset_name(dataset: Any) -> str | None:
+    """The name of a data set of `datasets` that is more than the kind of its files."""
+    name = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    return name if isinstance(name, str) and name not in _BUILDERS else None
