@@ -407,3 +407,25 @@ def test_operators_are_registered_correctly(pattern):
         leaves = [tensor.clone().requires_grad_() for tensor in (values, bias)]
         torch.library.opcheck(kernels.linear, (x.clone().requires_grad_(), leaves[0], bits, leaves[1], 12))
         torch.library.opcheck(kernels.linear, (x, values, bits, None, 12))
+
+
+class _Quantized(torch.Tensor):
+    """A tensor of another library, as torchao's `quantize_` puts it in the place of a weight."""
+
+
+@pytest.mark.parametrize("change", ["l1_unstructured", "ln_structured", "identity", "custom_from_mask", "quantize"])
+def test_what_other_libraries_cannot_do_to_a_packed_weight_says_what_to_do(change):
+    from torch.nn.utils import prune
+
+    layer = SparseLinear.from_dense(nn.Linear(16, 8), Pattern("2:4").mask(torch.randn(8, 16)))
+    settings = {"l1_unstructured": {"amount": 0.5}, "ln_structured": {"amount": 0.5, "n": 2, "dim": 0}}
+    settings["custom_from_mask"] = {"mask": torch.ones_like(layer.weight)}
+    before, x = copy.deepcopy(layer.state_dict()), torch.randn(2, 16)
+    expected = layer(x)
+    with pytest.raises(TypeError, match=r"keeps its weight packed.*model\.dequantize\(\) first"):
+        if change == "quantize":
+            layer.weight = nn.Parameter(layer.weight.detach().as_subclass(_Quantized), requires_grad=False)
+        else:
+            getattr(prune, change)(layer, "weight", **settings.get(change, {}))
+    torch.testing.assert_close(dict(layer.state_dict()), dict(before), rtol=0, atol=0)
+    assert torch.equal(layer(x), expected)

@@ -11,11 +11,12 @@ from torch import nn
 from ..pattern import Pattern
 from . import kernels
 from .first import run_before_first
+from .foreign import PackedModule
 from .matrix import PackedMatrix
 from .packing import check_bits, pack, values_shape
 
 
-class SparseExperts(nn.Module):
+class SparseExperts(PackedModule):
     """A stack of sparse matrices, stored packed (table in `packing`). It takes the place of a parameter
     [experts, out, in] that a module reads as `F.linear(x, self.<name>[expert])`: `stack[expert]` gives a matrix that
     runs packed. Needs `experts_implementation="eager"`; the others of transformers read the whole parameter.

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..pattern import Pattern
 from . import kernels
 from .first import run_before_first
+from .foreign import PackedModule
 from .packing import check_bits, pack, unpack_mask, values_shape
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def in_autocast_dtype(
     return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
 
 
-class SparseLinear(nn.Linear):
+class SparseLinear(PackedModule, nn.Linear):
     """y = x·Wᵀ + b with a sparse W that is stored packed (table in `packing`).
 
     Runs in float32, bfloat16 and float16 on any device, under autocast and `torch.compile`: 2:4 and 4:8 in 16 bit on
