@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .allocation import ALLOCATIONS, check_allocation
@@ -20,6 +22,7 @@ from .redaction import check_no_token
 from .statistics import ColumnNorms, GramMatrix
 
 QUANT_METHOD = "optimum-ksparse"
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 # Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes
 # would choke on the keyword argument of that name.
 DENSE_CONFIG_KEY = "ksparse"
@@ -387,10 +390,28 @@ def describe_source(source: Any) -> str | None:
     return os.path.basename(os.path.normpath(source)) if os.path.exists(source) or os.path.isabs(source) else source
 
 
+def is_repo_id(name: Any) -> bool:
+    """Whether a name can be one of a repository on the Hub."""
+    # Older clients let other letters and a line break at the end pass.
+    if not isinstance(name, str) or not _REPO_ID.fullmatch(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def names_repository(described: str | None, commit: str | None = None) -> bool:
     """Whether what `describe_source` gave is a name on the Hub: with a commit, or of two parts, because a local folder
     is described by its last part alone (which may be somebody else's repository, as "gpt2" is)."""
-    return bool(described) and (commit is not None or "/" in str(described))
+    return is_repo_id(described) and (commit is not None or "/" in str(described))
+
+
+def recorded_repository(described: str | None, commit: str | None = None) -> str | None:
+    """The repository on the Hub that a file names, where it may be read without the user having named it: never a
+    path, nor a name that would be read from a folder here. None otherwise."""
+    return described if names_repository(described, commit) and not os.path.exists(str(described)) else None
 
 
 def _pattern(value: Any) -> str | None:

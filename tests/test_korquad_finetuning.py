@@ -317,12 +317,15 @@ def test_every_method_saves_and_loads(make_model, own_tokenizer, data, tmp_path,
     record = finetune_korquad(
         model, tokenizer, data, settings, tmp_path / "out", eval_data=data, windows=WINDOWS, head_only=head_only
     )
-    loaded, its_tokenizer = load_korquad_model(tmp_path / "out", base if head_only else None)
+    loaded, its_tokenizer = load_korquad_model(tmp_path / "out", None if method == "full" else base)
     row = evaluate_korquad(loaded, its_tokenizer, data, windows=WINDOWS)
     assert row["f1"] == record["results"]["f1"] and record["num_trained"] > 0
     assert (tmp_path / "out/model.safetensors").exists() == (method == "full")
     if head_only:
         with pytest.raises(ValueError, match="a head alone: pass base"):
+            load_korquad_model(tmp_path / "out")
+    elif method != "full":  # the folder that an adapter names is not opened
+        with pytest.raises(ValueError, match="names no base model on the Hub.*pass base"):
             load_korquad_model(tmp_path / "out")
     if method == "full":
         with pytest.raises(ValueError, match="leave base out"):
@@ -454,7 +457,7 @@ def test_merging_keeps_the_head_and_pushing_is_refused(make_model, own_tokenizer
     base, output = base_folder(make_model, own_tokenizer, tmp_path, sparse=True), tmp_path / "out"
     settings = FinetuningSettings(**{**asdict(FAST), "method": "masked"})
     record = finetune_korquad(base, None, data, settings, output, eval_data=data, windows=WINDOWS)
-    run_command("merge", output, tmp_path / "merged")
+    run_command("merge", output, tmp_path / "merged", "--base", base)
     model, tokenizer = load_korquad_model(tmp_path / "merged")
     assert not (tmp_path / "merged/adapter_config.json").exists()
     row = evaluate_korquad(model, tokenizer, data, windows=WINDOWS)

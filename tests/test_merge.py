@@ -357,7 +357,7 @@ def test_the_command(folders, tokenizer, capsys):
     text = "\n\n".join(sample_texts("calibration"))
     (folders / "text.txt").write_text(text, encoding="utf-8")
     flags = ("--method", "solve", "--dataset", folders / "text.txt", "--num-samples", "32", "--seq-len", "24")
-    run(folders / "adapter", folders / "merged", *flags)
+    run(folders / "adapter", folders / "merged", "--base", folders / "base", *flags)
     printed = capsys.readouterr().out
     assert "14 sparse layers (14 solved), density 0.5000" in printed and "worst" in printed
     names = {path.name for path in (folders / "merged").iterdir()}
@@ -379,7 +379,8 @@ def test_the_command_refuses_in_one_line(folders, make_model, capsys):
     sparse.save_pretrained(folders / "other")
     for arguments, message in (
         (("adapter",), "output is missing"),
-        (("adapter", "out", "--method", "solve"), "needs calibration text"),
+        (("adapter", "out", "--base", folders / "base", "--method", "solve"), "needs calibration text"),
+        (("adapter", "out"), "names no base model on the Hub"),  # its folder is not opened
         (("adapter", "out", "--base", folders / "dense"), "is no sparse model"),
         (("adapter", "out", "--base", folders / "other"), "error:"),
         (("nothing", "out"), "error:"),

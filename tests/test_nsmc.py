@@ -448,7 +448,7 @@ def test_eval_before_and_after_tuning(sparse: Path, data_dir: Path, capsys: pyte
     capsys.readouterr()
     folder, column = sparse.with_name("sparse-tuned"), dense.with_name("dense-tuned")
     for _ in range(2):  # and again from what is there
-        run_eval("nsmc", folder, *flags, "--baseline-results", column)
+        run_eval("nsmc", folder, *flags, "--baseline-results", column, "--before-results", sparse)
         results = EvaluationResults.load(folder / "evaluation_results.json")
         assert len(results.sparse) == len(results.dense) == len(results.comparable()) == 4
         after = [pair for pair in results.comparable() if pair[0].tuning is not None]

@@ -835,10 +835,12 @@ def test_tokenizer_of_the_base_at_the_recorded_commit(
     model = prune_from_hub(hub, base, token_ids)
     other_tokenizer.save_pretrained(tmp_path / "tokenizer")
     hub.commit("org/tiny-base", read(tmp_path / "tokenizer"), "Another tokenizer")
-    if saved:
+    if saved:  # the base that a folder names is read where the user asks for it, and not otherwise
         model.save_pretrained(tmp_path / "saved")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    model.push_to_hub(NAME)
+        with pytest.raises(ValueError, match="no tokenizer was found.*the checkpoint names 'org/tiny-base'"):
+            model.push_to_hub(NAME)
+    model.push_to_hub(NAME, evaluate=TEXT_ONLY if saved else False)
     assert tokens_of(hub) == "model"
 
 

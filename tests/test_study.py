@@ -574,7 +574,7 @@ def test_two_studies_in_one_folder_are_refused(faked):
 def test_a_damaged_result_is_named(faked):
     run_study(recipe(methods=["magnitude"], patterns=["2:4"]), str)
     Path("out/cells/dense/result.json").write_text('{"id": 3}', encoding="utf-8")
-    with pytest.raises(ValueError, match="dense/result.json is damaged.*delete it"):
+    with pytest.raises(ValueError, match="result.json of cell dense is damaged.*delete it"):
         load_study("out")
     with pytest.raises(FileNotFoundError, match="holds no study"):
         load_study("dense")

@@ -10,8 +10,8 @@ from .errors import UsageError
 from .parser import Parser, add_switches
 from .protocol import add_protocol, protocol_of
 
-# Folders whose results are taken over: as the dense column, and as rows after tuning.
-_TAKEN = ("baseline_results", "tuned_results")
+# Folders whose results are taken over: as the dense column, as rows after tuning, and as those before it.
+_TAKEN = ("baseline_results", "tuned_results", "before_results")
 # Words that may stand before the checkpoint: what they measure, and nothing else, unless flags say otherwise.
 _SHORTHANDS: dict[str, dict[str, Any]] = {"nsmc": {"texts": "none", "tasks": ["nsmc"]}}
 
@@ -44,6 +44,13 @@ class EvalCommand(Command):
             metavar="FOLDER",
             help="take rows after tuning from the output of `finetune korquad` on this model",
         )
+        parser.add_argument(
+            "--before-results",
+            "--before_results",
+            dest="before_results",
+            metavar="FOLDER",
+            help="take rows before tuning from the folder of the model that this one was tuned from",
+        )
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
         parser.add_argument(
             "--output", metavar="FOLDER", help="for evaluation_results.json (default: the checkpoint's folder)"
@@ -73,11 +80,10 @@ class EvalCommand(Command):
         output = Path(settings.get("output") or _folder_of(checkpoint))
         known = EvaluationResults.load(output / RESULTS_NAME) if (output / RESULTS_NAME).is_file() else None
         folders = [settings.get(name) for name in _TAKEN]
-        column, tuned = (EvaluationResults.load(Path(f) / RESULTS_NAME) if f else None for f in folders)
+        column, tuned, before = (EvaluationResults.load(Path(f) / RESULTS_NAME) if f else None for f in folders)
         if column:
             EvaluationResults("").take_baseline(column)  # what cannot be one is refused before the work
         model = load_checkpoint(checkpoint, settings)
-        before = _results_before(model)
         if tuned:
             EvaluationResults(fingerprint(model)).take_tuned(tuned)
         if known is not None:
@@ -90,10 +96,11 @@ class EvalCommand(Command):
                 )
         if settings.get("baseline") and not sparse_modules(model) and not has_lost_blocks(model):
             raise ValueError("the model is dense: it is its own baseline, measure it without --baseline")
-        tokenizer = choose_tokenizer(model, settings.get("tokenizer"), None)
-        assert tokenizer is not None  # only tokenizer=False leaves it out
         baseline: Any = settings.get("baseline")
         dense = choose_baseline(model, None if baseline is True else baseline, None) if baseline else None
+        trusted = settings.get("trust_remote_code")
+        tokenizer = choose_tokenizer(model, settings.get("tokenizer"), None, dense, trusted)
+        assert tokenizer is not None  # only tokenizer=False leaves it out
         output.mkdir(parents=True, exist_ok=True)
 
         def keep(results: EvaluationResults) -> None:
@@ -116,16 +123,6 @@ class EvalCommand(Command):
         keep(results)
         print(results_table(results))
         print(f"written to {output / RESULTS_NAME}")
-
-
-def _results_before(model: Any) -> Any:
-    """The results of the model that this one was tuned from, where its folder is at hand; None otherwise."""
-    from ..evaluation import EvaluationResults
-    from ..report import RESULTS_NAME
-
-    base = (getattr(model, "tuning", None) or {}).get("base")
-    path = Path(base) / RESULTS_NAME if isinstance(base, str) else None
-    return EvaluationResults.load(path) if path is not None and path.is_file() else None
 
 
 def _folder_of(checkpoint: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import constants, errors, hf_hub_download
 from transformers.utils import CONFIG_NAME
 
-from ..hub.metadata import is_repo_id
+from ..config import is_repo_id
 from .errors import UsageError
 
 

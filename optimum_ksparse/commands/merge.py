@@ -45,7 +45,9 @@ class MergeCommand(Command):
 
         parser.add_argument("adapter", nargs="?", help="folder or Hub id of an adapter on a sparse model")
         parser.add_argument("output", nargs="?", help="folder to write the merged checkpoint to")
-        parser.add_argument("--base", metavar="MODEL", help="the sparse base (default: the one the adapter names)")
+        parser.add_argument(
+            "--base", metavar="MODEL", help="the sparse base (default: the one on the Hub that the adapter names)"
+        )
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
         add_switches(parser, TRUST)
         parser.add_argument(
@@ -92,13 +94,20 @@ class MergeCommand(Command):
 
 
 def _base_of(settings: dict[str, Any]) -> str:
-    """The model that the adapter names as its base."""
+    """The model on the Hub that the adapter names as its base; a folder here is the user's to name."""
     from peft import PeftConfig
 
+    from ..config import recorded_repository
+    from ..records import printable
+
     name = PeftConfig.from_pretrained(settings["adapter"], revision=settings.get("revision")).base_model_name_or_path
-    if not name:
-        raise ValueError(f"{settings['adapter']} does not name its base model: pass --base MODEL")
-    return str(name)
+    base = recorded_repository(name)
+    if base is None:
+        raise ValueError(
+            f"{settings['adapter']} names no base model on the Hub, but {printable(name)!r}: pass --base MODEL"
+        )
+    print(f"base model: {base}, which the adapter names")
+    return base
 
 
 def _load(settings: dict[str, Any], source: str, base: dict[str, Any]) -> Any:

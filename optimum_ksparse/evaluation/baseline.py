@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from transformers import GgufConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..checkpoint import sparse_modules
-from ..config import describe_source, names_repository
-from ..report import SparsityReport
+from ..config import describe_source, recorded_repository
+from ..report import BASE_ARGUMENTS, SparsityReport
 from .tuning import read_tuning
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,18 @@ def recorded_baseline(model: PreTrainedModel) -> Baseline:
     report = getattr(model, "sparsity_report", None)
     if not isinstance(report, SparsityReport) or not report.base_model:
         raise ValueError("no sparsity_report names the model's dense base: pass baseline=<Hub id or folder>")
-    if names_repository(report.base_model, report.base_revision):
-        return Baseline(report.base_model, report.base_revision, report.base_arguments)
+    arguments = {name: report.base_arguments[name] for name in BASE_ARGUMENTS if name in report.base_arguments}
+    repository = recorded_repository(report.base_model, report.base_revision)
+    if repository is not None:
+        commit = "" if report.base_revision is None else f" at commit {report.base_revision}"
+        logger.warning(f"The dense baseline is {repository}{commit} on the Hub, which the model's report names.")
+        return Baseline(repository, report.base_revision, arguments)
     source = model.name_or_path or ""
     if os.path.isdir(source) and describe_source(source) == report.base_model:
-        return Baseline(source, None, report.base_arguments)
+        return Baseline(source, None, arguments)
     raise ValueError(
-        f"the model was pruned from {report.base_model!r}, a local folder or a model without a recorded commit: "
+        f"the model was pruned from {report.base_model!r}, a local folder or a model without a recorded commit, or "
+        "there is a folder of that name here: "
         "pass baseline=<Hub id or folder> to say where the dense model is"
     )
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
 
 from ..calibration.documents import HUB_DATASETS
@@ -29,7 +28,6 @@ _INHERITED: dict[str, tuple[type, ...]] = {
 }
 # A person's entries are kept where these lists are written anew; for the other keys of `_OURS` ours replace them.
 _UNITED = ("tags", "datasets", "metrics")
-_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _PATTERN_TAG = re.compile(r"\d+of\d+|blocks-\d+x\d+|unstructured")
 _SPARSE, _DROPPED = "sparse", "layer-dropping"
 # Tasks of the Hub by the class that does them.
@@ -42,18 +40,6 @@ _PIPELINES = {
     "AutoModelForTokenClassification": "token-classification",
 }
 _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
-
-
-def is_repo_id(name: Any) -> bool:
-    """Whether a name can be one of a repository on the Hub."""
-    # Older clients let other letters and a line break at the end pass.
-    if not isinstance(name, str) or not _REPO_ID.fullmatch(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def base_card(base: Baseline | None) -> dict[str, Any]:

@@ -76,12 +76,12 @@ def push_model(
     check_target(repo_id, revision, dense_revision, create_pr)
     _check_storage(model, plain, dense_revision)
     token = _clean_token(token)
-    found_tokenizer = choose_tokenizer(plain, tokenizer, token)
+    dense = choose_baseline(plain, baseline, token) if evaluate else None
+    found_tokenizer = choose_tokenizer(plain, tokenizer, token, dense)
     if evaluate:
         if found_tokenizer is None:
             raise ValueError("evaluate needs the tokenizer: pass one instead of tokenizer=False")
         protocol = check_protocol(plain, found_tokenizer, evaluate if evaluate is not True else None)
-        dense = choose_baseline(plain, baseline, token)
     results = None if evaluate else current_results(model)  # those of other weights are refused here
     api = HfApi(token=token)
     repo_id = with_retries(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id

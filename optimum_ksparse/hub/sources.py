@@ -10,15 +10,23 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from ..calibration import read_tokenizer
 from ..checkpoint import describe_model, made_with
-from ..config import describe_source, names_repository
+from ..config import describe_source
 from ..evaluation import Baseline, recorded_baseline
-from ..report import SparsityReport
+from ..report import BASE_ARGUMENTS, SparsityReport
 
 
 def choose_tokenizer(
-    model: PreTrainedModel, given: PreTrainedTokenizerBase | str | bool | None, token: Any
+    model: PreTrainedModel,
+    given: PreTrainedTokenizerBase | str | bool | None,
+    token: Any,
+    base: Baseline | None = None,
+    trust_remote_code: bool | None = None,
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that is given or named; for None the recorded one, for False none.
+    """The tokenizer that is given or named; for None the model's own, for False none.
+
+    Args:
+        base: the dense model that the user asked for; its tokenizer will do where the model has none.
+        trust_remote_code: as the user passed it.
 
     Raises:
         TypeError, OSError, ValueError: it cannot be one, or cannot be loaded.
@@ -29,33 +37,30 @@ def choose_tokenizer(
         return given
     if given is not None and not isinstance(given, str | os.PathLike):
         raise TypeError(f"tokenizer must be a tokenizer, its name, None or False, found {type(given).__name__}")
+    arguments = {"token": token, "trust_remote_code": trust_remote_code}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     if given is not None:
-        return read_tokenizer(os.fspath(given), token=token)
-    return recorded_tokenizer(model, token=token)
+        return read_tokenizer(os.fspath(given), **arguments)
+    return own_tokenizer(model, base, **arguments)
 
 
-def recorded_tokenizer(model: PreTrainedModel, **arguments: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that a sparse model was calibrated with or came with, or its base model's.
+def own_tokenizer(model: PreTrainedModel, base: Baseline | None = None, **arguments: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that a sparse model was calibrated with in this process or came with, or that of `base`. What its
+    files name is not read: nobody here has named it.
 
     Raises:
         ValueError: none of them can be loaded.
     """
     report = getattr(model, "sparsity_report", None)
-    recorded = getattr(made_with(model), "tokenizer", None)
     live = getattr(model, "calibration_tokenizer", None)
     if isinstance(live, PreTrainedTokenizerBase):
         return live
-    if live is None and names_repository(recorded):
-        live = recorded
-    sources: list[tuple[str | None, dict[str, Any]]] = [
-        (live, {}),
-        (model.name_or_path, {"revision": getattr(model, "hub_commit", None)}),
-    ]
-    if isinstance(report, SparsityReport):
-        own = {**report.base_arguments, "revision": report.base_revision}
-        sources[1][1].update(report.base_arguments if describe_model(model) == report.base_model else {})
-        if names_repository(report.base_model, report.base_revision):
-            sources.append((report.base_model, own))
+    place = {"revision": getattr(model, "hub_commit", None)}
+    if isinstance(report, SparsityReport) and describe_model(model) == report.base_model:  # pruned in this process
+        place |= {name: report.base_arguments.get(name) for name in BASE_ARGUMENTS}
+    sources: list[tuple[Any, dict[str, Any]]] = [(live, {}), (model.name_or_path, place)]
+    if base is not None:
+        sources.append((base.source, {**base.arguments, "revision": base.revision}))
     failed = []
     for source, more in sources:
         if not source:
@@ -65,9 +70,11 @@ def recorded_tokenizer(model: PreTrainedModel, **arguments: Any) -> PreTrainedTo
             return read_tokenizer(os.fspath(source), **known)
         except Exception as error:  # transformers and huggingface_hub raise many kinds here
             failed.append(f"{describe_source(source)}: {type(error).__name__}")
+    recorded = [getattr(made_with(model), "tokenizer", None), getattr(report, "base_model", None)]
+    named = " or ".join(dict.fromkeys(repr(name) for name in recorded if isinstance(name, str)))
     raise ValueError(
-        f"no tokenizer was found ({'; '.join(failed) or 'no source is recorded'}): pass tokenizer=, or "
-        "tokenizer=False to publish without one"
+        f"no tokenizer was found ({'; '.join(failed) or 'no source is known'}): pass tokenizer="
+        f"{f' (the checkpoint names {named})' if named else ''}, or tokenizer=False to publish without one"
     )
 
 

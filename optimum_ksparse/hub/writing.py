@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint import describe_model, made_with
-from ..config import names_repository
+from ..config import is_repo_id, names_repository, recorded_repository
 from ..evaluation import Baseline, EvaluationResults, settle_records, tuning_title
 from ..finetuning import MergeReport
 from ..model_class import class_for_model
@@ -20,7 +20,7 @@ from ..report import SparsityReport
 from ..staging import write_text
 from .card import LANGUAGES, AdapterFacts, CardSubject, render_card
 from .figures import draw_figures
-from .metadata import base_card, build_metadata, is_repo_id
+from .metadata import base_card, build_metadata
 from .models import current_results, is_adapter, sparse_part
 
 CARD_NAME = "README.md"
@@ -203,8 +203,9 @@ def _storage(model: PreTrainedModel) -> str:
 
 
 def _card_source(base_model: str | None, revision: str | None, model: PreTrainedModel, token: Any) -> Baseline | None:
-    if base_model is not None:
-        return Baseline(base_model, revision, {} if token is None else {"token": token})
+    if base_model is not None:  # of its card the license and the language alone are read
+        known = recorded_repository(base_model, revision)
+        return None if known is None else Baseline(known, revision, {} if token is None else {"token": token})
     folder = model.name_or_path or ""
     return Baseline(folder) if os.path.isdir(folder) else None
 
@@ -217,7 +218,7 @@ def _base(
         name, revision = describe_model(plain), getattr(plain, "hub_commit", None)
     else:
         name, revision = (report.base_model, report.base_revision) if report is not None else (None, None)
-    on_hub = is_repo_id(name) and names_repository(name, revision)
+    on_hub = names_repository(name, revision)
     return name if on_hub else None, name, revision if on_hub else None
 
 

@@ -16,6 +16,7 @@ from .kinds import (
     Positive,
     Present,
     RelativePath,
+    Revision,
     Share,
     Version,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Positive",
     "Present",
     "RelativePath",
+    "Revision",
     "Share",
     "Version",
     "build",

@@ -57,6 +57,12 @@ def _relative_path(value: str) -> str:
     return value
 
 
+def _revision(value: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", value, re.ASCII) or ".." in value or len(value) > 255:
+        raise ValueError("must be a commit, a branch or a tag")
+    return value
+
+
 def _pattern(value: str) -> str:
     return str(Pattern(value))
 
@@ -65,5 +71,6 @@ Count = Annotated[int, Between(0)]
 Positive = Annotated[int, Between(1)]
 Amount = Annotated[float, Between(0.0)]
 Share = Annotated[float, Between(0.0, 1.0)]
+Revision = Annotated[str, _revision]
 PatternText = Annotated[str, _pattern]
 RelativePath = Annotated[str, _relative_path]  # stays below where it starts, on any system

@@ -1,9 +1,20 @@
 """Reports: what pruning did, as data, as a file and as text."""
 
 from .report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, SCHEMA_VERSION, TUNING_NAME, SparsityReport
-from .rows import BlockReport, Change, DroppedBlocks, LayerKind, LayerReport, MethodChoice, PrunedBlock, Trial
+from .rows import (
+    BASE_ARGUMENTS,
+    BlockReport,
+    Change,
+    DroppedBlocks,
+    LayerKind,
+    LayerReport,
+    MethodChoice,
+    PrunedBlock,
+    Trial,
+)
 
 __all__ = [
+    "BASE_ARGUMENTS",
     "MERGE_REPORT_NAME",
     "REPORT_NAME",
     "RESULTS_NAME",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from ..allocation import LEFT_DENSE
 from ..config import SparsityConfig
-from ..records import Amount, As, Count, Version, read_record, to_json
+from ..records import Amount, As, Count, Revision, Version, read_record, to_json
 from .rows import (
     BaseArguments,
     BlockReport,
@@ -66,7 +66,7 @@ class SparsityReport:
     dropped: DroppedBlocks | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
-    base_revision: str | None = None
+    base_revision: Revision | None = None
     base_arguments: Annotated[dict[str, str], As(BaseArguments)] = field(default_factory=dict)
     source_fingerprint: str | None = None
     fingerprint: str | None = None

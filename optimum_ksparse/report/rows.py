@@ -28,6 +28,9 @@ class BaseArguments(TypedDict, total=False):
     subfolder: RelativePath
 
 
+BASE_ARGUMENTS = tuple(BaseArguments.__annotations__)
+
+
 class File(TypedDict):
     """A file of texts, as `describe_dataset` describes it."""
 

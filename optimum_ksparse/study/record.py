@@ -44,9 +44,16 @@ class _Grid(TypedDict):
     seeds: list[int]
 
 
+class _Place(TypedDict):
+    method: str
+    pattern: str
+    calibration: str | None
+    seed: int | None
+
+
 class _Cell(TypedDict):
     identity: dict[str, Any]
-    places: list[Place]
+    places: list[_Place]
 
 
 @dataclass
@@ -107,7 +114,7 @@ class Record:
 
     def places(self, cell: str) -> list[Place]:
         """Where a cell stands in the grid."""
-        return list(self.cells[cell]["places"])
+        return [Place(**place) for place in self.cells[cell]["places"]]
 
     def with_grid(self, recipe: Recipe, cells: list[Cell]) -> Record:
         """The same model, measured in the same way, with the grid of a recipe."""
@@ -117,7 +124,9 @@ class Record:
             "calibration": [calibration["name"] for calibration in recipe.calibration],
             "seeds": recipe.seeds,
         }
-        found = {cell.id: {"identity": cell.identity, "places": cell.places} for cell in cells}
+        found = {
+            cell.id: {"identity": cell.identity, "places": [asdict(place) for place in cell.places]} for cell in cells
+        }
         return replace(self, grid=parts, published=recipe.published, cells=found)
 
 

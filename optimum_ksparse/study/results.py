@@ -5,15 +5,22 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from ..config import NO_PATTERN
 from ..evaluation import Measurement
-from ..records import Amount, Count, build, read_record
+from ..records import Amount, As, Count, read_record
 from .files import CELLS, FAILURE_NAME, RESULT_NAME, write_json
 from .quantities import QUANTITIES, figures_of
 from .record import Record
 from .spread import Spread, spread
+
+
+class _Row(TypedDict):
+    name: str
+    metrics: dict[str, float | None]
+    protocol: dict[str, Any]
+    environment: dict[str, Any]
 
 
 @dataclass
@@ -30,7 +37,7 @@ class CellResult:
 
     id: str
     identity: dict[str, Any]
-    measurements: list[dict[str, Any]]
+    measurements: list[Annotated[dict[str, Any], As(_Row)]]
     pruning: dict[str, Any] | None
     seconds: dict[str, Amount]
     peak_memory_bytes: dict[str, Count]
@@ -49,12 +56,10 @@ class CellResult:
 
     def check_record(self, where: str) -> None:
         """Raises ValueError where what was read from a file has no figures."""
-        for i, row in enumerate(self.measurements):
-            build(Measurement, row, f"measurements[{i}]")
         try:
             self.figures()
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"pruning has no figures: {error!r}") from None
+            raise ValueError(f"it has no figures: {error!r}") from None
 
     def figures(self) -> dict[str, float]:
         """By the keys of `QUANTITIES`, in the units of the tables."""

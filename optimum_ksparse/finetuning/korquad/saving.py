@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ...config import recorded_repository
 from ...model_class import class_for_source
 from ...staging import staged
 from ..support import require_peft
@@ -59,7 +60,7 @@ def load_korquad_model(
     Args:
         folder: the output of `finetune_korquad`.
         base: the model under the adapter (or under a head that was trained alone), its folder or its name on the Hub;
-            None takes the one that the adapter names. A model is changed in place.
+            None takes the one on the Hub that the adapter names. A model is changed in place.
         loading: arguments of `from_pretrained` for the base, such as `dtype`, `device_map`, `sparsity_config`.
 
     Raises:
@@ -112,7 +113,10 @@ def _on_base(folder: Path, base: Any, state: dict[str, torch.Tensor], loading: d
     if base is None:
         from peft import PeftConfig
 
-        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        base = recorded_repository(name)
+        if base is None:
+            raise ValueError(f"{folder} names no base model on the Hub, but {name!r}: pass base")
     if isinstance(base, str | os.PathLike):
         base = class_for_source(base, **loading).from_pretrained(base, **{"dtype": "auto", **loading})
     _make_room(base, state)
