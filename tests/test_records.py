@@ -27,6 +27,7 @@ from optimum_ksparse.report import (
     REPORT_NAME,
     RESULTS_NAME,
     BlockReport,
+    Change,
     DroppedBlocks,
     LayerReport,
     MethodChoice,
@@ -50,6 +51,7 @@ def full_report() -> SparsityReport:
     report.choice = MethodChoice("sparsegpt", "block", 1, 9.0, [Trial("sparsegpt", "block", 0.5, 1.0, True)])
     report.dropped = DroppedBlocks([1], [0.5, 0.125, 0.25, 0.5], 1_500_000_000)
     report.base_arguments = {"gguf_file": "model.gguf", "subfolder": "a/b"}
+    report.changes = [Change("merged", "solve", "kowiki", 3, 0.5, ["LORA"])]
     report.source_fingerprint, report.peak_memory_bytes = "00", {"process": 10**9}
     return report
 
@@ -101,13 +103,15 @@ def test_a_report_with_any_field_changed_is_refused_by_name_or_printed_and_shown
                 language = ("en", "ko")[taken % 2]
                 assert harmless(render_card(make_subject(report), language)), (place, value)
     assert taken > 20
-    report = SparsityReport.load(write(tmp_path, good))
-    assert any(draw_figures(tmp_path, report, None).values()) == bool(report.layers)
 
 
-def write(folder: Path, record: Any) -> Path:
-    (folder / REPORT_NAME).write_text(json.dumps(record), encoding="utf-8")
-    return folder / REPORT_NAME
+@pytest.mark.parametrize("name", ["", "$x_{$", "layers." + "9" * 5000 + ".q", "layers." + "9" * 400 + ".q", "가\n나"])
+@pytest.mark.parametrize("error", [0, 1e300, 5e-324])
+def test_figures_of_anything_that_is_read(name: str, error: float, tmp_path: Path) -> None:
+    report = make_report()
+    report.layers[0].name, report.layers[0].relative_output_error = name, error
+    report.save(tmp_path)
+    assert any(draw_figures(tmp_path, SparsityReport.load(tmp_path / REPORT_NAME), None).values())
 
 
 def test_results_with_any_field_changed_are_refused_by_name_or_shown(tmp_path: Path) -> None:
@@ -131,7 +135,9 @@ def test_a_report_of_merging_with_any_field_changed(tmp_path: Path) -> None:
     for place in places(good):
         for value in HOSTILE:
             found = reads(MergeReport, path, with_value(good, place, value), place)
-            assert found is None or harmless(str(found)), (place, value)
+            if found is not None:
+                assert harmless(str(found)), (place, value)
+                assert harmless(render_card(make_subject(merge=found))), (place, value)
 
 
 @dataclass

@@ -129,7 +129,7 @@ def _output_errors(report: SparsityReport, words: _Words) -> Any:
 
 def _block(name: str, otherwise: int) -> int:
     """The number of the block that a layer is in: in some blocks it may be dense."""
-    found = re.search(r"\.(\d+)\.", name)
+    found = re.search(r"\.(\d{1,6})\.", name)
     return int(found[1]) if found else otherwise
 
 
