@@ -269,26 +269,6 @@ def test_a_model_in_training_saves_what_it_learnt(make_sparse, tmp_path, token_i
     assert torch.equal(logits(again, token_ids), logits(model.eval(), token_ids))
 
 
-def test_an_interrupt_while_files_are_swapped_is_undone(make_sparse, tmp_path, monkeypatch):
-    make_sparse().save_pretrained(tmp_path)
-    before = snapshot(tmp_path)
-    replace = os.replace
-    for fatal in range(1, 8):
-        calls = []
-
-        def interrupted(source, target, calls=calls, fatal=fatal):
-            calls.append(target)
-            if len(calls) == fatal:
-                raise KeyboardInterrupt
-            replace(source, target)
-
-        monkeypatch.setattr("optimum_ksparse.staging.os.replace", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            make_sparse("50%").save_pretrained(tmp_path)
-        monkeypatch.undo()
-        assert snapshot(tmp_path) == before
-
-
 def test_dequantize_after_saving_keeps_the_dtype(make_sparse, tmp_path, token_ids):
     model = make_sparse(dtype=torch.bfloat16)
     expected = logits(model, token_ids)

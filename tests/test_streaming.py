@@ -313,12 +313,12 @@ def fails(function: Callable[..., Any], number: int, error: BaseException) -> Ca
 
 # Where a run of three blocks may be cut off: what is called, and at which of its calls.
 PLACES = [
-    (workspace, "save_file", range(5)),
+    (workspace, "save_tensors", range(5)),
     (workspace.os, "replace", range(0, 36, 2)),
     (workspace.os, "replace", range(1, 36, 2)),
     (Journal, "save", range(7)),
     (os, "unlink", range(4)),
-    (workspace, "sync", range(6)),
+    (os, "fsync", range(0, 48, 8)),
     (Activations, "replace", range(2)),
     (Activations, "save", range(2)),
     (workspace, "sha256_of", range(3)),

@@ -15,7 +15,8 @@ from ..dataset import holds
 from ..distributed import joined
 from ..model_class import class_for_source
 from ..report import SparsityReport
-from ..streaming import Workspace, check_output, find_weight_files
+from ..staging import check_apart, check_output, recover
+from ..streaming import OURS, Workspace, find_weight_files
 from .model import settings_of
 from .run import CheckpointRun
 
@@ -29,6 +30,7 @@ def prune_checkpoint(
     config: SparsityConfig,
     *,
     resume: bool = True,
+    overwrite: bool = False,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     activation_memory: int | str = "4GB",
@@ -48,10 +50,11 @@ def prune_checkpoint(
 
     Args:
         source: folder or Hub id of a dense checkpoint in safetensors.
-        output: folder; new, empty, or with the unfinished run.
+        output: folder; new, empty, or with the unfinished run; not that of `source`, nor in it.
         config: what to do.
         resume: go on with an unfinished run, or return the report of a finished one; False starts over, and replaces a
             sparse checkpoint that is in `output`.
+        overwrite: write into `output` whatever else it holds, too, such as another model, which is replaced.
         dtype: of the weights, as in `from_pretrained`; "auto" takes the checkpoint's.
         device: where blocks run; None takes this process's GPU, where there is one.
         activation_memory: calibration activations that stay in memory, in bytes or as "4GB"; more go to files in
@@ -74,7 +77,7 @@ def prune_checkpoint(
     limit, place = _bytes("activation_memory", activation_memory), _device(device)
     _check_arguments(config, loading)
     with joined() as processes:
-        processes.once(lambda: check_output(output, source))
+        processes.once(lambda: _check_folders(source, output, config, overwrite))
         commit = None if os.path.isdir(source) else processes.once(lambda: commit_of(source, **_hub(loading)))
         if commit is not None:  # for as long as the run takes, whatever is pushed meanwhile
             loading["revision"] = commit
@@ -94,11 +97,20 @@ def prune_checkpoint(
         processes.agree({**job, **job["source"], **job["settings"], **how, "source": None, "settings": None})
         workspace = Workspace(output, job)
         run = CheckpointRun(source, config, workspace, files, processes, dtype, place, limit, model_class, loading)
-        return run(resume)
+        return run(resume, overwrite)
 
 
 def _hub(loading: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in loading.items() if name in _HUB_ARGUMENTS}
+
+
+def _check_folders(
+    source: str | os.PathLike[str], output: str | os.PathLike[str], config: SparsityConfig, overwrite: bool
+) -> None:
+    reads = (source, config.tokenizer, config.dataset)
+    check_output(output, reads=reads, ours=OURS, overwrite=overwrite)
+    check_apart(output, reads)  # whatever may be overwritten: they are read to the end
+    recover(source)
 
 
 def _check_arguments(config: SparsityConfig, loading: dict[str, Any]) -> None:

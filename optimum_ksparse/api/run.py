@@ -69,10 +69,10 @@ class CheckpointRun:
         self.activation_memory, self.model_class, self.loading = activation_memory, model_class, loading
         self.noted = self.saved = time.perf_counter()
 
-    def __call__(self, resume: bool) -> SparsityReport:
+    def __call__(self, resume: bool, overwrite: bool = False) -> SparsityReport:
         workspace, processes = self.workspace, self.processes
         try:
-            finished = processes.once(lambda: self._begin(resume))
+            finished = processes.once(lambda: self._begin(resume, overwrite))
             if finished is not None:
                 return finished
             workspace.journal = processes.once(lambda: workspace.journal)
@@ -83,14 +83,12 @@ class CheckpointRun:
             if processes.is_main:
                 workspace.release()
 
-    def _begin(self, resume: bool) -> SparsityReport | None:
+    def _begin(self, resume: bool, overwrite: bool) -> SparsityReport | None:
         """Opens the workspace; the report where this job is finished already."""
         self.workspace.lock()
-        finished = (
-            None
-            if self.workspace.is_unfinished or not resume
-            else _finished_report(self.workspace, self.files.fingerprint())
-        )
+        finished = None
+        if resume and not self.workspace.is_unfinished:
+            finished = _finished_report(self.workspace, self.files.fingerprint(), overwrite)
         if finished is None:
             self.workspace.open(resume)
         return finished
@@ -293,8 +291,9 @@ class CheckpointRun:
             logger.warning(f"The checkpoint has no tokenizer: none could be loaded from {self.source}: {reason}")
 
 
-def _finished_report(workspace: Workspace, fingerprint: str) -> SparsityReport | None:
-    """The report of a checkpoint that the same job has made already; None where there is none.
+def _finished_report(workspace: Workspace, fingerprint: str, overwrite: bool) -> SparsityReport | None:
+    """The report of a checkpoint that the same job has made already; None where there is none, or another job's may be
+    replaced.
 
     Raises:
         FileExistsError: the folder holds a checkpoint that another job made, and may not be replaced.
@@ -308,6 +307,8 @@ def _finished_report(workspace: Workspace, fingerprint: str) -> SparsityReport |
     if report.source_fingerprint == fingerprint and report.config == job["settings"] and same_dtype:
         logger.warning(f"{workspace.output} holds what this call would make; resume=False makes it again.")
         return report
+    if overwrite:
+        return None
     raise FileExistsError(
-        f"{workspace.output} holds another sparse checkpoint; name another folder, or replace it with resume=False"
+        f"{workspace.output} holds another sparse checkpoint; name another folder, or replace it with overwrite=True"
     )

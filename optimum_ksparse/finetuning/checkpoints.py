@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..records import read_record, to_json
-from ..staging import write_text
+from ..staging import sync, sync_tree, write_text
 
 FOLDER = ".checkpoints"
 _JOB = "job.json"
@@ -31,9 +30,8 @@ class MarkWhole(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        for path in folder.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        sync_tree(folder)
+        sync(folder.parent)
         write_text(folder / _WHOLE, "")
 
 

@@ -14,7 +14,7 @@ from ..staging import staged
 from .prepare import prepare_for_training
 from .settings import FinetuningSettings, adapter_config, linear_targets
 from .support import require_peft
-from .training import forget
+from .training import RECORDS
 
 logger = logging.get_logger(__name__)
 
@@ -52,8 +52,7 @@ def save_run(model: Any, tokenizer: PreTrainedTokenizerBase, output: str | os.Pa
     one, which alone writes."""
     if not is_main():
         return False
-    forget(output)
-    with staged(output) as staging:
+    with staged(output, gone=RECORDS) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         # PEFT's empty form of a card; the card of this model is written from what is known of it.

@@ -25,6 +25,8 @@ from .settings import FinetuningSettings
 
 logger = logging.get_logger(__name__)
 
+RECORDS = (TUNING_NAME, RESULTS_NAME)  # what says that a run is finished, and its figures; they go with its files
+
 
 def train(
     model: nn.Module,
@@ -125,13 +127,6 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
         vars(model).pop("forward", None)
         if before is not None:
             vars(model)["forward"] = before
-
-
-def forget(output: str | os.PathLike[str]) -> None:
-    """Removes what says that an earlier run in `output` is finished, and its figures: called before its files are
-    replaced."""
-    for name in (TUNING_NAME, RESULTS_NAME):
-        (Path(output) / name).unlink(missing_ok=True)
 
 
 def finish(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.utils import PushToHubMixin
 
@@ -15,6 +15,7 @@ from .casting import wrap_casts
 from .loading import wrap_from_pretrained
 from .publishing import wrap_push_to_hub
 from .quantizer import SparsityQuantizer
+from .recovering import wrap_get_config_dict
 from .saving import wrap_save_pretrained
 from .trainer_import import watch_trainer
 
@@ -26,8 +27,9 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(SparsityConfig)
         register_quantizer(QUANT_METHOD)(SparsityQuantizer)
-    # All Auto classes and model classes end in these two.
+    # All Auto classes and model classes end in these.
     wrap_from_pretrained(PreTrainedModel)
+    wrap_get_config_dict(PreTrainedConfig)
     wrap_save_pretrained(PreTrainedModel)
     wrap_casts(PreTrainedModel)
     # That of PreTrainedModel ends here, and so does that of PEFT's models.

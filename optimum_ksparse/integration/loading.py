@@ -34,6 +34,7 @@ from ..hub import tag_model
 from ..pattern import Pattern
 from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, SparsityReport
 from ..streaming import check_index
+from .recovering import recover_source
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +53,7 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
     @functools.wraps(original)
     def from_pretrained(cls: type[PreTrainedModel], source: Any = None, *args: Any, **kwargs: Any) -> Any:
         source = kwargs.pop("pretrained_model_name_or_path", source)
+        recover_source(source, kwargs)
         config = _take_config(kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         recorded = None
@@ -67,6 +69,8 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
         # transformers does not keep it, and reports and cards name what a model was made from.
         model.hub_commit = _commit(source, kwargs)
         model.is_from_folder = isinstance(source, str | os.PathLike) and os.path.isdir(source)
+        if model.is_from_folder:
+            model.source_folder = os.path.realpath(os.path.join(source, kwargs.get("subfolder") or ""))
         if config is not None and recorded is None:
             check_loaded(find_blocks(model), info)
             names = ("trust_remote_code", "gguf_file", *_HUB_ARGUMENTS)

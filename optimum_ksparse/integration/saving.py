@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..checkpoint import has_lost_blocks, layer_records, made_with, sparse_experts, sparse_modules
-from ..config import DENSE_CONFIG_KEY, SparsityConfig
+from ..config import DENSE_CONFIG_KEY, RUN_TIME_SETTINGS, SparsityConfig
 from ..evaluation import RECORDS, EvaluationResults, settle_records
 from ..finetuning import MergeReport
 from ..finetuning.masks import record
@@ -21,7 +24,8 @@ from ..staging import staged
 
 
 def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
-    """Wraps `cls.save_pretrained` once; models that are neither sparse nor have lost blocks pass through."""
+    """Wraps `cls.save_pretrained` once; models that are neither sparse nor have lost blocks pass through. With
+    `overwrite=True` a model that was pruned may take the place of the one that it was loaded from."""
     original = cls.save_pretrained
     if getattr(original, "_ksparse", False):
         return
@@ -41,8 +45,8 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
                 "the model holds sparse modules that sparsify() did not make; nothing could load them again"
             )
         directory = bound["save_directory"]
-        if os.path.isfile(directory):
-            raise NotADirectoryError(f"save_directory={os.fspath(directory)!r} is a file; pass a folder")
+        if not bound.get("kwargs", {}).pop("overwrite", False):
+            _check_source(self, config, directory)
         known = {name: value for name, value in bound.items() if name not in ("self", "push_to_hub", "kwargs")}
         if config.storage == "packed" and sparse_experts(self):
             known["save_original_format"] = False  # it would take packed experts apart as if they were dense
@@ -69,6 +73,26 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
 
     save_pretrained._ksparse = True  # type: ignore[attr-defined]
     cls.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _check_source(model: PreTrainedModel, config: SparsityConfig, directory: str | os.PathLike[str]) -> None:
+    """Raises FileExistsError where the model was loaded from `directory` and made of what lies there: the weights that
+    were pruned. A sparse model that was loaded from there and trained may take its own place."""
+    source = getattr(model, "source_folder", model.name_or_path)
+    if not source or not Path(source).is_dir() or not (Path(directory) / CONFIG_NAME).is_file():
+        return
+    if not os.path.samefile(source, directory):
+        return
+    values, _ = PreTrainedConfig.get_config_dict(directory)
+    recorded = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
+    ours = json.loads(json.dumps(config.to_dict()))
+    compared = [name for name in ours if name not in (*RUN_TIME_SETTINGS, "layers", "tokenizer")]
+    if isinstance(recorded, dict) and all(recorded.get(name, ours[name]) == ours[name] for name in compared):
+        return
+    raise FileExistsError(
+        f"save_directory={os.fspath(directory)!r} holds the model that this one was made from by pruning, which would "
+        "be lost: save into another folder, or pass overwrite=True"
+    )
 
 
 @contextmanager

@@ -4,9 +4,10 @@ workspace of a run, and the journal with which a run that was cut off goes on.""
 from .blocks import DiskBlocks, open_checkpoint
 from .files import WeightFiles, check_index, check_space, find_weight_files
 from .journal import FinishedBlock, Journal, Snapshot
-from .workspace import Workspace, check_output
+from .workspace import OURS, Workspace
 
 __all__ = [
+    "OURS",
     "DiskBlocks",
     "FinishedBlock",
     "Journal",
@@ -14,7 +15,6 @@ __all__ = [
     "WeightFiles",
     "Workspace",
     "check_index",
-    "check_output",
     "check_space",
     "find_weight_files",
     "open_checkpoint",

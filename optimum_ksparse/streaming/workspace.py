@@ -6,28 +6,26 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint import storage_state_dict
 from ..records import read_record, to_json
-from ..report import REPORT_NAME, RESULTS_NAME, PrunedBlock, SparsityReport
-from ..staging import write_text
+from ..report import REPORT_NAME, PrunedBlock, SparsityReport
+from ..staging import locked, publish, recover, save_tensors, sync_tree, write_text
 from .blocks import DiskBlocks
-from .journal import FinishedBlock, Journal, sha256_of, sync
+from .journal import FinishedBlock, Journal, sha256_of
 
-_NAME, _DONE = ".ksparse-pruning", ".ksparse-done"
+_NAME = ".ksparse-pruning"
 _TOKENS = "calibration.safetensors"
-# What a folder for a checkpoint may hold beforehand: a repository's own files.
-_HARMLESS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+OURS = (_NAME, REPORT_NAME)  # by which the folder of a run, unfinished or finished, is known
 
 
 T = TypeVar("T")
@@ -45,19 +43,17 @@ class Workspace:
         self.output = Path(output)
         self.path = self.output / _NAME
         self.journal = Journal(job)
-        self._lock: FileLock | None = None
+        self._lock: ExitStack | None = None
         self._is_open = False
 
     def lock(self) -> None:
         """Makes the folder this process's. Raises BlockingIOError where another one is at work in it."""
+        recover(self.output)
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise BlockingIOError(f"another process is pruning into {self.output}; wait for it, or stop it") from None
-        self._lock = lock
-        shutil.rmtree(self.output / _DONE, ignore_errors=True)  # of a run that was killed after its end
+        with ExitStack() as stack:
+            busy = f"another process is pruning into {self.output}; wait for it, or stop it"
+            stack.enter_context(locked(self.path / "lock", busy))
+            self._lock = stack.pop_all()
 
     @property
     def is_unfinished(self) -> bool:
@@ -101,7 +97,7 @@ class Workspace:
             shutil.rmtree(self.path, ignore_errors=True)
             if self.output.is_dir() and not any(self.output.iterdir()):
                 self.output.rmdir()
-        self._lock.release()
+        self._lock.close()
 
     def folder(self, name: str) -> Path:
         """An empty folder for something that no later run goes on with."""
@@ -116,7 +112,7 @@ class Workspace:
         path = self.path / _TOKENS
         if not path.exists():
             ids, description = draw()
-            _save_whole({"ids": ids}, path, {"description": json.dumps(description, ensure_ascii=False)})
+            save_tensors({"ids": ids}, path, {"description": json.dumps(description, ensure_ascii=False)})
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("ids").clone(), json.loads(file.metadata()["description"])
 
@@ -137,7 +133,7 @@ class Workspace:
         """Writes a pruned block. It counts when the journal has been saved."""
         name = f"block-{index:05d}.safetensors"
         path = self.path / name
-        _save_whole({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, path)
+        save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, path)
         self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, pruned.layers, pruned.reconstruction))
 
     def written_bytes(self) -> int:
@@ -167,7 +163,7 @@ class Workspace:
                 self._finish_block(index, model, disk, final / name, once)
         _write_index(final, names, model.num_parameters())
         _move_files(rest, final)
-        sync(final)
+        sync_tree(final)
         self.journal.phase = "complete"
         self.journal.save(self.path)
 
@@ -181,27 +177,15 @@ class Workspace:
             stored = storage_state_dict(model, root, state, [name for name in state if name not in once])
             as_it_is = stored.keys() == state.keys() and all(stored[name] is state[name] for name in state)
             if not as_it_is:
-                _save_whole({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, target)
+                save_tensors({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, target)
         if as_it_is:
             os.replace(path, target)
         else:
             path.unlink()
 
     def publish(self) -> SparsityReport:
-        """Moves the files of the finished checkpoint to their places, the config last: without it the folder is no
-        model. What an earlier checkpoint left there goes before."""
-        final = self.path / "final"
-        if (final / CONFIG_NAME).exists():
-            for name in (CONFIG_NAME, RESULTS_NAME, *_weight_files(self.output)):
-                if name not in self._weight_names():
-                    (self.output / name).unlink(missing_ok=True)
-        _move_files(final, self.output)
-        sync(self.output)
-        # At once: a workspace that is half removed would look like one in which nothing has been done.
-        done = self.output / _DONE
-        shutil.rmtree(done, ignore_errors=True)
-        os.replace(self.path, done)
-        shutil.rmtree(done, ignore_errors=True)
+        """Moves the files of the finished checkpoint to their places, and removes the workspace."""
+        publish(self.output, self.path / "final")
         return SparsityReport.load(self.output / REPORT_NAME)
 
     def _weight_names(self) -> list[str]:
@@ -209,45 +193,12 @@ class Workspace:
         return [f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
 
 
-def check_output(output: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
-    """Raises an error where a checkpoint must not be written into `output`: a file, the source itself, or a folder
-    that holds something else than an unfinished run or an earlier sparse checkpoint."""
-    path = Path(output)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"output={os.fspath(output)!r} is a file; pass a folder")
-    if os.path.isdir(source) and path.exists() and os.path.samefile(source, path):
-        raise ValueError(f"output={os.fspath(output)!r} is the source; pass another folder")
-    if not path.exists() or (path / _NAME).is_dir() or (path / REPORT_NAME).is_file():
-        return
-    other = sorted(entry.name for entry in path.iterdir() if entry.name not in _HARMLESS and entry.name[0] != ".")
-    if other:
-        raise FileExistsError(
-            f"output={os.fspath(output)!r} holds something else ({', '.join(other[:3])}"
-            f"{', …' if len(other) > 3 else ''}); pass an empty folder, or one that does not exist yet"
-        )
-
-
-def _weight_files(folder: Path) -> list[str]:
-    return [path.name for path in folder.glob("model*.safetensors")]
-
-
 def _move_files(source: Path, target: Path) -> None:
-    """Moves the files of one folder, those of its subfolders too, into another one; the model's config last."""
-    files = [path for path in source.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: path == source / CONFIG_NAME):
+    """Moves the files of one folder, those of its subfolders too, into another one."""
+    for path in [path for path in source.rglob("*") if path.is_file()]:
         moved = target / path.relative_to(source)
         moved.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, moved)
-
-
-def _save_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        save_file(tensors, unfinished, {"format": "pt", **(metadata or {})})
-        sync(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _write_index(folder: Path, names: list[str], num_parameters: int) -> None:

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ...config import recorded_repository
 from ...model_class import class_for_source
-from ...staging import staged
+from ...staging import recover, save_tensors, staged
 from ..support import require_peft
-from ..training import forget
+from ..training import RECORDS
 from .features import special_tokens
 from .model import SpanModel
 
@@ -39,14 +39,13 @@ def save_korquad_model(model: SpanModel, tokenizer: PreTrainedTokenizerBase, fol
         "marker_tokens": torch.tensor(model.marker_tokens, dtype=torch.int64),
         "marker_embeddings": model.marker_embeddings,
     }
-    forget(folder)
-    with staged(folder) as staging:
+    with staged(folder, gone=RECORDS) as staging:
         if model.backbone is model.language_model:
             if any(parameter.requires_grad for parameter in model.backbone.parameters()):
                 model.backbone.save_pretrained(staging)  # where it is frozen, it is a base like that of an adapter
         else:  # an adapter: those of the two tokens are in the head's file, and the rest of the embeddings in the base
             model.backbone.save_pretrained(staging, save_embedding_layers=False)
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / HEAD_NAME)
+        save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / HEAD_NAME)
         tokenizer.save_pretrained(staging)
         # PEFT's empty form of a card; the card of this model is written from what is known of it.
         (staging / "README.md").unlink(missing_ok=True)
@@ -70,6 +69,7 @@ def load_korquad_model(
         ImportError: there is an adapter, and PEFT is not installed.
     """
     folder = Path(folder)
+    recover(folder)
     if not (folder / HEAD_NAME).is_file():
         raise FileNotFoundError(f"{folder} holds no {HEAD_NAME}: it is not the output of finetune_korquad")
     is_whole = (folder / "config.json").is_file()

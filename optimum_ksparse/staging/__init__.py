@@ -1,0 +1,20 @@
+"""How files reach the disk: whole or not at all, one writer at a time, and never over what nobody said may go."""
+
+from .disk import save_tensors, sync, sync_tree, write_text
+from .lock import locked
+from .outputs import check_apart, check_output
+from .swap import outdated_weights, publish, recover, staged
+
+__all__ = [
+    "check_apart",
+    "check_output",
+    "locked",
+    "outdated_weights",
+    "publish",
+    "recover",
+    "save_tensors",
+    "staged",
+    "sync",
+    "sync_tree",
+    "write_text",
+]

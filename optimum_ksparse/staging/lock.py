@@ -1,0 +1,99 @@
+"""A lock between processes that ends with its process, however that ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from transformers.utils import logging
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.get_logger(__name__)
+
+# (file, thread) of the locks that this process holds: a signal handler that saves would wait for its own thread.
+_held: set[tuple[str, int]] = set()
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Holds the lock whose file is `path`, which is there only as long (or until the next one, after a kill).
+
+    Args:
+        busy: what to say where another process holds it; None waits for it.
+
+    Raises:
+        BlockingIOError: another process, or thread, holds it.
+        OSError: the file cannot be made.
+    """
+    mine = os.path.abspath(path), threading.get_ident()
+    if mine in _held:
+        raise BlockingIOError(f"this thread is writing into {path.parent} already")
+    descriptor = _acquire(path, busy)
+    _held.add(mine)
+    try:
+        yield
+    finally:
+        _held.discard(mine)
+        try:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)  # before it is let go, so that it is nobody else's
+        finally:
+            _let_go(descriptor)
+
+
+def _acquire(path: Path, busy: str | None) -> int:
+    while True:
+        # Programs that this one starts do not inherit it (PEP 446).
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, path, busy)
+            if _is_at(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # that of one who has just removed it
+
+
+def _lock(descriptor: int, path: Path, busy: str | None) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if busy is not None:
+            raise BlockingIOError(busy) from None
+        logger.warning(f"Waiting for another process, which is writing into {path.parent}.")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        logger.warning(
+            f"{path.parent} lies on a file system without locks ({error.strerror}): see to it that one process at a "
+            "time writes there."
+        )
+
+
+def _let_go(descriptor: int) -> None:
+    try:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile holds it, too
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
