@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ZambaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ZambaConfig
 
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint
 from optimum_ksparse.api import run as run_module
@@ -521,7 +521,7 @@ def test_starting_over_that_is_killed_leaves_no_journal_of_before(
 def test_a_full_disk_while_the_tokenizer_is_written_is_an_error(
     tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = type(run_module.read_tokenizer(str(source)))
+    kind = type(AutoTokenizer.from_pretrained(source))
     with monkeypatch.context() as patch:
         patch.setattr(kind, "save_pretrained", fails(kind.save_pretrained, 0, FULL))
         with pytest.raises(OSError, match="No space left"):
@@ -689,7 +689,7 @@ def test_a_file_that_goes_away_meanwhile(
             path.unlink()
 
     monkeypatch.setattr(run_module, "check_run_space", remove)
-    with pytest.raises(OSError, match=r"tensor model\.layers\.0\..* cannot be read"):
+    with pytest.raises(OSError, match=r"model\.layers\.0.* cannot be read"):
         prune_checkpoint(source, tmp_path / "disk", config())
 
 
