@@ -10,7 +10,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import (
     AUDIO_TOKENIZER_NAME,
+    CHAT_TEMPLATE_FILE,
     IMAGE_PROCESSOR_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
     PROCESSOR_NAME,
     VIDEO_PROCESSOR_NAME,
     cached_file,
@@ -19,6 +21,8 @@ from transformers.utils import (
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
 # What a model that takes more than text has beside its tokenizer; one name serves images and sound.
 _PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME)
+# The processor's and the tokenizer's: without a processor it is saved with the tokenizer, or not wanted.
+_TEMPLATES = (CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)
 
 
 def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
@@ -52,12 +56,18 @@ def save_tokenizer(source: str | os.PathLike[str], folder: str | os.PathLike[str
 
 def copy_processor(source: str | os.PathLike[str], folder: str | os.PathLike[str], **arguments: Any) -> None:
     """Copies the files of the processor of a model that takes more than text, as they are: to load one may need
-    libraries for images or sound. A model without one has nothing to copy."""
+    libraries for images or sound. A model without one has nothing to copy.
+
+    Raises:
+        OSError: the source cannot be read.
+    """
     if arguments.get("gguf_file") is not None:
         return
     quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, **_hub(arguments)}
-    for name in _PROCESSOR_FILES:
-        path = cached_file(os.fspath(source), name, **quiet)
+    found = {name: cached_file(os.fspath(source), name, **quiet) for name in _PROCESSOR_FILES}
+    if any(found.values()):
+        found |= {name: cached_file(os.fspath(source), name, **quiet) for name in _TEMPLATES}
+    for name, path in found.items():
         if path is not None:
             shutil.copyfile(path, Path(folder) / name)
 

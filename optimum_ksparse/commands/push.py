@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .base import LOADING_TEXTS, TRUST, Command, add_loading, folder_of, load_checkpoint, usage
 from .parser import Parser, add_switches
 from .protocol import add_protocol, protocol_of
 
 _OPTIONS = ("private", "revision", "create_pr", "commit_message", "language", "dense_revision", "baseline")
+
+_WITHOUT = ("none", "false")  # how flags and recipes write tokenizer=False
 
 
 class PushCommand(Command):
@@ -39,8 +43,14 @@ class PushCommand(Command):
                 **TRUST,
             },
         )
-        add_loading(parser, {name: text for name, text in LOADING_TEXTS.items() if name != "revision"})
+        texts = {**LOADING_TEXTS, "tokenizer": "name or folder, where it is not beside the model; none: without one"}
+        add_loading(parser, {name: text for name, text in texts.items() if name != "revision"})
         add_protocol(parser)
+
+    def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """`--tokenizer none` is `tokenizer=False`: None stands for the model's own."""
+        settings = super().merged(recipe, given)
+        return {**settings, "tokenizer": False} if settings.get("tokenizer") in _WITHOUT else settings
 
     def execute(self) -> None:
         settings = self.settings()

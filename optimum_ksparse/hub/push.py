@@ -20,7 +20,7 @@ from ..evaluation import EvaluationProtocol, check_protocol, evaluate_model
 from ..report import REPORT_NAME, TUNING_NAME
 from .commit import commit_folder, with_retries
 from .models import current_results, is_adapter, sparse_part
-from .sources import choose_baseline, choose_tokenizer
+from .sources import choose_baseline, choose_tokenizer, copy_own_processor
 from .writing import CARD_NAME, check_branch, check_language, check_repository
 
 logger = logging.get_logger(__name__)
@@ -102,13 +102,13 @@ def push_model(
     card: dict[str, Any] = {"language": language, "repo_id": repo_id, "tags": more_tags, "token": token}
     card |= {"dense_revision": dense_revision, "existing": readme or "", "results": results}
     with tempfile.TemporaryDirectory() as folder:
-        _save(model, Path(folder), found_tokenizer, max_shard_size, variant)
+        _save(model, Path(folder), found_tokenizer, max_shard_size, variant, token)
         info = commit_folder(
             api, repo_id, Path(folder), model, card, message, commit_description, revision, create_pr=create_pr
         )
     if dense_revision is not None:
         with tempfile.TemporaryDirectory() as folder, _dense_storage(plain):
-            _save(model, Path(folder), found_tokenizer, max_shard_size, variant)
+            _save(model, Path(folder), found_tokenizer, max_shard_size, variant, token)
             commit_folder(api, repo_id, Path(folder), model, card, message, commit_description, dense_revision)
     return info
 
@@ -159,10 +159,13 @@ def _save(
     tokenizer: PreTrainedTokenizerBase | None,
     max_shard_size: int | str,
     variant: str | None,
+    token: bool | str | None,
 ) -> None:
     """Everything but the card into an empty folder."""
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
+        if not is_adapter(model):
+            copy_own_processor(model, folder, token)
     else:
         model.save_pretrained(folder)
         results = current_results(model)

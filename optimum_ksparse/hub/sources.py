@@ -6,13 +6,15 @@ import os
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from ..calibration import read_tokenizer
+from ..calibration import copy_processor, read_tokenizer
 from ..checkpoint import describe_model, made_with
 from ..config import describe_source
 from ..evaluation import Baseline, recorded_baseline
 from ..report import BASE_ARGUMENTS, SparsityReport
+
+logger = logging.get_logger(__name__)
 
 
 def choose_tokenizer(
@@ -55,10 +57,7 @@ def own_tokenizer(model: PreTrainedModel, base: Baseline | None = None, **argume
     live = getattr(model, "calibration_tokenizer", None)
     if isinstance(live, PreTrainedTokenizerBase):
         return live
-    place = {"revision": getattr(model, "hub_commit", None)}
-    if isinstance(report, SparsityReport) and describe_model(model) == report.base_model:  # pruned in this process
-        place |= {name: report.base_arguments.get(name) for name in BASE_ARGUMENTS}
-    sources: list[tuple[Any, dict[str, Any]]] = [(live, {}), (model.name_or_path, place)]
+    sources: list[tuple[Any, dict[str, Any]]] = [(live, {}), (model.name_or_path, _place(model))]
     if base is not None:
         sources.append((base.source, {**base.arguments, "revision": base.revision}))
     failed = []
@@ -76,6 +75,27 @@ def own_tokenizer(model: PreTrainedModel, base: Baseline | None = None, **argume
         f"no tokenizer was found ({'; '.join(failed) or 'no source is known'}): pass tokenizer="
         f"{f' (the checkpoint names {named})' if named else ''}, or tokenizer=False to publish without one"
     )
+
+
+def copy_own_processor(model: PreTrainedModel, folder: str | os.PathLike[str], token: Any = None) -> None:
+    """Copies the processor of a model that takes more than text from where the model was loaded."""
+    if not model.name_or_path:
+        return
+    try:
+        copy_processor(model.name_or_path, folder, **_place(model), token=token)
+    except Exception as error:  # transformers and huggingface_hub raise many kinds here
+        if model.config.sub_configs:
+            source = describe_source(model.name_or_path)
+            logger.warning(f"A processor, if the model has one, is not with it: {source}: {type(error).__name__}")
+
+
+def _place(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for what lies beside the weights that a model was loaded from."""
+    place = {"revision": getattr(model, "hub_commit", None)}
+    report = getattr(model, "sparsity_report", None)
+    if isinstance(report, SparsityReport) and describe_model(model) == report.base_model:  # pruned in this process
+        place |= {name: report.base_arguments.get(name) for name in BASE_ARGUMENTS}
+    return place
 
 
 def choose_baseline(model: PreTrainedModel, given: str | os.PathLike[str] | None, token: Any) -> Baseline:
