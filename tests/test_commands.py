@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -14,9 +15,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as logging_of_transformers
 
-from optimum_ksparse import SparsityConfig
+from optimum_ksparse import SparsityConfig, sparsify
+from optimum_ksparse.calibration import documents, tell_default_text
 from optimum_ksparse.commands.prune import _LOADING_TEXTS, SETTINGS_TEXTS
 from optimum_ksparse.commands.recipes import read_recipe
 from optimum_ksparse.config import EXECUTION_SETTINGS, SETTINGS
@@ -93,6 +99,57 @@ def test_bad_pruning_is_one_line_and_writes_nothing(cli, dense, tmp_path, monkey
     (tmp_path / "bad.yaml").write_text("patern: '2:4'\n")
     refused(cli(*arguments), message)
     assert not (tmp_path / "out").exists()
+
+
+def held(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("more", [(), ("--stream",)], ids=["memory", "stream"])
+def test_prune_over_something_else_is_refused_unless_told(cli, dense, tmp_path, make_model, more):
+    """The source itself, another model, a folder with somebody's files."""
+    flags = ("--method", "magnitude", *more)
+    make_model("gpt2").save_pretrained(tmp_path / "other")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/thesis.tex").write_text("years")
+    for name in ("dense", "other", "files"):
+        before = held(tmp_path / name)
+        done = cli("prune", dense, tmp_path / name, *flags)
+        assert done.returncode == 1 and held(tmp_path / name) == before, done.stderr
+    done = cli("prune", dense, tmp_path / "other", *flags, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "other/config.json").read_text())["model_type"] == "llama"
+    assert (tmp_path / "other/tokenizer.json").is_file()
+
+
+def test_the_default_calibration_text_and_a_missing_tokenizer_are_told(
+    make_model, tokenizer, tmp_path, caplog, monkeypatch
+):
+    logger = logging.getLogger("optimum_ksparse")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(documents, "stream", lambda *args: ({"text": text} for text in sample_texts("calibration")))
+    logging_of_transformers.get_logger("optimum_ksparse").warning_once.cache_clear()
+    told = lambda: [record.getMessage() for record in caplog.records]  # noqa: E731
+    settings = {"method": "wanda", "num_samples": 2, "seq_len": 16}
+    sparsify(make_model(), SparsityConfig(dataset=sample_texts("calibration"), **settings), tokenizer)
+    assert "Korean" not in "".join(told())
+    sparsify(model := make_model(), SparsityConfig(**settings), tokenizer)
+    assert "the default, which is Korean" in told()[-1] and "of another language" in told()[-1]  # of bytes alone
+    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    assert sum("no tokenizer where the model is saved" in text for text in told()) == 1
+
+
+def test_a_tokenizer_with_korean_words_is_no_reason_for_another_text():
+    words = {word: index for index, word in enumerate(["[UNK]", *"abcdefghijklmnopqrstuvwxyzTIS,."])}
+    backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = Split("", "isolated")
+    english = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    assert "has no tokens for Korean" in tell_default_text("mc4-ko", english)
+    whole = Tokenizer(BPE({"a": 0}, [], unk_token="a"))
+    korean = PreTrainedTokenizerFast(tokenizer_object=whole)
+    assert "another language" not in tell_default_text("mc4-ko", korean)
 
 
 def test_bad_input_in_a_process_of_its_own(dense, tmp_path):

@@ -23,6 +23,7 @@ from ..calibration import (
     evaluation_mode,
     find_blocks,
     read_tokenizer,
+    tell_default_text,
     use_eager_experts,
 )
 from ..checkpoint import describe_model, is_offloaded, layer_records, sparse_experts, sparse_modules
@@ -336,7 +337,10 @@ def draw_tokens(
     """The calibration samples; None for a method without data."""
     if not config.needs_data:
         return None
-    return calibration_tokens(config, model, tokenizer or load_tokenizer(config, model.name_or_path))
+    tokenizer = tokenizer or load_tokenizer(config, model.name_or_path)
+    if "dataset" not in config.given and tokenizer is not None:
+        logger.warning(tell_default_text(config.dataset, tokenizer))
+    return calibration_tokens(config, model, tokenizer)
 
 
 def calibration_dtype(config: SparsityConfig) -> torch.dtype | None:

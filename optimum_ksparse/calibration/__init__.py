@@ -3,6 +3,7 @@
 from .activations import Activations
 from .blocks import DecoderBlocks, decoder_of, find_blocks
 from .experts import ExpertStack, eager_experts, use_eager_experts
+from .language import tell_default_text
 from .reading import find_read
 from .replay import BlockReplay, always_there
 from .running import evaluation_mode
@@ -26,5 +27,6 @@ __all__ = [
     "prepends_bos",
     "read_tokenizer",
     "save_tokenizer",
+    "tell_default_text",
     "use_eager_experts",
 ]

@@ -27,6 +27,7 @@ LOADING_TEXTS = {
     "tokenizer": "name or folder, where it is not beside the model",
     "revision": "branch, tag or commit of the model (default: main)",
 }
+OVERWRITE = {"overwrite": "write into an output that holds something else, such as another model, which is replaced"}
 TRUST = {"trust_remote_code": "run the code that comes with the model"}
 
 

@@ -46,8 +46,6 @@ class EvalCommand(Command):
         )
         parser.add_argument(
             "--before-results",
-            "--before_results",
-            dest="before_results",
             metavar="FOLDER",
             help="take rows before tuning from the folder of the model that this one was tuned from",
         )

@@ -6,7 +6,7 @@ import os
 import shutil
 from typing import Any
 
-from .base import LOADING_TEXTS, TRUST, Command, add_loading
+from .base import LOADING_TEXTS, OVERWRITE, TRUST, Command, add_loading
 from .parser import Parser, add_settings, add_switches, dataset
 
 # Settings of merge_adapter. It cannot be asked for them without PEFT: they have the types of what it passes them to.
@@ -49,7 +49,7 @@ class MergeCommand(Command):
             "--base", metavar="MODEL", help="the sparse base (default: the one on the Hub that the adapter names)"
         )
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
-        add_switches(parser, TRUST)
+        add_switches(parser, {**OVERWRITE, **TRUST})
         parser.add_argument(
             "--method",
             choices=["masked", "solve"],
@@ -68,8 +68,10 @@ class MergeCommand(Command):
         from ..finetuning import merge_adapter
         from ..finetuning.korquad import HEAD_NAME
         from ..report import TUNING_NAME
-        from ..staging import staged
+        from ..staging import check_output, staged
 
+        reads = [settings.get(name) for name in ("adapter", "base", "tokenizer", "dataset")]
+        check_output(output, reads=reads, overwrite=settings.get("overwrite", False))
         with staged(output):  # an output that cannot be written to is an error before the work, not after it
             pass
         source = settings.get("base") or _base_of(settings)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from .base import LOADING_TEXTS, TRUST, Command, add_loading, usage
+from .base import LOADING_TEXTS, OVERWRITE, TRUST, Command, add_loading, usage
 from .errors import UsageError, describe_error
 from .parser import Parser, add_settings, add_switches, dataset
 
@@ -56,6 +56,7 @@ _STREAM_TEXTS = {
 }
 _SWITCHES = {
     **TRUST,
+    **OVERWRITE,
     "stream": "prune block by block from disk to disk: for models beyond memory; can be resumed",
     "json": "progress and report as a line of JSON each, for machines",
 }
@@ -114,23 +115,25 @@ class PruneCommand(Command):
     def _prune(self, source: str, output: str, config: Any, loading: dict[str, Any], shown: bool) -> Any:
         from ..calibration import save_tokenizer
         from ..model_class import class_for_source
-        from ..staging import staged
+        from ..staging import check_output, staged
 
+        overwrite = loading.pop("overwrite", False)
         save = {"max_shard_size": loading.pop("max_shard_size")} if "max_shard_size" in loading else {}
         if shown:
+            check_output(output, reads=(source, config.tokenizer, config.dataset), overwrite=overwrite)
             with staged(output):  # an output that cannot be written to is an error before the work, not after it
                 pass
         where = {name: loading[name] for name in ("revision", "gguf_file", "trust_remote_code") if name in loading}
         model = class_for_source(source, **where).from_pretrained(source, sparsity_config=config, **loading)
         if not shown:
             return model.sparsity_report
-        model.save_pretrained(output, **save)
-        try:
-            save_tokenizer(source, output, **where)
-        except (OSError, ValueError, ImportError) as error:
-            self.say(
-                f"{output} has no tokenizer: none could be loaded from {source}: {describe_error(error, self.flags)}"
-            )
+        with staged(output) as folder:
+            try:
+                save_tokenizer(source, folder, **where)
+            except (OSError, ValueError, ImportError) as error:
+                reason = describe_error(error, self.flags)
+                self.say(f"{output} has no tokenizer: none could be loaded from {source}: {reason}")
+            model.save_pretrained(folder, **save)
         return model.sparsity_report
 
     def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -162,18 +162,18 @@ def _save(
     token: bool | str | None,
 ) -> None:
     """Everything but the card into an empty folder."""
+    if not is_adapter(model):
+        copy_own_processor(model, folder, token)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        _drop(folder / "tokenizer_config.json", "is_local", "local_files_only")  # how it was loaded here
     if isinstance(model, PreTrainedModel):
         model.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
-        if not is_adapter(model):
-            copy_own_processor(model, folder, token)
     else:
         model.save_pretrained(folder)
         results = current_results(model)
         if results is not None:
             results.save(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        _drop(folder / "tokenizer_config.json", "is_local", "local_files_only")  # how it was loaded here
     tuning = getattr(sparse_part(model), "tuning", None)
     if isinstance(tuning, dict):  # without the path of a local base
         kept = {**tuning, "base": describe_source(tuning.get("base"))}

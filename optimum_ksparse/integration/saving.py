@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
 from ..checkpoint import has_lost_blocks, layer_records, made_with, sparse_experts, sparse_modules
 from ..config import DENSE_CONFIG_KEY, RUN_TIME_SETTINGS, SparsityConfig
@@ -21,6 +21,10 @@ from ..finetuning import MergeReport
 from ..finetuning.masks import record
 from ..report import SparsityReport
 from ..staging import staged
+
+logger = logging.get_logger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
@@ -47,6 +51,7 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
         directory = bound["save_directory"]
         if not bound.get("kwargs", {}).pop("overwrite", False):
             _check_source(self, config, directory)
+        _tell_tokenizer(self, Path(directory))
         known = {name: value for name, value in bound.items() if name not in ("self", "push_to_hub", "kwargs")}
         if config.storage == "packed" and sparse_experts(self):
             known["save_original_format"] = False  # it would take packed experts apart as if they were dense
@@ -93,6 +98,20 @@ def _check_source(model: PreTrainedModel, config: SparsityConfig, directory: str
         f"save_directory={os.fspath(directory)!r} holds the model that this one was made from by pruning, which would "
         "be lost: save into another folder, or pass overwrite=True"
     )
+
+
+def _tell_tokenizer(model: PreTrainedModel, directory: Path) -> None:
+    """Says once that a model which was pruned here is saved without a tokenizer. `Trainer` saves its own."""
+    pruned_here = getattr(getattr(model, "weights_mark", None), "pruned_here", False)
+    if (
+        pruned_here
+        and not hasattr(model, "training_run")
+        and not any((directory / name).is_file() for name in _TOKENIZER_FILES)
+    ):
+        logger.warning_once(
+            "There is no tokenizer where the model is saved: save it there too (tokenizer.save_pretrained), because "
+            "`eval`, `push_to_hub` and whoever loads the model need it."
+        )
 
 
 @contextmanager
