@@ -284,9 +284,7 @@ class CheckpointRun:
         self.workspace.finish(model, disk, self._save_tokenizer)
 
     def _save_tokenizer(self, folder: Path) -> None:
-        try:
-            save_tokenizer(self.source, folder, **self.loading)
-        except Exception as error:  # transformers and huggingface_hub raise many kinds here
+        if (error := save_tokenizer(self.source, folder, **self.loading)) is not None:
             reason = " ".join(str(error).split())
             logger.warning(f"The checkpoint has no tokenizer: none could be loaded from {self.source}: {reason}")
 

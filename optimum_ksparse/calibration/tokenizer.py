@@ -44,14 +44,29 @@ def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_tokenizer(source: str | os.PathLike[str], folder: str | os.PathLike[str], **arguments: Any) -> None:
+def save_tokenizer(
+    source: str | os.PathLike[str], folder: str | os.PathLike[str], **arguments: Any
+) -> Exception | None:
     """Saves the tokenizer of a folder or of a repository on the Hub into `folder`, and with it the processor.
 
+    Returns:
+        The error for which the source's could not be read, and there is none in `folder`; None where there is one.
+
     Raises:
-        As `read_tokenizer`; a processor is copied first.
+        OSError: `folder` cannot be written to.
     """
-    copy_processor(source, folder, **arguments)
-    read_tokenizer(os.fspath(source), **arguments).save_pretrained(folder)
+    processor: dict[str, str] = {}
+    tokenizer = None
+    unread: Exception | None = None
+    try:
+        processor = _processor_files(source, arguments)
+        tokenizer = read_tokenizer(os.fspath(source), **arguments)
+    except Exception as error:  # transformers and huggingface_hub raise many kinds here
+        unread = error
+    _copy(processor, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return unread
 
 
 def copy_processor(source: str | os.PathLike[str], folder: str | os.PathLike[str], **arguments: Any) -> None:
@@ -59,17 +74,25 @@ def copy_processor(source: str | os.PathLike[str], folder: str | os.PathLike[str
     libraries for images or sound. A model without one has nothing to copy.
 
     Raises:
-        OSError: the source cannot be read.
+        OSError: the source cannot be read, or `folder` cannot be written to.
     """
+    _copy(_processor_files(source, arguments), folder)
+
+
+def _processor_files(source: str | os.PathLike[str], arguments: dict[str, Any]) -> dict[str, str]:
+    """Name → where it lies, of those that the source has."""
     if arguments.get("gguf_file") is not None:
-        return
+        return {}
     quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, **_hub(arguments)}
     found = {name: cached_file(os.fspath(source), name, **quiet) for name in _PROCESSOR_FILES}
     if any(found.values()):
         found |= {name: cached_file(os.fspath(source), name, **quiet) for name in _TEMPLATES}
-    for name, path in found.items():
-        if path is not None:
-            shutil.copyfile(path, Path(folder) / name)
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def _copy(files: dict[str, str], folder: str | os.PathLike[str]) -> None:
+    for name, path in files.items():
+        shutil.copyfile(path, Path(folder) / name)
 
 
 def _hub(arguments: dict[str, Any]) -> dict[str, Any]:

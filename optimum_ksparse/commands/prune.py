@@ -128,9 +128,7 @@ class PruneCommand(Command):
         if not shown:
             return model.sparsity_report
         with staged(output) as folder:
-            try:
-                save_tokenizer(source, folder, **where)
-            except (OSError, ValueError, ImportError) as error:
+            if (error := save_tokenizer(source, folder, **where)) is not None:
                 reason = describe_error(error, self.flags)
                 self.say(f"{output} has no tokenizer: none could be loaded from {source}: {reason}")
             model.save_pretrained(folder, **save)
