@@ -27,9 +27,11 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BertConfig,
     BertModel,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -45,6 +47,7 @@ from optimum_ksparse.evaluation import (
     evaluate_perplexity,
     read_tuning,
 )
+from optimum_ksparse.integration import register
 
 from .conftest import HF_HOME, make_config, sample_texts
 from .loopback_hub import Commit, LoopbackHub
@@ -216,7 +219,29 @@ def test_arguments_of_transformers(hub: LoopbackHub, model: PreTrainedModel) -> 
     tags = metadata(hub, "somebody/name")["tags"]
     assert tags == ["optimum-ksparse", "sparse", "pruned", "admm", "2of4", "korean"]
     assert all(("authorization" in request.headers) == (request.method != "PUT") for request in hub.requests)
-    assert inspect.signature(type(model).push_to_hub) == inspect.signature(PreTrainedModel.push_to_hub.__wrapped__)
+
+
+def test_signature_and_docstring_show_our_arguments_beside_those_of_transformers() -> None:
+    plain = PushToHubMixin.push_to_hub.__wrapped__  # type: ignore[attr-defined]
+    pushed, theirs = (inspect.signature(f).parameters for f in (PreTrainedModel.push_to_hub, plain))
+    assert list(pushed)[: len(theirs)] == list(theirs)
+    assert all(pushed[name] == theirs[name] for name in theirs)
+    assert {"evaluate", "baseline", "language", "dense_revision", "tokenizer"} <= set(pushed)
+    for loader in (PreTrainedModel, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM):
+        assert inspect.signature(loader.from_pretrained).parameters["sparsity_config"].default is None
+        assert (loader.from_pretrained.__doc__ or "").count("sparsity_config") == 1
+    assert "dense_revision" in (PreTrainedModel.push_to_hub.__doc__ or "")
+    before = inspect.signature(PreTrainedModel.push_to_hub), PreTrainedModel.push_to_hub.__doc__
+    register()
+    assert before == (inspect.signature(PreTrainedModel.push_to_hub), PreTrainedModel.push_to_hub.__doc__)
+
+
+def test_unknown_argument_is_named_with_the_nearest(hub: LoopbackHub, quick: PreTrainedModel) -> None:
+    with pytest.raises(TypeError, match=r"push_to_hub\(\) .*'evalute'.*'evaluate'"):
+        quick.push_to_hub(NAME, evalute=True)
+    with pytest.raises(TypeError, match="'model'"):
+        quick.push_to_hub(NAME, model=quick)
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("tags", ["one", ["one"], ("one",)])

@@ -12,8 +12,9 @@ from ..execution import autotune_kernels
 from ..finetuning import extend_peft
 from ..nn import before_first
 from .casting import wrap_casts
+from .describing import describe_auto_classes
 from .loading import wrap_from_pretrained
-from .publishing import wrap_push_to_hub
+from .publishing import describe_push_to_hub, wrap_push_to_hub
 from .quantizer import SparsityQuantizer
 from .recovering import wrap_get_config_dict
 from .saving import wrap_save_pretrained
@@ -29,10 +30,12 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(SparsityQuantizer)
     # All Auto classes and model classes end in these.
     wrap_from_pretrained(PreTrainedModel)
+    describe_auto_classes()
     wrap_get_config_dict(PreTrainedConfig)
     wrap_save_pretrained(PreTrainedModel)
     wrap_casts(PreTrainedModel)
     # That of PreTrainedModel ends here, and so does that of PEFT's models.
     wrap_push_to_hub(PushToHubMixin)
+    describe_push_to_hub(PreTrainedModel.push_to_hub)
     watch_trainer()
     PreTrainedModel.autotune_kernels = autotune_kernels  # type: ignore[attr-defined]

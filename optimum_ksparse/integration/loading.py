@@ -34,6 +34,7 @@ from ..hub import tag_model
 from ..pattern import Pattern
 from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, SparsityReport
 from ..streaming import check_index
+from .describing import describe_from_pretrained
 from .recovering import recover_source
 
 logger = logging.get_logger(__name__)
@@ -44,8 +45,8 @@ _PARALLEL_ARGUMENTS = ("tp_plan", "tp_size", "distributed_config", "device_mesh"
 
 
 def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
-    """Wraps `cls.from_pretrained` once. Signature and docstring stay; a `SparsityConfig` is taken from
-    `sparsity_config` or from `quantization_config`."""
+    """Wraps `cls.from_pretrained` once; a `SparsityConfig` is taken from `sparsity_config`, which signature and
+    docstring name, or from `quantization_config`."""
     original = cls.from_pretrained.__func__  # type: ignore[attr-defined]
     if getattr(original, "_ksparse", False):
         return
@@ -86,6 +87,7 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
             logger.warning(f'Sparse experts run with experts_implementation="eager" only, not with {requested!r}.')
         return (model, info) if wants_info else model
 
+    describe_from_pretrained(from_pretrained)
     from_pretrained._ksparse = True  # type: ignore[attr-defined]
     cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from transformers.utils import PushToHubMixin
 
 from ..hub import is_ours, push_model
+from .describing import describe
+
+_PARAMETERS = dict(list(inspect.signature(push_model).parameters.items())[1:])  # but the model
 
 
 def wrap_push_to_hub(cls: type[PushToHubMixin]) -> None:
-    """Wraps `cls.push_to_hub` once. Signature and docstring stay; what it takes more for a sparse model is told by
-    `push_model`. Other models, tokenizers and configs pass through."""
+    """Wraps `cls.push_to_hub` once; signature and docstring tell what it takes more for a sparse model. Other models,
+    tokenizers and configs pass through."""
     original = cls.push_to_hub
     if getattr(original, "_ksparse", False):
         return
@@ -21,7 +27,24 @@ def wrap_push_to_hub(cls: type[PushToHubMixin]) -> None:
     def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_ours(self):
             return original(self, *args, **kwargs)
+        _check_names(kwargs)
         return push_model(self, *args, **kwargs)
 
+    describe_push_to_hub(push_to_hub)
     push_to_hub._ksparse = True  # type: ignore[attr-defined]
     cls.push_to_hub = push_to_hub  # type: ignore[method-assign]
+
+
+def describe_push_to_hub(function: Callable[..., Any]) -> None:
+    """Adds what `push_model` takes to signature and docstring of a `push_to_hub`."""
+    text = f"Of a sparse model, or an adapter on one, with optimum-ksparse:\n\n{inspect.getdoc(push_model)}\n"
+    describe(function, _PARAMETERS.values(), text)
+
+
+def _check_names(arguments: dict[str, Any]) -> None:
+    """Raises TypeError for an argument that there is not, and names the nearest one."""
+    for name in arguments:
+        if name not in _PARAMETERS:
+            near = difflib.get_close_matches(name, _PARAMETERS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(_PARAMETERS)}"
+            raise TypeError(f"push_to_hub() got an unexpected keyword argument {name!r}{hint}")

@@ -1,0 +1,51 @@
+"""What `help` and `inspect.signature` say of functions of transformers that take more through this package."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from types import MethodType
+from typing import Any
+
+import transformers
+from transformers.models.auto import modeling_auto
+
+from ..config import SparsityConfig
+
+_FROM_PRETRAINED = """With optimum-ksparse:
+
+    sparsity_config (`SparsityConfig` or `dict`, *optional*):
+        Prunes the model while it is loaded, and puts `sparsity_report` on it. A sparse checkpoint loads without; what
+        is passed for one must agree with what it was pruned with, except settings of how it runs.
+"""
+_PARAMETER = inspect.Parameter(
+    "sparsity_config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=SparsityConfig | dict[str, Any] | None,
+)
+
+
+def describe_from_pretrained(function: Callable[..., Any]) -> None:
+    """Adds `sparsity_config` to signature and docstring of a function that takes it among its keyword arguments."""
+    describe(function, [_PARAMETER], _FROM_PRETRAINED)
+
+
+def describe_auto_classes() -> None:
+    """The same for the Auto classes, each of which has a copy of its own. They work as they did."""
+    for name in modeling_auto.__all__:
+        method = getattr(getattr(transformers, name, None), "from_pretrained", None)
+        if name.startswith("AutoModel") and isinstance(method, MethodType):
+            describe_from_pretrained(method.__func__)
+
+
+def describe(function: Any, parameters: Iterable[inspect.Parameter], text: str) -> None:
+    """Adds keyword arguments, and a text, to signature and docstring of a function, once; what is there stays."""
+    if "__signature__" in vars(function):  # not that of a function that it is a copy of
+        return
+    signature = inspect.signature(function)
+    known = list(signature.parameters.values())
+    more = [parameter for parameter in parameters if parameter.name not in signature.parameters]
+    place = len(known) - (known[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    function.__signature__ = signature.replace(parameters=[*known[:place], *more, *known[place:]])
+    function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{text}"
