@@ -577,6 +577,35 @@ def test_nothing_is_half_written(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == found
 
 
+def test_processes_that_write_different_rows_lose_none(tmp_path: Path) -> None:
+    children = []
+    for name in range(2):
+        children.append(os.fork())
+        if not children[-1]:
+            try:
+                results = EvaluationResults("0123")
+                for shots in range(20):
+                    results.add("sparse", kobest(("copa", "boolq")[name], num_fewshot=shots))
+                    results.save(tmp_path)
+                os._exit(0)
+            finally:
+                os._exit(1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    keys = {row.key[:2] for row in EvaluationResults.load(tmp_path / RESULTS_NAME).sparse}
+    assert keys == {(name, shots) for name in ("copa", "boolq") for shots in range(20)}
+    assert [path.name for path in tmp_path.iterdir()] == [RESULTS_NAME]
+
+
+def test_rows_of_other_weights_and_rows_that_were_taken_out_do_not_come_back(tmp_path: Path) -> None:
+    EvaluationResults("4567", sparse=[kobest()]).save(tmp_path)
+    results = EvaluationResults("0123", sparse=[perplexity()])
+    results.save(tmp_path)
+    assert EvaluationResults.load(tmp_path / RESULTS_NAME).sparse == [perplexity()]
+    results.sparse[:] = [kobest()]
+    results.save(tmp_path)
+    assert EvaluationResults.load(tmp_path / RESULTS_NAME).sparse == [kobest()]
+
+
 def test_row_of_evaluate_perplexity_is_sorted_whole(
     make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

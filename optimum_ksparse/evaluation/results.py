@@ -6,20 +6,22 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..records import Present, Version, build_fields, read_record, to_json
 from ..report import RESULTS_NAME
-from ..staging import write_text
+from ..staging import locked, write_text
 from .kobest import mean_f1
 from .kobest_data import STUDY_TASKS
 from .schemas import ENVIRONMENT, OPTIONAL_PROTOCOL, schema_of
 
 # 2: kinds beside perplexity and KoBEST, and `tuning`, which files of version 1 lack: they are of models before it.
 SCHEMA_VERSION = 2
+_PARTS = ("sparse", "dense")
 
 
 @dataclass
@@ -131,6 +133,9 @@ class EvaluationResults:
     dense_revision: str | None = None
     schema_version: Annotated[int, Version(SCHEMA_VERSION)] = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        self._on_disk: frozenset[tuple[str, Any]] = frozenset()  # `_keys` of what its file held last
+
     def pairs(self) -> list[tuple[Measurement | None, Measurement | None]]:
         """Each measurement of the sparse model with that of the dense model by the same protocol, or, where there is
         none, one of the same name by another (see `Measurement.differences`); then those of the dense model alone.
@@ -168,14 +173,18 @@ class EvaluationResults:
     def take_before(self, other: EvaluationResults) -> None:
         """Takes over what `other`, of the model that was tuned, holds from before tuning: its own column, and the
         dense model's, unless another dense model was measured here. What was measured here stays."""
+        self._take(other, lambda part, row: row.tuning is None)
+
+    def _take(self, other: EvaluationResults, wanted: Callable[[str, Measurement], bool]) -> None:
+        """Takes over `wanted` rows of what was not measured here; of a dense model only while it is the same one."""
         theirs = other.dense_model, other.dense_revision
         same = (self.dense_model, self.dense_revision) == theirs
-        for part in ("sparse", "dense"):
+        for part in _PARTS:
             rows: list[Measurement] = getattr(self, part)
             if part == "dense" and not same and any(row.tuning is None for row in rows):
                 continue
             known = {row.key for row in rows}
-            found = [row for row in getattr(other, part) if row.tuning is None and row.key not in known]
+            found = [row for row in getattr(other, part) if row.key not in known and wanted(part, row)]
             rows.extend(copy.deepcopy(found))
             if part == "dense" and found:
                 self.dense_model, self.dense_revision = theirs
@@ -216,8 +225,16 @@ class EvaluationResults:
             self.add(part, copy.deepcopy(row))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `evaluation_results.json` into `directory`, whole or not at all."""
-        write_text(Path(directory) / RESULTS_NAME, to_json(self))
+        """Writes `evaluation_results.json` into `directory`, whole or not at all. Rows of the same weights that
+        another process has written there since this one read or wrote the file are taken over."""
+        path = Path(directory) / RESULTS_NAME
+        with locked(path.with_name(f".{RESULTS_NAME}.lock")):
+            with suppress(FileNotFoundError, ValueError):
+                found, seen = EvaluationResults.load(path), self._on_disk
+                if found.fingerprint == self.fingerprint:
+                    self._take(found, lambda part, row: (part, row.key) not in seen)
+            write_text(path, to_json(self))
+            self._on_disk = self._keys()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EvaluationResults:
@@ -228,7 +245,12 @@ class EvaluationResults:
         """
         found = read_record(cls, path, "is not a results file of optimum-ksparse")
         found.schema_version = SCHEMA_VERSION
+        found._on_disk = found._keys()
         return found
+
+    def _keys(self) -> frozenset[tuple[str, Any]]:
+        """Part and key of each row."""
+        return frozenset((part, row.key) for part in _PARTS for row in getattr(self, part))
 
     def check_record(self, where: str) -> None:
         """Raises ValueError where a measurement is there twice."""
