@@ -14,7 +14,7 @@ from optimum_ksparse.finetuning import koalpaca_prompt
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("adapter", help="folder or Hub id of an adapter that `ksparse finetune koalpaca` made")
     parser.add_argument("instruction")
     parser.add_argument("--max-new-tokens", type=int, default=128)

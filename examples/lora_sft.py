@@ -17,7 +17,7 @@ from optimum_ksparse.finetuning import koalpaca_prompt, linear_targets
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder or Hub id of a sparse model")
     parser.add_argument("data", help="file of JSON lines with `instruction` and `output`")
     parser.add_argument("output", help="folder for the adapter")

@@ -22,7 +22,7 @@ from optimum_ksparse.finetuning import SparseLoraConfig, linear_targets, prepare
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder or Hub id of a sparse model")
     parser.add_argument("texts", help=".txt file, paragraphs apart by blank lines")
     parser.add_argument("output", help="folder for the merged model, which is as sparse as before")

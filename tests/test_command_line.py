@@ -203,6 +203,30 @@ def test_a_name_on_the_hub_that_cannot_be_asked_is_one_sentence(hub: LoopbackHub
     assert "is a file" in said(capsys, "info", tmp_path / "file")[1]
 
 
+def test_a_dead_network_is_told_at_once_and_what_was_downloaded_is_read(hub: LoopbackHub, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    hub.add_repo("org/there", {"config.json": b"{}"})
+    said(capsys, "info", "org/there")
+    dead = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", dead)
+    naps: list[float] = []
+    monkeypatch.setattr("time.sleep", naps.append)
+    for words in (["prune", "org/x", "o"], ["info", "org/x"], ["eval", "org/x"], ["merge", "org/x", "o"]):
+        status, line, _ = said(capsys, *words)
+        assert (status, "the Hub cannot be reached" in line) == (1, True), line
+    status, line, _ = said(capsys, "info", "org/there")
+    assert (status, "not a checkpoint of optimum-ksparse" in line) == (1, True), line
+    assert naps == [] and not constants.HF_HUB_OFFLINE
+
+
+def test_a_gated_model_is_one_sentence(hub: LoopbackHub, capsys):
+    hub.add_repo("org/gated", {"config.json": b"{}"})
+    hub.fail("org/gated", [403], code="GatedRepo")
+    status, line, _ = said(capsys, "eval", "org/gated")
+    assert (status, "accepted its terms" in line) == (1, True), line
+
+
 # Errors
 
 

@@ -112,7 +112,7 @@ def main(folder: Path, minutes: float, quick: bool, steps: dict | None = None) -
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--quick", action="store_true")

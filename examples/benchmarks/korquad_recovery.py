@@ -31,7 +31,9 @@ MODELS, RUNS = ("dense", "sparse"), ("lora", "head")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("dense", "sparse"):
         parser.add_argument(name, help=f"folder or Hub id of the {name} model")
     parser.add_argument("korquad", help="JSON in the form of SQuAD 1.1")

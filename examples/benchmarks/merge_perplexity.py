@@ -80,7 +80,9 @@ def trained(args, tokenizer, texts: list[str]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "calibration", "evaluation", "work"):
         parser.add_argument(name)
     for name, value in {

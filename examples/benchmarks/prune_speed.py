@@ -162,7 +162,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", type=Path, help="folder with model and tokenizer (default: the demo's Gemma 3 270M)")
     add("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))

@@ -44,7 +44,9 @@ def operators(config: Any, method: str, args: argparse.Namespace, number: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="polyglot-ko-5.8b", help="a shape of `optimum-cli ksparse bench`")
     parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"])
     parser.add_argument("--pattern", default="2:4")

@@ -23,7 +23,9 @@ LENGTH = 512
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "study", "results"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--texts", nargs="+", required=True)

@@ -22,12 +22,13 @@ from .recipes import read_recipe
 # Not settings: they say how the command runs, and no recipe holds them.
 _OF_THE_PROCESS = ("help", "config", "token", "cache_dir")
 LOADING_TEXTS = {
-    "dtype": "float32, bfloat16, float16, or auto (default: the checkpoint's)",
+    "dtype": "auto is the checkpoint's (default: auto)",
     "device_map": "as in from_pretrained: auto, cpu, cuda:0, … (default: the CPU)",
     "tokenizer": "name or folder, where it is not beside the model",
     "revision": "branch, tag or commit of the model (default: main)",
 }
 OVERWRITE = {"overwrite": "write into an output that holds something else, such as another model, which is replaced"}
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 TRUST = {"trust_remote_code": "run the code that comes with the model"}
 
 
@@ -135,7 +136,9 @@ def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def add_loading(parser: Parser, texts: Mapping[str, str]) -> None:
     """Adds what `from_pretrained` is told, as flags."""
     for name, text in texts.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=text)
+        allowed = DTYPES if name == "dtype" else None
+        metavar = None if allowed else "VALUE"
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, choices=allowed, metavar=metavar, help=text)
 
 
 def folder_of(checkpoint: str) -> Path:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Command
-from .parser import Parser
+from .base import TRUST, Command
+from .parser import Parser, add_switches
 
 
 class BenchCommand(Command):
@@ -15,8 +15,10 @@ class BenchCommand(Command):
 
         parser.add_argument("checkpoint", nargs="?", help="folder or Hub id of a sparse model")
         for name, arguments in FLAGS.items():
-            more: dict[str, Any] = {"metavar": "N" if arguments.get("type") is int else "VALUE", **arguments}
+            metavar = None if "choices" in arguments else "N" if arguments.get("type") is int else "VALUE"
+            more: dict[str, Any] = {"metavar": metavar, **arguments}
             parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **more)
+        add_switches(parser, TRUST)
 
     def execute(self) -> None:
         from ..benchmark import run

@@ -49,7 +49,7 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
         word = rf"(?<![\w.\-/'\"?&]){re.escape(name)}"
         for python, written in _WORDS.items():
             text = re.sub(rf"{word}={python}\b", f"{flag} {written}", text)
-        text = re.sub(rf"{word}=(?=[\w'\"<\[({{.\-/])", f"{flag} ", text)
+        text = re.sub(rf"{word}=(?=[\w'\"<\[({{.\-/…])", f"{flag} ", text)
         text = re.sub(rf"{word}=", flag, text)
         if "_" in name and flag.startswith("-"):
             text = re.sub(rf"{word}(?![\w.(\-/'\"])", flag, text)

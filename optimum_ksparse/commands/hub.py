@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub import constants, errors, hf_hub_download
+from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from transformers.utils import CONFIG_NAME
 
 from ..config import is_repo_id
@@ -18,7 +18,8 @@ from .errors import UsageError
 def hub_access(token: str | None, cache_dir: str | None) -> Iterator[None]:
     """Within it every request to the Hub, of this process and of those that it starts, is sent with this token, and
     downloads are kept in this folder. A token that is passed on by each function would be left out by some."""
-    environment, kept = dict(os.environ), (constants.HF_HUB_CACHE, constants.HF_HUB_DISABLE_IMPLICIT_TOKEN)
+    names = ("HF_HUB_CACHE", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_HUB_OFFLINE")
+    environment, kept = dict(os.environ), {name: getattr(constants, name) for name in names}
     if token is not None:
         if not token.strip() or not token.strip().isascii() or not token.strip().isprintable():
             raise UsageError("--token is empty, or has signs in it that a token cannot have")
@@ -32,7 +33,8 @@ def hub_access(token: str | None, cache_dir: str | None) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(environment)
-        constants.HF_HUB_CACHE, constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = kept
+        for name, value in kept.items():
+            setattr(constants, name, value)
 
 
 def check_source(name: str, source: str, revision: str | None = None) -> None:
@@ -45,14 +47,8 @@ def check_source(name: str, source: str, revision: str | None = None) -> None:
     if _is_path(source):
         raise FileNotFoundError(f"{name}={source!r}: there is no such folder")
     try:
-        hf_hub_download(source, CONFIG_NAME, revision=revision)
-    except errors.LocalEntryNotFoundError as error:
-        reason = (
-            "the Hub cannot be reached" if not constants.HF_HUB_OFFLINE else "the Hub is switched off (HF_HUB_OFFLINE)"
-        )
-        raise FileNotFoundError(
-            f"{name}={source!r}: there is no such folder, {reason}, and it was not downloaded before"
-        ) from error
+        # One request, where downloading would try for half a minute to reach a Hub that cannot be reached.
+        get_hf_file_metadata(hf_hub_url(source, CONFIG_NAME, revision=revision))
     except errors.EntryNotFoundError:
         return  # a repository without a config, such as an adapter's, or one of GGUF files
     except errors.GatedRepoError as error:
@@ -69,6 +65,15 @@ def check_source(name: str, source: str, revision: str | None = None) -> None:
         ) from error
     except errors.HfHubHTTPError as error:
         raise ConnectionError(f"{name}={source!r}: the Hub does not answer as it should: {_first(error)}") from error
+    except (errors.HTTPError, OSError) as error:
+        reason = (
+            "the Hub cannot be reached" if not constants.HF_HUB_OFFLINE else "the Hub is switched off (HF_HUB_OFFLINE)"
+        )
+        if not isinstance(try_to_load_from_cache(source, CONFIG_NAME, revision=revision), str):
+            raise FileNotFoundError(
+                f"{name}={source!r}: there is no such folder, {reason}, and it was not downloaded before"
+            ) from error
+        constants.HF_HUB_OFFLINE = True  # what reads it now takes the download at once
 
 
 def _is_path(source: str) -> bool:
