@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .loopback_hub import LoopbackHub
@@ -181,3 +183,11 @@ def hub() -> Iterator[LoopbackHub]:
         shutil.rmtree(HF_HOME / cache, ignore_errors=True)
     yield HUB
     HUB.reset()
+
+
+@contextmanager
+def held_by_another(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A lock that another process, or thread, holds."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -360,7 +360,9 @@ def test_eval_with_a_sparse_baseline(cli: Cli, workplace: Path) -> None:
 
 
 def test_eval_refuses_results_of_another_checkpoint(cli: Cli, measured: list[str]) -> None:
-    assert cli("eval", "dense", *EVAL, "--output", "sparse").returncode == 0
+    refused(cli("eval", "dense", *EVAL, "--output", "sparse"), "holds something else")
+    assert cli("eval", "dense", *EVAL).returncode == 0
+    shutil.move("dense/evaluation_results.json", "sparse")
     before = results_in("sparse")
     message = "holds results of other weights, or of another dtype: move it away, or discard it with --overwrite"
     refused(cli("eval", "sparse", *EVAL), str(Path("sparse/evaluation_results.json")), message)

@@ -30,7 +30,7 @@ from optimum_ksparse.finetuning.instructions import instruction_rows
 from optimum_ksparse.finetuning.koalpaca import Collator, koalpaca_examples
 from optimum_ksparse.finetuning.training import finished
 
-from .conftest import REPOSITORY, make_config, sample_texts
+from .conftest import REPOSITORY, held_by_another, make_config, sample_texts
 
 DATA = REPOSITORY / "tests/data/koalpaca.jsonl"
 SMALL = {"batch_size": 4, "micro_batch_size": 2, "warmup_steps": 2, "learning_rate": 0.01, "dropout": 0.2}
@@ -317,8 +317,9 @@ def test_finished_runs(folder, tmp_path, monkeypatch):
     assert sum("lora_A" in name for name, _ in again.named_parameters()) == 8 and not again.training
     with pytest.raises(ValueError, match="finished run with data_sha256"):
         finetune_koalpaca(folder, None, DATA, settings, output, max_length=200, max_examples=3)
-    with pytest.raises(ValueError, match="holds a model already"):
-        finetune_koalpaca(folder, None, DATA, settings, folder, max_length=200)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is the source"):
+            finetune_koalpaca(folder, None, DATA, settings, folder, max_length=200, overwrite=overwrite)
     with pytest.raises(ValueError, match="max_length=512 is above the model's context of 256"):
         finetune_koalpaca(folder, None, DATA, settings, output)
     with pytest.raises(ValueError, match="does not replace"):
@@ -365,6 +366,27 @@ def test_the_model_is_left_as_it_was(make_model, tokenizer, tmp_path):
 
 def finetune_command(*arguments: object) -> None:
     parse_words(["finetune", "koalpaca", *map(str, arguments)]).execute()
+
+
+def test_a_second_start_and_foreign_folders_are_refused_before_the_model_is_read(folder, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        pytest.fail("loaded")
+
+    monkeypatch.setattr("optimum_ksparse.commands.finetune_koalpaca.load_with_tokenizer", fail)
+    monkeypatch.setattr("optimum_ksparse.finetuning.koalpaca.class_for_source", fail)
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    settings = FinetuningSettings(**SMALL)
+    with held_by_another(tmp_path / "busy" / ".finetuning.lock"):
+        for output, error in (("busy", BlockingIOError), ("other", FileExistsError), ("other/config.json", OSError)):
+            with pytest.raises(error):
+                finetune_koalpaca(folder, None, DATA, settings, tmp_path / output)
+            with pytest.raises(error):
+                finetune_command(folder, tmp_path / output, "--data", DATA)
+    with pytest.raises(ValueError, match="is the source"):
+        finetune_command(folder, folder, "--data", DATA, "--overwrite")
+    assert not (folder / "adapter_config.json").exists()
 
 
 def test_the_command(folder, tmp_path, capsys):

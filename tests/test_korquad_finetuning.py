@@ -298,7 +298,7 @@ def test_a_model_learns_saves_and_loads(make_model, own_tokenizer, data, tmp_pat
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert {"adapter_model.safetensors", "korquad_head.safetensors", "tokenizer.json"} < set(names)
     assert (tmp_path / "out/adapter_model.safetensors").stat().st_size < 60_000  # no embeddings in it
-    for base_model in (None, AutoModelForCausalLM.from_pretrained(base)):
+    for base_model in (base, AutoModelForCausalLM.from_pretrained(base)):
         loaded, its_tokenizer = load_korquad_model(tmp_path / "out", base_model)
         row = evaluate_korquad(loaded, its_tokenizer, data, windows=WINDOWS)
         assert {**row, "batch_size": 0} == {**record["results"], "batch_size": 0}

@@ -25,7 +25,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -56,7 +55,7 @@ from optimum_ksparse.study.files import read_stages
 from optimum_ksparse.study.grid import identity_of, settings_in_words
 from optimum_ksparse.study.record import Record, make_record
 
-from .conftest import REPOSITORY, make_config, sample_texts
+from .conftest import REPOSITORY, held_by_another, make_config, sample_texts
 
 torch.set_num_threads(1)
 
@@ -558,15 +557,27 @@ def test_a_failed_cell_is_named_the_others_go_on_and_it_runs_again(faked, capsys
     assert len(load_study("out").cells) == len(cells) and not load_study("out").failed
 
 
+def test_a_study_over_something_else_is_refused(faked):
+    before = sorted(path.name for path in Path("dense").iterdir())
+    with pytest.raises(ValueError, match="is the source 'dense'"):
+        run_study(recipe(output="dense"))
+    Path("other").mkdir()
+    Path("other/results.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds something else"):
+        run_study(recipe(output="other"))
+    assert sorted(path.name for path in Path("dense").iterdir()) == before
+    assert [path.name for path in Path("other").iterdir()] == ["results.json"]
+
+
 def test_two_studies_in_one_folder_are_refused(faked):
     Path("out").mkdir()
-    with FileLock("out/.lock"), pytest.raises(BlockingIOError, match="another study is at work in out"):
+    with held_by_another("out/.lock"), pytest.raises(BlockingIOError, match="another study is at work in out"):
         run_study(recipe())
     assert not Path("out/study.json").exists()
     run_study(recipe(methods=["magnitude"], patterns=["2:4"]), str)
     before = Path("out/tables.md").stat().st_mtime_ns
     for write in (lambda: tabulate_study(recipe()), lambda: write_study(Path("out"))):
-        with FileLock("out/.lock"), pytest.raises(BlockingIOError, match="writes its tables as it goes"):
+        with held_by_another("out/.lock"), pytest.raises(BlockingIOError, match="writes its tables as it goes"):
             write()
     assert Path("out/tables.md").stat().st_mtime_ns == before
 

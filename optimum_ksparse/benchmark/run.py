@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from ..checkpoint import sparse_modules
 from ..model_class import class_for_source
 from ..nn.kernels import GROUPS, Problem
+from ..staging import check_output
 from .figure import FIGURE_NAME, draw_speedup
 from .layers import bench_layers
 from .models import bench_model, random_model
-from .results import BenchResults
+from .results import RESULTS_NAME, BenchResults
 from .shapes import MODELS, layer_shapes, model_config, parse_shape
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -54,6 +55,7 @@ def run(checkpoint: str | None = None, **settings: Any) -> BenchResults:
     _check(chosen)
     device = torch.device(chosen.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     output = Path(chosen.get("output", "ksparse-bench"))
+    check_output(output, reads=(checkpoint,), ours=(RESULTS_NAME, FIGURE_NAME), overwrite=None)
     output.mkdir(parents=True, exist_ok=True)
     results = BenchResults.here(device)
     model: Any = None

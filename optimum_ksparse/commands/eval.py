@@ -53,7 +53,7 @@ class EvalCommand(Command):
         parser.add_argument(
             "--output", metavar="FOLDER", help="for evaluation_results.json (default: the checkpoint's folder)"
         )
-        add_switches(parser, {"overwrite": "discard results of other weights", **TRUST})
+        add_switches(parser, {"overwrite": "discard results of other weights, and write into any folder", **TRUST})
         add_loading(parser, LOADING_TEXTS)
         add_protocol(parser)
 
@@ -73,9 +73,12 @@ class EvalCommand(Command):
         from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, fingerprint, results_table
         from ..hub import choose_baseline, choose_tokenizer
         from ..report import RESULTS_NAME
+        from ..staging import check_output
 
         checkpoint = settings["checkpoint"]
         output = Path(settings.get("output") or _folder_of(checkpoint))
+        if output.resolve() != Path(checkpoint).resolve():
+            check_output(output, ours=(RESULTS_NAME,), overwrite=settings.get("overwrite", False))
         known = EvaluationResults.load(output / RESULTS_NAME) if (output / RESULTS_NAME).is_file() else None
         folders = [settings.get(name) for name in _TAKEN]
         column, tuned, before = (EvaluationResults.load(Path(f) / RESULTS_NAME) if f else None for f in folders)

@@ -26,6 +26,7 @@ SETTINGS_TEXTS = {
     "gradient_checkpointing": "less memory for activations, more time",
     "save_steps": "steps from one checkpoint to the next",
 }
+_DATA = ("data", "train_file", "eval_file")
 _LOADING = ("tokenizer", "dtype", "revision", "trust_remote_code")
 
 
@@ -75,6 +76,7 @@ class TaskCommand(Command):
         given = self.settings()
 
         from ..finetuning import FinetuningSettings, require_peft
+        from ..finetuning.runs import claimed_output
 
         with usage():
             settings = FinetuningSettings(**{name: given.pop(name) for name in SETTINGS_TEXTS if name in given})
@@ -82,7 +84,9 @@ class TaskCommand(Command):
             require_peft()
         model, output = given.pop("model"), given.pop("output")
         loading = {name: given.pop(name) for name in _LOADING if name in given}
-        self.finetune(model, loading, output, settings, given)
+        reads = (model, *(given.get(name) for name in _DATA), loading.get("tokenizer"))
+        with claimed_output(output, reads, overwrite=given.get("overwrite", False)):
+            self.finetune(model, loading, output, settings, given)
         if os.environ.get("RANK", "0") == "0":
             print(f"saved in {output}")
 

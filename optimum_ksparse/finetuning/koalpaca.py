@@ -20,7 +20,7 @@ from ..evaluation.environment import check_causal_lm
 from ..model_class import class_for_source
 from .answers import answer_loss
 from .instructions import fingerprint_of, instruction_rows
-from .runs import add_adapter, finished_model, save_run
+from .runs import add_adapter, claims_output, finished_model, save_run
 from .settings import FinetuningSettings
 from .training import finish, finished, train
 
@@ -30,6 +30,7 @@ KOALPACA = "beomi/KoAlpaca-v1.1a"
 _BATCH = 256
 
 
+@claims_output
 def finetune_koalpaca(
     model: PreTrainedModel | str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -69,6 +70,7 @@ def finetune_koalpaca(
         TypeError: the model has no language model head.
         ValueError: an argument or the data are not as above, the tokenizer has no end token, or `output` holds another
             model or another run.
+        FileExistsError, NotADirectoryError, BlockingIOError: `output` holds something else, is a file, or is in use.
         ConnectionError: the data set cannot be read from the Hub.
     """
     check_integer("max_length", max_length, 2)

@@ -1,22 +1,67 @@
-"""What the tasks share: the model that trains, and saving and finding what came of it."""
+"""What the tasks share: the folder of a run, the model that trains, and saving and finding what came of it."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
-from ..staging import staged
+from ..report import TUNING_NAME
+from ..staging import check_apart, check_output, claimed, staged
+from .checkpoints import FOLDER
 from .prepare import prepare_for_training
 from .settings import FinetuningSettings, adapter_config, linear_targets
 from .support import require_peft
 from .training import RECORDS
 
 logger = logging.get_logger(__name__)
+
+_LOCK = ".finetuning.lock"
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@contextmanager
+def claimed_output(
+    output: str | os.PathLike[str], reads: Iterable[object], *, overwrite: bool = False
+) -> Iterator[None]:
+    """Within it, `output` is this run's, which may begin once more in it: checked before anything is loaded.
+
+    Raises:
+        ValueError, FileExistsError, NotADirectoryError: as `check_output`; of `reads` it must be apart anyhow.
+        BlockingIOError: another process is tuning into it.
+    """
+    if os.environ.get("RANK", "0") != "0":  # the first process writes
+        yield
+        return
+    reads = list(reads)
+    check_output(output, reads=reads, ours=(TUNING_NAME, FOLDER), overwrite=overwrite)
+    check_apart(output, reads)
+    busy = f"another process is tuning into {os.fspath(output)}; wait for it, or name another folder"
+    with claimed(Path(output), _LOCK, busy):
+        yield
+
+
+def claims_output(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Runs a task, a function of `model`, `data`, `output` and `overwrite`, within `claimed_output`."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        given = signature.bind(*args, **kwargs).arguments
+        reads = getattr(given["model"], "name_or_path", given["model"]), given["data"]
+        with claimed_output(given["output"], reads, overwrite=given.get("overwrite", False)):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def add_adapter(model: PreTrainedModel, settings: FinetuningSettings, **more: Any) -> Any:

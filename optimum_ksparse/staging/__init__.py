@@ -1,13 +1,14 @@
 """How files reach the disk: whole or not at all, one writer at a time, and never over what nobody said may go."""
 
 from .disk import save_tensors, sync, sync_tree, write_text
-from .lock import locked
+from .lock import claimed, locked
 from .outputs import check_apart, check_output
 from .swap import outdated_weights, publish, recover, staged
 
 __all__ = [
     "check_apart",
     "check_output",
+    "claimed",
     "locked",
     "outdated_weights",
     "publish",

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from transformers.utils import logging
@@ -48,6 +48,26 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
                 path.unlink(missing_ok=True)  # before it is let go, so that it is nobody else's
         finally:
             _let_go(descriptor)
+
+
+@contextmanager
+def claimed(folder: Path, name: str, busy: str) -> Iterator[None]:
+    """Makes a folder, which goes again if nothing comes into it, and holds the lock `name` in it, where this thread
+    does not hold it already.
+
+    Raises:
+        BlockingIOError: another process, or thread, holds it: says `busy`.
+    """
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    held = (os.path.abspath(folder / name), threading.get_ident()) in _held
+    try:
+        with nullcontext() if held else locked(folder / name, busy):
+            yield
+    finally:
+        if created:
+            with suppress(OSError):  # where there is something in it
+                folder.rmdir()
 
 
 def _acquire(path: Path, busy: str | None) -> int:

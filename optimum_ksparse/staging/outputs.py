@@ -13,7 +13,11 @@ _HUB_CACHE = re.compile(r"(models|datasets|spaces)--.+")
 
 
 def check_output(
-    output: str | os.PathLike[str], *, reads: Iterable[object] = (), ours: Iterable[str] = (), overwrite: bool = False
+    output: str | os.PathLike[str],
+    *,
+    reads: Iterable[object] = (),
+    ours: Iterable[str] = (),
+    overwrite: bool | None = False,
 ) -> None:
     """Raises an error where nothing may be written into the folder `output`; called before any work.
 
@@ -24,6 +28,7 @@ def check_output(
     Args:
         reads: what the caller reads from there on: folders and files are looked at, names on the Hub passed over.
         ours: names of files by which an earlier run of the same kind is known.
+        overwrite: None where the caller has no such setting.
 
     Raises:
         NotADirectoryError: it is a file.
@@ -44,8 +49,8 @@ def check_output(
     if other:
         raise FileExistsError(
             f"output={os.fspath(output)!r} holds something else ({', '.join(other[:3])}"
-            f"{', …' if len(other) > 3 else ''}); pass an empty folder, or one that does not exist yet; or "
-            "overwrite=True (--overwrite) to write over it"
+            f"{', …' if len(other) > 3 else ''}); pass an empty folder, or one that does not exist yet"
+            + ("" if overwrite is None else "; or set overwrite (--overwrite) to write over it")
         )
 
 

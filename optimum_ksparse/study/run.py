@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..evaluation.kobest import import_lm_eval
 from ..evaluation.texts import evaluation_texts
 from ..finetuning import require_peft
+from ..staging import check_output, claimed
 from .files import (
     CELLS,
     FAILURE_NAME,
@@ -28,7 +28,7 @@ from .grid import Cell, grid
 from .output import write_figures, write_tables
 from .processes import last_lines, run_cells
 from .recipe import Recipe
-from .record import Record, make_record
+from .record import RECORD_NAME, Record, make_record
 from .results import StudyResults, load_study, read_cells
 from .resuming import forget_other_job, forget_sections, measured_sections
 
@@ -53,9 +53,7 @@ def run_study(recipe: Recipe, say: Say = print) -> StudyResults:
     """
     cells, output = _checked(recipe), Path(recipe.output)
     record = make_record(recipe, cells)
-    created = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
-    with _locked(output, created):
+    with _locked(output):
         earlier = Record.load(output)
         if earlier is not None:
             changed = record.check(earlier, measured_sections(output))
@@ -82,7 +80,7 @@ def tabulate_study(recipe: Recipe) -> StudyResults:
     """
     output = Path(recipe.output)
     record = load_study(output).record.with_grid(recipe, grid(recipe))
-    with _locked(output, created=False):
+    with _locked(output):
         record.save(output)
         return _write(output)
 
@@ -90,7 +88,7 @@ def tabulate_study(recipe: Recipe) -> StudyResults:
 def write_study(output: Path) -> StudyResults:
     """The same with the grid of the last run, as the study's record has it."""
     load_study(output)  # raises where there is none, before a lock is left there
-    with _locked(output, created=False):
+    with _locked(output):
         return _write(output)
 
 
@@ -120,8 +118,7 @@ def _checked(recipe: Recipe) -> list[Cell]:
     texts = None if recipe.protocol is None else recipe.protocol.texts
     if texts is not None and texts != "kowiki" and not evaluation_texts(texts)[0]:
         raise ValueError(f"evaluation: texts={texts!r} holds no text")
-    if os.path.exists(recipe.output) and not os.path.isdir(recipe.output):
-        raise NotADirectoryError(f"output={recipe.output!r} is a file; name a folder")
+    check_output(recipe.output, reads=(recipe.model,), ours=(RECORD_NAME,), overwrite=None)
     cells = grid(recipe)
     for cell in cells if recipe.stream else ():
         dataset = (cell.settings or {}).get("dataset") if "dataset" in cell.identity else None
@@ -140,22 +137,9 @@ def _check_installed(recipe: Recipe) -> None:
         require_peft()
 
 
-@contextmanager
-def _locked(output: Path, created: bool) -> Iterator[None]:
-    lock = FileLock(output / _LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BlockingIOError(
-            f"another study is at work in {output}, and writes its tables as it goes; wait for it, or stop it"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-        if created and {path.name for path in output.iterdir()} <= {_LOCK_NAME}:
-            (output / _LOCK_NAME).unlink(missing_ok=True)
-            output.rmdir()
+def _locked(output: Path) -> AbstractContextManager[None]:
+    busy = f"another study is at work in {output}, and writes its tables as it goes; wait for it, or stop it"
+    return claimed(output, _LOCK_NAME, busy)
 
 
 def _say_what_is_new(results: StudyResults, earlier: Record | None, say: Say) -> None:

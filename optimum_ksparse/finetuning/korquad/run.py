@@ -19,7 +19,7 @@ from ...records import to_json
 from ...report import TUNING_NAME
 from ...staging import write_text
 from ..prepare import prepare_for_training
-from ..runs import add_adapter, is_main
+from ..runs import add_adapter, claims_output, is_main
 from ..settings import FinetuningSettings
 from ..training import finish, finished, train
 from .data import KorQuADData
@@ -29,6 +29,7 @@ from .prediction import evaluate_korquad
 from .saving import load_korquad_model, save_korquad_model
 
 
+@claims_output
 def finetune_korquad(
     model: PreTrainedModel | str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -78,6 +79,7 @@ def finetune_korquad(
     Raises:
         TypeError, ValueError: the model, the tokenizer, the data or an argument do not fit, or `output` holds another
             model or another run.
+        FileExistsError, NotADirectoryError, BlockingIOError: `output` holds something else, is a file, or is in use.
         ImportError: PEFT is not installed.
     """
     limits = {
