@@ -355,6 +355,17 @@ class SparsityConfig(QuantizationConfigMixin):
         return copied
 
 
+def recorded_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings of quantization that a `config.json` holds, ours or another's; None where it has none. Raises
+    ValueError where they are no object."""
+    for name in ("quantization_config", DENSE_CONFIG_KEY):
+        found = config.get(name)
+        if found is not None:
+            check_depth(found, name)
+            return build(dict[str, Any], found, name)
+    return None
+
+
 def _checked_record(found: dict[str, Any]) -> dict[str, Any]:
     """Recorded settings as far as they are more than arguments of `SparsityConfig`."""
     check_depth(found)

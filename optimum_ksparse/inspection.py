@@ -11,9 +11,10 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
-from .config import DENSE_CONFIG_KEY, QUANT_METHOD
+from .config import QUANT_METHOD, SparsityConfig, recorded_settings
 from .model_class import class_for_config
 from .nn.kernels import describe_device
+from .records import printable
 from .report import REPORT_NAME, SparsityReport
 
 
@@ -56,7 +57,7 @@ class CheckpointSummary:
 
     def __str__(self) -> str:
         lines = [self.source]
-        lines += [f"  {name}: {value}" for name, value in self.settings.items() if value is not None]
+        lines += [f"  {name}: {printable(value)}" for name, value in self.settings.items() if value is not None]
         lines.append(f"{self.num_parameters:,} parameters, zeros included; {len(self.layers)} sparse layers")
         lines.append(f"{sum(self.file_bytes.values()):,} bytes of weights in {len(self.file_bytes)} file(s)")
         lines.append(f"on this machine: {self.device}")
@@ -75,10 +76,13 @@ def inspect_checkpoint(
     """
     source = os.fspath(source)
     values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    settings = dict(values.get("quantization_config") or values.get(DENSE_CONFIG_KEY) or {})
-    if settings.pop("quant_method", None) != QUANT_METHOD:
+    recorded = recorded_settings(values) or {}
+    if recorded.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{source} is not a checkpoint of optimum-ksparse: its config has no sparsity settings")
-    layers = settings.pop("layers", None) or {}
+    config = SparsityConfig.from_dict(recorded)
+    layers = config.layers or {}
+    hidden = ("quant_method", "layers")
+    settings = {name: value for name, value in config.to_dict().items() if name in recorded and name not in hidden}
     path = cached_file(source, REPORT_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     report = None if path is None else SparsityReport.load(path)
     num_parameters = (

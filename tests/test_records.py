@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from optimum_ksparse import SparsityConfig, SparsityReport, sparsify
+from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.config import recorded_repository
 from optimum_ksparse.evaluation import EvaluationResults, recorded_baseline, results_table
 from optimum_ksparse.finetuning.report import MergedLayer, MergeReport
@@ -327,6 +327,25 @@ def test_the_calibration_file_that_a_config_names_is_not_opened(saved: Path, tmp
 def test_recorded_layers_of_another_type_are_named(storage: str, layers: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparsityConfig.from_dict({**SparsityConfig("magnitude", storage=storage).to_dict(), "layers": layers})
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "ksparse"])
+def test_settings_of_a_config_that_are_no_object_or_nested(key: str, saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    for value in (["x"], 5, nested(100)):
+        (saved / "config.json").write_text(json.dumps({**config, key: value}), encoding="utf-8")
+        with pytest.raises(ValueError, match=key):
+            inspect_checkpoint(saved)
+        with pytest.raises(ValueError, match=key):
+            prune_checkpoint(saved, saved.parent / "out", SparsityConfig("magnitude"))
+
+
+def test_a_summary_of_settings_that_cannot_be(saved: Path) -> None:
+    for values in ({"layers": ["x"]}, {"layers": {"a": {}}}, {"pattern": []}, {"modules_to_not_convert": nested(100)}):
+        edit_settings(saved, **values)
+        with pytest.raises(ValueError, match="layers|pattern|nested"):
+            inspect_checkpoint(saved)
 
 
 def nested(levels: int) -> Any:

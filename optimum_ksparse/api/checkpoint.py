@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..checkpoint import commit_of, is_dense_record
 from ..checks import check_integer
-from ..config import DENSE_CONFIG_KEY, SparsityConfig
+from ..config import SparsityConfig, recorded_settings
 from ..dataset import holds
 from ..distributed import joined
 from ..model_class import class_for_source
@@ -135,10 +135,10 @@ def _check_dense(source: str | os.PathLike[str], loading: dict[str, Any]) -> Non
             f"the config of {source} names its own weight file ({values['transformers_weights']!r}), which cannot be "
             f"read block by block; save it once as others are: from_pretrained, then save_pretrained"
         )
-    settings = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
+    settings = recorded_settings(values)
     if settings is not None and not is_dense_record(settings):
         raise ValueError(
-            f"{source} is quantized or sparse already ({dict(settings).get('quant_method')}): prune the model that it "
+            f"{source} is quantized or sparse already ({settings.get('quant_method')}): prune the model that it "
             "was made from"
         )
 

@@ -26,7 +26,7 @@ from ..checkpoint import (
     sparsify_dense,
 )
 from ..checks import check_keys
-from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SETTINGS, SparsityConfig
+from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SETTINGS, SparsityConfig, recorded_settings
 from ..evaluation import RECORDS, EvaluationResults, mark_weights
 from ..execution import apply_settings, tell_cost_on_cpu
 from ..finetuning import MergeReport
@@ -152,12 +152,15 @@ def _recorded_config(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, 
     else:
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         values, _ = PreTrainedConfig.get_config_dict(source if config is None else config, **hub)
-        settings = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
+        settings = recorded_settings(values)
     if is_dense_record(settings):
         return None
     if isinstance(settings, SparsityConfig) or settings is None:
         return settings
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if not isinstance(settings, dict):
+        if not hasattr(settings, "to_dict"):
+            raise ValueError(f"quantization_config of the checkpoint is {type(settings).__name__}, must be an object")
+        settings = settings.to_dict()
     if settings.get("quant_method") != QUANT_METHOD:
         raise ValueError(
             f"the checkpoint is quantized ({settings.get('quant_method')}), and quantized weights cannot be pruned: "

@@ -56,13 +56,13 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return value
 
 
-def check_depth(value: Any) -> None:
+def check_depth(value: Any, where: str = "it") -> None:
     """Raises ValueError for a value that holds others in more levels than any record does, before recursion fails."""
     level, depth = [value], 0
     while level:
         depth += 1
         if depth > _MOST_LEVELS:
-            raise ValueError(f"it is nested more than {_MOST_LEVELS} levels deep")
+            raise ValueError(f"{where} is nested more than {_MOST_LEVELS} levels deep")
         holders = [item for item in level if isinstance(item, dict | list)]
         level = [inner for item in holders for inner in (item.values() if isinstance(item, dict) else item)]
 
