@@ -353,6 +353,17 @@ def folders(adapted, tokenizer, tmp_path):
     return tmp_path
 
 
+def test_a_merged_model_in_the_place_of_its_adapter(folders, token_ids):
+    before = {path.name: path.read_bytes() for path in (folders / "adapter").iterdir()}
+    with pytest.raises(SystemExit):
+        run(folders / "adapter", folders / "adapter", "--base", folders / "base")
+    assert {path.name: path.read_bytes() for path in (folders / "adapter").iterdir()} == before
+    run(folders / "adapter", folders / "apart", "--base", folders / "base")
+    run(folders / "adapter", folders / "adapter", "--base", folders / "base", "--overwrite")
+    merged = [AutoModelForCausalLM.from_pretrained(folders / name) for name in ("adapter", "apart")]
+    assert torch.equal(*(logits(model, token_ids) for model in merged))
+
+
 def test_the_command(folders, tokenizer, capsys):
     text = "\n\n".join(sample_texts("calibration"))
     (folders / "text.txt").write_text(text, encoding="utf-8")
