@@ -412,7 +412,8 @@ def test_the_command(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyP
 
 def test_a_report_survives_json(tmp_path: Path) -> None:
     dropped = DroppedBlocks([1], [0.5, 0.25, 1.0], 100)
-    SparsityReport({"pattern": None}, dropped=dropped, num_parameters=80).save(tmp_path)
+    config = SparsityConfig("magnitude", pattern=None, drop_layers=1).to_dict()
+    SparsityReport(config, dropped=dropped, num_parameters=80).save(tmp_path)
     report = SparsityReport.load(tmp_path / "sparsity_report.json")
     assert report.dropped == dropped
     assert (report.is_dense, report.dense_parameters, report.density, report.patterns) == (True, 100, 1.0, [])
