@@ -393,6 +393,8 @@ def test_a_damaged_choice_is_no_choice(tmp_path: Path) -> None:
     work.path.mkdir()
     assert work.kept("allocation", Allocation) is None
     (work.path / "allocation.json").write_text('{"patterns": ')
+    assert work.kept("allocation", Allocation) is None, "the journal does not know it"
+    work.journal.checksums["allocation.json"] = ""
     with pytest.raises(ValueError, match=r"allocation.json is damaged: .*; start over with resume=False"):
         work.kept("allocation", Allocation)
 

@@ -498,11 +498,11 @@ def test_a_snapshot_is_used_and_blocks_before_it_are_not_run_again(
 def test_activations_of_a_later_block_do_not_pass_for_those_of_the_snapshot(
     unfinished: Path, tmp_path: Path, source: Path, config: Any
 ) -> None:
-    journal = json.loads((unfinished / WORK / "journal.json").read_text())
-    name = journal["snapshot"]["files"][0]
-    journal["snapshot"]["block"] -= 1
-    (unfinished / WORK / "journal.json").write_text(json.dumps(journal))
-    assert (unfinished / WORK / name).exists()
+    journal = Journal.load(unfinished / WORK)
+    assert journal is not None and journal.snapshot is not None
+    journal.snapshot.block -= 1
+    journal.save(unfinished / WORK)
+    assert all((unfinished / WORK / name).exists() for name in journal.snapshot.files)
     prune_checkpoint(source, unfinished, config())
     prune_checkpoint(source, tmp_path / "whole", config())
     assert contents(unfinished) == contents(tmp_path / "whole")

@@ -44,8 +44,10 @@ def prune_checkpoint(
     with the same config gives.
 
     A run that was killed, or met an error, goes on from its last finished block when it is called again with the same
-    arguments (and, for the same bytes, versions and number of processes); what it needs for that lies in a hidden
-    folder in `output` until the checkpoint is whole. The processes that `torchrun` or `accelerate launch` starts share
+    arguments, with as many threads as it began with. For the same bytes the versions of torch and transformers, the
+    kind of device and the number of processes have to be the same, too; others give a warning. What it needs lies in a
+    hidden folder in `output` until the checkpoint is whole; it is compared with its checksums, and what is damaged is
+    made anew. The processes that `torchrun` or `accelerate launch` starts share
     the work (and `output`, which all must see).
 
     Args:
@@ -65,7 +67,7 @@ def prune_checkpoint(
 
     Raises:
         TypeError, ValueError: an argument, the checkpoint or the data do not fit, an unfinished run had other
-            settings, or the processes have different ones.
+            settings, its journal or the finished checkpoint is damaged, or the processes have different ones.
         FileNotFoundError, FileExistsError, NotADirectoryError, BlockingIOError: `source` has no weights, or `output`
             holds something else, or is in use.
         OSError: a file cannot be read or written, or the disk is too small, which is checked before the work.

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from transformers.utils import logging
 
 from ..calibration import Activations, BlockReplay
 from ..distributed import Processes
 from ..nn import densified
-from ..streaming import DiskBlocks, Snapshot, Workspace
+from ..streaming import DiskBlocks, Snapshot, Workspace, is_whole
+
+logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -65,7 +68,7 @@ class DiskReplays:
         processes.once(lambda: workspace.keep(name, measured))
         return measured
 
-    def catch_up(self, replay: BlockReplay, files: Callable[[Snapshot], list[str]]) -> None:
+    def catch_up(self, replay: BlockReplay, files: Callable[[Snapshot], dict[str, str]]) -> None:
         """Brings the activations to the first block that is not done: from their `files` of the latest snapshot, where
         these are whole, through the blocks after it as they are now."""
         # A snapshot holds hidden states alone.
@@ -75,12 +78,18 @@ class DiskReplays:
             replay.enter(done)
             return
         # Another number of processes has other files.
-        saved = [] if snapshot is None else files(snapshot)
-        mine = saved[processes.rank] if len(saved) == processes.size else None
-        there = processes.gather(mine is not None and snapshot and replay.hidden.can_load(mine, snapshot.block))
-        if snapshot is not None and mine is not None and all(there):
-            replay.hidden.load(mine)
-            at = snapshot.block
+        saved = {} if snapshot is None else files(snapshot)
+        if snapshot is not None and len(saved) == processes.size:
+            mine = list(saved)[processes.rank]
+            is_there = is_whole(self.workspace.path / mine, saved[mine])
+            if all(processes.gather(is_there and replay.hidden.can_load(mine, snapshot.block))):
+                replay.hidden.load(mine)
+                at = snapshot.block
+            elif processes.is_main:
+                logger.warning(
+                    f"The saved activations ({', '.join(saved)}) are missing or no longer what was written: they are "
+                    "computed anew."
+                )
         for index in range(at, done):
             block = self.disk.blocks.blocks[index]
             with self.disk.resident(index), densified(block, replay.dtype):

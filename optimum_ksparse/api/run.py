@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from ..memory import peak_memory
 from ..pruning import needs_original, prune_blocks
 from ..report import REPORT_NAME, DroppedBlocks, MethodChoice, PrunedBlock, SparsityReport
 from ..sensitivity import leave_dense, measure_allocation
-from ..streaming import DiskBlocks, Snapshot, WeightFiles, Workspace, open_checkpoint
+from ..streaming import DiskBlocks, Snapshot, WeightFiles, Workspace, find_weight_files, open_checkpoint, sha256_of
 from ..targets import find_targets
+from ..version import library_versions
 from .disk_replays import DiskReplays
 from .model import (
     attach,
@@ -77,7 +79,8 @@ class CheckpointRun:
                 return finished
             workspace.journal = processes.once(lambda: workspace.journal)
             if workspace.journal.phase != "complete":
-                self._prune()
+                with self._same_environment():
+                    self._prune()
             return processes.once(workspace.publish)
         finally:
             if processes.is_main:
@@ -86,12 +89,41 @@ class CheckpointRun:
     def _begin(self, resume: bool, overwrite: bool) -> SparsityReport | None:
         """Opens the workspace; the report where this job is finished already."""
         self.workspace.lock()
+        self.workspace.journal.environment = {**self._environment(), "threads": torch.get_num_threads()}
         finished = None
         if resume and not self.workspace.is_unfinished:
             finished = _finished_report(self.workspace, self.files.fingerprint(), overwrite)
         if finished is None:
             self.workspace.open(resume)
         return finished
+
+    @contextmanager
+    def _same_environment(self) -> Iterator[None]:
+        """Within it torch has as many threads as when the run began, in all processes: the order of sums changes with
+        them, and with it the last bits. Says what else is not as it was."""
+        then, threads = self.workspace.journal.environment, torch.get_num_threads()
+        now = self._environment()
+        changed = [f"{name}: was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+        if changed and self.processes.is_main:
+            logger.warning(
+                f"The run began in another environment ({'; '.join(changed)}): the last bits of its result may differ "
+                "from those of a run that was not cut off."
+            )
+        if then["threads"] != threads and self.processes.is_main:
+            logger.warning(f"The run goes on with {then['threads']} threads, as it began, and not with {threads}.")
+        torch.set_num_threads(then["threads"])
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def _environment(self) -> dict[str, Any]:
+        """What may change the last bits beside the settings, but the number of threads."""
+        return {
+            **library_versions("torch", "transformers"),
+            "device": self.device.type,
+            "processes": self.processes.size,
+        }
 
     def _prune(self) -> None:
         config, workspace, processes = self.config, self.workspace, self.processes
@@ -246,9 +278,9 @@ class CheckpointRun:
             due = time.perf_counter() - self.saved > _SNAPSHOT_SECONDS
             # Files that the next block would write over are saved with every block.
             if any(processes.gather(replay.hidden.in_files or due)):
-                snapshot = Snapshot(index + 1, processes.gather(replay.hidden.save(index + 1)))
+                snapshot = Snapshot(index + 1, self._saved(replay, index + 1))
                 if original is not None:
-                    snapshot.originals = processes.gather(original.hidden.save(index + 1))
+                    snapshot.originals = self._saved(original, index + 1)
                 self.saved = time.perf_counter()
         peaks = processes.gather(peak_memory())
         processes.each(lambda: disk.check_source(index))
@@ -263,6 +295,11 @@ class CheckpointRun:
             workspace.journal.save(workspace.path)
 
         processes.once(note)  # an error in it stops all
+
+    def _saved(self, replay: BlockReplay, block: int) -> dict[str, str]:
+        """Saves the activations, and gives the names and checksums of the files of all processes."""
+        path = self.workspace.path / replay.hidden.save(block)
+        return dict(self.processes.gather((path.name, sha256_of(path))))
 
     def _note_costs(self, peaks: list[dict[str, int]]) -> None:
         journal, now = self.workspace.journal, time.perf_counter()
@@ -295,6 +332,7 @@ def _finished_report(workspace: Workspace, fingerprint: str, overwrite: bool) ->
 
     Raises:
         FileExistsError: the folder holds a checkpoint that another job made, and may not be replaced.
+        ValueError: a weight file of the checkpoint is missing, truncated or damaged, as its header tells.
     """
     if not (workspace.output / REPORT_NAME).is_file():
         return None
@@ -303,6 +341,13 @@ def _finished_report(workspace: Workspace, fingerprint: str, overwrite: bool) ->
     job = workspace.journal.job
     same_dtype = job["dtype"] in ("auto", values.get("dtype"))
     if report.source_fingerprint == fingerprint and report.config == job["settings"] and same_dtype:
+        try:
+            find_weight_files(workspace.output)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"{workspace.output} holds what this call would make, but no longer whole ({error}): make it again "
+                "with resume=False"
+            ) from error
         logger.warning(f"{workspace.output} holds what this call would make; resume=False makes it again.")
         return report
     if overwrite:

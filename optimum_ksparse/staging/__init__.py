@@ -1,6 +1,6 @@
 """How files reach the disk: whole or not at all, one writer at a time, and never over what nobody said may go."""
 
-from .disk import save_tensors, sync, sync_tree, write_text
+from .disk import remove, save_tensors, sync, sync_tree, write_text
 from .lock import claimed, locked
 from .outputs import check_apart, check_output
 from .swap import outdated_weights, publish, recover, staged
@@ -13,6 +13,7 @@ __all__ = [
     "outdated_weights",
     "publish",
     "recover",
+    "remove",
     "save_tensors",
     "staged",
     "sync",

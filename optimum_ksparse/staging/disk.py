@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -78,6 +79,14 @@ def system_errors(path: Path) -> Iterator[None]:
             raise
         number = int(match[1] or match[2])
         raise OSError(number, os.strerror(number), os.fspath(path)) from error
+
+
+def remove(path: Path) -> None:
+    """Removes whatever is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -2,8 +2,9 @@
 workspace of a run, and the journal with which a run that was cut off goes on."""
 
 from .blocks import DiskBlocks, open_checkpoint
-from .files import WeightFiles, check_index, check_space, find_weight_files
+from .files import WeightFiles, check_index, check_space, find_weight_files, sha256_of
 from .journal import FinishedBlock, Journal, Snapshot
+from .recovery import is_whole
 from .workspace import OURS, Workspace
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "check_index",
     "check_space",
     "find_weight_files",
+    "is_whole",
     "open_checkpoint",
+    "sha256_of",
 ]

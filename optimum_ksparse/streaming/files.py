@@ -62,7 +62,7 @@ class WeightFiles:
             bar = tqdm(None, "Reading the source", size, False, unit="B", unit_scale=True, disable=size < _SHOWN_BYTES)
             with bar, ThreadPoolExecutor(_readers()) as pool:
                 self._read_as = {name: _state(path) for name, path in files.items()}
-                found = pool.map(lambda path: _sha256(path, bar), files.values())
+                found = pool.map(lambda path: sha256_of(path, bar), files.values())
                 self._digests = dict(zip(files, found, strict=True))
             if self._commit is not None:
                 self._digests["commit"] = self._commit
@@ -81,7 +81,7 @@ class WeightFiles:
                 continue
             now = _state(path)
             if now != self._read_as[name]:
-                if _sha256(path) != self._digests[name]:
+                if sha256_of(path) != self._digests[name]:
                     raise OSError(
                         f"{path} has changed since the run began: let it be what it was and call again, or start over "
                         "with resume=False"
@@ -99,7 +99,8 @@ def _state(path: Path) -> tuple[int, ...]:
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
-def _sha256(path: Path, bar: Any = None) -> str:
+def sha256_of(path: Path, bar: Any = None) -> str:
+    """SHA-256 of a file; `bar` is told of the bytes."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(_PIECE_BYTES):

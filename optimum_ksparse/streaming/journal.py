@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..config import LayerRecord
-from ..records import Amount, As, Count, RelativePath, Version, read_record, to_json
+from ..records import Amount, As, Count, RelativePath, Version, build, printable, read_json, to_json
 from ..report import BlockReport, LayerReport
-from ..staging import write_text
+from ..staging import remove, write_text
 
 _NAME = "journal.json"
-_VERSION = 2
+_VERSION = 3
+_REMEDY = "; start over with resume=False"
+FINAL = "final"  # the folder of the finished checkpoint's files
 
 
 @dataclass
@@ -38,12 +41,12 @@ class FinishedBlock:
 
 @dataclass
 class Snapshot:
-    """The calibration activations at the input of `block`, in one file for each process; `originals`: and those of the
-    dense model, where they are needed."""
+    """The calibration activations at the input of `block`, in one file for each process, with its checksum;
+    `originals`: and those of the dense model, where they are needed."""
 
     block: Count
-    files: list[RelativePath]
-    originals: list[RelativePath] = field(default_factory=list)
+    files: dict[RelativePath, str]
+    originals: dict[RelativePath, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -52,7 +55,9 @@ class Journal:
 
     Attributes:
         job: source and settings; a run with others does not go on with this one.
+        environment: versions, number of threads and of processes, which may change the last bits.
         blocks: the finished ones, in order.
+        checksums: SHA-256 of all other files that a later run may read, by their paths in the workspace.
         snapshot: the latest activations that were saved.
         seconds: how long all processes that worked on it have taken, one after another.
         peak_memory_bytes: the most that a process which worked on it has used.
@@ -61,7 +66,9 @@ class Journal:
     """
 
     job: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
     blocks: list[FinishedBlock] = field(default_factory=list)
+    checksums: dict[RelativePath, str] = field(default_factory=dict)
     snapshot: Snapshot | None = None
     seconds: Amount = 0.0
     peak_memory_bytes: dict[str, Count] = field(default_factory=dict)
@@ -69,23 +76,35 @@ class Journal:
     version: Annotated[int, Version(_VERSION, _VERSION)] = _VERSION
 
     def save(self, folder: Path) -> None:
-        write_text(folder / _NAME, to_json(self, indent=1))
+        """With a checksum of its own."""
+        data = json.loads(to_json(self))
+        write_text(folder / _NAME, to_json({**data, "sha256": _checksum(data)}, indent=1))
 
     @staticmethod
     def is_in(folder: Path) -> bool:
-        return (folder / _NAME).exists()
+        return os.path.lexists(folder / _NAME)
 
     @staticmethod
     def remove(folder: Path) -> None:
-        (folder / _NAME).unlink(missing_ok=True)
+        remove(folder / _NAME)
 
     @classmethod
     def load(cls, folder: Path) -> Journal | None:
         """None where there is none. Raises ValueError where it is damaged or of another version."""
-        try:
-            return read_record(cls, folder / _NAME, "is damaged", "; start over with resume=False")
-        except FileNotFoundError:
+        path = folder / _NAME
+        if not cls.is_in(folder):
             return None
+        if not path.is_file() or path.is_symlink():
+            raise ValueError(f"{path} is damaged: it is no file{_REMEDY}")
+        try:
+            data = read_json(path)
+            checksum = data.pop("sha256", None) if isinstance(data, dict) else None
+            journal: Journal = build(cls, data)
+            if checksum != _checksum(data):
+                raise ValueError("its checksum is another one")
+        except ValueError as error:
+            raise ValueError(printable(f"{path} is damaged: {error}{_REMEDY}")) from None
+        return journal
 
     def differences(self, job: dict[str, Any]) -> list[str]:
         """Where `job` is not the one of this journal, in words."""
@@ -96,18 +115,10 @@ class Journal:
             if now.get(name) != then.get(name)
         ]
 
-    def keep_whole_blocks(self, folder: Path) -> None:
-        """Forgets the first block whose file is missing or damaged, and all after it. Only while the run is pruning:
-        later on the files go to their places one by one."""
-        if self.phase != "pruning":
-            return
-        for number, block in enumerate(self.blocks):
-            path = folder / block.file
-            if not path.is_file() or sha256_of(path) != block.sha256:
-                del self.blocks[number:]
-                break
-        if self.snapshot is not None and self.snapshot.block > len(self.blocks):
-            self.snapshot = None
+    def weight_names(self) -> list[str]:
+        """Of the finished checkpoint's files: everything else first, then each block."""
+        total = len(self.blocks) + 1
+        return [f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
 
 
 def _flat(job: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +129,5 @@ def _flat(job: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksum(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -14,14 +14,18 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..checkpoint import storage_state_dict
 from ..records import read_record, to_json
 from ..report import REPORT_NAME, PrunedBlock, SparsityReport
-from ..staging import locked, publish, recover, save_tensors, sync_tree, write_text
+from ..staging import locked, publish, recover, remove, save_tensors, sync_tree, write_text
 from .blocks import DiskBlocks
-from .journal import FinishedBlock, Journal, sha256_of
+from .files import sha256_of
+from .journal import FINAL, FinishedBlock, Journal
+from .recovery import keep_what_is_whole
+
+logger = logging.get_logger(__name__)
 
 _NAME = ".ksparse-pruning"
 _TOKENS = "calibration.safetensors"
@@ -75,16 +79,18 @@ class Workspace:
                     "with the same settings, start over with resume=False, or name another folder"
                 )
             self.journal = found
-            found.keep_whole_blocks(self.path)
+            damaged = keep_what_is_whole(found, self.path)
+            if damaged:
+                logger.warning(
+                    f"{self.path} holds files that are missing or no longer what was written "
+                    f"({', '.join(damaged[:3])}{', …' if len(damaged) > 3 else ''}): they are made anew."
+                )
         else:
             Journal.remove(self.path)  # first: what is left without it counts for nothing
             for entry in self.path.iterdir():
                 if entry.name != "lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            self.journal.save(self.path)
-        for name in ("offload-*", "measuring-*"):  # perhaps of more processes than now
-            for folder in self.path.glob(name):
-                shutil.rmtree(folder)
+                    remove(entry)
+        self.journal.save(self.path)
         self._is_open = True
         return self.journal
 
@@ -92,7 +98,7 @@ class Workspace:
         """Lets other processes at it; a folder in which nothing was done goes."""
         if self._lock is None:
             return
-        nothing = not self.journal.blocks and not (self.path / _TOKENS).exists()
+        nothing = not self.journal.blocks and not self.journal.checksums
         if nothing if self._is_open else not self.is_unfinished:
             shutil.rmtree(self.path, ignore_errors=True)
             if self.output.is_dir() and not any(self.output.iterdir()):
@@ -102,7 +108,7 @@ class Workspace:
     def folder(self, name: str) -> Path:
         """An empty folder for something that no later run goes on with."""
         folder = self.path / name
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         folder.mkdir(parents=True)
         return folder
 
@@ -110,24 +116,31 @@ class Workspace:
         """The calibration tokens and their description: those of the run that this one goes on with, or newly drawn
         ones, which are kept for a later run."""
         path = self.path / _TOKENS
-        if not path.exists():
+        if _TOKENS not in self.journal.checksums:
             ids, description = draw()
             save_tensors({"ids": ids}, path, {"description": json.dumps(description, ensure_ascii=False)})
+            self._record(path)
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("ids").clone(), json.loads(file.metadata()["description"])
 
     def kept(self, name: str, kind: type[T]) -> T | None:
-        """What `keep` of the run which this one goes on with has kept under that name; None where it has not. Raises
-        ValueError where its file is damaged."""
+        """What `keep` of the run which this one goes on with has kept under that name; None where it has not."""
         path = self.path / f"{name}.json"
-        try:
-            return read_record(kind, path, "is damaged", "; start over with resume=False")
-        except FileNotFoundError:
+        if path.name not in self.journal.checksums:
             return None
+        found: T = read_record(kind, path, "is damaged", "; start over with resume=False")
+        return found
 
     def keep(self, name: str, value: Any) -> None:
         """Keeps a dataclass that was measured, for a later run: measured again it may come out otherwise."""
         write_text(self.path / f"{name}.json", to_json(value, indent=None))
+        self._record(self.path / f"{name}.json")
+
+    def _record(self, *paths: Path) -> None:
+        """Notes in the journal that these files are written. A later run uses no others."""
+        for path in paths:
+            self.journal.checksums[path.relative_to(self.path).as_posix()] = sha256_of(path)
+        self.journal.save(self.path)
 
     def add_block(self, index: int, state: dict[str, torch.Tensor], layers: Any, pruned: PrunedBlock) -> None:
         """Writes a pruned block. It counts when the journal has been saved."""
@@ -138,7 +151,7 @@ class Workspace:
 
     def written_bytes(self) -> int:
         """Bytes that an earlier run has left to go on with."""
-        files = (path for name in ("block-*", "final/**/*", "activations-*") for path in self.path.glob(name))
+        files = (path for name in ("block-*", f"{FINAL}/**/*", "activations-*") for path in self.path.glob(name))
         return sum(path.stat().st_size for path in files if path.is_file())
 
     def finish(self, model: PreTrainedModel, disk: DiskBlocks, save_more: Callable[[Path], None]) -> None:
@@ -146,7 +159,7 @@ class Workspace:
         `save_more` puts further files into a folder."""
         self.journal.phase, self.journal.snapshot = "finishing", None
         self.journal.save(self.path)
-        final, rest = self.path / "final", self.folder("rest")
+        final, rest = self.path / FINAL, self.folder("rest")
         final.mkdir(exist_ok=True)
         inside = disk.blocks.prefixes
         state = model.state_dict()
@@ -154,23 +167,24 @@ class Workspace:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
         model.save_pretrained(rest, state_dict=state, max_shard_size="10000GB")
         save_more(rest)
-        names = self._weight_names()
+        names = self.journal.weight_names()
         os.replace(rest / SAFE_WEIGHTS_NAME, final / names[0])
         for index, block in enumerate(self.journal.blocks):
             disk.take_shard(index, self.path / block.file)
         for index, name in enumerate(names[1:]):
-            if not (final / name).exists():  # an earlier run got as far as that
+            if f"{FINAL}/{name}" not in self.journal.checksums:  # an earlier run got as far as that
                 self._finish_block(index, model, disk, final / name, once)
         _write_index(final, names, model.num_parameters())
         _move_files(rest, final)
         sync_tree(final)
         self.journal.phase = "complete"
-        self.journal.save(self.path)
+        blocks = {final / name for name in names[1:]}
+        self._record(*(path for path in final.rglob("*") if path.is_file() and path not in blocks))
 
     def _finish_block(
         self, index: int, model: PreTrainedModel, disk: DiskBlocks, target: Path, once: Collection[str]
     ) -> None:
-        path = self.path / self.journal.blocks[index].file
+        block = self.journal.blocks[index]
         with disk.resident(index):
             state = disk.state_dict(index)
             root = disk.blocks.name_in_model(index)
@@ -179,18 +193,16 @@ class Workspace:
             if not as_it_is:
                 save_tensors({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, target)
         if as_it_is:
-            os.replace(path, target)
-        else:
-            path.unlink()
+            self.journal.checksums[f"{FINAL}/{target.name}"] = block.sha256
+            self.journal.save(self.path)
+            os.replace(self.path / block.file, target)
+        else:  # the block stays, in case that the other form is damaged
+            self._record(target)
 
     def publish(self) -> SparsityReport:
         """Moves the files of the finished checkpoint to their places, and removes the workspace."""
-        publish(self.output, self.path / "final")
+        publish(self.output, self.path / FINAL)
         return SparsityReport.load(self.output / REPORT_NAME)
-
-    def _weight_names(self) -> list[str]:
-        total = len(self.journal.blocks) + 1
-        return [f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
 
 
 def _move_files(source: Path, target: Path) -> None:

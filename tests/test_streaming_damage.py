@@ -1,0 +1,164 @@
+"""What an unfinished run has left, or a finished one has made, is damaged: the same call ends with the same bytes, or
+names the file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from optimum_ksparse import SparsityConfig, prune_checkpoint
+from optimum_ksparse.api import run as run_module
+from optimum_ksparse.streaming import Workspace, recovery
+
+from .test_streaming import WORK, MakeModel, contents, fails
+
+
+def _flip(path: Path, other: Path) -> None:
+    content = bytearray(path.read_bytes() or b" ")
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def _swap(path: Path, other: Path) -> None:
+    mine, others = path.read_bytes(), other.read_bytes()
+    path.write_bytes(others)
+    other.write_bytes(mine)
+
+
+def _link(path: Path, other: Path) -> None:
+    elsewhere = next(parent for parent in path.parents if parent.name == WORK).parent.with_suffix(".elsewhere")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def _instead(make: Callable[[Path], Any]) -> Callable[[Path, Path], None]:
+    def damage(path: Path, other: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return damage
+
+
+DAMAGE: dict[str, Callable[[Path, Path], Any]] = {
+    "flipped": _flip,
+    "truncated": lambda path, other: path.write_bytes(path.read_bytes()[:-1]),
+    "emptied": lambda path, other: path.write_bytes(b""),
+    "swapped": _swap,
+    "removed": lambda path, other: path.unlink(),
+    "link": _link,
+    "folder": _instead(Path.mkdir),
+    "fifo": _instead(os.mkfifo),
+}
+# Where a run of three blocks is cut off, by its phase.
+CUTS = {
+    "pruning": (Workspace, "add_block", 2),
+    "finishing": (Workspace, "_finish_block", 2),
+    "complete": (Workspace, "publish", 0),
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path, make_model: MakeModel) -> Path:
+    make_model("llama", num_hidden_layers=3).save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize(
+    ("phase", "storage"),
+    [
+        ("pruning", "packed"),
+        ("finishing", "packed"),
+        ("finishing", "dense"),
+        ("complete", "packed"),
+        ("complete", "dense"),
+    ],
+)
+def test_every_file_of_an_unfinished_run_may_be_damaged(
+    phase: str, storage: str, source: Path, tmp_path: Path, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = SparsityConfig("wanda", "50%", allocation="owl", dataset=token_ids, batch_size=2, storage=storage)
+    prune_checkpoint(source, tmp_path / "whole", asked)
+    expected = contents(tmp_path / "whole")
+    where, name, number = CUTS[phase]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_SNAPSHOT_SECONDS", -1.0)
+        patch.setattr(where, name, fails(getattr(where, name), number, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, tmp_path / "cut", asked)
+    files = sorted(path.relative_to(tmp_path / "cut") for path in (tmp_path / "cut").rglob("*") if path.is_file())
+    assert len(files) > 5
+    for place, file in enumerate(files):
+        # Each file in two ways, and all ways in turn.
+        for kind in [*DAMAGE][(place + len(phase)) % 4 :: 4]:
+            output = tmp_path / f"{place}-{kind}"
+            shutil.copytree(tmp_path / "cut", output)
+            DAMAGE[kind](output / file, output / files[place - 1])
+            try:
+                prune_checkpoint(source, output, asked)
+            except (ValueError, OSError) as error:
+                assert file.name in ("journal.json", "lock") or files[place - 1].name == "journal.json", (file, kind)
+                assert file.name in str(error) or "journal.json" in str(error), (file, kind)
+                prune_checkpoint(source, output, asked, resume=False)
+            assert contents(output) == expected, (file, kind)
+            shutil.rmtree(output)
+
+
+def test_a_file_in_place_of_the_folder_of_finished_files(
+    source: Path, tmp_path: Path, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = SparsityConfig("wanda", "2:4", dataset=token_ids)
+    prune_checkpoint(source, tmp_path / "whole", asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "publish", fails(Workspace.publish, 0, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, tmp_path / "disk", asked)
+    shutil.rmtree(tmp_path / "disk" / WORK / recovery.FINAL)
+    (tmp_path / "disk" / WORK / recovery.FINAL).write_text("")
+    prune_checkpoint(source, tmp_path / "disk", asked)
+    assert contents(tmp_path / "disk") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["truncated", "emptied", "removed", "folder"])
+def test_a_damaged_checkpoint_is_not_returned_as_finished(
+    kind: str, source: Path, tmp_path: Path, token_ids: torch.Tensor
+) -> None:
+    asked, output = SparsityConfig("magnitude", "2:4"), tmp_path / "disk"
+    prune_checkpoint(source, output, asked)
+    expected = contents(output)
+    path = sorted(output.glob("*.safetensors"))[1]
+    DAMAGE[kind](path, path)
+    with pytest.raises(ValueError, match=rf"{path.name}.*resume=False"):
+        prune_checkpoint(source, output, asked)
+    if kind != "folder":
+        prune_checkpoint(source, output, asked, resume=False)
+        assert contents(output) == expected
+
+
+def test_a_run_goes_on_with_the_threads_that_it_began_with(
+    source: Path, tmp_path: Path, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, seen = SparsityConfig("wanda", "2:4", dataset=token_ids), []
+    begun = torch.get_num_threads()
+    add_block = Workspace.add_block
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "add_block", fails(add_block, 1, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, tmp_path / "disk", asked)
+
+    def noted(*args: Any) -> None:
+        seen.append(torch.get_num_threads())
+        add_block(*args)
+
+    monkeypatch.setattr(Workspace, "add_block", noted)
+    try:
+        torch.set_num_threads(begun + 1)
+        prune_checkpoint(source, tmp_path / "disk", asked)
+        assert (seen, torch.get_num_threads()) == ([begun, begun], begun + 1)
+    finally:
+        torch.set_num_threads(begun)
