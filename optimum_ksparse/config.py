@@ -53,6 +53,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 EXECUTION_SETTINGS = ("kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
 # Settings of the run, not of what was asked for: they may differ when a sparse checkpoint is loaded again.
 RUN_TIME_SETTINGS = ("batch_size", "storage", *EXECUTION_SETTINGS)
+# What a checkpoint records of its tensors, beside what was asked for.
+RECORDED = ("layers", "names")
+MODULE_NAMES = "modules"
 
 
 class LayerRecord(TypedDict):
@@ -132,6 +135,8 @@ class SparsityConfig(QuantizationConfigMixin):
             mean of 1 − cosine over the calibration tokens (ShortGPT). It costs one more forward pass of these.
         layers: filled in when a model has been pruned: for each sparse layer its path in the decoder, pattern and
             number of values. Not for users.
+        names: filled in as well: `"modules"` where the tensors of a packed checkpoint have the names of the model's
+            modules; None in earlier ones, whose tensors may have others. Not for users.
 
     Raises:
         TypeError, ValueError: names the argument, what was found and what is allowed.
@@ -181,6 +186,7 @@ class SparsityConfig(QuantizationConfigMixin):
         reconstruction_lr: float = 0.01,
         activations: str | None = None,
         iterations: int | None = None,
+        names: str | None = None,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.method = _choice("method", method)
@@ -229,6 +235,7 @@ class SparsityConfig(QuantizationConfigMixin):
         self.allocation = _choice("allocation", allocation)
         self.target_density = None if target_density is None else check_share("target_density", target_density)
         self.layers = None if layers is None else {name: dict(layer) for name, layer in layers.items()}
+        self.names = None if names is None else check_one_of("names", names, (MODULE_NAMES,))
 
         if self.pattern is None:
             self._check_nothing_to_prune()
@@ -347,6 +354,10 @@ class SparsityConfig(QuantizationConfigMixin):
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of the dictionary that `config.json` holds: transformers asks so where a model's config is passed on."""
+        return getattr(self, name, default)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparsityConfig:
         # transformers copies configs often; the calibration data are read only, and may be large.

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
-from .config import QUANT_METHOD, SparsityConfig, recorded_settings
+from .config import QUANT_METHOD, RECORDED, SparsityConfig, recorded_settings
 from .model_class import class_for_config
 from .nn.kernels import describe_device
 from .records import printable
@@ -81,7 +81,7 @@ def inspect_checkpoint(
         raise ValueError(f"{source} is not a checkpoint of optimum-ksparse: its config has no sparsity settings")
     config = SparsityConfig.from_dict(recorded)
     layers = config.layers or {}
-    hidden = ("quant_method", "layers")
+    hidden = ("quant_method", *RECORDED)
     settings = {name: value for name, value in config.to_dict().items() if name in recorded and name not in hidden}
     path = cached_file(source, REPORT_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     report = None if path is None else SparsityReport.load(path)

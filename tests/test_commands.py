@@ -25,7 +25,7 @@ from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.calibration import documents, tell_default_text
 from optimum_ksparse.commands.prune import _LOADING_TEXTS, SETTINGS_TEXTS
 from optimum_ksparse.commands.recipes import read_recipe
-from optimum_ksparse.config import EXECUTION_SETTINGS, SETTINGS
+from optimum_ksparse.config import EXECUTION_SETTINGS, RECORDED, SETTINGS
 from optimum_ksparse.evaluation import Baseline, EvaluationProtocol, EvaluationResults, Measurement
 
 from .conftest import REPOSITORY, make_config, sample_texts
@@ -183,7 +183,7 @@ def test_prune_from_disk_to_disk(cli, workplace):
 
 
 def test_every_setting_has_a_flag():
-    assert set(SETTINGS_TEXTS) == set(SETTINGS) - {"layers", *EXECUTION_SETTINGS}
+    assert set(SETTINGS_TEXTS) == set(SETTINGS) - {*RECORDED, *EXECUTION_SETTINGS}
 
 
 def test_recipes_are_short_and_valid():

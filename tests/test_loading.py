@@ -126,7 +126,7 @@ def test_a_random_decoder_is_an_error(tmp_path, make_model, config):
     weights = load_file(tmp_path / "gpt2" / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if "mlp.c_fc.weight" not in name}
     save_file(kept, tmp_path / "gpt2" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="2 weights of the decoder of GPT2LMHeadModel.*h.0.mlp.c_fc.weight"):
+    with pytest.raises(ValueError, match="2 weights of GPT2LMHeadModel.*h.0.mlp.c_fc.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2", sparsity_config=config)
 
 

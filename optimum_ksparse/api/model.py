@@ -26,9 +26,25 @@ from ..calibration import (
     tell_default_text,
     use_eager_experts,
 )
-from ..checkpoint import describe_model, is_offloaded, layer_records, sparse_experts, sparse_modules
+from ..checkpoint import (
+    check_reversible,
+    describe_model,
+    forget_conversions,
+    is_offloaded,
+    record_layers,
+    sparse_experts,
+    sparse_modules,
+)
 from ..choosing import choose_method
-from ..config import AUTO, DENSE_CONFIG_KEY, EXECUTION_SETTINGS, QUANT_METHOD, SparsityConfig, describe_source
+from ..config import (
+    AUTO,
+    DENSE_CONFIG_KEY,
+    EXECUTION_SETTINGS,
+    QUANT_METHOD,
+    RECORDED,
+    SparsityConfig,
+    describe_source,
+)
 from ..dataset import is_token_ids, needs_tokenizer
 from ..distributed import Processes, current
 from ..evaluation import RECORDS, mark_weights
@@ -205,7 +221,8 @@ def record_settings(config: SparsityConfig) -> SparsityConfig:
 def settings_of(config: SparsityConfig) -> dict[str, Any]:
     """The settings as a report and a journal hold them: without the list of layers."""
     settings = config.to_dict()
-    settings.pop("layers")
+    for name in RECORDED:
+        settings.pop(name)
     return settings
 
 
@@ -248,10 +265,12 @@ def make_report(
 def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags. One that
     has merely lost blocks stays a dense one, whose config keeps the settings."""
-    config.layers = layer_records(model)
+    record_layers(model, config)
+    forget_conversions(model)
     for name in RECORDS:
         setattr(model, name, None)
     if config.pattern is None:
+        model.is_without_blocks = True
         setattr(model.config, DENSE_CONFIG_KEY, config.to_dict())
         return
     if hasattr(model.config, DENSE_CONFIG_KEY):  # it had lost blocks before
@@ -286,6 +305,8 @@ def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         raise ValueError("the model, or a part of it, is compiled; prune it first, then compile it")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model carries an adapter; merge it, or prune the model before adding one")
+    if config.storage == "dense":
+        check_reversible(model)
     usual = SparsityConfig("magnitude", dataset=None)
     ignored = [f"{name}={value!r}" for name, value in config.unread.items() if value != getattr(usual, name)]
     if ignored:

@@ -1,11 +1,13 @@
 """Sparse models on disk and in accelerate's keeping: which layers are sparse, packed and dense storage."""
 
-from .loading import check_files, check_loaded
+from .loading import NONFINITE_VARIABLE, check_finite, check_headers, check_loaded, read_headers
 from .modules import (
+    MASK_SUFFIX,
     SparseModule,
     aligned,
     empty_like,
     install_layers,
+    is_elsewhere,
     is_offloaded,
     put,
     replace_module,
@@ -13,29 +15,54 @@ from .modules import (
     sparse_layers,
     sparse_modules,
 )
-from .records import commit_of, describe_model, has_lost_blocks, is_dense_record, layer_records, made_with
-from .storage import dense_state_dict, sparsify_dense, storage_state_dict
+from .names import check_reversible, check_saved, forget_conversions
+from .records import (
+    commit_of,
+    describe_model,
+    drop_record,
+    has_lost_blocks,
+    is_dense_record,
+    is_our_record,
+    layer_records,
+    made_with,
+    record_layers,
+    without_record,
+)
+from .storage import dense_shapes, dense_state_dict, sparsify_dense, storage_state_dict
 
 __all__ = [
+    "MASK_SUFFIX",
+    "NONFINITE_VARIABLE",
     "SparseModule",
     "aligned",
-    "check_files",
+    "check_finite",
+    "check_headers",
     "check_loaded",
+    "check_reversible",
+    "check_saved",
     "commit_of",
+    "dense_shapes",
     "dense_state_dict",
     "describe_model",
+    "drop_record",
     "empty_like",
+    "forget_conversions",
     "has_lost_blocks",
     "install_layers",
     "is_dense_record",
+    "is_elsewhere",
     "is_offloaded",
+    "is_our_record",
     "layer_records",
     "made_with",
     "put",
+    "read_headers",
+    "record_layers",
     "replace_module",
     "sparse_experts",
     "sparse_layers",
     "sparse_modules",
     "sparsify_dense",
     "storage_state_dict",
+    "without_record",
 ]

@@ -1,4 +1,4 @@
-"""Whether all that a model needs was in the checkpoint that it is loaded from."""
+"""Whether all that a model needs is in the checkpoint that it is loaded from, and fit for use."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from ..calibration import DecoderBlocks
-from .modules import SparseModule
-from .storage import MASK_SUFFIX
+from .modules import MASK_SUFFIX, SparseModule, stored_tensors
+
+# Set to "1", a sparse model whose weights hold NaN or infinity is loaded all the same.
+NONFINITE_VARIABLE = "KSPARSE_ALLOW_NONFINITE"
+Header = tuple[list[int], str]
 
 
-def check_files(files: Iterable[str], modules: Mapping[str, SparseModule]) -> None:
-    """Checks the headers of safetensors files against the (still empty) sparse modules, before any tensor is read.
-
-    Args:
-        files: paths of all weight files of the checkpoint.
-        modules: sparse modules by their path in the decoder; a tensor's name may have something before that.
-
-    Raises:
-        ValueError: a file is truncated, or a tensor is missing or has another shape or dtype; names it.
-    """
-    headers: dict[str, tuple[list[int], str]] = {}
+def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, Header]:
+    """Shape and dtype of each tensor in safetensors files, by name. Raises ValueError where a file is truncated."""
+    headers: dict[str, Header] = {}
     for path in files:
         try:
             with open(path, "rb"), safe_open(path, framework="pt") as file:
@@ -36,6 +33,19 @@ def check_files(files: Iterable[str], modules: Mapping[str, SparseModule]) -> No
             raise
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{os.path.basename(path)} is truncated or damaged: {error}") from error
+    return headers
+
+
+def check_headers(headers: Mapping[str, Header], modules: Mapping[str, SparseModule]) -> None:
+    """Checks the headers of safetensors files against the (still empty) sparse modules, before any tensor is read.
+
+    Args:
+        headers: of all weight files of the checkpoint.
+        modules: sparse modules by their path in the decoder; a tensor's name may have something before that.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape or dtype; names it.
+    """
     # Only sparse layers have masks: the towers of a multimodal model may hold layers of the same names.
     layers = [key.removesuffix(MASK_SUFFIX) for key in headers if key.endswith(MASK_SUFFIX)]
     stored = {layer.split(".", depth)[-1]: layer for layer in layers for depth in range(layer.count(".") + 1)}
@@ -58,13 +68,51 @@ def check_files(files: Iterable[str], modules: Mapping[str, SparseModule]) -> No
 
 
 def check_loaded(blocks: DecoderBlocks, info: Mapping[str, Any]) -> None:
-    """Raises ValueError where weights of the decoder blocks were not in the checkpoint and are random; `info` is what
-    `from_pretrained` gives with `output_loading_info=True`."""
-    inside = blocks.prefixes
-    missing = sorted(name for name in info["missing_keys"] if name.startswith(inside))
-    missing += sorted(str(name) for name in info.get("mismatched_keys", ()) if any(p in str(name) for p in inside))
+    """Raises ValueError where weights of a model were not in the checkpoint, or had another shape there, and are
+    random. A head that the class of the model has beside what the checkpoint was saved from may be new; that of a
+    language model may not.
+
+    Args:
+        blocks: of the model that was loaded.
+        info: what `from_pretrained` gives with `output_loading_info=True`, where what is tied, is no part of
+            checkpoints or is expected to be missing is left out already.
+    """
+    model = blocks.model
+    is_the_saved_class = type(model).__name__ in (model.config.architectures or ())
+    missing = [name for name in info["missing_keys"] if is_the_saved_class or not _is_new_head(model, name)]
+    missing += [name for name, *_ in info.get("mismatched_keys", ()) if not _is_new_head(model, name)]
     if missing:
         raise ValueError(
-            f"{len(missing)} weights of the decoder of {type(blocks.model).__name__} are not in the checkpoint and "
-            f"would be random, among them {missing[0]}: load it with the class that it was saved from"
+            f"{len(missing)} weights of {type(model).__name__} are not in the checkpoint, or have another shape "
+            f"there, and would be random, among them {min(missing)}: load it with the class that it was saved from, "
+            "or download or copy it again"
+        )
+
+
+def _is_new_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor is of a part that classes for tasks, other than those of language models, add to the base
+    model."""
+    prefix = f"{model.base_model_prefix}."
+    if model.base_model is model or name.startswith(prefix):
+        return name.removeprefix(prefix).startswith("pooler.")
+    return model.get_output_embeddings() is None
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raises ValueError, naming the tensor, where one that was in the checkpoint holds NaN or infinity. One pass over
+    the weights, wherever accelerate keeps them, without copies of their size."""
+    if os.environ.get(NONFINITE_VARIABLE) == "1":
+        return
+    ranges = [
+        (name, torch.stack(torch.aminmax(tensor)))
+        for name, tensor in stored_tensors(model, fetch=True)
+        if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() and not tensor.is_meta
+    ]
+    bad = [name for name, values in ranges if not values.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"tensor {bad[0]} of the checkpoint holds NaN or infinity"
+            + (f", and so do {len(bad) - 1} more" if len(bad) > 1 else "")
+            + f": it is damaged, or was saved when training had diverged; {NONFINITE_VARIABLE}=1 in the environment "
+            "loads it all the same"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..calibration import decoder_of, use_eager_experts
 from ..nn import SparseExperts, SparseLinear, is_linear_map
 from ..pattern import Pattern
 
+MASK_SUFFIX = ".weight_mask"
 SparseModule = SparseLinear | SparseExperts
 
 
@@ -80,9 +81,31 @@ def dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | nn.Para
     )
 
 
+def stored_tensors(root: nn.Module, fetch: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers that belong into a checkpoint, by name; under each of its names what has several. What
+    accelerate has offloaded is on the meta device, or read where `fetch` is set."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}".lstrip("."), _fetched(module, name, tensor) if fetch else tensor
+
+
+def _fetched(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    hook: Any = getattr(module, "_hf_hook", None)
+    for own in getattr(hook, "hooks", [hook]) if tensor.is_meta else ():
+        if getattr(own, "weights_map", None) is not None:
+            tensor = own.weights_map[name]
+    return tensor
+
+
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate keeps weights of the model elsewhere, and brings them in for a forward pass alone."""
     return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
+
+
+def is_elsewhere(model: nn.Module) -> bool:
+    """Whether some weights of the model are neither in it nor in accelerate's keeping."""
+    return not is_offloaded(model) and any(tensor.is_meta for _, tensor in stored_tensors(model))
 
 
 def aligned(module: nn.Module) -> AbstractContextManager[None]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from ..calibration import decoder_of
-from ..config import DENSE_CONFIG_KEY, SparsityConfig, describe_source
+from ..config import DENSE_CONFIG_KEY, MODULE_NAMES, QUANT_METHOD, SparsityConfig, describe_source
 from .modules import sparse_modules
 
 
@@ -23,13 +24,22 @@ def made_with(model: PreTrainedModel) -> SparsityConfig | None:
 
 
 def has_lost_blocks(model: PreTrainedModel) -> bool:
-    """Whether it is a dense model, from which this package has dropped blocks."""
-    return is_dense_record(getattr(model.config, DENSE_CONFIG_KEY, None)) and not sparse_modules(model)
+    """Whether it is a dense model, from which this package has dropped blocks; a new model that was made from such a
+    one's config is none."""
+    recorded = is_dense_record(getattr(model.config, DENSE_CONFIG_KEY, None))
+    return recorded and getattr(model, "is_without_blocks", False) and not sparse_modules(model)
 
 
 def is_dense_record(settings: Any) -> bool:
     """Whether settings, as a `config.json` keeps them, are those of a dense model that has merely lost blocks."""
     return isinstance(settings, Mapping) and bool(settings.get("drop_layers")) and settings.get("pattern", "") is None
+
+
+def is_our_record(settings: Any) -> bool:
+    """Whether settings in a config are those of this package."""
+    return isinstance(settings, SparsityConfig) or (
+        isinstance(settings, Mapping) and settings.get("quant_method") == QUANT_METHOD
+    )
 
 
 def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
@@ -38,6 +48,36 @@ def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
         name: {"pattern": str(module.pattern), "num_values": module.weight.numel()}
         for name, module in sparse_modules(decoder_of(model)).items()
     }
+
+
+def record_layers(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Writes into `config` what loading must know of the sparse layers before it reads a tensor."""
+    config.layers, config.names = layer_records(model), MODULE_NAMES
+
+
+@contextmanager
+def without_record(config: PreTrainedConfig) -> Iterator[None]:
+    """Within it a config says of no weights that they are sparse: for a dense model that was made anew from the config
+    of a sparse one."""
+    dropped = drop_record(config)
+    try:
+        yield
+    finally:
+        for part, key, settings in dropped:
+            setattr(part, key, settings)
+
+
+def drop_record(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str, Any]]:
+    """Takes out of a config, and its parts, what says that weights are sparse; gives where it was."""
+    parts = [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+    dropped = []
+    for part in (config, *parts):
+        for key in ("quantization_config", DENSE_CONFIG_KEY):
+            settings = getattr(part, key, None)
+            if is_our_record(settings):
+                dropped.append((part, key, settings))
+                delattr(part, key)
+    return dropped
 
 
 def commit_of(source: Any, file_name: str = CONFIG_NAME, **hub_arguments: Any) -> str | None:

@@ -9,6 +9,10 @@
 Experts stacked in one parameter have `<parameter>.weight` and `<parameter>.weight_mask`, with the number of the expert
 as one more dimension before these.
 
+A packed checkpoint names all its tensors as the model's modules do, which `names="modules"` in its config records:
+the renamings and conversions by which transformers stores some families are for dense tensors. Earlier versions
+renamed, but stacked experts; what they wrote is read in the same way.
+
 A dense checkpoint holds its tensors as any other model does, with their zeros.
 """
 
@@ -26,9 +30,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..calibration import decoder_of
 from ..nn import SparseExperts, SparseLinear, dense_weight
 from ..pattern import Pattern, lowest
-from .modules import aligned, dense_layer, replace_module, sparse_experts, sparse_modules
-
-MASK_SUFFIX = ".weight_mask"
+from .modules import MASK_SUFFIX, aligned, dense_layer, replace_module, sparse_experts, sparse_modules
 
 
 def storage_state_dict(
@@ -42,10 +44,27 @@ def storage_state_dict(
     if settings is not None and settings.storage == "dense":
         stored = {f"{root}.{name}": tensor for name, tensor in dense_state_dict(model.get_submodule(root)).items()}
     stored = {name: tensor for name, tensor in stored.items() if name not in elsewhere}
-    if settings is not None and settings.storage == "packed" and sparse_experts(model):
-        return stored  # the usual form would take packed experts apart as if they were dense
-    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, stored)
+    if settings is not None and settings.storage == "packed":
+        return stored
+    with dense_shapes(model):
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, stored)
     return reverted
+
+
+@contextmanager
+def dense_shapes(model: PreTrainedModel) -> Iterator[None]:
+    """Within it transformers, when it converts dense tensors for a checkpoint, finds sparse experts where it asks for
+    the shape of the parameter whose place they have."""
+
+    def get_parameter(target: str) -> Any:
+        return experts[target] if target in experts else type(model).get_parameter(model, target)
+
+    experts = sparse_experts(model)
+    vars(model)["get_parameter"] = get_parameter
+    try:
+        yield
+    finally:
+        del vars(model)["get_parameter"]
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

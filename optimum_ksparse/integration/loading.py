@@ -16,17 +16,29 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 from ..api import attach, load_tokenizer, sparsify
 from ..calibration import find_blocks
 from ..checkpoint import (
+    check_finite,
     check_loaded,
     commit_of,
+    drop_record,
+    forget_conversions,
     has_lost_blocks,
     is_dense_record,
+    is_our_record,
     made_with,
     sparse_experts,
     sparse_modules,
     sparsify_dense,
 )
 from ..checks import check_keys
-from ..config import DENSE_CONFIG_KEY, QUANT_METHOD, RUN_TIME_SETTINGS, SETTINGS, SparsityConfig, recorded_settings
+from ..config import (
+    DENSE_CONFIG_KEY,
+    QUANT_METHOD,
+    RECORDED,
+    RUN_TIME_SETTINGS,
+    SETTINGS,
+    SparsityConfig,
+    recorded_settings,
+)
 from ..evaluation import RECORDS, EvaluationResults, mark_weights
 from ..execution import apply_settings, tell_cost_on_cpu
 from ..finetuning import MergeReport
@@ -64,6 +76,7 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
                 _check_arguments(kwargs)
             else:
                 _check_agreement(config, recorded)
+                _check_not_quantized(kwargs.get("quantization_config"))
         if config is not None or _is_sparse_folder(source, kwargs):
             _check_index(source, kwargs)
         model, info = original(cls, source, *args, output_loading_info=True, **kwargs)
@@ -135,7 +148,12 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
         if other is not None and not other.dequantize:
             raise ValueError("pruning needs the weights of a GGUF file unpacked: pass GgufConfig(dequantize=True)")
         kwargs["quantization_config"] = other or GgufConfig(dequantize=True)
-    elif other is not None:
+    else:
+        _check_not_quantized(other)
+
+
+def _check_not_quantized(other: Any) -> None:
+    if other is not None:
         raise ValueError(
             f"sparsity_config and {type(other).__name__} do not go together: quantized weights cannot be pruned"
         )
@@ -192,7 +210,7 @@ def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:
     that were not passed agree."""
     passed, found = config.to_dict(), recorded.to_dict()
     differences = []
-    for name in config.given - {*RUN_TIME_SETTINGS, "layers", "tokenizer"}:
+    for name in config.given - {*RUN_TIME_SETTINGS, *RECORDED, "tokenizer"}:
         same = passed[name] == found[name]
         if name == "pattern" and None not in (passed[name], found[name]):
             same = Pattern(passed[name]) == Pattern(found[name])
@@ -209,34 +227,23 @@ def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:
 def _finish_sparse(
     model: PreTrainedModel, info: dict[str, Any], config: SparsityConfig | None, source: Any, kwargs: dict[str, Any]
 ) -> None:
-    """Checks a sparse checkpoint's masks, makes sparse modules of a dense-stored one, and reads its report."""
-    dense_settings = getattr(model.config, DENSE_CONFIG_KEY, None)
-    modules = sparse_modules(model)
-    if modules:
-        check_loaded(find_blocks(model), info)
-        for name, module in modules.items():
-            if module.weight_mask.device.type != "meta":
-                module.check_mask(name)
-        if sparse_experts(model) and hasattr(model, "_weight_conversions"):
-            # Packed experts are stored as they are. Without this note that nothing was converted the model, once it is
-            # dense, is saved in its usual format: each expert by itself.
-            del model._weight_conversions
-    elif has_lost_blocks(model):
-        pass  # a dense model like any other, with a report
-    elif isinstance(dense_settings, dict) and dense_settings.get("layers"):
-        recorded = SparsityConfig.from_dict(dense_settings)
-        check_loaded(find_blocks(model), info)
-        delattr(model.config, DENSE_CONFIG_KEY)
-        try:
-            sparsify_dense(model, recorded.layers or {})
-        except ValueError as error:
-            if config is not None:
-                raise ValueError(f"the checkpoint says that it is sparse, but {error}") from error
-            logger.warning(f"The checkpoint says that it is sparse, but {error}; it is loaded as a dense model.")
-            return
-        attach(model, recorded)
-    else:
+    """Finishes the loading of a sparse checkpoint, if it is one, and reads its report."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer.quantization_config, SparsityConfig):
+        drop_record(model.config)  # whoever has quantized it loads and saves it
+        return
+    if is_dense_record(getattr(model.config, DENSE_CONFIG_KEY, None)):
+        model.is_without_blocks = True  # type: ignore[assignment]
+    if not (sparse_modules(model) or has_lost_blocks(model) or _records_layers(model)):
         _check_not_lost(info, source, kwargs)
+        return
+    check_loaded(find_blocks(model), info)
+    check_finite(model)
+    error = _make_sparse(model)
+    if error is not None and config is not None:
+        raise ValueError(f"the checkpoint says that it is sparse, but {error}")
+    if error is not None:
+        logger.warning(f"The checkpoint says that it is sparse, but {error}; it is loaded as a dense model.")
         return
     if config is not None:
         for name in RUN_TIME_SETTINGS:
@@ -260,6 +267,37 @@ def _finish_sparse(
         report.changes.append(merge.change())  # merged by a version that did not note it
     mark_weights(model, None if report is None else report.fingerprint)
     tag_model(model, report, made_with(model))
+
+
+def _records_layers(model: PreTrainedModel) -> bool:
+    """Whether the config of a model says that layers of its checkpoint are sparse."""
+    settings: Any = getattr(model.config, "quantization_config", None) or getattr(model.config, DENSE_CONFIG_KEY, None)
+    return is_our_record(settings) and bool(dict(settings).get("layers"))
+
+
+def _make_sparse(model: PreTrainedModel) -> str | None:
+    """Checks the masks of the sparse modules of a loaded model, or makes some of the weights of a dense-stored one.
+    What the config says of weights that are not sparse is dropped from it; then this gives the reason."""
+    modules = sparse_modules(model)
+    for name, module in modules.items():
+        if not module.weight_mask.is_meta:
+            module.check_mask(name)
+    if modules or has_lost_blocks(model):
+        forget_conversions(model)
+        return None
+    settings = getattr(model.config, DENSE_CONFIG_KEY, None)
+    drop_record(model.config)
+    if settings is None:
+        quantizer: Any = model.hf_quantizer
+        quantizer.remove_quantization_config(model)
+        return "its weight files hold dense weights alone"
+    recorded = SparsityConfig.from_dict(settings)
+    try:
+        sparsify_dense(model, recorded.layers or {})
+    except ValueError as error:
+        return str(error)
+    attach(model, recorded)
+    return None
 
 
 def _check_not_lost(info: dict[str, Any], source: Any, kwargs: dict[str, Any]) -> None:

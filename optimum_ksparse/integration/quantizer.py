@@ -7,20 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.base import HfQuantizer
 
 from ..calibration import decoder_of
 from ..checkpoint import (
+    MASK_SUFFIX,
     aligned,
-    check_files,
+    check_headers,
     dense_state_dict,
     install_layers,
+    read_headers,
     replace_module,
     sparse_experts,
     sparse_modules,
 )
-from ..config import SparsityConfig
+from ..config import MODULE_NAMES, SparsityConfig
 from ..evaluation import RECORDS
 from ..hub import tag_model
 
@@ -50,10 +53,21 @@ class SparsityQuantizer(HfQuantizer):
             raise ValueError(
                 "a packed sparse checkpoint cannot be split by tensor parallelism; use device_map, DDP or FSDP"
             )
+        readable = checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files)
+        headers = read_headers(checkpoint_files or ()) if readable else {}
+        if headers and not any(name.endswith(MASK_SUFFIX) for name in headers):
+            return model  # its config is that of a sparse model, its weights are not
         install_layers(model, self.quantization_config.layers)
-        if checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files):
-            check_files(checkpoint_files, sparse_modules(decoder_of(model)))
+        if headers:
+            check_headers(headers, sparse_modules(decoder_of(model)))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Where tensors have the names of modules nothing is renamed, but by a user's `key_mapping`, which comes
+        first."""
+        if self.quantization_config.names != MODULE_NAMES or not sparse_modules(model):
+            return weight_conversions
+        return weight_conversions[: len(weight_conversions) - len(get_model_conversion_mapping(model))]
 
     @torch.no_grad()
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -87,7 +101,7 @@ class SparsityQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         given = self.state_dict
-        packed = given is None or any(name.endswith(".weight_mask") for name in given)
+        packed = given is None or any(name.endswith(MASK_SUFFIX) for name in given)
         if self.quantization_config.storage == "dense" and packed:
             return dense_state_dict(model), {}
         return given, {}

@@ -7,15 +7,24 @@ import inspect
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
-from ..checkpoint import has_lost_blocks, layer_records, made_with, sparse_experts, sparse_modules
-from ..config import DENSE_CONFIG_KEY, RUN_TIME_SETTINGS, SparsityConfig
+from ..checkpoint import (
+    check_saved,
+    dense_shapes,
+    has_lost_blocks,
+    is_elsewhere,
+    made_with,
+    record_layers,
+    sparse_modules,
+    without_record,
+)
+from ..config import DENSE_CONFIG_KEY, RECORDED, RUN_TIME_SETTINGS, SparsityConfig
 from ..evaluation import RECORDS, EvaluationResults, settle_records
 from ..finetuning import MergeReport
 from ..finetuning.masks import record
@@ -43,7 +52,8 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
         adapted = getattr(self, "_hf_peft_config_loaded", False)  # then transformers saves the adapter alone
         is_ours = is_sparse or (has_lost_blocks(self) and not adapted)
         if not is_ours or not bound.get("is_main_process", True):
-            return original(self, *args, **kwargs)
+            with nullcontext() if is_sparse or adapted or has_lost_blocks(self) else without_record(self.config):
+                return original(self, *args, **kwargs)
         if config is None:
             raise ValueError(
                 "the model holds sparse modules that sparsify() did not make; nothing could load them again"
@@ -53,14 +63,16 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
             _check_source(self, config, directory)
         _tell_tokenizer(self, Path(directory))
         known = {name: value for name, value in bound.items() if name not in ("self", "push_to_hub", "kwargs")}
-        if config.storage == "packed" and sparse_experts(self):
-            known["save_original_format"] = False  # it would take packed experts apart as if they were dense
+        if is_sparse and config.storage == "packed":
+            known["save_original_format"] = False  # conversions are for dense tensors
         with staged(directory) as staging, ExitStack() as as_stored:
             if is_sparse:
-                config.layers = layer_records(self)
+                record_layers(self, config)
                 as_stored.enter_context(_given_state_dict(self, bound.get("state_dict")))
                 as_stored.enter_context(_config_for_storage(self, config))
             original(self, **{**known, "save_directory": staging})
+            if is_sparse and not adapted and not is_elsewhere(self):
+                check_saved(self, staging, config.storage == "packed")
             if adapted:
                 record(self, staging)
             settle_records(self, bound.get("state_dict"))
@@ -91,7 +103,7 @@ def _check_source(model: PreTrainedModel, config: SparsityConfig, directory: str
     values, _ = PreTrainedConfig.get_config_dict(directory)
     recorded = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
     ours = json.loads(json.dumps(config.to_dict()))
-    compared = [name for name in ours if name not in (*RUN_TIME_SETTINGS, "layers", "tokenizer")]
+    compared = [name for name in ours if name not in (*RUN_TIME_SETTINGS, *RECORDED, "tokenizer")]
     if isinstance(recorded, dict) and all(recorded.get(name, ours[name]) == ours[name] for name in compared):
         return
     raise FileExistsError(
@@ -131,9 +143,10 @@ def _config_for_storage(model: PreTrainedModel, config: SparsityConfig) -> Itera
         yield
         return
     del model.config.quantization_config
-    setattr(model.config, DENSE_CONFIG_KEY, config.to_dict())
+    setattr(model.config, DENSE_CONFIG_KEY, {**config.to_dict(), "names": None})
     try:
-        yield
+        with dense_shapes(model):
+            yield
     finally:
         delattr(model.config, DENSE_CONFIG_KEY)
         model.config.quantization_config = config

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from ..checkpoint import storage_state_dict
+from ..checkpoint import check_saved, storage_state_dict
 from ..records import read_record, to_json
 from ..report import REPORT_NAME, PrunedBlock, SparsityReport
 from ..staging import locked, publish, recover, remove, save_tensors, sync_tree, write_text
@@ -175,6 +175,9 @@ class Workspace:
             if f"{FINAL}/{name}" not in self.journal.checksums:  # an earlier run got as far as that
                 self._finish_block(index, model, disk, final / name, once)
         _write_index(final, names, model.num_parameters())
+        settings: Any = getattr(model.config, "quantization_config", None)
+        if settings is not None:
+            check_saved(model, final, settings.storage == "packed")
         _move_files(rest, final)
         sync_tree(final)
         self.journal.phase = "complete"

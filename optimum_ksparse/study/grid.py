@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import AUTO, EXECUTION_SETTINGS, NO_PATTERN, SETTINGS, SparsityConfig
+from ..config import AUTO, EXECUTION_SETTINGS, NO_PATTERN, RECORDED, SETTINGS, SparsityConfig
 from .recipe import CALIBRATION, DENSE, Recipe
 
 # Settings that change nothing in a cell that reads no calibration data.
@@ -106,7 +106,7 @@ def identity_of(config: SparsityConfig) -> dict[str, Any]:
     found, defaults = _settings_of(config), _settings_of(SparsityConfig())
     # The batches are what reconstruction steps by, and what is held out.
     by_batches = config.reconstruct is not None or config.method == AUTO
-    harmless = {"layers", *_HARMLESS} - ({"batch_size"} if by_batches else set()) | set(config.unread)
+    harmless = {*RECORDED, *_HARMLESS} - ({"batch_size"} if by_batches else set()) | set(config.unread)
     changed = {
         name: value
         for name, value in found.items()

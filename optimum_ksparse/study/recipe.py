@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..checks import check_integer, check_keys, check_one_of
-from ..config import NO_PATTERN, SETTINGS
+from ..config import NO_PATTERN, RECORDED, SETTINGS
 from ..dataset import is_mix
 from ..evaluation import EvaluationProtocol
 from ..pattern import Pattern
@@ -17,7 +17,7 @@ from .tuning import KORQUAD_KEYS, NSMC_KEYS, check_korquad, check_nsmc
 
 CALIBRATION = ("dataset", "num_samples", "seq_len", "prepend_bos", "tokenizer")
 # Settings of SparsityConfig that stand at one place of a recipe each.
-_METHOD = tuple(name for name in SETTINGS if name not in ("pattern", "seed", "layers", *CALIBRATION))
+_METHOD = tuple(name for name in SETTINGS if name not in ("pattern", "seed", *RECORDED, *CALIBRATION))
 _COMMON = tuple(name for name in _METHOD if name != "method")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SOURCES = ("source", "method")
