@@ -175,7 +175,8 @@ def test_a_block_that_text_passes_by_is_named_before_any_work(make_model, token_
     with pytest.raises(ValueError, match=r"layers\.2: no calibration token reached this block"):
         sparsify(model, SparsityConfig("wanda", "2:4", token_ids))
     assert layers[0].mlp.up_proj is before
-    report = sparsify(model, SparsityConfig("wanda", "2:4", token_ids, modules_to_not_convert=[r"model\.layers\.2\."]))
+    settings = {"modules_to_not_convert": [r"model\.layers\.2\."], "reconstruct": "block", "reconstruction_epochs": 1}
+    report = sparsify(model, SparsityConfig("wanda", "2:4", token_ids, true_sequential=True, **settings))
     assert list(report.skipped) == ["layers.2.0"]
 
 

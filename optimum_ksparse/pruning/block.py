@@ -60,7 +60,7 @@ def prune_one_block(
     """Prunes the layers of a block, which is resident, and reconstructs it where `config` says so. Arguments as in
     `prune_blocks`, of this block; `dense` are the outputs that it is to give."""
     pruned = PrunedBlock(_prune_layers(blocks, index, targets, config, replay, replaced, processes, patterns))
-    if config.reconstruct is not None and replay is not None and dense is not None:
+    if config.reconstruct is not None and replay is not None and dense is not None and replay.times(index):
         kept, block = None if replaced is None else replaced.tuned, blocks.blocks[index]
         elsewhere = {id(p) for i, other in enumerate(blocks.blocks) if i != index for p in other.parameters()}
         pruned.reconstruction = reconstruct_block(index, block, replay, dense, config, processes, kept, elsewhere)
@@ -149,7 +149,7 @@ def _rounds(
     processes: Processes,
 ) -> list[dict[str, Layer]]:
     """The layers to prune from one collection of statistics: all of a block, or group by group."""
-    if replay is None or not config.true_sequential:
+    if replay is None or not config.true_sequential or not layers:
         return [layers]
     rounds: dict[str, int] = {}  # a stack goes with the first of its matrices
     groups = processes.once(lambda: replay.input_groups(index, block, observable(layers)))
@@ -171,7 +171,7 @@ def collect_statistics(
 ) -> dict[str, ColumnNorms]:
     """Statistics of the inputs of linear maps by name, and of each matrix of a stack by `matrix_name`, over the
     samples of all processes. Raises ValueError where no token reached a layer; names it."""
-    if replay is None or kind is None:
+    if replay is None or kind is None or not layers:
         return {}
 
     def make(layer: nn.Module | ExpertMatrix) -> ColumnNorms:
