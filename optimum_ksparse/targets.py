@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .calibration import DecoderBlocks, ExpertStack, always_there, find_read
+from .calibration import DecoderBlocks, ExpertStack, find_read
 from .calibration.experts import find_stacks
 from .checkpoint import aligned
 from .config import SparsityConfig
@@ -23,13 +21,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Layer = nn.Module | ExpertStack
 
 
-def find_targets(
-    blocks: DecoderBlocks,
-    config: SparsityConfig,
-    resident: Callable[[int], AbstractContextManager[None]] = always_there,
-) -> tuple[list[dict[str, Layer]], dict[str, str]]:
+def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, Layer]], dict[str, str]]:
     """What to prune: for each block its linear maps and stacks of matrices by name, and the ones left dense (path in
-    the decoder → reason). Nothing with `pattern=None`. Within `resident(index)` the weights of a block are there.
+    the decoder → reason). Nothing with `pattern=None`.
 
     Raises:
         ValueError: a linear map or a stack cannot be pruned and `skip_unsupported` is False, a name in
@@ -40,7 +34,7 @@ def find_targets(
     pattern = Pattern(config.pattern)
     targets: list[dict[str, Layer]] = []
     skipped: dict[str, str] = {}
-    read = find_read(blocks, resident)  # first: weights that come and go are other objects each time
+    read = find_read(blocks)
     owners = _owners(blocks)
     for index, block in enumerate(blocks.blocks):
         layers: dict[str, Layer] = {}

@@ -141,7 +141,7 @@ class CheckpointRun:
         blocks = disk.blocks
         if config.drop_layers is not None:
             check_drop(blocks, config.drop_layers, config.modules_to_not_convert)
-        targets, skipped = find_targets(blocks, config, disk.resident)
+        targets, skipped = find_targets(blocks, config)
         if config.drop_layers is None:
             processes.once(lambda: check_run_space(model, targets, config, workspace))
         with evaluation_mode(model), torch.no_grad():
@@ -152,7 +152,7 @@ class CheckpointRun:
             kept = [index for index in range(len(blocks.blocks)) if index not in dropped.blocks]
             drop_blocks(blocks, dropped.blocks)
             disk.keep(kept)
-            targets, skipped = find_targets(blocks, config, disk.resident)
+            targets, skipped = find_targets(blocks, config)
             processes.once(lambda: check_run_space(model, targets, config, workspace))
         num_parameters = model.num_parameters()
         done = list(workspace.journal.blocks)

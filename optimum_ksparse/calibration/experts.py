@@ -3,6 +3,7 @@ is multiplied with, and the implementation of transformers that takes them one b
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -38,14 +39,20 @@ class ExpertStack:
     def reads_matrices(self) -> bool:
         """Whether the owner's forward reads the parameter as `F.linear(x, self.<name>[expert])` and in no other way,
         which makes it [experts, out, in]. Read from the source: running it would need inputs."""
-        try:
-            source = inspect.getsource(inspect.unwrap(type(self.owner).forward))
-        except (OSError, TypeError):
-            return False
+        source = _source_of_forward(type(self.owner))
         name = rf"self\.{re.escape(self.name)}\b"
         matrices = re.findall(rf"\blinear\([^()]*,\s*{name}\[\w+\]\s*[,)]", source)
         tests = re.findall(rf"{name} is (?:not )?None", source)
         return bool(matrices) and len(matrices) + len(tests) == len(re.findall(name, source))
+
+
+@functools.cache
+def _source_of_forward(kind: Any) -> str:
+    """The source of a class's forward; "" where there is none."""
+    try:
+        return inspect.getsource(inspect.unwrap(kind.forward))
+    except (OSError, TypeError):
+        return ""
 
 
 @dataclass(frozen=True, eq=False)
