@@ -39,7 +39,7 @@ class ExpertStack:
     def reads_matrices(self) -> bool:
         """Whether the owner's forward reads the parameter as `F.linear(x, self.<name>[expert])` and in no other way,
         which makes it [experts, out, in]. Read from the source: running it would need inputs."""
-        source = _source_of_forward(type(self.owner))
+        source = _source_of_forward(type(self.owner))  # type: ignore[arg-type]
         name = rf"self\.{re.escape(self.name)}\b"
         matrices = re.findall(rf"\blinear\([^()]*,\s*{name}\[\w+\]\s*[,)]", source)
         tests = re.findall(rf"{name} is (?:not )?None", source)

@@ -1,7 +1,7 @@
 """Linear maps whose weight a model reads by itself, instead of calling them: a sparse module cannot take their places.
 
-Mamba, for one, computes `self.dt_proj.weight @ x`, and in training hands `self.out_proj.weight` to a kernel. The source
-of the classes tells what reads a weight on any path: a run takes one path alone.
+Mamba, for one, computes `self.dt_proj.weight @ x`, and in training hands `self.out_proj.weight` to a kernel. The
+source of the classes tells what reads a weight on any path: a run takes one path alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def find_read(decoder_blocks: DecoderBlocks) -> set[str]:
             holders[path] = module
             if is_linear_map(module):
                 linears.append(path)
-    reads = {path: _weights_read(type(module)) for path, module in holders.items()}
+    reads = {path: _weights_read(type(module)) for path, module in holders.items()}  # type: ignore[arg-type]
     return {path for path in linears if any(_matches(inner, reads[outer]) for outer, inner in _around(path, reads))}
 
 
