@@ -27,6 +27,10 @@ _ASKS = {"isinstance", "type", "hasattr", "id", "to", "type_as", "is_floating_po
 # Not on the way of any tokens.
 _SETTING_UP = {"__init__", "reset_parameters", "_reset_parameters", "_init_weights", "init_weights", "tie_weights"}
 _ANY = "*"
+# What decides on a way for good: the settings that a module holds. Whether it trains changes.
+_STATIC = (ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.Compare, ast.cmpop, ast.Attribute, ast.Constant)
+_Guard = tuple[str, bool]  # an expression of `self`, and its value where the weight is read
+_Read = tuple[str, tuple[_Guard, ...]]
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -41,11 +45,25 @@ def find_read(decoder_blocks: DecoderBlocks) -> set[str]:
             holders[path] = module
             if is_linear_map(module):
                 linears.append(path)
-    reads = {path: _weights_read(type(module)) for path, module in holders.items()}  # type: ignore[arg-type]
+    reads = {path: _reads_of(module) for path, module in holders.items()}
     return {path for path in linears if any(_matches(inner, reads[outer]) for outer, inner in _around(path, reads))}
 
 
-def _around(path: str, reads: dict[str, frozenset[str]]) -> Iterator[tuple[str, str]]:
+def _reads_of(module: nn.Module) -> set[str]:
+    """Paths in a module whose weight its class reads, but where its settings rule that out."""
+    reads: frozenset[_Read] = _weights_read(type(module))  # type: ignore[arg-type]
+    return {path for path, guards in reads if all(_may_hold(guard, module) for guard in guards)}
+
+
+def _may_hold(guard: _Guard, module: nn.Module) -> bool:
+    test, wanted = guard
+    try:  # the model's own code, of attributes and comparisons alone: see `_Reader._guards`
+        return bool(eval(test, {"__builtins__": {}}, {"self": module})) == wanted
+    except Exception:  # an attribute that is not there (yet)
+        return True
+
+
+def _around(path: str, reads: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
     """Each module around a path whose class reads weights, and the path in it, without the numbers of lists."""
     parts = path.split(".")
     for depth in range(len(parts)):
@@ -54,16 +72,16 @@ def _around(path: str, reads: dict[str, frozenset[str]]) -> Iterator[tuple[str, 
             yield outer, ".".join(part for part in parts[depth:] if not part.isdigit())
 
 
-def _matches(path: str, read: frozenset[str]) -> bool:
+def _matches(path: str, read: set[str]) -> bool:
     parent, _, _ = path.rpartition(".")
     return path in read or f"{parent}.{_ANY}".lstrip(".") in read
 
 
 @functools.cache
-def _weights_read(kind: Any) -> frozenset[str]:
-    """Paths in a module of this class, without the numbers of lists, of the modules whose `weight` its methods read;
-    "*" stands for a name that is made when it runs."""
-    read: set[str] = set()
+def _weights_read(kind: Any) -> frozenset[_Read]:
+    """Paths in a module of this class, without the numbers of lists, of the modules whose `weight` its methods read,
+    each with what must hold for that; "*" stands for a name that is made when it runs."""
+    read: set[_Read] = set()
     for base in kind.__mro__:
         if base in PreTrainedModel.__mro__ or base.__module__.startswith("torch."):
             continue
@@ -103,10 +121,20 @@ class _Reader:
             for target, value in _bindings(node):
                 self._values.setdefault(target, []).append(value)
 
-    def paths(self) -> set[str]:
-        """Paths from `self` of the modules whose weight is read."""
-        roots = {path for node in self._read() for path in self._resolve(node)}
-        return {path.partition(".")[2] for path in roots if path.startswith("self.")}
+    def paths(self) -> set[_Read]:
+        """Paths from `self` of the modules whose weight is read, with the guards of each."""
+        roots = {(path, self._guards(node)) for node in self._read() for path in self._resolve(node)}
+        return {(path.partition(".")[2], guards) for path, guards in roots if path.startswith("self.")}
+
+    def _guards(self, node: ast.AST) -> tuple[_Guard, ...]:
+        """The conditions around an expression that settings alone decide on."""
+        guards = []
+        while node is not self.function:
+            child, node = node, self._parents[node]
+            if isinstance(node, ast.If | ast.IfExp) and child is not node.test and _is_static(node.test):
+                then = node.body if isinstance(node.body, list) else [node.body]
+                guards.append((ast.unparse(node.test), child in then))
+        return tuple(guards)
 
     def parameters(self) -> set[str]:
         """Names of the arguments whose own weight is read."""
@@ -177,6 +205,14 @@ class _Reader:
             uses = (node for node in ast.walk(self.function) if isinstance(node, ast.Name) and node.id == name)
             return depth > 0 and all(self._is_harmless(u, depth - 1) for u in uses if isinstance(u.ctx, ast.Load))
         return False
+
+
+def _is_static(test: ast.expr) -> bool:
+    inner = [node for node in ast.walk(test) if not isinstance(node, ast.expr_context)]
+    names = [node.id for node in inner if isinstance(node, ast.Name)]
+    plain = all(isinstance(node, (*_STATIC, ast.Name)) for node in inner)
+    trains = any(isinstance(node, ast.Attribute) and node.attr == "training" for node in inner)
+    return plain and not trains and names != [] and set(names) == {"self"}
 
 
 def _bindings(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
