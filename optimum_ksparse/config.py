@@ -91,7 +91,8 @@ class SparsityConfig(QuantizationConfigMixin):
             are shared out by them, and shuffled with the seed.
         tokenizer: name, folder or object; None takes the model's own.
         num_samples: calibration sequences.
-        seq_len: tokens in each of them, the beginning token included.
+        seq_len: tokens in each of them, the beginning token included. Unless it is passed, the model's context where
+            that is shorter.
         batch_size: calibration sequences in one forward pass.
         calibration_dtype: dtype of the matrix products while calibration tokens run through the model; None: that of
             the weights. `"bfloat16"` makes such products of a float32 model twice as fast on some CPUs that have the
@@ -117,6 +118,7 @@ class SparsityConfig(QuantizationConfigMixin):
             groups before it pruned. Slower: one forward pass of the block for each group.
         modules_to_not_convert: names, suffixes or regular expressions of linear maps in the blocks to leave dense.
         skip_unsupported: leave what cannot be pruned dense and list it in the report, instead of raising.
+        prune_routers: prune the layers that route tokens to experts as well, which otherwise stay dense.
         storage: `"packed"` (0.5625 of the dense bytes at 50 % in 16 bit; needs this plugin to load) or `"dense"`
             (zeros written out; loads everywhere).
         prepend_bos: begin each calibration sequence with the beginning token; None does so where the tokenizer does.
@@ -187,6 +189,7 @@ class SparsityConfig(QuantizationConfigMixin):
         activations: str | None = None,
         iterations: int | None = None,
         names: str | None = None,
+        prune_routers: bool = False,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.method = _choice("method", method)
@@ -222,6 +225,7 @@ class SparsityConfig(QuantizationConfigMixin):
         self.true_sequential = check_boolean("true_sequential", true_sequential)
         self.modules_to_not_convert = check_names("modules_to_not_convert", modules_to_not_convert)
         self.skip_unsupported = check_boolean("skip_unsupported", skip_unsupported)
+        self.prune_routers = check_boolean("prune_routers", prune_routers)
         self.storage = _choice("storage", storage)
         self.prepend_bos = prepend_bos if prepend_bos is None else check_boolean("prepend_bos", prepend_bos)
         self.bos_in_statistics = check_boolean("bos_in_statistics", bos_in_statistics)
@@ -326,6 +330,13 @@ class SparsityConfig(QuantizationConfigMixin):
         """A copy with what `method="auto"` is to try, or has chosen."""
         own = copy.copy(self)
         own.method, own.reconstruct = method, reconstruct
+        return own
+
+    def fitted(self, context: int | None) -> SparsityConfig:
+        """A copy whose calibration samples fit into `context` positions, unless `seq_len` was passed."""
+        own = copy.copy(self)
+        if context is not None and "seq_len" not in self.given and not is_token_ids(self.dataset):
+            own.seq_len = min(self.seq_len, context)
         return own
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .calibration import DecoderBlocks, ExpertStack, find_read
+from .calibration import DecoderBlocks, ExpertStack, find_read, find_routers
 from .calibration.experts import find_stacks
 from .checkpoint import aligned
 from .config import SparsityConfig
@@ -23,7 +23,8 @@ Layer = nn.Module | ExpertStack
 
 def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, Layer]], dict[str, str]]:
     """What to prune: for each block its linear maps and stacks of matrices by name, and the ones left dense (path in
-    the decoder → reason). Nothing with `pattern=None`.
+    the decoder → reason). Nothing with `pattern=None`. Layers that route tokens, and those whose weight the model
+    reads by itself, stay dense without an error.
 
     Raises:
         ValueError: a linear map or a stack cannot be pruned and `skip_unsupported` is False, a name in
@@ -38,6 +39,7 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
     owners = _owners(blocks)
     for index, block in enumerate(blocks.blocks):
         layers: dict[str, Layer] = {}
+        routers = find_routers(blocks.model, block)
         modules = block.named_modules(remove_duplicate=False)  # one module at two places is shared
         candidates: dict[str, Layer] = {name: module for name, module in modules if is_linear_map(module)}
         for name, layer in {**candidates, **find_stacks(block)}.items():
@@ -45,8 +47,13 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
             if not should_convert_module(blocks.name_in_model(index, name), config.modules_to_not_convert):
                 skipped[path] = "in modules_to_not_convert"
                 continue
-            reason = "the model reads its weight instead of calling it" if path in read else None
-            reason = reason or _unsupported(layer, pattern, owners, path)
+            if path in read:
+                skipped[path] = "the model reads its weight instead of calling it"
+                continue
+            if name in routers and not config.prune_routers:
+                skipped[path] = "it routes tokens to experts; prune_routers=True prunes it"
+                continue
+            reason = _unsupported(layer, pattern, owners, path)
             if reason is None:
                 layers[name] = layer
             elif config.skip_unsupported:

@@ -155,7 +155,7 @@ def test_stacks_are_pruned_saved_and_loaded_in_both_storages(kind: str, tmp_path
     before = logits(model)
     report = prune(model)
     assert stacks_of(model) == shapes
-    assert not report.skipped
+    assert all("routes" in reason for reason in report.skipped.values())
     found = logits(model)
     assert not torch.allclose(found, before)
     for storage in ("packed", "dense"):
@@ -223,8 +223,8 @@ def test_dequantize_to_another_dtype() -> None:
 
 
 def test_sixteen_bit_stacks_take_nine_sixteenths(tmp_path: Path) -> None:
-    make(dtype=torch.bfloat16).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)  # rotary embeddings in float32
+    make(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")  # rotary embeddings in float32
     report = prune(model, "magnitude")
     for stack in sparse_experts(model).values():
         assert stack.packed_bytes == 0.5625 * stack.dense_bytes

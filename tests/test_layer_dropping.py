@@ -342,9 +342,14 @@ def test_the_config_says_of_each_block_what_it_said() -> None:
     config.eos_token_id = [1, 2, 3, 4]
     config.mlp_layer_types, config.mlp_only_layers = ["a", "b", "c", "d"], [0, 2, 3]
     config.first_k_dense_replace = 2
-    assert smaller(config, [1, 3]) == {
+    config.widths, config.kinds, config.scales, config.grid, config.ends = ([5, 6, 7, 8] for _ in range(5))
+    source = "config.widths[layer_idx], self.kinds[index - 1], len(self.scales), config.grid[0], x not in (0,), config.ends"
+    assert smaller(config, [1, 3], f"for kind in {source}") == {
         "num_hidden_layers": 2,
         "mlp_layer_types": ["b", "d"],
+        "widths": [6, 8],
+        "kinds": [6, 8],
+        "scales": [6, 8],
         "mlp_only_layers": [1],
         "first_k_dense_replace": 1,
     }

@@ -353,6 +353,15 @@ def test_seq_len_above_the_context_is_an_error(dataset: str, calibrate: Calibrat
         calibrate(data[dataset], seq_len=CONTEXT + 1)
 
 
+def test_the_default_length_is_the_context_where_that_is_shorter(make_model: MakeModel, tokenizer: Tokenizer) -> None:
+    settings = {"method": "wanda", "dataset": ["가나다라 마바사 " * 40] * 4, "num_samples": 2}
+    model, explicit = make_model(), {**settings, "seq_len": 2048}
+    with pytest.raises(ValueError, match="seq_len=2048 is above"):
+        sparsify(model, SparsityConfig(**explicit), tokenizer)
+    report = sparsify(model, SparsityConfig(**settings), tokenizer)
+    assert report.calibration["seq_len"] == report.config["seq_len"] == CONTEXT
+
+
 def test_whole_context_can_be_used(calibrate: Calibrate) -> None:
     assert calibrate(sample_texts("calibration"), seq_len=CONTEXT).ids.shape == (4, CONTEXT)
 

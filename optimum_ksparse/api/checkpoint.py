@@ -6,8 +6,9 @@ import os
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
+from ..calibration import usual_context
 from ..checkpoint import commit_of, is_dense_record
 from ..checks import check_integer
 from ..config import SparsityConfig, recorded_settings
@@ -88,6 +89,7 @@ def prune_checkpoint(
             files = find_weight_files(source, **_hub(loading))
         _check_dense(source, loading)
         model_class = model_class or class_for_source(source, **loading)
+        config = config.fitted(usual_context(AutoConfig.from_pretrained(source, **loading)))
         job = {
             "source": processes.each(files.digests),
             "settings": settings_of(config),

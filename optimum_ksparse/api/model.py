@@ -25,6 +25,7 @@ from ..calibration import (
     read_tokenizer,
     tell_default_text,
     use_eager_experts,
+    usual_context,
 )
 from ..checkpoint import (
     check_reversible,
@@ -93,6 +94,7 @@ def sparsify(
         ConnectionError: the calibration data cannot be read from the Hub, or another process has stopped.
     """
     check_model(model, config)
+    config = config.fitted(usual_context(model.config))
     started = time.perf_counter()
     processes = current()
     blocks = find_blocks(model)

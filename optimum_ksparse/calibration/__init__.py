@@ -6,9 +6,10 @@ from .experts import ExpertStack, eager_experts, use_eager_experts
 from .language import tell_default_text
 from .reading import find_read
 from .replay import BlockReplay, always_there
+from .routers import find_routers
 from .running import evaluation_mode
 from .tokenizer import copy_processor, read_tokenizer, save_tokenizer
-from .tokens import CalibrationTokens, calibration_tokens, prepends_bos
+from .tokens import CalibrationTokens, calibration_tokens, prepends_bos, usual_context
 
 __all__ = [
     "Activations",
@@ -24,9 +25,11 @@ __all__ = [
     "evaluation_mode",
     "find_blocks",
     "find_read",
+    "find_routers",
     "prepends_bos",
     "read_tokenizer",
     "save_tokenizer",
     "tell_default_text",
     "use_eager_experts",
+    "usual_context",
 ]

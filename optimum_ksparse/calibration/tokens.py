@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import SparsityConfig
 from ..dataset import describe_dataset, is_mix, is_token_ids
@@ -104,6 +104,17 @@ def context_length(model: PreTrainedModel) -> int | None:
     """Positions that the model can attend over; None where it has no limit (ALiBi, state spaces)."""
     length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
+
+
+# As configs call the length of the longest texts that a model was made for, with a limit or without.
+_LENGTHS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length", "context_length", "n_ctx")
+
+
+def usual_context(config: PreTrainedConfig) -> int | None:
+    """The most positions that a model was made for, as its config says; None where it says nothing."""
+    text = config.get_text_config(decoder=True)
+    lengths = [length for name in _LENGTHS if type(length := getattr(text, name, None)) is int and length > 1]
+    return lengths[0] if lengths else None
 
 
 def check_context(model: PreTrainedModel, seq_len: int) -> None:

@@ -39,6 +39,7 @@ SETTINGS_TEXTS = {
     "true_sequential": "collect statistics anew for each group of layers in a block",
     "modules_to_not_convert": "linear maps to leave dense (default: none)",
     "skip_unsupported": "leave what cannot be pruned dense, instead of an error",
+    "prune_routers": "prune the layers that route tokens to experts as well",
     "storage": "packed, or dense: zeros written out, which loads everywhere",
     "prepend_bos": "begin each sequence with the beginning token (default: where the tokenizer does)",
     "bos_in_statistics": "count its position in the statistics",

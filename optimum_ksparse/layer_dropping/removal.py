@@ -4,8 +4,10 @@ written, read and built on the meta device, with and without the blocks, and the
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -87,7 +89,7 @@ def drop_blocks(blocks: DecoderBlocks, dropped: Sequence[int]) -> Callable[[], N
 def _plan(blocks: DecoderBlocks, kept: list[int]) -> tuple[dict[str, Any], list[_Change]]:
     """What to change in the config, and in the modules that stay, by their paths without the dropped blocks."""
     model = blocks.model
-    changes = smaller(_text_config(model.config), kept)
+    changes = smaller(_text_config(model.config), kept, _sources(model))
     try:
         before, after = _skeleton(model, {}), _skeleton(model, changes)
     except (TypeError, ValueError, KeyError, IndexError, StrictDataclassError) as error:
@@ -99,6 +101,13 @@ def _plan(blocks: DecoderBlocks, kept: list[int]) -> tuple[dict[str, Any], list[
         attributes += _inside(blocks, (old, new), *pair, f"{prefix}{new}", changes)
     _check_state(blocks, kept, after, prefix)
     return changes, attributes
+
+
+def _sources(model: PreTrainedModel) -> str:
+    """The code that reads the config: of the model, its modules and the config itself."""
+    kinds = {type(module) for module in model.modules()} | {type(_text_config(model.config)), type(model.config)}
+    files = {kind.__module__ for kind in kinds if not kind.__module__.startswith("torch.")}
+    return "\n".join(inspect.getsource(sys.modules[name]) for name in sorted(files) if name in sys.modules)
 
 
 def _skeleton(model: PreTrainedModel, changes: dict[str, Any]) -> PreTrainedModel:

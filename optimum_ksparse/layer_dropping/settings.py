@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +28,11 @@ def why_not(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def smaller(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+def smaller(config: PreTrainedConfig, kept: Sequence[int], source: str) -> dict[str, Any]:
     """What to change in a (text) config so that it describes a model of the blocks `kept` alone, in that order.
 
-    Each list with an entry for each block is one of its blocks' settings; it is written out even where the config
-    derives it from a rule, which counts blocks.
+    Each list with an entry for each block is one of its blocks' settings where `source`, the code of the model, takes
+    the entry of a number from it; it is written out even where the config derives it from a rule, which counts blocks.
     """
     changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
     total = config.num_hidden_layers
@@ -40,7 +41,7 @@ def smaller(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
             changes[name] = [kept.index(index) for index in value if index in kept]
         elif name in _COUNTS and type(value) is int and value < total:
             changes[name] = sum(index < value for index in kept)
-        elif isinstance(value, list | tuple) and len(value) == total and not _is_about_something_else(name):
+        elif isinstance(value, list | tuple) and len(value) == total and _is_about_blocks(name, source):
             changes[name] = type(value)(value[index] for index in kept)
     step = getattr(config, "decoder_sparse_step", 1)
     if step > 1:  # every step-th block has experts: now those that have none are listed
@@ -51,6 +52,13 @@ def smaller(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     return changes
 
 
-def _is_about_something_else(name: str) -> bool:
-    """Whether a list has as many entries as there are blocks by chance."""
-    return name.startswith("_") or name.endswith(("token_id", "token_ids", "_tokens")) or name == "architectures"
+def _is_about_blocks(name: str, source: str) -> bool:
+    """Whether the code takes one entry after the other from a list, or that of a number; others have as many entries
+    as there are blocks by chance."""
+    by_number = rf"\b{name}\[\s*(?:[a-z_]+\.)*[a-z_]\w*(?:\s*[-+%]\s*\w+)?\s*\]"
+    in_turn = rf"\bin\s+(?:enumerate\(|zip\([^()]*|range\(len\()?\s*(?:[a-z_]+\.)*{name}\b"
+    counted = rf"\blen\((?:[a-z_]+\.)*{name}\)"
+    if name.startswith("_") or name == "architectures":
+        return False
+    # The cache reads those as well, for all models.
+    return name.endswith("layer_types") or re.search(f"{by_number}|{in_turn}|{counted}", source) is not None

@@ -1,8 +1,8 @@
 """One file a method, pure tensor maths: `(weight, statistics, pattern, **settings) -> (weight, mask)`.
 
 `weight` is [out, in] in any floating dtype and is not changed; the returned weight has its dtype and is zero where the
-returned mask ([out, in], bool, True = kept) is False. A method warns (`warnings.warn`) of what the user should know,
-such as a raised damping; the block loop writes it into the report. To add a method: its file, its line in `METHODS`, a
+returned mask ([out, in], bool, True = kept) is False. A method says by `note` what the user should know, such
+as a raised damping; the block loop writes it into the report. To add a method: its file, its line in `METHODS`, a
 test, a recipe. `sweep` and `sweep_kernel` are the inner loop of SparseGPT, in torch and for a GPU; `scaled` is what
 `admm` and `alps` share; `solve` and `swaps` are what `refine` lets follow on any of them.
 """
@@ -19,6 +19,7 @@ import torch
 from ..pattern import Pattern
 from ..statistics import ColumnNorms, GramMatrix
 from . import admm, alps, magnitude, sparsegpt, wanda
+from .notes import collected_notes
 from .refine import REFINEMENTS
 
 
@@ -82,4 +83,4 @@ def prune(
     return pruned, mask
 
 
-__all__ = ["METHODS", "REFINEMENTS", "Method", "prune", "statistics_of"]
+__all__ = ["METHODS", "REFINEMENTS", "Method", "collected_notes", "prune", "statistics_of"]

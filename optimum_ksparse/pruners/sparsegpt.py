@@ -4,13 +4,13 @@ arXiv 2301.00774, algorithm 1."""
 from __future__ import annotations
 
 import itertools
-import warnings
 import weakref
 
 import torch
 
 from ..pattern import Pattern, lowest, lowest_blocks
 from ..statistics import GramMatrix
+from .notes import note
 from .scaled import finite
 from .sweep import one_thread, sweep
 
@@ -87,7 +87,7 @@ def _inverse_factor(statistics: GramMatrix, damping: float) -> _Factor:
         _FACTORS[statistics] = (key, *_factorise(statistics.gram, damping))
     _, factor, used = _FACTORS[statistics]
     if used != damping:
-        warnings.warn(f"singular Gram matrix: damping raised from {damping:g} to {used:g}", stacklevel=2)
+        note(f"singular Gram matrix: damping raised from {damping:g} to {used:g}")
     return factor
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, MutableMapping
 
 import torch
@@ -16,7 +15,7 @@ from ..config import SparsityConfig
 from ..nn import SparseExperts
 from ..nn.packing import pack
 from ..pattern import Pattern
-from ..pruners import prune
+from ..pruners import collected_notes, prune
 from ..report import LayerReport
 from ..statistics import ColumnNorms
 from .layer import overflow_advice
@@ -90,10 +89,9 @@ class _Run:
         """Prunes and packs one matrix of `weight` [experts, out, in] after the other."""
         for expert, matrix in enumerate(weight.detach()):
             own = self._statistics[expert]
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+            with collected_notes() as notes:
                 pruned, mask = self._prune(expert, matrix, self._shared if expert in self._few else own)
-            for message in dict.fromkeys(str(warning.message) for warning in caught):
+            for message in notes:
                 self.notes.setdefault(message, []).append(expert)
             if own is not None:
                 self._measure(own.sample, matrix, pruned)

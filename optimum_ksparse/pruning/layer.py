@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from ..config import SparsityConfig
 from ..memory import trim_heap
 from ..nn import SparseLinear, dense_weight
 from ..pattern import Pattern
-from ..pruners import prune
+from ..pruners import collected_notes, prune
 from ..report import LayerReport
 from ..statistics import ColumnNorms
 
@@ -51,8 +50,7 @@ def prune_layer(
         raise ValueError(f"{path}: its inputs hold NaN or Inf; {overflow_advice(config)}")
     pattern = Pattern(config.pattern)
     started = time.perf_counter()
-    with aligned(linear), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with aligned(linear), collected_notes() as notes:
         weight = dense_weight(linear)
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{path}: its weight holds NaN or Inf; prune a checkpoint whose weights are whole")
@@ -74,7 +72,7 @@ def prune_layer(
         packed_bytes=sparse.packed_bytes,
         relative_output_error=output_error,
         seconds=round(time.perf_counter() - started, 4),
-        note="; ".join(str(warning.message) for warning in caught),
+        note="; ".join(notes),
     )
     return sparse, row
 
