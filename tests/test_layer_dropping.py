@@ -343,7 +343,9 @@ def test_the_config_says_of_each_block_what_it_said() -> None:
     config.mlp_layer_types, config.mlp_only_layers = ["a", "b", "c", "d"], [0, 2, 3]
     config.first_k_dense_replace = 2
     config.widths, config.kinds, config.scales, config.grid, config.ends = ([5, 6, 7, 8] for _ in range(5))
-    source = "config.widths[layer_idx], self.kinds[index - 1], len(self.scales), config.grid[0], x not in (0,), config.ends"
+    source = (
+        "config.widths[layer_idx], self.kinds[index - 1], len(self.scales), config.grid[0], x not in (0,), config.ends"
+    )
     assert smaller(config, [1, 3], f"for kind in {source}") == {
         "num_hidden_layers": 2,
         "mlp_layer_types": ["b", "d"],
