@@ -23,6 +23,7 @@ from optimum_ksparse.hub.figures import draw_figures
 from optimum_ksparse.hub.sources import own_tokenizer
 from optimum_ksparse.inspection import inspect_checkpoint
 from optimum_ksparse.records import Share, Version, printable, read_record, to_json
+from optimum_ksparse.records.files import read_json
 from optimum_ksparse.report import (
     REPORT_NAME,
     RESULTS_NAME,
@@ -188,7 +189,14 @@ def test_a_file_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_foreign_text_is_one_harmless_line() -> None:
-    assert printable("a\x1b]0;title\x07\nb\u202e\x9b2J \ud800c") == "a]0;title b2J c"
+    assert printable("a\x1b]0;title\x07\nb\u202e\x9b2J \ud800c\U000e0041") == "a]0;title b2J c"
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "b": {"c": 2, "c": 3}}', f'["{"x" * 2**18}"]', "[" * 10**5, '{"a": '])
+def test_files_that_no_program_of_ours_wrote(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "a.json")
 
 
 def test_what_is_not_json_becomes_null() -> None:

@@ -16,7 +16,8 @@ from .kinds import As, Between, Present, Version
 _LONGEST = 500
 # Control characters, lone surrogates, and what changes the direction of text or hides it.
 _CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\ud800-\udfff\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\U000e0000-\U000e007f]"
 )
 _NAMES = {str: "str", bool: "bool", int: "int", float: "int or float", types.NoneType: "null"}
 

@@ -13,6 +13,7 @@ from .build import build, clean
 
 _MOST_BYTES = 64 * 2**20  # a report of 100,000 layers is half as large
 _MOST_LEVELS = 32
+_MOST_CHARACTERS = 2**17  # of one text
 
 
 def printable(text: Any) -> str:
@@ -42,27 +43,39 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is too large, no JSON, or nested too deeply; does not name the file.
+        ValueError: it is too large, no JSON, has a key twice, or is nested too deeply; does not name the file.
     """
     with open(path, "rb") as file:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise ValueError(f"it has more than {_MOST_BYTES} bytes")
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except RecursionError:
         raise ValueError(f"it is nested more than {_MOST_LEVELS} levels deep") from None
     check_depth(value)
     return value
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Programs differ in which of two values of one key they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
+
+
 def check_depth(value: Any, where: str = "it") -> None:
-    """Raises ValueError for a value that holds others in more levels than any record does, before recursion fails."""
+    """Raises ValueError for a value that holds others in more levels than any record does, before recursion
+    fails, or a text longer than any."""
     level, depth = [value], 0
     while level:
         depth += 1
         if depth > _MOST_LEVELS:
             raise ValueError(f"{where} is nested more than {_MOST_LEVELS} levels deep")
+        if any(isinstance(item, str) and len(item) > _MOST_CHARACTERS for item in level):
+            raise ValueError(f"{where} holds a text of more than {_MOST_CHARACTERS} characters")
         holders = [item for item in level if isinstance(item, dict | list)]
         level = [inner for item in holders for inner in (item.values() if isinstance(item, dict) else item)]
 
