@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from ..staging import write_text
 from .files import LOG_NAME
+from .places import without_places
 
 # -P: the current folder is no place to import from, unless it is one in this process.
 CELL_COMMAND = [sys.executable, "-P", "-m", "optimum_ksparse.study.cell"]
@@ -101,6 +103,9 @@ def _signal(child: _Child, number: int) -> None:
 def _close(child: _Child) -> None:
     assert child.process.stdin is not None
     child.process.stdin.close()
+    log = child.folder / LOG_NAME
+    text = log.read_text(encoding="utf-8", errors="replace")
+    write_text(log, without_places(text, child.folder.parents[1]))
 
 
 @contextmanager
