@@ -34,6 +34,8 @@ def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
     Raises:
         OSError: there is none, or the Hub cannot be reached. Other errors of transformers pass through.
     """
+    # Not left out: transformers would ask at the terminal whether to run what came with a checkpoint.
+    arguments = {**arguments, "trust_remote_code": bool(arguments.get("trust_remote_code"))}
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **arguments)
     if arguments.get("gguf_file") is None:
         hub = _hub(arguments)
