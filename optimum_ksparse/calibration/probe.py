@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from .blocks import DecoderBlocks
-from .calls import split_call
+from .calls import Call, split_call
 from .running import device_of, replaced_forward, run_decoder
 
 
@@ -23,7 +24,8 @@ class Probe:
         rests: what each block returns beside the hidden states; None: nothing but them.
         times: how often each block is called.
         in_line: whether each block is called once at most, in their order, with the very hidden states that the one
-            before returned, so that each can be run on the outputs of the one before.
+            before returned and no second stream of them (reversible layers), so that each can be run on the outputs of
+            the one before.
     """
 
     rests: list[tuple[Any, ...] | None]
@@ -45,21 +47,25 @@ def probe(
     """
     blocks = decoder_blocks.blocks
     found = Probe([None] * len(blocks), [0] * len(blocks))
-    last: list[tuple[int, torch.Tensor]] = []  # the block that was called last, and what it returned
+    last: list[tuple[int, Any]] = []  # the block that was called last, and what it returned
 
     def checked(index: int) -> Callable[..., Any]:
         block, original = blocks[index], blocks[index].forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, _ = split_call(args, kwargs)
-            for before, returned in last:
+            hidden, call = split_call(args, kwargs)
+            for before, output in last:
+                returned = hidden_of(output)
                 found.in_line &= index > before and (hidden is returned or torch.equal(hidden, returned))
+                found.in_line &= not _hands_on(output, call)
             with resident(index), autocast(device_of(block), dtype):
                 output = original(*args, **kwargs)
                 _check_output(decoder_blocks, index, hidden_of(output), dtype)
             found.times[index] += 1
-            found.rests[index] = tuple(output[1:]) if isinstance(output, tuple | list) else None
-            last[:] = [(index, hidden_of(output))]
+            found.rests[index] = tuple(output[1:]) if type(output) in (tuple, list) else None
+            # What the model reads by name is its own to make.
+            found.in_line &= type(output) in (tuple, list) or isinstance(output, torch.Tensor)
+            last[:] = [(index, output)]
             return output
 
         return forward
@@ -71,7 +77,19 @@ def probe(
 
 def hidden_of(output: Any) -> Any:
     """The hidden states in what a block returned."""
-    return output[0] if isinstance(output, tuple | list) else output
+    return output[0] if isinstance(output, tuple | list | ModelOutput) else output
+
+
+def _hands_on(output: Any, call: Call) -> bool:
+    """Whether a block is called with a tensor like hidden states that the one before returned beside them."""
+    if isinstance(output, torch.Tensor):
+        return False
+    hidden, *rest = output.to_tuple() if isinstance(output, ModelOutput) else output
+    others = [*call.args, *call.kwargs.values()]
+    return any(
+        isinstance(value, torch.Tensor) and value.shape == hidden.shape and any(value is other for other in others)
+        for value in rest
+    )
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
