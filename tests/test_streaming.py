@@ -130,6 +130,7 @@ def test_the_result_is_that_of_from_pretrained_bit_for_bit(
         assert row.relative_output_error == expected_row.relative_output_error
     assert (report.config, report.calibration) == (model.sparsity_report.config, model.sparsity_report.calibration)
     assert report.num_parameters == model.sparsity_report.num_parameters
+    assert report.fingerprint == SparsityReport.load(tmp_path / "memory/sparsity_report.json").fingerprint is not None
     assert not [path for path in (tmp_path / "disk").iterdir() if path.name.startswith(".")]
 
 
@@ -153,6 +154,8 @@ def assert_same_as_in_memory(source: Any, folder: Path, config: SparsityConfig, 
     model.save_pretrained(folder / "memory")
     prune_checkpoint(source, folder / "disk", config, **loading)
     assert_same_tensors(tensors(folder / "disk"), tensors(folder / "memory"))
+    reports = [SparsityReport.load(folder / name / "sparsity_report.json") for name in ("memory", "disk")]
+    assert reports[0].fingerprint == reports[1].fingerprint
     memory, disk = (
         {name: content for name, content in contents(folder / name).items() if name.endswith((".py", "config.json"))}
         for name in ("memory", "disk")

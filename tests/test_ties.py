@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from optimum_ksparse import SparsityConfig, SparsityReport, sparsify, write_card
-from optimum_ksparse.evaluation import EvaluationProtocol, evaluate_model, fingerprint, ties
+from optimum_ksparse.evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, fingerprint, ties
 
 from .conftest import make_config, sample_texts
 from .loopback_hub import LoopbackHub
@@ -127,6 +127,31 @@ def test_a_change_is_told_and_the_errors_go(
         card = write_card(source, tmp_path).read_text(encoding="utf-8")
         assert "## After pruning" in card and not ERROR.search(card)
         assert kinds(source.sparsity_report) == ["unknown"]
+
+
+def test_other_weights_that_are_saved_leave_the_models_own_report_as_it_is(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    before = copy.deepcopy(model.sparsity_report)
+    model.evaluation_results = EvaluationResults(before.fingerprint)
+    other = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other["model.norm.weight"] += 1
+    model.save_pretrained(tmp_path / "other", state_dict=other)
+    assert kinds(report_in(tmp_path / "other")) == ["unknown"]
+    assert not (tmp_path / "other/evaluation_results.json").exists() and "model.norm.weight" in other
+    model.save_pretrained(tmp_path / "same", state_dict=model.state_dict())
+    assert report_in(tmp_path / "same") == before == model.sparsity_report
+    assert (tmp_path / "same/evaluation_results.json").exists() and model.evaluation_results is not None
+
+
+@pytest.mark.parametrize("tokens", [300, 400])
+def test_the_parameters_are_counted_again(tokens: int, model: PreTrainedModel, tmp_path: Path) -> None:
+    before = model.sparsity_report.num_parameters
+    model.resize_token_embeddings(tokens)
+    model.save_pretrained(tmp_path)
+    wanted = before + 2 * (tokens - 384) * 32  # embeddings and head
+    assert report_in(tmp_path).num_parameters == wanted
+    assert f"{wanted:,} parameters (zeros included)" in write_card(model, tmp_path).read_text(encoding="utf-8")
 
 
 def test_one_value_written_past_pytorch_is_found_when_the_card_is_written(

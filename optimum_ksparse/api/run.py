@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -20,6 +21,7 @@ from ..checkpoint import install_layers, layer_records
 from ..choosing import choose_method
 from ..config import AUTO, SparsityConfig
 from ..distributed import Processes
+from ..evaluation import fingerprint, tensor_digests
 from ..layer_dropping import check_drop, drop_blocks, measure_drop
 from ..memory import peak_memory
 from ..pruning import needs_original, prune_blocks
@@ -288,7 +290,8 @@ class CheckpointRun:
         def note() -> None:
             prefix = f"{disk.blocks.name_in_decoder(index)}."
             layers = {name: layer for name, layer in layer_records(model).items() if name.startswith(prefix)}
-            workspace.add_block(index, disk.state_dict(index), layers, pruned)
+            digests = [tensor_digests(module) for module in disk.blocks.blocks[index].modules()]
+            workspace.add_block(index, disk.state_dict(index), layers, pruned, digests)
             if snapshot is not None:
                 workspace.journal.snapshot = snapshot
             self._note_costs(peaks)
@@ -314,11 +317,22 @@ class CheckpointRun:
             report.base_arguments = {"subfolder": self.loading["subfolder"]}
         self.files.check()
         report.source_fingerprint = self.files.fingerprint()
+        report.fingerprint = self._fingerprint(model, disk)
         self._note_costs([peak_memory()])
         report.seconds = round(self.workspace.journal.seconds, 2)
         report.peak_memory_bytes = self.workspace.journal.peak_memory_bytes
         model.sparsity_report = report  # type: ignore[assignment]
         self.workspace.finish(model, disk, self._save_tokenizer)
+
+    def _fingerprint(self, model: PreTrainedModel, disk: DiskBlocks) -> str | None:
+        """Of the pruned weights, whose blocks are on the disk; None where an earlier version pruned some of them."""
+        known: dict[nn.Module, list[str]] = {}
+        for block, done in zip(disk.blocks.blocks, self.workspace.journal.blocks, strict=True):
+            modules = list(block.modules())
+            if len(done.digests) != len(modules):
+                return None
+            known |= zip(modules, done.digests, strict=True)
+        return fingerprint(model, known)
 
     def _save_tokenizer(self, folder: Path) -> None:
         if (error := save_tokenizer(self.source, folder, **self.loading)) is not None:

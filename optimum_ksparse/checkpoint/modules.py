@@ -33,6 +33,14 @@ def sparse_experts(root: nn.Module) -> dict[str, SparseExperts]:
     return {name: module for name, module in root.named_modules() if isinstance(module, SparseExperts)}
 
 
+def logical_parameters(model: PreTrainedModel) -> int:
+    """How many parameters the model has, the zeros that its sparse modules do not store included."""
+    stored = sum(module.weight.numel() for module in sparse_modules(model).values())
+    layers = sum(layer.out_features * layer.in_features for layer in sparse_layers(model).values())
+    experts = sum(stack.shape.numel() for stack in sparse_experts(model).values())
+    return int(model.num_parameters()) - stored + layers + experts
+
+
 def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Puts an empty sparse module on the meta device in the place of each layer that a checkpoint records.
 

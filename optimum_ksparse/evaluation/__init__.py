@@ -2,7 +2,7 @@
 
 from .baseline import Baseline, recorded_baseline, set_aside
 from .environment import has_head
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, tensor_digests
 from .kobest import evaluate_kobest
 from .kobest_data import KOBEST_TASKS
 from .measure import evaluate_baseline, evaluate_model
@@ -12,7 +12,7 @@ from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
 from .schemas import SCHEMAS
 from .table import OTHER_TITLES, TASK_TITLES, result_rows, results_table
-from .ties import RECORDS, TrainingRun, is_unchanged, mark_weights, note_merge, settle_records
+from .ties import RECORDS, TrainingRun, is_unchanged, mark_weights, note_merge, settle_records, settled_records
 from .tuning import read_tuning, tuning_of, tuning_settings, tuning_title
 
 __all__ = [
@@ -43,6 +43,8 @@ __all__ = [
     "results_table",
     "set_aside",
     "settle_records",
+    "settled_records",
+    "tensor_digests",
     "tuning_of",
     "tuning_settings",
     "tuning_title",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -14,21 +14,29 @@ from ..checkpoint import aligned
 from ..nn import SparseExperts, SparseLinear
 
 
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, known: Mapping[nn.Module, list[str]] | None = None) -> str:
     """SHA-256 over all tensors of a model, in its order.
 
     Storage (packed or dense), shards, devices and the names of tensors do not change it; another value or dtype of
     any weight does.
+
+    Args:
+        known: `tensor_digests` of modules whose tensors are not in memory any more.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     digests: list[str] = []
     for module in tqdm(list(model.modules()), desc="Fingerprint", unit="module", delay=2, leave=False):
-        with aligned(module):
-            found = [_digest(tensor) for tensor in _tensors(module)]
+        found = known[module] if known is not None and module in known else tensor_digests(module)
         # A head that is tied to the embeddings is stored once, and may be one tensor or two when it is loaded.
         digests += [digest for digest in found if module is not head or digest not in digests]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@torch.no_grad()
+def tensor_digests(module: nn.Module) -> list[str]:
+    """SHA-256 of each tensor of the module itself, without those of its submodules."""
+    with aligned(module):
+        return [_digest(tensor) for tensor in _tensors(module)]
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

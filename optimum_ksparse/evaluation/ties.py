@@ -11,7 +11,7 @@ values written past PyTorch (`weight.data[0, 0] = 1`), is found by the next fing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..checkpoint import logical_parameters
 from ..report import Change, SparsityReport
 from .fingerprint import fingerprint
 from .results import EvaluationResults
@@ -29,6 +30,7 @@ logger = logging.get_logger(__name__)
 _SAMPLES = 64  # of each tensor
 # What `from_pretrained` reads beside the weights, and `sparsify` and `merge_adapter` make.
 RECORDS = ("sparsity_report", "merge_report", "evaluation_results")
+_OTHER_WEIGHTS = "model.evaluation_results was measured on other weights than these; it is not saved with them."
 
 
 @dataclass
@@ -93,11 +95,9 @@ def is_unchanged(
     return all(found.writes[name] == (at, n) for name, (at, n) in mark.writes.items() if found.writes[name][0] == at)
 
 
-def settle_records(
-    model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None = None, *, now: str | None = None
-) -> None:
-    """Makes a model's report say whether the weights, or those that are saved instead of them, are still the ones that
-    pruning left, and drops results of other ones.
+def settle_records(model: PreTrainedModel, *, now: str | None = None) -> None:
+    """Makes a model's report say whether the weights are still the ones that pruning left, and drops results of other
+    ones.
 
     Args:
         now: the fingerprint of the weights, where it has been computed: then it decides.
@@ -107,17 +107,36 @@ def settle_records(
     if getattr(model, "peft_config", None):  # report and mark are of the model that the adapter was added to
         known = now or (None if results is None else fingerprint(model))
     else:
-        unchanged = is_unchanged(model, state_dict, now)
+        unchanged = is_unchanged(model, now=now)
         known = now or (mark.fingerprint if mark is not None and unchanged else None)
         pruned_here = mark is not None and mark.pruned_here and unchanged
-        if known is None and unchanged and state_dict is None and (pruned_here or results is not None):
+        if known is None and unchanged and (pruned_here or results is not None):
             known = fingerprint(model)
         _settle_report(model, unchanged, now or (known if pruned_here else None), pruned_here)
-        if state_dict is None:
-            mark_weights(model, known, pruned_here=pruned_here)
+        mark_weights(model, known, pruned_here=pruned_here)
     if isinstance(results, EvaluationResults) and results.fingerprint != known:
-        logger.warning("model.evaluation_results was measured on other weights than these; it is not saved with them.")
+        logger.warning(_OTHER_WEIGHTS)
         model.evaluation_results = None  # type: ignore[assignment]
+
+
+def settled_records(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None = None) -> list[Any]:
+    """A model's `RECORDS` as they are saved beside its weights, after `settle_records`. Beside other weights, saved
+    instead of them, go copies that say what holds of these: the model's own records stay as they are."""
+    if state_dict is None or getattr(model, "peft_config", None):  # then the state is that of an adapter
+        settle_records(model)
+        return [getattr(model, name, None) for name in RECORDS]
+    report, merge, results = (getattr(model, name, None) for name in RECORDS)
+    mark, unchanged = getattr(model, "weights_mark", None), is_unchanged(model, state_dict)
+    if isinstance(report, SparsityReport):
+        report = replace(report, changes=list(report.changes))
+        if not unchanged:
+            _note_change(model, report)
+            report.fingerprint = None
+    known = mark.fingerprint if isinstance(mark, WeightsMark) and unchanged else None
+    if isinstance(results, EvaluationResults) and results.fingerprint != known:
+        logger.warning_once(_OTHER_WEIGHTS)
+        results = None
+    return [report, merge, results]
 
 
 def _settle_report(model: PreTrainedModel, unchanged: bool, now: str | None, pruned_here: bool) -> None:
@@ -144,6 +163,8 @@ def note_merge(model: PreTrainedModel, change: Change) -> None:
 
 
 def _note_change(model: PreTrainedModel, report: SparsityReport) -> None:
+    if not (dist.is_available() and dist.is_initialized()):  # a process may hold a part of each
+        report.num_parameters = logical_parameters(model)
     run = getattr(model, "training_run", None)
     if isinstance(run, TrainingRun) and not run.ended and run.state.global_step > 0:
         change = run.change

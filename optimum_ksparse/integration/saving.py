@@ -25,7 +25,7 @@ from ..checkpoint import (
     without_record,
 )
 from ..config import DENSE_CONFIG_KEY, RECORDED, RUN_TIME_SETTINGS, SparsityConfig
-from ..evaluation import RECORDS, EvaluationResults, settle_records
+from ..evaluation import EvaluationResults, settled_records
 from ..finetuning import MergeReport
 from ..finetuning.masks import record
 from ..report import SparsityReport
@@ -65,18 +65,20 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
         known = {name: value for name, value in bound.items() if name not in ("self", "push_to_hub", "kwargs")}
         if is_sparse and config.storage == "packed":
             known["save_original_format"] = False  # conversions are for dense tensors
+        state_dict = bound.get("state_dict")
+        if state_dict is not None:
+            known["state_dict"] = dict(state_dict)  # transformers takes out what it has written
         with staged(directory) as staging, ExitStack() as as_stored:
             if is_sparse:
                 record_layers(self, config)
-                as_stored.enter_context(_given_state_dict(self, bound.get("state_dict")))
+                as_stored.enter_context(_given_state_dict(self, known.get("state_dict")))
                 as_stored.enter_context(_config_for_storage(self, config))
             original(self, **{**known, "save_directory": staging})
             if is_sparse and not adapted and not is_elsewhere(self):
                 check_saved(self, staging, config.storage == "packed")
             if adapted:
                 record(self, staging)
-            settle_records(self, bound.get("state_dict"))
-            for found in (getattr(self, name, None) for name in RECORDS):
+            for found in settled_records(self, state_dict):
                 if isinstance(found, SparsityReport | MergeReport | EvaluationResults):
                     found.save(staging)
         if bound.get("push_to_hub"):

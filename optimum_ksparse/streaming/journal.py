@@ -30,6 +30,8 @@ class FinishedBlock:
         sha256: of that file.
         layers: its sparse layers, as in the model's config.
         rows: of the report, one for each layer; reconstruction: and one of the block, where it was reconstructed.
+        digests: of the tensors of each of its modules, in the order of `block.modules()`; none in the journals of
+            earlier versions.
     """
 
     file: RelativePath
@@ -37,6 +39,7 @@ class FinishedBlock:
     layers: dict[str, Annotated[dict[str, Any], As(LayerRecord)]]
     rows: list[LayerReport]
     reconstruction: BlockReport | None = None
+    digests: list[list[str]] = field(default_factory=list)
 
 
 @dataclass

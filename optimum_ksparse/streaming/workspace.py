@@ -142,12 +142,15 @@ class Workspace:
             self.journal.checksums[path.relative_to(self.path).as_posix()] = sha256_of(path)
         self.journal.save(self.path)
 
-    def add_block(self, index: int, state: dict[str, torch.Tensor], layers: Any, pruned: PrunedBlock) -> None:
+    def add_block(
+        self, index: int, state: dict[str, torch.Tensor], layers: Any, pruned: PrunedBlock, digests: list[list[str]]
+    ) -> None:
         """Writes a pruned block. It counts when the journal has been saved."""
         name = f"block-{index:05d}.safetensors"
         path = self.path / name
         save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, path)
-        self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, pruned.layers, pruned.reconstruction))
+        rows = pruned.layers, pruned.reconstruction
+        self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, *rows, digests))
 
     def written_bytes(self) -> int:
         """Bytes that an earlier run has left to go on with."""
