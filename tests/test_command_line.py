@@ -227,6 +227,15 @@ def test_a_gated_model_is_one_sentence(hub: LoopbackHub, capsys):
     assert (status, "accepted its terms" in line) == (1, True), line
 
 
+def test_a_token_that_the_hub_does_not_accept_is_one_sentence(hub: LoopbackHub, capsys):
+    hub.add_repo("org/private", {"config.json": b"{}"})
+    hub.required_token = "hf_another"
+    for words in (["eval", "org/private"], ["prune", "org/private", "o"], ["info", "org/private"]):
+        status, line, shown = said(capsys, *words, "--token", TOKEN)
+        assert (status, "does not accept the token" in line, TOKEN in shown) == (1, True, False), shown
+        assert len(line) < 250
+
+
 # Errors
 
 

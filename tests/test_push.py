@@ -39,6 +39,7 @@ from transformers.utils import PushToHubMixin
 
 from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
+from optimum_ksparse.commands import parse_words
 from optimum_ksparse.evaluation import (
     Baseline,
     EvaluationProtocol,
@@ -866,6 +867,23 @@ def test_tokenizer_of_the_base_at_the_recorded_commit(
             model.push_to_hub(NAME)
     model.push_to_hub(NAME, evaluate=TEXT_ONLY if saved else False)
     assert tokens_of(hub) == "model"
+
+
+def test_a_tokenizer_with_code_of_its_own_is_published_where_it_is_trusted(
+    hub: LoopbackHub, simple: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "trusted"
+    shutil.copytree(simple, folder)
+    tokenizer.save_pretrained(folder)
+    code = "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    (folder / "own.py").write_text(code, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = {**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    path.write_text(json.dumps({**settings, "tokenizer_class": "Own"}), encoding="utf-8")
+    assert parse_words(["push", str(folder), NAME]).run() == 1
+    assert "--tokenizer false to publish without one" in capsys.readouterr().err and created(hub) == []
+    assert parse_words(["push", str(folder), NAME, "--trust-remote-code"]).run() == 0
+    assert {"tokenizer.json", "own.py"} <= hub.files(NAME).keys()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])

@@ -4,6 +4,7 @@ from .activations import Activations
 from .blocks import DecoderBlocks, decoder_of, find_blocks
 from .experts import ExpertStack, eager_experts, use_eager_experts
 from .language import tell_default_text
+from .reaching import is_unreachable, reached_or_cached
 from .reading import find_read
 from .replay import BlockReplay, always_there
 from .routers import find_routers
@@ -26,7 +27,9 @@ __all__ = [
     "find_blocks",
     "find_read",
     "find_routers",
+    "is_unreachable",
     "prepends_bos",
+    "reached_or_cached",
     "read_tokenizer",
     "save_tokenizer",
     "tell_default_text",

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .reaching import reached_or_cached
+
 # name → (repository on the Hub, configuration)
 HUB_DATASETS = {
     "mc4-ko": ("allenai/c4", "ko"),
@@ -82,7 +84,9 @@ def stream(
         ) from error
     repository, configuration = HUB_DATASETS[name]
     try:
-        yield from prepare(load_dataset(repository, configuration, split="train", streaming=True))
+        with reached_or_cached(repository):
+            rows = prepare(load_dataset(repository, configuration, split="train", streaming=True))
+        yield from rows
     except Exception as error:  # the libraries between here and the network raise their own kinds
         raise ConnectionError(
             f"dataset={name!r} ({repository}, {configuration}) cannot be read from the Hub: "

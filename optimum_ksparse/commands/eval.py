@@ -100,7 +100,7 @@ class EvalCommand(Command):
         baseline: Any = settings.get("baseline")
         dense = choose_baseline(model, None if baseline is True else baseline, None) if baseline else None
         trusted = settings.get("trust_remote_code")
-        tokenizer = choose_tokenizer(model, settings.get("tokenizer"), None, dense, trusted)
+        tokenizer = choose_tokenizer(model, settings.get("tokenizer"), base=dense, trust_remote_code=trusted)
         assert tokenizer is not None  # only tokenizer=False leaves it out
         output.mkdir(parents=True, exist_ok=True)
 

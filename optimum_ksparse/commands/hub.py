@@ -64,6 +64,11 @@ def check_source(name: str, source: str, revision: str | None = None) -> None:
             "private one pass token=… or log in with `hf auth login`"
         ) from error
     except errors.HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 401:
+            raise PermissionError(
+                f"{name}={source!r}: the Hub does not accept the token (401): pass token=… or log in with "
+                "`hf auth login` again"
+            ) from error
         raise ConnectionError(f"{name}={source!r}: the Hub does not answer as it should: {_first(error)}") from error
     except (errors.HTTPError, OSError) as error:
         reason = (

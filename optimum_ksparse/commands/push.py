@@ -78,6 +78,7 @@ class PushCommand(Command):
                 evaluate=protocol if settings.get("evaluate") else False,
                 tokenizer=settings.get("tokenizer"),
                 tags=settings.get("tags"),
+                trust_remote_code=settings.get("trust_remote_code"),
                 readme=read_card(card) if card.is_file() else None,
                 **{name: settings[name] for name in _OPTIONS if name in settings},
             )

@@ -12,7 +12,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..calibration import evaluation_mode, prepends_bos
+from ..calibration import evaluation_mode, prepends_bos, reached_or_cached
 from ..checks import check_integer
 from ..version import install_hint
 from .environment import check_causal_lm, check_prepend_bos, environment
@@ -144,10 +144,11 @@ def _build_task(task: str, items: dict[str, list[dict[str, Any]]] | None, num_fe
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
     manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
     try:
-        if hasattr(manager, "load"):
-            built = manager.load([name])["tasks"][name]
-        else:  # older releases, such as 0.4.10
-            built = lm_eval.tasks.get_task_dict([name], manager)[name]
+        with reached_or_cached(KOBEST_DATASET) if items is None else nullcontext():
+            if hasattr(manager, "load"):
+                built = manager.load([name])["tasks"][name]
+            else:  # older releases, such as 0.4.10
+                built = lm_eval.tasks.get_task_dict([name], manager)[name]
     except Exception as error:  # datasets, huggingface_hub and the network raise many kinds here
         if items is not None:
             raise

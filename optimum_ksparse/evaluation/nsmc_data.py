@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..calibration import reached_or_cached
 from .kobest_data import describe_data, read_items
 
 NSMC_DATASET = "e9t/nsmc"
@@ -116,10 +117,11 @@ def _read_hub(num_fewshot: int) -> dict[str, Iterable[dict[str, Any]]]:
     except ImportError as error:
         raise ImportError(f'NSMC needs datasets: pip install "datasets>=4.0" ({error})') from error
     try:
-        return {
-            split: load_dataset(NSMC_DATASET, revision=PARQUET_REVISION, split=split)
-            for split in ("test", *(("train",) if num_fewshot else ()))
-        }
+        with reached_or_cached(NSMC_DATASET):
+            return {
+                split: load_dataset(NSMC_DATASET, revision=PARQUET_REVISION, split=split)
+                for split in ("test", *(("train",) if num_fewshot else ()))
+            }
     except Exception as error:  # datasets, huggingface_hub and the network raise many kinds here
         raise ConnectionError(
             f"NSMC ({NSMC_DATASET}, {PARQUET_REVISION}) cannot be read from the Hub: {type(error).__name__}: {error}; "

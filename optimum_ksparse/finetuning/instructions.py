@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..calibration import reached_or_cached
+
 logger = logging.get_logger(__name__)
 
 _FIELDS = ("instruction", "output")
@@ -81,7 +83,8 @@ def _hub_rows(name: str, usual: str, max_examples: int | None) -> list[tuple[str
     except ImportError as error:
         raise ImportError(f"data={name!r} needs the package datasets: pip install datasets") from error
     try:
-        found = load_dataset(name, split="train")
+        with reached_or_cached(name):
+            found = load_dataset(name, split="train")
     except Exception as error:  # the libraries between here and the network raise their own kinds
         raise ConnectionError(
             f"data={name!r} is no file, and cannot be read from the Hub: {type(error).__name__}: {error}; pass a "

@@ -12,6 +12,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from transformers.utils import CONFIG_NAME, logging
 
+from ..calibration import is_unreachable
 from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, TUNING_NAME
 from ..staging import outdated_weights
 from .figures import ERROR_FIGURE, RESULTS_FIGURE
@@ -76,7 +77,8 @@ def with_retries(repo_id: str, action: Callable[[], _T], *, once: bool = False) 
 
     Raises:
         PermissionError: the Hub does not accept the token, or the token may not do this.
-        ConnectionError: it did not work out in four tries, or the Hub refuses; says what the user can do.
+        ConnectionError: it did not work out in four tries, in two where the Hub cannot be reached, or the Hub
+            refuses; says what the user can do.
     """
     for wait in (*_WAITS, None):
         try:
@@ -86,7 +88,8 @@ def with_retries(repo_id: str, action: Callable[[], _T], *, once: bool = False) 
                 raise  # uploads of large files fail with a RuntimeError, but so do other things
             _check_access(repo_id, error)
             lost = once and isinstance(error, HTTPError) and _status(error) is None
-            if wait is None or lost or not _passes(error):
+            gone = is_unreachable(error) and wait not in _WAITS[:1]  # it cannot be reached twice
+            if wait is None or lost or gone or not _passes(error):
                 what = "the pull request may be there or not" if lost else "nothing of it is published"
                 offline = "" if _status(error) else "; without a network save_pretrained and write_card work"
                 raise ConnectionError(

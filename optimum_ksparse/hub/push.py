@@ -45,6 +45,7 @@ def push_model(
     variant: str | None = None,
     tags: list[str] | str | None = None,
     readme: str | None = None,
+    trust_remote_code: bool | None = None,
 ) -> CommitInfo:
     """Publishes a sparse model, one that has lost blocks, or an adapter on one: config, weights, tokenizer, report,
     results, figures and card in one commit. What did not change is not uploaded again, what a person wrote into the
@@ -61,6 +62,7 @@ def push_model(
         language: of the card, "en" or "ko".
         dense_revision: a branch for the same weights with their zeros written out, which plain transformers loads.
         readme: text of a card to go on from where the repository has none yet.
+        trust_remote_code: run the code that the tokenizer comes with.
         commit_message, commit_description, private, token, revision, create_pr, max_shard_size, variant, tags: as
             in transformers.
 
@@ -77,7 +79,8 @@ def push_model(
     _check_storage(model, plain, dense_revision)
     token = _clean_token(token)
     dense = choose_baseline(plain, baseline, token) if evaluate else None
-    found_tokenizer = choose_tokenizer(plain, tokenizer, token, dense)
+    loading = {"token": token, "trust_remote_code": trust_remote_code}
+    found_tokenizer = choose_tokenizer(plain, tokenizer, base=dense, can_lack=not evaluate, **loading)
     if evaluate:
         if found_tokenizer is None:
             raise ValueError("evaluate needs the tokenizer: pass one instead of tokenizer=False")

@@ -20,15 +20,17 @@ logger = logging.get_logger(__name__)
 def choose_tokenizer(
     model: PreTrainedModel,
     given: PreTrainedTokenizerBase | str | bool | None,
-    token: Any,
+    *,
     base: Baseline | None = None,
-    trust_remote_code: bool | None = None,
+    can_lack: bool = False,
+    **arguments: Any,
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer that is given or named; for None the model's own, for False none.
 
     Args:
         base: the dense model that the user asked for; its tokenizer will do where the model has none.
-        trust_remote_code: as the user passed it.
+        can_lack: tokenizer=False is a way out, which the error names.
+        arguments: `token`, `trust_remote_code`, as the user passed them.
 
     Raises:
         TypeError, OSError, ValueError: it cannot be one, or cannot be loaded.
@@ -39,14 +41,15 @@ def choose_tokenizer(
         return given
     if given is not None and not isinstance(given, str | os.PathLike):
         raise TypeError(f"tokenizer must be a tokenizer, its name, None or False, found {type(given).__name__}")
-    arguments = {"token": token, "trust_remote_code": trust_remote_code}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if given is not None:
         return read_tokenizer(os.fspath(given), **arguments)
-    return own_tokenizer(model, base, **arguments)
+    return own_tokenizer(model, base, can_lack, **arguments)
 
 
-def own_tokenizer(model: PreTrainedModel, base: Baseline | None = None, **arguments: Any) -> PreTrainedTokenizerBase:
+def own_tokenizer(
+    model: PreTrainedModel, base: Baseline | None = None, can_lack: bool = False, **arguments: Any
+) -> PreTrainedTokenizerBase:
     """The tokenizer that a sparse model was calibrated with in this process or came with, or that of `base`. What its
     files name is not read: nobody here has named it.
 
@@ -71,9 +74,10 @@ def own_tokenizer(model: PreTrainedModel, base: Baseline | None = None, **argume
             failed.append(f"{describe_source(source)}: {type(error).__name__}")
     recorded = [getattr(made_with(model), "tokenizer", None), getattr(report, "base_model", None)]
     named = " or ".join(dict.fromkeys(repr(name) for name in recorded if isinstance(name, str)))
+    without = ", or tokenizer=False to publish without one" if can_lack else ""
     raise ValueError(
         f"no tokenizer was found ({'; '.join(failed) or 'no source is known'}): pass tokenizer="
-        f"{f' (the checkpoint names {named})' if named else ''}, or tokenizer=False to publish without one"
+        f"{f' (the checkpoint names {named})' if named else ''}{without}"
     )
 
 

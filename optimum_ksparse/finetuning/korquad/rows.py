@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ...calibration import reached_or_cached
+
 
 def file_rows(path: Path) -> list[dict[str, Any]]:
     """The questions of a file in the form of SQuAD 1.1."""
@@ -81,7 +83,8 @@ def hub_rows(name: str, split: str) -> list[dict[str, Any]]:
     except ImportError as error:
         raise ImportError('data on the Hub need datasets: pip install "datasets>=4.0"') from error
     try:
-        found = load_dataset(name, split=split)
+        with reached_or_cached(name):
+            found = load_dataset(name, split=split)
     except Exception as error:  # datasets, huggingface_hub and the network raise many kinds here
         raise ConnectionError(
             f"KorQuAD ({name}, {split}) cannot be read from the Hub: {type(error).__name__}: {error}; without a "

@@ -1,0 +1,54 @@
+"""A Hub that cannot be reached, told at once: each library that reads it would try again for half a minute."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
+
+_SECONDS = 5
+# Of the client's library, httpx or its successor: nothing came back, not even an error. A slow answer is one.
+_NO_CONNECTION = ("ConnectError", "ConnectTimeout")
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether a request could not be sent at all: no network, no such host, nothing that listens."""
+    return isinstance(error, errors.HTTPError) and type(error).__name__ in _NO_CONNECTION
+
+
+@contextmanager
+def reached_or_cached(dataset: str) -> Iterator[None]:
+    """Within it a dataset of the Hub is loaded: from the Hub with all retries of the libraries, or, where the Hub
+    cannot be reached, from what was downloaded before.
+
+    Raises:
+        ConnectionError: the Hub cannot be reached, and the dataset was not downloaded before.
+    """
+    unreachable = _unreachable(dataset)
+    if unreachable is None:
+        yield
+        return
+    modules = [constants, *(sys.modules[name] for name in ("datasets.config",) if name in sys.modules)]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+        yield
+    except Exception as error:  # the libraries raise many kinds here
+        raise ConnectionError(
+            f"the Hub cannot be reached ({unreachable}), and {dataset} was not downloaded before"
+        ) from error
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+
+
+def _unreachable(dataset: str) -> str | None:
+    """Why the Hub cannot be reached, by one request; None where it answers, whatever it says."""
+    try:
+        get_hf_file_metadata(hf_hub_url(dataset, "README.md", repo_type="dataset"), timeout=_SECONDS)
+    except Exception as error:  # what it says is for the libraries to deal with
+        return " ".join(str(error).split()) if is_unreachable(error) else None
+    return None
