@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from optimum_ksparse import SparseLinear, SparsityConfig, SparsityReport, sparsify
+from optimum_ksparse import SparseLinear, SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.calibration import find_blocks
 
 from .conftest import ARCHITECTURES, VOCABULARY
@@ -168,13 +168,19 @@ def test_dequantize_gives_the_original_classes_and_the_same_logits(
     torch.testing.assert_close(logits(model, token_ids), sparse, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_changes_hidden_states_between_blocks_is_refused(
-    make_model: MakeModel, prune: Callable[..., SparsityReport]
+@torch.no_grad()
+def test_a_model_that_changes_its_weights_when_it_runs_is_refused(
+    make_model: MakeModel, prune: Callable[..., SparsityReport], token_ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    model = make_model("rwkv", rescale_every=1)  # halves them after every block
-    with pytest.raises(ValueError, match="changes the hidden states between blocks 0 and 1"):
-        prune(model)
-    assert not [module for module in model.modules() if isinstance(module, SparseLinear)]
+    model = make_model("rwkv", rescale_every=1)  # halves weights before the first block, hidden states after each
+    model.save_pretrained(tmp_path / "dense")
+    for _ in range(2):  # it has run by the second time
+        with pytest.raises(ValueError, match="rescale_every=0"):
+            prune(model)
+    with pytest.raises(ValueError, match="rescale_every=0"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", SparsityConfig("wanda", "2:4", token_ids))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", rescale_every=0)
+    assert prune(model).density == 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -43,7 +43,7 @@ def probe(
 
     Raises:
         TypeError: a block returns no hidden states; names it.
-        ValueError: the model overflows; names the block.
+        ValueError: the model overflows; names the block. Or running it changes its weights.
     """
     blocks = decoder_blocks.blocks
     found = Probe([None] * len(blocks), [0] * len(blocks))
@@ -70,8 +70,16 @@ def probe(
 
         return forward
 
+    weights = {name: (weight, weight._version) for name, weight in decoder_blocks.decoder.named_parameters()}
     with replaced_forward(blocks, checked):
         run_decoder(decoder_blocks.decoder, tokens)
+    written = [name for name, (weight, version) in weights.items() if weight._version != version]
+    # RWKV, which divides weights once, and then the hidden states by as much. Its flag tells of a run before this one.
+    if not found.in_line and (written or getattr(decoder_blocks.decoder, "layers_are_rescaled", False)):
+        raise ValueError(
+            f"{type(decoder_blocks.decoder).__name__} changes its own weights when it runs, so what is saved would "
+            "not be the model that was pruned: load it anew with rescale_every=0, or another setting without that"
+        )
     return found
 
 

@@ -118,7 +118,7 @@ def _checked(recipe: Recipe) -> list[Cell]:
     texts = None if recipe.protocol is None else recipe.protocol.texts
     if texts is not None and texts != "kowiki" and not evaluation_texts(texts)[0]:
         raise ValueError(f"evaluation: texts={texts!r} holds no text")
-    check_output(recipe.output, reads=(recipe.model,), ours=(RECORD_NAME,), overwrite=None)
+    check_output(recipe.output, reads=(recipe.model,), ours=(RECORD_NAME, CELLS), overwrite=None)
     cells = grid(recipe)
     for cell in cells if recipe.stream else ():
         dataset = (cell.settings or {}).get("dataset") if "dataset" in cell.identity else None
