@@ -413,7 +413,9 @@ class _Quantized(torch.Tensor):
     """A tensor of another library, as torchao's `quantize_` puts it in the place of a weight."""
 
 
-@pytest.mark.parametrize("change", ["l1_unstructured", "ln_structured", "identity", "custom_from_mask", "quantize"])
+@pytest.mark.parametrize(
+    "change", ["l1_unstructured", "ln_structured", "identity", "custom_from_mask", "quantize", "take"]
+)
 def test_what_other_libraries_cannot_do_to_a_packed_weight_says_what_to_do(change):
     from torch.nn.utils import prune
 
@@ -425,6 +427,8 @@ def test_what_other_libraries_cannot_do_to_a_packed_weight_says_what_to_do(chang
     with pytest.raises(TypeError, match=r"keeps its weight packed.*model\.dequantize\(\) first"):
         if change == "quantize":
             layer.weight = nn.Parameter(layer.weight.detach().as_subclass(_Quantized), requires_grad=False)
+        elif change == "take":  # as quanto does once it has its own module of it
+            layer.weight = None
         else:
             getattr(prune, change)(layer, "weight", **settings.get(change, {}))
     torch.testing.assert_close(dict(layer.state_dict()), dict(before), rtol=0, atol=0)
