@@ -104,6 +104,14 @@ def reversible() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+@pytest.fixture
+def cached() -> PreTrainedModel:
+    """Blocks in two lists by turns, which write into a cache whether asked to or not."""
+    torch.manual_seed(0)
+    config = transformers.XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=4, causal=True, pad_index=0)
+    return transformers.XLMWithLMHeadModel(config).eval()
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 @pytest.mark.parametrize("kind", ["hrm", "looped"])
 def test_every_stack_is_pruned(kind, method, request):
@@ -115,7 +123,7 @@ def test_every_stack_is_pruned(kind, method, request):
     assert bool(model(IDS).logits.isfinite().all())
 
 
-@pytest.mark.parametrize("kind", ["hrm", "looped", "reversible"])
+@pytest.mark.parametrize("kind", ["hrm", "looped", "reversible", "cached"])
 @torch.no_grad()
 def test_statistics_are_those_of_all_calls_in_the_model_as_it_is(kind, request):
     model = request.getfixturevalue(kind)
@@ -130,7 +138,7 @@ def test_statistics_are_those_of_all_calls_in_the_model_as_it_is(kind, request):
     expected = ColumnNorms(layer.in_features)
     with layer.register_forward_pre_hook(lambda module, args: expected.update(args[0])):
         for batch in IDS.split(4):
-            model(batch, use_cache=False)
+            model(batch)
     found = replay.collect(last, blocks.blocks[last], {"it": layer}, lambda layer: ColumnNorms(layer.in_features))
     assert found["it"].num_tokens == expected.num_tokens == replay.num_rows >= IDS.numel()
     torch.testing.assert_close(found["it"].squared_norms, expected.squared_norms)

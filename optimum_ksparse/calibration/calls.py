@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 
 @dataclass
@@ -21,9 +22,12 @@ class Call:
     hidden_name: str | None
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> Any:
+        # A block writes its keys and values into a cache: each run has the one that the call had.
+        args = [_own_cache(value) for value in self.args]
+        kwargs = {name: _own_cache(value) for name, value in self.kwargs.items()}
         if self.hidden_name is None:
-            return block(hidden, *self.args, **self.kwargs)
-        return block(*self.args, **{self.hidden_name: hidden}, **self.kwargs)
+            return block(hidden, *args, **kwargs)
+        return block(*args, **{self.hidden_name: hidden}, **kwargs)
 
     def pooled(self, pool: Pool) -> Call:
         """The same call with tensors of the pool in the place of equal ones."""
@@ -63,9 +67,15 @@ class Pool:
             return value
         if type(value) in (list, tuple):
             return type(value)(self.share(item) for item in value)
+        if isinstance(value, Cache):
+            return _own_cache(value)
         if type(value) is dict and value:  # an empty one is there to be filled by the blocks
             return {key: self.share(item) for key, item in value.items()}
         return value
+
+
+def _own_cache(value: Any) -> Any:
+    return copy.deepcopy(value) if isinstance(value, Cache) else value
 
 
 def split_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, Call]:
