@@ -274,12 +274,17 @@ def test_what_trl_pushes(
 def test_what_trainer_pushes_of_an_adapter(model: PreTrainedModel, hub: LoopbackHub, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    trainer = make_trainer(adapted, tmp_path / "out", push_to_hub=True, hub_model_id="user/lora")
+    more = {"push_to_hub": True, "hub_model_id": "user/lora", "hub_strategy": "all_checkpoints"}
+    trainer = make_trainer(adapted, tmp_path / "out", hub_always_push=True, **more)
     trainer.train()
+    trainer._finish_current_push()
     trainer.push_to_hub()
-    card = hub.files("user/lora")["README.md"].decode()
+    cards = {name: text.decode() for name, text in hub.files("user/lora").items() if name.endswith("README.md")}
+    assert cards.keys() == {"README.md", "checkpoint-1/README.md", "checkpoint-2/README.md"}
+    assert not [name for name, text in cards.items() if str(tmp_path.parent) in text]
+    card = cards["README.md"]
     assert 'AutoPeftModelForCausalLM.from_pretrained("user/lora")' in card
-    assert str(tmp_path.parent) not in card and "base_model" not in ModelCard(card).data.to_dict()
+    assert "base_model" not in ModelCard(card).data.to_dict()
     assert kinds(model.sparsity_report) == []
     merged = __import__("optimum_ksparse").merge_adapter(adapted)
     change = merged.sparsity_report.changes[0]

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.trainer_callback import TrainerCallback
 
 from ..evaluation import TrainingRun, settle_records
-from ..hub import is_adapter, is_ours, without_peft, write_trained_card
+from ..hub import CARD_NAME, is_adapter, is_ours, without_peft, write_trained_card
 from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 
 # Builders of `datasets` that read files, of which they say nothing.
@@ -77,6 +77,8 @@ class _Provenance(TrainerCallback):
             else:
                 (output / name).unlink(missing_ok=True)
         write_trained_card(self.trainer.model, output, weights=checkpoint, repo_id=self.trainer.hub_model_id)
+        if (checkpoint / CARD_NAME).is_file():  # PEFT's form, with the path of a local base in it
+            write_trained_card(self.trainer.model, checkpoint, repo_id=self.trainer.hub_model_id)
 
 
 def _dataset_name(dataset: Any) -> str | None:
