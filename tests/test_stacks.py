@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -72,6 +72,28 @@ class RepeatedForCausalLM(LoopedForCausalLM):
     inner = RepeatedModel
 
 
+class SharedModel(LoopedModel):
+    """The blocks of the core have one MLP."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.layers[1].mlp = self.layers[0].mlp
+
+
+class SharedForCausalLM(LoopedForCausalLM):
+    inner = SharedModel
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        f"model.layers.1.mlp.{name}_proj.weight": f"model.layers.0.mlp.{name}_proj.weight"
+        for name in ("gate", "up", "down")
+    }
+
+
+@pytest.fixture
+def shared() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return SharedForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=3)).eval()
+
+
 @pytest.fixture
 def looped() -> PreTrainedModel:
     torch.manual_seed(0)
@@ -83,7 +105,7 @@ def hrm() -> PreTrainedModel:
     if not hasattr(transformers, "HrmTextConfig"):
         pytest.skip("this transformers has no HRM-Text")
     torch.manual_seed(0)
-    config = transformers.HrmTextConfig(**SIZES, num_hidden_layers=2, head_dim=8)
+    config = transformers.HrmTextConfig(**SIZES, num_layers_per_stack=2, head_dim=8)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -144,31 +166,41 @@ def test_statistics_are_those_of_all_calls_in_the_model_as_it_is(kind, request):
     torch.testing.assert_close(found["it"].squared_norms, expected.squared_norms)
 
 
-SETTINGS = [{}, {"reconstruct": "block", "reconstruction_epochs": 2}, {"allocation": "owl", "target_density": 0.6}]
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stacks": ("hrm", {}),
+    "layers": ("looped", {}),
+    "reconstruct": ("looped", {"reconstruct": "block", "reconstruction_epochs": 1}),
+    "owl": ("looped", {"allocation": "owl", "target_density": 0.6}),
+    "shared": ("shared", {"skip_unsupported": True}),
+}
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["layers", "reconstruct", "owl"])
-def test_a_looped_checkpoint_is_pruned_on_disk_as_in_memory(looped, settings, tmp_path: Path, monkeypatch):
-    looped.save_pretrained(tmp_path / "dense")
-    config = SparsityConfig("wanda", "2:4", IDS, batch_size=2, **settings)
-    report = sparsify(looped, config)
+@pytest.mark.parametrize(("kind", "settings"), SETTINGS.values(), ids=SETTINGS)
+def test_a_looped_checkpoint_is_pruned_on_disk_as_in_memory(kind, settings, request, tmp_path: Path, monkeypatch):
+    model = request.getfixturevalue(kind)
+    model.save_pretrained(tmp_path / "dense")
+    config = SparsityConfig("wanda", "2:4", IDS, batch_size=8, **settings)
+    report = sparsify(model, config)
     assert all(row.loss_after <= row.loss_before for row in report.reconstruction)
     original = Workspace.add_block
 
-    def stop(workspace: Workspace, index: int, *arguments: Any) -> None:
+    def stop(workspace: Workspace, index: int, *arguments: Any) -> str:
         if index == 2:
             raise KeyboardInterrupt
-        original(workspace, index, *arguments)
+        return original(workspace, index, *arguments)
 
-    arguments: dict[str, Any] = {"model_class": LoopedForCausalLM, "activation_memory": 0}
+    arguments: dict[str, Any] = {"model_class": type(model), "activation_memory": 0}
     with monkeypatch.context() as patch:
         patch.setattr(Workspace, "add_block", stop)
         with pytest.raises(KeyboardInterrupt):
-            prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", config, **arguments)
-    prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", config, **arguments)
-    streamed = LoopedForCausalLM.from_pretrained(tmp_path / "sparse").state_dict()
-    for name, value in looped.state_dict().items():
-        assert torch.equal(value, streamed[name]), name
+            prune_checkpoint(tmp_path / "dense", tmp_path / "cut", config, **arguments)
+    # Blocks that are pruned already are called again by later rounds, in a run that goes on and in one that does not.
+    for name in ("cut", "whole"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / name, config, **arguments)
+        streamed = type(model).from_pretrained(tmp_path / name).state_dict()
+        assert model.state_dict().keys() == streamed.keys()
+        for path, value in model.state_dict().items():
+            assert torch.equal(value, streamed[path]), (name, path)
 
 
 def test_the_best_method_is_chosen_for_a_looped_model(looped):

@@ -287,17 +287,20 @@ class CheckpointRun:
         peaks = processes.gather(peak_memory())
         processes.each(lambda: disk.check_source(index))
 
-        def note() -> None:
+        def note() -> str:
             prefix = f"{disk.blocks.name_in_decoder(index)}."
             layers = {name: layer for name, layer in layer_records(model).items() if name.startswith(prefix)}
             digests = [tensor_digests(module) for module in disk.blocks.blocks[index].modules()]
-            workspace.add_block(index, disk.state_dict(index), layers, pruned, digests)
+            file = workspace.add_block(index, disk.state_dict(index), layers, pruned, digests)
             if snapshot is not None:
                 workspace.journal.snapshot = snapshot
             self._note_costs(peaks)
             workspace.journal.save(workspace.path)
+            return file
 
-        processes.once(note)  # an error in it stops all
+        file = processes.once(note)  # an error in it stops all
+        # A later block's inputs may come from runs of the whole model, in which this one is called as it is now.
+        disk.take_shard(index, workspace.path / file)
 
     def _saved(self, replay: BlockReplay, block: int) -> dict[str, str]:
         """Saves the activations, and gives the names and checksums of the files of all processes."""

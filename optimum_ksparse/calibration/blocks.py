@@ -49,6 +49,12 @@ class DecoderBlocks:
         """The same from the model's root, as in `model.named_modules()`."""
         return f"{self.decoder_name}.{self.name_in_decoder(index, name)}".lstrip(".")
 
+    def of(self, model: PreTrainedModel) -> DecoderBlocks:
+        """The blocks of another model of the same class and config."""
+        decoder = model.get_submodule(self.decoder_name)
+        blocks = [decoder.get_submodule(path) for path in self.paths]
+        return DecoderBlocks(model, decoder, self.decoder_name, list(self.paths), blocks)
+
     @property
     def prefixes(self) -> tuple[str, ...]:
         """What the paths of everything in the blocks begin with, from the model's root, such as "model.layers."."""

@@ -63,7 +63,7 @@ def open_checkpoint(
         source, device_map=_device_map(empty, device), offload_folder=offload_folder, **arguments
     )
     files.check()
-    return model, DiskBlocks(find_blocks(model), device, empty, files)
+    return model, DiskBlocks(empty.of(model), device, empty, files)
 
 
 def _device_map(blocks: DecoderBlocks, device: torch.device) -> dict[str, str]:
@@ -135,16 +135,20 @@ class DiskBlocks:
     @contextmanager
     def resident(self, index: int) -> Iterator[None]:
         """Within it the weights of block `index` are in memory, on the device; on a CPU they are mapped from their
-        file, and read when they are used. They are dropped after it, whatever has become of them.
+        file, and read when they are used. They are dropped after it, whatever has become of them. What another block,
+        within whose `resident` this is, shares with it is there already, and stays.
 
         Raises:
             OSError: they cannot be read; names the tensor.
         """
         block = self.blocks.blocks[index]
         modules = set(block.modules())
+        there = {module for module in modules if any(not p.is_meta for p in module.parameters(recurse=False))}
         stand_ins: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for name, tensor in self._take(index).items():
+                if block.get_submodule(name.rpartition(".")[0]) in there:
+                    continue
                 stand_ins.append(_put(block, name, tensor.to(self.device, non_blocking=True)))
             yield
         finally:
@@ -152,7 +156,7 @@ class DiskBlocks:
             for tensors, name, stand_in in stand_ins:
                 if name in tensors:
                     tensors[name] = stand_in
-            _empty(modules.union(block.modules()))
+            _empty(modules.union(block.modules()) - there)
             trim_heap()
 
     def check_source(self, index: int) -> None:

@@ -144,13 +144,14 @@ class Workspace:
 
     def add_block(
         self, index: int, state: dict[str, torch.Tensor], layers: Any, pruned: PrunedBlock, digests: list[list[str]]
-    ) -> None:
-        """Writes a pruned block. It counts when the journal has been saved."""
+    ) -> str:
+        """Writes a pruned block, and gives its file's name. It counts when the journal has been saved."""
         name = f"block-{index:05d}.safetensors"
         path = self.path / name
         save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, path)
         rows = pruned.layers, pruned.reconstruction
         self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, *rows, digests))
+        return name
 
     def written_bytes(self) -> int:
         """Bytes that an earlier run has left to go on with."""
@@ -172,8 +173,6 @@ class Workspace:
         save_more(rest)
         names = self.journal.weight_names()
         os.replace(rest / SAFE_WEIGHTS_NAME, final / names[0])
-        for index, block in enumerate(self.journal.blocks):
-            disk.take_shard(index, self.path / block.file)
         for index, name in enumerate(names[1:]):
             if f"{FINAL}/{name}" not in self.journal.checksums:  # an earlier run got as far as that
                 self._finish_block(index, model, disk, final / name, once)
