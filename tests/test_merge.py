@@ -19,7 +19,8 @@ from optimum_ksparse import SparsityConfig, merge_adapter, sparsify
 from optimum_ksparse.checkpoint import sparse_layers
 from optimum_ksparse.commands import parse_words
 from optimum_ksparse.finetuning import MergeReport, SparseLoraConfig, blocks
-from optimum_ksparse.finetuning.masks import RECORD_NAME, check_record, mask_fingerprint, read_record
+from optimum_ksparse.finetuning.masks import check_record, mask_fingerprint, read_record
+from optimum_ksparse.records import MASKS_NAME
 
 from .conftest import VOCABULARY, sample_texts
 
@@ -321,7 +322,7 @@ def test_an_interrupted_merge_is_undone(make_model, monkeypatch, where):
 def test_an_adapter_remembers_its_masks(adapted, make_model, tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path / "adapter")
-    record = json.loads((tmp_path / "adapter" / RECORD_NAME).read_text())
+    record = json.loads((tmp_path / "adapter" / MASKS_NAME).read_text())
     assert record["mask_sha256"] == mask_fingerprint(model) == mask_fingerprint(adapted(seed=7).unload())
     check_record(model, read_record(tmp_path / "adapter"), "adapter")
     other = make_model("llama")
@@ -331,7 +332,7 @@ def test_an_adapter_remembers_its_masks(adapted, make_model, tmp_path):
     loaded = PeftModel.from_pretrained(other, tmp_path / "adapter")
     with pytest.raises(ValueError, match="other masks"):
         merge_adapter(loaded)
-    (tmp_path / "adapter" / RECORD_NAME).unlink()  # as plain PEFT would save it
+    (tmp_path / "adapter" / MASKS_NAME).unlink()  # as plain PEFT would save it
     check_record(other, read_record(tmp_path / "adapter"), "adapter")
     merge_adapter(PeftModel.from_pretrained(loaded.unload(), tmp_path / "adapter"))
     assert mask_fingerprint(make_model("llama")) is None

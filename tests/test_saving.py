@@ -244,17 +244,40 @@ def test_a_folder_that_cannot_be_written_to_is_named(make_sparse, tmp_path):
         make_sparse().save_pretrained(tmp_path / "file" / "folder")
 
 
-def test_staged_keeps_other_files_and_removes_replaced_shards(tmp_path):
-    for name in (
-        "README.md",
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "model.fp16.safetensors",
-    ):
+def test_staged_keeps_other_files_and_removes_what_would_be_read_beside_the_new(tmp_path):
+    kept = ["README.md", "model.fp16.safetensors", "mine.json", "adapter/adapter_config.json"]
+    weights = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "ksparse_adapter.json"]
+    records = ["sparsity_report.json", "finetuning.json", "korquad_head.safetensors", "generation_config.json"]
+    tokenizer = ["added_tokens.json", "chat_template.jinja", "tokenizer.json"]
+    (tmp_path / "adapter").mkdir()
+    for name in (*kept, *weights, *adapter, *records, *tokenizer):
         (tmp_path / name).write_text("old")
-    with staged(tmp_path) as staging:
-        (staging / "model.safetensors").write_text("new")
-    assert sorted(snapshot(tmp_path)) == ["README.md", "model.fp16.safetensors", "model.safetensors"]
+
+    def add(*names):
+        with staged(tmp_path) as staging:
+            for name in names:
+                (staging / name).write_text("new")
+        return {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+
+    everything = {*kept, *weights, *adapter, *records, *tokenizer}
+    assert add("sparsity_report.json") == everything
+    assert add("model.safetensors", "generation_config.json") == {
+        *(*kept, *tokenizer, "model.safetensors", "generation_config.json")
+    }
+    new = {"tokenizer_config.json", "tokenizer.json", "generation_config.json", "model.safetensors"}
+    assert add("tokenizer_config.json", "tokenizer.json") == {*kept, *new}
+
+
+def test_a_model_takes_the_place_of_an_adapter_when_told_to(make_sparse, tmp_path, token_ids):
+    model = make_sparse()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(FileExistsError, match="holds an adapter"):
+        model.save_pretrained(tmp_path)
+    assert sorted(snapshot(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+    model.save_pretrained(tmp_path, overwrite=True)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), token_ids), logits(model, token_ids))
 
 
 def test_a_model_in_training_saves_what_it_learnt(make_sparse, tmp_path, token_ids):

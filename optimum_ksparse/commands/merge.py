@@ -82,8 +82,7 @@ class MergeCommand(Command):
             merging["tokenizer"] = tokenizer
         model = merge_adapter(_load(settings, source, base), **merging)
         save = {"max_shard_size": settings["max_shard_size"]} if "max_shard_size" in settings else {}
-        # An adapter that is overwritten would be loaded on top of the merged model.
-        with staged(output, gone=("adapter_config.json", "adapter_model.safetensors")) as folder:
+        with staged(output) as folder:
             model.save_pretrained(folder, **save)
             copy_processor(source, folder, **base)
             if tokenizer is not None:

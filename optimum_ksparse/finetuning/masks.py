@@ -21,7 +21,6 @@ from ..staging import write_text
 
 logger = logging.get_logger(__name__)
 
-RECORD_NAME = "ksparse_adapter.json"
 _NOTICED_LOSS = 0.005  # masked LoRA and HiRA lose what float32 rounds
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -50,7 +49,7 @@ def record(model: Any, folder: str | os.PathLike[str]) -> None:
     found = mask_fingerprint(model)
     if found is not None:
         content = {"base_model": describe_model(_plain_model(model)), "mask_sha256": found}
-        write_text(Path(folder) / RECORD_NAME, records.to_json(content))
+        write_text(Path(folder) / records.MASKS_NAME, records.to_json(content))
 
 
 def read_record(source: str | os.PathLike[str], **hub_arguments: Any) -> dict[str, Any] | None:
@@ -58,7 +57,7 @@ def read_record(source: str | os.PathLike[str], **hub_arguments: Any) -> dict[st
     PEFT saved. Raises ValueError where it is damaged."""
     known = {name: value for name, value in hub_arguments.items() if name in _HUB_ARGUMENTS and value is not None}
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(source, RECORD_NAME, **quiet, **known)
+    path = cached_file(source, records.MASKS_NAME, **quiet, **known)
     if path is None:
         return None
     return records.read_record(Annotated[dict[str, Any], As(_MaskRecord, is_open=True)], path, "is damaged")

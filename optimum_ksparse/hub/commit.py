@@ -13,18 +13,15 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 from transformers.utils import CONFIG_NAME, logging
 
 from ..calibration import is_unreachable
-from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, TUNING_NAME
-from ..staging import outdated_weights
+from ..staging import outdated
 from .figures import ERROR_FIGURE, RESULTS_FIGURE
 from .writing import CARD_NAME, read_card, write_card_of
 
 logger = logging.get_logger(__name__)
 
 _T = TypeVar("_T")
-# Beside the weights; on the Hub they go when a push has none of them any more.
-_OWNED = (REPORT_NAME, RESULTS_NAME, MERGE_REPORT_NAME, TUNING_NAME, ERROR_FIGURE, RESULTS_FIGURE)
-# transformers would load an adapter that is beside a model instead of the model alone.
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# Of the card; on the Hub they go when a push has none of them any more.
+_FIGURES = (ERROR_FIGURE, RESULTS_FIGURE)
 # Seconds between tries. The client itself retries uploads, but neither commits nor look-ups.
 _WAITS = (1, 2, 4)
 # Too many requests, time-outs, and 412: somebody else committed between our look at the repository and our commit.
@@ -53,9 +50,9 @@ def commit_folder(
         existing = _remote_card(api, repo_id, head) if CARD_NAME in there else card["existing"]
         write_card_of(model, folder, **{**card, "existing": existing})
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        stale = outdated_weights(there, files)
+        stale = outdated(there, files)
         if CONFIG_NAME in files:  # a model of its own, in the place of what was there, and not an adapter beside it
-            stale += [name for name in (*_OWNED, *_ADAPTER) if name in there - set(files)]
+            stale += [name for name in _FIGURES if name in there - set(files)]
         operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in files]
         operations += [CommitOperationDelete(name) for name in sorted(stale)]
         return api.create_commit(

@@ -18,6 +18,7 @@ from ..checkpoint import describe_model, has_lost_blocks
 from ..config import describe_source
 from ..evaluation import EvaluationProtocol, check_protocol, evaluate_model
 from ..report import REPORT_NAME, TUNING_NAME
+from ..staging import write_text
 from .commit import commit_folder, with_retries
 from .models import current_results, is_adapter, sparse_part
 from .sources import choose_baseline, choose_tokenizer, copy_own_processor
@@ -180,7 +181,7 @@ def _save(
     tuning = getattr(sparse_part(model), "tuning", None)
     if isinstance(tuning, dict):  # without the path of a local base
         kept = {**tuning, "base": describe_source(tuning.get("base"))}
-        (folder / TUNING_NAME).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(folder / TUNING_NAME, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
     configs = list(folder.rglob("adapter_config.json"))  # adapters with names of their own lie in folders
     for config in configs:
         _hide_local_base(config, sparse_part(model))
@@ -193,7 +194,7 @@ def _drop(config: Path, *names: str) -> None:
     if config.is_file():
         settings = json.loads(config.read_text(encoding="utf-8"))
         kept = {name: value for name, value in settings.items() if name not in names}
-        config.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(config, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
 def _hide_local_base(config: Path, base: PreTrainedModel) -> None:
@@ -201,7 +202,7 @@ def _hide_local_base(config: Path, base: PreTrainedModel) -> None:
     settings = json.loads(config.read_text(encoding="utf-8"))
     name = settings.get("base_model_name_or_path")
     settings["base_model_name_or_path"] = describe_model(base) if name == base.name_or_path else describe_source(name)
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    write_text(config, json.dumps(settings, indent=2, sort_keys=True))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
 from ..checkpoint import (
     check_saved,
@@ -61,6 +61,8 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
         directory = bound["save_directory"]
         if not bound.get("kwargs", {}).pop("overwrite", False):
             _check_source(self, config, directory)
+            if not adapted:
+                _check_no_adapter(directory)
         _tell_tokenizer(self, Path(directory))
         known = {name: value for name, value in bound.items() if name not in ("self", "push_to_hub", "kwargs")}
         if is_sparse and config.storage == "packed":
@@ -112,6 +114,16 @@ def _check_source(model: PreTrainedModel, config: SparsityConfig, directory: str
         f"save_directory={os.fspath(directory)!r} holds the model that this one was made from by pruning, which would "
         "be lost: save into another folder, or pass overwrite=True"
     )
+
+
+def _check_no_adapter(directory: str | os.PathLike[str]) -> None:
+    """Raises FileExistsError where there is an adapter in `directory`: beside a model it would be loaded on top of it,
+    and goes."""
+    if (Path(directory) / ADAPTER_CONFIG_NAME).is_file():
+        raise FileExistsError(
+            f"save_directory={os.fspath(directory)!r} holds an adapter, which would be lost: save into another "
+            "folder, or pass overwrite=True"
+        )
 
 
 def _tell_tokenizer(model: PreTrainedModel, directory: Path) -> None:

@@ -20,8 +20,15 @@ from .kinds import (
     Share,
     Version,
 )
+from .names import HEAD_NAME, MASKS_NAME, MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, TUNING_NAME
 
 __all__ = [
+    "HEAD_NAME",
+    "MASKS_NAME",
+    "MERGE_REPORT_NAME",
+    "REPORT_NAME",
+    "RESULTS_NAME",
+    "TUNING_NAME",
     "Amount",
     "As",
     "Between",

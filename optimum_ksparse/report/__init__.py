@@ -1,6 +1,7 @@
 """Reports: what pruning did, as data, as a file and as text."""
 
-from .report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, SCHEMA_VERSION, TUNING_NAME, SparsityReport
+from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, TUNING_NAME
+from .report import SCHEMA_VERSION, SparsityReport
 from .rows import (
     BASE_ARGUMENTS,
     BlockReport,

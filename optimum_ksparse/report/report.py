@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from ..allocation import LEFT_DENSE
 from ..config import SparsityConfig
-from ..records import Amount, As, Count, Revision, Version, read_record, to_json
+from ..records import REPORT_NAME, Amount, As, Count, Revision, Version, read_record, to_json
+from ..staging import write_text
 from .rows import (
     BaseArguments,
     BlockReport,
@@ -24,10 +25,6 @@ from .rows import (
 )
 from .text import in_words
 
-REPORT_NAME = "sparsity_report.json"
-RESULTS_NAME = "evaluation_results.json"  # what was measured; see `evaluation.EvaluationResults`
-TUNING_NAME = "finetuning.json"  # how a model was fine-tuned; beside the adapter or the weights
-MERGE_REPORT_NAME = "merge_report.json"  # what merging an adapter did; see `finetuning.report.MergeReport`
 SCHEMA_VERSION = 1
 
 
@@ -160,7 +157,7 @@ class SparsityReport:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `sparsity_report.json` into `directory`."""
-        (Path(directory) / REPORT_NAME).write_text(to_json(self), encoding="utf-8")
+        write_text(Path(directory) / REPORT_NAME, to_json(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparsityReport:

@@ -2,15 +2,16 @@
 
 from .disk import remove, save_tensors, sync, sync_tree, write_text
 from .lock import claimed, locked
+from .outdated import outdated
 from .outputs import check_apart, check_output
-from .swap import outdated_weights, publish, recover, staged
+from .swap import publish, recover, staged
 
 __all__ = [
     "check_apart",
     "check_output",
     "claimed",
     "locked",
-    "outdated_weights",
+    "outdated",
     "publish",
     "recover",
     "remove",

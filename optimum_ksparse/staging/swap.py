@@ -21,7 +21,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,14 +29,13 @@ from pathlib import Path
 
 from transformers.utils import CONFIG_NAME, logging
 
-from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, TUNING_NAME
 from .disk import sync, sync_tree, system_errors, write_text
 from .lock import locked
+from .outdated import outdated
 
 logger = logging.get_logger(__name__)
 
 _STAGING, _RECORD, _LOCK = ".ksparse-saving", ".ksparse-saving.json", ".ksparse-saving.lock"
-_WEIGHT_FILE = re.compile(r"model(\.[^.-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[^.]+)?\.json)?")
 
 
 @dataclass
@@ -52,7 +50,7 @@ class _Swap:
 @contextmanager
 def staged(directory: str | os.PathLike[str], gone: Iterable[str] = ()) -> Iterator[Path]:
     """A temporary folder in `directory`, whose files take their places there when the block ends without an error;
-    weight files that they replace are removed. On an error, Ctrl-C or a full disk, `directory` is as it was. Waits for
+    what they make outdated is removed. On an error, Ctrl-C or a full disk, `directory` is as it was. Waits for
     another process that saves there.
 
     Args:
@@ -142,8 +140,9 @@ def _commit(directory: Path, staging: Path, gone: Iterable[str]) -> None:
         return
     files.sort(key=lambda file: file == Path(CONFIG_NAME))  # a new folder is no model before all is there
     names = {file.as_posix() for file in files}
-    outdated = [name for name in dict.fromkeys([*_outdated(directory, names), *gone]) if name not in names]
-    swap = _Swap(staging.relative_to(directory).as_posix(), [file.as_posix() for file in files], outdated)
+    there = (path.name for path in directory.iterdir())
+    going = [name for name in dict.fromkeys([*outdated(there, names), *gone]) if name not in names]
+    swap = _Swap(staging.relative_to(directory).as_posix(), [file.as_posix() for file in files], going)
     _check(directory, swap)
     sync_tree(staging)
     write_text(staging / _RECORD, json.dumps(asdict(swap), indent=1) + "\n")
@@ -212,27 +211,3 @@ def _check(directory: Path, swap: _Swap) -> None:
                 raise ValueError(f"{parent} leads out of the folder")
         if (directory / path).is_dir() and not (directory / path).is_symlink():
             raise FileExistsError(f"{directory / path} is a folder, where a file has to be: move it away")
-
-
-def outdated_weights(there: Iterable[str], new: Iterable[str]) -> list[str]:
-    """Weight files, and their indexes, of an earlier checkpoint of the same variant, which `new` ones replace."""
-    new = set(new)
-    variants = {match[1] or match[4] for name in new if (match := _WEIGHT_FILE.fullmatch(name))}
-    found = []
-    for name in there:
-        match = _WEIGHT_FILE.fullmatch(name)
-        if match is not None and name not in new and (match[1] or match[4]) in variants:
-            found.append(name)
-    return sorted(found)
-
-
-def _outdated(directory: Path, new: set[str]) -> list[str]:
-    """What an earlier checkpoint of the same variant leaves that would be read beside the new files: other weight
-    files, and a report or results where the new checkpoint has none."""
-    there = {path.name for path in directory.iterdir()}
-    outdated = outdated_weights(there, new)
-    if any(_WEIGHT_FILE.fullmatch(name) for name in new):
-        outdated += [
-            name for name in (REPORT_NAME, RESULTS_NAME, MERGE_REPORT_NAME, TUNING_NAME) if name in there - new
-        ]
-    return outdated

@@ -229,4 +229,4 @@ def _write_index(folder: Path, names: list[str], num_parameters: int) -> None:
             size += path.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
     metadata = {"total_parameters": num_parameters, "total_size": size}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")

@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ...config import recorded_repository
 from ...model_class import class_for_source
+from ...records import HEAD_NAME
 from ...staging import recover, save_tensors, staged
 from ..support import require_peft
 from ..training import RECORDS
 from .features import special_tokens
 from .model import SpanModel
 
-HEAD_NAME = "korquad_head.safetensors"
 _ADAPTER = "adapter_config.json"
 
 
