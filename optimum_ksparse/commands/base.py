@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from ..model_class import class_for_source
 from ..records import printable
 from ..redaction import check_no_token, redact
+from ..staging import recover
 from .errors import UsageError, describe_error
 from .hub import check_source, hub_access
 from .parser import Parser
@@ -142,9 +143,11 @@ def add_loading(parser: Parser, texts: Mapping[str, str]) -> None:
 
 
 def folder_of(checkpoint: str) -> Path:
-    """The folder of a checkpoint, which cannot be on the Hub here. Raises FileNotFoundError where there is none."""
+    """The folder of a checkpoint, which cannot be on the Hub here, put right for whoever reads there. Raises
+    FileNotFoundError where there is none."""
     if not os.path.isdir(checkpoint):
         raise FileNotFoundError(f"checkpoint={checkpoint!r}: there is no such folder; download or save it first")
+    recover(checkpoint)
     return Path(checkpoint)
 
 

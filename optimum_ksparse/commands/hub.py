@@ -11,6 +11,7 @@ from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url,
 from transformers.utils import CONFIG_NAME
 
 from ..config import is_repo_id
+from ..staging import recover
 from .errors import UsageError
 
 
@@ -39,8 +40,10 @@ def hub_access(token: str | None, cache_dir: str | None) -> Iterator[None]:
 
 def check_source(name: str, source: str, revision: str | None = None) -> None:
     """Raises FileNotFoundError where a model, or a tokenizer, is neither a folder nor a repository on the Hub that can
-    be read, and says which of them it was taken for; at once, because each library that reads it would try again."""
+    be read, and says which of them it was taken for; at once, because each library that reads it would try again.
+    What a save that was cut off has left in a folder is put right, before any of its files is read."""
     if os.path.isdir(source):
+        recover(source)
         return
     if os.path.exists(source):
         raise NotADirectoryError(f"{name}={source!r} is a file; name the folder of the model, or a Hub id")

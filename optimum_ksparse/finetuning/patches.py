@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
 from ..nn import SparseLinear
+from ..staging import recover
 from . import masks
 from .config import SparseLoraConfig, with_mask
 from .layers import SparseHiraLinear, SparseLoraLinear
@@ -113,13 +115,14 @@ def _with_logical_weights(count: Callable[..., tuple[int, int]]) -> Callable[...
 
 
 def _with_masked_config(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
-    """`PeftModel.from_pretrained` that reads `masked` again. `AutoPeftModel` passes settings that it has read before
-    it made the model, when PEFT may not have been extended."""
+    """`PeftModel.from_pretrained` that puts right what a save that was cut off has left, and reads `masked` again.
+    `AutoPeftModel` passes settings that it has read before it made the model, when PEFT may not have been extended."""
     signature = inspect.signature(load)
 
     @functools.wraps(load)
     def from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
         bound = signature.bind(cls, *args, **kwargs)
+        recover(Path(bound.arguments["model_id"], bound.arguments.get("kwargs", {}).get("subfolder") or ""))
         config = bound.arguments.get("config")
         if type(config) is LoraConfig and _has_sparse(bound.arguments["model"]):
             options = bound.arguments.get("kwargs", {})

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.utils import PushToHubMixin
 
@@ -16,7 +16,7 @@ from .describing import describe_auto_classes
 from .loading import wrap_from_pretrained
 from .publishing import describe_push_to_hub, wrap_push_to_hub
 from .quantizer import SparsityQuantizer
-from .recovering import wrap_get_config_dict
+from .recovering import wrap_reader
 from .saving import wrap_save_pretrained
 from .trainer_import import watch_trainer
 
@@ -31,7 +31,9 @@ def register() -> None:
     # All Auto classes and model classes end in these.
     wrap_from_pretrained(PreTrainedModel)
     describe_auto_classes()
-    wrap_get_config_dict(PreTrainedConfig)
+    wrap_reader(PreTrainedConfig, "get_config_dict")
+    wrap_reader(AutoTokenizer, "from_pretrained")
+    wrap_reader(PreTrainedTokenizerBase, "from_pretrained")
     wrap_save_pretrained(PreTrainedModel)
     wrap_casts(PreTrainedModel)
     # That of PreTrainedModel ends here, and so does that of PEFT's models.

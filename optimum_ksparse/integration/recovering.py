@@ -7,8 +7,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from ..staging import recover
 
 
@@ -20,16 +18,18 @@ def recover_source(source: Any, kwargs: Mapping[str, Any]) -> None:
             recover(os.path.join(folder, kwargs.get("subfolder") or ""))
 
 
-def wrap_get_config_dict(cls: type[PreTrainedConfig]) -> None:
-    """Wraps `cls.get_config_dict` once, with which Auto classes read a config before they call a model's class."""
-    original = cls.get_config_dict.__func__  # type: ignore[attr-defined]
+def wrap_reader(cls: type, name: str) -> None:
+    """Wraps a class method once that reads a folder without the model's `from_pretrained`, or before it: configs, with
+    which Auto classes begin, and tokenizers."""
+    original = getattr(cls, name).__func__
     if getattr(original, "_ksparse", False):
         return
 
     @functools.wraps(original)
-    def get_config_dict(cls: type[PreTrainedConfig], pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        recover_source(pretrained_model_name_or_path, kwargs)
-        return original(cls, pretrained_model_name_or_path, **kwargs)
+    def read(cls: type, source: Any = None, *args: Any, **kwargs: Any) -> Any:
+        source = kwargs.pop("pretrained_model_name_or_path", source)
+        recover_source(source, kwargs)
+        return original(cls, source, *args, **kwargs)
 
-    get_config_dict._ksparse = True  # type: ignore[attr-defined]
-    cls.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]
+    read._ksparse = True  # type: ignore[attr-defined]
+    setattr(cls, name, classmethod(read))
