@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -13,10 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint
+from optimum_ksparse.commands.base import folder_of
+from optimum_ksparse.commands.hub import check_source
 from optimum_ksparse.inspection import inspect_checkpoint
 from optimum_ksparse.staging import locked, recover, staged, write_text
 from optimum_ksparse.streaming import Workspace
@@ -218,6 +222,38 @@ def test_a_published_run_that_is_killed_at_any_step(
         assert contents(folder) == new, number
         seen.add(is_new)
     assert seen == {True, False}
+
+
+def cut_off(folder: Path) -> Path:
+    """Makes the files of a folder those of a save that was killed before it moved the first of them."""
+    names = sorted(contents(folder))
+    (folder / ".ksparse-saving").mkdir()
+    for name in names:
+        (folder / name).rename(folder / ".ksparse-saving" / name)
+    record = {"staging": ".ksparse-saving", "files": names, "gone": []}
+    (folder / ".ksparse-saving.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_every_reader_finishes_a_save_that_was_cut_off(tmp_path: Path, models: Any, tokenizer: Any) -> None:
+    model = models[0]
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    readers: list[tuple[str, Callable[[Path], Any]]] = [
+        ("model", AutoConfig.from_pretrained),
+        ("model", AutoTokenizer.from_pretrained),
+        ("model", type(tokenizer).from_pretrained),
+        ("model", inspect_checkpoint),
+        ("model", folder_of),
+        ("adapter", lambda folder: check_source("adapter", str(folder))),
+        ("adapter", lambda folder: PeftModel.from_pretrained(adapted.unload(), folder)),
+    ]
+    for number, (source, read) in enumerate(readers):
+        folder = cut_off(shutil.copytree(tmp_path / source, tmp_path / str(number)))
+        read(folder)
+        assert contents(folder) == contents(tmp_path / source), number
 
 
 # ---- what lies there already
