@@ -123,15 +123,17 @@ def test_two_errors_at_any_two_steps(tmp_path: Path, after: bool) -> None:
 
     total = number_of_steps(write(tmp_path / "counted", OLD), save_new)
     for first in range(1, total + 1):
-        for second in range(first, total + 3):
+        second = last = first
+        while second <= last:  # beyond the last step it is as with one error
             folder = write(tmp_path / f"{first}-{second}", OLD)
             with pytest.MonkeyPatch.context() as patch:
-                Steps(patch, fail, {first, second}, after)
+                steps = Steps(patch, fail, {first, second}, after)
                 with suppress(KeyboardInterrupt, OSError):
                     save_new(folder)
-            recover(folder)
+                last = steps.count
+                recover(folder)
             assert contents(folder) in (OLD, NEW), (first, second)
-            shutil.rmtree(folder)
+            second += 1
 
 
 def test_errors_without_end(tmp_path: Path) -> None:
