@@ -184,10 +184,10 @@ def test_a_looped_checkpoint_is_pruned_on_disk_as_in_memory(kind, settings, requ
     assert all(row.loss_after <= row.loss_before for row in report.reconstruction)
     original = Workspace.add_block
 
-    def stop(workspace: Workspace, index: int, *arguments: Any) -> str:
+    def stop(workspace: Workspace, index: int, *arguments: Any) -> None:
         if index == 2:
             raise KeyboardInterrupt
-        return original(workspace, index, *arguments)
+        original(workspace, index, *arguments)
 
     arguments: dict[str, Any] = {"model_class": type(model), "activation_memory": 0}
     with monkeypatch.context() as patch:

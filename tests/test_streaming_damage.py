@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint
 from optimum_ksparse.api import run as run_module
-from optimum_ksparse.streaming import Workspace, recovery
+from optimum_ksparse.streaming import Journal, Workspace, is_whole, recovery
 
 from .test_streaming import WORK, MakeModel, contents, fails
 
@@ -70,43 +71,83 @@ def source(tmp_path: Path, make_model: MakeModel) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("phase", "storage"),
-    [
-        ("pruning", "packed"),
-        ("finishing", "packed"),
-        ("finishing", "dense"),
-        ("complete", "packed"),
-        ("complete", "dense"),
-    ],
+    ("storage", "phases"), [("packed", ["pruning", "finishing", "complete"]), ("dense", ["finishing", "complete"])]
 )
 def test_every_file_of_an_unfinished_run_may_be_damaged(
-    phase: str, storage: str, source: Path, tmp_path: Path, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    storage: str,
+    phases: list[str],
+    source: Path,
+    tmp_path: Path,
+    token_ids: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Damage to any file is found before anything is done. What is left then is whole, so that one run from each that
+    can be left shows how all end."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power fails here
     asked = SparsityConfig("wanda", "50%", allocation="owl", dataset=token_ids, batch_size=2, storage=storage)
     prune_checkpoint(source, tmp_path / "whole", asked)
-    expected = contents(tmp_path / "whole")
-    where, name, number = CUTS[phase]
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_SNAPSHOT_SECONDS", -1.0)
-        patch.setattr(where, name, fails(getattr(where, name), number, KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            prune_checkpoint(source, tmp_path / "cut", asked)
-    files = sorted(path.relative_to(tmp_path / "cut") for path in (tmp_path / "cut").rglob("*") if path.is_file())
-    assert len(files) > 5
-    for place, file in enumerate(files):
-        # Each file in two ways, and all ways in turn.
-        for kind in [*DAMAGE][(place + len(phase)) % 4 :: 4]:
-            output = tmp_path / f"{place}-{kind}"
-            shutil.copytree(tmp_path / "cut", output)
-            DAMAGE[kind](output / file, output / files[place - 1])
-            try:
-                prune_checkpoint(source, output, asked)
-            except (ValueError, OSError) as error:
-                assert file.name in ("journal.json", "lock") or files[place - 1].name == "journal.json", (file, kind)
-                assert file.name in str(error) or "journal.json" in str(error), (file, kind)
-                prune_checkpoint(source, output, asked, resume=False)
-            assert contents(output) == expected, (file, kind)
-            shutil.rmtree(output)
+    expected, output, tried = contents(tmp_path / "whole"), tmp_path / "damaged", set()
+    for phase in phases:
+        cut = tmp_path / phase
+        where, name, number = CUTS[phase]
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "_SNAPSHOT_SECONDS", -1.0)
+            patch.setattr(where, name, fails(getattr(where, name), number, KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                prune_checkpoint(source, cut, asked)
+        job = Journal.load(cut / WORK).job
+        files = sorted(path.relative_to(cut) for path in cut.rglob("*") if path.is_file())
+        assert len(files) > 5
+        for place, file in enumerate(files):
+            # Each file in four ways, and all ways in turn.
+            for kind in [*DAMAGE][place % 2 :: 2]:
+                damage = partial(_damage, kind, cut, output, file, files[place - 1])
+                damage()
+                left = _left(Workspace(output, job))
+                if left in tried:
+                    continue
+                tried.add(left)
+                damage()
+                if isinstance(left, str):
+                    with pytest.raises((ValueError, OSError), match=left):
+                        prune_checkpoint(source, output, asked)
+                prune_checkpoint(source, output, asked, resume=not isinstance(left, str))
+                assert contents(output) == expected, (phase, file, kind)
+
+
+def _damage(kind: str, cut: Path, output: Path, file: Path, other: Path) -> None:
+    """Makes `output` a damaged copy of `cut`."""
+    for path in (output, output.with_suffix(".elsewhere")):
+        recovery.remove(path)
+    shutil.copytree(cut, output)
+    DAMAGE[kind](output / file, output / other)
+
+
+def _left(workspace: Workspace) -> Any:
+    """What a run goes on with in a damaged workspace, all of it as it was written: how much of each. Or the name of
+    the file for which it has to start over, for which it then finds nothing."""
+    folder = workspace.path
+    try:
+        workspace.lock()
+        journal = workspace.open(resume=True)
+    except (ValueError, OSError) as error:
+        name = next(name for name in ("journal.json", "lock") if f"{WORK}/{name}" in str(error))
+        if name == "journal.json":
+            workspace.open(resume=False)
+            assert {path.name for path in folder.iterdir()} == {"journal.json", "lock"}
+        return name
+    finally:
+        ends = workspace._lock
+        if ends is not None:
+            ends.close()
+    recorded = {**journal.checksums}
+    for block, name in zip(journal.blocks, journal.weight_names()[1:], strict=True):
+        if f"{recovery.FINAL}/{name}" not in recorded:
+            recorded[block.file] = block.sha256
+    assert all(is_whole(folder / name, sha256) for name, sha256 in recorded.items())
+    saved = {} if journal.snapshot is None else journal.snapshot.files
+    can_load = [is_whole(folder / name, sha256) for name, sha256 in saved.items()]
+    return journal.phase, len(journal.blocks), len(journal.checksums), *can_load
 
 
 def test_a_file_in_place_of_the_folder_of_finished_files(

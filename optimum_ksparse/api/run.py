@@ -291,12 +291,12 @@ class CheckpointRun:
             prefix = f"{disk.blocks.name_in_decoder(index)}."
             layers = {name: layer for name, layer in layer_records(model).items() if name.startswith(prefix)}
             digests = [tensor_digests(module) for module in disk.blocks.blocks[index].modules()]
-            file = workspace.add_block(index, disk.state_dict(index), layers, pruned, digests)
+            workspace.add_block(index, disk.state_dict(index), layers, pruned, digests)
             if snapshot is not None:
                 workspace.journal.snapshot = snapshot
             self._note_costs(peaks)
             workspace.journal.save(workspace.path)
-            return file
+            return workspace.journal.blocks[-1].file
 
         file = processes.once(note)  # an error in it stops all
         # A later block's inputs may come from runs of the whole model, in which this one is called as it is now.

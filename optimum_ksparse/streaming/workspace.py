@@ -144,14 +144,13 @@ class Workspace:
 
     def add_block(
         self, index: int, state: dict[str, torch.Tensor], layers: Any, pruned: PrunedBlock, digests: list[list[str]]
-    ) -> str:
-        """Writes a pruned block, and gives its file's name. It counts when the journal has been saved."""
+    ) -> None:
+        """Writes a pruned block. It counts when the journal has been saved."""
         name = f"block-{index:05d}.safetensors"
         path = self.path / name
         save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, path)
         rows = pruned.layers, pruned.reconstruction
         self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, *rows, digests))
-        return name
 
     def written_bytes(self) -> int:
         """Bytes that an earlier run has left to go on with."""
