@@ -280,6 +280,26 @@ def test_a_model_takes_the_place_of_an_adapter_when_told_to(make_sparse, tmp_pat
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), token_ids), logits(model, token_ids))
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_no_model_is_saved_over_the_one_that_it_was_made_from(make_model, make_sparse, tmp_path, monkeypatch, kept):
+    """By whatever name the folder is given; `kept` is a dense source, otherwise a sparse one that becomes dense."""
+    (make_model() if kept else make_sparse()).save_pretrained(tmp_path / "source")
+    (tmp_path / "link").symlink_to("source")
+    monkeypatch.chdir(tmp_path)
+    settings = {"sparsity_config": SparsityConfig("magnitude", "2:4", dataset=None)} if kept else {}
+    model, before = AutoModelForCausalLM.from_pretrained("link", **settings), snapshot(tmp_path / "source")
+    for name in ("source", "link", tmp_path / "link", "./link/../source/") if kept else ():
+        with pytest.raises(FileExistsError, match="was made from"):
+            model.save_pretrained(name)
+    model.dequantize()
+    with pytest.raises(FileExistsError, match="was made from"):
+        model.save_pretrained("source")
+    assert snapshot(tmp_path / "source") == before
+    model.save_pretrained("source", overwrite=True)
+    assert sorted(snapshot(tmp_path / "source")) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert not hasattr(AutoModelForCausalLM.from_pretrained("source").config, "quantization_config")
+
+
 def test_a_model_in_training_saves_what_it_learnt(make_sparse, tmp_path, token_ids):
     model = make_sparse("50%")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -94,6 +94,7 @@ class SparsityQuantizer(HfQuantizer):
         for name in (*RECORDS, "weights_mark", "training_run"):
             setattr(model, name, None)
         tag_model(model, None, None)
+        model.is_dequantized = True  # type: ignore[assignment]
         self.remove_quantization_config(model)
         return model
 

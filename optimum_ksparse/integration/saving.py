@@ -37,7 +37,7 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
-    """Wraps `cls.save_pretrained` once; models that are neither sparse nor have lost blocks pass through. With
+    """Wraps `cls.save_pretrained` once; models that are and were dense, and whole, pass through. With
     `overwrite=True` a model that was pruned may take the place of the one that it was loaded from."""
     original = cls.save_pretrained
     if getattr(original, "_ksparse", False):
@@ -50,11 +50,11 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
         config, is_sparse = made_with(self), bool(sparse_modules(self))
         bound = signature.bind(self, *args, **kwargs).arguments
         adapted = getattr(self, "_hf_peft_config_loaded", False)  # then transformers saves the adapter alone
-        is_ours = is_sparse or (has_lost_blocks(self) and not adapted)
+        is_ours = is_sparse or ((has_lost_blocks(self) or getattr(self, "is_dequantized", False)) and not adapted)
         if not is_ours or not bound.get("is_main_process", True):
             with nullcontext() if is_sparse or adapted or has_lost_blocks(self) else without_record(self.config):
                 return original(self, *args, **kwargs)
-        if config is None:
+        if config is None and is_sparse:
             raise ValueError(
                 "the model holds sparse modules that sparsify() did not make; nothing could load them again"
             )
@@ -65,18 +65,20 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
                 _check_no_adapter(directory)
         _tell_tokenizer(self, Path(directory))
         known = {name: value for name, value in bound.items() if name not in ("self", "push_to_hub", "kwargs")}
-        if is_sparse and config.storage == "packed":
+        if config is not None and is_sparse and config.storage == "packed":
             known["save_original_format"] = False  # conversions are for dense tensors
         state_dict = bound.get("state_dict")
         if state_dict is not None:
             known["state_dict"] = dict(state_dict)  # transformers takes out what it has written
         with staged(directory) as staging, ExitStack() as as_stored:
-            if is_sparse:
+            if config is None:
+                as_stored.enter_context(without_record(self.config))
+            elif is_sparse:
                 record_layers(self, config)
                 as_stored.enter_context(_given_state_dict(self, known.get("state_dict")))
                 as_stored.enter_context(_config_for_storage(self, config))
             original(self, **{**known, "save_directory": staging})
-            if is_sparse and not adapted and not is_elsewhere(self):
+            if config is not None and is_sparse and not adapted and not is_elsewhere(self):
                 check_saved(self, staging, config.storage == "packed")
             if adapted:
                 record(self, staging)
@@ -96,9 +98,10 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
     cls.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
-def _check_source(model: PreTrainedModel, config: SparsityConfig, directory: str | os.PathLike[str]) -> None:
+def _check_source(model: PreTrainedModel, config: SparsityConfig | None, directory: str | os.PathLike[str]) -> None:
     """Raises FileExistsError where the model was loaded from `directory` and made of what lies there: the weights that
-    were pruned. A sparse model that was loaded from there and trained may take its own place."""
+    were pruned, or, with no `config`, those of a sparse model that is dense now. A sparse model that was loaded from
+    there and trained may take its own place."""
     source = getattr(model, "source_folder", model.name_or_path)
     if not source or not Path(source).is_dir() or not (Path(directory) / CONFIG_NAME).is_file():
         return
@@ -106,13 +109,17 @@ def _check_source(model: PreTrainedModel, config: SparsityConfig, directory: str
         return
     values, _ = PreTrainedConfig.get_config_dict(directory)
     recorded = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
-    ours = json.loads(json.dumps(config.to_dict()))
+    ours = {} if config is None else json.loads(json.dumps(config.to_dict()))
     compared = [name for name in ours if name not in (*RUN_TIME_SETTINGS, *RECORDED, "tokenizer")]
-    if isinstance(recorded, dict) and all(recorded.get(name, ours[name]) == ours[name] for name in compared):
+    if (
+        config is not None
+        and isinstance(recorded, dict)
+        and all(recorded.get(name, ours[name]) == ours[name] for name in compared)
+    ):
         return
     raise FileExistsError(
-        f"save_directory={os.fspath(directory)!r} holds the model that this one was made from by pruning, which would "
-        "be lost: save into another folder, or pass overwrite=True"
+        f"save_directory={os.fspath(directory)!r} holds the model that this one was made from, which would be lost: "
+        "save into another folder, or pass overwrite=True"
     )
 
 
