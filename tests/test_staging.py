@@ -171,7 +171,7 @@ def test_what_is_replaced_goes_after_what_replaces_it_is_on_the_disk(
 
 @pytest.fixture
 def models(make_pruned: Any, token_ids: torch.Tensor) -> Iterator[tuple[Any, Any, list[torch.Tensor]]]:
-    models = make_pruned(pattern="2:4"), make_pruned(pattern="50%")
+    models = make_pruned(pattern="2:4"), make_pruned(pattern="50%", storage="dense")
     with torch.no_grad():
         yield *models, [model(token_ids).logits for model in models]
 

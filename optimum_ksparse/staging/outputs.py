@@ -22,8 +22,8 @@ def check_output(
     """Raises an error where nothing may be written into the folder `output`; called before any work.
 
     It may be a new or an empty folder (but for a README, a licence and hidden files), or one with what an earlier run
-    of the same kind left there. With `overwrite` it may be any folder but the Hub's cache: files of the same names and
-    a checkpoint's other weights are replaced, what else is there stays.
+    of the same kind left there. With `overwrite` it may be any folder but the Hub's cache: files of the same names are
+    replaced, and what would be read beside the new ones goes (`outdated`); what else is there stays.
 
     Args:
         reads: what the caller reads from there on: folders and files are looked at, names on the Hub passed over.
