@@ -176,9 +176,13 @@ def test_a_damaged_checkpoint_is_not_returned_as_finished(
     DAMAGE[kind](path, path)
     with pytest.raises(ValueError, match=rf"{path.name}.*resume=False"):
         prune_checkpoint(source, output, asked)
-    if kind != "folder":
-        prune_checkpoint(source, output, asked, resume=False)
-        assert contents(output) == expected
+    if kind == "folder":
+        with pytest.raises(FileExistsError, match=path.name):
+            prune_checkpoint(source, output, asked, resume=False)
+        assert not (output / WORK).exists()  # before any work
+        path.rmdir()
+    prune_checkpoint(source, output, asked, resume=False)
+    assert contents(output) == expected
 
 
 def test_a_run_goes_on_with_the_threads_that_it_began_with(

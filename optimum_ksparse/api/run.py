@@ -27,6 +27,7 @@ from ..memory import peak_memory
 from ..pruning import needs_original, prune_blocks
 from ..report import REPORT_NAME, DroppedBlocks, MethodChoice, PrunedBlock, SparsityReport
 from ..sensitivity import leave_dense, measure_allocation
+from ..staging import check_places
 from ..streaming import DiskBlocks, Snapshot, WeightFiles, Workspace, find_weight_files, open_checkpoint, sha256_of
 from ..targets import find_targets
 from ..version import library_versions
@@ -96,6 +97,7 @@ class CheckpointRun:
         if resume and not self.workspace.is_unfinished:
             finished = _finished_report(self.workspace, self.files.fingerprint(), overwrite)
         if finished is None:
+            check_places(self.workspace.output)
             self.workspace.open(resume)
         return finished
 

@@ -2,13 +2,14 @@
 
 from .disk import remove, save_tensors, sync, sync_tree, write_text
 from .lock import claimed, locked
-from .outdated import outdated
+from .outdated import check_places, outdated
 from .outputs import check_apart, check_output
 from .swap import publish, recover, staged
 
 __all__ = [
     "check_apart",
     "check_output",
+    "check_places",
     "claimed",
     "locked",
     "outdated",

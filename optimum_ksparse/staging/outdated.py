@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
     ADAPTER_WEIGHTS_NAME,
     CHAT_TEMPLATE_FILE,
+    CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
 )
@@ -48,3 +50,11 @@ def outdated(there: Iterable[str], new: Iterable[str]) -> list[str]:
 def _variant(name: str) -> str | None:
     match = _WEIGHT_FILE.fullmatch(name)
     return None if match is None else match[1] or match[4]
+
+
+def check_places(directory: Path) -> None:
+    """Raises FileExistsError where a folder is in the place of a file of a checkpoint: before the work, not after."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        is_file = path.name in (CONFIG_NAME, REPORT_NAME) or _WEIGHT_FILE.fullmatch(path.name)
+        if is_file and path.is_dir() and not path.is_symlink():
+            raise FileExistsError(f"{path} is a folder, where a file has to be: move it away")
