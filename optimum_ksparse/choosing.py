@@ -90,7 +90,7 @@ def choose_method(
     if not fitting and len(done) == 1:  # with more, a trial took longer than expected: what is fastest must do
         raise ValueError(
             f"time_budget={config.time_budget} is too short for any method: the least that is possible is about "
-            f"{least.seconds:.0f} seconds ({least.name}), the trial included"
+            f"{least.seconds:.0f} s ({least.name}), the trial included"
         )
     best = min(fitting, key=lambda trial: float(trial.loss or 0)) if fitting else least
     return MethodChoice(best.method, best.reconstruct, tried, config.time_budget, trials)

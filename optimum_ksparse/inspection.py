@@ -57,10 +57,12 @@ class CheckpointSummary:
 
     def __str__(self) -> str:
         lines = [self.source]
-        lines += [f"  {name}: {printable(value)}" for name, value in self.settings.items() if value is not None]
+        idle = _idle_settings(self.settings)
+        lines += [f"  {name}: {printable(value)}" for name, value in self.settings.items() if name not in idle]
         lines.append(f"{self.num_parameters:,} parameters, zeros included; {len(self.layers)} sparse layers")
         lines.append(f"{sum(self.file_bytes.values()):,} bytes of weights in {len(self.file_bytes)} file(s)")
-        lines.append(f"on this machine: {self.device}")
+        if self.layers:
+            lines.append(f"on this machine: {self.device}")
         lines.append("no sparsity_report.json" if self.report is None else str(self.report))
         return "\n".join(lines)
 
@@ -92,6 +94,19 @@ def inspect_checkpoint(
         torch.device("cuda" if torch.cuda.is_available() else "cpu"), {layer["pattern"] for layer in layers.values()}
     )
     return CheckpointSummary(source, settings, layers, num_parameters, _file_bytes(source, revision), report, device)
+
+
+def _idle_settings(settings: dict[str, Any]) -> set[str]:
+    """Those that had no part in the pruning."""
+    idle = {name for name, value in settings.items() if value is None or value == []}
+    if settings.get("reconstruct") is None:
+        idle |= {"reconstruction_epochs", "reconstruction_lr"}
+    if settings.get("method") not in ("sparsegpt", "auto"):
+        idle.add("block_size")
+    if settings.get("pattern") is None:  # blocks were dropped, and nothing was pruned
+        idle |= {"method", "true_sequential", "skip_unsupported", "prune_routers", "storage", "allocation"}
+        idle |= {"block_size", "bos_in_statistics"}
+    return idle
 
 
 def _count_parameters(source: str, revision: str | None, trust_remote_code: bool) -> int:

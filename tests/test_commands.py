@@ -69,6 +69,8 @@ def test_prune_then_info(cli, workplace):
     assert done.returncode == 0, done.stderr
     assert "pattern: 4:8" in done.stdout
     assert "on this machine: " in done.stdout
+    assert "block_size: 128" in done.stdout and "reconstruction" not in done.stdout and "[]" not in done.stdout
+
     done = cli("info", "pruned", "--json")
     summary = json.loads(done.stdout)
     assert summary["settings"]["seq_len"] == 32
@@ -86,12 +88,13 @@ def test_prune_then_info(cli, workplace):
     [
         (("prune", "dense"), "output is missing"),
         (("prune", "dense", "out", "--pattern", "5:4"), "--pattern '5:4' is not a pattern"),
-        (("prune", "dense", "out", "--method", "wand"), "'wand' is not known; did you mean wanda?"),
+        (("prune", "dense", "out", "--method", "wand"), "'wand' is not known (did you mean wanda?)"),
         (("prune", "dense", "text.txt/out", "--dataset", "text.txt"), "text.txt"),
         (("prune", "dense", "out", "--dataset", "text.txt", "--seq-len", "128"), "above the model's context of 64"),
         (("prune", "nothing-here", "out", "--dataset", "text.txt"), "model 'nothing-here': there is no such folder"),
         (("prune", "dense", "out", "--config", "bad.yaml"), "did you mean 'pattern'"),
         (("info", "dense"), "not a checkpoint of optimum-ksparse"),
+        (("merge", "dense", "out"), "adapter 'dense' holds no adapter_config.json"),
     ],
 )
 def test_bad_pruning_is_one_line_and_writes_nothing(cli, dense, tmp_path, monkeypatch, arguments, message):

@@ -367,7 +367,9 @@ def _finished_report(workspace: Workspace, fingerprint: str, overwrite: bool) ->
                 f"{workspace.output} holds what this call would make, but no longer whole ({error}): make it again "
                 "with resume=False"
             ) from error
-        logger.warning(f"{workspace.output} holds what this call would make; resume=False makes it again.")
+        logger.warning(
+            f"{workspace.output} holds what this call would make; resume=False (--resume false) makes it again."
+        )
         return report
     if overwrite:
         return None

@@ -23,8 +23,8 @@ _SHUFFLE_BUFFER = 10_000
 # Articles of "kowiki" whose page id this number divides are for measuring, and all others for calibration.
 HELD_OUT_EVERY = 50
 _OFFLINE_FORMS = (
-    "without a network, use a path to a .txt or .jsonl file, a list of texts, a datasets.Dataset, token ids "
-    '[num_samples, seq_len], or dataset="self"'
+    'without a network, use a path to a .txt or .jsonl file or dataset="self"; in Python also a list of texts, a '
+    "datasets.Dataset or token ids"
 )
 
 

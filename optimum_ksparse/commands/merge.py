@@ -74,6 +74,9 @@ class MergeCommand(Command):
         check_output(output, reads=reads, overwrite=settings.get("overwrite", False))
         with staged(output):  # an output that cannot be written to is an error before the work, not after it
             pass
+        adapter = settings["adapter"]
+        if os.path.isdir(adapter) and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
+            raise FileNotFoundError(f"adapter={adapter!r} holds no adapter_config.json: name the folder of an adapter")
         source = settings.get("base") or _base_of(settings)
         remote = {"trust_remote_code": settings.get("trust_remote_code"), "revision": settings.get("base_revision")}
         base = {name: value for name, value in remote.items() if value is not None}
@@ -88,7 +91,7 @@ class MergeCommand(Command):
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             # Results of the merged model are those after this tuning; and a span head goes with its decoder.
-            for path in (os.path.join(settings["adapter"], name) for name in (TUNING_NAME, HEAD_NAME)):
+            for path in (os.path.join(adapter, name) for name in (TUNING_NAME, HEAD_NAME)):
                 if os.path.isfile(path):
                     shutil.copy(path, folder)
         print(model.merge_report)

@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 def _nearest(name: str, names: Any) -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def add_settings(

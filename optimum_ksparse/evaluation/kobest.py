@@ -154,7 +154,7 @@ def _build_task(task: str, items: dict[str, list[dict[str, Any]]] | None, num_fe
             raise
         raise ConnectionError(
             f"KoBEST ({KOBEST_DATASET}, {task}) cannot be read from the Hub: {type(error).__name__}: {error}; without "
-            "a network pass data_dir, a folder of <task>/<split>.jsonl"
+            "a network pass data_dir, a folder of <task>/<split>.jsonl, or no tasks of KoBEST"
         ) from error
     built.set_fewshot_seed(_FEWSHOT_SEED)
     return built

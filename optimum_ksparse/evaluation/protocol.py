@@ -69,7 +69,7 @@ class EvaluationProtocol:
             describe_texts(self.texts)
         object.__setattr__(self, "tasks", () if self.tasks in ([], ()) else check_tasks(self.tasks, _TASKS))
         if self.texts is None and not self.tasks:
-            raise ValueError("texts is None and tasks is empty: there is nothing to measure")
+            raise ValueError("no texts and no tasks: there is nothing to measure")
         for task in self.tasks if self.data_dir is not None else ():
             shots = NUM_FEWSHOT if task == NSMC_TASK else self.num_fewshot
             read_items(task, self.data_dir, shots)  # type: ignore[arg-type]

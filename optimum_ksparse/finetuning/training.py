@@ -177,4 +177,5 @@ def finished(
         raise ValueError(
             f"{folder} holds a finished run with {different}: use another folder, or overwrite=True to replace it"
         )
+    logger.warning(f"{folder} holds this run, finished already; overwrite=True (--overwrite) makes it again.")
     return dict(found)

@@ -46,7 +46,7 @@ def _table(report: SparsityReport) -> list[str]:
         )
     if report.config.get("allocation") == "owl":
         lines.append(_allocated(report))
-    lines += [f"left dense: {name}: {reason}" for name, reason in report.skipped.items()]
+    lines += [f"left dense: {name}: {reason.removeprefix('left dense ')}" for name, reason in report.skipped.items()]
     lines += [f"note: {layer.name}: {layer.note}" for layer in report.layers if layer.note]
     lines += [f"note: block {row.block}: {row.note}" for row in report.reconstruction if row.note]
     return lines

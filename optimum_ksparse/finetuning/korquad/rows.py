@@ -88,7 +88,7 @@ def hub_rows(name: str, split: str) -> list[dict[str, Any]]:
     except Exception as error:  # datasets, huggingface_hub and the network raise many kinds here
         raise ConnectionError(
             f"KorQuAD ({name}, {split}) cannot be read from the Hub: {type(error).__name__}: {error}; without a "
-            "network pass a JSON file in the form of SQuAD 1.1"
+            "network pass train_file, JSON in the form of SQuAD 1.1"
         ) from error
     rows = []
     for number, row in enumerate(found):

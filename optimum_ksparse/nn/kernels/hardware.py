@@ -37,7 +37,7 @@ def runs_kernels(device: torch.device) -> bool:
 
 def describe_device(device: torch.device, patterns: Iterable[str] = ()) -> str:
     """What sparse layers of these patterns do on `device`, in a sentence."""
-    reason = why_no_kernels(device) if device.type == "cuda" else f"no NVIDIA GPU on {device.type}"
+    reason = why_no_kernels(device) if device.type == "cuda" else f"{device.type}, no NVIDIA GPU"
     if reason is None:
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
@@ -45,12 +45,12 @@ def describe_device(device: torch.device, patterns: Iterable[str] = ()) -> str:
     if any(why_not_strips(pattern, STRIP_TOKENS, device) is None for pattern in patterns):
         return (
             f"{reason}: up to {STRIP_TOKENS} tokens are computed from the packed blocks, which is still slower than "
-            "dense; everything else decompresses its layers at each forward pass, or once with densify='lazy', which "
-            "keeps them dense in memory"
+            "dense; everything else decompresses its layers at each forward pass, or with densify='lazy' at the first "
+            "alone, which keeps them dense in memory"
         )
     return (
-        f"{reason}: sparse layers compute the same here but not faster; each forward pass decompresses them, or once "
-        "with densify='lazy', which keeps them dense in memory"
+        f"{reason}: sparse layers compute the same here but not faster; each forward pass decompresses them, or with "
+        "densify='lazy' the first alone, which keeps them dense in memory"
     )
 
 
