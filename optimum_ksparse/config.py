@@ -6,14 +6,22 @@ import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .allocation import ALLOCATIONS, check_allocation
 from .checks import check_boolean, check_integer, check_keys, check_names, check_number, check_one_of, check_share
-from .dataset import DATASET_NAMES, check_dataset, describe_dataset, is_mix, is_token_ids, mix_shares, token_ids_shape
+from .dataset import (
+    check_dataset,
+    describe_dataset,
+    is_mix,
+    is_token_ids,
+    mix_shares,
+    recorded_dataset,
+    token_ids_shape,
+)
 from .nn.kernels import KERNELS
 from .pattern import Pattern
 from .pruners import METHODS, REFINEMENTS, statistics_of
@@ -399,8 +407,7 @@ def _checked_record(found: dict[str, Any]) -> dict[str, Any]:
         check_keys(settings, SETTINGS, "SparsityConfig")
     except ValueError as error:
         raise ValueError(f"{error} (misspelt, or written by a newer optimum-ksparse: then upgrade it)") from None
-    if isinstance(settings.get("dataset"), str) and settings["dataset"] not in DATASET_NAMES:
-        raise ValueError(f"dataset={settings['dataset']!r} is no name, and a checkpoint's own path is not opened")
+    build(Annotated[Any, recorded_dataset], settings.get("dataset"), "dataset")
     build(str | None, settings.get("tokenizer"), "tokenizer")
     if "layers" in settings:
         settings["layers"] = build(dict[str, LayerRecord] | None, settings["layers"], "layers")

@@ -177,6 +177,18 @@ def check_dataset(dataset: Any) -> None:
         raise TypeError(f"dataset is a DatasetDict with the splits {', '.join(dataset.keys())}: pass one of them")
 
 
+def recorded_dataset(dataset: Any) -> Any:
+    """Data as a file records them, which may come from anywhere. Raises ValueError for what would be opened to be
+    described, and for a mix that is none."""
+    if isinstance(dataset, Mapping) and isinstance(dataset.get(_RECORD_KEY), list):
+        _check_record(dataset[_RECORD_KEY])
+        return dataset
+    names = [dataset] if isinstance(dataset, str) else dataset if is_mix(dataset) else []
+    if any(name not in DATASET_NAMES for name in names):
+        raise ValueError("which is no name of data, and a checkpoint's own path is not opened")
+    return dataset
+
+
 def _is_fingerprint(dataset: Mapping[Any, Any]) -> bool:
     """Whether a mapping is what `describe_dataset` gives for data that JSON cannot hold. Among these keys a mix has
     nothing but weights."""
@@ -196,7 +208,7 @@ def _check_mix(dataset: Mapping[Any, Any]) -> None:
 def _check_record(parts: Any) -> None:
     for part in parts if isinstance(parts, list) else [parts]:
         data, weight = (part.get("dataset"), part.get("weight")) if isinstance(part, Mapping) else (None, None)
-        known = data in DATASET_NAMES if isinstance(data, str) else isinstance(data, Mapping) and "sha256" in data
+        known = data in DATASET_NAMES if isinstance(data, str) else isinstance(data, Mapping) and _is_fingerprint(data)
         if not known or not _is_number(weight):
             raise ValueError(
                 f"dataset: {part!r} is no part of a mix as a checkpoint records it; allowed: {_DATASET_FORMS}"

@@ -312,11 +312,15 @@ def fail() -> None:
     raise OSError("none")
 
 
-def test_the_calibration_file_that_a_config_names_is_not_opened(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["path", "mix", "recorded mix", "hidden mix"])
+def test_the_calibration_file_that_a_config_names_is_not_opened(form: str, saved: Path, tmp_path: Path) -> None:
     (tmp_path / "private.txt").write_text("비밀")
     for name in ("private.txt", "nothing.txt"):
-        edit_settings(saved, method="wanda", dataset=str(tmp_path / name))
-        with pytest.raises(ValueError, match=r"dataset=.*is not opened"):
+        path = str(tmp_path / name)
+        inside = {"recorded mix": path, "hidden mix": {path: 0.5, "sha256": 0.5}}
+        record = {"mix": [{"dataset": inside.get(form), "weight": 1.0}]}
+        edit_settings(saved, method="wanda", dataset={"path": path, "mix": {path: 1.0}}.get(form, record))
+        with pytest.raises(ValueError, match=r"dataset.*(is not opened|no part of a mix)"):
             AutoModelForCausalLM.from_pretrained(saved)
     assert SparsityConfig(dataset=tmp_path / "private.txt").to_dict()["dataset"]["file"] == "private.txt"
 

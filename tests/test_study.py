@@ -56,6 +56,7 @@ from optimum_ksparse.study.grid import identity_of, settings_in_words
 from optimum_ksparse.study.record import Record, make_record
 
 from .conftest import REPOSITORY, held_by_another, make_config, sample_texts
+from .test_records import places, with_value
 
 torch.set_num_threads(1)
 
@@ -73,9 +74,10 @@ if Path("fail").exists() and job["id"] in Path("fail").read_text():
     sys.exit(3)
 if Path("wait").exists() and job["id"] in Path("wait").read_text():
     time.sleep(600)
-protocol = {{"stride": None, "max_tokens": None, "texts": {{"file": "held.txt"}}, "dtype": "float32"}}
+protocol = {{"stride": None, "max_tokens": None, "texts": {{"file": "held.txt", "sha256": "ab"}}, "dtype": "float32"}}
 protocol |= {{"seq_len": 32, "num_windows": 1, "num_tokens": 31, "num_bytes": 9, "prepend_bos": False}}
-row = {{"name": "perplexity", "metrics": {{"perplexity": 10.0 + (job["settings"] or {{}}).get("seed", 0)}}}}
+figures = {{"perplexity": 10.0 + (job["settings"] or {{}}).get("seed", 0), "bits_per_byte": 1.0}}
+row = {{"name": "perplexity", "metrics": figures}}
 row |= {{"protocol": protocol, "environment": {{"device": "cpu", "batch_size": 1, "versions": {{}}}}}}
 report = {{"density": 0.5, "mean_output_error": None}}
 pruning = {{"seconds": 2.0, "peak_memory_bytes": {{"process": 10**9}}, "calibration": {{}}, "report": report}}
@@ -589,6 +591,30 @@ def test_a_damaged_result_is_named(faked):
         load_study("out")
     with pytest.raises(FileNotFoundError, match="holds no study"):
         load_study("dense")
+
+
+@pytest.mark.parametrize("name", ["study.json", "result.json"])
+def test_a_study_with_any_field_of_its_files_changed_is_refused_by_name_or_tabulated(faked, name):
+    published = {"method": "wanda", "source": "a paper", "perplexity": {"2:4": 9.0}}
+    run_study(recipe(methods=["wanda"], patterns=["2:4"], seeds=[0], published=published), str)
+    path = next(path for path in sorted(Path("out").rglob(name)) if path.parent.name != "dense")
+    good = json.loads(path.read_text(encoding="utf-8"))
+    for place in places(good):
+        for value in (None, "x", [], {"held.txt": 1.0}):
+            path.write_text(json.dumps(with_value(good, place, value)), encoding="utf-8")
+            try:
+                results = load_study("out")
+            except ValueError as error:
+                fields = [key for key in place if isinstance(key, str)]
+                assert path.name in str(error) and any(name in str(error) for name in fields), (place, str(error))
+            else:
+                assert markdown(results)
+
+
+def test_a_method_without_a_cell_has_no_settings(workplace):
+    results = made_up(["magnitude"], [{"num_samples": 4, "seq_len": 32}], [0], {})
+    results.record.grid["methods"].append("wanda")
+    assert "wanda" not in markdown(results)
 
 
 def alive(pid: int) -> bool:

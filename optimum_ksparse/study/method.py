@@ -61,7 +61,7 @@ def _source(described: Any) -> str:
     digest = described.get("sha256") or described.get("files_sha256")
     where = [str(name)] if name else []
     where += [str(described["slice"])] if described.get("slice") else []
-    where += [f"SHA-256 {digest[:12]}"] if digest else []
+    where += [f"SHA-256 {str(digest)[:12]}"] if digest else []
     return ", ".join(where) or ", ".join(f"{key}: {value}" for key, value in described.items())
 
 

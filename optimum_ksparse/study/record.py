@@ -6,15 +6,16 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict, get_type_hints
 
 from ..config import describe_dataset, describe_source
+from ..dataset import recorded_dataset
 from ..evaluation import EvaluationProtocol
 from ..evaluation.kobest_data import describe_data
 from ..evaluation.nsmc import NUM_FEWSHOT
 from ..evaluation.nsmc_data import describe_nsmc
 from ..evaluation.texts import describe_texts
-from ..records import As, RelativePath, Version, read_record
+from ..records import As, Positive, RelativePath, Version, read_record
 from ..streaming import Journal, find_weight_files
 from .files import write_json
 from .grid import Cell, Place
@@ -28,11 +29,15 @@ _VERSION = 1
 _ROUNDING = ("batch_size", "micro_batch_size", "gradient_checkpointing", "save_steps")
 
 
+class _Evaluation(TypedDict, total=False):
+    texts: dict[str, Any] | None
+
+
 class _Job(TypedDict):
     model: str
     weights: str
     dtype: str | None
-    evaluation: dict[str, Any] | None
+    evaluation: Annotated[dict[str, Any], As(_Evaluation, is_open=True)] | None
     korquad: dict[str, Any] | None
     nsmc: dict[str, Any] | None
 
@@ -51,8 +56,14 @@ class _Place(TypedDict):
     seed: int | None
 
 
+class _Data(TypedDict, total=False):
+    dataset: Annotated[Any, recorded_dataset]
+    num_samples: Positive
+    seq_len: Positive
+
+
 class _Cell(TypedDict):
-    identity: dict[str, Any]
+    identity: Annotated[dict[str, Any], As(_Data, is_open=True)]
     places: list[_Place]
 
 
@@ -83,6 +94,21 @@ class Record:
             return read_record(cls, folder / RECORD_NAME, "is damaged", "; name another output")
         except FileNotFoundError:
             return None
+
+    def check_record(self, where: str) -> None:
+        """Raises ValueError where what was read from a file has a cell without a place, or without the data that its
+        places name, or figures published of nothing."""
+        for name, cell in self.cells.items():
+            if not cell["places"]:
+                raise ValueError(f"cells.{name}.places is empty")
+            calibrated = any(place["calibration"] is not None for place in cell["places"])
+            for setting in get_type_hints(_Data) if calibrated else ():
+                if setting not in cell["identity"]:
+                    raise ValueError(f"cells.{name}.identity.{setting} is missing")
+        for name, value in self.published.items():
+            kind = "str" if name in ("method", "source") else "figures by pattern"
+            if isinstance(value, str) != (kind == "str"):
+                raise ValueError(f"published.{name} is {value!r}, must be {kind}")
 
     def check(self, earlier: Record, measured: Collection[str]) -> list[str]:
         """Raises ValueError, naming the differences, where an earlier study measured another model or in another way.

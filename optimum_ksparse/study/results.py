@@ -9,18 +9,27 @@ from typing import Annotated, Any, TypedDict
 
 from ..config import NO_PATTERN
 from ..evaluation import Measurement
-from ..records import Amount, As, Count, read_record
+from ..records import Amount, As, Count, Share, build, read_record
 from .files import CELLS, FAILURE_NAME, RESULT_NAME, write_json
 from .quantities import QUANTITIES, figures_of
 from .record import Record
 from .spread import Spread, spread
 
 
-class _Row(TypedDict):
-    name: str
-    metrics: dict[str, float | None]
-    protocol: dict[str, Any]
-    environment: dict[str, Any]
+class _Found(TypedDict, total=False):
+    choice: str
+    dropped_blocks: list[Count]
+
+
+class _Summary(_Found):
+    density: Share
+    mean_output_error: Amount | None
+
+
+class _Pruning(TypedDict):
+    seconds: Amount
+    peak_memory_bytes: dict[str, Count]
+    report: Annotated[dict[str, Any], As(_Summary, is_open=True)]
 
 
 @dataclass
@@ -37,8 +46,8 @@ class CellResult:
 
     id: str
     identity: dict[str, Any]
-    measurements: list[Annotated[dict[str, Any], As(_Row)]]
-    pruning: dict[str, Any] | None
+    measurements: list[dict[str, Any]]
+    pruning: Annotated[dict[str, Any], As(_Pruning, is_open=True)] | None
     seconds: dict[str, Amount]
     peak_memory_bytes: dict[str, Count]
     hardware: dict[str, Any]
@@ -55,11 +64,8 @@ class CellResult:
         return read_record(cls, folder / RESULT_NAME, what, "; delete it, and the cell runs again")
 
     def check_record(self, where: str) -> None:
-        """Raises ValueError where what was read from a file has no figures."""
-        try:
-            self.figures()
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"it has no figures: {error!r}") from None
+        """Raises ValueError where a row from a file is not what its kind of measurement has."""
+        build(list[Measurement], self.measurements, "measurements")
 
     def figures(self) -> dict[str, float]:
         """By the keys of `QUANTITIES`, in the units of the tables."""
@@ -105,13 +111,15 @@ class StudyResults:
         return str(self.record.places(cell)[0])
 
     def identity_of(self, method: str) -> dict[str, Any]:
-        """The settings of a method: those of a cell in which it prunes, where there is one."""
+        """The settings of a method: those of a cell in which it prunes, where there is one; its name alone, where no
+        cell has it."""
         found = [
             content["identity"]
             for cell, content in self.record.cells.items()
             if any(place.method == method for place in self.record.places(cell))
         ]
-        return next((identity for identity in found if identity.get("pattern") != NO_PATTERN), found[0])
+        pruned = [identity for identity in found if identity.get("pattern") != NO_PATTERN]
+        return {"method": method, **next(iter(pruned or found), {})}
 
     def _order(self, method: str, calibration: str | None, pattern: str) -> tuple[int, ...]:
         """By which rows are sorted: the places in the recipe, the dense model first."""
