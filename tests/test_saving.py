@@ -366,6 +366,57 @@ def test_a_dense_state_dict_with_other_zeros_is_refused(make_sparse):
         model.load_state_dict(state)
 
 
+def wrap_block(model):
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+
+
+def wrap_layer(model):
+    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
+
+
+def delete_block(model):
+    del model.model.layers[1]
+
+
+def other_head(model):
+    model.lm_head = torch.nn.Linear(32, 400, bias=False)
+
+
+def norm_head(model):
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+
+
+def adapt(model):
+    pytest.importorskip("peft")
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("change", [wrap_block, wrap_layer, delete_block, other_head, norm_head, adapt])
+def test_what_nothing_could_load_does_not_replace_a_checkpoint(make_sparse, tmp_path, change, storage):
+    model = make_sparse(storage=storage)
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    change(model)
+    with pytest.raises(ValueError, match="nothing could load"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_a_block_that_recomputes_its_activations_is_saved_as_any_other(make_sparse, tmp_path, token_ids, storage):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = make_sparse(storage=storage)
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(sparse_modules(again)) == len(sparse_modules(model))
+    assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
 FSDP = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,11 +17,18 @@ from ..pattern import Pattern
 
 MASK_SUFFIX = ".weight_mask"
 SparseModule = SparseLinear | SparseExperts
+_WRAPPER = re.compile(r"\b_(checkpoint|fsdp)_wrapped_module\.")
 
 
 def sparse_modules(root: nn.Module) -> dict[str, SparseModule]:
     """All sparse modules under `root` by path."""
     return {name: module for name, module in root.named_modules() if isinstance(module, SparseModule)}
+
+
+def stored_name(name: str) -> str:
+    """The name in a state dict of a module, or a tensor, that PyTorch has wrapped for FSDP or to recompute
+    activations: these wrappers leave no trace there."""
+    return _WRAPPER.sub("", name)
 
 
 def sparse_layers(root: nn.Module) -> dict[str, SparseLinear]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
@@ -18,9 +19,16 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from ..nn import SparseExperts
+from ..calibration import decoder_of
 from .loading import check_headers, read_headers
-from .modules import MASK_SUFFIX, sparse_modules, stored_tensors
+from .modules import dense_layer, install_layers, sparse_modules, stored_tensors
+from .records import layer_records
+
+_UNWRAP = (
+    "Modules that were wrapped or replaced since (by an adapter, by torch.compile) have to be unwrapped first: merge "
+    "or unload an adapter, or save it by itself; put `_orig_mod` back in the place of a compiled module, or compile "
+    "with module.compile(); and let the config say how many blocks and rows there are."
+)
 
 
 def forget_conversions(model: PreTrainedModel) -> None:
@@ -52,26 +60,49 @@ def check_reversible(model: PreTrainedModel) -> None:
 
 
 def check_saved(model: PreTrainedModel, folder: Path, packed: bool) -> None:
-    """Checks the headers of the weight files of a sparse model that have just been written to `folder`.
+    """Checks the headers of the weight files of a sparse model that have just been written to `folder` against the
+    model that loading makes of its config: modules that were wrapped, replaced or deleted since have other names.
 
     Raises:
-        ValueError: a tensor is missing, or would not be found by loading; names it.
+        ValueError: a tensor is missing, has another shape, or would not be found by loading; names it.
     """
     headers = read_headers(sorted(folder.glob("*.safetensors")))
-    tensors = dict(stored_tensors(model))
-    if packed:
-        check_headers(headers, sparse_modules(model))
-    else:
-        for name, module in sparse_modules(model).items():
-            del tensors[f"{name}{MASK_SUFFIX}"]
-            if isinstance(module, SparseExperts):
-                tensors[name] = tensors.pop(f"{name}.weight")
-    lost = _unfilled(model, tensors, headers, [] if packed else get_model_conversion_mapping(model))
+    anew = _built_anew(model)
+    if anew is None:
+        if packed:
+            check_headers(headers, sparse_modules(model))
+        return
+    decoder, layers = decoder_of(anew), layer_records(model)
+    try:
+        if packed:
+            install_layers(anew, layers)
+            check_headers(headers, sparse_modules(decoder))
+        for name in () if packed else layers:
+            dense_layer(decoder, name, type(model).__name__)
+    except ValueError as error:
+        raise ValueError(f"nothing could load what was to be saved: {error} {_UNWRAP}") from error
+    tensors = dict(stored_tensors(anew))
+    conversions = [] if packed else get_model_conversion_mapping(anew)
+    lost = _unfilled(anew, tensors, headers, conversions)
+    if not any(isinstance(entry, WeightConverter) for entry in conversions):  # else they may be stored transposed
+        lost += [name for name in tensors if name in headers and list(tensors[name].shape) != headers[name][0]]
     if lost:
         raise ValueError(
-            f"{len(lost)} tensors of {type(model).__name__} are not in what was to be saved, among them {lost[0]}, "
-            "and nothing could load it: pass save_pretrained a state_dict with all of them, or none"
+            f"{len(lost)} tensors of {type(model).__name__} are not in what was to be saved, or have another shape "
+            f"than its config says, among them {lost[0]}, and nothing could load it: pass save_pretrained a "
+            f"state_dict with all of them, or none. {_UNWRAP}"
         )
+
+
+def _built_anew(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The model, still dense, that loading makes of the config of `model`, on the meta device; None for a class that
+    takes more than a config."""
+    try:
+        with torch.device("meta"):
+            anew: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config))
+    except Exception:  # of any kind: code that came with the model
+        return None
+    return anew
 
 
 def _unfilled(

@@ -12,7 +12,7 @@ from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from ..calibration import decoder_of
 from ..config import DENSE_CONFIG_KEY, MODULE_NAMES, QUANT_METHOD, SparsityConfig, describe_source
-from .modules import sparse_modules
+from .modules import sparse_modules, stored_name
 
 
 def made_with(model: PreTrainedModel) -> SparsityConfig | None:
@@ -45,7 +45,7 @@ def is_our_record(settings: Any) -> bool:
 def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """What `config.json` says of each sparse layer: path in the decoder → pattern and number of values."""
     return {
-        name: {"pattern": str(module.pattern), "num_values": module.weight.numel()}
+        stored_name(name): {"pattern": str(module.pattern), "num_values": module.weight.numel()}
         for name, module in sparse_modules(decoder_of(model)).items()
     }
 

@@ -30,7 +30,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..calibration import decoder_of
 from ..nn import SparseExperts, SparseLinear, dense_weight
 from ..pattern import Pattern, lowest
-from .modules import MASK_SUFFIX, aligned, dense_layer, replace_module, sparse_experts, sparse_modules
+from .modules import MASK_SUFFIX, aligned, dense_layer, replace_module, sparse_experts, sparse_modules, stored_name
 
 
 def storage_state_dict(
@@ -70,7 +70,8 @@ def dense_shapes(model: PreTrainedModel) -> Iterator[None]:
 def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """A module's state dict with every packed weight written out dense, in the layout of the module it came from."""
     state = dict(model.state_dict())
-    for name, module in sparse_modules(model).items():
+    for path, module in sparse_modules(model).items():
+        name = stored_name(path)
         del state[f"{name}.weight"], state[f"{name}{MASK_SUFFIX}"]
         with aligned(module):
             dense = module.to_dense()
