@@ -17,6 +17,7 @@ _FROM_PRETRAINED = """With optimum-ksparse:
     sparsity_config (`SparsityConfig` or `dict`, *optional*):
         Prunes the model while it is loaded, and puts `sparsity_report` on it. A sparse checkpoint loads without; what
         is passed for one must agree with what it was pruned with, except settings of how it runs.
+        One whose weights hold NaN or infinity is refused, unless `KSPARSE_ALLOW_NONFINITE=1` is in the environment.
 """
 _PARAMETER = inspect.Parameter(
     "sparsity_config",
