@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
@@ -415,6 +415,20 @@ def test_a_block_that_recomputes_its_activations_is_saved_as_any_other(make_spar
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert len(sparse_modules(again)) == len(sparse_modules(model))
     assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_the_decoder_of_a_sparse_model_can_be_saved_by_itself(make_sparse, tmp_path, token_ids, storage):
+    model = make_sparse(storage=storage)
+    model.model.save_pretrained(tmp_path / "decoder")
+    again = AutoModel.from_pretrained(tmp_path / "decoder")
+    assert len(sparse_modules(again)) == len(sparse_modules(model))
+    with torch.no_grad():
+        assert torch.equal(again(token_ids).last_hidden_state, model.model(token_ids).last_hidden_state)
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), token_ids), logits(model, token_ids)
+    )
 
 
 FSDP = """

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
 from ..checkpoint import (
@@ -75,7 +76,7 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
                 as_stored.enter_context(without_record(self.config))
             elif is_sparse:
                 record_layers(self, config)
-                as_stored.enter_context(_given_state_dict(self, known.get("state_dict")))
+                as_stored.enter_context(_given_state_dict(self, config, known.get("state_dict")))
                 as_stored.enter_context(_config_for_storage(self, config))
             original(self, **{**known, "save_directory": staging})
             if config is not None and is_sparse and not adapted and not is_elsewhere(self):
@@ -148,13 +149,18 @@ def _tell_tokenizer(model: PreTrainedModel, directory: Path) -> None:
 
 
 @contextmanager
-def _given_state_dict(model: PreTrainedModel, state_dict: Any) -> Iterator[None]:
+def _given_state_dict(model: PreTrainedModel, config: SparsityConfig, state_dict: Any) -> Iterator[None]:
+    own: Any = getattr(model, "hf_quantizer", None)
+    if own is None:  # a part of a sparse model, such as its decoder
+        model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     quantizer: Any = model.hf_quantizer
     quantizer.state_dict = state_dict
     try:
         yield
     finally:
         quantizer.state_dict = None
+        if own is None:
+            del model.hf_quantizer
 
 
 @contextmanager
