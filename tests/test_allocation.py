@@ -27,7 +27,8 @@ from optimum_ksparse.allocation import (
     same_density,
     spend,
 )
-from optimum_ksparse.api import run as run_module
+from optimum_ksparse.api import disk as disk_module
+from optimum_ksparse.api import plan as plan_module
 from optimum_ksparse.calibration import BlockReplay, find_blocks
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.hub.card import render_card
@@ -372,9 +373,9 @@ def test_a_run_that_goes_on_keeps_the_patterns(
             raise KeyboardInterrupt
         done(self, index, *rest)
 
-    done = run_module.CheckpointRun._block_is_done
+    done = disk_module.DiskPlace.block_is_done
     with monkeypatch.context() as patched:
-        patched.setattr(run_module.CheckpointRun, "_block_is_done", stopped)
+        patched.setattr(disk_module.DiskPlace, "block_is_done", stopped)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(tmp_path / "dense", tmp_path / "out", owl("50%"))
     kept = tmp_path / "out/.ksparse-pruning/allocation.json"
@@ -382,14 +383,14 @@ def test_a_run_that_goes_on_keeps_the_patterns(
     with pytest.raises(ValueError, match=r"other settings .settings.allocation: was 'owl', is 'uniform'"):
         prune_checkpoint(tmp_path / "dense", tmp_path / "out", owl("50%", allocation="uniform"))
     with monkeypatch.context() as patched:
-        patched.setattr(run_module, "measure_allocation", lambda *a, **k: pytest.fail("measured again"))
+        patched.setattr(plan_module, "measure_allocation", lambda *a, **k: pytest.fail("measured again"))
         resumed = prune_checkpoint(tmp_path / "dense", tmp_path / "out", owl("50%"))
     assert_same_tensors(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
     assert [row.sensitivity for row in resumed.layers] == [row.sensitivity for row in whole.layers]
 
 
 def test_a_damaged_choice_is_no_choice(tmp_path: Path) -> None:
-    work = run_module.Workspace(tmp_path, {})
+    work = disk_module.Workspace(tmp_path, {})
     work.path.mkdir()
     assert work.kept("allocation", Allocation) is None
     (work.path / "allocation.json").write_text('{"patterns": ')

@@ -70,9 +70,9 @@ if scenario == "all":
         torch.save(model.state_dict(), folder / f"memory-{rank}.pt")
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
 else:
-    from optimum_ksparse.api import run
+    from optimum_ksparse.api import disk
     from optimum_ksparse.calibration import BlockReplay
-    run._SNAPSHOT_SECONDS = -1.0
+    disk._SNAPSHOT_SECONDS = -1.0
     if scenario == "kill" and rank == 1:
         advance = BlockReplay.advance
         def dying(self, index, block):

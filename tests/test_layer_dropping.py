@@ -196,10 +196,10 @@ def test_from_disk_to_disk_it_is_the_same_and_a_later_run_takes_the_same_blocks(
     model = make(family)
     model.save_pretrained(tmp_path / "dense")
     measured = []
-    from optimum_ksparse.api import run
+    from optimum_ksparse.api import disk, plan
 
-    original, count = run.measure_drop, run.Workspace.add_block
-    monkeypatch.setattr(run, "measure_drop", lambda *a, **k: measured.append(1) or original(*a, **k))
+    original, count = plan.measure_drop, disk.Workspace.add_block
+    monkeypatch.setattr(plan, "measure_drop", lambda *a, **k: measured.append(1) or original(*a, **k))
 
     def stop(self: Any, index: int, *rest: Any) -> None:
         if index == 1:
@@ -208,7 +208,7 @@ def test_from_disk_to_disk_it_is_the_same_and_a_later_run_takes_the_same_blocks(
 
     config = settings(pattern)
     with monkeypatch.context() as patched:
-        patched.setattr(run.Workspace, "add_block", stop)
+        patched.setattr(disk.Workspace, "add_block", stop)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(tmp_path / "dense", tmp_path / "disk", config)
     report = prune_checkpoint(tmp_path / "dense", tmp_path / "disk", config)

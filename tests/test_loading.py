@@ -334,9 +334,9 @@ def test_dense_weights_are_let_go_block_by_block(dense, config, monkeypatch):
         alive.append([index, sum(linear() is not None for linear in first_block)])
         return BlockReplay.collect(self, index, *rest)
 
-    monkeypatch.setattr("optimum_ksparse.api.model.prune_blocks", observe)
+    monkeypatch.setattr("optimum_ksparse.api.plan.prune_blocks", observe)
     observed = type("Observed", (BlockReplay,), {"collect": collect})
-    monkeypatch.setattr("optimum_ksparse.api.model.BlockReplay", observed)
+    monkeypatch.setattr("optimum_ksparse.api.plan.BlockReplay", observed)
     AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config)
     assert alive[0] == [0, 7]
     assert alive[1][1] <= 1  # the last layer, which the loop still names

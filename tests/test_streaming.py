@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ZambaConfig
 
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint
-from optimum_ksparse.api import run as run_module
+from optimum_ksparse.api import disk as disk_module
 from optimum_ksparse.calibration import Activations, BlockReplay
 from optimum_ksparse.progress import BlockDone, listening
 from optimum_ksparse.streaming import Journal, Workspace, workspace
@@ -86,7 +86,7 @@ def source(tmp_path: Path, make_model: MakeModel, tokenizer: PreTrainedTokenizer
 
 @pytest.fixture
 def always_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "_SNAPSHOT_SECONDS", -1.0)
+    monkeypatch.setattr(disk_module, "_SNAPSHOT_SECONDS", -1.0)
 
 
 # ---- the same as in memory
@@ -371,9 +371,9 @@ def contents_without_work(folder: Path) -> dict[str, bytes | dict]:
 _CHILD = """
 import os, signal, sys, torch
 from optimum_ksparse import SparsityConfig, prune_checkpoint
-from optimum_ksparse.api import run
+from optimum_ksparse.api import disk
 torch.set_num_threads(1)
-run._SNAPSHOT_SECONDS = -1.0
+disk._SNAPSHOT_SECONDS = -1.0
 source, output, ids, place, number, memory = sys.argv[1:]
 replace, fsync, calls = os.replace, os.fsync, [0]
 def killing(function, name):
@@ -691,7 +691,7 @@ def test_a_file_that_goes_away_meanwhile(
         for path in source.glob("*.safetensors"):
             path.unlink()
 
-    monkeypatch.setattr(run_module, "check_run_space", remove)
+    monkeypatch.setattr(disk_module, "check_run_space", remove)
     with pytest.raises(OSError, match=r"model\.layers\.0.* cannot be read"):
         prune_checkpoint(source, tmp_path / "disk", config())
 
@@ -736,9 +736,9 @@ def test_a_source_that_changes_meanwhile(
 def test_a_source_whose_times_alone_change_is_the_same(
     tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = run_module.check_run_space
+    original = disk_module.check_run_space
     monkeypatch.setattr(
-        run_module, "check_run_space", lambda *given: ([os.utime(p) for p in source.iterdir()], original(*given))
+        disk_module, "check_run_space", lambda *given: ([os.utime(p) for p in source.iterdir()], original(*given))
     )
     prune_checkpoint(source, tmp_path / "disk", config())
 
@@ -797,8 +797,8 @@ def test_arguments(tmp_path: Path, source: Path, config: Any) -> None:
 def test_reading_ahead_gives_the_same(
     tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = run_module.DiskBlocks.__init__
-    monkeypatch.setattr(run_module.DiskBlocks, "__init__", lambda *arguments: original(*arguments, True))
+    original = disk_module.DiskBlocks.__init__
+    monkeypatch.setattr(disk_module.DiskBlocks, "__init__", lambda *arguments: original(*arguments, True))
     prune_checkpoint(source, tmp_path / "ahead", config())
     monkeypatch.undo()
     prune_checkpoint(source, tmp_path / "whole", config())

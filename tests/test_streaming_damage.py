@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint
-from optimum_ksparse.api import run as run_module
+from optimum_ksparse.api import disk as disk_module
 from optimum_ksparse.streaming import Journal, Workspace, is_whole, recovery
 
 from .test_streaming import WORK, MakeModel, contents, fails
@@ -91,7 +91,7 @@ def test_every_file_of_an_unfinished_run_may_be_damaged(
         cut = tmp_path / phase
         where, name, number = CUTS[phase]
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "_SNAPSHOT_SECONDS", -1.0)
+            patch.setattr(disk_module, "_SNAPSHOT_SECONDS", -1.0)
             patch.setattr(where, name, fails(getattr(where, name), number, KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
                 prune_checkpoint(source, cut, asked)

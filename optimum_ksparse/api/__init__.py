@@ -2,6 +2,7 @@
 
 from .checkpoint import prune_checkpoint
 from .layer import prune_weight
-from .model import attach, load_tokenizer, sparsify
+from .model import attach, sparsify
+from .tokens import load_tokenizer
 
 __all__ = ["attach", "load_tokenizer", "prune_checkpoint", "prune_weight", "sparsify"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,42 +14,21 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..allocation import Allocation
-from ..calibration import BlockReplay, ExpertStack, eager_experts, evaluation_mode, save_tokenizer
-from ..checkpoint import install_layers, layer_records
-from ..choosing import choose_method
-from ..config import AUTO, SparsityConfig
+from ..calibration import save_tokenizer
+from ..config import SparsityConfig
 from ..distributed import Processes
-from ..evaluation import fingerprint, tensor_digests
-from ..layer_dropping import check_drop, drop_blocks, measure_drop
+from ..evaluation import fingerprint
 from ..memory import peak_memory
-from ..pruning import needs_original, prune_blocks
-from ..report import REPORT_NAME, DroppedBlocks, MethodChoice, PrunedBlock, SparsityReport
-from ..sensitivity import leave_dense, measure_allocation
+from ..report import REPORT_NAME, SparsityReport
 from ..staging import check_places
-from ..streaming import DiskBlocks, Snapshot, WeightFiles, Workspace, find_weight_files, open_checkpoint, sha256_of
-from ..targets import find_targets
+from ..streaming import DiskBlocks, WeightFiles, Workspace, find_weight_files, open_checkpoint
 from ..version import library_versions
-from .disk_replays import DiskReplays
-from .model import (
-    attach,
-    calibration_dtype,
-    check_model,
-    draw_tokens,
-    load_tokenizer,
-    make_report,
-    note_sensitivities,
-    own_patterns,
-    record_settings,
-    replay_batch_size,
-    share_tokens,
-)
-from .space import check_run_space
+from .disk import DiskPlace
+from .model import attach, check_model, make_report, record_settings
+from .plan import run
+from .tokens import load_tokenizer
 
 logger = logging.get_logger(__name__)
-
-# Activations that are in memory are saved this often: what a killed run has to compute again.
-_SNAPSHOT_SECONDS = 60.0
 
 
 class CheckpointRun:
@@ -72,7 +50,6 @@ class CheckpointRun:
         self.source, self.config, self.workspace, self.files = source, config, workspace, files
         self.processes, self.dtype, self.device = processes, dtype, device
         self.activation_memory, self.model_class, self.loading = activation_memory, model_class, loading
-        self.noted = self.saved = time.perf_counter()
 
     def __call__(self, resume: bool, overwrite: bool = False) -> SparsityReport:
         workspace, processes = self.workspace, self.processes
@@ -142,188 +119,20 @@ class CheckpointRun:
             **self.loading,
         )
         check_model(model, config)
-        blocks = disk.blocks
-        if config.drop_layers is not None:
-            check_drop(blocks, config.drop_layers, config.modules_to_not_convert)
-        targets, skipped = find_targets(blocks, config)
-        if config.drop_layers is None:
-            processes.once(lambda: check_run_space(model, targets, config, workspace))
-        with evaluation_mode(model), torch.no_grad():
-            ids, data = self._tokens(model)
-            replays = None if ids is None else self._replays(disk, ids, data)
-            dropped = None if replays is None else self._dropped(replays)
-        if dropped is not None:
-            kept = [index for index in range(len(blocks.blocks)) if index not in dropped.blocks]
-            drop_blocks(blocks, dropped.blocks)
-            disk.keep(kept)
-            targets, skipped = find_targets(blocks, config)
-            processes.once(lambda: check_run_space(model, targets, config, workspace))
-        num_parameters = model.num_parameters()
-        done = list(workspace.journal.blocks)
-        if not config.prunes_with_data:
-            replays = None
-        stacked = any(isinstance(layer, ExpertStack) for layers in targets for layer in layers.values())
-        with evaluation_mode(model), eager_experts(model) if stacked else nullcontext(), torch.no_grad():
-            allocation = None if replays is None else self._allocation(replays, targets)
-            if allocation is not None:
-                skipped |= leave_dense(blocks, targets, allocation)
-            choice = None if replays is None else self._choice(replays, targets, own_patterns(allocation))
-            config = config if choice is None else config.as_chosen(choice.method, choice.reconstruct)
-            replay, original = self._go_on(model, disk, replays, config)
-            pruned = [PrunedBlock(block.rows, block.reconstruction) for block in done]
-            pruned += prune_blocks(
-                blocks,
-                targets,
-                config,
-                replay,
-                original=original,
-                resident=disk.resident,
-                finished=lambda index, block: self._block_is_done(index, block, model, disk, replay, original),
-                start=len(done),
-                processes=processes,
-                patterns=own_patterns(allocation),
-            )
-        note_sensitivities([row for block in pruned for row in block.layers], allocation)
-        report = make_report(model, record_settings(self.config), num_parameters, data, pruned, skipped)
-        report.choice, report.dropped = choice, dropped
-        processes.once(lambda: self._finish(model, disk, report))
+        load = partial(load_tokenizer, config, self.source, **self.loading)
+        place = DiskPlace(model, disk, config, workspace, processes, self.activation_memory, load)
+        report = make_report(run(place, config), record_settings(config))
+        processes.once(lambda: self._finish(place, report))
 
-    def _go_on(
-        self, model: PreTrainedModel, disk: DiskBlocks, replays: DiskReplays | None, config: SparsityConfig
-    ) -> tuple[BlockReplay | None, BlockReplay | None]:
-        """Puts the blocks that are done into the model, and brings the activations to the first one that is not.
-
-        Returns:
-            The activations of the pruned model, None where none are needed, and those of the dense one, None where
-            they are not needed beside these.
-        """
-        done = self.workspace.journal.blocks
-        replay = original = None
-        if replays is not None and len(done) < len(disk.blocks.blocks):
-            replay = replays.start()
-            if needs_original(config, replay):
-                original = replay.fork("original")
-                replays.catch_up(original, lambda snapshot: snapshot.originals)
-            if config.activations == "dense":
-                replays.catch_up(replay, lambda snapshot: snapshot.files)
-        for index, block in enumerate(done):
-            install_layers(model, block.layers)
-            disk.take_shard(index, self.workspace.path / block.file)
-        if replays is not None and replay is not None and config.activations != "dense":
-            replays.catch_up(replay, lambda snapshot: snapshot.files)
-        return replay, original
-
-    def _tokens(self, model: PreTrainedModel) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """This process's part of the calibration samples, and the description of all; None without data."""
-        if not self.config.needs_data:
-            return None, {}
-
-        def draw() -> tuple[torch.Tensor, dict[str, Any]]:
-            drawn = draw_tokens(model, self.config, load_tokenizer(self.config, self.source, **self.loading))
-            assert drawn is not None
-            return drawn.ids, drawn.description
-
-        ids, description = self.processes.once(lambda: self.workspace.tokens(draw))
-        return share_tokens(ids, replay_batch_size(self.config), self.processes), description
-
-    def _replays(self, disk: DiskBlocks, ids: torch.Tensor, description: dict[str, Any]) -> DiskReplays:
-        skip_first = description["begins_with_bos"] and not self.config.bos_in_statistics
-        return DiskReplays(
-            disk,
-            ids,
-            replay_batch_size(self.config),
-            skip_first,
-            calibration_dtype(self.config),
-            self.activation_memory,
-            self.workspace,
-            self.processes,
-        )
-
-    def _dropped(self, replays: DiskReplays) -> DroppedBlocks | None:
-        """The blocks to drop: those of the run that this one goes on with, or newly chosen ones."""
-        number = self.config.drop_layers
-        if number is None:
-            return None
-
-        def measure(replay: BlockReplay, **how: Any) -> DroppedBlocks:
-            return measure_drop(replays.disk.blocks, number, replay, **how)
-
-        return replays.measured("dropped", DroppedBlocks, measure)
-
-    def _allocation(self, replays: DiskReplays, targets: list[dict[str, Any]]) -> Allocation | None:
-        """The layers' own patterns: those of the run that this one goes on with, or newly measured ones, which are
-        kept for a later run."""
-        if self.config.allocation == "uniform":
-            return None
-        measure = partial(measure_allocation, replays.disk.blocks, targets, self.config)
-        return replays.measured("allocation", Allocation, measure)
-
-    def _choice(
-        self, replays: DiskReplays, targets: list[dict[str, Any]], patterns: dict[str, str]
-    ) -> MethodChoice | None:
-        """What `method="auto"` has chosen, in this run or in the one that it goes on with."""
-        if self.config.method != AUTO:
-            return None
-        measure = partial(choose_method, replays.disk.blocks, targets, self.config, patterns=patterns)
-        return replays.measured("choice", MethodChoice, measure)
-
-    def _block_is_done(
-        self,
-        index: int,
-        pruned: PrunedBlock,
-        model: PreTrainedModel,
-        disk: DiskBlocks,
-        replay: BlockReplay | None,
-        original: BlockReplay | None,
-    ) -> None:
-        workspace, processes = self.workspace, self.processes
-        snapshot = None
-        if replay is not None and not replay.has_states and index + 1 < len(disk.blocks.blocks):
-            due = time.perf_counter() - self.saved > _SNAPSHOT_SECONDS
-            # Files that the next block would write over are saved with every block.
-            if any(processes.gather(replay.hidden.in_files or due)):
-                snapshot = Snapshot(index + 1, self._saved(replay, index + 1))
-                if original is not None:
-                    snapshot.originals = self._saved(original, index + 1)
-                self.saved = time.perf_counter()
-        peaks = processes.gather(peak_memory())
-        processes.each(lambda: disk.check_source(index))
-
-        def note() -> str:
-            prefix = f"{disk.blocks.name_in_decoder(index)}."
-            layers = {name: layer for name, layer in layer_records(model).items() if name.startswith(prefix)}
-            digests = [tensor_digests(module) for module in disk.blocks.blocks[index].modules()]
-            workspace.add_block(index, disk.state_dict(index), layers, pruned, digests)
-            if snapshot is not None:
-                workspace.journal.snapshot = snapshot
-            self._note_costs(peaks)
-            workspace.journal.save(workspace.path)
-            return workspace.journal.blocks[-1].file
-
-        file = processes.once(note)  # an error in it stops all
-        # A later block's inputs may come from runs of the whole model, in which this one is called as it is now.
-        disk.take_shard(index, workspace.path / file)
-
-    def _saved(self, replay: BlockReplay, block: int) -> dict[str, str]:
-        """Saves the activations, and gives the names and checksums of the files of all processes."""
-        path = self.workspace.path / replay.hidden.save(block)
-        return dict(self.processes.gather((path.name, sha256_of(path))))
-
-    def _note_costs(self, peaks: list[dict[str, int]]) -> None:
-        journal, now = self.workspace.journal, time.perf_counter()
-        journal.seconds += now - self.noted
-        self.noted = now
-        for name, peak in (item for peaks_of_one in peaks for item in peaks_of_one.items()):
-            journal.peak_memory_bytes[name] = max(peak, journal.peak_memory_bytes.get(name, 0))
-
-    def _finish(self, model: PreTrainedModel, disk: DiskBlocks, report: SparsityReport) -> None:
+    def _finish(self, place: DiskPlace, report: SparsityReport) -> None:
+        model, disk = place.model, place.disk
         attach(model, record_settings(self.config))
         if self.loading.get("subfolder"):
             report.base_arguments = {"subfolder": self.loading["subfolder"]}
         self.files.check()
         report.source_fingerprint = self.files.fingerprint()
         report.fingerprint = self._fingerprint(model, disk)
-        self._note_costs([peak_memory()])
+        place.note_costs([peak_memory()])
         report.seconds = round(self.workspace.journal.seconds, 2)
         report.peak_memory_bytes = self.workspace.journal.peak_memory_bytes
         model.sparsity_report = report  # type: ignore[assignment]

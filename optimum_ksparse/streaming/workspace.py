@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from ..calibration import CalibrationTokens
 from ..checkpoint import check_saved, storage_state_dict
 from ..records import read_record, to_json
 from ..report import REPORT_NAME, PrunedBlock, SparsityReport
@@ -112,16 +113,17 @@ class Workspace:
         folder.mkdir(parents=True)
         return folder
 
-    def tokens(self, draw: Callable[[], tuple[torch.Tensor, dict[str, Any]]]) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The calibration tokens and their description: those of the run that this one goes on with, or newly drawn
-        ones, which are kept for a later run."""
+    def tokens(self, draw: Callable[[], CalibrationTokens]) -> CalibrationTokens:
+        """The calibration samples: those of the run that this one goes on with, or newly drawn ones, which are kept
+        for a later run."""
         path = self.path / _TOKENS
         if _TOKENS not in self.journal.checksums:
-            ids, description = draw()
-            save_tensors({"ids": ids}, path, {"description": json.dumps(description, ensure_ascii=False)})
+            drawn = draw()
+            save_tensors({"ids": drawn.ids}, path, {"description": json.dumps(drawn.description, ensure_ascii=False)})
             self._record(path)
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor("ids").clone(), json.loads(file.metadata()["description"])
+            description = json.loads(file.metadata()["description"])
+            return CalibrationTokens(file.get_tensor("ids").clone(), description["begins_with_bos"], description)
 
     def kept(self, name: str, kind: type[T]) -> T | None:
         """What `keep` of the run which this one goes on with has kept under that name; None where it has not."""
