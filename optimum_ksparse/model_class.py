@@ -100,5 +100,6 @@ def _with_config(source: str, loading: Mapping[str, Any]) -> str:
     if path is None:
         return source
     with open(path, encoding="utf-8") as file:
-        base = json.load(file).get("base_model_name_or_path")
+        config = json.load(file)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return base if isinstance(base, str) and base else source

@@ -37,7 +37,7 @@ from transformers import (
 )
 from transformers.utils import PushToHubMixin
 
-from optimum_ksparse import SparsityConfig, sparsify
+from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.commands import parse_words
 from optimum_ksparse.evaluation import (
@@ -1498,3 +1498,21 @@ def test_a_private_baseline_is_loaded_with_its_token(hub: LoopbackHub, base: Pat
     shutil.rmtree(HF_HOME / "hub")
     with pytest.raises(OSError, match="user/dense"):
         Baseline("user/dense").load(AutoModelForCausalLM, torch.float32, "cpu")
+
+
+def test_a_base_that_only_a_file_names_is_not_asked_for_its_card(
+    hub: LoopbackHub, base: Path, token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    theirs = b"---\nlicense: apache-2.0\nlanguage: [ko, 7]\npipeline_tag: text-generation\n---\n"
+    hub.add_repo("org/tiny-base", {**read(base), "README.md": theirs})
+    model = AutoModelForCausalLM.from_pretrained(
+        "org/tiny-base", sparsity_config=SparsityConfig("wanda", "2:4", token_ids)
+    )
+    assert model.sparsity_report.base_card == {"license": "apache-2.0", "pipeline_tag": "text-generation"}
+    model.save_pretrained(tmp_path / "sparse")
+    hub.requests.clear()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").push_to_hub(NAME, tokenizer=False)
+    assert not sent(hub, "GET", "tiny-base") + sent(hub, "HEAD", "tiny-base")
+    assert metadata(hub)["license"] == "apache-2.0"
+    prune_checkpoint("org/tiny-base", tmp_path / "streamed", SparsityConfig("wanda", "2:4", token_ids))
+    assert SparsityReport.load(tmp_path / "streamed/sparsity_report.json").base_card == model.sparsity_report.base_card

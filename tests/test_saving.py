@@ -300,6 +300,13 @@ def test_no_model_is_saved_over_the_one_that_it_was_made_from(make_model, make_s
     assert not hasattr(AutoModelForCausalLM.from_pretrained("source").config, "quantization_config")
 
 
+def test_a_dense_model_in_the_place_of_a_sparse_one_has_no_records(make_model, make_sparse, tmp_path):
+    make_sparse().save_pretrained(tmp_path)
+    assert (tmp_path / "sparsity_report.json").is_file()
+    make_model().save_pretrained(tmp_path)
+    assert sorted(snapshot(tmp_path)) == ["config.json", "generation_config.json", "model.safetensors"]
+
+
 def test_a_model_in_training_saves_what_it_learnt(make_sparse, tmp_path, token_ids):
     model = make_sparse("50%")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

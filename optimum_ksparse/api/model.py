@@ -36,7 +36,7 @@ from ..config import (
 from ..distributed import current
 from ..evaluation import RECORDS, mark_weights
 from ..execution import apply_settings
-from ..hub import tag_model
+from ..hub import card_of_source, tag_model
 from ..memory import peak_memory
 from ..report import SparsityReport
 from ..version import library_versions
@@ -90,6 +90,7 @@ def sparsify(
     if config.tokenizer is not None:
         model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
     report = make_report(job, recorded)
+    report.base_card = card_of_source(model)
     report.seconds = round(time.perf_counter() - started, 2)
     model.sparsity_report = report  # type: ignore[assignment]
     mark_weights(model, pruned_here=True)

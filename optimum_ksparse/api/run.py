@@ -18,6 +18,7 @@ from ..calibration import save_tokenizer
 from ..config import SparsityConfig
 from ..distributed import Processes
 from ..evaluation import fingerprint
+from ..hub import card_of_source
 from ..memory import peak_memory
 from ..report import REPORT_NAME, SparsityReport
 from ..staging import check_places
@@ -129,6 +130,7 @@ class CheckpointRun:
         attach(model, record_settings(self.config))
         if self.loading.get("subfolder"):
             report.base_arguments = {"subfolder": self.loading["subfolder"]}
+        report.base_card = card_of_source(model, self.loading.get("token"))
         self.files.check()
         report.source_fingerprint = self.files.fingerprint()
         report.fingerprint = self._fingerprint(model, disk)

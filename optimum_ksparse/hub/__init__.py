@@ -1,6 +1,6 @@
 """The Hub: report and results → card → push."""
 
-from .metadata import tag_model
+from .metadata import card_of_source, tag_model
 from .models import current_results, is_adapter, is_ours, without_peft
 from .push import check_target, push_model
 from .sources import choose_baseline, choose_tokenizer
@@ -8,6 +8,7 @@ from .writing import CARD_NAME, check_language, read_card, write_card, write_tra
 
 __all__ = [
     "CARD_NAME",
+    "card_of_source",
     "check_language",
     "check_target",
     "choose_baseline",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,20 +13,13 @@ from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedModel
 
 from ..calibration.documents import HUB_DATASETS
-from ..config import SparsityConfig
+from ..checkpoint import describe_model
+from ..config import SparsityConfig, recorded_repository
 from ..evaluation import Baseline, EvaluationResults
 from ..pruners import METHODS
-from ..report import SparsityReport
+from ..report import BaseCard, SparsityReport
 from .model_index import METRICS, index_entries, metric_types
 
-# Taken over from the base model's card, where they have these types.
-_INHERITED: dict[str, tuple[type, ...]] = {
-    "license": (str,),
-    "license_name": (str,),
-    "license_link": (str,),
-    "language": (str, list),
-    "pipeline_tag": (str,),
-}
 # A person's entries are kept where these lists are written anew; for the other keys of `_OURS` ours replace them.
 _UNITED = ("tags", "datasets", "metrics")
 _PATTERN_TAG = re.compile(r"\d+of\d+|blocks-\d+x\d+|unstructured")
@@ -42,8 +36,18 @@ _PIPELINES = {
 _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
 
 
+def card_of_source(model: PreTrainedModel, token: bool | str | None = None) -> dict[str, Any]:
+    """Of the card of what a model was loaded from; empty where it has none or cannot be read."""
+    folder = model.name_or_path or ""
+    if os.path.isdir(folder):
+        return base_card(Baseline(folder))
+    commit = getattr(model, "hub_commit", None)
+    known = recorded_repository(describe_model(model), commit)
+    return base_card(None if known is None else Baseline(known, commit, {} if token is None else {"token": token}))
+
+
 def base_card(base: Baseline | None) -> dict[str, Any]:
-    """Metadata of the base model's own card; empty where it has none or cannot be read."""
+    """What is taken over from the base model's own card; empty where it has none or cannot be read."""
     if base is None:
         return {}
     path = Path(base.source) / "README.md"
@@ -55,7 +59,13 @@ def base_card(base: Baseline | None) -> dict[str, Any]:
         found = metadata_load(path) or {}
     except Exception:  # no network, no card, no access, damaged YAML: then nothing is known
         return {}
-    return {key: found[key] for key, types in _INHERITED.items() if isinstance(found.get(key), types)}
+    return {name: found[name] for name in BaseCard.__annotations__ if _is_inherited(name, found.get(name))}
+
+
+def _is_inherited(name: str, value: Any) -> bool:
+    if name == "language" and isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, str)
 
 
 def build_metadata(

@@ -12,15 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint import describe_model, made_with
-from ..config import is_repo_id, names_repository, recorded_repository
-from ..evaluation import Baseline, EvaluationResults, settle_records, tuning_title
+from ..config import is_repo_id, names_repository
+from ..evaluation import EvaluationResults, settle_records, tuning_title
 from ..finetuning import MergeReport
 from ..model_class import class_for_model
 from ..report import SparsityReport
 from ..staging import write_text
 from .card import LANGUAGES, AdapterFacts, CardSubject, render_card
 from .figures import draw_figures
-from .metadata import base_card, build_metadata
+from .metadata import build_metadata, card_of_source
 from .models import current_results, is_adapter, sparse_part
 
 CARD_NAME = "README.md"
@@ -157,7 +157,7 @@ def write_card_of(
             results,
             name=name,
             base_model=base_model,
-            inherited=base_card(_card_source(base_model, base_revision, plain, token)),
+            inherited=(report.base_card if report and adapter is None else {}) or card_of_source(plain, token),
             is_adapter=adapter is not None,
             auto_class=auto_class,
             tags=[*(plain.model_tags or []), *(tags or [])],
@@ -200,14 +200,6 @@ def _tuning(model: PreTrainedModel) -> dict[str, Any] | None:
 def _storage(model: PreTrainedModel) -> str:
     settings = made_with(model)
     return "plain" if settings is None or settings.pattern is None else settings.storage
-
-
-def _card_source(base_model: str | None, revision: str | None, model: PreTrainedModel, token: Any) -> Baseline | None:
-    if base_model is not None:  # of its card the license and the language alone are read
-        known = recorded_repository(base_model, revision)
-        return None if known is None else Baseline(known, revision, {} if token is None else {"token": token})
-    folder = model.name_or_path or ""
-    return Baseline(folder) if os.path.isdir(folder) else None
 
 
 def _base(

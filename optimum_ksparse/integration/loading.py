@@ -42,7 +42,7 @@ from ..config import (
 from ..evaluation import RECORDS, EvaluationResults, mark_weights
 from ..execution import apply_settings, tell_cost_on_cpu
 from ..finetuning import MergeReport
-from ..hub import tag_model
+from ..hub import card_of_source, tag_model
 from ..pattern import Pattern
 from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, SparsityReport
 from ..streaming import check_index
@@ -91,6 +91,8 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
             arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             tokenizer = load_tokenizer(config, source, **arguments)
             report = sparsify(model, config, tokenizer, restore_on_error=False)
+            if kwargs.get("token") is not None and not report.base_card:  # of a repository that asks for it
+                report.base_card = card_of_source(model, kwargs["token"])
             report.base_arguments = {name: kwargs[name] for name in ("gguf_file", "subfolder") if kwargs.get(name)}
         else:
             _finish_sparse(model, info, config, source, kwargs)

@@ -30,7 +30,7 @@ from ..evaluation import EvaluationResults, settled_records
 from ..finetuning import MergeReport
 from ..finetuning.masks import record
 from ..report import SparsityReport
-from ..staging import staged
+from ..staging import drop_records, staged
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +54,10 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
         is_ours = is_sparse or ((has_lost_blocks(self) or getattr(self, "is_dequantized", False)) and not adapted)
         if not is_ours or not bound.get("is_main_process", True):
             with nullcontext() if is_sparse or adapted or has_lost_blocks(self) else without_record(self.config):
-                return original(self, *args, **kwargs)
+                original(self, *args, **kwargs)
+            if not is_ours and not adapted and bound.get("is_main_process", True):
+                drop_records(bound["save_directory"])
+            return
         if config is None and is_sparse:
             raise ValueError(
                 "the model holds sparse modules that sparsify() did not make; nothing could load them again"
@@ -93,7 +96,7 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
             }
             hub["repo_id"] = os.path.basename(os.path.normpath(directory))
             self.push_to_hub(**{**hub, **bound.get("kwargs", {})})
-        return None
+        return
 
     save_pretrained._ksparse = True  # type: ignore[attr-defined]
     cls.save_pretrained = save_pretrained  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, TUNING_NAME
 from .report import SCHEMA_VERSION, SparsityReport
 from .rows import (
     BASE_ARGUMENTS,
+    BaseCard,
     BlockReport,
     Change,
     DroppedBlocks,
@@ -21,6 +22,7 @@ __all__ = [
     "RESULTS_NAME",
     "SCHEMA_VERSION",
     "TUNING_NAME",
+    "BaseCard",
     "BlockReport",
     "Change",
     "DroppedBlocks",

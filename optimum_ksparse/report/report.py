@@ -14,6 +14,7 @@ from ..records import REPORT_NAME, Amount, As, Count, Revision, Version, read_re
 from ..staging import write_text
 from .rows import (
     BaseArguments,
+    BaseCard,
     BlockReport,
     Calibration,
     Change,
@@ -45,6 +46,7 @@ class SparsityReport:
         base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
         base_arguments: what else `from_pretrained` needed to find it: `gguf_file`, `subfolder`. Nothing else that
             changes what is loaded is taken from a file.
+        base_card: what its card said then of license and language. A repository that only a file names is not asked.
         source_fingerprint: of the weight files that `prune_checkpoint` read.
         fingerprint: of the weights that the report was saved with (`evaluation.fingerprint`); None where it was not
             computed, as in the checkpoints of a training run, or by an earlier version.
@@ -65,6 +67,7 @@ class SparsityReport:
     base_model: str | None = None
     base_revision: Revision | None = None
     base_arguments: Annotated[dict[str, str], As(BaseArguments)] = field(default_factory=dict)
+    base_card: Annotated[dict[str, Any], As(BaseCard)] = field(default_factory=dict)
     source_fingerprint: str | None = None
     fingerprint: str | None = None
     changes: list[Change] = field(default_factory=list)

@@ -31,6 +31,16 @@ class BaseArguments(TypedDict, total=False):
 BASE_ARGUMENTS = tuple(BaseArguments.__annotations__)
 
 
+class BaseCard(TypedDict, total=False):
+    """What the card of a pruned model takes over from the card of the dense one."""
+
+    license: str
+    license_name: str
+    license_link: str
+    language: str | list[str]
+    pipeline_tag: str
+
+
 class File(TypedDict):
     """A file of texts, as `describe_dataset` describes it."""
 

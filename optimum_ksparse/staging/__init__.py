@@ -2,7 +2,7 @@
 
 from .disk import remove, save_tensors, sync, sync_tree, write_text
 from .lock import claimed, locked
-from .outdated import check_places, outdated
+from .outdated import check_places, drop_records, outdated
 from .outputs import check_apart, check_output
 from .swap import publish, recover, staged
 
@@ -11,6 +11,7 @@ __all__ = [
     "check_output",
     "check_places",
     "claimed",
+    "drop_records",
     "locked",
     "outdated",
     "publish",

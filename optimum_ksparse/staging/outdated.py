@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,8 +20,9 @@ from transformers.utils import (
 from ..records import HEAD_NAME, MASKS_NAME, MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, TUNING_NAME
 
 _WEIGHT_FILE = re.compile(r"model(\.[^.-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[^.]+)?\.json)?")
+_RECORDS = (REPORT_NAME, RESULTS_NAME, MERGE_REPORT_NAME, TUNING_NAME)
 _BESIDE_WEIGHTS = (
-    *(REPORT_NAME, RESULTS_NAME, MERGE_REPORT_NAME, TUNING_NAME, GENERATION_CONFIG_NAME, HEAD_NAME),
+    *(*_RECORDS, GENERATION_CONFIG_NAME, HEAD_NAME),
     # `from_pretrained` loads an adapter that lies beside a model on top of it.
     *(ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME, MASKS_NAME),
 )
@@ -45,6 +47,13 @@ def outdated(there: Iterable[str], new: Iterable[str]) -> list[str]:
         for name in set(there) - new
         if name in gone or (_WEIGHT_FILE.fullmatch(name) and _variant(name) in variants)
     )
+
+
+def drop_records(folder: str | os.PathLike[str]) -> None:
+    """Removes what is recorded of a sparse model, in whose place another has been written that has no records."""
+    if (Path(folder) / REPORT_NAME).is_file():
+        for name in _RECORDS:
+            (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _variant(name: str) -> str | None:
