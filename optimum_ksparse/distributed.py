@@ -10,6 +10,7 @@ import datetime
 import functools
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -198,11 +199,19 @@ def _meeting_point() -> tuple[dist.Store, int, int]:
     return found
 
 
+# What the backends and the store say where a process has died, left, or does not answer.
+_LOST = re.compile(r"peer|connect|socket|recv|broken pipe|timed? ?out|time ?limit|store|nccl", re.IGNORECASE)
+
+
 @contextmanager
 def _named_errors() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # of the backend, where a process has died or left
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+            raise
         raise ConnectionError(
             f"another process that prunes with this one has stopped; its own message says why ({error})"
         ) from error

@@ -580,3 +580,22 @@ for _ in range(2):  # the second one finds the lock of the first
         cache.write_timings(CPU, known("after"))
         assert cache.read_timings(CPU) == known("before", "after")
     assert caplog.text == ""
+
+
+def test_another_thread_may_choose_while_choices_are_forgotten(gpu, monkeypatch):
+    problem = make_problem()
+
+    class Meanwhile:
+        """A problem that is compared at the moment at which another thread adds its choice."""
+
+        def __eq__(self, other):
+            dispatch._choices[make_problem(tokens=len(dispatch._choices) + 1), False, False] = kernels.Candidate(
+                "gemv"
+            )
+            return other is problem
+
+        __hash__ = object.__hash__
+
+    monkeypatch.setattr(dispatch, "_choices", {(Meanwhile(), False, False): kernels.Candidate("gemv")})
+    dispatch._forget_choices(problem)
+    assert all(isinstance(key[0], kernels.Problem) for key in dispatch._choices), "it is forgotten"

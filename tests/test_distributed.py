@@ -252,3 +252,22 @@ def test_one_process_needs_no_group() -> None:
         assert processes.once(lambda: 3) == 3
         processes.agree({"a": 1})
     assert current().size == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("Tensors must be contiguous"), RuntimeError),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"), ConnectionError),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), ConnectionError),
+    ],
+)
+def test_a_process_that_is_gone_is_told_from_other_errors(error: RuntimeError, kind: type, monkeypatch: Any) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", fail)
+    with pytest.raises(kind) as raised:
+        Processes(0, 2).gather(1)
+    assert raised.type is kind

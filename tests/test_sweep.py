@@ -4,6 +4,7 @@ against a slow loop over single weights in float64."""
 from __future__ import annotations
 
 import importlib.util
+import threading
 
 import pytest
 import torch
@@ -108,3 +109,31 @@ def test_rows_do_not_depend_on_each_other(form):
     part = run(form, block[:, 33:50].contiguous(), factor, Pattern("2:4"), mask[:, 33:50].contiguous())
     for a, b in zip(whole, part, strict=True):
         assert torch.allclose(a[:, 33:50].float(), b.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_two_prunings_at_once_leave_torch_its_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        cpu = torch.device("cpu")
+        inside, left = threading.Event(), threading.Event()
+
+        def first():
+            with plain.one_thread(cpu):
+                inside.set()
+                left.wait()
+
+        other = threading.Thread(target=first)
+        other.start()
+        inside.wait()
+        with plain.one_thread(cpu):
+            left.set()
+            other.join()
+        assert torch.get_num_threads() == 2
+        seen = []
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert seen == [2], "and so has a thread that begins after them"
+    finally:
+        torch.set_num_threads(before)

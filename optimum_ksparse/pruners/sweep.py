@@ -8,8 +8,9 @@ torch take a few operations a group of columns.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -48,17 +49,33 @@ def sweep(block: torch.Tensor, factor: torch.Tensor, pattern: Pattern, mask: tor
     return tile.errors
 
 
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
+class _OneThread:
+    """Within it torch has one thread, and after it as many as before. Python threads that come in meanwhile would see
+    the one: the number that counts is that from before the first of them."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._threads = threading.Lock(), 0, 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._threads = torch.get_num_threads()
+            self._inside += 1
+            torch.set_num_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            torch.set_num_threads(self._threads)
+
+
+_ONE_THREAD = _OneThread()
+
+
+def one_thread(device: torch.device) -> AbstractContextManager[None]:
     """The sweep's operations are too small to share over the threads of a CPU: waking these costs more than they
     save, and on a machine that is busy with something else ten times as much."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return _ONE_THREAD if device.type == "cpu" else nullcontext()
 
 
 @dataclass

@@ -55,12 +55,11 @@ def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate
     if kernel != "auto":
         return _forced(kernel, weight, weight.problem(tokens))
     key = problem, weight.dense is not None, weight.library is not None
-    if key in _choices:
-        return _choices[key]
+    if (chosen := _choices.get(key)) is not None:  # another thread may forget it meanwhile
+        return chosen
     if not has_kernels(problem):
         packed = "strips" if KERNELS["strips"].why_not(problem) is None else "reference"
-        _choices[key] = Candidate(packed if weight.dense is None else "dense")
-        return _choices[key]
+        return _choices.setdefault(key, Candidate(packed if weight.dense is None else "dense"))
     if _is_unknown(problem):
         captures = problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if captures or os.environ.get(AUTOTUNE_VARIABLE) == "0":
@@ -69,23 +68,25 @@ def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate
         with _lock:
             if _is_unknown(problem):  # another thread may have been faster
                 measure(problem)
-    _choices[key] = _fastest(problem, key[1:])
-    return _choices[key]
+    _choices[key] = chosen = _fastest(problem, key[1:])
+    return chosen
 
 
 def choose_fused(weight: PackedWeight, parts: Sequence[int], tokens: int, kernel: str = "auto") -> Candidate | None:
     """The candidate for a weight whose rows are those of several layers; None where each alone would be summed in
     another order, and so be rounded in another way."""
     key = weight.problem(bucket(tokens)), tuple(parts), kernel, os.environ.get(KERNEL_VARIABLE)
-    if key not in _fused:
+    try:
+        return _fused[key]
+    except KeyError:
         whole = choose(weight, tokens, kernel)
         ends = list(itertools.accumulate(parts))
         rows = [slice(end - size, end) for end, size in zip(ends, parts, strict=True)]
         alone = [weight._replace(values=weight.values[own], bits=weight.bits[own]) for own in rows]
         same = all(choose(one, tokens, kernel).order == whole.order for one in alone)
         # Libraries choose the order by the shape, and do not tell.
-        _fused[key] = whole if same and whole.kernel in ("gemv", "dot") else None
-    return _fused[key]
+        _fused[key] = chosen = whole if same and whole.kernel in ("gemv", "dot") else None
+        return chosen
 
 
 def prepare(weight: PackedWeight) -> None:
@@ -158,8 +159,9 @@ def _known(device: torch.device) -> Timings:
 
 
 def _forget_choices(problem: Problem) -> None:
-    for key in [key for key in _choices if key[0] == problem]:
-        del _choices[key]
+    for key in list(_choices):  # other threads add to them meanwhile
+        if key[0] == problem:
+            _choices.pop(key, None)
     _fused.clear()
 
 
