@@ -123,12 +123,16 @@ def test_two_prunings_at_once_leave_torch_its_threads():
                 inside.set()
                 left.wait()
 
-        other = threading.Thread(target=first)
-        other.start()
+        def second():
+            with plain.one_thread(cpu):
+                left.set()
+                one.join()
+
+        one, two = threading.Thread(target=first), threading.Thread(target=second)
+        one.start()
         inside.wait()
-        with plain.one_thread(cpu):
-            left.set()
-            other.join()
+        two.start()
+        two.join()
         assert torch.get_num_threads() == 2
         seen = []
         later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
