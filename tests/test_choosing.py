@@ -114,9 +114,7 @@ def test_it_is_tried_with_the_patterns_that_layers_will_have(make_model, monkeyp
 def test_a_budget_that_nothing_meets_says_the_least_and_changes_nothing(make_model, few):
     model = make_model("llama")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(
-        ValueError, match=r"time_budget=0\.0 is too short for any method: the least .* seconds \(wanda\)"
-    ):
+    with pytest.raises(ValueError, match=r"time_budget=0\.0 is too short for any method: the least .* s \(wanda\)"):
         sparsify(model, make_settings(time_budget=0.0))
     after = model.state_dict()
     assert before.keys() == after.keys()

@@ -231,7 +231,7 @@ def test_the_hubs_form(monkeypatch):
     assert data.questions[0].span == (1, 2) and data.questions[0].article == "글"
     assert data.description["name"] == "KorQuAD/squad_kor_v1" and len(data.description["sha256"]) == 64
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: 1 / 0)
-    with pytest.raises(ConnectionError, match="KorQuAD/squad_kor_v1, validation.*pass a JSON file"):
+    with pytest.raises(ConnectionError, match="KorQuAD/squad_kor_v1, validation.*pass train_file"):
         read_korquad()
 
 
