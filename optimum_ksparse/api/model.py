@@ -12,11 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
-from ..calibration import (
-    find_blocks,
-    use_eager_experts,
-    usual_context,
-)
+from ..calibration import find_blocks, use_eager_experts, usual_context
 from ..checkpoint import (
     check_reversible,
     describe_model,
@@ -26,13 +22,7 @@ from ..checkpoint import (
     sparse_experts,
     sparse_modules,
 )
-from ..config import (
-    DENSE_CONFIG_KEY,
-    EXECUTION_SETTINGS,
-    QUANT_METHOD,
-    RECORDED,
-    SparsityConfig,
-)
+from ..config import DENSE_CONFIG_KEY, EXECUTION_SETTINGS, QUANT_METHOD, RECORDED, SparsityConfig
 from ..distributed import current
 from ..evaluation import RECORDS, mark_weights
 from ..execution import apply_settings
