@@ -23,13 +23,6 @@ DEAD = "http://127.0.0.1:9"  # nothing listens there
 
 
 @pytest.fixture
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    found: list[float] = []
-    monkeypatch.setattr("time.sleep", found.append)
-    return found
-
-
-@pytest.fixture
 def dead(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Takes the network away."""
 
@@ -94,3 +87,13 @@ def test_a_push_to_a_hub_that_cannot_be_reached_is_tried_once_more(
     with pytest.raises(ConnectionError, match="broke off .* push again"):
         model.push_to_hub("user/name", tokenizer=False)
     assert naps == [1]
+
+
+def test_pruning_does_not_wait_for_the_card_of_the_base(
+    make_model: Callable[..., PreTrainedModel], naps: list[float], dead: Callable[[], None]
+) -> None:
+    model = make_model("llama", num_hidden_layers=1)
+    model.name_or_path = "org/tiny-base"
+    dead()
+    assert sparsify(model, SparsityConfig("magnitude", dataset=None)).base_card == {}
+    assert naps == []

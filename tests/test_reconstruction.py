@@ -277,7 +277,8 @@ def test_what_would_be_restored_is_norms_and_biases(make_model):
     config = make_settings(pattern="50%")
     targets, _ = find_targets(blocks, config)
     with torch.no_grad():
-        prune_blocks(blocks, targets, config, BlockReplay(blocks, TOKENS, 2), replaced)
+        replay = BlockReplay(blocks, TOKENS, 2)
+        prune_blocks(blocks, targets, config, replay, replaced, original=replay.fork("original"))
     values = {id(module.weight) for module in sparse_modules(model).values()}
     assert replaced.tuned and not values & {id(parameter) for parameter, _ in replaced.tuned}
 

@@ -390,15 +390,14 @@ prune_checkpoint(source, output, config, activation_memory=memory)
 """
 
 
-@pytest.mark.parametrize("memory", ["0", "1GB"])
-def test_processes_killed_again_and_again(
-    memory: str, tmp_path: Path, source: Path, token_ids: Any, config: Any
-) -> None:
+def test_processes_killed_again_and_again(tmp_path: Path, source: Path, token_ids: Any, config: Any) -> None:
+    """With the activations in files, and in memory."""
     prune_checkpoint(source, tmp_path / "whole", config())
     torch.save(token_ids, tmp_path / "ids.pt")
     codes = []
     # Each gets a little further; the last one is not killed.
-    for place, number in (("fsync", 3), ("replace", 4), ("fsync", 7), ("replace", 7), ("replace", 99)):
+    kills = [("fsync", 3, "0"), ("replace", 4, "1GB"), ("fsync", 7, "0"), ("replace", 7, "1GB"), ("replace", 99, "0")]
+    for place, number, memory in kills:
         arguments = [str(source), str(tmp_path / "disk"), str(tmp_path / "ids.pt"), place, str(number), memory]
         done = subprocess.run([sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True)
         codes.append(done.returncode)

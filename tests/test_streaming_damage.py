@@ -165,7 +165,7 @@ def test_a_file_in_place_of_the_folder_of_finished_files(
     assert contents(tmp_path / "disk") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", ["truncated", "emptied", "removed", "folder"])
+@pytest.mark.parametrize("kind", ["truncated", "emptied", "removed", "folder", "flipped"])
 def test_a_damaged_checkpoint_is_not_returned_as_finished(
     kind: str, source: Path, tmp_path: Path, token_ids: torch.Tensor
 ) -> None:

@@ -80,7 +80,7 @@ def sparsify(
     if config.tokenizer is not None:
         model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
     report = make_report(job, recorded)
-    report.base_card = card_of_source(model)
+    report.base_card = processes.once(lambda: card_of_source(model))
     report.seconds = round(time.perf_counter() - started, 2)
     model.sparsity_report = report  # type: ignore[assignment]
     mark_weights(model, pruned_here=True)

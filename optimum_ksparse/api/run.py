@@ -22,7 +22,7 @@ from ..hub import card_of_source
 from ..memory import peak_memory
 from ..report import REPORT_NAME, SparsityReport
 from ..staging import check_places
-from ..streaming import DiskBlocks, WeightFiles, Workspace, find_weight_files, open_checkpoint
+from ..streaming import DiskBlocks, WeightFiles, Workspace, changed_files, find_weight_files, open_checkpoint
 from ..version import library_versions
 from .disk import DiskPlace
 from .model import attach, check_model, make_report, record_settings
@@ -162,7 +162,7 @@ def _finished_report(workspace: Workspace, fingerprint: str, overwrite: bool) ->
 
     Raises:
         FileExistsError: the folder holds a checkpoint that another job made, and may not be replaced.
-        ValueError: a weight file of the checkpoint is missing, truncated or damaged, as its header tells.
+        ValueError: a weight file of the checkpoint is missing, truncated or changed.
     """
     if not (workspace.output / REPORT_NAME).is_file():
         return None
@@ -173,6 +173,8 @@ def _finished_report(workspace: Workspace, fingerprint: str, overwrite: bool) ->
     if report.source_fingerprint == fingerprint and report.config == job["settings"] and same_dtype:
         try:
             find_weight_files(workspace.output)
+            if changed := changed_files(workspace.output):
+                raise ValueError(f"{', '.join(changed[:3])} changed since")
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(
                 f"{workspace.output} holds what this call would make, but no longer whole ({error}): make it again "

@@ -19,14 +19,14 @@ def is_unreachable(error: BaseException) -> bool:
 
 
 @contextmanager
-def reached_or_cached(dataset: str) -> Iterator[None]:
-    """Within it a dataset of the Hub is loaded: from the Hub with all retries of the libraries, or, where the Hub
-    cannot be reached, from what was downloaded before.
+def reached_or_cached(repository: str, kind: str = "dataset") -> Iterator[None]:
+    """Within it a dataset, or of another `kind` ("model"), is read: from the Hub with all retries of the libraries,
+    or, where the Hub cannot be reached, from what was downloaded before.
 
     Raises:
-        ConnectionError: the Hub cannot be reached, and the dataset was not downloaded before.
+        ConnectionError: the Hub cannot be reached, and it was not downloaded before.
     """
-    unreachable = _unreachable(dataset)
+    unreachable = _unreachable(repository, kind)
     if unreachable is None:
         yield
         return
@@ -38,17 +38,17 @@ def reached_or_cached(dataset: str) -> Iterator[None]:
         yield
     except Exception as error:  # the libraries raise many kinds here
         raise ConnectionError(
-            f"the Hub cannot be reached ({unreachable}), and {dataset} was not downloaded before"
+            f"the Hub cannot be reached ({unreachable}), and {repository} was not downloaded before"
         ) from error
     finally:
         for module, value in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
 
 
-def _unreachable(dataset: str) -> str | None:
+def _unreachable(repository: str, kind: str) -> str | None:
     """Why the Hub cannot be reached, by one request; None where it answers, whatever it says."""
     try:
-        get_hf_file_metadata(hf_hub_url(dataset, "README.md", repo_type="dataset"), timeout=_SECONDS)
+        get_hf_file_metadata(hf_hub_url(repository, "README.md", repo_type=kind), timeout=_SECONDS)
     except Exception as error:  # what it says is for the libraries to deal with
         return " ".join(str(error).split()) if is_unreachable(error) else None
     return None

@@ -12,10 +12,11 @@ from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedModel
 
+from ..calibration import reached_or_cached
 from ..calibration.documents import HUB_DATASETS
 from ..checkpoint import describe_model
 from ..config import SparsityConfig, recorded_repository
-from ..evaluation import Baseline, EvaluationResults
+from ..evaluation import EvaluationResults
 from ..pruners import METHODS
 from ..report import BaseCard, SparsityReport
 from .model_index import METRICS, index_entries, metric_types
@@ -38,24 +39,14 @@ _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
 
 def card_of_source(model: PreTrainedModel, token: bool | str | None = None) -> dict[str, Any]:
     """Of the card of what a model was loaded from; empty where it has none or cannot be read."""
-    folder = model.name_or_path or ""
-    if os.path.isdir(folder):
-        return base_card(Baseline(folder))
-    commit = getattr(model, "hub_commit", None)
-    known = recorded_repository(describe_model(model), commit)
-    return base_card(None if known is None else Baseline(known, commit, {} if token is None else {"token": token}))
-
-
-def base_card(base: Baseline | None) -> dict[str, Any]:
-    """What is taken over from the base model's own card; empty where it has none or cannot be read."""
-    if base is None:
-        return {}
-    path = Path(base.source) / "README.md"
+    folder, commit = model.name_or_path or "", getattr(model, "hub_commit", None)
+    path, repository = Path(folder, "README.md"), recorded_repository(describe_model(model), commit)
     try:
-        if not path.parent.is_dir():
-            path = Path(
-                hf_hub_download(base.source, "README.md", revision=base.revision, token=base.arguments.get("token"))
-            )
+        if not os.path.isdir(folder):
+            if repository is None:
+                return {}
+            with reached_or_cached(repository, "model"):
+                path = Path(hf_hub_download(repository, "README.md", revision=commit, token=token))
         found = metadata_load(path) or {}
     except Exception:  # no network, no card, no access, damaged YAML: then nothing is known
         return {}

@@ -99,8 +99,7 @@ def prune_blocks(
         config: method, pattern and settings.
         replay: the calibration activations at block `start`; None for a method without data.
         replaced: is given what was there before, as soon as it is replaced.
-        original: the activations of the dense model at block `start`, where `needs_original` says so; None forks them
-            from `replay`.
+        original: the activations of the dense model at block `start`, where `needs_original` says so.
         resident: where the blocks come from: within `resident(index)` that block's weights are there.
         finished: where they go: called, while the block is there, when it is pruned and the activations are at the
             next one.
@@ -122,8 +121,6 @@ def prune_blocks(
     tokens = 0 if replay is None else sum(processes.gather(replay.tokens.numel()))
     if replay is not None:
         check_replay(blocks, targets, config, replay)
-    if original is None and replay is not None and needs_original(config, replay):
-        original = replay.fork("original")
 
     def step(index: int, block: nn.Module) -> list[PrunedBlock]:
         dense = _dense_path(index, block, config, replay, original)

@@ -2,7 +2,7 @@
 workspace of a run, and the journal with which a run that was cut off goes on."""
 
 from .blocks import DiskBlocks, open_checkpoint
-from .files import WeightFiles, check_index, check_space, find_weight_files, sha256_of
+from .files import WeightFiles, changed_files, check_index, check_space, find_weight_files, sha256_of
 from .journal import FinishedBlock, Journal, Snapshot
 from .recovery import is_whole
 from .workspace import OURS, Workspace
@@ -15,6 +15,7 @@ __all__ = [
     "Snapshot",
     "WeightFiles",
     "Workspace",
+    "changed_files",
     "check_index",
     "check_space",
     "find_weight_files",

@@ -24,10 +24,12 @@ from transformers.utils import (
     extract_commit_hash,
 )
 
+from ..records import build
 from ..report import RESULTS_NAME
 
 # Files beside the weights that say what a model is: its config, its tokenizer, its code.
 _SUFFIXES = {".json", ".py", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".spm", ".vocab"}
+DIGESTS = "sha256"  # of each weight file, in the metadata of an index that `prune_checkpoint` wrote
 _PIECE_BYTES = 1 << 22
 _SHOWN_BYTES = 1 << 30  # reading less is done before anybody has read what a bar says
 
@@ -178,6 +180,16 @@ def check_index(source: str | os.PathLike[str], variant: str | None = None, **hu
         )
         if path is not None:
             read_index(Path(path), (".safetensors", ".bin"))
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Weight files in a folder that are not what `prune_checkpoint` wrote, as the index tells."""
+    path = folder / SAFE_WEIGHTS_INDEX_NAME
+    metadata = json.loads(path.read_text(encoding="utf-8")).get("metadata", {}) if path.is_file() else {}
+    digests = build(dict[str, str], metadata.get(DIGESTS, {}), DIGESTS)
+    total = sum((folder / name).stat().st_size for name in digests)
+    with tqdm(total=total, desc="Checking the weights", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+        return [name for name, digest in digests.items() if sha256_of(folder / name, bar) != digest]
 
 
 def read_index(path: Path, endings: tuple[str, ...] = (".safetensors",)) -> dict[str, str]:

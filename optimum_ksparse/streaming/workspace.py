@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from ..records import read_record, to_json
 from ..report import REPORT_NAME, PrunedBlock, SparsityReport
 from ..staging import locked, publish, recover, remove, save_tensors, sync_tree, write_text
 from .blocks import DiskBlocks
-from .files import sha256_of
+from .files import DIGESTS, sha256_of
 from .journal import FINAL, FinishedBlock, Journal
 from .recovery import keep_what_is_whole
 
@@ -177,7 +177,7 @@ class Workspace:
         for index, name in enumerate(names[1:]):
             if f"{FINAL}/{name}" not in self.journal.checksums:  # an earlier run got as far as that
                 self._finish_block(index, model, disk, final / name, once)
-        _write_index(final, names, model.num_parameters())
+        _write_index(final, names, model.num_parameters(), self.journal.checksums)
         settings: Any = getattr(model.config, "quantization_config", None)
         if settings is not None:
             check_saved(model, final, settings.storage == "packed")
@@ -219,8 +219,10 @@ def _move_files(source: Path, target: Path) -> None:
         os.replace(path, moved)
 
 
-def _write_index(folder: Path, names: list[str], num_parameters: int) -> None:
+def _write_index(folder: Path, names: list[str], num_parameters: int, checksums: Mapping[str, str]) -> None:
+    """Writes the index, with the SHA-256 of each file, for `changed_files`; `checksums` of those that are known."""
     weight_map: dict[str, str] = {}
+    digests = {name: checksums.get(f"{FINAL}/{name}") or sha256_of(folder / name) for name in names}
     size = 0
     for name in names:
         path = folder / name
@@ -228,6 +230,6 @@ def _write_index(folder: Path, names: list[str], num_parameters: int) -> None:
             weight_map |= dict.fromkeys(file.keys(), name)
         with open(path, "rb") as stream:
             size += path.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
-    metadata = {"total_parameters": num_parameters, "total_size": size}
+    metadata = {"total_parameters": num_parameters, "total_size": size, DIGESTS: digests}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
