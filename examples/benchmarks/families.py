@@ -31,7 +31,7 @@ from transformers.models.auto import modeling_auto
 import optimum_ksparse
 from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parent / "results/families"
 SECONDS, BYTES = 120, 6 << 30  # of CPU and memory for one family
 IDS = torch.randint(FIRST_ID, VOCABULARY, (16, 16), generator=torch.Generator().manual_seed(0))
 METHODS = {"wanda": "packed", "magnitude": "dense"}
@@ -180,7 +180,7 @@ def _in_child(kind: str, auto: Any, folder: Path) -> dict[str, Any]:
 def table(rows: dict[str, dict[str, Any]], versions: str) -> str:
     counts = Counter(row["outcome"] for row in rows.values())
     head = f"{len(rows)} classes ({versions}): " + ", ".join(f"{counts[name]} {name}" for name in OUTCOMES)
-    lines = ["# Families", "", f"By [`families.py`](../families.py), tiny random models; {head}.", ""]
+    lines = ["# Families", "", f"By [`families.py`](../../families.py), tiny random models; {head}.", ""]
     for outcome in OUTCOMES:
         listed = [(name, row) for name, row in rows.items() if row["outcome"] == outcome]
         if listed:
