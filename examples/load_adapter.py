@@ -10,7 +10,7 @@ import argparse
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-from optimum_ksparse.finetuning import koalpaca_prompt
+from optimum_ksparse.study.finetuning import koalpaca_prompt
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from optimum_ksparse.finetuning import koalpaca_prompt, linear_targets
+from optimum_ksparse.study.finetuning import koalpaca_prompt, linear_targets
 
 
 def main() -> None:

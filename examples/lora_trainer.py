@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from optimum_ksparse import merge_adapter
-from optimum_ksparse.finetuning import SparseLoraConfig, linear_targets, prepare_for_training
+from optimum_ksparse.adapters import SparseLoraConfig, prepare_for_training
+from optimum_ksparse.study.finetuning import linear_targets
 
 
 def main() -> None:

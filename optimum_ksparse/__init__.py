@@ -6,7 +6,7 @@ checkpoints load, `push_to_hub` publishes them with a card.
 
 from typing import TYPE_CHECKING, Any
 
-from . import finetuning
+from . import adapters
 from .api import prune_checkpoint, prune_weight, sparsify
 from .config import SparsityConfig
 from .evaluation import (
@@ -25,7 +25,7 @@ from .report import SparsityReport
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .finetuning import merge_adapter
+    from .adapters import merge_adapter
 
 register()
 
@@ -52,4 +52,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "merge_adapter":  # needs PEFT, which is imported when it is taken from here
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(finetuning, name)
+    return getattr(adapters, name)

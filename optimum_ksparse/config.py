@@ -11,7 +11,6 @@ from typing import Annotated, Any, TypedDict
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .allocation import ALLOCATIONS, check_allocation
 from .checks import check_boolean, check_integer, check_keys, check_names, check_number, check_one_of, check_share
 from .dataset import (
     check_dataset,
@@ -22,12 +21,13 @@ from .dataset import (
     recorded_dataset,
     token_ids_shape,
 )
-from .nn.kernels import KERNELS
+from .kernels import KERNELS
 from .pattern import Pattern
 from .pruners import METHODS, REFINEMENTS, statistics_of
+from .pruners.allocation import ALLOCATIONS, check_allocation
+from .pruners.statistics import ColumnNorms, GramMatrix
 from .records import Count, PatternText, build, check_depth, printable
-from .redaction import check_no_token
-from .statistics import ColumnNorms, GramMatrix
+from .records.redaction import check_no_token
 
 QUANT_METHOD = "optimum-ksparse"
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)

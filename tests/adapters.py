@@ -10,8 +10,8 @@ pytest.importorskip("peft", reason="needs the extra finetune")
 from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
 
 from optimum_ksparse import SparseLinear
-from optimum_ksparse.finetuning import SparseLoraConfig
-from optimum_ksparse.finetuning.layers import SparseHiraLinear, SparseLoraLinear
+from optimum_ksparse.adapters import SparseLoraConfig
+from optimum_ksparse.adapters.layers import SparseHiraLinear, SparseLoraLinear
 
 FAMILIES = {
     "llama": ["q_proj", "up_proj", "down_proj"],

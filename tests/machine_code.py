@@ -128,9 +128,9 @@ def _main() -> None:
 
 def _launch(product: Product) -> Launch:
     from optimum_ksparse import Pattern
-    from optimum_ksparse.nn.kernels.candidates import GROUPS
-    from optimum_ksparse.nn.kernels.dot import dot
-    from optimum_ksparse.nn.kernels.gemv import gemv
+    from optimum_ksparse.kernels.candidates import GROUPS
+    from optimum_ksparse.kernels.triton.dot import dot
+    from optimum_ksparse.kernels.triton.gemv import gemv
     from optimum_ksparse.pruners.sweep_kernel import sweep
 
     dtype, rows, columns = getattr(torch, product.dtype), product.out_features, product.in_features

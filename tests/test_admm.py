@@ -10,8 +10,8 @@ import torch
 from optimum_ksparse import Pattern, SparsityConfig, prune_weight
 from optimum_ksparse.pruners import METHODS, REFINEMENTS, prune
 from optimum_ksparse.pruners.scaled import finite
+from optimum_ksparse.pruners.statistics import GramMatrix
 from optimum_ksparse.pruners.swaps import swap
-from optimum_ksparse.statistics import GramMatrix
 
 
 def make_problem(out=5, width=16, tokens=200, seed=0):

@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from optimum_ksparse import Pattern, SparsityConfig, SparsityReport, prune_checkpoint, sparsify
-from optimum_ksparse.allocation import (
+from optimum_ksparse.api.inspection import inspect_checkpoint
+from optimum_ksparse.blocks import BlockReplay, find_blocks
+from optimum_ksparse.checkpoint import sparse_modules
+from optimum_ksparse.hub.card import render_card
+from optimum_ksparse.hub.metadata import build_metadata
+from optimum_ksparse.pruners.allocation import (
     LEFT_DENSE,
     OUTLIER_MULTIPLE,
     SPREAD,
@@ -27,16 +32,11 @@ from optimum_ksparse.allocation import (
     same_density,
     spend,
 )
-from optimum_ksparse.api import disk as disk_module
-from optimum_ksparse.api import plan as plan_module
-from optimum_ksparse.calibration import BlockReplay, find_blocks
-from optimum_ksparse.checkpoint import sparse_modules
-from optimum_ksparse.hub.card import render_card
-from optimum_ksparse.hub.metadata import build_metadata
-from optimum_ksparse.inspection import inspect_checkpoint
+from optimum_ksparse.pruning import plan as plan_module
+from optimum_ksparse.pruning.sensitivity import measure_allocation
+from optimum_ksparse.pruning.streaming import place as disk_module
+from optimum_ksparse.pruning.targets import find_targets
 from optimum_ksparse.report import LayerReport
-from optimum_ksparse.sensitivity import measure_allocation
-from optimum_ksparse.targets import find_targets
 
 from .conftest import VOCABULARY
 from .test_card import make_subject

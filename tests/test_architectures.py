@@ -25,7 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from optimum_ksparse import SparseLinear, SparsityConfig, SparsityReport, prune_checkpoint, sparsify
-from optimum_ksparse.calibration import find_blocks
+from optimum_ksparse.blocks import find_blocks
 
 from .conftest import ARCHITECTURES, VOCABULARY
 

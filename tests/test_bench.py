@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimum_ksparse import SparsityConfig, sparsify
-from optimum_ksparse.benchmark import (
+from optimum_ksparse import SparsityConfig, kernels, sparsify
+from optimum_ksparse.kernels import hardware
+from optimum_ksparse.study.benchmark import (
     FIGURE_NAME,
     MODELS,
     RESULTS_NAME,
@@ -24,11 +25,9 @@ from optimum_ksparse.benchmark import (
     run,
     speed_table,
 )
-from optimum_ksparse.benchmark import run as bench
-from optimum_ksparse.benchmark.layers import _library_shares, bench_layers
-from optimum_ksparse.benchmark.shapes import model_config
-from optimum_ksparse.nn import kernels
-from optimum_ksparse.nn.kernels import hardware
+from optimum_ksparse.study.benchmark import run as bench
+from optimum_ksparse.study.benchmark.layers import _library_shares, bench_layers
+from optimum_ksparse.study.benchmark.shapes import model_config
 
 from .conftest import REPOSITORY
 

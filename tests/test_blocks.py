@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint, prune_weight, sparsify
+from optimum_ksparse.api.inspection import inspect_checkpoint
 from optimum_ksparse.checkpoint import sparse_modules
-from optimum_ksparse.inspection import inspect_checkpoint
+from optimum_ksparse.kernels import KERNELS, PackedWeight, Problem, apply, choose, describe_device
 from optimum_ksparse.nn import SparseExperts, SparseLinear
-from optimum_ksparse.nn.kernels import KERNELS, PackedWeight, Problem, apply, choose, describe_device
-from optimum_ksparse.nn.packing import check_bits, pack, pack_mask, unpack
+from optimum_ksparse.packing import check_bits, pack, pack_mask, unpack
 from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.pruners.scaled import to_rank

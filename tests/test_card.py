@@ -26,14 +26,15 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import create_and_tag_model_card
 
 from optimum_ksparse import SparsityConfig, sparsify, write_card
-from optimum_ksparse.allocation import LEFT_DENSE
+from optimum_ksparse.adapters import MergedLayer, MergeReport
+from optimum_ksparse.checkpoint import fingerprint
 from optimum_ksparse.config import is_repo_id
-from optimum_ksparse.evaluation import KOBEST_TASKS, EvaluationResults, Measurement, fingerprint
-from optimum_ksparse.finetuning import MergedLayer, MergeReport
+from optimum_ksparse.evaluation import KOBEST_TASKS, EvaluationResults, Measurement
 from optimum_ksparse.hub import writing
 from optimum_ksparse.hub.card import BEGIN, END, AdapterFacts, CardSubject, render_card
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE, draw_figures
 from optimum_ksparse.hub.metadata import build_metadata, merge_metadata
+from optimum_ksparse.pruners.allocation import LEFT_DENSE
 from optimum_ksparse.report import BlockReport, Change, DroppedBlocks, LayerReport, MethodChoice, SparsityReport, Trial
 from optimum_ksparse.version import INSTALL_VARIABLE
 

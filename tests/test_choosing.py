@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from optimum_ksparse import SparsityConfig, choosing, prune_checkpoint, sparsify
+from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
+from optimum_ksparse.pruning import choosing
 from optimum_ksparse.records import build, to_json
 from optimum_ksparse.report import MethodChoice, SparsityReport, Trial
 
@@ -126,13 +127,15 @@ def test_disk_to_disk_and_resumed(make_model, few, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "dense")
     original = choosing.choose_method
     calls = []
-    monkeypatch.setattr("optimum_ksparse.api.plan.choose_method", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(
+        "optimum_ksparse.pruning.plan.choose_method", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
 
     def stop(*arguments, **named):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("optimum_ksparse.api.plan.prune_blocks", stop)
+        patched.setattr("optimum_ksparse.pruning.plan.prune_blocks", stop)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", make_settings())
     report = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", make_settings())

@@ -17,7 +17,7 @@ from optimum_ksparse.commands.base import Command
 from optimum_ksparse.commands.errors import describe_error
 from optimum_ksparse.commands.recipes import read_recipe
 from optimum_ksparse.config import SETTINGS
-from optimum_ksparse.redaction import check_no_token, redact
+from optimum_ksparse.records.redaction import check_no_token, redact
 
 from .loopback_hub import LoopbackHub
 

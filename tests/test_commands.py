@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrain
 from transformers.utils import logging as logging_of_transformers
 
 from optimum_ksparse import SparsityConfig, sparsify
-from optimum_ksparse.calibration import documents, tell_default_text
 from optimum_ksparse.commands.prune import _LOADING_TEXTS, SETTINGS_TEXTS
 from optimum_ksparse.commands.recipes import read_recipe
 from optimum_ksparse.config import EXECUTION_SETTINGS, RECORDED, SETTINGS
+from optimum_ksparse.data import documents, tell_default_text
 from optimum_ksparse.evaluation import Baseline, EvaluationProtocol, EvaluationResults, Measurement
 
 from .conftest import REPOSITORY, make_config, sample_texts

@@ -13,8 +13,8 @@ import tempfile
 import pytest
 import torch
 
-from optimum_ksparse.nn import kernels
-from optimum_ksparse.nn.kernels import cache, dispatch, hardware
+from optimum_ksparse import kernels
+from optimum_ksparse.kernels import cache, dispatch, hardware
 
 from .conftest import REPOSITORY
 
@@ -525,7 +525,7 @@ def test_a_folder_that_cannot_be_written_warns_and_goes_on(clock, monkeypatch, t
 
 def run_script(script):
     """In another process, whose imports its children share."""
-    head = "import json, multiprocessing, os, signal, sys, torch\nfrom optimum_ksparse.nn.kernels import cache\n"
+    head = "import json, multiprocessing, os, signal, sys, torch\nfrom optimum_ksparse.kernels import cache\n"
     head += "import filelock\nCPU = torch.device('cpu')\nfork = multiprocessing.get_context('fork').Process\n"
     head += "ROW = {'gemv': {'config': {}, 'us': 1.0}}\n"
     done = subprocess.run([sys.executable, "-c", head + script], capture_output=True, text=True, cwd=REPOSITORY)

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
-from optimum_ksparse.distributed import Processes, current, joined
-from optimum_ksparse.nn.packing import unpack_mask
-from optimum_ksparse.statistics import ColumnNorms
+from optimum_ksparse.packing import unpack_mask
+from optimum_ksparse.pruners.statistics import ColumnNorms
+from optimum_ksparse.pruning.distributed import Processes, current, joined
 
 from .conftest import REPOSITORY
 from .test_streaming import contents, tensors
@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, logging
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
-from optimum_ksparse.distributed import joined
+from optimum_ksparse.pruning.distributed import joined
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -70,8 +70,8 @@ if scenario == "all":
         torch.save(model.state_dict(), folder / f"memory-{rank}.pt")
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
 else:
-    from optimum_ksparse.api import disk
-    from optimum_ksparse.calibration import BlockReplay
+    from optimum_ksparse.pruning.streaming import place
+    from optimum_ksparse.blocks import BlockReplay
     disk._SNAPSHOT_SECONDS = -1.0
     if scenario == "kill" and rank == 1:
         advance = BlockReplay.advance

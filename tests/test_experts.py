@@ -22,14 +22,13 @@ from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlas
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_weight, sparsify
-from optimum_ksparse.calibration.experts import ExpertStack, observable, observed_matrices
-from optimum_ksparse.checkpoint import sparse_experts, sparsify_dense
-from optimum_ksparse.evaluation import fingerprint
+from optimum_ksparse.blocks.experts import ExpertStack, observable, observed_matrices
+from optimum_ksparse.checkpoint import fingerprint, sparse_experts, sparsify_dense
 from optimum_ksparse.nn import SparseExperts, SparseLinear, densified
 from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.pruners import METHODS
+from optimum_ksparse.pruners.statistics import SAMPLE_ROWS, ColumnNorms, GramMatrix
 from optimum_ksparse.pruning.experts import prune_stack
-from optimum_ksparse.statistics import SAMPLE_ROWS, ColumnNorms, GramMatrix
 
 from .conftest import CONTEXT, VOCABULARY
 

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, JambaConfig, LlamaConfig, MambaCo
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint, prune_weight, sparsify
-from optimum_ksparse.calibration import BlockReplay, find_blocks
+from optimum_ksparse.blocks import BlockReplay, find_blocks
+from optimum_ksparse.pruners.statistics import ColumnNorms
 from optimum_ksparse.pruning import loop
-from optimum_ksparse.statistics import ColumnNorms
-from optimum_ksparse.streaming import Workspace
+from optimum_ksparse.pruning.streaming import Workspace
 
 torch.set_num_threads(1)
 

@@ -18,17 +18,12 @@ from transformers import AutoModelForCausalLM
 from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.commands import parse_words
-from optimum_ksparse.finetuning import (
-    FinetuningSettings,
-    finetune_koalpaca,
-    koalpaca_prompt,
-    linear_targets,
-)
-from optimum_ksparse.finetuning.answers import answer_loss
-from optimum_ksparse.finetuning.checkpoints import MarkWhole
-from optimum_ksparse.finetuning.instructions import instruction_rows
-from optimum_ksparse.finetuning.koalpaca import Collator, koalpaca_examples
-from optimum_ksparse.finetuning.training import finished
+from optimum_ksparse.study.finetuning import FinetuningSettings, finetune_koalpaca, koalpaca_prompt, linear_targets
+from optimum_ksparse.study.finetuning.answers import answer_loss
+from optimum_ksparse.study.finetuning.checkpoints import MarkWhole
+from optimum_ksparse.study.finetuning.instructions import instruction_rows
+from optimum_ksparse.study.finetuning.koalpaca import Collator, koalpaca_examples
+from optimum_ksparse.study.finetuning.training import finished
 
 from .conftest import REPOSITORY, held_by_another, make_config, sample_texts
 
@@ -221,7 +216,7 @@ def test_the_loss_over_answers_is_that_of_the_model(make_model, tokenizer, pairs
         setattr(model.config, key, value)
     batch = Collator(model, tokenizer)(koalpaca_examples(pairs[:3], tokenizer, 200))
     model.eval()  # no dropout
-    monkeypatch.setattr("optimum_ksparse.finetuning.answers._LOGITS_BYTES", limit)
+    monkeypatch.setattr("optimum_ksparse.study.finetuning.answers._LOGITS_BYTES", limit)
     losses, gradients = [], []
     for ours in (False, True):
         model.zero_grad()
@@ -311,7 +306,9 @@ def test_finished_runs(folder, tmp_path, monkeypatch):
     output = tmp_path / "run"
     train_all(folder, output, max_steps=1)
     before = contents(output)
-    monkeypatch.setattr("optimum_ksparse.finetuning.koalpaca.train", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(
+        "optimum_ksparse.study.finetuning.koalpaca.train", lambda *args, **kwargs: pytest.fail("trained")
+    )
     settings = FinetuningSettings(**{**SMALL, "save_steps": 2, "max_steps": 1})
     again = finetune_koalpaca(folder, None, DATA, settings, output, max_length=200)
     assert sum("lora_A" in name for name, _ in again.named_parameters()) == 8 and not again.training
@@ -373,7 +370,7 @@ def test_a_second_start_and_foreign_folders_are_refused_before_the_model_is_read
         pytest.fail("loaded")
 
     monkeypatch.setattr("optimum_ksparse.commands.finetune_koalpaca.load_with_tokenizer", fail)
-    monkeypatch.setattr("optimum_ksparse.finetuning.koalpaca.class_for_source", fail)
+    monkeypatch.setattr("optimum_ksparse.study.finetuning.koalpaca.class_for_source", fail)
     (tmp_path / "busy").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_ksparse import SparseLinear, SparsityConfig, sparsify
-from optimum_ksparse.calibration import find_blocks
-from optimum_ksparse.execution import fuse_model
-from optimum_ksparse.nn import kernels
-from optimum_ksparse.nn.fusing import fuse_shared_inputs, unfuse
-from optimum_ksparse.nn.kernels import Candidate, dispatch, hardware
+from optimum_ksparse import SparseLinear, SparsityConfig, kernels, sparsify
+from optimum_ksparse.blocks import find_blocks
+from optimum_ksparse.kernels import Candidate, dispatch, hardware
 from optimum_ksparse.pattern import Pattern
+from optimum_ksparse.runtime.execution import fuse_model
+from optimum_ksparse.runtime.fusing import fuse_shared_inputs, unfuse
 
 from .conftest import ARCHITECTURES
 

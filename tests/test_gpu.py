@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from optimum_ksparse import SparseLinear, SparsityConfig, sparsify
-from optimum_ksparse.nn import autotune, kernels
+from optimum_ksparse import SparseLinear, SparsityConfig, kernels, sparsify
 from optimum_ksparse.pattern import Pattern
+from optimum_ksparse.runtime import autotune
 
 from .conftest import REPOSITORY
 
@@ -273,7 +273,7 @@ def test_a_block_compiles_without_graph_breaks(model, token_ids):
 
 
 def test_fused_products_give_the_same_bits(model, token_ids):
-    from optimum_ksparse.execution import fuse_model
+    from optimum_ksparse.runtime.execution import fuse_model
 
     ids = token_ids.cuda()
     model.autotune_kernels()

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 triton = pytest.importorskip("triton", reason="Triton, in which the kernels are written, is not installed")
 import triton.language as tl
 
-from optimum_ksparse.nn import kernels
-from optimum_ksparse.nn.kernels import operators, permute
-from optimum_ksparse.nn.kernels.dense import decompress, gather
-from optimum_ksparse.nn.kernels.dot import dot
-from optimum_ksparse.nn.kernels.gemv import gemv
-from optimum_ksparse.nn.packing import pack_mask, unpack, unpack_mask
+from optimum_ksparse import kernels
+from optimum_ksparse.kernels import operators
+from optimum_ksparse.kernels.triton import permute
+from optimum_ksparse.kernels.triton.dense import decompress, gather
+from optimum_ksparse.kernels.triton.dot import dot
+from optimum_ksparse.kernels.triton.gemv import gemv
+from optimum_ksparse.packing import pack_mask, unpack, unpack_mask
 
 INTERPRETED = bool(permute.INTERPRETED.value)
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

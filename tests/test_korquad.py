@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_ksparse.evaluation.korquad import exact_match, f1, korquad_scores, normalize_answer
-from optimum_ksparse.finetuning.korquad import WindowSettings, read_korquad, split_by_article
-from optimum_ksparse.finetuning.korquad.features import END, SEPARATOR, collate, make_windows
+from optimum_ksparse.study.finetuning.korquad import WindowSettings, read_korquad, split_by_article
+from optimum_ksparse.study.finetuning.korquad.features import END, SEPARATOR, collate, make_windows
+from optimum_ksparse.study.finetuning.korquad.scores import exact_match, f1, korquad_scores, normalize_answer
 
 SIGNS = "'\"《》<>〈〉()‘’"
 HARD = st.text(
@@ -131,7 +131,7 @@ def test_the_metric_of_evaluate():
     pytest.importorskip("evaluate", reason="needs the extra eval")
     import evaluate
 
-    from optimum_ksparse.evaluation.korquad import KorQuAD
+    from optimum_ksparse.study.finetuning.korquad.scores import KorQuAD
 
     metric = KorQuAD()
     assert isinstance(metric, evaluate.Metric)
@@ -150,7 +150,7 @@ def test_the_functions_need_no_evaluate():
     script = """
 import sys
 sys.modules["evaluate"] = None
-from optimum_ksparse.evaluation import korquad
+from optimum_ksparse.study.finetuning.korquad import scores
 assert korquad.f1("가", "가") == 1
 try:
     korquad.KorQuAD

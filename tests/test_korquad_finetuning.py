@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from optimum_ksparse import EvaluationResults, SparsityConfig, sparsify
+from optimum_ksparse.checkpoint import fingerprint
 from optimum_ksparse.commands import parse_words
-from optimum_ksparse.evaluation import fingerprint
-from optimum_ksparse.finetuning import FinetuningSettings
-from optimum_ksparse.finetuning.korquad import (
+from optimum_ksparse.study.finetuning import FinetuningSettings
+from optimum_ksparse.study.finetuning.korquad import (
     WindowSettings,
     evaluate_korquad,
     finetune_korquad,
@@ -27,10 +27,10 @@ from optimum_ksparse.finetuning.korquad import (
     predict,
     read_korquad,
 )
-from optimum_ksparse.finetuning.korquad.features import END, SEPARATOR, Window, collate, make_windows
-from optimum_ksparse.finetuning.korquad.model import prepare_tokens
-from optimum_ksparse.finetuning.korquad.prediction import best_spans
-from optimum_ksparse.finetuning.sampler import LengthSampler
+from optimum_ksparse.study.finetuning.korquad.features import END, SEPARATOR, Window, collate, make_windows
+from optimum_ksparse.study.finetuning.korquad.model import prepare_tokens
+from optimum_ksparse.study.finetuning.korquad.prediction import best_spans
+from optimum_ksparse.study.finetuning.sampler import LengthSampler
 
 pytest.importorskip("peft", reason="needs the extra finetune")
 
@@ -192,7 +192,7 @@ def test_a_slow_tokenizer_is_refused(make_model):
 def test_the_adapter_of_polyglot_ko():
     from peft import get_peft_model
 
-    from optimum_ksparse.finetuning import adapter_config, linear_targets
+    from optimum_ksparse.study.finetuning import adapter_config, linear_targets
 
     sizes = {"hidden_size": 4096, "num_hidden_layers": 28, "intermediate_size": 16384, "num_attention_heads": 16}
     with torch.device("meta"):
@@ -382,8 +382,8 @@ def test_the_head_of_another_base_is_named(make_model, own_tokenizer, data, tmp_
 _KILLED = """
 import os, signal, sys
 import torch
-from optimum_ksparse.finetuning import FinetuningSettings
-from optimum_ksparse.finetuning.korquad import SpanModel, WindowSettings, finetune_korquad, read_korquad
+from optimum_ksparse.study.finetuning import FinetuningSettings
+from optimum_ksparse.study.finetuning.korquad import SpanModel, WindowSettings, finetune_korquad, read_korquad
 base, file, output, settings, windows = sys.argv[1], sys.argv[2], sys.argv[3], eval(sys.argv[4]), eval(sys.argv[5])
 torch.set_num_threads(1)
 forward, calls = SpanModel.forward, []
@@ -425,7 +425,7 @@ def test_a_run_cut_off_after_training_trains_no_further(make_model, own_tokenize
     base = base_folder(make_model, own_tokenizer, tmp_path)
     run = {"eval_data": data, "output": tmp_path / "out", "windows": WINDOWS, "eval_every": 2}
     with monkeypatch.context() as patch:
-        patch.setattr("optimum_ksparse.finetuning.korquad.run.finish", lambda *_: 1 / 0)
+        patch.setattr("optimum_ksparse.study.finetuning.korquad.run.finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             finetune_korquad(base, None, data, FAST, **run)
     weights = (tmp_path / "out/adapter_model.safetensors").read_bytes()

@@ -17,12 +17,12 @@ import transformers
 from transformers import AutoModelForCausalLM, Mamba2Config, PreTrainedModel
 
 from optimum_ksparse import EvaluationProtocol, SparsityConfig, SparsityReport, prune_checkpoint, sparsify
-from optimum_ksparse.calibration import find_blocks
+from optimum_ksparse.api.inspection import inspect_checkpoint
+from optimum_ksparse.blocks import find_blocks
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.hub import write_card
-from optimum_ksparse.inspection import inspect_checkpoint
-from optimum_ksparse.layer_dropping import check_drop, drop_blocks
-from optimum_ksparse.layer_dropping.settings import smaller
+from optimum_ksparse.pruning.layer_dropping import check_drop, drop_blocks
+from optimum_ksparse.pruning.layer_dropping.settings import smaller
 from optimum_ksparse.report import DroppedBlocks
 from optimum_ksparse.study.grid import grid
 from optimum_ksparse.study.recipe import Recipe
@@ -196,7 +196,8 @@ def test_from_disk_to_disk_it_is_the_same_and_a_later_run_takes_the_same_blocks(
     model = make(family)
     model.save_pretrained(tmp_path / "dense")
     measured = []
-    from optimum_ksparse.api import disk, plan
+    from optimum_ksparse.pruning import plan
+    from optimum_ksparse.pruning.streaming import place as disk
 
     original, count = plan.measure_drop, disk.Workspace.add_block
     monkeypatch.setattr(plan, "measure_drop", lambda *a, **k: measured.append(1) or original(*a, **k))
@@ -446,7 +447,7 @@ import json, sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, logging
 from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
-from optimum_ksparse.distributed import joined
+from optimum_ksparse.pruning.distributed import joined
 logging.set_verbosity_error()
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

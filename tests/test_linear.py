@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from optimum_ksparse import Pattern, SparseLinear
-from optimum_ksparse.nn import dense_weight, densified, is_linear_map, kernels
+from optimum_ksparse import Pattern, SparseLinear, kernels
+from optimum_ksparse.nn import dense_weight, densified, is_linear_map
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ("2:4", "1:3", "50%", "29%")

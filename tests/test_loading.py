@@ -26,12 +26,13 @@ from transformers import (
     pipeline,
 )
 
-from optimum_ksparse import SparseLinear, SparsityConfig, execution, sparsify
-from optimum_ksparse.calibration import BlockReplay
+from optimum_ksparse import SparseLinear, SparsityConfig, sparsify
+from optimum_ksparse.blocks import BlockReplay
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.integration import register
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.pruning import prune_blocks
+from optimum_ksparse.runtime import execution
 
 from .conftest import sample_texts
 
@@ -334,9 +335,9 @@ def test_dense_weights_are_let_go_block_by_block(dense, config, monkeypatch):
         alive.append([index, sum(linear() is not None for linear in first_block)])
         return BlockReplay.collect(self, index, *rest)
 
-    monkeypatch.setattr("optimum_ksparse.api.plan.prune_blocks", observe)
+    monkeypatch.setattr("optimum_ksparse.pruning.plan.prune_blocks", observe)
     observed = type("Observed", (BlockReplay,), {"collect": collect})
-    monkeypatch.setattr("optimum_ksparse.api.plan.BlockReplay", observed)
+    monkeypatch.setattr("optimum_ksparse.pruning.plan.BlockReplay", observed)
     AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config)
     assert alive[0] == [0, 7]
     assert alive[1][1] <= 1  # the last layer, which the loop still names

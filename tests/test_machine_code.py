@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton, in which the kernels are written, is not installed")
 
-from optimum_ksparse.nn.kernels import KERNELS, Problem, hardware
+from optimum_ksparse.kernels import KERNELS, Problem, hardware
 
 from .machine_code import Product, compile_products
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from optimum_ksparse import Pattern
 from optimum_ksparse.nn import masked, masked_linear, packed_product, row_norms, spread_rows
-from optimum_ksparse.nn.packing import pack, unpack
+from optimum_ksparse.packing import pack, unpack
 
 PATTERNS = ("2:4", "4:8", "1:3", "50%", "29%")
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from optimum_ksparse import SparsityConfig, sparsify
-from optimum_ksparse.checkpoint import sparse_modules
+from optimum_ksparse.checkpoint import fingerprint, sparse_modules
 from optimum_ksparse.evaluation import (
     Baseline,
     EvaluationProtocol,
@@ -36,14 +36,11 @@ from optimum_ksparse.evaluation import (
     evaluate_kobest,
     evaluate_model,
     evaluate_perplexity,
-    fingerprint,
     measure,
     recorded_baseline,
     set_aside,
 )
-from optimum_ksparse.evaluation import (
-    protocol as protocols,
-)
+from optimum_ksparse.evaluation import protocol as protocols
 from optimum_ksparse.evaluation.results import RESULTS_NAME
 
 from .conftest import sample_texts
@@ -259,7 +256,7 @@ def test_what_is_asked_for_is_what_was_measured(
     model: PreTrainedModel, tokenizer: Tokenizer, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     articles = [{"id": str(i), "text": text} for i, text in enumerate(TEXTS * 50)]
-    monkeypatch.setattr("optimum_ksparse.evaluation.texts.stream", lambda *_, **__: iter(articles))
+    monkeypatch.setattr("optimum_ksparse.data.texts.stream", lambda *_, **__: iter(articles))
     for texts in ("kowiki", TEXTS, tuple(TEXTS)):
         asked = EvaluationProtocol(
             texts, stride=7, max_tokens=40, num_fewshot=1, limit=2, tasks=["sentineg"], data_dir=data_dir

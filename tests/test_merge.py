@@ -16,10 +16,10 @@ from peft import HiraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from optimum_ksparse import SparsityConfig, merge_adapter, sparsify
+from optimum_ksparse.adapters import MergeReport, SparseLoraConfig, blocks
+from optimum_ksparse.adapters.masks import check_record, mask_fingerprint, read_record
 from optimum_ksparse.checkpoint import sparse_layers
 from optimum_ksparse.commands import parse_words
-from optimum_ksparse.finetuning import MergeReport, SparseLoraConfig, blocks
-from optimum_ksparse.finetuning.masks import check_record, mask_fingerprint, read_record
 from optimum_ksparse.records import MASKS_NAME
 
 from .conftest import VOCABULARY, sample_texts
@@ -463,7 +463,7 @@ def test_an_interrupt_at_the_very_end_leaves_the_adapter(make_model, monkeypatch
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("optimum_ksparse.finetuning.merge.library_versions", interrupted)
+    monkeypatch.setattr("optimum_ksparse.adapters.merge.library_versions", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(peft_model)
     assert any("lora_A" in name for name, _ in model.named_parameters()) and model.peft_config

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
-from optimum_ksparse.calibration import calibration_tokens
 from optimum_ksparse.commands import parse_words
 from optimum_ksparse.commands.parser import dataset as dataset_flag
 from optimum_ksparse.commands.recipes import read_recipe
+from optimum_ksparse.data import calibration_tokens
 from optimum_ksparse.dataset import describe_dataset, holds, is_mix, mix_shares, needs_tokenizer, split_samples
 from optimum_ksparse.hub.card import render_card
 from optimum_ksparse.hub.metadata import build_metadata

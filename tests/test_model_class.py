@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForImageTextToText
 
 from optimum_ksparse import SparsityConfig, sparsify
-from optimum_ksparse.model_class import class_for_config, class_for_model, class_for_source
+from optimum_ksparse.checkpoint.model_class import class_for_config, class_for_model, class_for_source
 
 from .conftest import make_config
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_ksparse import Pattern
-from optimum_ksparse.nn.packing import check_bits, pack, pack_mask, unpack, unpack_mask, values_shape
+from optimum_ksparse.packing import check_bits, pack, pack_mask, unpack, unpack_mask, values_shape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = {4: torch.int32, 2: torch.int16}

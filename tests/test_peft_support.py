@@ -205,7 +205,7 @@ def test_experts(target):
 
 
 def test_masked_needs_a_sparse_target(make_pruned, make_model):
-    from optimum_ksparse.finetuning import SparseLoraConfig
+    from optimum_ksparse.adapters import SparseLoraConfig
 
     for model, target in ((make_pruned(), "lm_head"), (make_model(), "q_proj")):
         before = modules(model)
@@ -216,7 +216,7 @@ def test_masked_needs_a_sparse_target(make_pruned, make_model):
 
 
 def test_masked_does_not_go_with_other_variants():
-    from optimum_ksparse.finetuning import SparseLoraConfig
+    from optimum_ksparse.adapters import SparseLoraConfig
 
     with pytest.raises(ValueError, match="masked=True goes with LoRA and rsLoRA, not together with use_dora"):
         SparseLoraConfig(masked=True, use_dora=True)

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity, sparsify
-from optimum_ksparse.calibration.documents import HELD_OUT_EVERY, HUB_DATASETS, documents
+from optimum_ksparse.data.documents import HELD_OUT_EVERY, HUB_DATASETS, documents
+from optimum_ksparse.data.texts import NUM_ARTICLES
 from optimum_ksparse.dataset import describe_dataset
-from optimum_ksparse.evaluation.texts import NUM_ARTICLES
 
 from .conftest import ARCHITECTURES, CONTEXT, VOCABULARY, sample_texts
 from .loopback_hub import LoopbackHub
@@ -583,7 +583,7 @@ def test_other_calibration_text_is_drawn_whole(
 def test_kowiki_is_streamed_from_the_hub(
     hub: LoopbackHub, make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optimum_ksparse.evaluation.texts.NUM_ARTICLES", 3)
+    monkeypatch.setattr("optimum_ksparse.data.texts.NUM_ARTICLES", 3)
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # five seconds
     files = {"README.md": b"---\nconfigs:\n- config_name: 20231101.ko\n  data_files: 20231101.ko/*.parquet\n---\n"}
     for part in range(2):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from optimum_ksparse import Pattern, prune_weight
 from optimum_ksparse.pruners import METHODS, sparsegpt
-from optimum_ksparse.statistics import ColumnNorms, GramMatrix
+from optimum_ksparse.pruners.statistics import ColumnNorms, GramMatrix
 
 ORACLES = ("layer_48x128", "layer_64x384", "layer_96x256")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -40,13 +40,7 @@ from transformers.utils import PushToHubMixin
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.commands import parse_words
-from optimum_ksparse.evaluation import (
-    Baseline,
-    EvaluationProtocol,
-    evaluate_model,
-    evaluate_perplexity,
-    read_tuning,
-)
+from optimum_ksparse.evaluation import Baseline, EvaluationProtocol, evaluate_model, evaluate_perplexity, read_tuning
 from optimum_ksparse.integration import register
 
 from .conftest import HF_HOME, make_config, sample_texts

@@ -12,8 +12,8 @@ from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_ksparse import SparsityConfig, evaluate_kobest, evaluate_nsmc, evaluate_perplexity, sparsify
-from optimum_ksparse.finetuning.instructions import instruction_rows
-from optimum_ksparse.finetuning.korquad.rows import hub_rows
+from optimum_ksparse.study.finetuning.instructions import instruction_rows
+from optimum_ksparse.study.finetuning.korquad.rows import hub_rows
 
 from .loopback_hub import LoopbackHub
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BambaConfig, FalconH1Config, LlamaConfig, Mamba2Config, Zamba2Config
 
 from optimum_ksparse import SparsityConfig, sparsify
-from optimum_ksparse.calibration.reading import _reads_of
+from optimum_ksparse.blocks.reading import _reads_of
 
 _COMMON: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "pad_token_id": 0}
 _DECODER = {**_COMMON, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
-from optimum_ksparse import reconstruction as room
-from optimum_ksparse.calibration import BlockReplay, find_blocks
+from optimum_ksparse.blocks import BlockReplay, find_blocks
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.nn import SparseLinear
 from optimum_ksparse.pruning import Replaced, prune_blocks
+from optimum_ksparse.pruning import reconstruction as room
+from optimum_ksparse.pruning.targets import find_targets
 from optimum_ksparse.report import SparsityReport
-from optimum_ksparse.targets import find_targets
 
 from .conftest import ARCHITECTURES
 

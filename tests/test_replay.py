@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_ksparse import SparseLinear, SparsityConfig, prune_weight, sparsify
-from optimum_ksparse.calibration import BlockReplay, find_blocks
+from optimum_ksparse.blocks import BlockReplay, find_blocks
 from optimum_ksparse.nn import dense_weight
-from optimum_ksparse.statistics import ColumnNorms, GramMatrix
+from optimum_ksparse.pruners.statistics import ColumnNorms, GramMatrix
 
 from .conftest import ARCHITECTURES
 
@@ -358,7 +358,7 @@ def test_nothing_is_left_behind_by_an_error_in_the_stand_ins(
     make_model: MakeModel, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model()
-    monkeypatch.setattr("optimum_ksparse.calibration.calls.Pool.share", failing)
+    monkeypatch.setattr("optimum_ksparse.blocks.calls.Pool.share", failing)
     with pytest.raises(RuntimeError, match="on purpose"):
         sparsify(model, SparsityConfig(dataset=token_ids))
     assert_untouched(model)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_ksparse import SparsityReport
-from optimum_ksparse.report import REPORT_NAME, SCHEMA_VERSION, LayerReport
+from optimum_ksparse.records import REPORT_NAME
+from optimum_ksparse.report import SCHEMA_VERSION, LayerReport
 
 
 def make_layer(name="layers.0.q_proj", shape=(8, 16), num_values=64, error=0.25, note=""):

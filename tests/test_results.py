@@ -545,7 +545,7 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, results: EvaluationResults) -
     def fail(descriptor: int) -> None:
         raise OSError("on purpose")
 
-    monkeypatch.setattr("optimum_ksparse.staging.disk.os.fsync", fail)
+    monkeypatch.setattr("optimum_ksparse.checkpoint.staging.disk.os.fsync", fail)
     return OSError
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_ksparse import Pattern, SparsityConfig, SparsityReport, sparsify
-from optimum_ksparse.calibration import find_routers
+from optimum_ksparse.blocks import find_routers
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,

@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
+from optimum_ksparse.checkpoint.staging import staged
 from optimum_ksparse.config import DENSE_CONFIG_KEY
 from optimum_ksparse.report import SparsityReport
-from optimum_ksparse.staging import staged
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from optimum_ksparse.adapters import prepare_for_training
 from optimum_ksparse.checkpoint import sparse_modules
-from optimum_ksparse.finetuning import prepare_for_training
 from optimum_ksparse.nn import SparseLinear
 from optimum_ksparse.pattern import Pattern
 

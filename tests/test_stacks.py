@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, GitConfig, LlamaConfig, PreTraine
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from optimum_ksparse import SparseLinear, SparsityConfig, prune_checkpoint, sparsify
-from optimum_ksparse.calibration import BlockReplay, find_blocks
-from optimum_ksparse.statistics import ColumnNorms
-from optimum_ksparse.streaming import Workspace
+from optimum_ksparse.blocks import BlockReplay, find_blocks
+from optimum_ksparse.pruners.statistics import ColumnNorms
+from optimum_ksparse.pruning.streaming import Workspace
 
 torch.set_num_threads(1)
 

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint
+from optimum_ksparse.api.inspection import inspect_checkpoint
+from optimum_ksparse.checkpoint.staging import locked, recover, staged, write_text
 from optimum_ksparse.commands.base import folder_of
 from optimum_ksparse.commands.hub import check_source
-from optimum_ksparse.inspection import inspect_checkpoint
-from optimum_ksparse.staging import locked, recover, staged, write_text
-from optimum_ksparse.streaming import Workspace
+from optimum_ksparse.pruning.streaming import Workspace
 
 # All by which a save changes the disk, or waits for it.
 STEPS = ("replace", "fsync", "unlink", "mkdir", "rmdir")

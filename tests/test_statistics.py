@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimum_ksparse.pruners.statistics import SAMPLE_ROWS, ColumnNorms, GramMatrix
 from optimum_ksparse.pruning import relative_output_error
-from optimum_ksparse.statistics import SAMPLE_ROWS, ColumnNorms, GramMatrix
 
 KINDS = (ColumnNorms, GramMatrix)
 quick = settings(max_examples=30)

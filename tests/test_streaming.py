@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ZambaConfig
 
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint
-from optimum_ksparse.api import disk as disk_module
-from optimum_ksparse.calibration import Activations, BlockReplay
-from optimum_ksparse.progress import BlockDone, listening
-from optimum_ksparse.streaming import Journal, Workspace, workspace
-from optimum_ksparse.streaming import files as files_module
-from optimum_ksparse.streaming.files import find_weight_files
+from optimum_ksparse.blocks import Activations, BlockReplay
+from optimum_ksparse.checkpoint import files as files_module
+from optimum_ksparse.checkpoint.files import find_weight_files
+from optimum_ksparse.pruning.progress import BlockDone, listening
+from optimum_ksparse.pruning.streaming import Journal, Workspace, workspace
+from optimum_ksparse.pruning.streaming import place as disk_module
 
 from .conftest import ARCHITECTURES, REPOSITORY
 from .loopback_hub import LoopbackHub
@@ -371,7 +371,7 @@ def contents_without_work(folder: Path) -> dict[str, bytes | dict]:
 _CHILD = """
 import os, signal, sys, torch
 from optimum_ksparse import SparsityConfig, prune_checkpoint
-from optimum_ksparse.api import disk
+from optimum_ksparse.pruning.streaming import place
 torch.set_num_threads(1)
 disk._SNAPSHOT_SECONDS = -1.0
 source, output, ids, place, number, memory = sys.argv[1:]

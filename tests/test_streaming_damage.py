@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint
-from optimum_ksparse.api import disk as disk_module
-from optimum_ksparse.streaming import Journal, Workspace, is_whole, recovery
+from optimum_ksparse.pruning.streaming import Journal, Workspace, is_whole, recovery
+from optimum_ksparse.pruning.streaming import place as disk_module
 
 from .test_streaming import WORK, MakeModel, contents, fails
 

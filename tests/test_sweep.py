@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from optimum_ksparse import Pattern
-from optimum_ksparse.nn.kernels.hardware import runs_kernels
+from optimum_ksparse.kernels.hardware import runs_kernels
 from optimum_ksparse.pruners import sweep as plain
 
 GPU = runs_kernels(torch.device("cuda")) if torch.cuda.is_available() else False

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from optimum_ksparse import SparsityConfig, SparsityReport, sparsify, write_card
-from optimum_ksparse.evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, fingerprint, ties
+from optimum_ksparse.checkpoint import fingerprint
+from optimum_ksparse.evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, ties
 
 from .conftest import make_config, sample_texts
 from .loopback_hub import LoopbackHub

@@ -16,8 +16,8 @@ from tokenizers import processors
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from optimum_ksparse import SparsityConfig, sparsify
-from optimum_ksparse.calibration import CalibrationTokens, calibration_tokens, prepends_bos
-from optimum_ksparse.calibration.documents import HUB_DATASETS, documents
+from optimum_ksparse.data import CalibrationTokens, calibration_tokens, prepends_bos
+from optimum_ksparse.data.documents import HUB_DATASETS, documents
 
 from .conftest import CONTEXT, VOCABULARY, sample_texts
 
@@ -456,7 +456,7 @@ class FakeHub:
 def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub()
     monkeypatch.setattr(datasets, "load_dataset", fake.load_dataset)
-    monkeypatch.setattr("optimum_ksparse.calibration.documents._SHUFFLE_BUFFER", 50)
+    monkeypatch.setattr("optimum_ksparse.data.documents._SHUFFLE_BUFFER", 50)
     return fake
 
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from optimum_ksparse import SparseLinear, SparsityConfig, sparsify
+from optimum_ksparse import SparseLinear, SparsityConfig, kernels, sparsify
 from optimum_ksparse.config import EXECUTION_SETTINGS
-from optimum_ksparse.nn import autotune, kernels
-from optimum_ksparse.nn.kernels import dispatch, hardware
+from optimum_ksparse.kernels import dispatch, hardware
 from optimum_ksparse.pattern import Pattern
+from optimum_ksparse.runtime import autotune
 
 TOKENS = (1, 64, 1024)
 # microseconds: kernel → for 1, 64 and 1024 tokens

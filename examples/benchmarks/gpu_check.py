@@ -25,9 +25,9 @@ TEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 AUTOTUNE = """
 import torch
 from optimum_ksparse import SparsityConfig, sparsify
-from optimum_ksparse.benchmark.models import random_model
-from optimum_ksparse.benchmark.shapes import model_config
-from optimum_ksparse.execution import autotune_kernels
+from optimum_ksparse.study.benchmark.models import random_model
+from optimum_ksparse.study.benchmark.shapes import model_config
+from optimum_ksparse.runtime.execution import autotune_kernels
 config = model_config("polyglot-ko-5.8b")
 config.num_hidden_layers = 1
 model = random_model(config, torch.bfloat16, torch.device("cuda"))
@@ -39,7 +39,7 @@ for mode in ("memory", "speed"):
 FIGURES = """
 import sys
 from pathlib import Path
-from optimum_ksparse.benchmark import BenchResults, draw_speedup, speed_table
+from optimum_ksparse.study.benchmark import BenchResults, draw_speedup, speed_table
 paths = sorted(Path(sys.argv[1]).glob("*-results.json"))
 found = [BenchResults.load(path) for path in paths]
 for path, results in zip(paths, found):

@@ -23,9 +23,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_ksparse import SparseLinear
-from optimum_ksparse.finetuning import FinetuningSettings
-from optimum_ksparse.finetuning.korquad import finetune_korquad, read_korquad, split_by_article
-from optimum_ksparse.staging import write_text
+from optimum_ksparse.checkpoint.staging import write_text
+from optimum_ksparse.study.finetuning import FinetuningSettings
+from optimum_ksparse.study.finetuning.korquad import finetune_korquad, read_korquad, split_by_article
 
 MODELS, RUNS = ("dense", "sparse"), ("lora", "head")
 

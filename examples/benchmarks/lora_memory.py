@@ -20,8 +20,8 @@ METHODS = ("loaded", "lora", "masked", "dora", "hira")
 _CHILD = """
 import sys, time, torch
 import optimum_ksparse
-from optimum_ksparse.finetuning import SparseLoraConfig, prepare_for_training
-from optimum_ksparse.memory import process_status
+from optimum_ksparse.adapters import SparseLoraConfig, prepare_for_training
+from optimum_ksparse.pruning.memory import process_status
 from peft import HiraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 method, folder, tokens, steps = sys.argv[1:]

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, logging, set_seed
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity, merge_adapter
-from optimum_ksparse.calibration import prepends_bos
+from optimum_ksparse.data import prepends_bos
 
 
 def read(path: str) -> list[str]:

@@ -17,8 +17,8 @@ import torch
 from transformers import GPTNeoXConfig, logging
 
 from optimum_ksparse import SparsityConfig, sparsify
-from optimum_ksparse.benchmark.models import random_model
-from optimum_ksparse.statistics import SAMPLE_ROWS
+from optimum_ksparse.pruners.statistics import SAMPLE_ROWS
+from optimum_ksparse.study.benchmark.models import random_model
 
 METHODS = ("wanda", "sparsegpt")
 BASE = {"width": 512, "depth": 4, "samples": 8}

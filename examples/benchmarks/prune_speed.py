@@ -31,11 +31,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from optimum_ksparse import Pattern, evaluate_perplexity
-from optimum_ksparse.benchmark import BenchResults
-from optimum_ksparse.calibration import find_blocks
+from optimum_ksparse.blocks import find_blocks
 from optimum_ksparse.checkpoint import sparse_modules
+from optimum_ksparse.checkpoint.staging import write_text
 from optimum_ksparse.nn import dense_weight, is_linear_map
-from optimum_ksparse.staging import write_text
+from optimum_ksparse.study.benchmark import BenchResults
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_ksparse.calibration import prepends_bos
-from optimum_ksparse.evaluation.texts import evaluation_texts
+from optimum_ksparse.data import prepends_bos
+from optimum_ksparse.data.texts import evaluation_texts
 
 HERE = Path(__file__).parent
 VERSION = "0.14"

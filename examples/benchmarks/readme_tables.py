@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
-from optimum_ksparse.benchmark import BenchResults, speed_table
 from optimum_ksparse.study import Spread
+from optimum_ksparse.study.benchmark import BenchResults, speed_table
 
 HERE = Path(__file__).parent
 READMES = {"en": HERE.parents[1] / "README.md", "ko": HERE.parents[1] / "README_ko.md"}

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity
-from optimum_ksparse.calibration import prepends_bos
+from optimum_ksparse.data import prepends_bos
 
 SAMPLES, WINDOWS, LENGTH = 32, 24, 512
 

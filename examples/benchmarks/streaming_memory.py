@@ -25,7 +25,7 @@ _CHILD = """
 import sys, torch
 import optimum_ksparse
 from optimum_ksparse import SparsityConfig, prune_checkpoint
-from optimum_ksparse.memory import process_status
+from optimum_ksparse.pruning.memory import process_status
 from transformers import AutoModelForCausalLM
 what, source, output, method, samples, seq_len = sys.argv[1:]
 ids = torch.randint(0, 4096, (int(samples), int(seq_len)), generator=torch.Generator().manual_seed(0))

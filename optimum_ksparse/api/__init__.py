@@ -1,8 +1,8 @@
 """The functions that every path ends in: prune a model in place, a checkpoint from disk to disk, or one layer."""
 
+from ..pruning.tokens import load_tokenizer
 from .checkpoint import prune_checkpoint
 from .layer import prune_weight
 from .model import attach, sparsify
-from .tokens import load_tokenizer
 
 __all__ = ["attach", "load_tokenizer", "prune_checkpoint", "prune_weight", "sparsify"]

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..calibration import usual_context
-from ..checkpoint import commit_of, is_dense_record
+from ..checkpoint import commit_of, find_weight_files, is_dense_record
+from ..checkpoint.model_class import class_for_source
+from ..checkpoint.staging import check_apart, check_output, recover
 from ..checks import check_integer
 from ..config import SparsityConfig, recorded_settings
+from ..data import usual_context
 from ..dataset import holds
-from ..distributed import joined
-from ..model_class import class_for_source
+from ..pruning.distributed import joined
+from ..pruning.streaming import OURS, Workspace
 from ..report import SparsityReport
-from ..staging import check_apart, check_output, recover
-from ..streaming import OURS, Workspace, find_weight_files
 from .model import settings_of
 from .run import CheckpointRun
 

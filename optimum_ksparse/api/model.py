@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
-from ..calibration import find_blocks, use_eager_experts, usual_context
+from ..blocks import find_blocks, use_eager_experts
 from ..checkpoint import (
     check_reversible,
     describe_model,
@@ -23,15 +23,16 @@ from ..checkpoint import (
     sparse_modules,
 )
 from ..config import DENSE_CONFIG_KEY, EXECUTION_SETTINGS, QUANT_METHOD, RECORDED, SparsityConfig
-from ..distributed import current
+from ..data import usual_context
 from ..evaluation import RECORDS, mark_weights
-from ..execution import apply_settings
 from ..hub import card_of_source, tag_model
-from ..memory import peak_memory
+from ..pruning.distributed import current
+from ..pruning.memory import peak_memory
+from ..pruning.plan import Job, Place, run
+from ..pruning.tokens import load_tokenizer
 from ..report import SparsityReport
+from ..runtime.execution import apply_settings
 from ..version import library_versions
-from .plan import Job, Place, run
-from .tokens import load_tokenizer
 
 logger = logging.get_logger(__name__)
 

@@ -14,20 +14,21 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..calibration import save_tokenizer
+from ..checkpoint import WeightFiles, changed_files, find_weight_files, fingerprint
+from ..checkpoint.staging import check_places
 from ..config import SparsityConfig
-from ..distributed import Processes
-from ..evaluation import fingerprint
+from ..data import save_tokenizer
 from ..hub import card_of_source
-from ..memory import peak_memory
-from ..report import REPORT_NAME, SparsityReport
-from ..staging import check_places
-from ..streaming import DiskBlocks, WeightFiles, Workspace, changed_files, find_weight_files, open_checkpoint
+from ..pruning.distributed import Processes
+from ..pruning.memory import peak_memory
+from ..pruning.plan import run
+from ..pruning.streaming import DiskBlocks, Workspace, open_checkpoint
+from ..pruning.streaming.place import DiskPlace
+from ..pruning.tokens import load_tokenizer
+from ..records import REPORT_NAME
+from ..report import SparsityReport
 from ..version import library_versions
-from .disk import DiskPlace
 from .model import attach, check_model, make_report, record_settings
-from .plan import run
-from .tokens import load_tokenizer
 
 logger = logging.get_logger(__name__)
 

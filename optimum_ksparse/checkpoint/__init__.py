@@ -1,5 +1,7 @@
 """Sparse models on disk and in accelerate's keeping: which layers are sparse, packed and dense storage."""
 
+from .digests import fingerprint, tensor_digests
+from .files import WeightFiles, changed_files, check_index, check_space, find_weight_files, sha256_of
 from .loading import NONFINITE_VARIABLE, check_finite, check_headers, check_loaded, read_headers
 from .modules import (
     MASK_SUFFIX,
@@ -35,18 +37,24 @@ __all__ = [
     "MASK_SUFFIX",
     "NONFINITE_VARIABLE",
     "SparseModule",
+    "WeightFiles",
     "aligned",
+    "changed_files",
     "check_finite",
     "check_headers",
+    "check_index",
     "check_loaded",
     "check_reversible",
     "check_saved",
+    "check_space",
     "commit_of",
     "dense_shapes",
     "dense_state_dict",
     "describe_model",
     "drop_record",
     "empty_like",
+    "find_weight_files",
+    "fingerprint",
     "forget_conversions",
     "has_lost_blocks",
     "install_layers",
@@ -61,10 +69,12 @@ __all__ = [
     "read_headers",
     "record_layers",
     "replace_module",
+    "sha256_of",
     "sparse_experts",
     "sparse_layers",
     "sparse_modules",
     "sparsify_dense",
     "storage_state_dict",
+    "tensor_digests",
     "without_record",
 ]

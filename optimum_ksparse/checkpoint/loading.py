@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from ..calibration import DecoderBlocks
+from ..blocks import DecoderBlocks
 from .modules import MASK_SUFFIX, SparseModule, stored_tensors
 
 # Set to "1", a sparse model whose weights hold NaN or infinity is loaded all the same.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..calibration import decoder_of, use_eager_experts
+from ..blocks import decoder_of, use_eager_experts
 from ..nn import SparseExperts, SparseLinear, is_linear_map
 from ..pattern import Pattern
 

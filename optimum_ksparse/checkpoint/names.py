@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from ..calibration import decoder_of
+from ..blocks import decoder_of
 from .loading import check_headers, read_headers
 from .modules import dense_layer, install_layers, sparse_modules, stored_tensors
 from .records import layer_records

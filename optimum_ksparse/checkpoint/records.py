@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from ..calibration import decoder_of
+from ..blocks import decoder_of
 from ..config import DENSE_CONFIG_KEY, MODULE_NAMES, QUANT_METHOD, SparsityConfig, describe_source
 from .modules import sparse_modules, stored_name
 

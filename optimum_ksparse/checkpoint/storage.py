@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..calibration import decoder_of
+from ..blocks import decoder_of
 from ..nn import SparseExperts, SparseLinear, dense_weight
 from ..pattern import Pattern, lowest
 from .modules import MASK_SUFFIX, aligned, dense_layer, replace_module, sparse_experts, sparse_modules, stored_name

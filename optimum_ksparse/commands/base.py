@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..model_class import class_for_source
+from ..checkpoint.model_class import class_for_source
+from ..checkpoint.staging import recover
 from ..records import printable
-from ..redaction import check_no_token, redact
-from ..staging import recover
+from ..records.redaction import check_no_token, redact
 from .errors import UsageError, describe_error
 from .hub import check_source, hub_access
 from .parser import Parser
@@ -159,7 +159,7 @@ def load_checkpoint(source: str | os.PathLike[str], settings: Mapping[str, Any])
         ValueError: the results in its folder are damaged, which `from_pretrained` merely warns of, or the tuning is.
     """
     from ..evaluation import EvaluationResults, read_tuning
-    from ..report import RESULTS_NAME
+    from ..records import RESULTS_NAME
 
     results = os.path.join(source, RESULTS_NAME)
     known = EvaluationResults.load(results) if os.path.isfile(results) else None

@@ -11,7 +11,7 @@ from .parser import Parser, add_switches
 class BenchCommand(Command):
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
-        from ..benchmark import FLAGS
+        from ..study.benchmark import FLAGS
 
         parser.add_argument("checkpoint", nargs="?", help="folder or Hub id of a sparse model")
         for name, arguments in FLAGS.items():
@@ -21,7 +21,7 @@ class BenchCommand(Command):
         add_switches(parser, TRUST)
 
     def execute(self) -> None:
-        from ..benchmark import run
+        from ..study.benchmark import run
 
         settings = self.settings()
         print(run(settings.pop("checkpoint", None), **settings))

@@ -69,11 +69,11 @@ class EvalCommand(Command):
         settings = self.settings()
         protocol = protocol_of(settings)
 
-        from ..checkpoint import has_lost_blocks, sparse_modules
-        from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, fingerprint, results_table
+        from ..checkpoint import fingerprint, has_lost_blocks, sparse_modules
+        from ..checkpoint.staging import check_output
+        from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, results_table
         from ..hub import choose_baseline, choose_tokenizer
-        from ..report import RESULTS_NAME
-        from ..staging import check_output
+        from ..records import RESULTS_NAME
 
         checkpoint = settings["checkpoint"]
         output = Path(settings.get("output") or _folder_of(checkpoint))

@@ -11,13 +11,13 @@ from .parser import Parser, add_settings
 class KoAlpacaCommand(TaskCommand):
     @classmethod
     def add_task(cls, parser: Parser) -> None:
-        from ..finetuning.koalpaca import finetune_koalpaca
+        from ..study.finetuning.koalpaca import finetune_koalpaca
 
         text = "file of JSON lines with instruction and output, or a Hub id (default: KoAlpaca v1.1a)"
         add_settings(parser, finetune_koalpaca, {"data": text, "max_length": "tokens of an example"})
 
     def finetune(self, model: str, loading: dict[str, Any], output: str, settings: Any, more: dict[str, Any]) -> None:
-        from ..finetuning import KOALPACA, finetune_koalpaca
+        from ..study.finetuning import KOALPACA, finetune_koalpaca
 
         data = more.pop("data", KOALPACA)
         finetune_koalpaca(*load_with_tokenizer(model, loading), data, settings, output, **more)

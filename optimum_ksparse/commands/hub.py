@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from transformers.utils import CONFIG_NAME
 
+from ..checkpoint.staging import recover
 from ..config import is_repo_id
-from ..staging import recover
 from .errors import UsageError
 
 

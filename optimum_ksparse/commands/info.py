@@ -16,7 +16,7 @@ class InfoCommand(Command):
         add_switches(parser, {"json": "for machines", **TRUST})
 
     def execute(self) -> None:
-        from ..inspection import inspect_checkpoint
+        from ..api.inspection import inspect_checkpoint
 
         settings = self.settings()
         as_json = settings.pop("json", False)

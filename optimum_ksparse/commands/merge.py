@@ -64,11 +64,10 @@ class MergeCommand(Command):
         output = settings["output"]
         merging = {name: settings[name] for name in _SETTINGS if name in settings}
 
-        from ..calibration import copy_processor
-        from ..finetuning import merge_adapter
-        from ..finetuning.korquad import HEAD_NAME
-        from ..report import TUNING_NAME
-        from ..staging import check_output, staged
+        from ..adapters import merge_adapter
+        from ..checkpoint.staging import check_output, staged
+        from ..data import copy_processor
+        from ..records import HEAD_NAME, TUNING_NAME
 
         reads = [settings.get(name) for name in ("adapter", "base", "tokenizer", "dataset")]
         check_output(output, reads=reads, overwrite=settings.get("overwrite", False))
@@ -120,7 +119,7 @@ def _load(settings: dict[str, Any], source: str, base: dict[str, Any]) -> Any:
     from peft import PeftModel
 
     from ..checkpoint import sparse_modules
-    from ..model_class import class_for_source
+    from ..checkpoint.model_class import class_for_source
 
     loader = class_for_source(source, **base)
     model: Any = loader.from_pretrained(source, dtype=settings.get("dtype", "auto"), **base)

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from ..redaction import redact
+from ..records.redaction import redact
 
 
 class Parser(argparse.ArgumentParser):

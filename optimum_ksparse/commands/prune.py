@@ -94,8 +94,8 @@ class PruneCommand(Command):
                 raise UsageError(f"{name}= has no meaning with{'' if stream else 'out'} --stream; leave it out")
 
         from ..config import SparsityConfig
-        from ..distributed import joined
-        from ..progress import listening
+        from ..pruning.distributed import joined
+        from ..pruning.progress import listening
 
         with usage():
             config = SparsityConfig(**settings)
@@ -114,9 +114,9 @@ class PruneCommand(Command):
         return prune_checkpoint(model, output, config, **loading)
 
     def _prune(self, source: str, output: str, config: Any, loading: dict[str, Any], shown: bool) -> Any:
-        from ..calibration import save_tokenizer
-        from ..model_class import class_for_source
-        from ..staging import check_output, staged
+        from ..checkpoint.model_class import class_for_source
+        from ..checkpoint.staging import check_output, staged
+        from ..data import save_tokenizer
 
         overwrite = loading.pop("overwrite", False)
         save = {"max_shard_size": loading.pop("max_shard_size")} if "max_shard_size" in loading else {}

@@ -57,8 +57,8 @@ class PushCommand(Command):
         protocol = protocol_of(settings)
 
         from ..evaluation import EvaluationResults
-        from ..finetuning.korquad import HEAD_NAME
         from ..hub import CARD_NAME, check_target, push_model, read_card
+        from ..records import HEAD_NAME
 
         with usage():
             check_target(settings["repo_id"], settings.get("revision"), settings.get("dense_revision"))

@@ -1,8 +1,8 @@
 """Measuring models."""
 
+from ..checkpoint.digests import fingerprint, tensor_digests
 from .baseline import Baseline, recorded_baseline, set_aside
 from .environment import has_head
-from .fingerprint import fingerprint, tensor_digests
 from .kobest import evaluate_kobest
 from .kobest_data import KOBEST_TASKS
 from .measure import evaluate_baseline, evaluate_model

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..calibration import decoder_of
+from ..blocks import decoder_of
 
 # Logits held at a time: a vocabulary of 262,144 words and 512 positions would take half a gigabyte in float32.
 _LOGITS_BYTES = 128 * 2**20

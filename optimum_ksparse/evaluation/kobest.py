@@ -20,8 +20,9 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..calibration import evaluation_mode, prepends_bos, reached_or_cached
+from ..blocks import evaluation_mode
 from ..checks import check_integer
+from ..data import prepends_bos, reached_or_cached
 from ..version import install_hint
 from .environment import check_causal_lm, check_prepend_bos, environment
 from .kobest_data import FIELDS, KOBEST_DATASET, KOBEST_TASKS, STUDY_TASKS, describe_data, read_items

@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint import describe_model, has_lost_blocks, sparse_modules
+from ..checkpoint.digests import fingerprint
 from ..config import describe_source
 from ..report import SparsityReport
 from .baseline import Baseline, recorded_baseline, set_aside
-from .fingerprint import fingerprint
 from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
 from .ties import settle_records

@@ -10,9 +10,10 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration import evaluation_mode, prepends_bos
-from ..calibration.tokens import context_length
+from ..blocks import evaluation_mode
 from ..checks import check_integer
+from ..data import prepends_bos
+from ..data.tokens import context_length
 from .answers import Query, answer_queries, score_answers
 from .environment import check_causal_lm, check_prepend_bos, environment
 from .nsmc_data import NsmcData, Review, describe_nsmc, draw_nsmc

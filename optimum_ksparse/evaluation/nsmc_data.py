@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..calibration import reached_or_cached
+from ..data import reached_or_cached
 from .kobest_data import describe_data, read_items
 
 NSMC_DATASET = "e9t/nsmc"

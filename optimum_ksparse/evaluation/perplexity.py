@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration import evaluation_mode, prepends_bos
-from ..calibration.tokens import check_context
+from ..blocks import evaluation_mode
+from ..data import prepends_bos
+from ..data.texts import evaluation_texts
+from ..data.tokens import check_context
 from .environment import check_causal_lm, environment
 from .head import input_device, map_logits, run_base
-from .texts import evaluation_texts
 
 
 @dataclass

@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibration import prepends_bos
-from ..calibration.tokens import check_context, context_length
 from ..checks import check_integer
+from ..data import prepends_bos
+from ..data.texts import describe_texts
+from ..data.tokens import check_context, context_length
 from .environment import check_causal_lm, check_prepend_bos
 from .kobest import check_tasks, evaluate_kobest, import_lm_eval
 from .kobest_data import KOBEST_TASKS, describe_data, read_items
@@ -19,7 +20,6 @@ from .nsmc import MAX_EXAMPLE_TOKENS, NUM_FEWSHOT, NUM_SAMPLES, PROMPTS, SEED, e
 from .nsmc_data import describe_nsmc
 from .perplexity import evaluate_perplexity
 from .results import Measurement
-from .texts import describe_texts
 from .tuning import tuning_of
 
 NSMC_TASK = "nsmc"

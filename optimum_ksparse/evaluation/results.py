@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..records import Present, Version, build_fields, read_record, to_json
-from ..report import RESULTS_NAME
-from ..staging import locked, write_text
+from ..checkpoint.staging import locked, write_text
+from ..records import RESULTS_NAME, Present, Version, build_fields, read_record, to_json
 from .kobest import mean_f1
 from .kobest_data import STUDY_TASKS
 from .schemas import ENVIRONMENT, OPTIONAL_PROTOCOL, schema_of

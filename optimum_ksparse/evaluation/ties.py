@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import logical_parameters
+from ..checkpoint.digests import fingerprint
 from ..report import Change, SparsityReport
-from .fingerprint import fingerprint
 from .results import EvaluationResults
 
 logger = logging.get_logger(__name__)

@@ -9,8 +9,7 @@ from typing import Annotated, Any, TypedDict
 
 from transformers.utils import cached_file
 
-from ..records import As, read_record
-from ..report import TUNING_NAME
+from ..records import TUNING_NAME, As, read_record
 
 TUNING_TITLES = {"koalpaca": "KoAlpaca", "korquad": "KorQuAD"}
 # Of what `finetuning.json` holds: the tuned model, in which a sparse model and a dense one tuned in the same way

@@ -10,13 +10,13 @@ import torch
 import yaml
 from huggingface_hub import ModelCardData
 
-from ..allocation import LEFT_DENSE
+from ..adapters import MergeReport
 from ..config import describe_source
 from ..evaluation import KOBEST_TASKS, TASK_TITLES, EvaluationResults, Measurement, result_rows, tuning_title
-from ..finetuning import MergeReport
-from ..nn.kernels import GROUPS, STRIP_TOKENS, why_not_strips
+from ..kernels import GROUPS, STRIP_TOKENS, why_not_strips
 from ..pattern import Pattern
 from ..pruners import METHODS
+from ..pruners.allocation import LEFT_DENSE
 from ..report import SparsityReport
 from ..version import __version__, install_command
 from .existing import BEGIN, END, has_section, insert_section, is_unfilled_form, split_card

@@ -12,8 +12,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from transformers.utils import CONFIG_NAME, logging
 
-from ..calibration import is_unreachable
-from ..staging import outdated
+from ..checkpoint.staging import outdated
+from ..data import is_unreachable
 from .figures import ERROR_FIGURE, RESULTS_FIGURE
 from .writing import CARD_NAME, read_card, write_card_of
 

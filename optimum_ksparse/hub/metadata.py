@@ -12,10 +12,10 @@ from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedModel
 
-from ..calibration import reached_or_cached
-from ..calibration.documents import HUB_DATASETS
 from ..checkpoint import describe_model
 from ..config import SparsityConfig, recorded_repository
+from ..data import reached_or_cached
+from ..data.documents import HUB_DATASETS
 from ..evaluation import EvaluationResults
 from ..pruners import METHODS
 from ..report import BaseCard, SparsityReport

@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoint import has_lost_blocks, made_with, sparse_modules
-from ..evaluation import EvaluationResults, fingerprint, settle_records
-from ..report import RESULTS_NAME, SparsityReport
+from ..checkpoint import fingerprint, has_lost_blocks, made_with, sparse_modules
+from ..evaluation import EvaluationResults, settle_records
+from ..records import RESULTS_NAME
+from ..report import SparsityReport
 
 
 def without_peft(model: Any) -> Any:

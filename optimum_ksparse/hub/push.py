@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checkpoint import describe_model, has_lost_blocks
+from ..checkpoint.staging import write_text
 from ..config import describe_source
 from ..evaluation import EvaluationProtocol, check_protocol, evaluate_model
-from ..report import REPORT_NAME, TUNING_NAME
-from ..staging import write_text
+from ..records import REPORT_NAME, TUNING_NAME
 from .commit import commit_folder, with_retries
 from .models import current_results, is_adapter, sparse_part
 from .sources import choose_baseline, choose_tokenizer, copy_own_processor

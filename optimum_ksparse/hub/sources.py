@@ -8,9 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from ..calibration import copy_processor, read_tokenizer
 from ..checkpoint import describe_model, made_with
 from ..config import describe_source
+from ..data import copy_processor, read_tokenizer
 from ..evaluation import Baseline, recorded_baseline
 from ..report import BASE_ARGUMENTS, SparsityReport
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..adapters import MergeReport
 from ..checkpoint import describe_model, made_with
+from ..checkpoint.model_class import class_for_model
+from ..checkpoint.staging import write_text
 from ..config import is_repo_id, names_repository
 from ..evaluation import EvaluationResults, settle_records, tuning_title
-from ..finetuning import MergeReport
-from ..model_class import class_for_model
 from ..report import SparsityReport
-from ..staging import write_text
 from .card import LANGUAGES, AdapterFacts, CardSubject, render_card
 from .figures import draw_figures
 from .metadata import build_metadata, card_of_source

@@ -7,10 +7,10 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.utils import PushToHubMixin
 
+from ..adapters import extend_peft
 from ..config import QUANT_METHOD, SparsityConfig
-from ..execution import autotune_kernels
-from ..finetuning import extend_peft
 from ..nn import before_first
+from ..runtime.execution import autotune_kernels
 from .casting import wrap_casts
 from .describing import describe_auto_classes
 from .loading import wrap_from_pretrained

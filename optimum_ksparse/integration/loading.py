@@ -13,10 +13,12 @@ from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from ..api import attach, load_tokenizer, sparsify
-from ..calibration import find_blocks
+from ..adapters import MergeReport
+from ..api import attach, sparsify
+from ..blocks import find_blocks
 from ..checkpoint import (
     check_finite,
+    check_index,
     check_loaded,
     commit_of,
     drop_record,
@@ -40,12 +42,12 @@ from ..config import (
     recorded_settings,
 )
 from ..evaluation import RECORDS, EvaluationResults, mark_weights
-from ..execution import apply_settings, tell_cost_on_cpu
-from ..finetuning import MergeReport
 from ..hub import card_of_source, tag_model
 from ..pattern import Pattern
-from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, SparsityReport
-from ..streaming import check_index
+from ..pruning import load_tokenizer
+from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
+from ..report import SparsityReport
+from ..runtime.execution import apply_settings, tell_cost_on_cpu
 from .describing import describe_from_pretrained
 from .recovering import recover_source
 

@@ -11,7 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.base import HfQuantizer
 
-from ..calibration import decoder_of
+from ..blocks import decoder_of
 from ..checkpoint import (
     MASK_SUFFIX,
     aligned,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..staging import recover
+from ..checkpoint.staging import recover
 
 
 def recover_source(source: Any, kwargs: Mapping[str, Any]) -> None:

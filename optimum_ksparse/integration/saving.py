@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
+from ..adapters import MergeReport
+from ..adapters.masks import record
 from ..checkpoint import (
     check_saved,
     dense_shapes,
@@ -25,12 +27,10 @@ from ..checkpoint import (
     sparse_modules,
     without_record,
 )
+from ..checkpoint.staging import drop_records, staged
 from ..config import DENSE_CONFIG_KEY, RECORDED, RUN_TIME_SETTINGS, SparsityConfig
 from ..evaluation import EvaluationResults, settled_records
-from ..finetuning import MergeReport
-from ..finetuning.masks import record
 from ..report import SparsityReport
-from ..staging import drop_records, staged
 
 logger = logging.get_logger(__name__)
 

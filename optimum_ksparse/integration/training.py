@@ -12,7 +12,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..evaluation import TrainingRun, settle_records
 from ..hub import CARD_NAME, is_adapter, is_ours, without_peft, write_trained_card
-from ..report import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
+from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 
 # Builders of `datasets` that read files, of which they say nothing.
 _BUILDERS = ("arrow", "csv", "generator", "json", "pandas", "parquet", "text")

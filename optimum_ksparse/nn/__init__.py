@@ -5,13 +5,10 @@ from .experts import SparseExperts
 from .first import before_first
 from .linear import SparseLinear, dense_weight, is_linear_map
 from .masked import masked_linear, packed_product, row_norms, spread_rows
-from .tuning import KernelReport, autotune
 
 __all__ = [
-    "KernelReport",
     "SparseExperts",
     "SparseLinear",
-    "autotune",
     "before_first",
     "dense_weight",
     "densified",

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import kernels
+from ..packing import check_bits, pack, values_shape
 from ..pattern import Pattern
-from . import kernels
 from .first import run_before_first
 from .foreign import PackedModule
 from .matrix import PackedMatrix
-from .packing import check_bits, pack, values_shape
 
 
 class SparseExperts(PackedModule):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import kernels
+from .. import kernels
 
 if TYPE_CHECKING:
     from .linear import SparseLinear

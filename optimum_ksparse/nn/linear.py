@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .. import kernels
+from ..packing import check_bits, pack, unpack_mask, values_shape
 from ..pattern import Pattern
-from . import kernels
 from .first import run_before_first
 from .foreign import PackedModule
-from .packing import check_bits, pack, unpack_mask, values_shape
 
 if TYPE_CHECKING:
     from .group import FusedGroup

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .kernels import decompress
-from .packing import unpack_mask
+from ..kernels import decompress
+from ..packing import unpack_mask
 
 # Bytes of what a step needs beside its inputs and outputs.
 _CHUNK_BYTES = 64 << 20

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
-from . import kernels
+from .. import kernels
+from ..packing import unpack_mask
 from .linear import in_autocast_dtype
-from .packing import unpack_mask
 
 
 class PackedMatrix:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from ..pattern import Pattern
-from ..statistics import ColumnNorms, GramMatrix
 from . import admm, alps, magnitude, sparsegpt, wanda
 from .notes import collected_notes
 from .refine import REFINEMENTS
+from .statistics import ColumnNorms, GramMatrix
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from fractions import Fraction
 import torch
 
 from ..pattern import Pattern
-from ..statistics import GramMatrix
 from .scaled import Scaled, cholesky_factor, restored, scale, to_rank
+from .statistics import GramMatrix
 
 # Of all iterations, the share in which the mask may still move.
 _MOVING = 0.75

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 
 from ..pattern import Pattern
-from ..statistics import GramMatrix
 from .scaled import Scaled, restored, scale, to_rank
 from .solve import solve_on_mask
+from .statistics import GramMatrix
 
 _FIRST_PENALTY = 0.1
 _PERIOD = 3  # iterations between two looks at the support

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 from ..pattern import Pattern
-from ..statistics import GramMatrix
 from .scaled import finite
 from .solve import solve_on_mask
+from .statistics import GramMatrix
 from .swaps import swap
 
 _Pruned = tuple[torch.Tensor, torch.Tensor]

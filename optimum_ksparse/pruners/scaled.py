@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..pattern import Pattern
-from ..statistics import GramMatrix
+from .statistics import GramMatrix
 
 # An input that is rarely there counts as having at least this share of the median norm: damping in units of its own
 # hardly holds its weights, which would grow to fit the few tokens that have it, whatever they do on others. (ReLU

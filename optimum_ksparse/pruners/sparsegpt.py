@@ -9,9 +9,9 @@ import weakref
 import torch
 
 from ..pattern import Pattern, lowest, lowest_blocks
-from ..statistics import GramMatrix
 from .notes import note
 from .scaled import finite
+from .statistics import GramMatrix
 from .sweep import one_thread, sweep
 
 

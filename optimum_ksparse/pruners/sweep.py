@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..nn.kernels.hardware import runs_kernels
+from ..kernels.hardware import runs_kernels
 from ..pattern import Pattern
 
 # The widest group of n:m that is ranked and solved in one go, and how many columns are where the mask is given.

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..nn.kernels.hardware import on_device_of
+from ..kernels.hardware import on_device_of
 from ..pattern import Pattern
 
 _PANEL = 16  # columns in registers, or as many whole groups as fit in them

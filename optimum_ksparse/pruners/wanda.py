@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..pattern import Pattern
-from ..statistics import ColumnNorms
+from .statistics import ColumnNorms
 
 
 def prune(weight: torch.Tensor, statistics: ColumnNorms, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,19 +9,19 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from ..calibration import Activations, BlockReplay, DecoderBlocks, ExpertStack
-from ..calibration.experts import ExpertMatrix, layer_of, observable
+from ..blocks import Activations, BlockReplay, DecoderBlocks, ExpertStack
+from ..blocks.experts import ExpertMatrix, layer_of, observable
 from ..checkpoint import SparseModule, aligned, empty_like, put, replace_module
 from ..config import SparsityConfig
-from ..distributed import Processes
 from ..nn import dense_weight
 from ..pattern import Pattern
-from ..reconstruction import reconstruct_block
+from ..pruners.statistics import ColumnNorms, GramMatrix
 from ..report import LayerReport, PrunedBlock
-from ..statistics import ColumnNorms, GramMatrix
-from ..targets import Layer
+from .distributed import Processes
 from .experts import own_statistics, prune_stack
 from .layer import prune_layer
+from .reconstruction import reconstruct_block
+from .targets import Layer
 
 _Pruned = tuple[SparseModule, LayerReport]
 

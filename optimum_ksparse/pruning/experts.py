@@ -8,16 +8,16 @@ from collections.abc import Iterator, MutableMapping
 
 import torch
 
-from ..calibration import ExpertStack
-from ..calibration.experts import matrix_name
+from ..blocks import ExpertStack
+from ..blocks.experts import matrix_name
 from ..checkpoint import aligned
 from ..config import SparsityConfig
 from ..nn import SparseExperts
-from ..nn.packing import pack
+from ..packing import pack
 from ..pattern import Pattern
 from ..pruners import collected_notes, prune
+from ..pruners.statistics import ColumnNorms
 from ..report import LayerReport
-from ..statistics import ColumnNorms
 from .layer import overflow_advice
 
 

@@ -9,12 +9,12 @@ from torch import nn
 
 from ..checkpoint import aligned
 from ..config import SparsityConfig
-from ..memory import trim_heap
 from ..nn import SparseLinear, dense_weight
 from ..pattern import Pattern
 from ..pruners import collected_notes, prune
+from ..pruners.statistics import ColumnNorms
 from ..report import LayerReport
-from ..statistics import ColumnNorms
+from .memory import trim_heap
 
 # From this size on the heap is trimmed after a layer, which takes some milliseconds.
 _LARGE = 2**23

@@ -11,14 +11,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..calibration import BlockReplay, DecoderBlocks, always_there
+from ..blocks import BlockReplay, DecoderBlocks, always_there
 from ..config import SparsityConfig
-from ..distributed import Processes
 from ..nn import densified
-from ..progress import block_progress
 from ..report import PrunedBlock
-from ..targets import Layer
 from .block import Replaced, prune_one_block
+from .distributed import Processes
+from .progress import block_progress
+from .targets import Layer
 
 _Row = TypeVar("_Row")
 

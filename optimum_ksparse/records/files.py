@@ -8,8 +8,8 @@ import math
 import os
 from typing import Any
 
-from ..redaction import redact
 from .build import build, clean
+from .redaction import redact
 
 _MOST_BYTES = 64 * 2**20  # a report of 100,000 layers is half as large
 _MOST_LEVELS = 32

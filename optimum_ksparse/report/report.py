@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..allocation import LEFT_DENSE
+from ..checkpoint.staging import write_text
 from ..config import SparsityConfig
+from ..pruners.allocation import LEFT_DENSE
 from ..records import REPORT_NAME, Amount, As, Count, Revision, Version, read_record, to_json
-from ..staging import write_text
 from .rows import (
     BaseArguments,
     BaseCard,

@@ -19,18 +19,18 @@ import torch
 from transformers.utils import CONFIG_NAME
 
 from ..api import prune_checkpoint
-from ..benchmark import BenchResults
-from ..calibration import read_tokenizer
+from ..checkpoint.model_class import class_for_source
 from ..config import EXECUTION_SETTINGS, NO_PATTERN, SparsityConfig
+from ..data import read_tokenizer
 from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model
-from ..execution import apply_settings
-from ..memory import peak_memory
-from ..model_class import class_for_source
-from ..nn.kernels import GROUPS
-from ..nn.kernels.hardware import runs_kernels
-from ..records import read_record
-from ..report import RESULTS_NAME, SparsityReport
+from ..kernels import GROUPS
+from ..kernels.hardware import runs_kernels
+from ..pruning.memory import peak_memory
+from ..records import RESULTS_NAME, read_record
+from ..report import SparsityReport
+from ..runtime.execution import apply_settings
 from ..version import library_versions
+from .benchmark import BenchResults
 from .files import JOB_NAME, KOALPACA, KORQUAD, STAGES_NAME, clean_cell, read_stages, write_json
 from .lifeline import end_with_parent
 from .results import CellResult

@@ -15,9 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..records import read_record, to_json
-from ..report import RESULTS_NAME
-from ..staging import write_text
+from ..checkpoint.staging import write_text
+from ..records import RESULTS_NAME, read_record, to_json
 
 CELLS = "cells"
 JOB_NAME, STAGES_NAME = "job.json", "stages.json"

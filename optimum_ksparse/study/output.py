@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..staging import write_text
+from ..checkpoint.staging import write_text
 from .figures import draw_calibration, draw_patterns, draw_time
 from .files import write_json
 from .quantities import QUANTITIES

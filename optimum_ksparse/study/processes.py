@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..staging import write_text
+from ..checkpoint.staging import write_text
 from .files import LOG_NAME
 from .places import without_places
 

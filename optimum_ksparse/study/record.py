@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_type_hints
 
+from ..checkpoint import find_weight_files
 from ..config import describe_dataset, describe_source
+from ..data.texts import describe_texts
 from ..dataset import recorded_dataset
 from ..evaluation import EvaluationProtocol
 from ..evaluation.kobest_data import describe_data
 from ..evaluation.nsmc import NUM_FEWSHOT
 from ..evaluation.nsmc_data import describe_nsmc
-from ..evaluation.texts import describe_texts
+from ..pruning.streaming import Journal
 from ..records import As, Positive, RelativePath, Version, read_record
-from ..streaming import Journal, find_weight_files
 from .files import write_json
 from .grid import Cell, Place
 from .recipe import Recipe

@@ -7,8 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..records import read_record
-from ..report import RESULTS_NAME
+from ..records import RESULTS_NAME, read_record
 from .files import CELLS, JOB_NAME, KOALPACA, KORQUAD, RESULT_NAME, read_stages
 
 # Section of a recipe → the stage of a cell that measures it.

@@ -11,19 +11,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..adapters import require_peft
+from ..checkpoint.staging import check_output, claimed
+from ..data.texts import evaluation_texts
 from ..evaluation.kobest import import_lm_eval
-from ..evaluation.texts import evaluation_texts
-from ..finetuning import require_peft
-from ..staging import check_output, claimed
-from .files import (
-    CELLS,
-    FAILURE_NAME,
-    JOB_NAME,
-    LOG_NAME,
-    RESULT_NAME,
-    clean_cell,
-    write_json,
-)
+from .files import CELLS, FAILURE_NAME, JOB_NAME, LOG_NAME, RESULT_NAME, clean_cell, write_json
 from .grid import Cell, grid
 from .output import write_figures, write_tables
 from .processes import last_lines, run_cells

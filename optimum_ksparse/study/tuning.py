@@ -9,9 +9,9 @@ from typing import Any
 
 from ..checks import check_boolean, check_integer, check_keys
 from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, read_tuning
-from ..finetuning import KOALPACA, FinetuningSettings
-from ..finetuning.instructions import instruction_rows, is_file
-from ..report import RESULTS_NAME
+from ..records import RESULTS_NAME
+from .finetuning import KOALPACA, FinetuningSettings
+from .finetuning.instructions import instruction_rows, is_file
 
 _TRAINING = tuple(f.name for f in fields(FinetuningSettings))
 _WINDOWS = ("seq_len", "max_question_tokens", "stride", "prepend_bos")
@@ -27,7 +27,7 @@ Load = Callable[[], tuple[Any, Any]]
 
 def check_korquad(settings: Mapping[str, Any]) -> None:
     """Raises what tuning with these settings would raise before it begins."""
-    from ..finetuning.korquad import WindowSettings, korquad_data
+    from .finetuning.korquad import WindowSettings, korquad_data
 
     training_of(settings)
     WindowSettings(**{name: settings[name] for name in _WINDOWS if name in settings})
@@ -76,7 +76,7 @@ def _nsmc_protocol(settings: Mapping[str, Any]) -> EvaluationProtocol:
 
 def run_korquad(load: Load, settings: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Trains an adapter and a span head in `folder`, and gives the measurement as JSON holds it."""
-    from ..finetuning.korquad import WindowSettings, finetune_korquad, korquad_data
+    from .finetuning.korquad import WindowSettings, finetune_korquad, korquad_data
 
     training = training_of(settings)
     train, test = korquad_data(settings.get("train_file"), settings.get("eval_file"), training.seed)
@@ -97,7 +97,7 @@ def run_nsmc(
 ) -> list[dict[str, Any]]:
     """Tunes a model on KoAlpaca in `folder`, measures NSMC, and gives the measurements as JSON holds them.
     `load_tuned` loads what was saved in a folder."""
-    from ..finetuning import finetune_koalpaca
+    from .finetuning import finetune_koalpaca
 
     koalpaca = settings["koalpaca"]
     more = {name: koalpaca[name] for name in ("max_length", "max_examples") if name in koalpaca}

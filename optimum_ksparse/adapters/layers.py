@@ -1,0 +1,228 @@
+"""PEFT's layers of LoRA and HiRA over a `SparseLinear`: they compute as PEFT's do over the dense weight with its
+zeros, and merging never fills a zero."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.hira import layer as hira
+from peft.tuners.lora import layer as lora
+from peft.tuners.lora.variants import VeloraLinearVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
+
+from ..nn import SparseLinear, masked_linear, packed_product, row_norms, spread_rows
+from ..packing import unpack, unpack_mask
+from .variants import MaskedVariant, SparseAloraVariant, SparseDoraVariant, onloaded, packed_tensors
+
+
+class _KeepsZeros:
+    """Merging for both: the packed values become those of the effective weight, which is computed in float32 from the
+    values before, with all merged adapters, and rounded once; unmerging puts the same bits back."""
+
+    merged_adapters: list[str]
+    get_base_layer: Callable[[], SparseLinear]
+    _before_merge: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def _has_adapter(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def _adapt(
+        self, name: str, effective: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, packed: bool
+    ) -> torch.Tensor:
+        """The effective weight with one more adapter. All are packed values, in float32 or float64, or where `packed`
+        is False dense weights; `weight` is that without adapters."""
+        raise NotImplementedError
+
+    def _merged_bias(self, bias: torch.Tensor | None, names: list[str]) -> torch.Tensor | None:
+        return bias
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges adapters, the active ones by default, into the packed weight: W + s·(B·A)∘M for LoRA, m/‖V‖·(W +
+        s·B·A) at the mask for DoRA, W∘(1 + B·A) for HiRA; several, in the order in which they are merged, as the
+        forward pass takes them one after the other.
+
+        Args:
+            safe_merge: raise ValueError, and change nothing, where a result is not finite.
+            adapter_names: those to merge; they are skipped, with a warning, where they are merged already.
+
+        Raises:
+            RuntimeError: an adapter has a bias, the base layer has none.
+        """
+        wanted = check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
+        names = [name for name in dict.fromkeys(wanted) if self._has_adapter(name)]
+        if not names:
+            return
+        base, merged = self.get_base_layer(), [*self.merged_adapters, *names]
+        before = self._original()
+        bits = packed_tensors(base)[1]
+        values = self._effective(before[0].to(bits.device), bits, merged, packed=True).to(base.weight.dtype)
+        bias = self._merged_bias(before[1], merged)
+        if safe_merge and not all(bool(t.isfinite().all()) for t in (values, bias) if t is not None):
+            raise ValueError(f"merging gives values that are not finite: an adapter of {', '.join(names)} is broken")
+        self._before_merge = before
+        self._put(values, bias)
+        self.merged_adapters[:] = merged
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the packed weight, and the bias, back as they were before the first merge."""
+        if self._before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._put(*self._before_merge)
+        self._before_merge = None
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def effective_weight(self, adapter_names: list[str] | None = None) -> torch.Tensor:
+        """The dense weight that the unmerged layer computes with, [out, in] in float32: the base weight and what each
+        adapter does to it, at the mask or everywhere.
+
+        Args:
+            adapter_names: those that count; the active ones by default. Names that this layer lacks do not count.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names  # type: ignore[attr-defined]
+        base = self.get_base_layer()
+        bits = packed_tensors(base)[1]
+        values = self._original()[0].to(bits.device)
+        dense = unpack(values, bits, base.in_features)
+        return self._effective(dense, bits, [n for n in names if self._has_adapter(n)], packed=False).float()
+
+    @torch.no_grad()
+    def merging_loss(self, adapter_names: list[str]) -> tuple[float, float]:
+        """Squared Frobenius norms of what merging loses, because it lies where the weight is zero, and of all that
+        those adapters that are not merged yet do to the dense weight."""
+        names = [name for name in adapter_names if name not in self.merged_adapters and self._has_adapter(name)]
+        if not names:
+            return 0.0, 0.0
+        base = self.get_base_layer()
+        bits = packed_tensors(base)[1]
+        delta = self.effective_weight(names) - unpack(self._original()[0].to(bits.device), bits, base.in_features)
+        kept = delta[unpack_mask(bits, base.in_features)]
+        total = float(delta.square().sum())
+        return total - float(kept.square().sum()), total
+
+    def _effective(self, weight: torch.Tensor, bits: torch.Tensor, names: list[str], packed: bool) -> torch.Tensor:
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        effective = weight.clone()
+        for name in names:
+            effective = self._adapt(name, effective, weight, bits, packed)
+        return effective
+
+    def _original(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Values and bias without adapters. A merged layer keeps them in the computer's own memory, as PEFT does."""
+        if self._before_merge is not None:
+            return self._before_merge
+        base = self.get_base_layer()
+        bias = None if base.bias is None else onloaded(base, "bias").detach().cpu()
+        return packed_tensors(base)[0].detach().cpu(), bias
+
+    def _put(self, values: torch.Tensor, bias: torch.Tensor | None) -> None:
+        base = self.get_base_layer()
+        base.replace_values(values.to(base.weight.device, base.weight.dtype))
+        if bias is not None and base.bias is not None:
+            base.bias.data = bias.to(base.bias.device, base.bias.dtype)
+
+
+class SparseLoraLinear(_KeepsZeros, lora.Linear):
+    """LoRA over a `SparseLinear`: plain, rsLoRA, DoRA, with a masked delta, aLoRA and VeLoRA."""
+
+    def __init__(self, base_layer: SparseLinear, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        # The dense weight of a sparse layer is [out, in], that of GPT-2 too.
+        self.fan_in_fan_out = False
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type[lora.LoraVariant] | None]:
+        """As in PEFT: the classes of the variants that work over a packed weight."""
+        return {
+            (): None,
+            ("use_dora",): SparseDoraVariant,
+            ("alora_invocation_tokens",): SparseAloraVariant,
+            ("velora_config",): VeloraLinearVariant,
+        }
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> lora.LoraVariant | None:
+        """As in PEFT, and the masked one."""
+        return MaskedVariant() if getattr(config, "masked", False) else super().resolve_lora_variant(config=config)
+
+    def is_masked(self, adapter_name: str) -> bool:
+        """Whether the delta of an adapter is masked in the forward pass."""
+        return isinstance(self.lora_variant.get(adapter_name), MaskedVariant)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The delta s·B·A of an adapter, dense, [out, in]; with zeros where the weight has them if it is masked."""
+        delta = super().get_delta_weight(adapter)
+        if self.is_masked(adapter):
+            base = self.get_base_layer()
+            delta = delta * unpack_mask(packed_tensors(base)[1].to(delta.device), base.in_features)
+        return delta
+
+    def _has_adapter(self, name: str) -> bool:
+        return name in self.lora_A
+
+    def _merged_bias(self, bias: torch.Tensor | None, names: list[str]) -> torch.Tensor | None:
+        for name in names:
+            if self.lora_bias[name]:
+                if bias is None:
+                    raise RuntimeError(
+                        f"adapter {name!r} has a bias (lora_bias=True), the base layer has none: it cannot be merged"
+                    )
+                module: Any = self.lora_B[name]
+                bias = bias + module.bias.detach().to(bias) * float(self.scaling[name])
+        return bias
+
+    def _adapt(
+        self, name: str, effective: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, packed: bool
+    ) -> torch.Tensor:
+        variant = self.lora_variant.get(name)
+        if isinstance(variant, SparseAloraVariant):
+            raise NotImplementedError(f"adapter {name!r} (aLoRA) acts on some tokens only and cannot be merged")
+        a, b = (onloaded(factors[name], "weight").detach().to(weight) for factors in (self.lora_A, self.lora_B))
+        scaling = float(self.scaling[name])
+        delta = packed_product(a, b * scaling, bits, weight.shape) if packed else (b * scaling) @ a
+        if isinstance(variant, MaskedVariant) and not packed:
+            delta *= unpack_mask(bits, a.shape[1])
+        if not isinstance(variant, SparseDoraVariant):
+            return effective + delta
+        magnitudes = onloaded(self.lora_magnitude_vector[name], "weight").detach().to(weight)
+        norm = row_norms(weight, bits, a, b, scaling) if packed else torch.linalg.vector_norm(weight + delta, dim=1)
+        scale = magnitudes / norm
+        scale = spread_rows(scale, bits, weight.shape) if packed else scale[:, None]
+        # PEFT scales the output of the layer as it is by then, with the adapters before this one.
+        return scale * (effective + delta)
+
+
+class SparseHiraLinear(_KeepsZeros, hira.Linear):
+    """HiRA over a `SparseLinear`: W∘(1 + B·A) has the mask of W."""
+
+    def __init__(self, base_layer: SparseLinear, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config=config, **{**kwargs, "fan_in_fan_out": False})
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in PEFT, without a dense matrix that is kept for the backward pass."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for name in self.active_adapters:
+            if not self._has_adapter(name):
+                continue
+            a, b = onloaded(self.hira_A, name), onloaded(self.hira_B, name)
+            x = self._cast_input_dtype(x, a.dtype)
+            values, bits = packed_tensors(self.get_base_layer())
+            result = result + masked_linear(self.hira_dropout[name](x), a, b, bits, values)
+        return result.to(dtype)
+
+    def _has_adapter(self, name: str) -> bool:
+        return name in self.hira_A
+
+    def _adapt(
+        self, name: str, effective: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, packed: bool
+    ) -> torch.Tensor:
+        a, b = (onloaded(factors, name).detach().to(weight) for factors in (self.hira_A, self.hira_B))
+        return effective + weight * (packed_product(a, b, bits, weight.shape) if packed else b @ a)

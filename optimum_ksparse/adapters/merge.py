@@ -1,0 +1,214 @@
+"""`merge_adapter`: a PEFT adapter becomes part of the sparse weights, and every zero stays zero."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..blocks import BlockReplay, evaluation_mode, find_blocks
+from ..checks import check_integer, check_number
+from ..config import SparsityConfig
+from ..data import CalibrationTokens, calibration_tokens, read_tokenizer
+from ..dataset import is_token_ids
+from ..evaluation import note_merge
+from ..runtime.execution import apply_settings
+from ..version import library_versions
+from .adapted import active, adapted_layers, check_mergeable, describe_adapters, is_sparse, own_adapters
+from .blocks import MergeSettings, merge_blocks
+from .report import MergeReport
+
+METHODS = ("masked", "solve")
+
+
+def merge_adapter(
+    peft_model: PeftModel,
+    *,
+    method: str = "masked",
+    adapter_names: list[str] | None = None,
+    dataset: Any = None,
+    tokenizer: Any = None,
+    num_samples: int = 128,
+    seq_len: int = 512,
+    batch_size: int = 1,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    damping: float = 0.0,
+    max_steps: int = 100,
+    tolerance: float = 1e-3,
+) -> PreTrainedModel:
+    """Merges adapters into a sparse model: their masks, and so their densities and packed sizes, stay as they are to
+    the bit. What PEFT's own merging does with them is the method "masked".
+
+    A masked LoRA and HiRA change kept weights alone, and either method merges them exactly. Of LoRA and DoRA, "masked"
+    throws away what lies outside the mask; "solve" then finds the kept weights with which each layer, fed with what
+    the layers merged before it give, comes nearest to its outputs in the unmerged model, on calibration text. Layers
+    that are not sparse are merged as PEFT does it, and modules trained as a whole (`modules_to_save`) are taken over.
+
+    Args:
+        peft_model: a PEFT model on a sparse transformers model; it is used up, as by `merge_and_unload`.
+        method: "masked", or "solve", which needs `dataset`.
+        adapter_names: those to merge; None: the active ones.
+        dataset: calibration text or token ids, as in `SparsityConfig`; with "masked" it serves to measure the error.
+        tokenizer: name, folder or object, for text; None: that of the model.
+        num_samples, seq_len, batch_size, seed, prepend_bos: of the calibration samples, as in `SparsityConfig`.
+        damping, max_steps, tolerance: of the solver, see `pruners.solve.solve_on_mask`.
+
+    Returns:
+        The model without PEFT. `model.merge_report` says what happened; it is saved with the model. Results measured
+        before are no longer those of this model and are dropped.
+
+    Raises:
+        TypeError, ValueError: a setting is wrong, or these adapters cannot be merged; nothing has been changed. On
+            these and all other errors, and on Ctrl-C, `peft_model` is what it was.
+    """
+    settings = _settings(method, dataset, damping, max_steps, tolerance)
+    names = check_mergeable(peft_model, adapter_names)
+    model: Any = peft_model.get_base_model()
+    started = time.perf_counter()
+    data = None
+    if dataset is not None:
+        config = SparsityConfig(
+            "sparsegpt",
+            dataset=dataset,
+            tokenizer=tokenizer,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            prepend_bos=prepend_bos,
+        )
+        with evaluation_mode(model), active(model, names):
+            data = _draw(model, config)
+    report = MergeReport(method, describe_adapters(peft_model, names), {} if data is None else data.description)
+    undo: list[Callable[[], None]] = []
+    try:
+        with active(model, names):
+            for layer in adapted_layers(model, names).values():
+                undo.append(_unmerge(layer))
+            with evaluation_mode(model), torch.no_grad():
+                blocks = find_blocks(model)
+                replay = None if data is None else BlockReplay(blocks, data.ids, batch_size)
+                if replay is not None and not replay.in_line:
+                    raise ValueError(
+                        f"{type(model).__name__} does not run its blocks one after another, which merging with a "
+                        "dataset needs: take method='masked' without one"
+                    )
+                report.layers = merge_blocks(blocks, names, replay, settings)
+            tied = _is_tied(model)
+            report.dense_layers = _merge_dense(model, names, undo)
+            _unload(peft_model, model, undo)
+            if tied and not _is_tied(model):
+                model.config.tie_word_embeddings = False
+        return _finish(model, report, started)
+    except BaseException:
+        for take_back in reversed(undo):
+            take_back()
+        raise
+
+
+def _settings(method: str, dataset: Any, damping: float, max_steps: int, tolerance: float) -> MergeSettings:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; allowed: {', '.join(METHODS)}")
+    if method == "solve" and dataset is None:
+        raise ValueError('method="solve" needs calibration text: pass dataset=, or use method="masked"')
+    check_integer("max_steps", max_steps, 1)
+    damping, tolerance = check_number("damping", damping, 0, 1), check_number("tolerance", tolerance, 0, 1)
+    return MergeSettings(method == "solve", damping, max_steps, tolerance)
+
+
+def _draw(model: PreTrainedModel, config: SparsityConfig) -> CalibrationTokens:
+    tokenizer = config.tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) and not is_token_ids(config.dataset):
+        source = str(model.name_or_path if tokenizer is None else tokenizer)
+        try:
+            tokenizer = read_tokenizer(source)
+        except Exception as error:  # transformers and huggingface_hub raise many kinds here
+            raise ValueError(
+                f"no tokenizer could be loaded from {source!r}: pass tokenizer=, or token ids as the dataset; {error}"
+            ) from error
+    return calibration_tokens(config, model, tokenizer)
+
+
+def _unmerge(layer: Any) -> Callable[[], None]:
+    """What takes a merge of a sparse layer back."""
+
+    def take_back() -> None:
+        if is_sparse(layer):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # where it had not been merged yet
+                layer.unmerge()
+
+    return take_back
+
+
+def _merge_dense(model: PreTrainedModel, names: list[str], undo: list[Callable[[], None]]) -> list[str]:
+    """Merges layers that are not sparse, as PEFT does it, into parameters of their own: those that other modules use
+    as well (tied embeddings) stay as they are there."""
+    merged = []
+    for path, layer in adapted_layers(model, names).items():
+        if is_sparse(layer):
+            continue
+        base: Any = layer.get_base_layer()
+        before = dict(base._parameters)
+        undo.append(_restore(layer, base, before))
+        for name, parameter in before.items():
+            if parameter is not None:
+                base._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        layer.merge(safe_merge=True, adapter_names=own_adapters(layer, names))
+        merged.append(path)
+    return merged
+
+
+def _restore(layer: Any, base: nn.Module, parameters: dict[str, nn.Parameter | None]) -> Callable[[], None]:
+    def take_back() -> None:
+        base._parameters.update(parameters)
+        layer.merged_adapters.clear()
+
+    return take_back
+
+
+def _unload(peft_model: Any, model: Any, undo: list[Callable[[], None]]) -> None:
+    """Takes PEFT's modules out of the model, whose adapters are merged."""
+    settings = getattr(model, "peft_config", None)
+    flag = getattr(model.config, "tie_word_embeddings", None)
+    holders = [(holder, name, child) for holder in model.modules() for name, child in holder.named_children()]
+
+    def take_back() -> None:
+        for holder, name, child in holders:
+            holder._modules[name] = child
+        if settings is not None:
+            model.peft_config = settings
+        if flag is not None:
+            model.config.tie_word_embeddings = flag
+
+    undo.append(take_back)
+    peft_model.base_model.unload()
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        head = head.get_base_layer()
+    if isinstance(embeddings, BaseTunerLayer):
+        embeddings = embeddings.get_base_layer()
+    return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", 0)
+
+
+def _finish(model: PreTrainedModel, report: MergeReport, started: float) -> PreTrainedModel:
+    config: Any = getattr(model.config, "quantization_config", None)
+    if isinstance(config, SparsityConfig) and (config.fuse or config.optimize_for == "speed"):
+        apply_settings(model, config)
+    report.versions = library_versions("torch", "transformers", "peft")
+    report.seconds = round(time.perf_counter() - started, 2)
+    model.evaluation_results = None  # type: ignore[assignment]
+    model.merge_report = report  # type: ignore[assignment]
+    note_merge(model, report.change())
+    return model

@@ -1,0 +1,337 @@
+"""Running calibration tokens through one decoder block at a time.
+
+What the model passes to each block besides the hidden states (masks, position embeddings, sliding windows, ALiBi) is
+recorded as the model itself computes it, for each block and batch, while the blocks are replaced by stand-ins that
+hand the hidden states on. It is then replayed as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..pruners.statistics import ColumnNorms
+from .activations import Activations
+from .calls import Call, Pool, split_call
+from .experts import ExpertMatrix, observed_matrices
+from .find import DecoderBlocks
+from .probe import autocast, hidden_of, probe
+from .running import device_of, replaced_forward, run_decoder
+
+Layer = nn.Module | ExpertMatrix
+
+
+class _StopForward(Exception):  # noqa: N818 (not an error)
+    """Raised by a hook that has seen what it needed."""
+
+
+def always_there(index: int) -> AbstractContextManager[None]:
+    """The blocks of a model that is in memory are."""
+    return nullcontext()
+
+
+class BlockReplay:
+    """The calibration activations on their way through the blocks.
+
+    Args:
+        decoder_blocks: the model's blocks.
+        tokens: [num_samples, seq_len] int64.
+        batch_size: samples in one call of a block.
+        skip_first: leave the first position out of the statistics.
+        resident: within `resident(index)` the weights of a block are there; needed only where they are not always.
+        hidden: where the activations go; None keeps them in memory.
+        dtype: of the matrix products in the blocks, by autocast; None: that of the weights.
+
+    Attributes:
+        hidden: input of the current block for each batch, [batch, seq_len, hidden], or for each call with a batch.
+        batches: the number of the batch that each of these is of.
+        in_line: whether the model runs its blocks one after another, each once at most. Where it does not, the inputs
+            of a block are those of all its calls, and come from a run of the whole model as it then is.
+        has_states: whether blocks share more than hidden states, so that none can be run without those before it.
+    """
+
+    def __init__(
+        self,
+        decoder_blocks: DecoderBlocks,
+        tokens: torch.Tensor,
+        batch_size: int,
+        skip_first: bool = False,
+        resident: Callable[[int], AbstractContextManager[None]] = always_there,
+        hidden: Activations | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.tokens, self.batch_size, self.skip_first = tokens, batch_size, skip_first
+        self._decoder_blocks, self._resident, self.dtype = decoder_blocks, resident, dtype
+        self.hidden = Activations(-(-len(tokens) // batch_size)) if hidden is None else hidden
+        # calls[block][batch]
+        self._calls: list[list[Call]] = [[] for _ in decoder_blocks.blocks]
+        found = probe(decoder_blocks, tokens[:1], resident, dtype)
+        self._times, self.in_line, self._reruns = found.times, found.in_line, not found.in_line
+        self.batches = list(range(self.hidden.num_batches))
+        self._empty = self.hidden
+        if found.in_line:
+            self._capture(found.rests)
+        else:
+            self.enter(0)
+        self.has_states = not found.in_line or any(call.has_state() for calls in self._calls for call in calls)
+
+    def _capture(self, rests: list[tuple[Any, ...] | None]) -> None:
+        """Records the arguments of every block for every batch, and the first block's hidden states."""
+        pool = Pool()
+        last: list[torch.Tensor] = []  # the hidden states of a batch, once its first block has been called
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, call = split_call(args, kwargs)
+                if not last:
+                    self.hidden.append(hidden)
+                elif hidden is not last[0] and not torch.equal(hidden, last[0]):
+                    raise ValueError(
+                        f"{type(self._decoder_blocks.decoder).__name__} changes the hidden states before block "
+                        f"{self._decoder_blocks.name_in_decoder(index)} for some samples and not for others, so its "
+                        "blocks cannot be calibrated one at a time"
+                    )
+                last[:] = [hidden]
+                self._calls[index].append(call.pooled(pool))
+                rest = rests[index]
+                return hidden if rest is None else (hidden, *rest)
+
+            return forward
+
+        with replaced_forward(self._decoder_blocks.blocks, stand_in):
+            for batch in self.tokens.split(self.batch_size):
+                last.clear()
+                run_decoder(self._decoder_blocks.decoder, batch)
+
+    def enter(self, index: int, there: int | None = None) -> None:
+        """Where the blocks are not `in_line`: runs the whole model as it is now, and takes what block `index` is
+        called with, each time. The block `there` is in memory already.
+
+        Raises:
+            ValueError: the block is handed keys and values, or other states, that calls write into.
+        """
+        blocks, pool = self._decoder_blocks.blocks, Pool()
+        hidden_states = self._empty.sibling("calls", self._times[index] * self._empty.num_batches)
+        calls: list[Call] = []
+        batches: list[int] = []
+
+        def watched(number: int) -> Callable[..., Any]:
+            block, original = blocks[number], blocks[number].forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if number == index:
+                    hidden, call = split_call(args, kwargs)
+                    if call.has_state():
+                        name = self._decoder_blocks.name_in_decoder(index)
+                        raise ValueError(f"{name} shares states with other calls: its blocks cannot be calibrated")
+                    hidden_states.append(hidden.clone())  # a block may write into its input
+                    calls.append(call.pooled(pool))
+                here = always_there if number == there else self._resident
+                with here(number), autocast(device_of(block), self.dtype):
+                    return original(*args, **kwargs)
+
+            return forward
+
+        with replaced_forward(blocks, watched):
+            for batch, tokens in enumerate(self.tokens.split(self.batch_size)):
+                run_decoder(self._decoder_blocks.decoder, tokens)
+                batches += [batch] * (len(calls) - len(batches))
+        self._calls = [calls if number == index else [] for number in range(len(blocks))]
+        self.hidden, self.batches = hidden_states, batches
+
+    def times(self, index: int) -> int:
+        """How often the model calls block `index` with a batch."""
+        return self._times[index]
+
+    def outputs(self, index: int, block: nn.Module) -> Iterator[torch.Tensor]:
+        """Runs every batch through `block`, the one at `index`, and yields its hidden states."""
+        return (self.output(index, block, batch) for batch in range(len(self._calls[index])))
+
+    def output(self, index: int, block: nn.Module, batch: int, *, in_dtype: bool = True) -> torch.Tensor:
+        """Runs one batch through `block`, the one at `index`: its hidden states [batch, seq_len, hidden]. Products are
+        in `dtype`; without `in_dtype` in what the caller has set."""
+        hidden = self.hidden[batch]
+        with autocast(hidden.device, self.dtype if in_dtype else None):
+            output: torch.Tensor = hidden_of(self._calls[index][batch].run(block, hidden))
+        return output
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that all calls of the current block bring: as many as there are tokens, for each call with them."""
+        return self.tokens.numel() * len(self.batches) // len(set(self.batches))
+
+    def advance(
+        self, index: int, block: nn.Module, seen: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+    ) -> None:
+        """Makes the outputs of the block at `index`, which is resident, the inputs of the next one. Its arguments are
+        dropped. `seen` is given the hidden states of each batch before and after the block, those positions that count
+        in statistics; only where the blocks are `in_line`."""
+        if self._reruns:
+            if index + 1 < len(self._calls):
+                self.enter(index + 1, index)
+        elif self._calls[index]:  # text may pass a block by
+            self.hidden.replace(self.outputs(index, block) if seen is None else self._seen(index, block, seen))
+        self._calls[index] = []
+
+    def _seen(
+        self, index: int, block: nn.Module, seen: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> Iterator[torch.Tensor]:
+        for batch in range(len(self._calls[index])):
+            before = self.hidden[batch].clone()  # a block may write into its input
+            after = self.output(index, block, batch)
+            seen(*(self._counted(hidden, hidden.shape[-3:-1]) for hidden in (before, after)))
+            yield after
+
+    def take(self, other: BlockReplay) -> None:
+        """Goes on where another one is, a fork of this one that is used up by it."""
+        self.hidden.replace(other.hidden)
+        self._calls = other._calls
+
+    def part(self, batches: Sequence[int], name: str) -> BlockReplay:
+        """Another one at the same place, of some of the batches; where they are in files, under that name. Where the
+        blocks are not `in_line` it ends with the outputs of this block."""
+        other = copy.copy(self)
+        other._reruns, other.batches = False, [self.batches[batch] for batch in batches]
+        other.hidden = self.hidden.sibling(name, len(batches))
+        for batch in batches:
+            other.hidden.append(self.hidden[batch])
+        copies: list[dict[int, Any]] = [{} for _ in batches]
+        other._calls = [
+            [calls[batch].with_own_states(own) for batch, own in zip(batches, copies, strict=True)] if calls else []
+            for calls in self._calls
+        ]
+        tokens = dict(zip(dict.fromkeys(self.batches), self.tokens.split(self.batch_size), strict=True))
+        other.tokens = torch.cat([tokens[batch] for batch in dict.fromkeys(other.batches)])
+        return other
+
+    def fork(self, name: str = "fork") -> BlockReplay:
+        """Another one at the same place, whose activations go their own way from here on; where they are in files,
+        under that name."""
+        return self.part(range(len(self.hidden)), name)
+
+    def inputs(
+        self, index: int, block: nn.Module, layers: Mapping[str, Layer], leaders: dict[str, str]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Runs one batch after another through the block and yields the inputs of `layers`: those rows that count, by
+        the name of the first layer that the tensor feeds. `leaders` is filled: layer name → that name. Between two
+        batches the block may be changed."""
+        expected = 0
+        for batch in range(len(self.hidden)):
+            found: dict[str, torch.Tensor] = {}
+            batches = range(batch, batch + 1)
+            expected = self._observe(index, block, layers, leaders, found.__setitem__, batches, expected)
+            yield found
+
+    def input_groups(self, index: int, block: nn.Module, layers: Mapping[str, Layer]) -> list[list[str]]:
+        """Names of `layers` that one batch calls, layers fed by the same tensor together, in the order of the
+        calls."""
+        leaders: dict[str, str] = {}
+        self._observe(index, block, layers, leaders, lambda name, x: None, range(1))
+        groups: dict[str, list[str]] = {}
+        for name, leader in leaders.items():
+            groups.setdefault(leader, []).append(name)
+        return list(groups.values())
+
+    def collect(
+        self, index: int, block: nn.Module, layers: Mapping[str, Layer], make: Callable[[Layer], ColumnNorms]
+    ) -> dict[str, ColumnNorms]:
+        """Runs every batch through the block and collects statistics of the inputs of `layers`.
+
+        Args:
+            index, block: the current block.
+            layers: linear maps of the block, and matrices of its stacks, by name.
+            make: empty statistics for a layer.
+
+        Returns:
+            Statistics by layer name; layers fed by the same tensor share one object. A layer that no token reached is
+            missing.
+        """
+        leaders: dict[str, str] = {}
+        statistics: dict[str, ColumnNorms] = {}
+
+        def update(name: str, x: torch.Tensor) -> None:
+            if name not in statistics:
+                statistics[name] = make(layers[name])
+            statistics[name].update(x)
+
+        self._observe(index, block, layers, leaders, update, range(len(self.hidden)))
+        return {name: statistics[leader] for name, leader in leaders.items() if leader in statistics}
+
+    def _observe(
+        self,
+        index: int,
+        block: nn.Module,
+        layers: Mapping[str, Layer],
+        leaders: dict[str, str],
+        update: Callable[[str, torch.Tensor], None],
+        batches: range,
+        expected: int = 0,
+    ) -> int:
+        """Calls `update(leader, x)` once for each tensor that feeds layers, and fills `leaders`: layer name → the name
+        under which its inputs are counted. A tensor's first layer leads the others. Once all layers and their number
+        of calls are known, a forward pass ends at its last call: that is `expected`, 0 where it is unknown, and what
+        is returned for the next batches."""
+        calls: Counter[str] = Counter()
+        seen: dict[Any, str] = {}
+        alive: list[torch.Tensor] = []  # no address is used twice while its tensor lives
+
+        def record(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                x = args[0]
+                if not x.numel():  # an expert that is called without tokens
+                    return
+                calls[name] += 1
+                key = (x.data_ptr(), x.shape, x.stride(), x._version)
+                if key not in seen:
+                    seen[key] = leaders.get(name, name)
+                    alive.append(x)
+                    update(seen[key], x if name in matrices else self._counted(x, batch_shape))
+                leaders.setdefault(name, seen[key])
+                if calls.total() == expected:
+                    raise _StopForward
+
+            return hook
+
+        matrices = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertMatrix)}
+        modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
+        with (
+            _hooks(modules, record),
+            observed_matrices(matrices, record) if matrices else nullcontext(),
+            autocast(self.hidden.device, self.dtype),
+        ):
+            for batch in batches:
+                hidden, call = self.hidden[batch], self._calls[index][batch]
+                batch_shape = hidden.shape[-3:-1]
+                calls.clear()
+                try:
+                    call.run(block, hidden)
+                except _StopForward:
+                    pass
+                # Routed experts are called for some batches and not for others: then nothing can be cut short.
+                expected = calls.total() if len(leaders) == len(layers) == len(calls) else 0
+                seen.clear()
+                alive.clear()
+        return expected
+
+    def _counted(self, x: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
+        """The rows of a layer's input that count in the statistics. Some models flatten samples and positions; tokens
+        routed to experts have lost their positions, and all count."""
+        if self.skip_first and len(batch_shape) == 2 and x.numel() == batch_shape.numel() * x.shape[-1]:
+            return x.reshape(*batch_shape, x.shape[-1])[:, 1:]
+        return x
+
+
+@contextmanager
+def _hooks(layers: Mapping[str, nn.Module], make: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    handles = [layer.register_forward_pre_hook(make(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,260 @@
+"""The files of a checkpoint: found, downloaded from the Hub, checked by their headers, and known again."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    extract_commit_hash,
+)
+
+from ..records import RESULTS_NAME, build
+
+# Files beside the weights that say what a model is: its config, its tokenizer, its code.
+_SUFFIXES = {".json", ".py", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".spm", ".vocab"}
+DIGESTS = "sha256"  # of each weight file, in the metadata of an index that `prune_checkpoint` wrote
+_PIECE_BYTES = 1 << 22
+_SHOWN_BYTES = 1 << 30  # reading less is done before anybody has read what a bar says
+
+
+class WeightFiles:
+    """The files of a checkpoint, whole as far as the headers of the weight files tell.
+
+    Args:
+        paths: of the weight files, by their names in the checkpoint.
+        beside: of the others that say what the model is.
+        commit: of the repository on the Hub, which stands for the files beside the weights.
+    """
+
+    def __init__(
+        self, paths: dict[str, Path], beside: dict[str, Path] | None = None, commit: str | None = None
+    ) -> None:
+        self.paths, self._beside, self._commit = paths, beside or {}, commit
+        self._digests: dict[str, str] = {}
+        self._read_as: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weight files."""
+        return sum(path.stat().st_size for path in self.paths.values())
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file, read to its end once, by its name; and the commit. `check` notices a file that was
+        written meanwhile."""
+        if not self._digests:
+            files = {**self._beside, **self.paths}
+            size = sum(path.stat().st_size for path in files.values())
+            bar = tqdm(None, "Reading the source", size, False, unit="B", unit_scale=True, disable=size < _SHOWN_BYTES)
+            with bar, ThreadPoolExecutor(_readers()) as pool:
+                self._read_as = {name: _state(path) for name, path in files.items()}
+                found = pool.map(lambda path: sha256_of(path, bar), files.values())
+                self._digests = dict(zip(files, found, strict=True))
+            if self._commit is not None:
+                self._digests["commit"] = self._commit
+        return self._digests
+
+    def fingerprint(self) -> str:
+        """SHA-256 of `digests`: tells whether the files are those of an earlier run."""
+        return hashlib.sha256(json.dumps(self.digests(), sort_keys=True).encode()).hexdigest()
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raises OSError where a file of these names, or any file, is no longer what `digests` has read. One whose
+        times alone have changed is read again."""
+        for name in self._read_as if names is None else names:
+            path = self.paths.get(name, self._beside.get(name))
+            if path is None or name not in self._read_as:
+                continue
+            now = _state(path)
+            if now != self._read_as[name]:
+                if sha256_of(path) != self._digests[name]:
+                    raise OSError(
+                        f"{path} has changed since the run began: let it be what it was and call again, or start over "
+                        "with resume=False"
+                    )
+                self._read_as[name] = now
+
+
+def _readers() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes with the content of a file: its time of change too, which no copying program sets back."""
+    now = path.stat()
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
+def sha256_of(path: Path, bar: Any = None) -> str:
+    """SHA-256 of a file; `bar` is told of the bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+            if bar is not None:
+                bar.update(len(piece))
+    return digest.hexdigest()
+
+
+def find_weight_files(source: str | os.PathLike[str], **hub_arguments: Any) -> WeightFiles:
+    """The weight files of a local folder, or of a repository on the Hub, from which they are downloaded; and the files
+    beside them.
+
+    Raises:
+        FileNotFoundError: there are none, or the index names one that is missing.
+        PermissionError: one may not be read.
+        ValueError: there are pickle files only; a file is truncated or damaged; the index and the files do not hold
+            the same tensors, each of them once.
+    """
+
+    def find(name: str) -> str | None:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+
+    found, index = find(SAFE_WEIGHTS_NAME), None
+    if found is not None:
+        paths: dict[str, str | None] = {SAFE_WEIGHTS_NAME: found}
+    else:
+        index_path = find(SAFE_WEIGHTS_INDEX_NAME)
+        if index_path is None:
+            raise _no_weights(source, pickled=find(WEIGHTS_NAME) is not None or find(WEIGHTS_INDEX_NAME) is not None)
+        index = read_index(Path(index_path))
+        paths = {name: find(name) for name in sorted(set(index.values()))}
+        missing = [name for name, path in paths.items() if path is None]
+        if missing:
+            raise FileNotFoundError(
+                f"{source} has no {missing[0]}, which its {SAFE_WEIGHTS_INDEX_NAME} names"
+                + (f" ({len(missing)} files are missing)" if len(missing) > 1 else "")
+                + "; download or copy the checkpoint again"
+            )
+    there = {name: Path(path) for name, path in paths.items() if path is not None}
+    _check_headers(there, index)
+    if os.path.isdir(source):
+        return WeightFiles(there, _files_beside(Path(source, hub_arguments.get("subfolder") or "")))
+    return WeightFiles(there, commit=extract_commit_hash(str(next(iter(there.values()))), None))
+
+
+def _files_beside(folder: Path) -> dict[str, Path]:
+    """Files of a folder, and of those in it, that say what a model is; none that is hidden, and no results of ours."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.suffix in _SUFFIXES and path.is_file() and path.name != RESULTS_NAME and not hidden:
+            found[name.as_posix()] = path
+    return found
+
+
+def _no_weights(source: str | os.PathLike[str], pickled: bool) -> Exception:
+    if not pickled:
+        return FileNotFoundError(f"{source} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}")
+    return ValueError(
+        f"{source} has its weights as pickle only ({WEIGHTS_NAME}), which runs code when it is read and cannot be "
+        "read block by block; convert it once, on a machine that holds the model: "
+        'AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(folder)'
+    )
+
+
+def check_index(source: str | os.PathLike[str], variant: str | None = None, **hub_arguments: Any) -> None:
+    """Raises ValueError where the index of the weight files, if there is one, is damaged or names files elsewhere."""
+    ending = "" if variant is None else f".{variant}"
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        stem = name.removesuffix(".json")
+        path = cached_file(
+            source, f"{stem}{ending}.json", _raise_exceptions_for_missing_entries=False, **hub_arguments
+        )
+        if path is not None:
+            read_index(Path(path), (".safetensors", ".bin"))
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Weight files in a folder that are not what `prune_checkpoint` wrote, as the index tells."""
+    path = folder / SAFE_WEIGHTS_INDEX_NAME
+    metadata = json.loads(path.read_text(encoding="utf-8")).get("metadata", {}) if path.is_file() else {}
+    digests = build(dict[str, str], metadata.get(DIGESTS, {}), DIGESTS)
+    total = sum((folder / name).stat().st_size for name in digests)
+    with tqdm(total=total, desc="Checking the weights", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+        return [name for name, digest in digests.items() if sha256_of(folder / name, bar) != digest]
+
+
+def read_index(path: Path, endings: tuple[str, ...] = (".safetensors",)) -> dict[str, str]:
+    """Tensor → file. Names that leave the folder are not followed.
+
+    Raises:
+        ValueError: it is no index, or names files elsewhere, or of other endings.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(tensor): str(file) for tensor, file in index.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name} is damaged: {type(error).__name__}: {error}") from None
+    outside = [file for file in names.values() if re.search(r"[/\\]", file) or not file.endswith(endings)]
+    if outside:
+        raise ValueError(
+            f"{path.name} names {outside[0]!r} as a weight file; allowed: files beside it that end in "
+            f"{' or '.join(endings)}"
+        )
+    if not names:
+        raise ValueError(f"{path.name} is empty")
+    return names
+
+
+def _check_headers(paths: dict[str, Path], index: dict[str, str] | None) -> None:
+    holders: dict[str, str] = {}
+    for name, path in paths.items():
+        try:
+            with open(path, "rb"), safe_open(path, framework="pt") as file:
+                found = list(file.keys())
+        except PermissionError:
+            raise
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{name} is truncated or damaged: {error}; download or copy it again") from error
+        for tensor in found:
+            if holders.setdefault(tensor, name) != name:
+                raise ValueError(
+                    f"{tensor} is in {holders[tensor]} and in {name}, and which of the two counts cannot be told: "
+                    "download or copy the checkpoint again, or save it anew"
+                )
+    if index is None:
+        return
+    for name in paths:
+        absent = sorted(tensor for tensor, where in index.items() if where == name and holders.get(tensor) != name)
+        if absent:
+            raise ValueError(
+                f"the index says that {name} holds {absent[0]}, which it does not"
+                + (f" (nor {len(absent) - 1} more)" if len(absent) > 1 else "")
+                + "; download or copy the checkpoint again"
+            )
+    unknown = sorted(holders.keys() - index.keys())
+    if unknown:
+        raise ValueError(
+            f"{holders[unknown[0]]} holds {unknown[0]}, which the index does not name"
+            + (f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else "")
+            + "; download or copy the checkpoint again"
+        )
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raises OSError where the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"about {needed / 1e9:.2f} GB are needed for {what}, and {free / 1e9:.2f} GB are free; make space, or "
+            "name an output folder on another disk",
+            os.fspath(folder),
+        )

@@ -1,0 +1,294 @@
+"""The ways to compute y = x·Wᵀ + b with a packed W: the table of kernels, what each can take, and its configurations.
+
+| kernel | tokens | what it does |
+|---|---|---|
+| gemv | 1 to 4 | reads packed weights once, on ordinary cores |
+| dot | any | decompresses tiles in registers, multiplies on tensor cores |
+| decompress | any | decompresses rows of W to scratch memory, multiplies with cuBLAS |
+| library | any | torch's semi-structured tensor, where a layer keeps that form |
+| dense | any | a dense weight, where a layer keeps one |
+| strips | 1 to 16 | on a CPU, whole blocks of a weight as small dense products |
+| reference | any | decompresses in plain PyTorch: every pattern, dtype and device |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..packing import unpack
+from ..pattern import Pattern
+from . import hardware
+from .hardware import on_device_of
+from .library import library_form, library_linear, why_not_library
+from .strips import strips_linear, why_not_strips
+
+GROUPS = {"2:4": 4, "4:8": 8}  # m of the patterns that kernels take
+KEPT_FORMS = (
+    "library",
+    "dense",
+)  # kernels that need a form of the weight which a layer may keep beside the packed one
+# Scratch of `decompress`: a chunk of W that stays in the L2 cache of large GPUs, and the most that is ever taken.
+_CHUNK_BYTES = (32 << 20, 256 << 20)
+
+Config = dict[str, Any]
+
+
+class PackedWeight(NamedTuple):
+    """A packed weight (table in `packing`), and the forms of it that a layer keeps beside."""
+
+    values: torch.Tensor
+    bits: torch.Tensor
+    in_features: int
+    pattern: str
+    dense: torch.Tensor | None = None
+    library: torch.Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.bits.shape[0]
+
+    def problem(self, tokens: int) -> Problem:
+        """What there is to compute for an input of so many tokens."""
+        return Problem(
+            self.out_features, self.in_features, tokens, self.pattern, self.values.dtype, self.values.device
+        )
+
+    def with_form(self, name: str) -> PackedWeight:
+        """The same with a form of it kept beside: "dense" or "library"."""
+        make = unpack if name == "dense" else library_form
+        form = make(self.values, self.bits, self.in_features)
+        return self._replace(dense=form) if name == "dense" else self._replace(library=form)
+
+    def scratch_rows(self, limit: int) -> int:
+        """Rows of the dense weight in `limit` bytes of scratch."""
+        return max(1, limit // (self.in_features * self.values.element_size()))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A product to compute: W [out, in] of a pattern and dtype on a device, with so many tokens."""
+
+    out_features: int
+    in_features: int
+    tokens: int
+    pattern: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of W, were it dense."""
+        return self.out_features * self.in_features * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.pattern} {dtype} {self.out_features}x{self.in_features} t{self.tokens}"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a product.
+
+    Attributes:
+        why_not: why it cannot take a problem; None where it can.
+        configs: what to try, the first where nothing was measured.
+        run: (x [tokens, in], weight, bias, **config) → y [tokens, out].
+        order: what of a configuration decides in which order a row is summed: of two configurations that agree in it
+            the results are the same to the bit, whatever else is in the product.
+    """
+
+    why_not: Callable[[Problem], str | None]
+    configs: Callable[[Problem], list[Config]]
+    run: Callable[..., torch.Tensor]
+    order: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel in one of its configurations."""
+
+    kernel: str
+    config: Config = field(default_factory=dict)
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        return self.kernel, *(self.config.get(name) for name in KERNELS[self.kernel].order)
+
+    def run(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        with on_device_of(x):
+            return KERNELS[self.kernel].run(x, weight, bias, **self.config)
+
+    def __str__(self) -> str:
+        config = ", ".join(f"{name}={value}" for name, value in self.config.items())
+        return f"{self.kernel}({config})" if config else self.kernel
+
+
+def has_kernels(problem: Problem) -> bool:
+    """Whether there is a choice for this problem: elsewhere `reference` or a kept dense weight computes it."""
+    return hardware.runs_kernels(problem.device) and _why_not_packed(problem) is None
+
+
+def _why_not_packed(problem: Problem) -> str | None:
+    """What all Triton kernels need."""
+    reason = hardware.why_no_kernels(problem.device)
+    if reason is not None:
+        return reason
+    if problem.pattern not in GROUPS:
+        return f"there are kernels for {' and '.join(GROUPS)}, not for {problem.pattern}"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"the kernels take bfloat16 and float16, not {problem.dtype}"
+    return None
+
+
+def _why_not_gemv(problem: Problem) -> str | None:
+    reason = _why_not_packed(problem)
+    if reason is None and problem.tokens > 4:
+        return f"gemv takes at most 4 tokens, not {problem.tokens}"
+    return reason
+
+
+def _why_not_dot(problem: Problem) -> str | None:
+    reason = _why_not_packed(problem)
+    if reason is None and problem.in_features % 8:
+        return f"dot needs in_features that 8 divides, not {problem.in_features}"
+    return reason
+
+
+def _why_not_library(problem: Problem) -> str | None:
+    if problem.device.type != "cuda":
+        return "torch's semi-structured tensors need a CUDA device"
+    return why_not_library(problem.out_features, problem.in_features, problem.dtype, problem.pattern)
+
+
+def _why_not_strips(problem: Problem) -> str | None:
+    return why_not_strips(problem.pattern, problem.tokens, problem.device)
+
+
+def _gemv_configs(problem: Problem) -> list[Config]:
+    """(warps, rows), none of which spills registers on any GPU that is compiled for."""
+    if problem.tokens == 1:
+        pairs = [(4, 2), (4, 1), (2, 4), (8, 2), (1, 4), (1, 8)]
+    elif problem.tokens == 2:
+        pairs = [(4, 1), (8, 1), (2, 4), (1, 2), (1, 4)]
+    else:
+        pairs = [(4, 2), (1, 2), (1, 1)]
+    return [{"warps": warps, "rows": rows} for warps, rows in pairs]
+
+
+def _dot_configs(problem: Problem) -> list[Config]:
+    """(rows, tokens, bytes, warps, stages, splits, permute); the first fits the shared memory of every GPU."""
+    names = ("rows", "tokens", "bytes", "warps", "stages", "splits", "permute")
+    if problem.tokens <= 16:
+        tiles: list[tuple[Any, ...]] = [
+            (32, 16, 32, 4, 4, 1, False),
+            (64, 16, 32, 4, 4, 1, False),
+            (64, 16, 32, 4, 4, 1, True),
+            (32, 16, 32, 4, 4, 1, True),
+            (64, 16, 32, 4, 4, 4, True),
+        ]
+    elif problem.tokens <= 32:
+        tiles = [
+            (32, 32, 32, 4, 4, 1, True),
+            (64, 32, 32, 4, 3, 1, True),
+            (64, 32, 32, 4, 3, 1, False),
+            (64, 32, 32, 4, 3, 4, True),
+        ]
+    elif problem.tokens <= 64:
+        tiles = [
+            (64, 64, 16, 4, 3, 1, True),
+            (64, 64, 16, 4, 4, 1, True),
+            (128, 64, 16, 8, 3, 1, True),
+            (64, 64, 16, 4, 4, 4, True),
+        ]
+    elif hardware.capability(problem.device)[0] == 10:
+        # Larger ones do not fit the tensor memory: up to Triton 3.8 a kernel is then nothing but a trap.
+        tiles = [(64, 64, 16, 4, 3, 1, True), (128, 64, 16, 8, 3, 1, True), (64, 64, 16, 4, 4, 4, True)]
+    else:
+        tiles = [
+            (128, 128, 16, 8, 2, 1, True),
+            (128, 128, 16, 8, 3, 1, True),
+            (64, 64, 16, 4, 4, 1, True),
+            (128, 128, 16, 8, 3, 2, True),
+        ]
+        if hardware.capability(problem.device)[0] == 9:
+            # On others the sums of such tiles do not fit the registers, or the tiles the shared memory.
+            tiles += [(64, 128, 16, 4, 3, 1, True), (128, 256, 16, 8, 2, 1, True), (128, 128, 32, 8, 2, 1, True)]
+    return [dict(zip(names, tile, strict=True)) for tile in tiles]
+
+
+def _decompress_configs(problem: Problem) -> list[Config]:
+    cached, most = _CHUNK_BYTES
+    return [{"scratch": most}, *([{"scratch": cached}] if cached < problem.dense_bytes else [])]
+
+
+def _run_gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, **config: Any) -> torch.Tensor:
+    from .triton.gemv import gemv
+
+    return gemv(x, weight.values, weight.bits, bias, GROUPS[weight.pattern], **config)
+
+
+def _run_dot(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, **config: Any) -> torch.Tensor:
+    from .triton.dot import dot
+
+    return dot(x, weight.values, weight.bits, bias, GROUPS[weight.pattern], **config)
+
+
+def _run_decompress(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, *, scratch: int) -> torch.Tensor:
+    from .triton.dense import decompress
+
+    rows = weight.scratch_rows(scratch)
+    group = GROUPS[weight.pattern]
+    if rows >= weight.out_features:
+        return F.linear(x, decompress(weight.values, weight.bits, weight.in_features, group), bias)
+    y = x.new_empty(x.shape[0], weight.out_features)
+    for start in range(0, weight.out_features, rows):
+        part = slice(start, start + rows)
+        dense = decompress(weight.values[part], weight.bits[part], weight.in_features, group)
+        if bias is None:
+            torch.mm(x, dense.T, out=y[:, part])
+        else:
+            torch.addmm(bias[part], x, dense.T, out=y[:, part])
+    return y
+
+
+def _run_library(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    assert weight.library is not None
+    return library_linear(x, weight.library, bias, weight.out_features)
+
+
+def _run_strips(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    block = Pattern(weight.pattern).block
+    assert block is not None
+    return strips_linear(x, weight.values, weight.bits, bias, block[0])
+
+
+def _run_dense(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, weight.dense, bias)  # type: ignore[arg-type]
+
+
+def _run_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, unpack(weight.values, weight.bits, weight.in_features), bias)
+
+
+def _no_config(problem: Problem) -> list[Config]:
+    return [{}]
+
+
+def _takes_all(problem: Problem) -> str | None:
+    return None
+
+
+KERNELS: dict[str, Kernel] = {
+    "gemv": Kernel(_why_not_gemv, _gemv_configs, _run_gemv, ("warps",)),
+    "dot": Kernel(_why_not_dot, _dot_configs, _run_dot, ("rows", "tokens", "bytes", "warps", "splits")),
+    "decompress": Kernel(_why_not_packed, _decompress_configs, _run_decompress),
+    "library": Kernel(_why_not_library, _no_config, _run_library),
+    "strips": Kernel(_why_not_strips, _no_config, _run_strips),
+    "dense": Kernel(_takes_all, _no_config, _run_dense),
+    "reference": Kernel(_takes_all, _no_config, _run_reference),
+}

@@ -1,0 +1,213 @@
+"""Which kernel computes a product: measured once for each shape, number of tokens, dtype and GPU, then remembered."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers.utils import logging
+
+from .cache import Timings, read_timings, write_timings
+from .candidates import KEPT_FORMS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
+from .sample import sample_weights
+from .timing import rotations, time_calls
+
+logger = logging.get_logger(__name__)
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+KERNEL_VARIABLE = "KSPARSE_KERNEL"
+AUTOTUNE_VARIABLE = "KSPARSE_AUTOTUNE"
+# A configuration that is not the first must be so much faster: noise must not choose.
+_MARGIN = 0.98
+
+_timings: dict[str, Timings] = {}  # by GPU, then by problem
+_choices: dict[tuple[Problem, bool, bool], Candidate] = {}
+_fused: dict[tuple[object, ...], Candidate | None] = {}
+_lock = threading.RLock()
+
+
+def bucket(tokens: int) -> int:
+    """The number of tokens that stands for `tokens`: the next power of two, up to 4096."""
+    return min(1 << max(0, tokens - 1).bit_length(), BUCKETS[-1])
+
+
+def check_kernel(name: str) -> str:
+    """`name`, where it is "auto" or a kernel. Raises ValueError that lists them."""
+    if name != "auto" and name not in KERNELS:
+        raise ValueError(f"kernel={name!r} is not known; allowed: auto, {', '.join(KERNELS)}")
+    return name
+
+
+def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate:
+    """The candidate for a product with `tokens` tokens: of `kernel`, of the one that the environment variable
+    `KSPARSE_KERNEL` names, or the fastest one. Measures where it must and may: not while a CUDA graph is captured, nor
+    with `KSPARSE_AUTOTUNE=0`, where a rule of thumb decides.
+
+    Raises:
+        ValueError: the forced kernel is unknown or cannot take the product; says why.
+    """
+    problem = weight.problem(bucket(tokens))
+    kernel = check_kernel(os.environ.get(KERNEL_VARIABLE) or kernel)
+    if kernel != "auto":
+        return _forced(kernel, weight, weight.problem(tokens))
+    key = problem, weight.dense is not None, weight.library is not None
+    if (chosen := _choices.get(key)) is not None:  # another thread may forget it meanwhile
+        return chosen
+    if not has_kernels(problem):
+        packed = "strips" if KERNELS["strips"].why_not(problem) is None else "reference"
+        return _choices.setdefault(key, Candidate(packed if weight.dense is None else "dense"))
+    if _is_unknown(problem):
+        captures = problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if captures or os.environ.get(AUTOTUNE_VARIABLE) == "0":
+            return rule_of_thumb(problem)
+        logger.info(f"Measuring kernels for {problem}; model.autotune_kernels() does that beforehand.")
+        with _lock:
+            if _is_unknown(problem):  # another thread may have been faster
+                measure(problem)
+    _choices[key] = chosen = _fastest(problem, key[1:])
+    return chosen
+
+
+def choose_fused(weight: PackedWeight, parts: Sequence[int], tokens: int, kernel: str = "auto") -> Candidate | None:
+    """The candidate for a weight whose rows are those of several layers; None where each alone would be summed in
+    another order, and so be rounded in another way."""
+    key = weight.problem(bucket(tokens)), tuple(parts), kernel, os.environ.get(KERNEL_VARIABLE)
+    try:
+        return _fused[key]
+    except KeyError:
+        whole = choose(weight, tokens, kernel)
+        ends = list(itertools.accumulate(parts))
+        rows = [slice(end - size, end) for end, size in zip(ends, parts, strict=True)]
+        alone = [weight._replace(values=weight.values[own], bits=weight.bits[own]) for own in rows]
+        same = all(choose(one, tokens, kernel).order == whole.order for one in alone)
+        # Libraries choose the order by the shape, and do not tell.
+        _fused[key] = chosen = whole if same and whole.kernel in ("gemv", "dot") else None
+        return chosen
+
+
+def prepare(weight: PackedWeight) -> None:
+    """Makes what the kernels of a weight keep in memory, where the weight now is: later might be while a CUDA graph is
+    captured, in memory that goes with it."""
+    if weight.pattern == "4:8" and has_kernels(weight.problem(1)) and torch._C._len_torch_dispatch_stack() == 0:
+        from .triton.permute import selector_table
+
+        selector_table(weight.values.device)
+
+
+def rule_of_thumb(problem: Problem) -> Candidate:
+    """What to take where nothing was measured."""
+    order = ("gemv",) if problem.tokens <= 2 else ("dot",) if problem.tokens <= 64 else ()
+    name = next((name for name in order if KERNELS[name].why_not(problem) is None), "decompress")
+    return Candidate(name, KERNELS[name].configs(problem)[0])
+
+
+def measured(problem: Problem) -> dict[str, tuple[Candidate, float]]:
+    """What is known of a problem: for each kernel its fastest candidate and the microseconds that it takes."""
+    rows = _known(problem.device).get(str(problem), {})
+    return {
+        name: (Candidate(name, row["config"]), float(row["us"]))
+        for name, row in rows.items()
+        if name in KERNELS and row["config"] in KERNELS[name].configs(problem)
+    }
+
+
+def measure(problem: Problem) -> dict[str, tuple[Candidate, float]]:
+    """Times the candidates for a problem on random weights, each under a CUDA graph and with copies of the weight that
+    the cache cannot hold; remembers the fastest of each kernel, in memory and on disk. Candidates that fail (too
+    little memory) are left out."""
+    device = problem.device
+    plain = torch.autocast(device.type, enabled=False)  # whatever the forward pass is in that asks
+    with _lock, torch.no_grad(), torch.inference_mode(False), plain:
+        results: dict[str, tuple[Candidate, float]] = {}
+        for candidate, microseconds in _time_candidates(problem):
+            best = results.get(candidate.kernel)
+            if best is None or microseconds < _MARGIN * best[1]:
+                results[candidate.kernel] = candidate, microseconds
+        rows = {name: {"config": c.config, "us": round(us, 3)} for name, (c, us) in results.items()}
+        _known(device)[str(problem)] = rows
+        _forget_choices(problem)
+        if rows:
+            write_timings(device, {str(problem): rows})
+        else:
+            logger.warning(f"No kernel could be measured for {problem}, for want of memory most likely.")
+        return results
+
+
+def forget() -> None:
+    """Forgets what this process knows of speeds; what is on disk stays."""
+    with _lock:
+        _timings.clear()
+        _choices.clear()
+        _fused.clear()
+
+
+def _is_unknown(problem: Problem) -> bool:
+    """Whether it remains to be measured; what could not be is kept as an empty entry."""
+    return not measured(problem) and _known(problem.device).get(str(problem)) != {}
+
+
+def _known(device: torch.device) -> Timings:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if name not in _timings:
+        with _lock:
+            _timings.setdefault(name, read_timings(device))
+    return _timings[name]
+
+
+def _forget_choices(problem: Problem) -> None:
+    for key in list(_choices):  # other threads add to them meanwhile
+        if key[0] == problem:
+            _choices.pop(key, None)
+    _fused.clear()
+
+
+def _fastest(problem: Problem, kept: tuple[bool, bool]) -> Candidate:
+    has_dense, has_library = kept
+    usable = {"dense": has_dense, "library": has_library}
+    rows = {name: row for name, row in measured(problem).items() if usable.get(name, True)}
+    return min(rows.values(), key=lambda row: row[1])[0] if rows else rule_of_thumb(problem)
+
+
+def _forced(kernel: str, weight: PackedWeight, problem: Problem) -> Candidate:
+    reason = KERNELS[kernel].why_not(problem)
+    if reason is None and kernel in KEPT_FORMS and getattr(weight, kernel) is None:
+        reason = f"the layer keeps no {kernel} form; load with optimize_for='speed'"
+    if reason is not None:
+        raise ValueError(f"kernel={kernel!r} cannot compute {problem}: {reason}")
+    if problem.device.type == "cuda":
+        rounded = weight.problem(bucket(problem.tokens))
+        known = measured(rounded).get(kernel) if KERNELS[kernel].why_not(rounded) is None else None
+        if known is not None:
+            return known[0]
+    return Candidate(kernel, KERNELS[kernel].configs(problem)[0])
+
+
+def _time_candidates(problem: Problem) -> Iterator[tuple[Candidate, float]]:
+    device = problem.device
+    try:
+        # A generator of its own: what a model samples must not depend on what was measured.
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.randn(problem.tokens, problem.in_features, device=device, generator=generator).to(problem.dtype)
+        weights = sample_weights(problem, rotations(problem.dense_bytes * 9 // 16, device))
+    except torch.OutOfMemoryError:
+        return
+    for name in KERNELS:
+        if name == "reference" or KERNELS[name].why_not(problem) is not None:
+            continue
+        try:
+            own = weights
+            if name in KEPT_FORMS:
+                own = [weight.with_form(name) for weight in weights[: rotations(problem.dense_bytes, device)]]
+            for config in KERNELS[name].configs(problem):
+                candidate = Candidate(name, config)
+                calls = [functools.partial(candidate.run, x, weight, None) for weight in own]
+                try:
+                    yield candidate, time_calls(calls, device)
+                except Exception as error:  # Triton raises many kinds, as for too large a tile
+                    logger.debug(f"{candidate} was left out for {problem}: {error}")
+        except RuntimeError as error:
+            logger.debug(f"{name} was left out for {problem}: {error}")

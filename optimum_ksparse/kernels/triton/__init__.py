@@ -1,0 +1,1 @@
+"""The Triton kernels, made of the byte permutations in `permute`; imported when they first run."""

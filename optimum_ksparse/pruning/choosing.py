@@ -1,0 +1,208 @@
+"""`method="auto"`: every method tried on one block of the dense model, and the best of those that fit the time taken.
+
+The block is the one in the middle that has layers to prune, its inputs and targets the dense model's. Each method
+prunes it with the statistics of seven eighths of the calibration samples; how well the block then does on the last
+eighth, which no method has seen, decides (the loss is that of reconstruction). How long a method took there says how
+long the whole model would take.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from ..blocks import BlockReplay, DecoderBlocks, ExpertStack, always_there
+from ..checkpoint import aligned, is_offloaded
+from ..config import SparsityConfig
+from ..nn import dense_weight
+from ..pattern import Pattern
+from ..report import MethodChoice, Trial
+from .block import Replaced, prune_one_block
+from .distributed import Processes
+from .loop import check_replay
+from .reconstruction import OutputLoss, held_out
+from .targets import Layer
+
+# In the order in which they are tried, the cheap ones first: a method, and what follows.
+CANDIDATES: tuple[tuple[str, str | None], ...] = (
+    ("wanda", None),
+    ("sparsegpt", None),
+    ("admm", None),
+    ("admm", "block"),
+    ("alps", None),
+    ("alps", "block"),
+)
+# At most about so many times as long as the method alone takes a block that is reconstructed as well.
+_SLOWER = 10
+
+
+@torch.no_grad()
+def choose_method(
+    blocks: DecoderBlocks,
+    targets: list[dict[str, Layer]],
+    config: SparsityConfig,
+    replay: BlockReplay,
+    *,
+    resident: Callable[[int], AbstractContextManager[None]] = always_there,
+    processes: Processes | None = None,
+    patterns: Mapping[str, str] | None = None,
+) -> MethodChoice:
+    """Tries the methods and chooses one; the model is left as it was.
+
+    Args:
+        blocks, targets, config, resident, processes, patterns: as in `prune_blocks`; the targets stay as they are.
+        replay: the calibration activations at the first block; used up.
+
+    Raises:
+        ValueError: no method fits `time_budget`; says the least that is possible. Or there is a single batch of
+            samples, so that none can be held out.
+        ArithmeticError: no method could prune the block; says why.
+        ConnectionError: another process has stopped.
+    """
+    began = time.perf_counter()
+    processes = Processes() if processes is None else processes
+    check_replay(blocks, targets, config, replay)
+    if min(processes.gather(len(set(replay.batches)))) < 2:
+        raise ValueError(
+            "method='auto' compares methods on calibration samples that none of them has seen, and there is a single "
+            f"batch of them in a process (num_samples={config.num_samples}): use more, or name a method"
+        )
+    middle = len(blocks.blocks) // 2
+    tried = min((i for i, layers in enumerate(targets) if layers), key=lambda index: abs(index - middle))
+    for index in range(tried):
+        with resident(index):
+            replay.advance(index, blocks.blocks[index])
+    with resident(tried):
+        trials = _Trials(blocks, tried, targets, config, replay, processes, patterns or {}, began)()
+    spent = processes.once(lambda: time.perf_counter() - began)
+    for trial in trials:
+        trial.seconds = round(trial.seconds + spent, 2)
+        trial.fits = trial.loss is not None and (config.time_budget is None or trial.seconds <= config.time_budget)
+    done = [trial for trial in trials if trial.loss is not None]
+    if not done:
+        raise ArithmeticError(f"no method could prune block {tried}: {'; '.join(trial.note for trial in trials)}")
+    fitting = [trial for trial in done if trial.fits]
+    least = min(done, key=lambda trial: trial.seconds)
+    if not fitting and len(done) == 1:  # with more, a trial took longer than expected: what is fastest must do
+        raise ValueError(
+            f"time_budget={config.time_budget} is too short for any method: the least that is possible is about "
+            f"{least.seconds:.0f} s ({least.name}), the trial included"
+        )
+    best = min(fitting, key=lambda trial: float(trial.loss or 0)) if fitting else least
+    return MethodChoice(best.method, best.reconstruct, tried, config.time_budget, trials)
+
+
+class _Trials:
+    """Prunes a resident block by one method after another, puts it back each time, and tells what came of it.
+
+    The seconds of a trial are those that the method would take for the whole model, without the trials: what pruning
+    the block took, times the share of the weights in it and of the samples seen, and for each block the forward passes
+    that bring the activations on. The first process decides, so that all do the same.
+    """
+
+    def __init__(
+        self,
+        blocks: DecoderBlocks,
+        index: int,
+        targets: list[dict[str, Layer]],
+        config: SparsityConfig,
+        replay: BlockReplay,
+        processes: Processes,
+        patterns: Mapping[str, str],
+        began: float,
+    ) -> None:
+        self.blocks, self.index, self.targets, self.config = blocks, index, targets[index], config
+        self.processes, self.patterns, self.began = processes, patterns, began
+        number = len(replay.hidden)
+        judged = held_out(replay.batches)
+        seen = [batch for batch in range(number) if batch not in judged] or judged
+        self.parts = {name: replay.part(batches, name) for name, batches in {"seen": seen, "judged": judged}.items()}
+        self.dense = {name: part.fork(f"{name}-dense") for name, part in self.parts.items()}
+        began = _now(replay.hidden.device)
+        for path in self.dense.values():
+            path.advance(index, blocks.blocks[index])
+        self.one_pass = _now(replay.hidden.device) - began
+        self.scale = number / len(seen) * sum(map(_size, targets)) / _size(self.targets)
+
+    def __call__(self) -> list[Trial]:
+        trials: list[Trial] = []
+        for method, reconstruct in _candidates(self.config, self.blocks.model):
+            if self.processes.once(lambda name=method, more=reconstruct: self._is_affordable(name, more, trials)):  # type: ignore[misc]
+                trials.append(self._try(method, reconstruct))
+        return trials
+
+    def _is_affordable(self, method: str, reconstruct: str | None, trials: list[Trial]) -> bool:
+        """Whether the budget allows to try a method, and then still to prune with the fastest of those before."""
+        budget, costs = self.config.time_budget, [trial.seconds for trial in trials if trial.loss is not None]
+        if budget is None or not costs:
+            return True
+        before = [trial for trial in trials if trial.method == method]
+        # The order of the candidates is that of their times.
+        expected = (before[-1].seconds if before else max(costs)) / self.scale * (_SLOWER if reconstruct else 1)
+        return time.perf_counter() - self.began + expected + min(costs) <= budget
+
+    def _try(self, method: str, reconstruct: str | None) -> Trial:
+        device = self.parts["seen"].hidden.device
+        own, replaced, began = self.config.as_chosen(method, reconstruct), Replaced(), _now(device)
+        loss, note = None, ""
+        try:
+            outputs = self.dense["seen"].hidden if reconstruct else None
+            prune_one_block(
+                self.blocks,
+                self.index,
+                self.targets,
+                own,
+                self.parts["seen"],
+                outputs,
+                replaced,
+                self.processes,
+                self.patterns,
+            )
+            took = _now(device) - began
+            judged, targets = self.parts["judged"], self.dense["judged"].hidden
+            pruned = self.blocks.blocks[self.index]
+            loss = OutputLoss(self.index, pruned, judged, targets, self.processes).mean(range(len(targets)))
+            if not math.isfinite(loss):
+                loss, note = None, "its outputs overflow"
+        except (ArithmeticError, ValueError, torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) and self.processes.size > 1:
+                raise  # the others do not know of it
+            took, note = _now(device) - began, str(error) or type(error).__name__
+        finally:
+            replaced.restore(self.blocks.decoder)
+        passes = (1 if reconstruct is None else 2) * len(self.blocks.blocks) * self.one_pass
+        slowest = max(self.processes.gather(took * self.scale + passes))
+        return Trial(method, reconstruct, loss, slowest, False, note)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that was asked of a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _candidates(config: SparsityConfig, model: nn.Module) -> list[tuple[str, str | None]]:
+    """Those that go with the other settings and with the model."""
+    width, offloaded = Pattern(config.pattern).width, is_offloaded(model)
+    found = dict.fromkeys((method, config.reconstruct or reconstruct) for method, reconstruct in CANDIDATES)
+    return [
+        (method, reconstruct)
+        for method, reconstruct in found
+        if (method != "sparsegpt" or config.block_size % width == 0) and not (offloaded and reconstruct)
+    ]
+
+
+def _size(layers: dict[str, Layer]) -> int:
+    """Weights to prune in a block."""
+    total = 0
+    for layer in layers.values():
+        with aligned(layer.owner if isinstance(layer, ExpertStack) else layer):
+            weight = layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)
+            total += weight.numel()
+    return total

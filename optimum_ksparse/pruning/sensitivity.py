@@ -1,0 +1,162 @@
+"""The pass over the dense model that measures how much each layer has to lose, before a weight is touched: a layer's
+share depends on all others. It costs one more forward pass of the calibration data, and with `n:m` a trial mask of
+each layer for each pattern in question.
+
+With `n:m` the predicted loss of a layer is Σ W_ij²·‖X_j‖² over the weights that Wanda's scores would prune, divided by
+‖XWᵀ‖²: the square of its relative output error, were its inputs uncorrelated. Relative, because what a block adds to
+its hidden states is scaled by the norm before and after it: an output of small numbers is not one that matters little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from ..blocks import BlockReplay, DecoderBlocks, ExpertStack, always_there
+from ..blocks.experts import matrix_name
+from ..checkpoint import aligned
+from ..config import AUTO, SparsityConfig
+from ..nn import dense_weight
+from ..pattern import Pattern
+from ..pruners.allocation import LEFT_DENSE, OUTLIER_MULTIPLE, Allocation, LayerMeasure, allocate, same_density
+from ..pruners.statistics import ColumnNorms
+from .block import collect_statistics
+from .distributed import Processes
+from .loop import check_replay, each_block
+from .targets import Layer
+
+
+@torch.no_grad()
+def measure_allocation(
+    blocks: DecoderBlocks,
+    targets: list[dict[str, Layer]],
+    config: SparsityConfig,
+    replay: BlockReplay,
+    *,
+    resident: Callable[[int], AbstractContextManager[None]] = always_there,
+    processes: Processes | None = None,
+) -> Allocation:
+    """Measures the dense model and chooses a pattern for each layer.
+
+    Args:
+        blocks, targets, config, resident, processes: as in `prune_blocks`; the targets stay as they are.
+        replay: the calibration activations at the first block; used up.
+
+    Raises:
+        ValueError: weights or activations are NaN or Inf, or no token reached a layer; names the layer.
+        ConnectionError: another process has stopped.
+    """
+    processes = Processes() if processes is None else processes
+    check_replay(blocks, targets, config, replay)
+    tokens = sum(processes.gather(replay.tokens.numel()))
+
+    def step(index: int, block: nn.Module) -> list[LayerMeasure]:
+        measures: list[LayerMeasure] = []
+        if targets[index]:
+            statistics = collect_statistics(blocks, index, targets[index], ColumnNorms, replay, processes)
+            # One process decides for all: sums over a matrix may be rounded differently in another.
+            measures = processes.once(lambda: _measure(blocks, index, targets[index], statistics, config))
+        if index + 1 < len(blocks.blocks):
+            replay.advance(index, block)
+        return measures
+
+    measures = each_block(
+        "Measuring what layers lose", blocks, step, resident=resident, tokens=tokens, show=processes.is_main
+    )
+    return allocate(measures, Pattern(config.pattern), config.target_density)
+
+
+def leave_dense(blocks: DecoderBlocks, targets: list[dict[str, Layer]], allocation: Allocation) -> dict[str, str]:
+    """Takes from `targets` the layers that stay dense. Gives them with the reason, by their paths in the decoder."""
+    left = {}
+    for index, layers in enumerate(targets):
+        for name in list(layers):
+            path = blocks.name_in_decoder(index, name)
+            if allocation.patterns[path] is None:
+                left[path] = LEFT_DENSE
+                del layers[name]
+    return left
+
+
+def _measure(
+    blocks: DecoderBlocks,
+    index: int,
+    layers: dict[str, Layer],
+    statistics: dict[str, ColumnNorms],
+    config: SparsityConfig,
+) -> list[LayerMeasure]:
+    paths = {name: blocks.name_in_decoder(index, name) for name in layers}
+    pattern = Pattern(config.pattern)
+    share = None if pattern.is_structured else _outliers(layers, statistics, paths)
+    measures = []
+    for name, layer in layers.items():
+        losses = _losses(name, layer, statistics, paths[name], config) if pattern.is_structured else {}
+        num_weights = sum(weight.numel() for weight, _ in _matrices(name, layer, statistics))
+        measures.append(LayerMeasure(paths[name], index, num_weights, share, losses))
+    return measures
+
+
+def _outliers(layers: dict[str, Layer], statistics: dict[str, ColumnNorms], paths: dict[str, str]) -> float:
+    """Share of entries of |W_ij|·‖X_j‖ above `OUTLIER_MULTIPLE` times their mean, over all layers of a block."""
+
+    def scores() -> Iterator[torch.Tensor]:  # twice, because those of a whole block may be larger than the block
+        for name, layer in layers.items():
+            for weight, own in _matrices(name, layer, statistics):
+                yield _scores(weight, own, paths[name])
+
+    count, total = 0, 0.0
+    for found in scores():
+        count += found.numel()
+        total += float(found.sum(dtype=torch.float64))
+    threshold = OUTLIER_MULTIPLE * total / count
+    return sum(int((found > threshold).sum()) for found in scores()) / count
+
+
+def _losses(
+    name: str, layer: Layer, statistics: dict[str, ColumnNorms], path: str, config: SparsityConfig
+) -> dict[str, float]:
+    """Predicted loss of a layer by pattern; the matrices of a stack count as often as tokens reached them."""
+    block_size = config.block_size if config.method in ("sparsegpt", AUTO) else None
+    lost: dict[str, float] = {}
+    energy = 0.0
+    for weight, own in _matrices(name, layer, statistics):
+        scores = _scores(weight, own, path)
+        for pattern in same_density(Pattern(config.pattern), weight.shape[1], block_size):
+            pruned = scores.masked_fill(pattern.mask(scores), 0)
+            loss = own.num_tokens * float(pruned.square_().sum(dtype=torch.float64))
+            lost[str(pattern)] = lost.get(str(pattern), 0.0) + loss
+        sample = own.sample.to(weight.device, torch.float32)
+        outputs = (sample @ weight.float().T).square_().sum(dtype=torch.float64)
+        energy += own.num_tokens * float(outputs) / max(1, len(sample))
+    return {pattern: loss / energy if energy > 0 else 0.0 for pattern, loss in lost.items()}
+
+
+def _scores(weight: torch.Tensor, statistics: ColumnNorms, path: str) -> torch.Tensor:
+    """|W_ij|·‖X_j‖ [out, in] in float32, the norm a root mean square over the tokens."""
+    scores = weight.float().abs() * statistics.squared_norms.to(weight.device).sqrt()
+    if not bool(scores.isfinite().all()):
+        raise ValueError(
+            f"{path}: its weight or its inputs hold NaN or Inf; load the model in float32 or bfloat16, or prune a "
+            "checkpoint whose weights are whole"
+        )
+    return scores
+
+
+def _matrices(
+    name: str, layer: Layer, statistics: dict[str, ColumnNorms]
+) -> Iterator[tuple[torch.Tensor, ColumnNorms]]:
+    """Each matrix [out, in] of a layer with the statistics of its inputs. Where few tokens reached a matrix of a
+    stack, those of all its matrices take their place, as they do when it is pruned."""
+    if not isinstance(layer, ExpertStack):
+        with aligned(layer):
+            yield dense_weight(layer), statistics[name]
+        return
+    with aligned(layer.owner):
+        own = [statistics.get(matrix_name(name, expert)) for expert in range(len(layer.weight))]
+        shared = ColumnNorms.merged([found for found in own if found is not None])
+        for matrix, found in zip(layer.weight.detach(), own, strict=True):
+            few = found is None or found.num_tokens < ColumnNorms.min_tokens
+            yield matrix, shared if few or found is None else found

@@ -1,0 +1,136 @@
+"""The journal of a run: what it was asked to do, and which blocks are done. It is written anew after each block, whole
+or not at all, so that a run that was killed at any moment goes on from the last one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from ...checkpoint.staging import remove, write_text
+from ...config import LayerRecord
+from ...records import Amount, As, Count, RelativePath, Version, build, printable, read_json, to_json
+from ...report import BlockReport, LayerReport
+
+_NAME = "journal.json"
+_VERSION = 3
+_REMEDY = "; start over with resume=False"
+FINAL = "final"  # the folder of the finished checkpoint's files
+
+
+@dataclass
+class FinishedBlock:
+    """A pruned block.
+
+    Attributes:
+        file: its state, in the workspace.
+        sha256: of that file.
+        layers: its sparse layers, as in the model's config.
+        rows: of the report, one for each layer; reconstruction: and one of the block, where it was reconstructed.
+        digests: of the tensors of each of its modules, in the order of `block.modules()`; none in the journals of
+            earlier versions.
+    """
+
+    file: RelativePath
+    sha256: str
+    layers: dict[str, Annotated[dict[str, Any], As(LayerRecord)]]
+    rows: list[LayerReport]
+    reconstruction: BlockReport | None = None
+    digests: list[list[str]] = field(default_factory=list)
+
+
+@dataclass
+class Snapshot:
+    """The calibration activations at the input of `block`, in one file for each process, with its checksum;
+    `originals`: and those of the dense model, where they are needed."""
+
+    block: Count
+    files: dict[RelativePath, str]
+    originals: dict[RelativePath, str] = field(default_factory=dict)
+
+
+@dataclass
+class Journal:
+    """What is known of a run.
+
+    Attributes:
+        job: source and settings; a run with others does not go on with this one.
+        environment: versions, number of threads and of processes, which may change the last bits.
+        blocks: the finished ones, in order.
+        checksums: SHA-256 of all other files that a later run may read, by their paths in the workspace.
+        snapshot: the latest activations that were saved.
+        seconds: how long all processes that worked on it have taken, one after another.
+        peak_memory_bytes: the most that a process which worked on it has used.
+        phase: "pruning"; "finishing": all blocks are done, and files of the checkpoint are being made of them;
+            "complete": only the files have still to be moved to their places.
+    """
+
+    job: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    blocks: list[FinishedBlock] = field(default_factory=list)
+    checksums: dict[RelativePath, str] = field(default_factory=dict)
+    snapshot: Snapshot | None = None
+    seconds: Amount = 0.0
+    peak_memory_bytes: dict[str, Count] = field(default_factory=dict)
+    phase: str = "pruning"
+    version: Annotated[int, Version(_VERSION, _VERSION)] = _VERSION
+
+    def save(self, folder: Path) -> None:
+        """With a checksum of its own."""
+        data = json.loads(to_json(self))
+        write_text(folder / _NAME, to_json({**data, "sha256": _checksum(data)}, indent=1))
+
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        return os.path.lexists(folder / _NAME)
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        remove(folder / _NAME)
+
+    @classmethod
+    def load(cls, folder: Path) -> Journal | None:
+        """None where there is none. Raises ValueError where it is damaged or of another version."""
+        path = folder / _NAME
+        if not cls.is_in(folder):
+            return None
+        if not path.is_file() or path.is_symlink():
+            raise ValueError(f"{path} is damaged: it is no file{_REMEDY}")
+        try:
+            data = read_json(path)
+            checksum = data.pop("sha256", None) if isinstance(data, dict) else None
+            journal: Journal = build(cls, data)
+            if checksum != _checksum(data):
+                raise ValueError("its checksum is another one")
+        except ValueError as error:
+            raise ValueError(printable(f"{path} is damaged: {error}{_REMEDY}")) from None
+        return journal
+
+    def differences(self, job: dict[str, Any]) -> list[str]:
+        """Where `job` is not the one of this journal, in words."""
+        now, then = _flat(json.loads(json.dumps(job))), _flat(self.job)
+        return [
+            f"{name}: was {then.get(name)!r}, is {now.get(name)!r}"
+            for name in sorted({*now, *then})
+            if now.get(name) != then.get(name)
+        ]
+
+    def weight_names(self) -> list[str]:
+        """Of the finished checkpoint's files: everything else first, then each block."""
+        total = len(self.blocks) + 1
+        return [f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
+
+
+def _flat(job: dict[str, Any]) -> dict[str, Any]:
+    """Settings one level down: `settings.pattern`."""
+    flat: dict[str, Any] = {}
+    for name, value in job.items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

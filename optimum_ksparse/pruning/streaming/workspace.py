@@ -1,0 +1,235 @@
+"""The folder in which a run keeps what it has done until all is done: hidden in the output folder, gone at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from ...checkpoint import check_saved, storage_state_dict
+from ...checkpoint.files import DIGESTS, sha256_of
+from ...checkpoint.staging import locked, publish, recover, remove, save_tensors, sync_tree, write_text
+from ...data import CalibrationTokens
+from ...records import REPORT_NAME, read_record, to_json
+from ...report import PrunedBlock, SparsityReport
+from .blocks import DiskBlocks
+from .journal import FINAL, FinishedBlock, Journal
+from .recovery import keep_what_is_whole
+
+logger = logging.get_logger(__name__)
+
+_NAME = ".ksparse-pruning"
+_TOKENS = "calibration.safetensors"
+OURS = (_NAME, REPORT_NAME)  # by which the folder of a run, unfinished or finished, is known
+
+
+T = TypeVar("T")
+
+
+class Workspace:
+    """The workspace of the run that writes `output`. One process at a time may `lock` it, and only that one writes.
+
+    Attributes:
+        path: the folder.
+        journal: of this run, or of the one that it goes on with.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], job: dict[str, Any]) -> None:
+        self.output = Path(output)
+        self.path = self.output / _NAME
+        self.journal = Journal(job)
+        self._lock: ExitStack | None = None
+        self._is_open = False
+
+    def lock(self) -> None:
+        """Makes the folder this process's. Raises BlockingIOError where another one is at work in it."""
+        recover(self.output)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            busy = f"another process is pruning into {self.output}; wait for it, or stop it"
+            stack.enter_context(locked(self.path / "lock", busy))
+            self._lock = stack.pop_all()
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether an earlier run has left its journal."""
+        return Journal.is_in(self.path)
+
+    def open(self, resume: bool) -> Journal:
+        """Goes on from what the folder holds, or empties it. Gives the journal.
+
+        Raises:
+            ValueError: it holds a run with other settings, which are named.
+        """
+        found = Journal.load(self.path) if resume else None
+        if found is not None:
+            differences = found.differences(self.journal.job)
+            if differences:
+                raise ValueError(
+                    f"{self.output} holds an unfinished run with other settings ({'; '.join(differences)}): go on "
+                    "with the same settings, start over with resume=False, or name another folder"
+                )
+            self.journal = found
+            damaged = keep_what_is_whole(found, self.path)
+            if damaged:
+                logger.warning(
+                    f"{self.path} holds files that are missing or no longer what was written "
+                    f"({', '.join(damaged[:3])}{', …' if len(damaged) > 3 else ''}): they are made anew."
+                )
+        else:
+            Journal.remove(self.path)  # first: what is left without it counts for nothing
+            for entry in self.path.iterdir():
+                if entry.name != "lock":
+                    remove(entry)
+        self.journal.save(self.path)
+        self._is_open = True
+        return self.journal
+
+    def release(self) -> None:
+        """Lets other processes at it; a folder in which nothing was done goes."""
+        if self._lock is None:
+            return
+        nothing = not self.journal.blocks and not self.journal.checksums
+        if nothing if self._is_open else not self.is_unfinished:
+            shutil.rmtree(self.path, ignore_errors=True)
+            if self.output.is_dir() and not any(self.output.iterdir()):
+                self.output.rmdir()
+        self._lock.close()
+
+    def folder(self, name: str) -> Path:
+        """An empty folder for something that no later run goes on with."""
+        folder = self.path / name
+        remove(folder)
+        folder.mkdir(parents=True)
+        return folder
+
+    def tokens(self, draw: Callable[[], CalibrationTokens]) -> CalibrationTokens:
+        """The calibration samples: those of the run that this one goes on with, or newly drawn ones, which are kept
+        for a later run."""
+        path = self.path / _TOKENS
+        if _TOKENS not in self.journal.checksums:
+            drawn = draw()
+            save_tensors({"ids": drawn.ids}, path, {"description": json.dumps(drawn.description, ensure_ascii=False)})
+            self._record(path)
+        with safe_open(path, framework="pt") as file:
+            description = json.loads(file.metadata()["description"])
+            return CalibrationTokens(file.get_tensor("ids").clone(), description["begins_with_bos"], description)
+
+    def kept(self, name: str, kind: type[T]) -> T | None:
+        """What `keep` of the run which this one goes on with has kept under that name; None where it has not."""
+        path = self.path / f"{name}.json"
+        if path.name not in self.journal.checksums:
+            return None
+        found: T = read_record(kind, path, "is damaged", "; start over with resume=False")
+        return found
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keeps a dataclass that was measured, for a later run: measured again it may come out otherwise."""
+        write_text(self.path / f"{name}.json", to_json(value, indent=None))
+        self._record(self.path / f"{name}.json")
+
+    def _record(self, *paths: Path) -> None:
+        """Notes in the journal that these files are written. A later run uses no others."""
+        for path in paths:
+            self.journal.checksums[path.relative_to(self.path).as_posix()] = sha256_of(path)
+        self.journal.save(self.path)
+
+    def add_block(
+        self, index: int, state: dict[str, torch.Tensor], layers: Any, pruned: PrunedBlock, digests: list[list[str]]
+    ) -> None:
+        """Writes a pruned block. It counts when the journal has been saved."""
+        name = f"block-{index:05d}.safetensors"
+        path = self.path / name
+        save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, path)
+        rows = pruned.layers, pruned.reconstruction
+        self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, *rows, digests))
+
+    def written_bytes(self) -> int:
+        """Bytes that an earlier run has left to go on with."""
+        files = (path for name in ("block-*", f"{FINAL}/**/*", "activations-*") for path in self.path.glob(name))
+        return sum(path.stat().st_size for path in files if path.is_file())
+
+    def finish(self, model: PreTrainedModel, disk: DiskBlocks, save_more: Callable[[Path], None]) -> None:
+        """Makes a checkpoint of the blocks and of everything else of the model, which `model.save_pretrained` writes.
+        `save_more` puts further files into a folder."""
+        self.journal.phase, self.journal.snapshot = "finishing", None
+        self.journal.save(self.path)
+        final, rest = self.path / FINAL, self.folder("rest")
+        final.mkdir(exist_ok=True)
+        inside = disk.blocks.prefixes
+        state = model.state_dict()
+        once = remove_tied_weights_from_state_dict(dict(state), model).keys()  # what blocks share is stored with one
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+        model.save_pretrained(rest, state_dict=state, max_shard_size="10000GB")
+        save_more(rest)
+        names = self.journal.weight_names()
+        os.replace(rest / SAFE_WEIGHTS_NAME, final / names[0])
+        for index, name in enumerate(names[1:]):
+            if f"{FINAL}/{name}" not in self.journal.checksums:  # an earlier run got as far as that
+                self._finish_block(index, model, disk, final / name, once)
+        _write_index(final, names, model.num_parameters(), self.journal.checksums)
+        settings: Any = getattr(model.config, "quantization_config", None)
+        if settings is not None:
+            check_saved(model, final, settings.storage == "packed")
+        _move_files(rest, final)
+        sync_tree(final)
+        self.journal.phase = "complete"
+        blocks = {final / name for name in names[1:]}
+        self._record(*(path for path in final.rglob("*") if path.is_file() and path not in blocks))
+
+    def _finish_block(
+        self, index: int, model: PreTrainedModel, disk: DiskBlocks, target: Path, once: Collection[str]
+    ) -> None:
+        block = self.journal.blocks[index]
+        with disk.resident(index):
+            state = disk.state_dict(index)
+            root = disk.blocks.name_in_model(index)
+            stored = storage_state_dict(model, root, state, [name for name in state if name not in once])
+            as_it_is = stored.keys() == state.keys() and all(stored[name] is state[name] for name in state)
+            if not as_it_is:
+                save_tensors({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, target)
+        if as_it_is:
+            self.journal.checksums[f"{FINAL}/{target.name}"] = block.sha256
+            self.journal.save(self.path)
+            os.replace(self.path / block.file, target)
+        else:  # the block stays, in case that the other form is damaged
+            self._record(target)
+
+    def publish(self) -> SparsityReport:
+        """Moves the files of the finished checkpoint to their places, and removes the workspace."""
+        publish(self.output, self.path / FINAL)
+        return SparsityReport.load(self.output / REPORT_NAME)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Moves the files of one folder, those of its subfolders too, into another one."""
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        moved = target / path.relative_to(source)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, moved)
+
+
+def _write_index(folder: Path, names: list[str], num_parameters: int, checksums: Mapping[str, str]) -> None:
+    """Writes the index, with the SHA-256 of each file, for `changed_files`; `checksums` of those that are known."""
+    weight_map: dict[str, str] = {}
+    digests = {name: checksums.get(f"{FINAL}/{name}") or sha256_of(folder / name) for name in names}
+    size = 0
+    for name in names:
+        path = folder / name
+        with safe_open(path, framework="pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), name)
+        with open(path, "rb") as stream:
+            size += path.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+    metadata = {"total_parameters": num_parameters, "total_size": size, DIGESTS: digests}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")

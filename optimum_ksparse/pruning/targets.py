@@ -1,0 +1,168 @@
+"""What to prune in a model: its linear maps and stacks of matrices, and why some of them cannot be pruned."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..blocks import DecoderBlocks, ExpertStack, find_read, find_routers
+from ..blocks.experts import find_stacks
+from ..checkpoint import aligned
+from ..config import SparsityConfig
+from ..nn import SparseLinear, dense_weight, is_linear_map
+from ..pattern import Pattern
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Layer = nn.Module | ExpertStack
+
+
+def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, Layer]], dict[str, str]]:
+    """What to prune: for each block its linear maps and stacks of matrices by name, and the ones left dense (path in
+    the decoder → reason). Nothing with `pattern=None`. Layers that route tokens, and those whose weight the model
+    reads by itself, stay dense without an error.
+
+    Raises:
+        ValueError: a linear map or a stack cannot be pruned and `skip_unsupported` is False, a name in
+            `modules_to_not_convert` matches nothing, or nothing is left to prune.
+    """
+    if config.pattern is None:
+        return [{} for _ in blocks.blocks], {}
+    pattern = Pattern(config.pattern)
+    targets: list[dict[str, Layer]] = []
+    skipped: dict[str, str] = {}
+    read = find_read(blocks)
+    owners = _owners(blocks)
+    for index, block in enumerate(blocks.blocks):
+        layers: dict[str, Layer] = {}
+        routers = find_routers(blocks.model, block)
+        modules = block.named_modules(remove_duplicate=False)  # one module at two places is shared
+        candidates: dict[str, Layer] = {name: module for name, module in modules if is_linear_map(module)}
+        for name, layer in {**candidates, **find_stacks(block)}.items():
+            path = blocks.name_in_decoder(index, name)
+            if not should_convert_module(blocks.name_in_model(index, name), config.modules_to_not_convert):
+                skipped[path] = "in modules_to_not_convert"
+                continue
+            if path in read:
+                skipped[path] = "the model reads its weight instead of calling it"
+                continue
+            if name in routers and not config.prune_routers:
+                skipped[path] = "it routes tokens to experts; prune_routers=True prunes it"
+                continue
+            reason = _unsupported(layer, pattern, owners, path)
+            if reason is None:
+                layers[name] = layer
+            elif config.skip_unsupported:
+                skipped[path] = reason
+            else:
+                raise ValueError(
+                    f"{path} cannot be pruned: {reason}; leave it dense with modules_to_not_convert=[{name!r}], "
+                    "or every such layer with skip_unsupported=True"
+                )
+        targets.append(layers)
+    if not any(targets):
+        found = f"{len(blocks.blocks)} x {type(blocks.blocks[0]).__name__} in {', '.join(blocks.list_names)}"
+        raise ValueError(
+            f"there is no linear map to prune in {found}" + (f", {len(skipped)} are left out" if skipped else "")
+        )
+    _check_names(blocks, config.modules_to_not_convert)
+    return targets, skipped
+
+
+def _owners(blocks: DecoderBlocks) -> dict[int, list[str]]:
+    """Paths of the linear maps and stacks that use each weight, by the weight's id. An offloaded weight is another
+    object each time it is brought in; accelerate keeps shared ones itself."""
+    owners: dict[int, list[str]] = {}
+    for index, block in enumerate(blocks.blocks):
+        for name, module in block.named_modules(remove_duplicate=False):  # one module at two places is shared
+            if is_linear_map(module) and not hasattr(module, "_hf_hook"):
+                owners.setdefault(id(module.weight), []).append(blocks.name_in_decoder(index, name))
+        for name, stack in find_stacks(block).items():
+            if not hasattr(stack.owner, "_hf_hook"):
+                owners.setdefault(id(stack.weight), []).append(blocks.name_in_decoder(index, name))
+    return owners
+
+
+def _unsupported(linear: Layer, pattern: Pattern, owners: dict[int, list[str]], path: str) -> str | None:
+    """Why a linear map or a stack cannot be pruned; None where it can."""
+    if isinstance(linear, SparseLinear):
+        return "it is sparse already; model.dequantize() makes it dense"
+    shared = [owner for owner in owners.get(id(linear.weight), ()) if owner != path]
+    if isinstance(linear, ExpertStack):
+        reason = _unsupported_stack(linear, pattern)
+        return f"it is the same parameter as {shared[0]}" if reason is None and shared else reason
+    with aligned(linear):
+        weight = dense_weight(linear)
+        if weight.dtype not in _DTYPES:
+            return f"its weight is {weight.dtype}; supported: float32, bfloat16, float16"
+        misfit = pattern.misfit(*weight.shape)
+        if misfit is not None:
+            return f"it {misfit}"
+        if not weight.is_meta and not bool(weight.isfinite().all()):
+            return "its weight holds NaN or Inf"
+        if shared:
+            return f"it shares its weight with {shared[0]}"
+        return None if _is_plain(linear) else f"{type(linear).__name__} computes something else than x·Wᵀ + b"
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """True where a subclass's own forward is still x·Wᵀ + b, tried on random inputs."""
+    if type(linear).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if dense_weight(linear).is_meta:  # still on the disk
+        linear = _with_random_weights(linear)
+    weight = dense_weight(linear)
+    x = torch.rand(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        expected = F.linear(x, weight, linear.bias)  # type: ignore[arg-type]
+        try:
+            found = linear(x)
+        except Exception:  # it takes something else as well
+            return False
+        if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+            return False
+        return bool(torch.allclose(found, expected, rtol=0.05, atol=float(0.05 * expected.abs().max())))
+
+
+def _with_random_weights(linear: nn.Module) -> nn.Module:
+    tried = copy.copy(linear)
+    tried.__dict__.pop("forward", None)  # accelerate leaves one that belongs to the module copied from
+    tried._parameters = {}
+    for name, parameter in linear._parameters.items():
+        values = None if parameter is None else nn.Parameter(torch.rand(parameter.shape, dtype=parameter.dtype), False)
+        tried._parameters[name] = values
+    return tried
+
+
+def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
+    """Raises ValueError for a name that leaves nothing dense: most likely it is misspelt. What is outside the blocks
+    (the output head) is dense anyway and may be named."""
+    prunable: dict[str, str] = {}  # path in the model → path in its block
+    for index, block in enumerate(blocks.blocks):
+        linears = [name for name, module in block.named_modules() if is_linear_map(module)]
+        prunable |= {blocks.name_in_model(index, name): name for name in (*linears, *find_stacks(block))}
+    outside = {name for name, _ in blocks.model.named_modules() if not f"{name}.".startswith(blocks.prefixes)}
+    for name in names or []:
+        if all(should_convert_module(module, [name]) for module in {*prunable, *outside}):
+            kinds = sorted(set(prunable.values()))
+            raise ValueError(f"modules_to_not_convert: {name!r} matches nothing; the blocks hold {', '.join(kinds)}")
+
+
+def _unsupported_stack(stack: ExpertStack, pattern: Pattern) -> str | None:
+    """Why a stack of matrices cannot be pruned; None where it can."""
+    with aligned(stack.owner):
+        weight = stack.weight
+        what = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as experts fused into one tensor)"
+        if weight.dim() != 3 or not stack.reads_matrices():
+            reading = f"{type(stack.owner).__name__} does not read it as F.linear(x, self.{stack.name}[expert])"
+            return f"{what}, and {reading}: its matrices may be stored transposed, or multiplied all at once"
+        if weight.dtype not in _DTYPES:
+            return f"{what} in {weight.dtype}; supported: float32, bfloat16, float16"
+        misfit = pattern.misfit(*weight.shape[-2:])
+        if misfit is not None:
+            return f"{what}, each of which {misfit}"
+        return None if weight.is_meta or bool(weight.isfinite().all()) else "its weight holds NaN or Inf"

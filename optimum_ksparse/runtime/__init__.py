@@ -1,0 +1,7 @@
+"""How a loaded sparse model computes."""
+
+from .tuning import autotune
+
+__all__ = [
+    "autotune",
+]
