@@ -49,7 +49,7 @@ print(speed_table(found))
 FIGURES_STEP = (0.05, [sys.executable, "-c", FIGURES, "{folder}"])
 # name: share of the time, command.
 STEPS = {
-    "test": (0.20, [*TEST, "tests/test_gpu.py", "tests/test_kernels.py", "-m", "gpu", "--maxfail=10"]),
+    "test": (0.20, [*TEST, "tests/kernels/test_gpu.py", "tests/kernels/test_kernels.py", "-m", "gpu", "--maxfail=10"]),
     "layers": (0.36, [*BENCH, "--models", "polyglot-ko-5.8b", "llama-3-8b"]),
     "decode": (0.20, [*BENCH, "--whole-models", "polyglot-ko-5.8b", "--patterns", "2:4"]),
     "autotune": (0.06, [sys.executable, "-c", AUTOTUNE]),
@@ -57,7 +57,7 @@ STEPS = {
     "figures": FIGURES_STEP,
 }
 QUICK = {
-    "test": (0.35, [*TEST, "tests/test_kernels.py", "-k", "formulas"]),
+    "test": (0.35, [*TEST, "tests/kernels/test_kernels.py", "-k", "formulas"]),
     "layers": (0.3, [*BENCH, "--shapes", "64x64", "--tokens", "1", "16"]),
     "decode": (0.3, [*BENCH, "--whole-models", "gemma-3-270m", "--layers", "1", "--prompt-tokens", "8"]),
     "figures": FIGURES_STEP,

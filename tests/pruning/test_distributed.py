@@ -1,0 +1,273 @@
+"""Several processes prune one model together: real ones, started by torchrun, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
+from optimum_ksparse.packing import unpack_mask
+from optimum_ksparse.pruners.statistics import ColumnNorms
+from optimum_ksparse.pruning.distributed import Processes, current, joined
+
+from ..conftest import REPOSITORY
+from .test_streaming import contents, tensors
+
+torch.set_num_threads(1)
+
+_WORKER = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, logging
+from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
+from optimum_ksparse.pruning.distributed import joined
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+source, folder, scenario = sys.argv[1:]
+folder, rank = Path(folder), int(os.environ["RANK"])
+ids = torch.load(folder / "ids.pt")
+def config(method="wanda", **settings):
+    return SparsityConfig(method, "2:4", **{"dataset": ids, "batch_size": 2, **settings})
+def message(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+if scenario == "all":
+    found = {}
+    prune_checkpoint(source, folder / "wanda", config())
+    prune_checkpoint(source, folder / "owl", config(allocation="owl", target_density=0.6))
+    assert not dist.is_initialized()
+    prune_checkpoint(source, folder / "sparsegpt", config("sparsegpt", true_sequential=True), activation_memory=0)
+    with joined() as processes:
+        model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config())
+        prune_checkpoint(source, folder / "uneven", config(dataset=ids[:3]))
+        found["settings"] = message(lambda: sparsify(model.dequantize(), config(seed=rank)))
+        found["samples"] = message(lambda: prune_checkpoint(source, folder / "few", config(dataset=ids[:1])))
+        from optimum_ksparse.pruning import block
+        original = block.prune_layer
+        def fails(path, *rest):
+            if path.endswith("up_proj") and rank == 1 or "v_proj" in path:
+                raise ArithmeticError(f"{path}: singular")
+            return original(path, *rest)
+        block.prune_layer = fails
+        found["layer"] = message(lambda: prune_checkpoint(source, folder / "error", config("sparsegpt")))
+        block.prune_layer = original
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with joined():
+        sparsify(model, config())
+        torch.save(model.state_dict(), folder / f"memory-{rank}.pt")
+    (folder / f"found-{rank}.json").write_text(json.dumps(found))
+else:
+    from optimum_ksparse.pruning.streaming import place
+    from optimum_ksparse.blocks import BlockReplay
+    disk._SNAPSHOT_SECONDS = -1.0
+    if scenario == "kill" and rank == 1:
+        advance = BlockReplay.advance
+        def dying(self, index, block):
+            if index == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            advance(self, index, block)
+        BlockReplay.advance = dying
+    prune_checkpoint(source, folder / "killed", config())
+"""
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, token_ids: torch.Tensor) -> Any:
+    """A Llama of four blocks, and a function that runs a scenario of the worker in two processes."""
+    from ..conftest import make_config
+
+    folder = tmp_path_factory.mktemp("distributed")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(make_config("llama", num_hidden_layers=4)).save_pretrained(folder / "source")
+    torch.save(token_ids, folder / "ids.pt")
+
+    def run(scenario: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        (folder / "worker.py").write_text(_WORKER)
+        arguments = [str(folder / "worker.py"), str(folder / "source"), str(folder), scenario]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, cwd=folder)
+
+    return folder, run
+
+
+@pytest.fixture(scope="module")
+def together(scene: Any) -> tuple[Path, list[dict[str, str]]]:
+    """The folder with everything that two processes did, and what each says of its errors."""
+    folder, run = scene
+    done = run("all")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
+
+
+def alone(folder: Path, name: str, method: str = "wanda", **settings: Any) -> Path:
+    ids = torch.load(folder / "ids.pt")
+    config = SparsityConfig(method, **{"dataset": ids, "batch_size": 2, **settings})
+    prune_checkpoint(folder / "source", folder / name, config)
+    return folder / name
+
+
+def test_two_processes_give_the_bytes_of_one_for_wanda(together: Any) -> None:
+    folder, _ = together
+    expected = contents(alone(folder, "wanda-alone"))
+    found = contents(folder / "wanda")
+    reports = [content.pop("sparsity_report.json") for content in (expected, found)]
+    assert found == expected
+    for report in reports:
+        for row in report["layers"]:
+            del row["relative_output_error"]  # on other rows of the calibration data
+    assert reports[0] == reports[1]
+
+
+def test_two_processes_choose_one_allocation(together: Any) -> None:
+    folder, _ = together
+    expected = alone(folder, "owl-alone", allocation="owl", target_density=0.6)
+    assert tensors(folder / "owl").keys() == tensors(expected).keys()
+    reports = [SparsityReport.load(path / "sparsity_report.json") for path in (expected, folder / "owl")]
+    assert reports[0].skipped == reports[1].skipped and reports[0].num_left_dense
+    found = [[(row.name, row.pattern) for row in report.layers] for report in reports]
+    assert found[0] == found[1]
+    # Energies are of other rows of the calibration data.
+    pairs = zip(*([row.sensitivity for row in report.layers] for report in reports), strict=True)
+    assert all(a == pytest.approx(b, rel=0.2) for a, b in pairs)
+
+
+def test_two_processes_give_nearly_the_masks_of_one_for_sparsegpt(together: Any) -> None:
+    folder, _ = together
+    expected = tensors(alone(folder, "sparsegpt-alone", "sparsegpt", true_sequential=True))
+    found = tensors(folder / "sparsegpt")
+    same = total = 0
+    for name, bits in expected.items():
+        if name.endswith("mask"):
+            equal = unpack_mask(bits, 8 * bits.shape[1]) == unpack_mask(found[name], 8 * bits.shape[1])
+            same, total = same + int(equal.sum()), total + equal.numel()
+    assert same / total >= 0.999
+
+
+def test_samples_that_do_not_divide_evenly(together: Any) -> None:
+    folder, _ = together
+    ids = torch.load(folder / "ids.pt")
+    expected, found = tensors(alone(folder, "uneven-alone", dataset=ids[:3])), tensors(folder / "uneven")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_model_in_memory_ends_the_same_in_all_processes(together: Any) -> None:
+    folder, _ = together
+    model = AutoModelForCausalLM.from_pretrained(folder / "source")
+    sparsify(model, SparsityConfig("wanda", dataset=torch.load(folder / "ids.pt"), batch_size=2))
+    for rank in range(2):
+        found = torch.load(folder / f"memory-{rank}.pt")
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(found[name], tensor), (rank, name)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("settings", "ValueError: the processes were started with different settings: seed is 0 in rank 0 and 1 in"),
+        ("samples", "ValueError: 2 processes share num_samples=1 calibration samples"),
+        ("layer", "ArithmeticError: layers.0."),
+    ],
+)
+def test_an_error_is_told_to_all(what: str, message: str, together: Any) -> None:
+    _, found = together
+    assert found[0][what] == found[1][what]
+    assert found[0][what].startswith(message)
+
+
+def test_when_one_dies_all_stop_and_the_run_goes_on_later(scene: Any) -> None:
+    folder, run = scene
+    done = run("kill")
+    assert done.returncode != 0
+    assert "Signal 9" in done.stderr or "SIGKILL" in done.stderr
+    journal = json.loads((folder / "killed" / ".ksparse-pruning" / "journal.json").read_text())
+    assert len(journal["blocks"]) == 2
+    assert not (folder / "killed" / "config.json").exists()
+    done = run("go on")
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = tensors(alone(folder, "killed-alone")), tensors(folder / "killed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_another_number_of_processes_goes_on_too(scene: Any) -> None:
+    folder, run = scene
+    (folder / "killed").rename(folder / "done-before") if (folder / "killed").exists() else None
+    assert run("kill").returncode != 0
+    done = run("go on", processes=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = tensors(alone(folder, "other-alone")), tensors(folder / "killed")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# ---- parts, in one process
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("number", [0, 1, 5, 7, 128])
+def test_shares_are_even_and_complete(number: int, size: int) -> None:
+    shares = [Processes(rank, size).share(number) for rank in range(size)]
+    assert [i for share in shares for i in range(number)[share]] == list(range(number))
+    lengths = [share.stop - share.start for share in shares]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_work_is_shared_out_by_its_cost() -> None:
+    assert Processes(0, 2).owners([1, 1, 1, 3]) == [1, 1, 1, 0]
+    assert Processes(0, 1).owners([1, 2]) == [0, 0]
+
+
+def test_statistics_added_up_in_parts_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = torch.randn(7, 12, 16)
+    whole = ColumnNorms(16)
+    whole.update(samples)
+    halves = [ColumnNorms(16), ColumnNorms(16)]
+    for half, part in zip(halves, (samples[:4], samples[4:]), strict=True):
+        half.parts = []
+        half.update(part)
+    again = ColumnNorms(16)
+    again.take_parts(part for half in halves for part in half.parts or ())
+    assert torch.equal(again.squared_norms, whole.squared_norms)
+    assert again.num_tokens == whole.num_tokens
+
+
+def test_one_process_needs_no_group() -> None:
+    with joined() as processes:
+        assert (processes.rank, processes.size) == (0, 1)
+        assert processes.gather("x") == ["x"]
+        assert processes.once(lambda: 3) == 3
+        processes.agree({"a": 1})
+    assert current().size == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("Tensors must be contiguous"), RuntimeError),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"), ConnectionError),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), ConnectionError),
+    ],
+)
+def test_a_process_that_is_gone_is_told_from_other_errors(error: RuntimeError, kind: type, monkeypatch: Any) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", fail)
+    with pytest.raises(kind) as raised:
+        Processes(0, 2).gather(1)
+    assert raised.type is kind

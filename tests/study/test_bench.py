@@ -1,0 +1,299 @@
+"""`optimum-cli ksparse bench`: what it measures, writes and draws; the README's table; the script for a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimum_ksparse import SparsityConfig, kernels, sparsify
+from optimum_ksparse.kernels import hardware
+from optimum_ksparse.study.benchmark import (
+    FIGURE_NAME,
+    MODELS,
+    RESULTS_NAME,
+    BenchResults,
+    bench_model,
+    draw_speedup,
+    layer_shapes,
+    run,
+    speed_table,
+)
+from optimum_ksparse.study.benchmark import run as bench
+from optimum_ksparse.study.benchmark.layers import _library_shares, bench_layers
+from optimum_ksparse.study.benchmark.shapes import model_config
+
+from ..conftest import REPOSITORY
+
+KEYS = {"shape", "tokens", "dtype", "pattern", "kernel", "dense_us", "sparse_us", "speedup", "dense_bytes"}
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / f"examples/benchmarks/{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def make_results(**hardware_facts):
+    """Results as a GPU might give them: three kernels for each product."""
+    rows = []
+    for shape in ([4096, 4096], [12288, 4096]):
+        for pattern in ("2:4", "4:8"):
+            for tokens, dense, sparse in ((1, 12.0, 8.0), (16, 14.0, 10.0), (128, 20.0, 21.0), (1024, 90.0, 95.0)):
+                for kernel, microseconds in (("gemv", sparse), ("dot", sparse + 1), ("decompress", sparse + 30)):
+                    rows.append(
+                        {
+                            "shape": shape,
+                            "tokens": tokens,
+                            "dtype": "bfloat16",
+                            "pattern": pattern,
+                            "kernel": kernel,
+                            "config": {},
+                            "dense_us": dense,
+                            "sparse_us": microseconds,
+                            "speedup": dense / microseconds,
+                            "dense_bytes": shape[0] * shape[1] * 2,
+                            "chosen": kernel == "gemv",
+                            "speed_us": min(dense, microseconds),
+                        }
+                    )
+    return BenchResults({"device": "Some GPU", **hardware_facts}, {"torch": "2.13.0"}, rows)
+
+
+def test_shapes_of_models_by_name():
+    assert {name: layer_shapes(model_config(name)) for name in MODELS} == {
+        "polyglot-ko-5.8b": [(4096, 16384), (16384, 4096), (12288, 4096), (4096, 4096)],
+        "polyglot-ko-12.8b": [(5120, 20480), (20480, 5120), (15360, 5120), (5120, 5120)],
+        "llama-3-8b": [(4096, 14336), (14336, 4096), (4096, 4096), (1024, 4096)],
+        "gemma-3-270m": [(640, 2048), (2048, 640), (640, 1024), (1024, 640), (256, 640)],
+    }
+
+
+def test_a_run_on_shapes(tmp_path):
+    run(shapes=["32x64"], tokens=[1, 3], dtype="float32", output=str(tmp_path), device="cpu")
+    data = json.loads((tmp_path / RESULTS_NAME).read_text())
+    assert set(data) == {"hardware", "versions", "rows", "models"}
+    assert [(row["pattern"], row["tokens"]) for row in data["rows"]] == [
+        ("2:4", 1),
+        ("2:4", 3),
+        ("4:8", 1),
+        ("4:8", 3),
+    ]
+    for row in data["rows"]:
+        assert row.keys() >= KEYS and row["chosen"] is True and row["kernel"] == "reference"
+        assert row["shape"] == [32, 64] and row["dense_bytes"] == 32 * 64 * 4
+        assert row["speedup"] == pytest.approx(row["dense_us"] / row["sparse_us"], rel=1e-2)
+        assert row["speed_us"] == min(row["dense_us"], row["sparse_us"])
+    assert data["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert (tmp_path / FIGURE_NAME).read_bytes().startswith(b"\x89PNG")
+    assert "32 x 64" in str(BenchResults.load(tmp_path / RESULTS_NAME))
+
+
+def test_every_kernel_has_a_row_and_the_dispatch_takes_the_chosen_one(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(hardware, "runs_kernels", lambda device: True)
+    monkeypatch.setattr(hardware, "why_no_kernels", lambda device: None)
+    monkeypatch.setenv("KSPARSE_CACHE", str(tmp_path))
+    speeds = {"gemv": 7.0, "dot": 6.0, "decompress": 9.0, "dense": 8.0}
+    monkeypatch.setattr(
+        kernels.dispatch, "time_calls", lambda calls, device: speeds[calls[0].func.__self__.kernel], raising=True
+    )
+    kernels.forget()
+    problem = kernels.Problem(32, 64, 4, "2:4", torch.bfloat16, torch.device("cpu"))
+    rows = bench_layers(problem)
+    assert {row["kernel"]: row["chosen"] for row in rows} == {"gemv": False, "dot": True, "decompress": False}
+    assert {row["dense_us"] for row in rows} == {8.0} and {row["speed_us"] for row in rows} == {6.0}
+    (weight,) = kernels.sample_weights(problem, 1)
+    assert kernels.choose(weight, 4).kernel == "dot"
+    kernels.forget()
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_library_form_that_shares_no_values_is_for_speed_mode_alone(monkeypatch, shares):
+    problem = kernels.Problem(32, 64, 128, "2:4", torch.bfloat16, torch.device("cpu"))
+    speeds = {"dot": 10.0, "library": 4.0, "dense": 8.0}
+    found = {name: (kernels.Candidate(name), microseconds) for name, microseconds in speeds.items()}
+    monkeypatch.setattr(kernels, "has_kernels", lambda problem: True)
+    monkeypatch.setattr(kernels, "measure", lambda problem: found)
+    monkeypatch.setattr(kernels, "library_form", lambda values, bits, in_features: values.flatten())
+    monkeypatch.setattr(kernels, "shared_values", lambda form, values: values if shares else None)
+    _library_shares.cache_clear()
+    rows = {row["kernel"]: row for row in bench_layers(problem)}
+    _library_shares.cache_clear()
+    assert rows["library"]["mode"] == ("memory" if shares else "speed") and rows["dot"]["mode"] == "memory"
+    assert [name for name, row in rows.items() if row["chosen"]] == ["library" if shares else "dot"]
+    assert {row["speed_us"] for row in rows.values()} == {4.0}
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_whole_model(make_model, kind):
+    model = make_model("llama")
+    if kind == "sparse":
+        sparsify(model, SparsityConfig("magnitude", "4:8"))
+    row = bench_model(model, "tiny", prompt_tokens=16, new_tokens=4)
+    assert row["pattern"] == ("4:8" if kind == "sparse" else "2:4")
+    assert row["prompt_tokens"] == 16 and row["cuda_graphs"] is False
+    for phase in ("prefill", "decode"):
+        rates = [row[f"{one}_{phase}_tokens_per_s"] for one in ("dense", "sparse")]
+        assert min(rates) > 0
+        assert row[f"{phase}_speedup"] == pytest.approx(rates[1] / rates[0], rel=1e-2)
+
+
+def test_a_checkpoint(make_model, tmp_path):
+    model = make_model("llama")
+    sparsify(model, SparsityConfig("magnitude"))
+    model.save_pretrained(tmp_path / "sparse")
+    results = run(str(tmp_path / "sparse"), tokens=[1], prompt_tokens=8, output=str(tmp_path / "out"), device="cpu")
+    assert {tuple(row["shape"]) for row in results.rows} == {(32, 32), (16, 32), (64, 32), (32, 64)}
+    assert [row["model"] for row in results.models] == ["sparse"]
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="is a dense checkpoint"):
+        run(str(tmp_path / "dense"), output=str(tmp_path / "other"), device="cpu")
+
+
+def test_what_was_measured_stays(tmp_path, monkeypatch):
+    module = sys.modules[bench.__module__]
+    original, calls = module.bench_layers, []
+
+    def interrupted(problem):
+        calls.append(problem)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(problem)
+
+    monkeypatch.setattr(module, "bench_layers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(shapes=["32x64"], tokens=[1, 2], dtype="float32", output=str(tmp_path), device="cpu")
+    assert len(BenchResults.load(tmp_path / RESULTS_NAME).rows) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([RESULTS_NAME, FIGURE_NAME])
+    calls[:] = calls[:1]  # interrupted in the first product: the earlier results stay
+    with pytest.raises(KeyboardInterrupt):
+        run(shapes=["32x64"], tokens=[1, 2], dtype="float32", output=str(tmp_path), device="cpu")
+    assert len(BenchResults.load(tmp_path / RESULTS_NAME).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"models": ["llama"]}, "models: 'llama' is not known; allowed: polyglot-ko-5.8b"),
+        ({"whole_models": ["gpt2"]}, "'gpt2' is not known"),
+        ({"shapes": ["32"]}, "shapes: '32' is not OUTxIN"),
+        ({"shapes": ["32x63"]}, "63 input features, which 4 does not divide"),
+        ({"patterns": ["50%"]}, "patterns: '50%' has no kernels; allowed: 2:4, 4:8"),
+        ({"tokens": [0]}, "tokens: 0 is too small"),
+        ({"dtype": "int8"}, "dtype='int8' is not known"),
+        ({"optimize_for": "size"}, "optimize_for='size' is not known"),
+        ({"layers": 0}, "at least 1"),
+        ({"device": "gpu"}, "device='gpu' is not known"),
+        ({"device": "cuda:x"}, "device='cuda:x' is not known"),
+        ({"device": "cuda:99"}, "torch sees no such CUDA GPU here"),
+    ],
+)
+def test_bad_settings_are_errors_before_any_work(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(output=str(tmp_path / "out"), **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="torch sees no such CUDA GPU here"):
+        run(device="cuda")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"rows": []}', '{"hardware": {}, "versions": {}, "rows": [{"shape": 1}]}']
+)
+def test_files_that_hold_no_results(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match="x.json holds no results of the benchmark"):
+        BenchResults.load(tmp_path / "x.json")
+
+
+def test_the_figure(tmp_path):
+    assert draw_speedup(make_results(), tmp_path / "a.png")
+    assert draw_speedup(make_results(), tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert not draw_speedup(BenchResults({"device": ""}, {}), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_table_says_what_was_measured_and_what_was_not():
+    hopper = make_results(capability="9.0")
+    model = {"model": "m", "pattern": "2:4", "dtype": "bfloat16", "prefill_speedup": 0.97, "decode_speedup": 1.5}
+    hopper.models = [{**model, "cuda_graphs": True}]
+    text = speed_table([hopper])
+    assert "| Some GPU | 2:4, bfloat16 | 1 | 1.50 | 1.50 | gemv |" in text
+    assert "| Some GPU | 4:8, bfloat16 | 1024 | 0.95 | 1.00 | gemv |" in text
+    assert "| Some GPU | m | 2:4, bfloat16 | 0.97 | 1.50 | yes |" in text
+    assert "Ampere itself is compiled for and not measured" in text and "Not measured yet" not in text
+    assert "Ampere" not in speed_table([make_results(capability="8.0")])
+    assert "Ampere itself" in speed_table([make_results(capability="8.9")])  # Ada
+    assert "Not measured yet on any NVIDIA GPU" in speed_table([make_results()])
+    assert "측정하지 않았습니다" in speed_table([], "ko")
+
+
+def test_readmes_hold_the_tables_of_the_committed_files():
+    script = load_script("readme_tables")
+    for language, readme in script.READMES.items():
+        text = readme.read_text(encoding="utf-8")
+        assert all(f"<!-- {end}{name} table -->" in text for name in script.TABLES for end in ("", "/"))
+        assert script.filled(text, language) == text, "run readme_tables.py"
+
+
+@pytest.mark.end_to_end
+def test_the_script_for_a_gpu_machine_runs_as_far_as_a_cpu_lets_it(tmp_path):
+    command = [sys.executable, "examples/benchmarks/gpu_check.py", tmp_path / "out", "--quick", "--minutes", "600"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert {name: step["ended"] for name, step in summary.items()} == dict.fromkeys(
+        load_script("gpu_check").QUICK, "0"
+    )
+    assert all(path.is_file() for path in (tmp_path / "out").iterdir())
+    assert (tmp_path / "out" / f"layers-{FIGURE_NAME}").is_file()
+    assert BenchResults.load(tmp_path / "out" / f"decode-{RESULTS_NAME}").models
+
+
+def test_a_step_that_hangs_keeps_what_it_wrote_and_does_not_lose_the_others(tmp_path, monkeypatch):
+    hanging = "import os, signal, sys, time\n{}\ntry: os.mkdir(sys.argv[1]), time.sleep(3600)\nfinally: {}"
+    stubborn = hanging.format("signal.signal(signal.SIGINT, signal.SIG_IGN)", "pass")
+    polite = hanging.format("", "open(sys.argv[1] + '/a', 'w')")
+    steps = {
+        "stubborn": (1, [sys.executable, "-c", stubborn, "{own}"]),
+        "polite": (1, [sys.executable, "-c", polite, "{own}"]),
+        "after": (1, [sys.executable, "-c", "print('done')"]),
+    }
+
+    class Process(subprocess.Popen):
+        """For a step that hangs the time is over as soon as it is at work, whatever the machine."""
+
+        limits = 0
+
+        def wait(self, timeout=None):
+            name, self.limits = Path(self.args[-1]).name, self.limits + (timeout is not None)
+            if timeout is None or name not in ("stubborn", "polite") or (name == "polite" and self.limits == 2):
+                return super().wait()
+            while not (tmp_path / name).is_dir():
+                time.sleep(0.01)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    script = load_script("gpu_check")
+    monkeypatch.setattr(script.subprocess, "Popen", Process)
+    assert script.main(tmp_path, 600, False, steps) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [step["ended"] for step in summary.values()] == ["out of time", "out of time", "0"]
+    assert (tmp_path / "polite-a").is_file() and (tmp_path / "after.log").read_text() == "done\n"
+
+
+def test_the_shares_of_time_of_the_script_stay_below_the_whole():
+    script = load_script("gpu_check")
+    for steps in (script.STEPS, script.QUICK):
+        assert sum(share for share, _ in steps.values()) <= 1
