@@ -22,7 +22,7 @@ def test_an_earlier_checkpoint_gives_the_same_logits_and_can_be_saved_again(stor
     assert len(dict(sparse_layers(model))) == 7 * model.config.num_hidden_layers
     config = model.sparsity_report.config
     assert (config["method"], config["pattern"], config["storage"]) == (method, pattern, storage)
-    assert model.sparsity_report.density == pytest.approx(0.5, abs=0.01)
+    assert model.sparsity_report.density == pytest.approx(0.5, abs=0.05)
     with torch.no_grad():
         logits = model(expected["input_ids"]).logits
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-6)
