@@ -33,8 +33,8 @@ ROOMS = [
     ["hub"],
     ["api"],
     ["integration"],
-    ["study"],
     ["commands"],
+    ["study"],
     ["__main__"],
 ]
 ROW = {room: row for row, rooms in enumerate(ROOMS) for room in rooms}

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from optimum_ksparse import SparsityConfig
-from optimum_ksparse.commands import COMMANDS, main, parse_words
+from optimum_ksparse.__main__ import COMMANDS, main
+from optimum_ksparse.__main__ import parse as parse_words
 from optimum_ksparse.commands.base import Command
 from optimum_ksparse.commands.errors import describe_error
 from optimum_ksparse.commands.recipes import read_recipe

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrain
 from transformers.utils import logging as logging_of_transformers
 
 from optimum_ksparse import SparsityConfig, sparsify
+from optimum_ksparse.__main__ import main
 from optimum_ksparse.commands.prune import _LOADING_TEXTS, SETTINGS_TEXTS
 from optimum_ksparse.commands.recipes import read_recipe
 from optimum_ksparse.config import EXECUTION_SETTINGS, RECORDED, SETTINGS
@@ -39,7 +40,7 @@ RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 
 def run(*arguments, cwd, **environment):
-    command = [CLI, "ksparse", *map(str, arguments)]
+    command = [sys.executable, "-m", "optimum_ksparse", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment})
 
 
@@ -240,20 +241,17 @@ def workplace(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def cli(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
     """`optimum-cli ksparse` in this process."""
-    from optimum.commands.optimum_cli import main
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = ["optimum-cli", "ksparse", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", command)
+        words = list(map(str, arguments))
         capsys.readouterr()
-        status = 0
         try:
-            main()
+            status: Any = main(words)
         except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        return subprocess.CompletedProcess(command, status, *capsys.readouterr())
+            status = ended.code
+        return subprocess.CompletedProcess(words, status, *capsys.readouterr())
 
     return call
 

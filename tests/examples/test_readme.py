@@ -17,7 +17,8 @@ import yaml
 from transformers import AutoTokenizer
 
 import optimum_ksparse
-from optimum_ksparse.commands import main, parse_words
+from optimum_ksparse.__main__ import main
+from optimum_ksparse.__main__ import parse as parse_words
 
 from ..conftest import CONTEXT, REPOSITORY, sample_texts
 

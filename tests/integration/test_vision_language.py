@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForImageTextToText
 from transformers.utils import CHAT_TEMPLATE_FILE, IMAGE_PROCESSOR_NAME
 
-from optimum_ksparse.commands import main
+from optimum_ksparse.__main__ import main
 
 from ..conftest import VOCABULARY, sample_texts
 from ..loopback_hub import LoopbackHub

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from optimum_ksparse import SparsityConfig, sparsify
+from optimum_ksparse.__main__ import parse as parse_words
 from optimum_ksparse.checkpoint import sparse_modules
-from optimum_ksparse.commands import parse_words
 from optimum_ksparse.study.finetuning import FinetuningSettings, finetune_koalpaca, koalpaca_prompt, linear_targets
 from optimum_ksparse.study.finetuning.answers import answer_loss
 from optimum_ksparse.study.finetuning.checkpoints import MarkWhole
@@ -369,7 +369,7 @@ def test_a_second_start_and_foreign_folders_are_refused_before_the_model_is_read
     def fail(*args, **kwargs):
         pytest.fail("loaded")
 
-    monkeypatch.setattr("optimum_ksparse.commands.finetune_koalpaca.load_with_tokenizer", fail)
+    monkeypatch.setattr("optimum_ksparse.study.commands.finetune_koalpaca.load_with_tokenizer", fail)
     monkeypatch.setattr("optimum_ksparse.study.finetuning.koalpaca.class_for_source", fail)
     (tmp_path / "busy").mkdir()
     (tmp_path / "other").mkdir()

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from optimum_ksparse import EvaluationResults, SparsityConfig, sparsify
+from optimum_ksparse.__main__ import parse as parse_words
 from optimum_ksparse.checkpoint import fingerprint
-from optimum_ksparse.commands import parse_words
 from optimum_ksparse.study.finetuning import FinetuningSettings
 from optimum_ksparse.study.finetuning.korquad import (
     WindowSettings,

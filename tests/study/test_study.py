@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity
+from optimum_ksparse.__main__ import parse as parse_words
 from optimum_ksparse.checkpoint import sparse_modules
-from optimum_ksparse.commands import parse_words
 from optimum_ksparse.study import (
     CellResult,
     Recipe,

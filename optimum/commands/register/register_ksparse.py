@@ -24,7 +24,7 @@ class KSparseCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         try:
-            commands = import_module("optimum_ksparse.commands")
+            commands = import_module("optimum_ksparse.__main__")
         except Exception as error:  # a library that does not suit, or a broken one, fails in any way
             sys.exit(
                 f"error: optimum-ksparse cannot be loaded: {_versions()} ({type(error).__name__}: {_line(error)})"

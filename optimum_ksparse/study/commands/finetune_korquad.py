@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...commands.parser import Parser, add_settings
 from .finetune_task import TaskCommand, load_with_tokenizer
-from .parser import Parser, add_settings
 
 _DATA_TEXTS = {
     "train_file": "JSON in the form of SQuAD 1.1 (default: KorQuAD 1.0 on the Hub)",
@@ -27,14 +27,14 @@ _RUN_TEXTS = {
 class KorQuADCommand(TaskCommand):
     @classmethod
     def add_task(cls, parser: Parser) -> None:
-        from ..study.finetuning.korquad import WindowSettings, finetune_korquad, korquad_data
+        from ..finetuning.korquad import WindowSettings, finetune_korquad, korquad_data
 
         add_settings(parser, korquad_data, _DATA_TEXTS)
         add_settings(parser, WindowSettings, _WINDOW_TEXTS)
         add_settings(parser, finetune_korquad, _RUN_TEXTS)
 
     def finetune(self, model: str, loading: dict[str, Any], output: str, settings: Any, more: dict[str, Any]) -> None:
-        from ..study.finetuning.korquad import WindowSettings, finetune_korquad, korquad_data
+        from ..finetuning.korquad import WindowSettings, finetune_korquad, korquad_data
 
         train, test = korquad_data(more.pop("train_file", None), more.pop("eval_file", None), settings.seed)
         if "max_examples" in more:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .base import LOADING_TEXTS, TRUST, Command, add_loading, load_checkpoint, usage
-from .parser import Parser, add_settings, add_switches
+from ...commands.base import LOADING_TEXTS, TRUST, Command, add_loading, load_checkpoint, usage
+from ...commands.parser import Parser, add_settings, add_switches
 
 # Settings of FinetuningSettings, whose types and defaults they have.
 SETTINGS_TEXTS = {
@@ -42,9 +42,9 @@ class TaskCommand(Command):
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
-        from ..study.finetuning import FinetuningSettings
-        from ..study.finetuning.koalpaca import finetune_koalpaca
-        from ..study.finetuning.settings import METHODS
+        from ..finetuning import FinetuningSettings
+        from ..finetuning.koalpaca import finetune_koalpaca
+        from ..finetuning.settings import METHODS
 
         parser.add_argument("model", nargs="?", help="folder or Hub id of a sparse (or a dense) model")
         parser.add_argument("output", nargs="?", help="folder for the adapter or the model")
@@ -75,9 +75,9 @@ class TaskCommand(Command):
     def execute(self) -> None:
         given = self.settings()
 
-        from ..adapters import require_peft
-        from ..study.finetuning import FinetuningSettings
-        from ..study.finetuning.runs import claimed_output
+        from ...adapters import require_peft
+        from ..finetuning import FinetuningSettings
+        from ..finetuning.runs import claimed_output
 
         with usage():
             settings = FinetuningSettings(**{name: given.pop(name) for name in SETTINGS_TEXTS if name in given})
@@ -94,7 +94,7 @@ class TaskCommand(Command):
 
 def load_with_tokenizer(model: str, loading: dict[str, Any]) -> tuple[Any, Any]:
     """The model, and its tokenizer."""
-    from ..data.tokenizer import read_tokenizer
+    from ...data.tokenizer import read_tokenizer
 
     names = ("revision", "trust_remote_code") if "tokenizer" not in loading else ("trust_remote_code",)
     how = {name: loading[name] for name in names if name in loading}

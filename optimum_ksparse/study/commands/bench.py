@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import TRUST, Command
-from .parser import Parser, add_switches
+from ...commands.base import TRUST, Command
+from ...commands.parser import Parser, add_switches
 
 
 class BenchCommand(Command):
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
-        from ..study.benchmark import FLAGS
+        from ..benchmark import FLAGS
 
         parser.add_argument("checkpoint", nargs="?", help="folder or Hub id of a sparse model")
         for name, arguments in FLAGS.items():
@@ -21,7 +21,7 @@ class BenchCommand(Command):
         add_switches(parser, TRUST)
 
     def execute(self) -> None:
-        from ..study.benchmark import run
+        from ..benchmark import run
 
         settings = self.settings()
         print(run(settings.pop("checkpoint", None), **settings))

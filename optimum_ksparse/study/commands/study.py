@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base import LOADING_TEXTS, Command, add_loading, usage
-from .errors import UsageError
-from .parser import Parser, add_switches, dataset
-from .recipes import read_recipe
+from ...commands.base import LOADING_TEXTS, Command, add_loading, usage
+from ...commands.errors import UsageError
+from ...commands.parser import Parser, add_switches, dataset
+from ...commands.recipes import read_recipe
 
 if TYPE_CHECKING:
-    from ..study import Recipe
+    from .. import Recipe
 
 # Keys of the recipe that differ from machine to machine.
 _TEXTS = {
@@ -49,7 +49,7 @@ class StudyCommand(Command):
         parser.add_argument("--processes", type=int, metavar="N", help="cells that run at once")
 
     def execute(self) -> None:
-        from ..study import Recipe, run_study
+        from .. import Recipe, run_study
 
         if self.args.recipe is None:
             return self._tables(None)
@@ -70,7 +70,7 @@ class StudyCommand(Command):
         return None
 
     def _tables(self, recipe: Recipe | None) -> None:
-        from ..study import tabulate_study, write_study
+        from .. import tabulate_study, write_study
 
         output = self.args.output if recipe is None else recipe.output
         if recipe is None and not (self.args.tables_only and output):
@@ -83,7 +83,7 @@ class StudyCommand(Command):
 
     @staticmethod
     def _list(recipe: Recipe) -> None:
-        from ..study import list_cells
+        from .. import list_cells
 
         cells = list_cells(recipe)
         for cell, state in cells:
@@ -93,7 +93,7 @@ class StudyCommand(Command):
 
     def _settings(self) -> dict[str, Any]:
         """The recipe, overridden by the flags that were given."""
-        from ..study import RECIPE_KEYS
+        from .. import RECIPE_KEYS
 
         recipe = read_recipe(self.args.recipe, RECIPE_KEYS)
         given = self.given(_KEYS)
