@@ -112,7 +112,7 @@ def main() -> None:
         else:
             samples = cut(tokenizer, texts, 512)[: args.num_samples]
             model = merge_adapter(model, method=run, dataset=samples)
-            figures = model.merge_report.totals()
+            figures = model.ksparse.merge.totals()
         seconds = round(time.perf_counter() - started, 1)
         result = evaluate_perplexity(
             model, tokenizer, read(args.evaluation), seq_len=512, max_tokens=args.windows * 512

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..blocks import BlockReplay, evaluation_mode, find_blocks
+from ..checkpoint import facts_of
 from ..checks import check_integer, check_number
 from ..config import SparsityConfig
 from ..data import CalibrationTokens, calibration_tokens, read_tokenizer
@@ -62,7 +63,7 @@ def merge_adapter(
         damping, max_steps, tolerance: of the solver, see `pruners.solve.solve_on_mask`.
 
     Returns:
-        The model without PEFT. `model.merge_report` says what happened; it is saved with the model. Results measured
+        The model without PEFT. `model.ksparse.merge` says what happened; it is saved with the model. Results measured
         before are no longer those of this model and are dropped.
 
     Raises:
@@ -208,7 +209,7 @@ def _finish(model: PreTrainedModel, report: MergeReport, started: float) -> PreT
         apply_settings(model, config)
     report.versions = library_versions("torch", "transformers", "peft")
     report.seconds = round(time.perf_counter() - started, 2)
-    model.evaluation_results = None  # type: ignore[assignment]
-    model.merge_report = report  # type: ignore[assignment]
+    facts = facts_of(model)
+    facts.results, facts.merge = None, report
     note_merge(model, report.change())
     return model

@@ -16,6 +16,7 @@ from ..blocks import find_blocks, use_eager_experts
 from ..checkpoint import (
     check_reversible,
     describe_model,
+    facts_of,
     forget_conversions,
     is_offloaded,
     record_layers,
@@ -24,7 +25,7 @@ from ..checkpoint import (
 )
 from ..config import DENSE_CONFIG_KEY, EXECUTION_SETTINGS, QUANT_METHOD, RECORDED, SparsityConfig
 from ..data import usual_context
-from ..evaluation import RECORDS, mark_weights
+from ..evaluation import mark_weights
 from ..hub import card_of_source, tag_model
 from ..pruning.distributed import current
 from ..pruning.memory import peak_memory
@@ -79,11 +80,11 @@ def sparsify(
         job = run(place, config)
     attach(model, recorded)
     if config.tokenizer is not None:
-        model.calibration_tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
+        facts_of(model).tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
     report = make_report(job, recorded)
     report.base_card = processes.once(lambda: card_of_source(model))
     report.seconds = round(time.perf_counter() - started, 2)
-    model.sparsity_report = report  # type: ignore[assignment]
+    facts_of(model).report = report
     mark_weights(model, pruned_here=True)
     tag_model(model, report, recorded)
     _apply_settings(model, config)
@@ -130,7 +131,7 @@ def make_report(job: Job, config: SparsityConfig) -> SparsityReport:
         choice=job.choice,
         dropped=job.dropped,
         base_model=describe_model(model),
-        base_revision=getattr(model, "hub_commit", None),
+        base_revision=facts_of(model).commit,
         num_parameters=job.num_parameters,
         peak_memory_bytes=peak_memory(),
         versions=library_versions("torch", "transformers", "accelerate", "datasets"),
@@ -142,8 +143,7 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     has merely lost blocks stays a dense one, whose config keeps the settings."""
     record_layers(model, config)
     forget_conversions(model)
-    for name in RECORDS:
-        setattr(model, name, None)
+    facts_of(model).forget()
     if config.pattern is None:
         model.is_without_blocks = True
         setattr(model.config, DENSE_CONFIG_KEY, config.to_dict())

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint import WeightFiles, changed_files, find_weight_files, fingerprint
+from ..checkpoint import WeightFiles, changed_files, facts_of, find_weight_files, fingerprint
 from ..checkpoint.staging import check_places
 from ..config import SparsityConfig
 from ..data import save_tokenizer
@@ -138,7 +138,7 @@ class CheckpointRun:
         place.note_costs([peak_memory()])
         report.seconds = round(self.workspace.journal.seconds, 2)
         report.peak_memory_bytes = self.workspace.journal.peak_memory_bytes
-        model.sparsity_report = report  # type: ignore[assignment]
+        facts_of(model).report = report
         self.workspace.finish(model, disk, self._save_tokenizer)
 
     def _fingerprint(self, model: PreTrainedModel, disk: DiskBlocks) -> str | None:

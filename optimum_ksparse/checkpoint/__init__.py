@@ -1,6 +1,7 @@
 """Sparse models on disk and in accelerate's keeping: which layers are sparse, packed and dense storage."""
 
 from .digests import fingerprint, tensor_digests
+from .facts import ModelFacts, facts_of, sparsity_report, without_peft
 from .files import WeightFiles, changed_files, check_index, check_space, find_weight_files, sha256_of
 from .loading import NONFINITE_VARIABLE, check_finite, check_headers, check_loaded, read_headers
 from .modules import (
@@ -36,6 +37,7 @@ from .storage import dense_shapes, dense_state_dict, sparsify_dense, storage_sta
 __all__ = [
     "MASK_SUFFIX",
     "NONFINITE_VARIABLE",
+    "ModelFacts",
     "SparseModule",
     "WeightFiles",
     "aligned",
@@ -53,6 +55,7 @@ __all__ = [
     "describe_model",
     "drop_record",
     "empty_like",
+    "facts_of",
     "find_weight_files",
     "fingerprint",
     "forget_conversions",
@@ -74,7 +77,9 @@ __all__ = [
     "sparse_layers",
     "sparse_modules",
     "sparsify_dense",
+    "sparsity_report",
     "storage_state_dict",
     "tensor_digests",
+    "without_peft",
     "without_record",
 ]

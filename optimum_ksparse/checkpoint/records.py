@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from ..blocks import decoder_of
 from ..config import DENSE_CONFIG_KEY, MODULE_NAMES, QUANT_METHOD, SparsityConfig, describe_source
+from .facts import facts_of
 from .modules import sparse_modules, stored_name
 
 
@@ -95,6 +96,6 @@ def describe_model(model: PreTrainedModel) -> str | None:
     """Where a model was loaded from, as a report or a card may name it: a local folder by its last part."""
     name = model.name_or_path
     # Noted when it was loaded: from elsewhere a relative path reads like a name on the Hub.
-    if name and getattr(model, "is_from_folder", False):
+    if name and facts_of(model).folder is not None:
         return os.path.basename(os.path.normpath(name))
     return describe_source(name)

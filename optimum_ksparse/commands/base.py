@@ -153,11 +153,12 @@ def folder_of(checkpoint: str) -> Path:
 
 def load_checkpoint(source: str | os.PathLike[str], settings: Mapping[str, Any]) -> Any:
     """The model of a checkpoint, of an adapter with its base, by the class that its config names; in its own dtype
-    unless `settings` say otherwise. What the folder's `finetuning.json` says becomes `model.tuning`.
+    unless `settings` say otherwise. What the folder's `finetuning.json` says becomes `model.ksparse.tuning`.
 
     Raises:
         ValueError: the results in its folder are damaged, which `from_pretrained` merely warns of, or the tuning is.
     """
+    from ..checkpoint import facts_of
     from ..evaluation import EvaluationResults, read_tuning
     from ..records import RESULTS_NAME
 
@@ -168,7 +169,7 @@ def load_checkpoint(source: str | os.PathLike[str], settings: Mapping[str, Any])
     how = {name: settings[name] for name in ("dtype", "device_map") if settings.get(name) is not None}
     model = class_for_source(source, **where).from_pretrained(source, **{"dtype": "auto", **how, **where})
     if known is not None:
-        model.evaluation_results = known  # an adapter's own, instead of its base's
+        facts_of(model).results = known  # an adapter's own, instead of its base's
     if tuning is not None:
-        model.tuning = tuning
+        facts_of(model).tuning = tuning
     return model

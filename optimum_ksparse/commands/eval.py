@@ -69,7 +69,7 @@ class EvalCommand(Command):
         settings = self.settings()
         protocol = protocol_of(settings)
 
-        from ..checkpoint import fingerprint, has_lost_blocks, sparse_modules
+        from ..checkpoint import facts_of, fingerprint, has_lost_blocks, sparse_modules
         from ..checkpoint.staging import check_output
         from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, results_table
         from ..hub import choose_baseline, choose_tokenizer
@@ -89,7 +89,7 @@ class EvalCommand(Command):
             EvaluationResults(fingerprint(model)).take_tuned(tuned)
         if known is not None:
             if known.fingerprint == fingerprint(model):
-                model.evaluation_results = known
+                facts_of(model).results = known
             elif not settings.get("overwrite"):
                 raise ValueError(
                     f"{output / RESULTS_NAME} holds results of other weights, or of another dtype: move it away, or "
@@ -115,7 +115,7 @@ class EvalCommand(Command):
         if column:
             results.take_baseline(column)
         if dense is not None:
-            report = getattr(model, "sparsity_report", None)
+            report = facts_of(model).report
             size, like, dtype = getattr(report, "dense_parameters", None), type(model), model.dtype
             device = settings.get("device_map") or model.device
             del model, report  # the dense model has the machine to itself

@@ -65,6 +65,7 @@ class MergeCommand(Command):
         merging = {name: settings[name] for name in _SETTINGS if name in settings}
 
         from ..adapters import merge_adapter
+        from ..checkpoint import facts_of
         from ..checkpoint.staging import check_output, staged
         from ..data import copy_processor
         from ..records import HEAD_NAME, TUNING_NAME
@@ -93,7 +94,7 @@ class MergeCommand(Command):
             for path in (os.path.join(adapter, name) for name in (TUNING_NAME, HEAD_NAME)):
                 if os.path.isfile(path):
                     shutil.copy(path, folder)
-        print(model.merge_report)
+        print(facts_of(model).merge)
         print(f"saved in {output}" + ("" if tokenizer is not None else f", without a tokenizer: {where}"))
 
 

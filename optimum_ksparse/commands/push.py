@@ -56,7 +56,7 @@ class PushCommand(Command):
         settings = self.settings()
         protocol = protocol_of(settings)
 
-        from ..evaluation import EvaluationResults
+        from ..checkpoint import facts_of
         from ..hub import CARD_NAME, check_target, push_model, read_card
         from ..records import HEAD_NAME
 
@@ -83,7 +83,7 @@ class PushCommand(Command):
                 **{name: settings[name] for name in _OPTIONS if name in settings},
             )
         finally:  # what was measured stays, also where the push failed
-            results = getattr(model, "evaluation_results", None)
-            if settings.get("evaluate") and isinstance(results, EvaluationResults):
+            results = facts_of(model).results
+            if settings.get("evaluate") and results is not None:
                 results.save(folder)
         print(f"published: {info.commit_url}")

@@ -12,9 +12,9 @@ import torch
 from transformers import GgufConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint import sparse_modules
+from ..checkpoint import facts_of, sparse_modules
 from ..config import describe_source, recorded_repository
-from ..report import BASE_ARGUMENTS, SparsityReport
+from ..report import BASE_ARGUMENTS
 from .tuning import read_tuning
 
 logger = logging.get_logger(__name__)
@@ -63,8 +63,8 @@ def recorded_baseline(model: PreTrainedModel) -> Baseline:
     Raises:
         ValueError: it is not recorded, or was a folder that is not here.
     """
-    report = getattr(model, "sparsity_report", None)
-    if not isinstance(report, SparsityReport) or not report.base_model:
+    report = facts_of(model).report
+    if report is None or not report.base_model:
         raise ValueError("no sparsity_report names the model's dense base: pass baseline=<Hub id or folder>")
     arguments = {name: report.base_arguments[name] for name in BASE_ARGUMENTS if name in report.base_arguments}
     repository = recorded_repository(report.base_model, report.base_revision)

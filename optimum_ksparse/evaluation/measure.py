@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import describe_model, has_lost_blocks, sparse_modules
+from ..checkpoint import describe_model, facts_of, has_lost_blocks, sparse_modules
 from ..checkpoint.digests import fingerprint
 from ..config import describe_source
-from ..report import SparsityReport
 from .baseline import Baseline, recorded_baseline, set_aside
 from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
@@ -30,9 +29,9 @@ def evaluate_model(
     on_measured: Callable[[EvaluationResults], None] | None = None,
 ) -> EvaluationResults:
     """Measures a sparse model, and after it the dense model it was made from; the results are also
-    `model.evaluation_results`, which `save_pretrained` and `push_to_hub` write. What has been measured of the same
+    `model.ksparse.results`, which `save_pretrained` and `push_to_hub` write. What has been measured of the same
     weights by the same protocol is not measured again. A dense model is measured as well, into the dense column. Where
-    the model has a `tuning` (a dict), its rows are those after tuning.
+    `model.ksparse.tuning` is a dict, its rows are those after tuning.
 
     Args:
         model: causal LM.
@@ -51,10 +50,11 @@ def evaluate_model(
     if isinstance(dense, str | os.PathLike):
         dense = Baseline(os.fspath(dense))
     found = fingerprint(model)
-    results = getattr(model, "evaluation_results", None)
+    facts = facts_of(model)
+    results = facts.results
     if not isinstance(results, EvaluationResults) or results.fingerprint != found:
         results = EvaluationResults(found)
-    model.evaluation_results = results  # type: ignore[assignment]
+    facts.results = results
     settle_records(model, now=found)
     part = "sparse" if sparse_modules(model) or has_lost_blocks(model) else "dense"
     if part == "dense":
@@ -62,11 +62,10 @@ def evaluate_model(
             raise ValueError("the model is dense: it is its own baseline")
         if tuning_of(model) is None or results.dense_model is None:
             results.dense_model = describe_model(model)
-            results.dense_revision = getattr(model, "hub_commit", None)
+            results.dense_revision = facts.commit
     _measure_missing(results, part, model, tokenizer, protocol, on_measured)
     if isinstance(dense, Baseline):
-        report = getattr(model, "sparsity_report", None)
-        size = report.dense_parameters if isinstance(report, SparsityReport) else None
+        size = None if facts.report is None else facts.report.dense_parameters
         with set_aside(model) as device:
             evaluate_baseline(
                 results,
@@ -112,7 +111,7 @@ def evaluate_baseline(
                 f"model that was pruned had {num_parameters:,}: it is another model"
             )
         name = describe_model(model)
-        revision = getattr(model, "hub_commit", None)
+        revision = facts_of(model).commit
         if (results.dense_model, results.dense_revision) != (name, revision):
             # Figures of another dense model; those after tuning are of a third one anyway.
             results.dense[:] = [row for row in results.dense if row.tuning is not None]

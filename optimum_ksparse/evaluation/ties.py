@@ -20,17 +20,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint import logical_parameters
+from ..checkpoint import facts_of, logical_parameters
 from ..checkpoint.digests import fingerprint
 from ..report import Change, SparsityReport
-from .results import EvaluationResults
 
 logger = logging.get_logger(__name__)
 
 _SAMPLES = 64  # of each tensor
 # What `from_pretrained` reads beside the weights, and `sparsify` and `merge_adapter` make.
-RECORDS = ("sparsity_report", "merge_report", "evaluation_results")
-_OTHER_WEIGHTS = "model.evaluation_results was measured on other weights than these; it is not saved with them."
+RECORDS = ("report", "merge", "results")
+_OTHER_WEIGHTS = "model.ksparse.results was measured on other weights than these; it is not saved with them."
 
 
 @dataclass
@@ -70,7 +69,7 @@ def mark_weights(model: nn.Module, fingerprint: str | None = None, *, pruned_her
     """Notes on a model how its weights are now."""
     mark = _mark(_tensors(model))
     mark.fingerprint, mark.pruned_here = fingerprint, pruned_here
-    model.weights_mark = mark  # type: ignore[assignment]
+    facts_of(model).mark = mark
 
 
 def is_unchanged(
@@ -78,8 +77,8 @@ def is_unchanged(
 ) -> bool:
     """Whether the weights, or those that are saved instead of them, are the ones that were marked; also where none
     were. `now` is their fingerprint, where it is known."""
-    mark = getattr(model, "weights_mark", None)
-    if not isinstance(mark, WeightsMark):
+    mark: WeightsMark | None = facts_of(model).mark
+    if mark is None:
         return True
     if state_dict is not None:
         given = _mark(state_dict).samples
@@ -102,8 +101,8 @@ def settle_records(model: PreTrainedModel, *, now: str | None = None) -> None:
     Args:
         now: the fingerprint of the weights, where it has been computed: then it decides.
     """
-    mark, results = getattr(model, "weights_mark", None), getattr(model, "evaluation_results", None)
-    mark = mark if isinstance(mark, WeightsMark) else None
+    facts = facts_of(model)
+    mark, results = facts.mark, facts.results
     if getattr(model, "peft_config", None):  # report and mark are of the model that the adapter was added to
         known = now or (None if results is None else fingerprint(model))
     else:
@@ -114,9 +113,9 @@ def settle_records(model: PreTrainedModel, *, now: str | None = None) -> None:
             known = fingerprint(model)
         _settle_report(model, unchanged, now or (known if pruned_here else None), pruned_here)
         mark_weights(model, known, pruned_here=pruned_here)
-    if isinstance(results, EvaluationResults) and results.fingerprint != known:
+    if results is not None and results.fingerprint != known:
         logger.warning(_OTHER_WEIGHTS)
-        model.evaluation_results = None  # type: ignore[assignment]
+        facts.results = None
 
 
 def settled_records(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None = None) -> list[Any]:
@@ -124,24 +123,24 @@ def settled_records(model: PreTrainedModel, state_dict: Mapping[str, torch.Tenso
     instead of them, go copies that say what holds of these: the model's own records stay as they are."""
     if state_dict is None or getattr(model, "peft_config", None):  # then the state is that of an adapter
         settle_records(model)
-        return [getattr(model, name, None) for name in RECORDS]
-    report, merge, results = (getattr(model, name, None) for name in RECORDS)
-    mark, unchanged = getattr(model, "weights_mark", None), is_unchanged(model, state_dict)
-    if isinstance(report, SparsityReport):
+        return [getattr(facts_of(model), name) for name in RECORDS]
+    facts = facts_of(model)
+    report, results, unchanged = facts.report, facts.results, is_unchanged(model, state_dict)
+    if report is not None:
         report = replace(report, changes=list(report.changes))
         if not unchanged:
             _note_change(model, report)
             report.fingerprint = None
-    known = mark.fingerprint if isinstance(mark, WeightsMark) and unchanged else None
-    if isinstance(results, EvaluationResults) and results.fingerprint != known:
+    known = facts.mark.fingerprint if facts.mark is not None and unchanged else None
+    if results is not None and results.fingerprint != known:
         logger.warning_once(_OTHER_WEIGHTS)
         results = None
-    return [report, merge, results]
+    return [report, facts.merge, results]
 
 
 def _settle_report(model: PreTrainedModel, unchanged: bool, now: str | None, pruned_here: bool) -> None:
-    report = getattr(model, "sparsity_report", None)
-    if not isinstance(report, SparsityReport):
+    report = facts_of(model).report
+    if report is None:
         return
     if not unchanged or (not pruned_here and now is not None and report.fingerprint not in (None, now)):
         _note_change(model, report)
@@ -152,11 +151,12 @@ def _settle_report(model: PreTrainedModel, unchanged: bool, now: str | None, pru
 
 def note_merge(model: PreTrainedModel, change: Change) -> None:
     """Makes the report say that adapters became part of the weights, and on what they were trained here."""
-    report, run = getattr(model, "sparsity_report", None), getattr(model, "training_run", None)
-    if isinstance(run, TrainingRun) and run.state.global_step > 0:
+    facts = facts_of(model)
+    report, run = facts.report, facts.run
+    if run is not None and run.state.global_step > 0:
         change.dataset, change.steps, change.epochs = run.dataset, run.state.global_step, run.state.epoch
-        model.training_run = None  # type: ignore[assignment]
-    if isinstance(report, SparsityReport):
+        facts.run = None
+    if report is not None:
         report.changes.append(change)
         report.fingerprint = None
     mark_weights(model)
@@ -165,8 +165,8 @@ def note_merge(model: PreTrainedModel, change: Change) -> None:
 def _note_change(model: PreTrainedModel, report: SparsityReport) -> None:
     if not (dist.is_available() and dist.is_initialized()):  # a process may hold a part of each
         report.num_parameters = logical_parameters(model)
-    run = getattr(model, "training_run", None)
-    if isinstance(run, TrainingRun) and not run.ended and run.state.global_step > 0:
+    run = facts_of(model).run
+    if run is not None and not run.ended and run.state.global_step > 0:
         change = run.change
         change.by, change.dataset = run.trainer, run.dataset
         change.steps, change.epochs = run.state.global_step, run.state.epoch

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypedDict
 
 from transformers.utils import cached_file
 
+from ..checkpoint import facts_of
 from ..records import TUNING_NAME, As, read_record
 
 TUNING_TITLES = {"koalpaca": "KoAlpaca", "korquad": "KorQuAD"}
@@ -28,7 +29,7 @@ class _Task(TypedDict):
 def read_tuning(
     source: str | os.PathLike[str], revision: str | None = None, token: bool | str | None = None
 ) -> dict[str, Any] | None:
-    """What `finetuning.json` in a folder, or on the Hub, says, for `model.tuning`; None where there is none.
+    """What `finetuning.json` in a folder, or on the Hub, says, for `model.ksparse.tuning`; None where there is none.
 
     Raises:
         ValueError: it is no JSON object, or names no `task`.
@@ -41,10 +42,9 @@ def read_tuning(
 
 
 def tuning_of(model: Any) -> dict[str, Any] | None:
-    """`model.tuning` as a protocol holds it: what was tuned on and how, without the model and the outcome. None for a
-    model that was not tuned."""
-    found = getattr(model, "tuning", None)
-    return tuning_settings(found) if isinstance(found, Mapping) else None
+    """The tuning as a protocol holds it: on what and how, without the model and the outcome."""
+    found = facts_of(model).tuning
+    return None if found is None else tuning_settings(found)
 
 
 def tuning_settings(found: Mapping[str, Any]) -> dict[str, Any]:

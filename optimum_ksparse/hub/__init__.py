@@ -1,7 +1,7 @@
 """The Hub: report and results → card → push."""
 
 from .metadata import card_of_source, tag_model
-from .models import current_results, is_adapter, is_ours, without_peft
+from .models import current_results, is_adapter, is_ours
 from .push import check_target, push_model
 from .sources import choose_baseline, choose_tokenizer
 from .writing import CARD_NAME, check_language, read_card, write_card, write_trained_card
@@ -19,7 +19,6 @@ __all__ = [
     "push_model",
     "read_card",
     "tag_model",
-    "without_peft",
     "write_card",
     "write_trained_card",
 ]

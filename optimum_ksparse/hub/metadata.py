@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedModel
 
-from ..checkpoint import describe_model
+from ..checkpoint import describe_model, facts_of
 from ..config import SparsityConfig, recorded_repository
 from ..data import reached_or_cached
 from ..data.documents import HUB_DATASETS
@@ -39,7 +39,7 @@ _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
 
 def card_of_source(model: PreTrainedModel, token: bool | str | None = None) -> dict[str, Any]:
     """Of the card of what a model was loaded from; empty where it has none or cannot be read."""
-    folder, commit = model.name_or_path or "", getattr(model, "hub_commit", None)
+    folder, commit = model.name_or_path or "", facts_of(model).commit
     path, repository = Path(folder, "README.md"), recorded_repository(describe_model(model), commit)
     try:
         if not os.path.isdir(folder):

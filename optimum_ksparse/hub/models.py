@@ -6,15 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoint import fingerprint, has_lost_blocks, made_with, sparse_modules
+from ..checkpoint import facts_of, fingerprint, has_lost_blocks, made_with, sparse_modules, without_peft
 from ..evaluation import EvaluationResults, settle_records
 from ..records import RESULTS_NAME
-from ..report import SparsityReport
-
-
-def without_peft(model: Any) -> Any:
-    """The model that a PEFT model wraps; any other model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def is_adapter(model: Any) -> bool:
@@ -52,18 +46,17 @@ def current_results(model: Any) -> EvaluationResults | None:
         ValueError: the results are of other weights than the model has now.
     """
     plain = sparse_part(model)
-    results, report = getattr(plain, "evaluation_results", None), getattr(plain, "sparsity_report", None)
-    results = results if isinstance(results, EvaluationResults) else None
+    results, report = facts_of(plain).results, facts_of(plain).report
     if is_adapter(model):
         # The base's own, from before the adapter, are of other weights.
         return results if results is not None and results.fingerprint == fingerprint(plain) else None
-    if results is None and not (isinstance(report, SparsityReport) and (report.fingerprint or report.changes)):
+    if results is None and (report is None or not (report.fingerprint or report.changes)):
         settle_records(plain)
         return None
     now = fingerprint(plain)
     if results is not None and results.fingerprint != now:
         raise ValueError(
-            f"{RESULTS_NAME} (model.evaluation_results) was measured on other weights, or in another dtype: measure "
+            f"{RESULTS_NAME} (model.ksparse.results) was measured on other weights, or in another dtype: measure "
             "again with evaluate=True or `optimum-cli ksparse eval`, or delete the results"
         )
     settle_records(plain, now=now)

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checkpoint import describe_model, has_lost_blocks
+from ..checkpoint import describe_model, facts_of, has_lost_blocks
 from ..checkpoint.staging import write_text
 from ..config import describe_source
 from ..evaluation import EvaluationProtocol, check_protocol, evaluate_model
@@ -94,7 +94,7 @@ def push_model(
             with_retries(repo_id, lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))  # noqa: B023
     if evaluate:
         evaluate_model(plain, found_tokenizer, protocol, baseline=dense)  # type: ignore[arg-type]
-        results = plain.evaluation_results  # type: ignore[assignment]
+        results = facts_of(plain).results
     if results is None or not results.dense:
         lacking = "no figures" if results is None else "no dense column"
         logger.warning(
@@ -178,8 +178,8 @@ def _save(
         results = current_results(model)
         if results is not None:
             results.save(folder)
-    tuning = getattr(sparse_part(model), "tuning", None)
-    if isinstance(tuning, dict):  # without the path of a local base
+    tuning = facts_of(model).tuning
+    if tuning is not None:  # without the path of a local base
         kept = {**tuning, "base": describe_source(tuning.get("base"))}
         write_text(folder / TUNING_NAME, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
     configs = list(folder.rglob("adapter_config.json"))  # adapters with names of their own lie in folders

@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from ..checkpoint import describe_model, made_with
+from ..checkpoint import describe_model, facts_of, made_with
 from ..config import describe_source
 from ..data import copy_processor, read_tokenizer
 from ..evaluation import Baseline, recorded_baseline
-from ..report import BASE_ARGUMENTS, SparsityReport
+from ..report import BASE_ARGUMENTS
 
 logger = logging.get_logger(__name__)
 
@@ -56,8 +56,8 @@ def own_tokenizer(
     Raises:
         ValueError: none of them can be loaded.
     """
-    report = getattr(model, "sparsity_report", None)
-    live = getattr(model, "calibration_tokenizer", None)
+    facts = facts_of(model)
+    live = facts.tokenizer
     if isinstance(live, PreTrainedTokenizerBase):
         return live
     sources: list[tuple[Any, dict[str, Any]]] = [(live, {}), (model.name_or_path, _place(model))]
@@ -72,7 +72,7 @@ def own_tokenizer(
             return read_tokenizer(os.fspath(source), **known)
         except Exception as error:  # transformers and huggingface_hub raise many kinds here
             failed.append(f"{describe_source(source)}: {type(error).__name__}")
-    recorded = [getattr(made_with(model), "tokenizer", None), getattr(report, "base_model", None)]
+    recorded = [getattr(made_with(model), "tokenizer", None), getattr(facts.report, "base_model", None)]
     named = " or ".join(dict.fromkeys(repr(name) for name in recorded if isinstance(name, str)))
     without = ", or tokenizer=False to publish without one" if can_lack else ""
     raise ValueError(
@@ -95,9 +95,9 @@ def copy_own_processor(model: PreTrainedModel, folder: str | os.PathLike[str], t
 
 def _place(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `from_pretrained` for what lies beside the weights that a model was loaded from."""
-    place = {"revision": getattr(model, "hub_commit", None)}
-    report = getattr(model, "sparsity_report", None)
-    if isinstance(report, SparsityReport) and describe_model(model) == report.base_model:  # pruned in this process
+    facts = facts_of(model)
+    place, report = {"revision": facts.commit}, facts.report
+    if report is not None and describe_model(model) == report.base_model:  # pruned in this process
         place |= {name: report.base_arguments.get(name) for name in BASE_ARGUMENTS}
     return place
 

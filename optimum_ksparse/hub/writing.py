@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..adapters import MergeReport
-from ..checkpoint import describe_model, made_with
+from ..checkpoint import describe_model, facts_of, made_with
 from ..checkpoint.model_class import class_for_model
 from ..checkpoint.staging import write_text
 from ..config import is_repo_id, names_repository
@@ -113,7 +112,7 @@ def write_trained_card(
     plain = sparse_part(model)
     if not is_adapter(model):
         settle_records(plain)
-    results = None if is_adapter(model) else getattr(plain, "evaluation_results", None)
+    results = None if is_adapter(model) else facts_of(plain).results
     language = language if language in LANGUAGES else LANGUAGES[0]
     return write_card_of(model, directory, results, weights=weights, language=language, repo_id=repo_id)
 
@@ -139,8 +138,8 @@ def write_card_of(
     check_branch("dense_revision", dense_revision)
     directory = Path(directory)
     plain = sparse_part(model)
-    report = getattr(plain, "sparsity_report", None)
-    report = report if isinstance(report, SparsityReport) else None
+    facts = facts_of(plain)
+    report = facts.report
     base_model, base_name, base_revision = _base(model, plain, report)
     path = directory / CARD_NAME
     if existing is None:
@@ -175,7 +174,7 @@ def write_card_of(
         auto_class=auto_class,
         merge=_merge(plain, report),
         tuning=_tuning(plain),
-        local_source=plain.name_or_path if getattr(plain, "is_from_folder", False) else None,
+        local_source=None if facts.folder is None else plain.name_or_path,
     )
     write_text(path, render_card(subject, language, existing))
     return path
@@ -183,15 +182,15 @@ def write_card_of(
 
 def _merge(model: PreTrainedModel, report: SparsityReport | None) -> MergeReport | None:
     """The report of the merging that the weights are from; None where something has changed them since."""
-    merge = getattr(model, "merge_report", None)
+    merge: MergeReport | None = facts_of(model).merge
     last = report.changes[-1].kind if report is not None and report.changes else "merged"
-    return merge if isinstance(merge, MergeReport) and last == "merged" else None
+    return merge if last == "merged" else None
 
 
 def _tuning(model: PreTrainedModel) -> dict[str, Any] | None:
     """What `finetuning.json` says of how the weights, or the adapter, were tuned."""
-    tuning = getattr(model, "tuning", None)
-    if not isinstance(tuning, Mapping):
+    tuning = facts_of(model).tuning
+    if tuning is None:
         return None
     shown = ("method", "steps", "num_epochs", "learning_rate", "r")
     return {"title": tuning_title(tuning), **{name: tuning[name] for name in shown if tuning.get(name) is not None}}
@@ -207,7 +206,7 @@ def _base(
 ) -> tuple[str | None, str | None, str | None]:
     """Hub id (None for a local folder), name, and commit of what the model, or the adapter, was made from."""
     if is_adapter(model):
-        name, revision = describe_model(plain), getattr(plain, "hub_commit", None)
+        name, revision = describe_model(plain), facts_of(plain).commit
     else:
         name, revision = (report.base_model, report.base_revision) if report is not None else (None, None)
     on_hub = names_repository(name, revision)

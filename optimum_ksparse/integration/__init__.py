@@ -8,6 +8,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.utils import PushToHubMixin
 
 from ..adapters import extend_peft
+from ..checkpoint import sparsity_report
 from ..config import QUANT_METHOD, SparsityConfig
 from ..nn import before_first
 from ..runtime.execution import autotune_kernels
@@ -40,4 +41,5 @@ def register() -> None:
     wrap_push_to_hub(PushToHubMixin)
     describe_push_to_hub(PreTrainedModel.push_to_hub)
     watch_trainer()
+    PreTrainedModel.sparsity_report = property(sparsity_report)  # type: ignore[attr-defined]
     PreTrainedModel.autotune_kernels = autotune_kernels  # type: ignore[attr-defined]

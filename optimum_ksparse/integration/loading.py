@@ -22,6 +22,7 @@ from ..checkpoint import (
     check_loaded,
     commit_of,
     drop_record,
+    facts_of,
     forget_conversions,
     has_lost_blocks,
     is_dense_record,
@@ -83,10 +84,10 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
             _check_index(source, kwargs)
         model, info = original(cls, source, *args, output_loading_info=True, **kwargs)
         # transformers does not keep it, and reports and cards name what a model was made from.
-        model.hub_commit = _commit(source, kwargs)
-        model.is_from_folder = isinstance(source, str | os.PathLike) and os.path.isdir(source)
-        if model.is_from_folder:
-            model.source_folder = os.path.realpath(os.path.join(source, kwargs.get("subfolder") or ""))
+        facts = facts_of(model)
+        facts.commit = _commit(source, kwargs)
+        if isinstance(source, str | os.PathLike) and os.path.isdir(source):
+            facts.folder = os.path.realpath(os.path.join(source, kwargs.get("subfolder") or ""))
         if config is not None and recorded is None:
             check_loaded(find_blocks(model), info)
             names = ("trust_remote_code", "gguf_file", *_HUB_ARGUMENTS)
@@ -258,15 +259,16 @@ def _finish_sparse(
         MERGE_REPORT_NAME: MergeReport,
         RESULTS_NAME: EvaluationResults,
     }
+    facts = facts_of(model)
     for attribute, (name, kind) in zip(RECORDS, kinds.items(), strict=True):
-        setattr(model, attribute, None)
+        setattr(facts, attribute, None)
         path = _file(source, name, kwargs)
         try:
             if path is not None:
-                setattr(model, attribute, kind.load(path))
+                setattr(facts, attribute, kind.load(path))
         except ValueError as error:
-            logger.warning(f"The model has no {attribute}: {error}")
-    report, merge = (getattr(model, name) for name in RECORDS[:2])
+            logger.warning(f"The model has no {name}: {error}")
+    report, merge = facts.report, facts.merge
     if report is not None and merge is not None and not report.changes:
         report.changes.append(merge.change())  # merged by a version that did not note it
     mark_weights(model, None if report is None else report.fingerprint)

@@ -17,6 +17,7 @@ from ..checkpoint import (
     aligned,
     check_headers,
     dense_state_dict,
+    facts_of,
     install_layers,
     read_headers,
     replace_module,
@@ -24,7 +25,6 @@ from ..checkpoint import (
     sparse_modules,
 )
 from ..config import MODULE_NAMES, SparsityConfig
-from ..evaluation import RECORDS
 from ..hub import tag_model
 
 
@@ -91,10 +91,10 @@ class SparsityQuantizer(HfQuantizer):
             replace_module(model, name, dense)
         if stacks:
             model.set_experts_implementation(model.get_correct_experts_implementation(None))  # its own choice
-        for name in (*RECORDS, "weights_mark", "training_run"):
-            setattr(model, name, None)
+        facts = facts_of(model)
+        facts.forget()
+        facts.is_dequantized = True
         tag_model(model, None, None)
-        model.is_dequantized = True  # type: ignore[assignment]
         self.remove_quantization_config(model)
         return model
 

@@ -20,6 +20,7 @@ from ..adapters.masks import record
 from ..checkpoint import (
     check_saved,
     dense_shapes,
+    facts_of,
     has_lost_blocks,
     is_elsewhere,
     made_with,
@@ -51,7 +52,7 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
         config, is_sparse = made_with(self), bool(sparse_modules(self))
         bound = signature.bind(self, *args, **kwargs).arguments
         adapted = getattr(self, "_hf_peft_config_loaded", False)  # then transformers saves the adapter alone
-        is_ours = is_sparse or ((has_lost_blocks(self) or getattr(self, "is_dequantized", False)) and not adapted)
+        is_ours = is_sparse or ((has_lost_blocks(self) or facts_of(self).is_dequantized) and not adapted)
         if not is_ours or not bound.get("is_main_process", True):
             with nullcontext() if is_sparse or adapted or has_lost_blocks(self) else without_record(self.config):
                 original(self, *args, **kwargs)
@@ -106,7 +107,7 @@ def _check_source(model: PreTrainedModel, config: SparsityConfig | None, directo
     """Raises FileExistsError where the model was loaded from `directory` and made of what lies there: the weights that
     were pruned, or, with no `config`, those of a sparse model that is dense now. A sparse model that was loaded from
     there and trained may take its own place."""
-    source = getattr(model, "source_folder", model.name_or_path)
+    source = facts_of(model).folder or model.name_or_path
     if not source or not Path(source).is_dir() or not (Path(directory) / CONFIG_NAME).is_file():
         return
     if not os.path.samefile(source, directory):
@@ -139,10 +140,10 @@ def _check_no_adapter(directory: str | os.PathLike[str]) -> None:
 
 def _tell_tokenizer(model: PreTrainedModel, directory: Path) -> None:
     """Says once that a model which was pruned here is saved without a tokenizer. `Trainer` saves its own."""
-    pruned_here = getattr(getattr(model, "weights_mark", None), "pruned_here", False)
+    facts = facts_of(model)
     if (
-        pruned_here
-        and not hasattr(model, "training_run")
+        getattr(facts.mark, "pruned_here", False)
+        and facts.run is None
         and not any((directory / name).is_file() for name in _TOKENIZER_FILES)
     ):
         logger.warning_once(

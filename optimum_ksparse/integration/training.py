@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
+from ..checkpoint import facts_of
 from ..evaluation import TrainingRun, settle_records
-from ..hub import CARD_NAME, is_adapter, is_ours, without_peft, write_trained_card
+from ..hub import CARD_NAME, is_adapter, is_ours, write_trained_card
 from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 
 # Builders of `datasets` that read files, of which they say nothing.
@@ -56,11 +57,11 @@ class _Provenance(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = TrainingRun(type(self.trainer).__name__, _dataset_name(self.trainer.train_dataset), state)
-        without_peft(self.trainer.model).training_run = run
+        facts_of(self.trainer.model).run = run
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = self.trainer.model
-        run = getattr(without_peft(model), "training_run", None)
+        run = facts_of(model).run
         if isinstance(run, TrainingRun):
             if not is_adapter(model) and is_ours(model):
                 settle_records(model)

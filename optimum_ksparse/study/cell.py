@@ -19,6 +19,7 @@ import torch
 from transformers.utils import CONFIG_NAME
 
 from ..api import prune_checkpoint
+from ..checkpoint import facts_of
 from ..checkpoint.model_class import class_for_source
 from ..config import EXECUTION_SETTINGS, NO_PATTERN, SparsityConfig
 from ..data import read_tokenizer
@@ -118,7 +119,7 @@ class _Run:
     def _measure(self) -> dict[str, Any]:
         model, tokenizer = self._load(measure=True)
         if (self.folder / RESULTS_NAME).is_file():
-            model.evaluation_results = EvaluationResults.load(self.folder / RESULTS_NAME)
+            facts_of(model).results = EvaluationResults.load(self.folder / RESULTS_NAME)
         protocol = EvaluationProtocol.from_settings(self.job["measuring"])
         found = evaluate_model(model, tokenizer, protocol, on_measured=lambda results: results.save(self.folder))
         return {"rows": [asdict(row) for row in (*found.sparse, *found.dense)]}

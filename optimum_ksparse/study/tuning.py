@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import facts_of
 from ..checks import check_boolean, check_integer, check_keys
 from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, read_tuning
 from ..records import RESULTS_NAME
@@ -103,9 +104,9 @@ def run_nsmc(
     more = {name: koalpaca[name] for name in ("max_length", "max_examples") if name in koalpaca}
     finetune_koalpaca(*load(), koalpaca.get("data", KOALPACA), training_of(koalpaca), folder, **more)
     model, tokenizer = load_tuned(folder)
-    model.tuning = read_tuning(folder)
+    facts_of(model).tuning = read_tuning(folder)
     if (folder / RESULTS_NAME).is_file():
-        model.evaluation_results = EvaluationResults.load(folder / RESULTS_NAME)
+        facts_of(model).results = EvaluationResults.load(folder / RESULTS_NAME)
     keep: Callable[[EvaluationResults], None] = lambda found: found.save(folder)  # noqa: E731
     return _rows(evaluate_model(model, tokenizer, _nsmc_protocol(settings), on_measured=keep), "nsmc_")
 

@@ -48,7 +48,7 @@ def adapted(make_model):
     def make(name="llama", pattern="2:4", config=None, dtype=torch.float32, seed=1, **overrides):
         model = make_model(name, dtype, **overrides)
         sparsify(model, SparsityConfig("magnitude", pattern, dataset=None))
-        model.evaluation_results = "of other weights"
+        model.ksparse.results = "of other weights"
         config = LoraConfig(r=4, target_modules="all-linear") if config is None else config
         return randomise(get_peft_model(model, config), seed=seed)
 
@@ -81,7 +81,7 @@ def check_same_masks(before, model):
         dense = sparse_layers(model)[name].to_dense_weight()
         pattern.verify(dense, name)
     assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    assert model.evaluation_results is None and not hasattr(model, "peft_config")
+    assert model.ksparse.results is None and not hasattr(model, "peft_config")
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_masks_stay_and_solving_comes_nearer(adapted, name, pattern, dtype):
         merged = merge_adapter(model, method=method, dataset=IDS, batch_size=7)
         check_same_masks(before, merged)
         assert any(not torch.equal(values, before[layer][0]) for layer, (values, _, _) in packed(merged).items())
-        reports[method], distances[method] = merged.merge_report, distance(merged, expected)
-        assert merged.merge_report.calibration["num_samples"] == 24
-        assert merged.sparsity_report.density == pytest.approx(merged.merge_report.totals()["density"])
+        reports[method], distances[method] = merged.ksparse.merge, distance(merged, expected)
+        assert merged.ksparse.merge.calibration["num_samples"] == 24
+        assert merged.sparsity_report.density == pytest.approx(merged.ksparse.merge.totals()["density"])
     assert distances["solve"] < 0.85 * distances["masked"]
     for masked, solved in zip(reports["masked"].layers, reports["solve"].layers, strict=True):
         assert masked.name == solved.name and masked.num_values == solved.num_values
@@ -125,9 +125,9 @@ def test_masked_is_the_weight_and_the_delta_at_the_mask(adapted):
     kept = dense != 0
     assert kept.sum() == sparse.weight.numel()
     torch.testing.assert_close(dense[kept], wanted[kept])
-    row = merged.merge_report.layers[-2]
+    row = merged.ksparse.merge.layers[-2]
     assert (row.name, row.relative_output_error) == ("layers.1.mlp.up_proj", None)
-    assert "not measured" in str(merged.merge_report)
+    assert "not measured" in str(merged.ksparse.merge)
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_hira_and_masked_lora_are_exact(adapted, config, method):
     merged = merge_adapter(model, method=method, dataset=IDS)
     check_same_masks(before, merged)
     assert distance(merged, expected) < 1e-6
-    for row in merged.merge_report.layers:
+    for row in merged.ksparse.merge.layers:
         assert row.how == "exact" and row.discarded == 0 and row.relative_output_error < 1e-6
-    assert "nothing to solve" in str(merged.merge_report)
+    assert "nothing to solve" in str(merged.ksparse.merge)
 
 
 def test_dora(adapted):
@@ -160,8 +160,8 @@ def test_dora(adapted):
     merged = merge_adapter(model, method="solve", dataset=IDS)
     check_same_masks(before, merged)
     assert distance(merged, expected) < distance(merge_adapter(adapted(config=config)), expected)
-    assert {row.name.split(".")[-1] for row in merged.merge_report.layers} == {"q_proj", "down_proj"}
-    assert merged.merge_report.adapters[0]["use_dora"] is True
+    assert {row.name.split(".")[-1] for row in merged.ksparse.merge.layers} == {"q_proj", "down_proj"}
+    assert merged.ksparse.merge.adapters[0]["use_dora"] is True
 
 
 @pytest.mark.parametrize("names", [["default"], ["other"], ["default", "other"]])
@@ -179,8 +179,8 @@ def test_one_of_several_adapters_or_all(adapted, names):
     merged = merge_adapter(model, method="solve", adapter_names=names, dataset=IDS)
     check_same_masks(before, merged)
     assert distance(merged, expected) < distance(merge_adapter(plain, adapter_names=names), expected)
-    assert [entry["name"] for entry in merged.merge_report.adapters] == names
-    assert len(merged.merge_report.layers) == (2 if names == ["other"] else 14)
+    assert [entry["name"] for entry in merged.ksparse.merge.adapters] == names
+    assert len(merged.ksparse.merge.layers) == (2 if names == ["other"] else 14)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -195,7 +195,7 @@ def test_dense_layers_and_modules_to_save(make_model, tied):
     expected, embeddings = logits(peft_model), model.get_input_embeddings().weight.detach().clone()
     merged = merge_adapter(peft_model, method="solve", dataset=IDS)
     outputs = [f"model.layers.{index}.self_attn.o_proj" for index in range(2)]
-    assert merged.merge_report.dense_layers == [*outputs, "lm_head"]
+    assert merged.ksparse.merge.dense_layers == [*outputs, "lm_head"]
     assert torch.equal(merged.get_input_embeddings().weight, embeddings)
     assert merged.config.tie_word_embeddings is False
     assert merged.lm_head.weight is not merged.get_input_embeddings().weight
@@ -210,7 +210,7 @@ def test_saved_and_loaded_again(adapted, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(merged))
     check_same_masks(packed(merged), again)
-    assert again.merge_report == merged.merge_report
+    assert again.ksparse.merge == merged.ksparse.merge
     assert again.sparsity_report == merged.sparsity_report
     sparsified = adapted(pattern="4:8").unload()
     sparsified.save_pretrained(tmp_path)  # what was merged before is not there any more
@@ -381,7 +381,7 @@ def test_the_command(folders, tokenizer, capsys):
     without = logits(base, ids)
     expected = logits(PeftModel.from_pretrained(base, folders / "adapter"), ids)
     assert (logits(merged, ids) - expected).norm() < (without - expected).norm()
-    assert merged.merge_report.adapters[0]["base_model"] == "base"
+    assert merged.ksparse.merge.adapters[0]["base_model"] == "base"
 
 
 def test_the_command_refuses_in_one_line(folders, make_model, capsys):
@@ -415,7 +415,7 @@ def test_the_bias_of_an_adapter_is_in_what_later_layers_are_solved_for(make_mode
     unmerged = peft_model(token_ids).logits
     merged = merge_adapter(peft_model, method="solve", dataset=token_ids)
     assert (merged(token_ids).logits - unmerged).norm() < 0.1 * unmerged.norm()
-    assert max(row.relative_output_error for row in merged.merge_report.layers) < 0.2
+    assert max(row.relative_output_error for row in merged.ksparse.merge.layers) < 0.2
 
 
 def test_other_masks_are_refused_by_every_way_to_merge(make_model, token_ids, tmp_path, caplog):

@@ -298,7 +298,7 @@ def test_eval_with_a_baseline_and_again(cli: Cli, workplace: Path, measured: lis
     again = cli("eval", "sparse", *EVAL, "--baseline", "dense")
     assert (again.returncode, again.stdout, measured) == (0, done.stdout, ["perplexity"] * 2)
     assert results_in("sparse") == results
-    assert AutoModelForCausalLM.from_pretrained("sparse").evaluation_results == results
+    assert AutoModelForCausalLM.from_pretrained("sparse").ksparse.results == results
 
 
 def test_eval_with_the_recorded_base_of_the_hub(cli: Cli, hub: LoopbackHub, workplace: Path) -> None:

@@ -276,7 +276,7 @@ def test_sparse_and_dense_rows_are_of_one_protocol(
     dense: Path, model: PreTrainedModel, tokenizer: Tokenizer, protocol: EvaluationProtocol, tmp_path: Path
 ) -> None:
     results = evaluate_model(model, tokenizer, protocol, baseline=True)
-    assert model.evaluation_results is results
+    assert model.ksparse.results is results
     assert results.fingerprint == fingerprint(model)
     assert (results.dense_model, results.dense_revision) == ("dense", None)
     assert [row.name for row in results.sparse] == [row.name for row in results.dense] == ["perplexity", "sentineg"]
@@ -303,12 +303,10 @@ def test_nothing_is_measured_again(
     first = copy.deepcopy(evaluate_model(model, tokenizer, protocol, baseline=True))
     assert calls == {"perplexity": 2, "kobest": 2}
     assert evaluate_model(model, tokenizer, protocol, baseline=True) == first
-    model.evaluation_results.save(tmp_path)
-    model.evaluation_results = EvaluationResults.load(tmp_path / RESULTS_NAME)
+    model.ksparse.results.save(tmp_path)
+    model.ksparse.results = EvaluationResults.load(tmp_path / RESULTS_NAME)
     assert evaluate_model(model, tokenizer, protocol, baseline=str(dense)) == first
-    evaluate_baseline(
-        model.evaluation_results, Baseline(str(dense)), tokenizer, protocol, like=model, dtype=model.dtype
-    )
+    evaluate_baseline(model.ksparse.results, Baseline(str(dense)), tokenizer, protocol, like=model, dtype=model.dtype)
     assert calls == {"perplexity": 2, "kobest": 2}
 
 
@@ -352,7 +350,7 @@ def test_changed_data_are_measured_again(
         file.write('\n{"sentence": "별로다", "label": 0}\n')
     evaluate_model(model, tokenizer, protocol)
     assert calls == {"perplexity": 1, "kobest": 2}
-    assert model.evaluation_results.sparse[1].protocol["num_samples"] == 5
+    assert model.ksparse.results.sparse[1].protocol["num_samples"] == 5
 
 
 def test_another_dtype_is_measured_again(
@@ -382,7 +380,7 @@ def test_results_are_kept_with_the_checkpoint(
     results = evaluate_model(model, tokenizer, words)
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert again.evaluation_results == results
+    assert again.ksparse.results == results
     assert evaluate_model(again, tokenizer, words) == results
     assert calls == {"perplexity": 1}
 
@@ -396,7 +394,7 @@ def test_results_of_other_weights_are_dropped(
     after = evaluate_model(model, tokenizer, protocol)
     assert before == kept
     assert calls == {"perplexity": 3, "kobest": 3}
-    assert model.evaluation_results is after is not before
+    assert model.ksparse.results is after is not before
     assert after.fingerprint != before.fingerprint
     assert (after.dense, after.dense_model) == ([], None)
 
@@ -436,7 +434,7 @@ def test_interrupt_keeps_what_was_measured_before_it(
         with pytest.raises(KeyboardInterrupt):
             evaluate_model(model, tokenizer, protocol, on_measured=on_measured)
     assert told == [["perplexity"]]
-    assert [row.name for row in model.evaluation_results.sparse] == ["perplexity"]
+    assert [row.name for row in model.ksparse.results.sparse] == ["perplexity"]
     evaluate_model(model, tokenizer, protocol, on_measured=lambda results: told.append([]))
     assert calls == {"perplexity": 1, "kobest": 1}
     assert told == [["perplexity"], []]
@@ -490,7 +488,7 @@ def test_baseline_that_is_not_recorded_is_asked_for(
 ) -> None:
     match missing:
         case "report":
-            del model.sparsity_report
+            model.ksparse.report = None
         case "name":
             model.sparsity_report.base_model = None
         case "folder":

@@ -134,7 +134,7 @@ def test_other_weights_that_are_saved_leave_the_models_own_report_as_it_is(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
     before = copy.deepcopy(model.sparsity_report)
-    model.evaluation_results = EvaluationResults(before.fingerprint)
+    model.ksparse.results = EvaluationResults(before.fingerprint)
     other = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     other["model.norm.weight"] += 1
     model.save_pretrained(tmp_path / "other", state_dict=other)
@@ -142,7 +142,7 @@ def test_other_weights_that_are_saved_leave_the_models_own_report_as_it_is(
     assert not (tmp_path / "other/evaluation_results.json").exists() and "model.norm.weight" in other
     model.save_pretrained(tmp_path / "same", state_dict=model.state_dict())
     assert report_in(tmp_path / "same") == before == model.sparsity_report
-    assert (tmp_path / "same/evaluation_results.json").exists() and model.evaluation_results is not None
+    assert (tmp_path / "same/evaluation_results.json").exists() and model.ksparse.results is not None
 
 
 @pytest.mark.parametrize("tokens", [300, 400])
@@ -189,15 +189,15 @@ def test_a_report_of_an_earlier_version_is_taken_as_it_is(checkpoint: Path, tmp_
 
 
 def test_a_model_without_records_has_none(checkpoint: Path, tmp_path: Path) -> None:
-    names = ("sparsity_report", "merge_report", "evaluation_results")
+    names = ("report", "merge", "results")
     for path in checkpoint.iterdir():
         if path.name != "sparsity_report.json":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert [getattr(model, name) for name in names] == [None] * 3
+    assert [getattr(model.ksparse, name) for name in names] == [None] * 3
     assert "## How to load" in write_card(model, tmp_path).read_text(encoding="utf-8")
     dense = AutoModelForCausalLM.from_pretrained(checkpoint).dequantize()
-    assert [getattr(dense, name) for name in names] == [None] * 3
+    assert [getattr(dense.ksparse, name) for name in names] == [None] * 3
     assert not dense.model_tags
 
 

@@ -1374,8 +1374,8 @@ def saved(make_model: MakeModel, tmp_path: Path, no_matplotlib: None) -> tuple[P
 def test_write_card(make_model: MakeModel, tmp_path: Path, language: str) -> None:
     pytest.importorskip("matplotlib")
     model = sparse_model(make_model, tmp_path / "out")
-    model.evaluation_results = make_results()
-    model.evaluation_results.fingerprint = fingerprint(model)
+    model.ksparse.results = make_results()
+    model.ksparse.results.fingerprint = fingerprint(model)
     before = {path.name for path in (tmp_path / "out").iterdir()}
     path = write_card(model, tmp_path / "out", language=language, repo_id="user/name", tags=["mine"])
     card = path.read_text(encoding="utf-8")
@@ -1490,7 +1490,7 @@ def test_a_card_that_cannot_be_replaced_leaves_no_other_file(saved: tuple[PreTra
 
 def test_results_of_other_weights_are_refused(saved: tuple[PreTrainedModel, Path]) -> None:
     model, folder = saved
-    model.evaluation_results = make_results()
+    model.ksparse.results = make_results()
     before = contents(folder)
     with pytest.raises(ValueError, match="measured on other weights"):
         write_card(model, folder)

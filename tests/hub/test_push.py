@@ -182,7 +182,7 @@ def test_everything_is_one_commit(
     again = AutoModelForCausalLM.from_pretrained(NAME)
     assert torch.equal(logits(again, token_ids), logits(model, token_ids))
     assert again.sparsity_report == model.sparsity_report
-    assert again.evaluation_results == model.evaluation_results
+    assert again.ksparse.results == model.ksparse.results
     assert AutoTokenizer.from_pretrained(NAME)("한국어").input_ids
     assert "](dense_and_sparse.png)" in card_of(hub)
     assert "](relative_output_error.png)" in card_of(hub)
@@ -322,7 +322,7 @@ def test_no_change_makes_no_commit(
 ) -> None:
     first = model.push_to_hub(NAME, evaluate=TEXT_ONLY, baseline=base, tags=["mine"])
     for again in (model, AutoModelForCausalLM.from_pretrained(checkpoint)):
-        again.evaluation_results = model.evaluation_results
+        again.ksparse.results = model.ksparse.results
         assert again.push_to_hub(NAME, tags=["mine"]).oid == first.oid
     assert len(pushed(hub)) == 1
     assert len(sent(hub, "PUT")) == 3  # weights and two figures
@@ -441,7 +441,7 @@ def test_another_variant_stays(name: str, hub: LoopbackHub, quick: PreTrainedMod
 
 def test_results_that_are_gone_go_from_the_hub_too(hub: LoopbackHub, model: PreTrainedModel, base: Path) -> None:
     model.push_to_hub(NAME, evaluate=TEXT_ONLY, baseline=base)
-    model.evaluation_results = None
+    model.ksparse.results = None
     model.push_to_hub(NAME)
     assert set(hub.files(NAME)) == UNEVALUATED
     assert "](dense_and_sparse.png)" not in card_of(hub)
@@ -470,7 +470,7 @@ config = SparsityConfig(dataset=ids)
 model = AutoModelForCausalLM.from_pretrained("org/tiny-base", sparsity_config=config)
 evaluate = EvaluationProtocol(texts=texts, seq_len=32, tasks=())
 model.push_to_hub("user/name", evaluate=evaluate, dense_revision="dense")
-torch.save((model(ids).logits.detach(), str(model.sparsity_report), repr(model.evaluation_results)), sys.argv[2])
+torch.save((model(ids).logits.detach(), str(model.sparsity_report), repr(model.ksparse.results)), sys.argv[2])
 """
 LOAD = """
 import sys, torch
@@ -482,7 +482,7 @@ assert "optimum_ksparse" not in sys.modules
 import optimum_ksparse
 model = AutoModelForCausalLM.from_pretrained("user/name")
 assert AutoTokenizer.from_pretrained("user/name")(texts[0]).input_ids
-facts = str(model.sparsity_report), repr(model.evaluation_results)
+facts = str(model.sparsity_report), repr(model.ksparse.results)
 torch.save((model(ids).logits.detach(), *facts, dense(ids).logits.detach()), sys.argv[2])
 """
 
@@ -623,7 +623,7 @@ def test_dense_column_is_the_recorded_commit_by_the_same_protocol(
     recorded = hub.commits("org/tiny-base")[1].id
     protocol = EvaluationProtocol(texts=TEXTS, seq_len=32, tasks=("copa", "sentineg"), data_dir=kobest)
     model.push_to_hub(NAME, evaluate=protocol)
-    results = model.evaluation_results
+    results = model.ksparse.results
     assert (results.dense_model, results.dense_revision) == ("org/tiny-base", recorded)
     assert [row.name for row in results.sparse] == [row.name for row in results.dense] == measured[:3]
     assert len(results.comparable()) == 3
@@ -631,7 +631,7 @@ def test_dense_column_is_the_recorded_commit_by_the_same_protocol(
     expected = evaluate_perplexity(dense, tokenizer, TEXTS, seq_len=32)["perplexity"]
     assert results.dense[0].metrics["perplexity"] == expected
     assert results.sparse[0].metrics["perplexity"] != expected
-    assert results == AutoModelForCausalLM.from_pretrained(NAME).evaluation_results
+    assert results == AutoModelForCausalLM.from_pretrained(NAME).ksparse.results
     assert f"org/tiny-base (commit {recorded})" in card_of(hub)
     assert f"{expected:,.2f}" in card_of(hub)
     assert (metadata(hub)["base_model"], metadata(hub)["base_model_relation"]) == ("org/tiny-base", "quantized")
@@ -646,7 +646,7 @@ def test_dense_column_is_the_recorded_commit_by_the_same_protocol(
 def test_baseline_that_is_given(where: str, hub: LoopbackHub, base: Path, model: PreTrainedModel) -> None:
     hub.add_repo("org/moved", read(base))
     model.push_to_hub(NAME, evaluate=TEXT_ONLY, baseline=base if where == "folder" else "org/moved")
-    results = model.evaluation_results
+    results = model.ksparse.results
     head = hub.commits("org/moved")[-1].id
     expected = ("tiny-base", None) if where == "folder" else ("org/moved", head)
     assert (results.dense_model, results.dense_revision) == expected
@@ -659,7 +659,7 @@ def test_base_that_cannot_be_found(
 ) -> None:
     baseline = {"no such folder": str(tmp_path / "nothing"), "no such repository": "org/nothing"}.get(case)
     if case == "not recorded":
-        del model.sparsity_report
+        model.ksparse.report = None
     if case == "gone":
         model = prune_from_hub(hub, base, token_ids)
         hub.reset()
@@ -697,7 +697,7 @@ def test_nothing_is_uploaded_where_measuring_fails(
     with pytest.raises(type(error)):
         model.push_to_hub(NAME, evaluate=TEXT_ONLY, baseline=base)
     assert sent(hub, "PUT") == sent(hub, "POST", "/commit/") == []
-    assert len(model.evaluation_results.sparse) == fatal - 1
+    assert len(model.ksparse.results.sparse) == fatal - 1
     model.push_to_hub(NAME, evaluate=TEXT_ONLY, baseline=base)
     assert len(calls) == 3  # what had been measured was not measured again
     assert set(pushed(hub)[0].files) == EVALUATED
@@ -729,7 +729,7 @@ def test_results_of_other_weights_are_refused(
 ) -> None:
     model.push_to_hub(NAME, evaluate=TEXT_ONLY, baseline=base)
     changed = AutoModelForCausalLM.from_pretrained(NAME)
-    assert changed.evaluation_results is not None
+    assert changed.ksparse.results is not None
     with torch.no_grad():
         changed.model.norm.weight.add_(1)
     hub.requests.clear()
@@ -742,8 +742,8 @@ def test_results_of_other_weights_are_refused(
     assert len(warnings) == 1
     assert "not saved" in warnings[0]
     changed.push_to_hub(NAME, evaluate=TEXT_ONLY, baseline=base)
-    again = AutoModelForCausalLM.from_pretrained(NAME).evaluation_results
-    assert again == changed.evaluation_results != model.evaluation_results
+    again = AutoModelForCausalLM.from_pretrained(NAME).ksparse.results
+    assert again == changed.ksparse.results != model.ksparse.results
 
 
 # --- The tokenizer ---------------------------------------------------------------------------------------------------
@@ -1395,12 +1395,12 @@ def test_adapter_on_a_folder(kind: str, hub: LoopbackHub, checkpoint: Path, toke
 def test_an_adapter_says_how_it_was_tuned(kind: str, hub: LoopbackHub, checkpoint: Path) -> None:
     pytest.importorskip("peft", reason="needs the extra finetune")
     plain = AutoModelForCausalLM.from_pretrained(checkpoint)
-    plain.tuning = {"task": "koalpaca", "base": str(checkpoint), "r": 8}  # as `load_checkpoint` sets it
+    plain.ksparse.tuning = {"task": "koalpaca", "base": str(checkpoint), "r": 8}  # as `load_checkpoint` sets it
     lora(plain, kind).push_to_hub("user/adapter")
     lora(AutoModelForCausalLM.from_pretrained(checkpoint), kind).push_to_hub("user/untuned")
     assert read_tuning("user/untuned") is None
-    assert json.loads(hub.files("user/adapter")["finetuning.json"]) == {**plain.tuning, "base": "tiny-sparse"}
-    assert read_tuning("user/adapter") == {**plain.tuning, "base": "tiny-sparse"}
+    assert json.loads(hub.files("user/adapter")["finetuning.json"]) == {**plain.ksparse.tuning, "base": "tiny-sparse"}
+    assert read_tuning("user/adapter") == {**plain.ksparse.tuning, "base": "tiny-sparse"}
 
 
 @pytest.mark.parametrize("kind", ["peft", "transformers"])

@@ -396,7 +396,7 @@ def test_it_is_pushed_with_its_card_and_measured_beside_the_dense_model(
     assert {"sparsity_report.json", "evaluation_results.json", "tokenizer.json", "README.md"} <= set(files)
     assert "블록을 뺀 모델" in files["README.md"].decode()
     again = AutoModelForCausalLM.from_pretrained("me/small")
-    assert len(again.evaluation_results.sparse) == len(again.evaluation_results.dense) == 1
+    assert len(again.ksparse.results.sparse) == len(again.ksparse.results.dense) == 1
     with torch.no_grad():
         assert torch.equal(again(token_ids).logits, model(token_ids).logits)
     with pytest.raises(ValueError, match="dense_revision: the model is dense itself"):

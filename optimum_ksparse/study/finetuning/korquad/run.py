@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import CONFIG_NAME
 
 from ....adapters.prepare import prepare_for_training
-from ....checkpoint import describe_model, fingerprint, sparse_modules
+from ....checkpoint import describe_model, facts_of, fingerprint, sparse_modules
 from ....checkpoint.model_class import class_for_source
 from ....checkpoint.staging import write_text
 from ....checks import check_integer
@@ -145,7 +145,7 @@ def _outcome_of(model: PreTrainedModel) -> tuple[EvaluationResults, str]:
     outcome = EvaluationResults(fingerprint(model))
     if sparse_modules(model):
         return outcome, "sparse"
-    outcome.dense_model, outcome.dense_revision = describe_model(model), getattr(model, "hub_commit", None)
+    outcome.dense_model, outcome.dense_revision = describe_model(model), facts_of(model).commit
     return outcome, "dense"
 
 
