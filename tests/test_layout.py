@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,13 @@ def test_no_file_names_this_machine():
     for name in files.stdout.split():
         text = (REPOSITORY / name).read_text(encoding="utf-8", errors="replace")
         assert str(Path.home()) + "/" not in text or str(Path.home()) == "/", name
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_ko.md"])
+def test_the_table_of_rooms_in_readme_is_the_order_of_rooms(readme):
+    text = (REPOSITORY / readme).read_text(encoding="utf-8")
+    rows = [
+        re.findall(r"`(\w+)/?`", row)
+        for row in re.findall(r"^\| (`[^|]*) \|", text.split("tests/test_layout.py")[1], re.M)
+    ]
+    assert [set(row) for row in rows] == [set(row) for row in ROOMS if row != ["__main__"]]
