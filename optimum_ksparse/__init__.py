@@ -21,6 +21,7 @@ from .hub import write_card
 from .integration import register
 from .nn import SparseLinear
 from .pattern import Pattern
+from .pruning import drop_layers
 from .report import SparsityReport
 from .version import __version__
 
@@ -37,6 +38,7 @@ __all__ = [
     "SparsityConfig",
     "SparsityReport",
     "__version__",
+    "drop_layers",
     "evaluate_kobest",
     "evaluate_model",
     "evaluate_nsmc",

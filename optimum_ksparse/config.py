@@ -39,7 +39,6 @@ STORAGES = ("packed", "dense")
 CALIBRATION_DTYPES = ("bfloat16", "float16")
 ACTIVATIONS = ("pruned", "dense", "mixed")
 RECONSTRUCTIONS = ("block",)
-NO_PATTERN = "none"  # how flags and recipes write pattern=None
 AUTO = "auto"  # a method that stands for the best of all within a time
 OBJECTIVES = ("memory", "speed")
 DENSIFY = ("never", "lazy")
@@ -85,7 +84,6 @@ class SparsityConfig(QuantizationConfigMixin):
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), a fraction of zeros (`"50%"`, `0.5`), or
             that fraction of whole blocks of r outputs x c inputs (`"50%/32x32"`), by the sum of the method's scores in
             each, over the layer (`sparsegpt`: over each `block_size` columns).
-            None, or `"none"`, with `drop_layers`: nothing is pruned besides, and the model stays a dense one.
         allocation: `"uniform"` gives every layer the pattern. `"owl"` gives each its own, from what a pass of the
             calibration data through the dense model measures (the time of one more forward pass): with a fraction of
             zeros each decoder block its own, with the same mean (OWL); with `n:m` some layers stay dense, and `2n:2m`
@@ -141,8 +139,6 @@ class SparsityConfig(QuantizationConfigMixin):
             where there are no kernels (CPUs, older GPUs) and memory is no concern; `"never"` does not.
         fuse: run layers of a block that read the same input (q, k, v; gate, up) as one product, where that gives the
             same bits.
-        drop_layers: decoder blocks to drop, before anything else: those that change the hidden states least, by the
-            mean of 1 − cosine over the calibration tokens (ShortGPT). It costs one more forward pass of these.
         layers: filled in when a model has been pruned: for each sparse layer its path in the decoder, pattern and
             number of values. Not for users.
         names: filled in as well: `"modules"` where the tensors of a packed checkpoint have the names of the model's
@@ -164,7 +160,7 @@ class SparsityConfig(QuantizationConfigMixin):
     def __init__(
         self,
         method: str = "admm",
-        pattern: str | float | Pattern | None = "2:4",
+        pattern: str | float | Pattern = "2:4",
         dataset: Any = "mc4-ko",
         tokenizer: Any = None,
         num_samples: int = 128,
@@ -188,7 +184,6 @@ class SparsityConfig(QuantizationConfigMixin):
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         allocation: str = "uniform",
         target_density: float | None = None,
-        drop_layers: int | None = None,
         time_budget: float | None = None,
         refine: str | Sequence[str] | None = None,
         reconstruct: str | None = None,
@@ -204,9 +199,7 @@ class SparsityConfig(QuantizationConfigMixin):
         self.time_budget = None if time_budget is None else check_number("time_budget", time_budget, 0, 1e9)
         if self.time_budget is not None and self.method != AUTO:
             raise ValueError(f"time_budget={time_budget} is for method={AUTO!r}; method={method!r} takes its time")
-        # Typed for the code that prunes, which is not reached without one.
-        self.pattern: str = _pattern(pattern)  # type: ignore[assignment]
-        self.drop_layers = None if drop_layers is None else check_integer("drop_layers", drop_layers, 1)
+        self.pattern = str(Pattern(pattern))
         for name, value in (("dataset", dataset), ("tokenizer", tokenizer)):
             check_no_token(name, value)
         self.dataset = dataset
@@ -224,8 +217,7 @@ class SparsityConfig(QuantizationConfigMixin):
         self.reconstruction_epochs = check_integer("reconstruction_epochs", reconstruction_epochs, 1)
         self.reconstruction_lr = check_number("reconstruction_lr", reconstruction_lr, 0, 1)
         self.activations = None if activations is None else _choice("activations", activations)
-        mixes = self.activations == "mixed" and self.pattern is not None
-        if mixes and self.reconstruct is None and self.method != AUTO:
+        if self.activations == "mixed" and self.reconstruct is None and self.method != AUTO:
             raise ValueError(
                 "activations='mixed' gives a block the inputs of the pruned model and the outputs of the dense one to "
                 "aim at, which reconstruct='block' alone does: add it, or pass 'pruned' or 'dense'"
@@ -249,11 +241,8 @@ class SparsityConfig(QuantizationConfigMixin):
         self.layers = None if layers is None else {name: dict(layer) for name, layer in layers.items()}
         self.names = None if names is None else check_one_of("names", names, (MODULE_NAMES,))
 
-        if self.pattern is None:
-            self._check_nothing_to_prune()
-        else:
-            self._check_pattern(Pattern(self.pattern))
-            check_allocation(self.allocation, Pattern(self.pattern), self.target_density, self.prunes_with_data)
+        self._check_pattern(Pattern(self.pattern))
+        check_allocation(self.allocation, Pattern(self.pattern), self.target_density, self.needs_data)
         if dataset is not None or self.needs_data:
             check_dataset(dataset)
         if is_mix(dataset):
@@ -274,22 +263,6 @@ class SparsityConfig(QuantizationConfigMixin):
                 "out; refine='exact' works on any mask"
             )
 
-    def _check_nothing_to_prune(self) -> None:
-        """Raises ValueError for `pattern=None` without `drop_layers`, or with a setting that only pruning has."""
-        if self.drop_layers is None:
-            raise ValueError(
-                "pattern=None prunes nothing, and drop_layers drops nothing: name a pattern, such as '2:4', or drop "
-                "blocks with drop_layers"
-            )
-        asked = {"reconstruct": self.reconstruct, "refine": self.refine, "target_density": self.target_density}
-        asked |= {"allocation": None if self.allocation == "uniform" else self.allocation}
-        asked |= {"method": AUTO if self.method == AUTO else None, "activations": self.activations}
-        for name, value in asked.items():
-            if value:
-                raise ValueError(
-                    f"{name}={value!r} has no meaning with pattern=None, which prunes nothing: leave it out"
-                )
-
     @property
     def given(self) -> set[str]:
         """Names of the settings that were passed; the others have their defaults."""
@@ -297,9 +270,7 @@ class SparsityConfig(QuantizationConfigMixin):
 
     @property
     def statistics(self) -> type[ColumnNorms] | None:
-        """What is to be collected of each layer's inputs; None where the method reads no data or nothing is pruned."""
-        if self.pattern is None:
-            return None
+        """What is to be collected of each layer's inputs; None where the method reads no data."""
         return GramMatrix if self.method == AUTO else statistics_of(self.method, self.refine)
 
     @property
@@ -319,14 +290,9 @@ class SparsityConfig(QuantizationConfigMixin):
         return {name: getattr(self, name) for name in sorted(names)}
 
     @property
-    def prunes_with_data(self) -> bool:
-        """Whether calibration tokens run through the model while it is pruned."""
-        return self.statistics is not None or self.reconstruct is not None
-
-    @property
     def needs_data(self) -> bool:
-        """Whether calibration tokens run through the model at all."""
-        return self.prunes_with_data or self.drop_layers is not None
+        """Whether calibration tokens run through the model."""
+        return self.statistics is not None or self.reconstruct is not None
 
     def with_pattern(self, pattern: str | Pattern) -> SparsityConfig:
         """A copy with another pattern, for a layer that has its own."""
@@ -400,6 +366,7 @@ def _checked_record(found: dict[str, Any]) -> dict[str, Any]:
     """Recorded settings as far as they are more than arguments of `SparsityConfig`."""
     check_depth(found)
     settings: dict[str, Any] = build(dict[str, Any], found)
+    settings.pop("drop_layers", None)  # of earlier versions, which dropped blocks before they pruned the others
     method = settings.pop("quant_method", QUANT_METHOD)
     if method != QUANT_METHOD:
         raise ValueError(f"quant_method={method!r} is not {QUANT_METHOD!r}")
@@ -452,10 +419,6 @@ def recorded_repository(described: str | None, commit: str | None = None) -> str
     """The repository on the Hub that a file names, where it may be read without the user having named it: never a
     path, nor a name that would be read from a folder here. None otherwise."""
     return described if names_repository(described, commit) and not os.path.exists(str(described)) else None
-
-
-def _pattern(value: Any) -> str | None:
-    return None if value is None or str(value).lower() == NO_PATTERN else str(Pattern(value))
 
 
 def _choice(name: str, value: Any) -> str:

@@ -82,7 +82,7 @@ def test_defaults_are_stored_in_full():
         ({"method": 3}, TypeError, "method must be a string, found int; allowed: magnitude, wanda, sparsegpt"),
         ({"pattern": "4:2"}, ValueError, "pattern='4:2' is not a pattern; allowed: .*n:m"),
         ({"pattern": "100%"}, ValueError, "pattern='100%' is out of range; allowed: "),
-        ({"pattern": None}, ValueError, "pattern=None prunes nothing, and drop_layers drops nothing: name a pattern"),
+        ({"pattern": None}, TypeError, "pattern"),
         ({"storage": "zip"}, ValueError, "storage='zip' is not known; allowed: packed, dense"),
         ({"storage": None}, TypeError, "storage must be a string, found NoneType; allowed: packed, dense"),
         ({"num_samples": 0}, ValueError, "num_samples=0 is too small, it must be at least 1"),

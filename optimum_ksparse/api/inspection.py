@@ -42,8 +42,6 @@ class CheckpointSummary:
         totals: dict[str, Any] = {}
         if self.report is not None:
             totals = {name: getattr(self.report, name) for name in ("density", "dense_bytes", "packed_bytes")}
-            if self.report.dropped is not None:
-                totals["dropped_blocks"] = self.report.dropped.blocks
         return {
             "checkpoint": self.source,
             "settings": self.settings,
@@ -103,9 +101,6 @@ def _idle_settings(settings: dict[str, Any]) -> set[str]:
         idle |= {"reconstruction_epochs", "reconstruction_lr"}
     if settings.get("method") not in ("sparsegpt", "auto"):
         idle.add("block_size")
-    if settings.get("pattern") is None:  # blocks were dropped, and nothing was pruned
-        idle |= {"method", "true_sequential", "skip_unsupported", "prune_routers", "storage", "allocation"}
-        idle |= {"block_size", "bos_in_statistics"}
     return idle
 
 

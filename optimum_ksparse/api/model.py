@@ -23,7 +23,7 @@ from ..checkpoint import (
     sparse_experts,
     sparse_modules,
 )
-from ..config import DENSE_CONFIG_KEY, EXECUTION_SETTINGS, QUANT_METHOD, RECORDED, SparsityConfig
+from ..config import EXECUTION_SETTINGS, QUANT_METHOD, RECORDED, SparsityConfig
 from ..data import usual_context
 from ..evaluation import mark_weights
 from ..hub import card_of_source, tag_model
@@ -45,7 +45,7 @@ def sparsify(
     *,
     restore_on_error: bool = True,
 ) -> SparsityReport:
-    """Prunes a loaded model in place: drops decoder blocks, where `drop_layers` says so, then swaps in `SparseLinear`.
+    """Prunes a loaded model in place: swaps in `SparseLinear`.
 
     Everything that can be checked is checked before a weight is touched, one calibration sample run through the dense
     model included. The model is then a sparse one for `save_pretrained`, `push_to_hub`, `Trainer` and `dequantize`;
@@ -60,7 +60,7 @@ def sparsify(
             accelerate.
         config: what to do.
         tokenizer: for calibration text; None takes `config.tokenizer`, then the model's own name.
-        restore_on_error: on an error or Ctrl-C give the model its dense modules and its dropped blocks back. They stay
+        restore_on_error: on an error or Ctrl-C give the model its dense modules back. They stay
             in memory until the end for that; False lets each go as it is pruned, and leaves a model to throw away.
 
     Raises:
@@ -76,8 +76,7 @@ def sparsify(
     recorded = record_settings(config)
     load = partial(load_tokenizer, config, model.name_or_path)
     place = Place(model, blocks, processes, (lambda: tokenizer) if tokenizer else load, restore_on_error)
-    with place.undoing():
-        job = run(place, config)
+    job = run(place, config)
     attach(model, recorded)
     if config.tokenizer is not None:
         facts_of(model).tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
@@ -129,7 +128,6 @@ def make_report(job: Job, config: SparsityConfig) -> SparsityReport:
         reconstruction=[block.reconstruction for block in job.pruned if block.reconstruction is not None],
         skipped=job.skipped,
         choice=job.choice,
-        dropped=job.dropped,
         base_model=describe_model(model),
         base_revision=facts_of(model).commit,
         num_parameters=job.num_parameters,
@@ -139,17 +137,10 @@ def make_report(job: Job, config: SparsityConfig) -> SparsityReport:
 
 
 def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
-    """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags. One that
-    has merely lost blocks stays a dense one, whose config keeps the settings."""
+    """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags."""
     record_layers(model, config)
     forget_conversions(model)
     facts_of(model).forget()
-    if config.pattern is None:
-        model.is_without_blocks = True
-        setattr(model.config, DENSE_CONFIG_KEY, config.to_dict())
-        return
-    if hasattr(model.config, DENSE_CONFIG_KEY):  # it had lost blocks before
-        delattr(model.config, DENSE_CONFIG_KEY)
     if sparse_experts(model):
         use_eager_experts(model)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)

@@ -166,27 +166,15 @@ class BlockReplay:
         """Rows that all calls of the current block bring: as many as there are tokens, for each call with them."""
         return self.tokens.numel() * len(self.batches) // len(set(self.batches))
 
-    def advance(
-        self, index: int, block: nn.Module, seen: Callable[[torch.Tensor, torch.Tensor], None] | None = None
-    ) -> None:
+    def advance(self, index: int, block: nn.Module) -> None:
         """Makes the outputs of the block at `index`, which is resident, the inputs of the next one. Its arguments are
-        dropped. `seen` is given the hidden states of each batch before and after the block, those positions that count
-        in statistics; only where the blocks are `in_line`."""
+        dropped."""
         if self._reruns:
             if index + 1 < len(self._calls):
                 self.enter(index + 1, index)
         elif self._calls[index]:  # text may pass a block by
-            self.hidden.replace(self.outputs(index, block) if seen is None else self._seen(index, block, seen))
+            self.hidden.replace(self.outputs(index, block))
         self._calls[index] = []
-
-    def _seen(
-        self, index: int, block: nn.Module, seen: Callable[[torch.Tensor, torch.Tensor], None]
-    ) -> Iterator[torch.Tensor]:
-        for batch in range(len(self._calls[index])):
-            before = self.hidden[batch].clone()  # a block may write into its input
-            after = self.output(index, block, batch)
-            seen(*(self._counted(hidden, hidden.shape[-3:-1]) for hidden in (before, after)))
-            yield after
 
     def take(self, other: BlockReplay) -> None:
         """Goes on where another one is, a fork of this one that is used up by it."""

@@ -17,22 +17,14 @@ from .modules import sparse_modules, stored_name
 
 
 def made_with(model: PreTrainedModel) -> SparsityConfig | None:
-    """The settings with which a sparse model, or a dense one that has lost blocks, was made; None for any other."""
+    """The settings with which a sparse model was made; None for any other."""
     settings = getattr(model.config, "quantization_config", None)
-    if isinstance(settings, SparsityConfig):
-        return settings
-    return SparsityConfig.from_dict(getattr(model.config, DENSE_CONFIG_KEY)) if has_lost_blocks(model) else None
-
-
-def has_lost_blocks(model: PreTrainedModel) -> bool:
-    """Whether it is a dense model, from which this package has dropped blocks; a new model that was made from such a
-    one's config is none."""
-    recorded = is_dense_record(getattr(model.config, DENSE_CONFIG_KEY, None))
-    return recorded and getattr(model, "is_without_blocks", False) and not sparse_modules(model)
+    return settings if isinstance(settings, SparsityConfig) else None
 
 
 def is_dense_record(settings: Any) -> bool:
-    """Whether settings, as a `config.json` keeps them, are those of a dense model that has merely lost blocks."""
+    """Whether settings, as a `config.json` keeps them, are those of a dense model from which an earlier version has
+    merely dropped blocks: one as any other."""
     return isinstance(settings, Mapping) and bool(settings.get("drop_layers")) and settings.get("pattern", "") is None
 
 

@@ -69,7 +69,7 @@ class EvalCommand(Command):
         settings = self.settings()
         protocol = protocol_of(settings)
 
-        from ..checkpoint import facts_of, fingerprint, has_lost_blocks, sparse_modules
+        from ..checkpoint import facts_of, fingerprint, sparse_modules
         from ..checkpoint.staging import check_output
         from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, results_table
         from ..hub import choose_baseline, choose_tokenizer
@@ -95,7 +95,7 @@ class EvalCommand(Command):
                     f"{output / RESULTS_NAME} holds results of other weights, or of another dtype: move it away, or "
                     "discard it with --overwrite"
                 )
-        if settings.get("baseline") and not sparse_modules(model) and not has_lost_blocks(model):
+        if settings.get("baseline") and not sparse_modules(model):
             raise ValueError("the model is dense: it is its own baseline, measure it without --baseline")
         baseline: Any = settings.get("baseline")
         dense = choose_baseline(model, None if baseline is True else baseline, None) if baseline else None
@@ -116,7 +116,7 @@ class EvalCommand(Command):
             results.take_baseline(column)
         if dense is not None:
             report = facts_of(model).report
-            size, like, dtype = getattr(report, "dense_parameters", None), type(model), model.dtype
+            size, like, dtype = getattr(report, "num_parameters", None), type(model), model.dtype
             device = settings.get("device_map") or model.device
             del model, report  # the dense model has the machine to itself
             how = {"like": like, "dtype": dtype, "device": device, "num_parameters": size}

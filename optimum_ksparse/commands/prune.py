@@ -21,8 +21,7 @@ SETTINGS_TEXTS = {
     "reconstruction_lr": "learning rate of that, as a share of each tensor's size",
     "activations": "calibration inputs and targets (default: the measured best)",
     "pattern": "2:4, 4:8, any n:m (n nonzero weights in every m), a share of zeros such as 50%, the same of whole "
-    "blocks of outputs x inputs such as 50%/32x32, or none, with --drop-layers",
-    "drop_layers": "decoder blocks to drop first: those that change the hidden states least (default: none)",
+    "blocks of outputs x inputs such as 50%/32x32; none prunes nothing, with --drop-layers",
     "allocation": "owl: each layer its own pattern, by what it would lose",
     "target_density": "with owl and n:m: mean share of weights to store, such as 0.6",
     "dataset": "calibration text: mc4-ko (Korean web text), c4 (English), kowiki (Korean Wikipedia), self (the model "
@@ -77,6 +76,12 @@ class PruneCommand(Command):
         parser.add_argument(
             "--config", metavar="RECIPE", help="YAML file with any of these settings; flags override it"
         )
+        parser.add_argument(
+            "--drop-layers",
+            type=int,
+            metavar="N",
+            help="decoder blocks to drop first: those that change the hidden states least (default: none)",
+        )
         add_switches(parser, _SWITCHES)
         kinds = {"dataset": dataset}
         add_settings(parser, SparsityConfig, SETTINGS_TEXTS, choices=CHOICES, kinds=kinds, several=("refine",))
@@ -87,6 +92,17 @@ class PruneCommand(Command):
         settings = self.settings()
         model, output = settings.pop("model"), settings.pop("output")
         stream, as_json = settings.pop("stream", False), settings.pop("json", False)
+        self.dropped = settings.pop("drop_layers", None)
+        self.drops_alone = str(settings.get("pattern", "")).lower() == "none"
+        if self.drops_alone and self.dropped is None:
+            raise UsageError("pattern=none prunes nothing: name a pattern, or drop blocks with --drop-layers")
+        if self.dropped is not None and stream:
+            raise UsageError(
+                "drop_layers= needs the whole model in memory: leave out --stream and pass --pattern none, then prune "
+                "the model that comes out with --stream"
+            )
+        if self.drops_alone:
+            del settings["pattern"]
         loading = {name: settings.pop(name) for name in list(settings) if name not in SETTINGS_TEXTS}
         foreign = ("device_map", "gguf_file", "max_shard_size") if stream else tuple(_STREAM_TEXTS)
         for name in foreign:
@@ -105,7 +121,9 @@ class PruneCommand(Command):
             with listening(_print_json if as_json and shown else None):
                 report = prune(model, output, config, loading, shown)
         if shown:
-            print(json.dumps({"event": "done", "output": output, **asdict(report)}) if as_json else report)
+            rows = {} if report is None else asdict(report)
+            if as_json or report is not None:
+                print(json.dumps({"event": "done", "output": output, **rows}) if as_json else report)
             print(f"saved in {output}", file=sys.stderr if as_json else sys.stdout)
 
     def _stream(self, model: str, output: str, config: Any, loading: dict[str, Any], shown: bool) -> Any:
@@ -125,15 +143,33 @@ class PruneCommand(Command):
             with staged(output):  # an output that cannot be written to is an error before the work, not after it
                 pass
         where = {name: loading[name] for name in ("revision", "gguf_file", "trust_remote_code") if name in loading}
-        model = class_for_source(source, **where).from_pretrained(source, sparsity_config=config, **loading)
+        model_class = class_for_source(source, **where)
+        if self.dropped is None:
+            model = model_class.from_pretrained(source, sparsity_config=config, **loading)
+        else:
+            model = model_class.from_pretrained(source, **loading)
+            self._drop(model, config, where)
+        report = getattr(model, "sparsity_report", None)
         if not shown:
-            return model.sparsity_report
+            return report
         with staged(output) as folder:
             if (error := save_tokenizer(source, folder, **where)) is not None:
                 reason = describe_error(error, self.flags)
                 self.say(f"{output} has no tokenizer: none could be loaded from {source}: {reason}")
             model.save_pretrained(folder, **save)
-        return model.sparsity_report
+        return report
+
+    def _drop(self, model: Any, config: Any, where: Any) -> None:
+        """Drops blocks, and prunes the others unless that is all."""
+        from .. import drop_layers, sparsify
+        from ..pruning import load_tokenizer
+
+        tokenizer = load_tokenizer(config, model.name_or_path, **where)
+        names = ("num_samples", "seq_len", "batch_size", "seed", "prepend_bos")
+        given = {name: getattr(config, name) for name in names if name in config.given}
+        drop_layers(model, self.dropped, config.dataset, tokenizer, **given)
+        if not self.drops_alone:
+            sparsify(model, config, tokenizer, restore_on_error=False)
 
     def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """One path with a recipe that names the model is the output."""

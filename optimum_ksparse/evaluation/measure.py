@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import describe_model, facts_of, has_lost_blocks, sparse_modules
+from ..checkpoint import describe_model, facts_of, sparse_modules
 from ..checkpoint.digests import fingerprint
 from ..config import describe_source
 from .baseline import Baseline, recorded_baseline, set_aside
@@ -56,7 +56,7 @@ def evaluate_model(
         results = EvaluationResults(found)
     facts.results = results
     settle_records(model, now=found)
-    part = "sparse" if sparse_modules(model) or has_lost_blocks(model) else "dense"
+    part = "sparse" if sparse_modules(model) else "dense"
     if part == "dense":
         if dense:
             raise ValueError("the model is dense: it is its own baseline")
@@ -65,7 +65,7 @@ def evaluate_model(
             results.dense_revision = facts.commit
     _measure_missing(results, part, model, tokenizer, protocol, on_measured)
     if isinstance(dense, Baseline):
-        size = None if facts.report is None else facts.report.dense_parameters
+        size = None if facts.report is None else facts.report.num_parameters
         with set_aside(model) as device:
             evaluate_baseline(
                 results,
@@ -97,7 +97,8 @@ def evaluate_baseline(
 
     Args:
         like: model or class to load it as. dtype, device: of the sparse model; a string or dict is a device map.
-        num_parameters: of the dense model that was pruned; one with another number is refused.
+        num_parameters: of the model that was pruned; one with fewer is refused. It may have more: blocks may have been
+            dropped before.
 
     Raises:
         ValueError: the dense model is sparse itself, of another size, or was tuned.
@@ -105,7 +106,7 @@ def evaluate_baseline(
     protocol = protocol or EvaluationProtocol()
     model = baseline.load(like, dtype, device)
     try:
-        if num_parameters is not None and model.num_parameters() != num_parameters:
+        if num_parameters is not None and model.num_parameters() < num_parameters:
             raise ValueError(
                 f"the baseline {describe_source(baseline.source)} has {model.num_parameters():,} parameters, the "
                 f"model that was pruned had {num_parameters:,}: it is another model"

@@ -25,7 +25,7 @@ from .metadata import merge_metadata
 
 LANGUAGES = ("en", "ko")
 # What `citations.md.jinja` has an entry for.
-_CITED = {*METHODS, "swaps", "owl", "shortgpt", "blocks", "kobest", "korquad"}
+_CITED = {*METHODS, "swaps", "owl", "blocks", "kobest", "korquad"}
 
 
 @dataclass
@@ -45,7 +45,7 @@ class CardSubject:
         name: title; `repo_id`: where it is published, None while it is not.
         base_model: Hub id of what was pruned, or of an adapter's sparse base; None for a local folder, whose name is
             then `base_name`. base_revision: its commit.
-        storage: "packed", "dense", or "plain" where nothing is sparse. dtype: of the weights. file_bytes: of all their
+        storage: "packed", "dense". dtype: of the weights. file_bytes: of all their
             files.
         dense_revision: branch that holds the dense variant, or None.
         figures: file → whether it was drawn.
@@ -124,7 +124,7 @@ def _view(subject: CardSubject) -> dict[str, Any]:
     """What the templates see."""
     results, report = subject.results, subject.report
     measured = (results.sparse or results.dense) if results is not None else []
-    is_sparse = report is not None and not report.is_dense
+    is_sparse = report is not None
     pattern = Pattern(str(report.config["pattern"])) if report is not None and is_sparse else None
     return {
         "card": subject,
@@ -169,9 +169,8 @@ def _methods(subject: CardSubject) -> set[str]:
     report, results = subject.report, subject.results
     names: set[Any] = set()
     if report is not None:
-        names |= {None if report.is_dense else report.pruner, *(report.config.get("refine") or ())}
+        names |= {report.pruner, *(report.config.get("refine") or ())}
         names |= {report.config.get("allocation"), "blocks" if report.reconstruction else None}
-        names |= {"shortgpt" if report.dropped is not None else None}
     for row in [*results.sparse, *results.dense] if results is not None else []:
         names.add("kobest" if row.name in KOBEST_TASKS else row.name)
     return names & _CITED
@@ -179,7 +178,7 @@ def _methods(subject: CardSubject) -> set[str]:
 
 def _pruned_to(report: SparsityReport | None) -> str:
     """The patterns of the layers; of an unstructured one what was asked for, which is their mean."""
-    if report is None or report.is_dense:
+    if report is None:
         return ""
     asked = Pattern(str(report.config["pattern"]))
     return ", ".join(report.patterns) if asked.is_structured else str(asked)

@@ -62,8 +62,7 @@ def draw_figures(
         _save(_output_errors(report, words), directory / ERROR_FIGURE)
         drawn[ERROR_FIGURE] = True
     if results is not None and _drawable(results):
-        ours = "without blocks" if report is not None and report.is_dense else "sparse"
-        _save(_dense_and_sparse(results, ours, words), directory / RESULTS_FIGURE)
+        _save(_dense_and_sparse(results, "sparse", words), directory / RESULTS_FIGURE)
         drawn[RESULTS_FIGURE] = True
     return drawn
 

@@ -24,7 +24,7 @@ from .model_index import METRICS, index_entries, metric_types
 # A person's entries are kept where these lists are written anew; for the other keys of `_OURS` ours replace them.
 _UNITED = ("tags", "datasets", "metrics")
 _PATTERN_TAG = re.compile(r"\d+of\d+|blocks-\d+x\d+|unstructured")
-_SPARSE, _DROPPED = "sparse", "layer-dropping"
+_SPARSE = "sparse"
 # Tasks of the Hub by the class that does them.
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -70,8 +70,7 @@ def build_metadata(
     auto_class: str = "AutoModelForCausalLM",
     tags: list[str] | None = None,
 ) -> ModelCardData:
-    """The metadata of a sparse model, of one that has lost blocks, or of an adapter on one. The Hub has no relation to
-    the base for a model without some of its blocks.
+    """The metadata of a sparse model, or of an adapter on one.
 
     Args:
         name: of the model, for the model index.
@@ -81,7 +80,6 @@ def build_metadata(
         tags: further tags.
     """
     language = inherited.get("language")
-    is_dense = report is not None and report.is_dense
     names = [] if report is None else _hub_datasets(report.calibration)
     found_tags = sparse_tags(report)
     if language is None and names and all(name in ("mc4-ko", "kowiki") for name in names):
@@ -98,7 +96,7 @@ def build_metadata(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=_PIPELINES.get(auto_class) or inherited.get("pipeline_tag"),
         base_model=base_model,
-        base_model_relation=("adapter" if is_adapter else None if is_dense else "quantized") if base_model else None,
+        base_model_relation=("adapter" if is_adapter else "quantized") if base_model else None,
         datasets=list(dict.fromkeys(HUB_DATASETS[name][0] for name in names)) or None,
         metrics=metrics or None,
         tags=found_tags + [tag for tag in tags or [] if tag not in found_tags],
@@ -108,13 +106,9 @@ def build_metadata(
 
 
 def sparse_tags(report: SparsityReport | None, settings: SparsityConfig | None = None) -> list[str]:
-    """The tags of a sparse model, or of one that has lost blocks: by its report, or by its settings where it has
-    none."""
-    is_dense = report.is_dense if report is not None else settings is not None and settings.pattern is None
-    tags = ["optimum-ksparse", *([] if is_dense else [_SPARSE]), "pruned"]
-    if (report.dropped if report is not None else getattr(settings, "drop_layers", None)) is not None:
-        tags.append(_DROPPED)
-    if is_dense or (report is None and settings is None):
+    """The tags of a sparse model: by its report, or by its settings where it has none."""
+    tags = ["optimum-ksparse", _SPARSE, "pruned"]
+    if report is None and settings is None:
         return tags
     pruner = report.pruner if report is not None else settings.method  # type: ignore[union-attr]
     patterns = report.patterns if report is not None else [str(settings.pattern)]  # type: ignore[union-attr]
@@ -130,7 +124,7 @@ def tag_model(model: PreTrainedModel, report: SparsityReport | None, settings: S
 
 
 def _is_our_tag(tag: Any) -> bool:
-    names = ("optimum-ksparse", "pruned", _SPARSE, _DROPPED, *METHODS)
+    names = ("optimum-ksparse", "pruned", _SPARSE, *METHODS)
     return tag in names or _PATTERN_TAG.fullmatch(str(tag)) is not None
 
 

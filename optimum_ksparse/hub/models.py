@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoint import facts_of, fingerprint, has_lost_blocks, made_with, sparse_modules, without_peft
+from ..checkpoint import facts_of, fingerprint, made_with, sparse_modules, without_peft
 from ..evaluation import EvaluationResults, settle_records
 from ..records import RESULTS_NAME
 
@@ -19,15 +19,15 @@ def is_adapter(model: Any) -> bool:
 
 
 def is_ours(model: Any) -> bool:
-    """Whether it is a sparse model, an adapter on one, or a dense model that has lost blocks."""
+    """Whether it is a sparse model, or an adapter on one."""
     plain = without_peft(model)
     if not isinstance(plain, PreTrainedModel):
         return False
-    return bool(sparse_modules(plain)) or (not is_adapter(model) and has_lost_blocks(plain))
+    return bool(sparse_modules(plain))
 
 
 def sparse_part(model: Any) -> PreTrainedModel:
-    """The transformers model of a sparse model, of one that has lost blocks, or of a PEFT model on one of them.
+    """The transformers model of a sparse model, or of a PEFT model on one.
 
     Raises:
         TypeError: it is none of them.

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checkpoint import describe_model, facts_of, has_lost_blocks
+from ..checkpoint import describe_model, facts_of
 from ..checkpoint.staging import write_text
 from ..config import describe_source
 from ..evaluation import EvaluationProtocol, check_protocol, evaluate_model
@@ -102,7 +102,7 @@ def push_model(
             "or `optimum-cli ksparse eval CHECKPOINT --baseline` before the push."
         )
     more_tags = [tags] if isinstance(tags, str) else list(tags or [])
-    message = commit_message or (_message(model, plain))
+    message = commit_message or ("Upload adapter" if is_adapter(model) else "Upload sparse model")
     card: dict[str, Any] = {"language": language, "repo_id": repo_id, "tags": more_tags, "token": token}
     card |= {"dense_revision": dense_revision, "existing": readme or "", "results": results}
     with tempfile.TemporaryDirectory() as folder:
@@ -115,12 +115,6 @@ def push_model(
             _save(model, Path(folder), found_tokenizer, max_shard_size, variant, token)
             commit_folder(api, repo_id, Path(folder), model, card, message, commit_description, dense_revision)
     return info
-
-
-def _message(model: Any, plain: PreTrainedModel) -> str:
-    if is_adapter(model):
-        return "Upload adapter"
-    return "Upload model without dropped blocks" if has_lost_blocks(plain) else "Upload sparse model"
 
 
 def check_target(
@@ -141,8 +135,6 @@ def _check_storage(model: Any, plain: PreTrainedModel, dense_revision: str | Non
         return
     if is_adapter(model):
         raise ValueError("dense_revision: an adapter has no dense variant; publish its base with one")
-    if has_lost_blocks(plain):
-        raise ValueError("dense_revision: the model is dense itself; leave it out")
     if plain.config.quantization_config.storage == "dense":
         raise ValueError('dense_revision: the model has storage="dense" itself')
 

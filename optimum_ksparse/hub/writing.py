@@ -198,7 +198,7 @@ def _tuning(model: PreTrainedModel) -> dict[str, Any] | None:
 
 def _storage(model: PreTrainedModel) -> str:
     settings = made_with(model)
-    return "plain" if settings is None or settings.pattern is None else settings.storage
+    return "packed" if settings is None else settings.storage
 
 
 def _base(

@@ -24,7 +24,6 @@ from ..checkpoint import (
     drop_record,
     facts_of,
     forget_conversions,
-    has_lost_blocks,
     is_dense_record,
     is_our_record,
     made_with,
@@ -165,8 +164,7 @@ def _check_not_quantized(other: Any) -> None:
 
 
 def _recorded_config(cls: type[PreTrainedModel], source: Any, kwargs: dict[str, Any]) -> SparsityConfig | None:
-    """The settings with which a checkpoint was pruned; None for one that is not sparse, which may have lost blocks: it
-    is pruned as any other dense one."""
+    """The settings with which a checkpoint was pruned; None for one that is not sparse."""
     config = kwargs.get("config")
     if isinstance(config, PreTrainedConfig):
         settings = getattr(config, "quantization_config", None) or getattr(config, DENSE_CONFIG_KEY, None)
@@ -238,8 +236,8 @@ def _finish_sparse(
         drop_record(model.config)  # whoever has quantized it loads and saves it
         return
     if is_dense_record(getattr(model.config, DENSE_CONFIG_KEY, None)):
-        model.is_without_blocks = True  # type: ignore[assignment]
-    if not (sparse_modules(model) or has_lost_blocks(model) or _records_layers(model)):
+        drop_record(model.config)
+    if not (sparse_modules(model) or _records_layers(model)):
         _check_not_lost(info, source, kwargs)
         return
     check_loaded(find_blocks(model), info)
@@ -288,7 +286,7 @@ def _make_sparse(model: PreTrainedModel) -> str | None:
     for name, module in modules.items():
         if not module.weight_mask.is_meta:
             module.check_mask(name)
-    if modules or has_lost_blocks(model):
+    if modules:
         forget_conversions(model)
         return None
     settings = getattr(model.config, DENSE_CONFIG_KEY, None)

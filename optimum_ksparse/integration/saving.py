@@ -21,7 +21,6 @@ from ..checkpoint import (
     check_saved,
     dense_shapes,
     facts_of,
-    has_lost_blocks,
     is_elsewhere,
     made_with,
     record_layers,
@@ -39,7 +38,7 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
-    """Wraps `cls.save_pretrained` once; models that are and were dense, and whole, pass through. With
+    """Wraps `cls.save_pretrained` once; models that are and were dense pass through. With
     `overwrite=True` a model that was pruned may take the place of the one that it was loaded from."""
     original = cls.save_pretrained
     if getattr(original, "_ksparse", False):
@@ -52,9 +51,9 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
         config, is_sparse = made_with(self), bool(sparse_modules(self))
         bound = signature.bind(self, *args, **kwargs).arguments
         adapted = getattr(self, "_hf_peft_config_loaded", False)  # then transformers saves the adapter alone
-        is_ours = is_sparse or ((has_lost_blocks(self) or facts_of(self).is_dequantized) and not adapted)
+        is_ours = is_sparse or (facts_of(self).is_dequantized and not adapted)
         if not is_ours or not bound.get("is_main_process", True):
-            with nullcontext() if is_sparse or adapted or has_lost_blocks(self) else without_record(self.config):
+            with nullcontext() if is_sparse or adapted else without_record(self.config):
                 original(self, *args, **kwargs)
             if not is_ours and not adapted and bound.get("is_main_process", True):
                 drop_records(bound["save_directory"])

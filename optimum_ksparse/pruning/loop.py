@@ -147,8 +147,6 @@ def prune_blocks(
 
 
 def _title(config: SparsityConfig) -> str:
-    if config.pattern is None:
-        return "Writing what is left"
     steps = (config.method, *config.refine, *([config.reconstruct] if config.reconstruct else []))
     return f"Pruning ({' + '.join(steps)} {config.pattern})"
 

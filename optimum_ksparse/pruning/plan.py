@@ -1,13 +1,13 @@
 """The pipeline, the only one: from a dense model and settings to a sparse model, wherever the model is.
 
-`STAGES` and `PRUNING_STAGES` name what happens, in its order. A stage reads and fills a `Job`; what differs between a
+`find` and `STAGES` name what happens, in its order. A stage reads and fills a `Job`; what differs between a
 model in memory and a checkpoint on disk is up to the `Place`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,10 @@ from ..blocks import Activations, BlockReplay, DecoderBlocks, ExpertStack, eager
 from ..config import AUTO, SparsityConfig
 from ..data import CalibrationTokens
 from ..pruners.allocation import Allocation
-from ..report import DroppedBlocks, MethodChoice, PrunedBlock
+from ..report import MethodChoice, PrunedBlock
 from .block import Replaced
 from .choosing import choose_method
 from .distributed import Processes
-from .layer_dropping import check_drop, drop_blocks, measure_drop
 from .loop import needs_original, prune_blocks
 from .reconstruction import HELD_OUT
 from .sensitivity import leave_dense, measure_allocation
@@ -56,14 +55,7 @@ class Place:
         restore_on_error: bool,
     ) -> None:
         self.model, self.blocks, self.processes, self.tokenizer = model, blocks, processes, tokenizer
-        self.replaced, self._undo = Replaced() if restore_on_error else None, ExitStack()
-
-    @contextmanager
-    def undoing(self) -> Iterator[None]:
-        """An error within it puts dropped blocks back."""
-        with self._undo:
-            yield
-            self._undo.pop_all()
+        self.replaced = Replaced() if restore_on_error else None
 
     def resident(self, index: int) -> AbstractContextManager[None]:
         """Within it the weights of a block are there."""
@@ -84,12 +76,6 @@ class Place:
         """What is measured before the first block is pruned, given a folder for activations."""
         return measure(None)
 
-    def drop(self, numbers: list[int]) -> None:
-        """Takes these blocks out of the model."""
-        undo = drop_blocks(self.blocks, numbers)
-        if self.replaced is not None:
-            self._undo.callback(undo)
-
     def resume(self, replay: BlockReplay | None, original: BlockReplay | None, config: SparsityConfig) -> None:
         """Puts the blocks that are done into the model, and brings activations from the first block to the one after
         them: `replay` those of the pruned model, `original` those of the dense one."""
@@ -109,8 +95,8 @@ class Job:
         targets: for each block its layers to prune, by name.
         skipped: layers that stay dense → reason.
         data: calibration samples; None where none are read.
-        dropped, allocation, choice: what was measured and decided, where that was asked for.
-        num_parameters: without dropped blocks, before anything is packed.
+        allocation, choice: what was measured and decided, where that was asked for.
+        num_parameters: before anything is packed.
         pruned: what there is to report of each block.
     """
 
@@ -119,7 +105,6 @@ class Job:
     targets: list[dict[str, Layer]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     data: CalibrationTokens | None = None
-    dropped: DroppedBlocks | None = None
     allocation: Allocation | None = None
     choice: MethodChoice | None = None
     num_parameters: int = 0
@@ -165,33 +150,16 @@ class Job:
 
 def find(job: Job) -> None:
     """What to prune, and what stays dense."""
-    blocks, config = job.place.blocks, job.config
-    if config.drop_layers is not None:
-        check_drop(blocks, config.drop_layers, config.modules_to_not_convert)
-    job.targets, job.skipped = find_targets(blocks, config)
-    if config.drop_layers is None:
-        job.place.check_space(job.targets)
+    job.targets, job.skipped = find_targets(job.place.blocks, job.config)
+    job.place.check_space(job.targets)
+    job.num_parameters = job.place.model.num_parameters()
 
 
 def draw(job: Job) -> None:
     """The calibration samples."""
     place, config = job.place, job.config
     if config.needs_data:
-        with evaluation_mode(place.model):
-            job.data = place.tokens(lambda: draw_tokens(place.model, config, place.tokenizer()))
-
-
-def drop(job: Job) -> None:
-    """Decoder blocks that change little are measured, and go."""
-    place, number = job.place, job.config.drop_layers
-    if number is not None:
-        with evaluation_mode(place.model):
-            measure = partial(measure_drop, place.blocks, number)
-            job.dropped = job.measure("dropped", DroppedBlocks, measure)
-        place.drop(job.dropped.blocks)
-        job.targets, job.skipped = find_targets(place.blocks, job.config)
-        place.check_space(job.targets)
-    job.num_parameters = place.model.num_parameters()
+        job.data = place.tokens(lambda: draw_tokens(place.model, config, place.tokenizer()))
 
 
 def allocate(job: Job) -> None:
@@ -215,7 +183,7 @@ def prune(job: Job) -> None:
     place, config, choice = job.place, job.config, job.choice
     config = config if choice is None else config.as_chosen(choice.method, choice.reconstruct)
     unfinished = len(place.done) < len(place.blocks.blocks)
-    replay = job.replay() if config.prunes_with_data and unfinished else None
+    replay = job.replay() if config.needs_data and unfinished else None
     original = replay.fork("original") if replay is not None and needs_original(config, replay) else None
     place.resume(replay, original, config)
     job.pruned = [*place.done]
@@ -236,9 +204,7 @@ def prune(job: Job) -> None:
         row.sensitivity = None if job.allocation is None else job.allocation.sensitivities[row.name]
 
 
-# Before the model's blocks change, and after.
-STAGES: tuple[Callable[[Job], None], ...] = (find, draw, drop)
-PRUNING_STAGES: tuple[Callable[[Job], None], ...] = (allocate, choose, prune)
+STAGES: tuple[Callable[[Job], None], ...] = (draw, allocate, choose, prune)
 
 
 @torch.no_grad()
@@ -251,12 +217,11 @@ def run(place: Place, config: SparsityConfig) -> Job:
         ConnectionError: the calibration data cannot be read from the Hub, or another process has stopped.
     """
     job = Job(place, config)
-    for stage in STAGES:
-        stage(job)
+    find(job)
     stacked = any(isinstance(layer, ExpertStack) for layers in job.targets for layer in layers.values())
     with evaluation_mode(place.model), eager_experts(place.model) if stacked else nullcontext():
         try:
-            for stage in PRUNING_STAGES:
+            for stage in STAGES:
                 stage(job)
         except BaseException:
             if place.replaced is not None:

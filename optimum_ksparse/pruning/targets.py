@@ -23,15 +23,13 @@ Layer = nn.Module | ExpertStack
 
 def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, Layer]], dict[str, str]]:
     """What to prune: for each block its linear maps and stacks of matrices by name, and the ones left dense (path in
-    the decoder → reason). Nothing with `pattern=None`. Layers that route tokens, and those whose weight the model
+    the decoder → reason). Layers that route tokens, and those whose weight the model
     reads by itself, stay dense without an error.
 
     Raises:
         ValueError: a linear map or a stack cannot be pruned and `skip_unsupported` is False, a name in
             `modules_to_not_convert` matches nothing, or nothing is left to prune.
     """
-    if config.pattern is None:
-        return [{} for _ in blocks.blocks], {}
     pattern = Pattern(config.pattern)
     targets: list[dict[str, Layer]] = []
     skipped: dict[str, str] = {}

@@ -80,17 +80,23 @@ def check_depth(value: Any, where: str = "it") -> None:
         level = [inner for item in holders for inner in (item.values() if isinstance(item, dict) else item)]
 
 
-def read_record(kind: Any, path: str | os.PathLike[str], what: str, remedy: str = "") -> Any:
+def read_record(
+    kind: Any, path: str | os.PathLike[str], what: str, remedy: str = "", without: tuple[str, ...] = ()
+) -> Any:
     """What a JSON file holds, as `kind` (see `build`).
 
     Args:
         what: what messages say of a file that is none, as "is no report of optimum-ksparse". remedy: what to do then.
+        without: fields that earlier versions wrote, and that are passed over.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is no such record, or of a newer schema; names the file, without its folder, and the field.
     """
     try:
-        return build(kind, read_json(path))
+        value = read_json(path)
+        if isinstance(value, dict):
+            value = {name: item for name, item in value.items() if name not in without}
+        return build(kind, value)
     except ValueError as error:  # those of JSON and of the encoding are too
         raise ValueError(printable(f"{os.path.basename(path)} {what}: {error}{remedy}")) from None

@@ -18,7 +18,6 @@ from .rows import (
     BlockReport,
     Calibration,
     Change,
-    DroppedBlocks,
     LayerKind,
     LayerReport,
     MethodChoice,
@@ -40,7 +39,6 @@ class SparsityReport:
         reconstruction: one `BlockReport` for each block that was reconstructed. The output errors of its layers are
             those before.
         choice: what `method="auto"` chose, and why.
-        dropped: the decoder blocks that were dropped first; the numbers in names of layers are those without them.
         skipped: linear maps left dense, each with the reason.
         base_model: what was pruned, as it was named (a local folder by its last part).
         base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
@@ -52,7 +50,7 @@ class SparsityReport:
             computed, as in the checkpoints of a training run, or by an earlier version.
         changes: what was done to the weights after pruning. Where there are any, the output errors and the losses of
             reconstruction are those of weights that are gone.
-        num_parameters: logical parameters of the whole model, zeros included, without those of dropped blocks.
+        num_parameters: logical parameters of the whole model, zeros included.
         seconds: from the loaded to the pruned model. peak_memory_bytes: of the process (and of the GPU, where used).
         versions: of the libraries that did it.
     """
@@ -62,7 +60,6 @@ class SparsityReport:
     layers: list[LayerReport] = field(default_factory=list)
     reconstruction: list[BlockReport] = field(default_factory=list)
     choice: MethodChoice | None = None
-    dropped: DroppedBlocks | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     base_revision: Revision | None = None
@@ -79,10 +76,7 @@ class SparsityReport:
 
     @property
     def method(self) -> str:
-        """The method and what followed it, as a card or a table names them: such as "admm + block"; where nothing was
-        pruned, what else was done."""
-        if self.is_dense:
-            return "dropped blocks"
+        """The method and what followed it, as a card or a table names them: such as "admm + block"."""
         reconstruct = self.config.get("reconstruct") if self.choice is None else self.choice.reconstruct
         steps = [self.pruner, *(self.config.get("refine") or ()), reconstruct]
         return " + ".join(str(step) for step in steps if step)
@@ -102,24 +96,14 @@ class SparsityReport:
         return sum(before for before, _ in known) / len(known), sum(after for _, after in known) / len(known)
 
     @property
-    def is_dense(self) -> bool:
-        """Whether nothing was pruned besides dropping blocks."""
-        return "pattern" in self.config and self.config["pattern"] is None
-
-    @property
-    def dense_parameters(self) -> int:
-        """Parameters of the dense model, dropped blocks included."""
-        return self.num_parameters if self.dropped is None else self.dropped.num_parameters
-
-    @property
     def num_weights(self) -> int:
         """Logical weights of the sparse layers, zeros included."""
         return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
 
     @property
     def density(self) -> float:
-        """Share of the sparse layers' weights that is kept; 1 where there are none."""
-        return 1.0 if self.is_dense else sum(layer.num_values for layer in self.layers) / max(1, self.num_weights)
+        """Share of the sparse layers' weights that is kept."""
+        return sum(layer.num_values for layer in self.layers) / max(1, self.num_weights)
 
     @property
     def dense_bytes(self) -> int:
@@ -133,15 +117,12 @@ class SparsityReport:
 
     @property
     def packed_ratio(self) -> float:
-        """Packed bytes as a share of the dense ones; 1 where nothing is packed."""
-        return 1.0 if self.is_dense else self.packed_bytes / max(1, self.dense_bytes)
+        """Packed bytes as a share of the dense ones."""
+        return self.packed_bytes / max(1, self.dense_bytes)
 
     @property
     def patterns(self) -> list[str]:
-        """The patterns of the layers, each once, in the order of the model; without layers the one asked for. None
-        where nothing was pruned."""
-        if self.is_dense:
-            return []
+        """The patterns of the layers, each once, in the order of the model; without layers the one asked for."""
         return list(dict.fromkeys(layer.pattern for layer in self.layers)) or [str(self.config.get("pattern"))]
 
     @property
@@ -166,7 +147,7 @@ class SparsityReport:
     def load(cls, path: str | os.PathLike[str]) -> SparsityReport:
         """Reads a report from its file. Raises ValueError, which names the field, where it is damaged or of a newer
         schema."""
-        return read_record(cls, path, "is not a report of optimum-ksparse")
+        return read_record(cls, path, "is not a report of optimum-ksparse", without=("dropped",))
 
     def check_record(self, where: str) -> None:
         """Raises ValueError where what was read from a file could not be printed, or contradicts itself."""
@@ -177,8 +158,6 @@ class SparsityReport:
         if "pattern" not in self.config:
             raise ValueError("config.pattern is missing")
         self.config = {name: settings.get(name, value) for name, value in self.config.items()}
-        if self.is_dense and (self.layers or self.dropped is None):
-            raise ValueError("config.pattern is null, and there are layers, or no blocks were dropped")
 
     def __str__(self) -> str:
         """A table with a row for each kind of layer (same path but for the block's number), and the totals."""

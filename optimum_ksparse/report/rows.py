@@ -1,4 +1,4 @@
-"""What a report is made of: a row for each layer and each reconstructed block, and what was chosen and dropped."""
+"""What a report is made of: a row for each layer and each reconstructed block, and what was chosen."""
 
 from __future__ import annotations
 
@@ -177,37 +177,6 @@ class MethodChoice:
         else:
             why = f"the fastest, because the trials on block {self.block} left too little of {allowed} for any"
         return f"chosen by auto: {name}, {why}: {', '.join(words(trial) for trial in self.trials)}"
-
-
-@dataclass
-class DroppedBlocks:
-    """The decoder blocks that were dropped because they change the hidden states least.
-
-    Attributes:
-        blocks: their numbers in the dense model, in order.
-        scores: of all blocks of the dense model: 1 − cosine of a token's hidden states before and after the block, the
-            mean over the calibration tokens (ShortGPT's Block Influence).
-        num_parameters: of the dense model.
-    """
-
-    blocks: list[Count]
-    scores: list[float]
-    num_parameters: Count
-
-    def check_record(self, where: str) -> None:
-        """Raises ValueError where the blocks are not some, and not all, of those with a score."""
-        if not self.blocks or len(self.blocks) >= len(self.scores) or sorted({*self.blocks}) != self.blocks:
-            raise ValueError(f"{where}.blocks are not some of {len(self.scores)} blocks, in order")
-        if self.blocks[-1] >= len(self.scores):
-            raise ValueError(f"{where}.blocks names block {self.blocks[-1]}, and there are {len(self.scores)} scores")
-
-    def __str__(self) -> str:
-        dropped = ", ".join(f"{block} ({self.scores[block]:.4f})" for block in self.blocks)
-        kept = [score for block, score in enumerate(self.scores) if block not in self.blocks]
-        return (
-            f"dropped {len(self.blocks)} of {len(self.scores)} decoder blocks, those that change the hidden states "
-            f"least (1 - cosine): {dropped}; the others {min(kept):.4f} to {max(kept):.4f}"
-        )
 
 
 @dataclass

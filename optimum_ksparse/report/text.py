@@ -11,13 +11,10 @@ if TYPE_CHECKING:
 
 def in_words(report: SparsityReport) -> str:
     """A table with a row for each kind of layer (same path but for the block's number), and the totals."""
-    lines = [] if report.dropped is None else [str(report.dropped)]
-    if report.dropped is not None:
-        lines.append(f"{report.dense_parameters:,} parameters before, {report.num_parameters:,} without these blocks")
-    lines += [f"after pruning: {change}" for change in report.changes]
-    if report.changes and not report.is_dense:
+    lines = [f"after pruning: {change}" for change in report.changes]
+    if report.changes:
         lines.append("output errors and losses are those before that")
-    return "\n".join(lines if report.is_dense else [*_table(report), *lines])
+    return "\n".join([*_table(report), *lines])
 
 
 def _table(report: SparsityReport) -> list[str]:

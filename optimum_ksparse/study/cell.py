@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME
 from ..api import prune_checkpoint
 from ..checkpoint import facts_of
 from ..checkpoint.model_class import class_for_source
-from ..config import EXECUTION_SETTINGS, NO_PATTERN, SparsityConfig
+from ..config import EXECUTION_SETTINGS, SparsityConfig
 from ..data import read_tokenizer
 from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model
 from ..kernels import GROUPS
@@ -163,7 +163,7 @@ class _Run:
     def _speed_up(self, model: Any) -> None:
         """Sparse layers run as the settings say; where there are no kernels for them they are dense from their first
         forward pass on, instead of being decompressed in each."""
-        if self.settings is None or self.settings["pattern"] == NO_PATTERN:
+        if self.settings is None:
             return
         kernels = runs_kernels(model.device) and model.dtype in (torch.bfloat16, torch.float16)
         how: dict[str, Any] = {"densify": "never" if kernels and self.settings["pattern"] in GROUPS else "lazy"}
@@ -176,8 +176,6 @@ def _summary(report: SparsityReport) -> dict[str, Any]:
     more: dict[str, Any] = {}
     if report.choice is not None:
         more["choice"] = report.method
-    if report.dropped is not None:
-        more["dropped_blocks"] = report.dropped.blocks
     if report.reconstruction_losses is not None:
         before, after = report.reconstruction_losses
         more["reconstruction"] = {"loss_before": before, "loss_after": after}

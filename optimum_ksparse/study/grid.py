@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import AUTO, EXECUTION_SETTINGS, NO_PATTERN, RECORDED, SETTINGS, SparsityConfig
+from ..config import AUTO, EXECUTION_SETTINGS, RECORDED, SETTINGS, SparsityConfig
 from .recipe import CALIBRATION, DENSE, Recipe
 
 # Settings that change nothing in a cell that reads no calibration data.
@@ -17,8 +17,6 @@ _OF_DATA = (*CALIBRATION, "seed", "bos_in_statistics", "calibration_dtype", "tru
 # Settings by which no figure changes, but for rounding. (Not config.RUN_TIME_SETTINGS: what is chosen at each
 # load may well change the figures that a cell is there for.)
 _HARMLESS = ("batch_size", "storage", "kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
-# Settings without meaning in a cell where blocks are dropped and nothing else is pruned.
-_OF_PRUNING = ("method", "refine", "reconstruct", "allocation", "target_density", "time_budget", "activations")
 # In an identity even where they are the defaults.
 _ALWAYS = ("method", "pattern", "dataset", "num_samples", "seq_len", "seed")
 
@@ -60,7 +58,7 @@ class Cell:
 
 
 def grid(recipe: Recipe) -> list[Cell]:
-    """The dense model, then all cells, each once; none for the pattern "none" of a method that drops no blocks.
+    """The dense model, then all cells, each once.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: settings of a cell that `SparsityConfig` refuses; names the cell.
@@ -71,10 +69,6 @@ def grid(recipe: Recipe) -> list[Cell]:
             for calibration in recipe.calibration:
                 for seed in recipe.seeds:
                     settings = {**recipe.settings, **method, **calibration, "pattern": pattern, "seed": seed}
-                    if pattern == NO_PATTERN:
-                        if settings.get("drop_layers") is None:
-                            continue  # that is the dense model
-                        settings = {name: value for name, value in settings.items() if name not in _OF_PRUNING}
                     place = Place(method["name"], pattern, calibration["name"], seed)
                     cell = _cell(place, settings)
                     places = cells.setdefault(cell.id, cell).places
@@ -113,9 +107,6 @@ def identity_of(config: SparsityConfig) -> dict[str, Any]:
         if name in SETTINGS and name not in harmless and value != defaults[name]
     }
     identity = {name: found[name] for name in _ALWAYS} | changed
-    if config.pattern is None:  # then no setting of pruning changes anything
-        kept = {name: value for name, value in identity.items() if name in ("drop_layers", *_OF_DATA)}
-        return {"method": "drop", "pattern": NO_PATTERN, **kept}
     if config.needs_data:
         return identity
     return {name: value for name, value in identity.items() if name not in _OF_DATA}

@@ -71,7 +71,7 @@ def _methods(results: StudyResults) -> list[str]:
 
 
 def _taken(results: StudyResults) -> list[str]:
-    """What `method="auto"` chose, and which blocks were dropped, where they are found anew for each cell."""
+    """What `method="auto"` chose, anew for each cell, and which blocks studies of earlier versions dropped."""
     titles = {"choice": "took", "dropped_blocks": "dropped blocks"}
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for cell, result in results.cells.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..checks import check_integer, check_keys, check_one_of
-from ..config import NO_PATTERN, RECORDED, SETTINGS
+from ..config import RECORDED, SETTINGS
 from ..dataset import is_mix
 from ..evaluation import EvaluationProtocol
 from ..pattern import Pattern
@@ -33,8 +33,7 @@ class Recipe:
         dtype, device_map, revision, trust_remote_code: of the dense model, as in `from_pretrained`.
         settings: of `SparsityConfig`, for every cell.
         methods: names of methods, or settings of `SparsityConfig` with a `name`.
-        patterns: as in `SparsityConfig`; in YAML in quotes. "none" prunes nothing, and has cells for those methods
-            alone that drop blocks, with `drop_layers`.
+        patterns: as in `SparsityConfig`; in YAML in quotes.
         calibration: each a `dataset`, `num_samples`, `seq_len`, `prepend_bos`, `tokenizer`, and perhaps a `name`.
         seeds: of the calibration samples.
         evaluation: settings of `EvaluationProtocol`; None measures neither perplexity nor KoBEST.
@@ -83,11 +82,6 @@ class Recipe:
         check_keys(_typed("settings", self.settings, dict, "settings as key: value"), _COMMON, "settings")
         self._set("methods", _methods(self.methods))
         self._set("patterns", _unique("patterns", [pattern_label(pattern) for pattern in self.patterns]))
-        if NO_PATTERN in self.patterns and not any("drop_layers" in found for found in (self.settings, *self.methods)):
-            raise ValueError(
-                "patterns: 'none' prunes nothing, and no method drops blocks: give one of them drop_layers, or leave "
-                "'none' out"
-            )
         self._set("calibration", _calibration(self.calibration))
         for i, seed in enumerate(self.seeds):
             check_integer(f"seeds[{i}]", seed, 0)
@@ -135,10 +129,8 @@ RECIPE_KEYS = [f.name for f in fields(Recipe)]
 
 
 def pattern_label(pattern: Any) -> str:
-    """A pattern as tables call it, the same for equal ones: `"2:4"`, `"50%"` also for 0.5, `"none"` also for None.
-    Raises TypeError or ValueError where it is no pattern."""
-    if pattern is None or str(pattern).lower() == NO_PATTERN:
-        return NO_PATTERN
+    """A pattern as tables call it, the same for equal ones: `"2:4"`, `"50%"` also for 0.5. Raises TypeError or
+    ValueError where it is no pattern."""
     if type(pattern) is int:
         raise ValueError(f"patterns: {pattern} is no pattern; YAML reads 2:4 as a number, write it in quotes: '2:4'")
     parsed = Pattern(pattern)

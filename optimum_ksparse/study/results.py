@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from ..config import NO_PATTERN
 from ..evaluation import Measurement
 from ..records import Amount, As, Count, Share, build, read_record
 from .files import CELLS, FAILURE_NAME, RESULT_NAME, write_json
@@ -118,7 +117,7 @@ class StudyResults:
             for cell, content in self.record.cells.items()
             if any(place.method == method for place in self.record.places(cell))
         ]
-        pruned = [identity for identity in found if identity.get("pattern") != NO_PATTERN]
+        pruned = [identity for identity in found if identity.get("pattern") != "none"]  # of earlier versions
         return {"method": method, **next(iter(pruned or found), {})}
 
     def _order(self, method: str, calibration: str | None, pattern: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GitConfig, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
-from optimum_ksparse import SparseLinear, SparsityConfig, prune_checkpoint, sparsify
+from optimum_ksparse import SparseLinear, SparsityConfig, drop_layers, prune_checkpoint, sparsify
 from optimum_ksparse.blocks import BlockReplay, find_blocks
 from optimum_ksparse.pruners.statistics import ColumnNorms
 from optimum_ksparse.pruning.streaming import Workspace
@@ -213,7 +213,6 @@ def test_the_best_method_is_chosen_for_a_looped_model(looped):
     [
         ({"activations": "dense"}, "activations='dense' .*LoopedForCausalLM"),
         ({"activations": "mixed", "reconstruct": "block", "allocation": "owl"}, "activations='mixed'"),
-        ({"drop_layers": 1}, r"several stacks of blocks \(prelude, layers\)"),
     ],
 )
 def test_what_a_looped_model_cannot_have_is_refused_before_any_work(looped, settings, message):
@@ -223,11 +222,12 @@ def test_what_a_looped_model_cannot_have_is_refused_before_any_work(looped, sett
     assert all(torch.equal(value, before[name]) for name, value in looped.state_dict().items())
 
 
-def test_blocks_of_one_list_that_run_again_cannot_be_dropped():
-    model = RepeatedForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=3)).eval()
-    with pytest.raises(ValueError, match=r"drop_layers: .* does not run them one after another"):
-        sparsify(model, SparsityConfig("wanda", "2:4", IDS, drop_layers=1))
-    assert len(model.model.layers) == 3 and not hasattr(model, "sparsity_report")
+def test_blocks_that_do_not_run_one_after_another_cannot_be_dropped(looped):
+    repeated = RepeatedForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=3)).eval()
+    for model, reason in ((repeated, "one after another"), (looped, "several stacks")):
+        with pytest.raises(ValueError, match=reason):
+            drop_layers(model, 1, IDS)
+    assert len(repeated.model.layers) == 3
 
 
 def test_a_block_that_text_passes_by_is_named_before_any_work(make_model, token_ids):

@@ -35,7 +35,7 @@ from optimum_ksparse.hub.card import BEGIN, END, AdapterFacts, CardSubject, rend
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE, draw_figures
 from optimum_ksparse.hub.metadata import build_metadata, merge_metadata
 from optimum_ksparse.pruners.allocation import LEFT_DENSE
-from optimum_ksparse.report import BlockReport, Change, DroppedBlocks, LayerReport, MethodChoice, SparsityReport, Trial
+from optimum_ksparse.report import BlockReport, Change, LayerReport, MethodChoice, SparsityReport, Trial
 from optimum_ksparse.version import INSTALL_VARIABLE
 
 from ..conftest import REPOSITORY, make_config
@@ -192,14 +192,6 @@ def make_report(method: str = "wanda", pattern: str = "2:4", **more: Any) -> Spa
     )
 
 
-def make_dropped() -> SparsityReport:
-    """Of a model that has lost one of its blocks, and nothing else."""
-    report = make_report()
-    report.config["pattern"], report.layers, report.skipped = None, [], {}
-    report.dropped = DroppedBlocks([1], [0.5, 0.125, 0.25, 0.5], 1_500_000_000)
-    return report
-
-
 def make_subject(report: Any = "default", results: Any = "default", **more: Any) -> CardSubject:
     """A packed model, pruned from one on the Hub, with report, results and figures."""
     report = make_report() if isinstance(report, str) else report
@@ -265,9 +257,6 @@ SUBJECTS: dict[str, Callable[[], CardSubject]] = {
     "nsmc alone": lambda: make_subject(results=EvaluationResults("0", [nsmc(greedy_note="both begin alike")])),
     "adapter": make_adapter,
     "blocks of weights": lambda: make_subject(make_report("admm", "50%/32x32", refine=["exact", "swaps"])),
-    "without a block": lambda: make_subject(make_dropped(), storage="plain"),
-    "without a block, no report": lambda: make_subject(None, None, base_model=None, storage="plain"),
-    "adapter without a block": lambda: make_adapter(report=make_dropped(), storage="plain"),
     "adapter without figures": lambda: make_adapter(report=None, results=None, base_model=None, base_name="folder"),
 }
 
@@ -668,18 +657,6 @@ def test_blocks_of_weights_are_named(language: str) -> None:
         assert front(card)["tags"][3:] == [method, "blocks-32x16"]
 
 
-@pytest.mark.parametrize(
-    ("more", "decides"), [({}, "blocks"), ({"refine": ["swaps"]}, "weights"), ({"reconstruct": "block"}, "weights")]
-)
-def test_what_the_calibration_text_decides(more: dict[str, Any], decides: str, language: str) -> None:
-    """Magnitude reads no data: the blocks that were dropped are all that the text has chosen."""
-    report = make_report("magnitude", **more)
-    report.calibration, report.dropped = make_report().calibration, make_dropped().dropped
-    words = {"blocks": ("which blocks stay", "어떤 블록을"), "weights": ("which weights stay", "어떤 가중치를")}
-    text = section(render_card(make_subject(report), language), "Limits", language)
-    assert {name for name, word in words.items() if word[LANGUAGES.index(language)] in text} == {decides}
-
-
 def test_a_korean_card_has_no_english_reason_for_layers_that_the_allocation_left_dense() -> None:
     report = make_report(allocation="owl", target_density=0.6)
     report.skipped["layers.1.mlp.down_proj"] = LEFT_DENSE
@@ -915,7 +892,6 @@ def make_changed() -> CardSubject:
 GOLDEN = {
     "changed": make_changed,
     "adapter": lambda: make_adapter(results=EvaluationResults("0", [perplexity()])),
-    "dropped": lambda: make_subject(make_dropped(), storage="plain", base_model=None, base_name="my_base"),
     "dense": lambda: make_subject(
         make_report("magnitude", "50%/32x16"), None, storage="dense", dense_revision="zeros"
     ),
@@ -946,7 +922,6 @@ CITED: list[tuple[Callable[[], CardSubject], set[str]]] = [
     (lambda: make_subject(make_report("sparsegpt"), None), {"2301.00774"}),
     (lambda: make_subject(make_report("alps"), EvaluationResults("0", [korquad()])), {"2406.07831", "1909.07005"}),
     (lambda: make_subject(make_report("magnitude")), {"1506.02626", "2204.04541"}),
-    (lambda: make_subject(make_dropped(), None, storage="plain"), {"2403.03853"}),
 ]
 
 

@@ -24,9 +24,9 @@ from optimum_ksparse.hub.figures import draw_figures
 from optimum_ksparse.hub.sources import own_tokenizer
 from optimum_ksparse.records import REPORT_NAME, RESULTS_NAME, Share, Version, printable, read_record, to_json
 from optimum_ksparse.records.files import read_json
-from optimum_ksparse.report import BlockReport, Change, DroppedBlocks, LayerReport, MethodChoice, Trial
+from optimum_ksparse.report import BlockReport, Change, LayerReport, MethodChoice, Trial
 
-from ..hub.test_card import make_dropped, make_report, make_results, make_subject
+from ..hub.test_card import make_report, make_results, make_subject
 
 # Of every type that JSON has, of no finite size, with what a terminal obeys, and paths.
 HOSTILE: tuple[Any, ...] = (
@@ -41,7 +41,6 @@ def full_report() -> SparsityReport:
     report.layers[0].note, report.layers[0].sensitivity = "damping raised", 0.25
     report.reconstruction = [BlockReport(0, 0.5, 0.25, 1.0, "overfitted")]
     report.choice = MethodChoice("sparsegpt", "block", 1, 9.0, [Trial("sparsegpt", "block", 0.5, 1.0, True)])
-    report.dropped = DroppedBlocks([1], [0.5, 0.125, 0.25, 0.5], 1_500_000_000)
     report.base_arguments = {"gguf_file": "model.gguf", "subfolder": "a/b"}
     report.changes = [Change("merged", "solve", "kowiki", 3, 0.5, ["LORA"])]
     report.source_fingerprint, report.peak_memory_bytes = "00", {"process": 10**9}
@@ -81,11 +80,8 @@ def reads(kind: Any, path: Path, record: Any, place: tuple[Any, ...]) -> Any:
         return None
 
 
-@pytest.mark.parametrize("make", [full_report, make_dropped], ids=["pruned", "dropped"])
-def test_a_report_with_any_field_changed_is_refused_by_name_or_printed_and_shown(make: Any, tmp_path: Path) -> None:
-    good, taken = asdict(make()), 0
-    if good["config"]["pattern"] is None:
-        good["config"]["drop_layers"] = 1
+def test_a_report_with_any_field_changed_is_refused_by_name_or_printed_and_shown(tmp_path: Path) -> None:
+    good, taken = asdict(full_report()), 0
     for place in places(good):
         for value in HOSTILE:
             report = reads(SparsityReport, tmp_path / REPORT_NAME, with_value(good, place, value), place)

@@ -52,8 +52,8 @@ from optimum_ksparse.study import processes as processes_module
 from optimum_ksparse.study import run as run_module
 from optimum_ksparse.study.drawing import draw_points
 from optimum_ksparse.study.files import read_stages
-from optimum_ksparse.study.grid import identity_of, settings_in_words
-from optimum_ksparse.study.record import Record, make_record
+from optimum_ksparse.study.grid import identity_of
+from optimum_ksparse.study.record import Record
 
 from ..conftest import REPOSITORY, held_by_another, make_config, sample_texts
 from ..records.test_records import places, with_value
@@ -347,18 +347,6 @@ def test_a_setting_that_the_method_does_not_read_makes_no_other_cell(workplace):
     read = [{"name": "damped", "method": "sparsegpt", "damping": 0.1}]
     read.append({"name": "tuned", "method": "sparsegpt", "reconstruct": "block", "reconstruction_epochs": 7})
     assert len(grid(recipe(methods=["sparsegpt", *read], seeds=[0]))) == 1 + 3 * 2
-
-
-def test_blocks_are_dropped_alone_by_a_method_that_does_more(workplace):
-    more = {"name": "all", "method": "auto", "drop_layers": 1, "time_budget": 60, "reconstruct": "block"}
-    more |= {"activations": "mixed", "damping": 0.1, "reconstruction_epochs": 2}
-    less = {"name": "less", "method": "wanda", "drop_layers": 1}
-    asked = recipe(methods=[more, less], patterns=["none", "2:4"])
-    alone = [cell for cell in grid(asked) if cell.identity.get("pattern") == "none"]
-    assert [[place.method for place in cell.places] for cell in alone] == [["all", "less"]] * 2
-    results = StudyResults(make_record(asked, grid(asked)), {})
-    assert settings_in_words(results.identity_of("less")) == "wanda, drop_layers=1"
-    assert settings_in_words(results.identity_of("all")).startswith("auto, ")
 
 
 # Running
@@ -928,18 +916,15 @@ def test_one_run_has_no_error_bar_and_says_so(workplace):
 
 
 def test_what_is_found_anew_for_each_cell_is_told(workplace):
-    methods = [{"name": "best", "method": "auto"}, {"name": "short", "method": "wanda", "drop_layers": 1}]
+    methods = [{"name": "best", "method": "auto"}, "wanda"]
     results = made_up(methods, [DATA], [0, 1, 2], {})
     for cell, result in results.cells.items():
         place = results.record.places(cell)[0]
         if place.method == "best":
             result.pruning["report"]["choice"] = "admm" if place.seed == 1 else "admm + block"
-        if place.method == "short":
-            result.pruning["report"]["dropped_blocks"] = [1, 3]
         result.hardware["device"] = "CPU" if place.seed == 2 else "GPU"
     text = markdown(results)
     assert "- best, text.txt 4 x 32, 2:4 took: admm + block (seed 0, 2); admm (seed 1)." in text
-    assert "- short, text.txt 4 x 32, 50% dropped blocks: 1, 3 (seed 0, 1, 2)." in text
     assert "- Hardware of 4 cells: CPU." in text and "- Hardware of 9 cells: GPU." in text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,11 +121,6 @@ class DiskBlocks:
             _stand_in(block, stand_ins)
         if hasattr(blocks.model, "hf_device_map"):
             del blocks.model.hf_device_map  # nothing is offloaded by accelerate any more
-
-    def keep(self, kept: Sequence[int]) -> None:
-        """Forgets the blocks that the model has no longer; `kept` are the numbers that the others had before."""
-        self._offloaded = [self._offloaded[index] for index in kept]
-        self._coming.clear()
 
     def take_shard(self, index: int, path: Path) -> None:
         """From now on the weights of block `index`, which holds sparse modules, are those in the file `path`."""

@@ -19,7 +19,6 @@ from ...data import CalibrationTokens
 from ...nn import densified
 from ...report import PrunedBlock
 from ..distributed import Processes
-from ..layer_dropping import drop_blocks
 from ..memory import peak_memory
 from ..plan import Place
 from ..targets import Layer
@@ -91,11 +90,6 @@ class DiskPlace(Place):
         shutil.rmtree(folder, ignore_errors=True)
         processes.once(lambda: workspace.keep(name, measured))
         return measured
-
-    def drop(self, numbers: list[int]) -> None:
-        kept = [index for index in range(len(self.blocks.blocks)) if index not in numbers]
-        drop_blocks(self.blocks, numbers)
-        self.disk.keep(kept)
 
     def resume(self, replay: BlockReplay | None, original: BlockReplay | None, config: SparsityConfig) -> None:
         if original is not None:

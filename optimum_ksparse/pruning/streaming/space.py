@@ -17,8 +17,7 @@ def check_run_space(
     model: PreTrainedModel, targets: list[dict[str, Layer]], config: SparsityConfig, workspace: Workspace
 ) -> None:
     """Raises OSError where the disk is too small for what is still to be written, as far as can be told."""
-    pattern = config.pattern
-    density = config.target_density or (1.0 if pattern is None else Pattern(pattern).density)
+    density = config.target_density or Pattern(config.pattern).density
     size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
     pruned = [
         layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)
