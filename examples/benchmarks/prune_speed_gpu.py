@@ -29,7 +29,7 @@ def prune(config: Any, method: str, args: argparse.Namespace) -> Any:
     ids = torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    return sparsify(model, SparsityConfig(method, args.pattern, dataset=ids), restore_on_error=False)
+    return sparsify(model, SparsityConfig(method, args.pattern, dataset=ids))
 
 
 def operators(config: Any, method: str, args: argparse.Namespace, number: int = 12) -> list[dict[str, Any]]:

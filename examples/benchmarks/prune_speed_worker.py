@@ -45,7 +45,7 @@ def optimum_ksparse(ids: torch.Tensor, run: dict[str, Any], **more: str) -> Call
 
     settings = {"storage": "dense", "batch_size": run["batch_size"], **more}
     config = SparsityConfig(run["method"], run["pattern"], dataset=ids, **settings)
-    return lambda model: sparsify(model, config, restore_on_error=False)
+    return lambda model: sparsify(model, config)
 
 
 def optimum_ksparse_bfloat16(ids: torch.Tensor, run: dict[str, Any]) -> Callable[[Any], None]:

@@ -43,7 +43,7 @@ def sparsify(
     config: SparsityConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    restore_on_error: bool = True,
+    restore_on_error: bool = False,
 ) -> SparsityReport:
     """Prunes a loaded model in place: swaps in `SparseLinear`.
 
@@ -60,8 +60,8 @@ def sparsify(
             accelerate.
         config: what to do.
         tokenizer: for calibration text; None takes `config.tokenizer`, then the model's own name.
-        restore_on_error: on an error or Ctrl-C give the model its dense modules back. They stay
-            in memory until the end for that; False lets each go as it is pruned, and leaves a model to throw away.
+        restore_on_error: keep all dense weights in memory until the end, and on an error or Ctrl-C put them back. By
+            default each goes as it is pruned, and an error leaves a model to throw away, which cannot be saved.
 
     Raises:
         TypeError, ValueError: the model cannot be pruned, or the settings or the data do not fit it.

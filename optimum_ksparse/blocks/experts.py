@@ -3,9 +3,6 @@ is multiplied with, and the implementation of transformers that takes them one b
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +15,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+# Classes without the marks of transformers whose forward reads its stacks as marked ones do.
+_UNMARKED = ("JetMoeParallelExperts", "LongcatFlashExperts", "Step3p7Experts")
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True)
 class ExpertStack:
     """A parameter of a dense model that holds a stack of matrices.
 
@@ -37,25 +37,16 @@ class ExpertStack:
         return getattr(self.owner, self.name)
 
     def reads_matrices(self) -> bool:
-        """Whether the owner's forward reads the parameter as `F.linear(x, self.<name>[expert])` and in no other way,
-        which makes it [experts, out, in]. Read from the source: running it would need inputs."""
-        source = _source_of_forward(type(self.owner))  # type: ignore[arg-type]
-        name = rf"self\.{re.escape(self.name)}\b"
-        matrices = re.findall(rf"\blinear\([^()]*,\s*{name}\[\w+\]\s*[,)]", source)
-        tests = re.findall(rf"{name} is (?:not )?None", source)
-        return bool(matrices) and len(matrices) + len(tests) == len(re.findall(name, source))
+        """Whether the owner reads the parameter as `F.linear(x, self.<name>[expert])` and in no other way, which makes
+        it [experts, out, in]: by the marks that transformers' `use_experts_implementation` sets."""
+        owner: Any = self.owner
+        if type(owner).__name__ in _UNMARKED:
+            return True
+        first = "gate_up_proj" if getattr(owner, "has_gate", True) else "up_proj"
+        return getattr(owner, "is_transposed", True) is False and self.name in (first, "down_proj")
 
 
-@functools.cache
-def _source_of_forward(kind: Any) -> str:
-    """The source of a class's forward; "" where there is none."""
-    try:
-        return inspect.getsource(inspect.unwrap(kind.forward))
-    except (OSError, TypeError):
-        return ""
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ExpertMatrix:
     """One matrix [out, in] of a stack, as a layer to observe."""
 
@@ -99,7 +90,7 @@ def find_stacks(block: nn.Module) -> dict[str, ExpertStack]:
 
 class observed_matrices(TorchFunctionMode):  # noqa: N801 (used like a function)
     """Within it, a hook is called with the input of each `F.linear` whose weight is one of `matrices`, as a forward
-    pre-hook of a module would be; not where no token came. Weights are known by where they lie in memory, so that
+    pre-hook of a module would be; not where no token came. A matrix is known from where its stack is indexed, so that
     nothing is put in the parameters' places, and accelerate may bring them in for a forward pass.
 
     Args:
@@ -109,12 +100,8 @@ class observed_matrices(TorchFunctionMode):  # noqa: N801 (used like a function)
 
     def __init__(self, matrices: Mapping[str, ExpertMatrix], make: Callable[[str], Callable[..., None]]) -> None:
         super().__init__()
-        self._stacks: dict[tuple[int, str], ExpertStack] = {}
-        self._hooks: dict[tuple[int, str], dict[int, Callable[..., None]]] = {}
-        for name, matrix in matrices.items():
-            key = id(matrix.stack.owner), matrix.stack.name
-            self._stacks[key] = matrix.stack
-            self._hooks.setdefault(key, {})[matrix.expert] = make(name)
+        self._stacks = list(dict.fromkeys(matrix.stack for matrix in matrices.values()))
+        self._hooks = {(matrix.stack, matrix.expert): make(name) for name, matrix in matrices.items()}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -122,19 +109,15 @@ class observed_matrices(TorchFunctionMode):  # noqa: N801 (used like a function)
         kwargs = kwargs or {}
         if func is F.linear:
             x, weight = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("input", "weight")))
-            for key, stack in self._stacks.items():
-                hook = self._hooks[key].get(_place(weight, stack.weight))
-                if hook is not None and len(x):
-                    hook(stack.owner, (x,))
-        return func(*args, **kwargs)
-
-
-def _place(weight: Any, stack: torch.Tensor) -> int:
-    """The number of the matrix of `stack` that `weight` is; −1 where it is none."""
-    if not isinstance(weight, torch.Tensor) or weight.shape != stack.shape[1:]:
-        return -1
-    distance = weight.data_ptr() - stack.data_ptr()
-    return distance // (stack.stride(0) * stack.itemsize) if 0 <= distance < stack.nbytes else -1
+            hook = getattr(weight, "_ksparse_hook", None)
+            if hook is not None and len(x):
+                hook(None, (x,))
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.__getitem__:
+            for stack in self._stacks:
+                if args[0] is stack.weight:
+                    result._ksparse_hook = self._hooks.get((stack, int(args[1])))
+        return result
 
 
 def use_eager_experts(model: PreTrainedModel) -> None:

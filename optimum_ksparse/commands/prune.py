@@ -161,15 +161,15 @@ class PruneCommand(Command):
 
     def _drop(self, model: Any, config: Any, where: Any) -> None:
         """Drops blocks, and prunes the others unless that is all."""
-        from .. import drop_layers, sparsify
-        from ..pruning import load_tokenizer
+        from ..api import sparsify
+        from ..pruning import drop_layers, load_tokenizer
 
         tokenizer = load_tokenizer(config, model.name_or_path, **where)
         names = ("num_samples", "seq_len", "batch_size", "seed", "prepend_bos")
         given = {name: getattr(config, name) for name in names if name in config.given}
         drop_layers(model, self.dropped, config.dataset, tokenizer, **given)
         if not self.drops_alone:
-            sparsify(model, config, tokenizer, restore_on_error=False)
+            sparsify(model, config, tokenizer)
 
     def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """One path with a recipe that names the model is the output."""

@@ -92,7 +92,7 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
             names = ("trust_remote_code", "gguf_file", *_HUB_ARGUMENTS)
             arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             tokenizer = load_tokenizer(config, source, **arguments)
-            report = sparsify(model, config, tokenizer, restore_on_error=False)
+            report = sparsify(model, config, tokenizer)
             if kwargs.get("token") is not None and not report.base_card:  # of a repository that asks for it
                 report.base_card = card_of_source(model, kwargs["token"])
             report.base_arguments = {name: kwargs[name] for name in ("gguf_file", "subfolder") if kwargs.get(name)}

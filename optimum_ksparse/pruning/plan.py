@@ -1,13 +1,13 @@
 """The pipeline, the only one: from a dense model and settings to a sparse model, wherever the model is.
 
-`find` and `STAGES` name what happens, in its order. A stage reads and fills a `Job`; what differs between a
+`STAGES` names what happens, in its order. A stage reads and fills a `Job`; what differs between a
 model in memory and a checkpoint on disk is up to the `Place`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..blocks import Activations, BlockReplay, DecoderBlocks, ExpertStack, eager_experts, evaluation_mode
+from ..checkpoint import sparse_modules
 from ..config import AUTO, SparsityConfig
 from ..data import CalibrationTokens
 from ..pruners.allocation import Allocation
@@ -56,6 +57,16 @@ class Place:
     ) -> None:
         self.model, self.blocks, self.processes, self.tokenizer = model, blocks, processes, tokenizer
         self.replaced = Replaced() if restore_on_error else None
+
+    def undo(self, error: BaseException) -> None:
+        """Gives the model its dense layers back, where they were kept; otherwise the error says what is left."""
+        if self.replaced is not None:
+            self.replaced.restore(self.blocks.decoder)
+        elif sparse_modules(self.blocks.decoder):
+            error.add_note(
+                "The model is pruned in part and cannot be used or saved: load it again. With restore_on_error=True "
+                "sparsify keeps its dense layers in memory and puts them back."
+            )
 
     def resident(self, index: int) -> AbstractContextManager[None]:
         """Within it the weights of a block are there."""
@@ -123,6 +134,11 @@ class Job:
         if config.reconstruct is None and config.method != AUTO:
             return config.batch_size
         return max(1, min(config.batch_size, config.num_samples // HELD_OUT))
+
+    @property
+    def has_stacks(self) -> bool:
+        """Whether experts that are fused into one parameter are to be pruned."""
+        return any(isinstance(layer, ExpertStack) for layers in self.targets for layer in layers.values())
 
     def replay(self, folder: Path | None = None) -> BlockReplay:
         """This process's calibration activations at the first block."""
@@ -204,7 +220,7 @@ def prune(job: Job) -> None:
         row.sensitivity = None if job.allocation is None else job.allocation.sensitivities[row.name]
 
 
-STAGES: tuple[Callable[[Job], None], ...] = (draw, allocate, choose, prune)
+STAGES: tuple[Callable[[Job], None], ...] = (find, draw, allocate, choose, prune)
 
 
 @torch.no_grad()
@@ -217,15 +233,15 @@ def run(place: Place, config: SparsityConfig) -> Job:
         ConnectionError: the calibration data cannot be read from the Hub, or another process has stopped.
     """
     job = Job(place, config)
-    find(job)
-    stacked = any(isinstance(layer, ExpertStack) for layers in job.targets for layer in layers.values())
-    with evaluation_mode(place.model), eager_experts(place.model) if stacked else nullcontext():
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(place.model))
         try:
             for stage in STAGES:
+                if stage is allocate and job.has_stacks:  # the first that watches what reaches the layers
+                    stack.enter_context(eager_experts(place.model))
                 stage(job)
-        except BaseException:
-            if place.replaced is not None:
-                place.replaced.restore(place.blocks.decoder)
+        except BaseException as error:
+            place.undo(error)
             raise
     return job
 

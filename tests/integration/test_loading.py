@@ -302,7 +302,9 @@ def test_settings_for_a_dense_stored_checkpoint_that_lost_its_zeros_are_an_error
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
-def test_an_interrupted_sparsify_gives_the_dense_model_back(make_model, config, token_ids, monkeypatch, error):
+def test_an_interrupted_sparsify_gives_the_dense_model_back(
+    make_model, config, token_ids, monkeypatch, tmp_path, error
+):
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prune, calls = METHODS[config.method].prune, []
@@ -315,13 +317,17 @@ def test_an_interrupted_sparsify_gives_the_dense_model_back(make_model, config, 
 
     monkeypatch.setitem(METHODS, config.method, dataclasses.replace(METHODS[config.method], prune=interrupted))
     with pytest.raises(error):
-        sparsify(model, config)
+        sparsify(model, config, restore_on_error=True)
     assert not sparse_modules(model)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    monkeypatch.undo()
-    assert sparsify(model, config).density == 0.5
+    calls.clear()
+    with pytest.raises(error) as raised:  # by default no dense weight is kept, and what is left cannot be saved
+        sparsify(model, config)
+    assert "load it again" in raised.value.__notes__[0]
+    with pytest.raises(ValueError, match="sparse modules"):
+        model.save_pretrained(tmp_path)
 
 
 def test_dense_weights_are_let_go_block_by_block(dense, config, monkeypatch):

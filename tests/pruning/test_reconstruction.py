@@ -191,7 +191,7 @@ def test_an_error_gives_the_model_back(make_model, monkeypatch):
     original = room.OutputLoss.of
     monkeypatch.setattr(room.OutputLoss, "of", fail)
     with pytest.raises(KeyboardInterrupt):
-        sparsify(model, make_settings())
+        sparsify(model, make_settings(), restore_on_error=True)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())

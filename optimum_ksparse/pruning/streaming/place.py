@@ -65,6 +65,9 @@ class DiskPlace(Place):
         self.done = [PrunedBlock(block.rows, block.reconstruction) for block in workspace.journal.blocks]
         self._noted = self._saved_at = time.perf_counter()
 
+    def undo(self, error: BaseException) -> None:
+        """The workspace keeps what is done."""
+
     def resident(self, index: int) -> AbstractContextManager[None]:
         return self.disk.resident(index)
 

@@ -62,7 +62,7 @@ def bench_model(
     }
     for kind in order:
         if kind == "sparse" and not sparse_modules(model):
-            sparsify(model, SparsityConfig("magnitude", pattern), restore_on_error=False)
+            sparsify(model, SparsityConfig("magnitude", pattern))
         if kind == "dense" and sparse_modules(model):
             model.dequantize()
         if kind == "sparse":
