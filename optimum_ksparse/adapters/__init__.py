@@ -4,11 +4,12 @@ package."""
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from ..version import install_hint
 from .prepare import prepare_for_training
 from .report import MergedLayer, MergeReport
-from .support import extend_peft, require_peft
 
 if TYPE_CHECKING:
     from .config import SparseLoraConfig
@@ -20,11 +21,16 @@ __all__ = [
     "MergeReport",
     "MergedLayer",
     "SparseLoraConfig",
-    "extend_peft",
     "merge_adapter",
     "prepare_for_training",
     "require_peft",
 ]
+
+
+def require_peft() -> None:
+    """Raises ImportError, which names the extra to install, where PEFT is missing."""
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(f"fine-tuning with adapters needs PEFT, which is not installed: {install_hint('finetune')}")
 
 
 def __getattr__(name: str) -> Any:

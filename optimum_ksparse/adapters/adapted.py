@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
@@ -16,37 +15,19 @@ from transformers import PreTrainedModel
 from ..checkpoint import sparse_modules
 from ..config import describe_source
 from ..nn import SparseLinear
-from .masks import check_adapters
+from .layers import SPARSE_LAYERS
 
 # Settings of an adapter that the report repeats.
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "masked", "target_modules")
 
 
-@dataclass
-class AdaptedLayer:
-    """A sparse layer with adapters to merge into it.
-
-    Attributes:
-        path: in the decoder. layer: PEFT's. names: of the adapters that it has.
-    """
-
-    path: str
-    layer: Any
-    names: list[str]
-
-    @property
-    def base(self) -> SparseLinear:
-        base: SparseLinear = self.layer.get_base_layer()
-        return base
-
-
-def adapted_layers(root: nn.Module, names: list[str]) -> dict[str, BaseTunerLayer]:
+def adapted_layers(root: nn.Module, names: list[str]) -> dict[str, Any]:
     """PEFT's layers under `root` that have one of the adapters `names`, by path."""
-    found = {path: module for path, module in root.named_modules() if isinstance(module, BaseTunerLayer)}
-    return {path: layer for path, layer in found.items() if own_adapters(layer, names)}
+    layers = {path: module for path, module in root.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {path: layer for path, layer in layers.items() if adapters_of(layer, names)}
 
 
-def own_adapters(layer: BaseTunerLayer, names: list[str]) -> list[str]:
+def adapters_of(layer: BaseTunerLayer, names: list[str]) -> list[str]:
     """Those of `names` that a layer has."""
     available = layer._get_available_adapters()
     return [name for name in names if name in available]
@@ -76,13 +57,12 @@ def check_mergeable(peft_model: Any, adapter_names: list[str] | None) -> list[st
     model = peft_model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"the base must be a transformers PreTrainedModel, found {type(model).__name__}")
-    known = list(peft_model.peft_config)
+    present = ", ".join(peft_model.peft_config)
     names = list(peft_model.active_adapters if adapter_names is None else dict.fromkeys(adapter_names))
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"adapter_names: there is no adapter {unknown[0]!r}; the model has {', '.join(known)}")
-    if not names:
-        raise ValueError(f"no adapter is named or active; the model has {', '.join(known)}: pass adapter_names=[...]")
+    unknown = [name for name in names if name not in peft_model.peft_config]
+    if unknown or not names:
+        what = f"there is no adapter {unknown[0]!r}" if unknown else "no adapter is named or active"
+        raise ValueError(f"adapter_names: {what}; the model has {present}")
     if not sparse_modules(model):
         raise ValueError("the base model is dense: peft_model.merge_and_unload() merges without a loss")
     _check_kind(peft_model, names)
@@ -95,12 +75,10 @@ def check_mergeable(peft_model: Any, adapter_names: list[str] | None) -> list[st
                 f"{path}: {', '.join(module.merged_adapters)} is merged into it already: "
                 "peft_model.unmerge_adapter() takes it out"
             )
+        if len(set(names) & set(getattr(module, "modules_to_save", None) or ())) > 1:
+            raise ValueError(f"several of the adapters {', '.join(names)} replace {path} (modules_to_save)")
     for path, layer in layers.items():
         _check_layer(path, layer, names)
-    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    if any(len(set(names) & set(getattr(wrapper, "modules_to_save", ()))) > 1 for wrapper in wrappers):
-        raise ValueError(f"several of the adapters {', '.join(names)} replace the same module (modules_to_save)")
-    check_adapters(model, peft_model.peft_config, names)
     return names
 
 
@@ -116,14 +94,16 @@ def _check_kind(peft_model: Any, names: list[str]) -> None:
 
 def _check_layer(path: str, layer: Any, names: list[str]) -> None:
     base = layer.get_base_layer()
-    if sparse_modules(base) and not (isinstance(base, SparseLinear) and hasattr(layer, "effective_weight")):
+    if sparse_modules(base) and not isinstance(layer, SPARSE_LAYERS):
         raise ValueError(f"{path}: {type(layer).__name__} on {type(base).__name__} cannot be merged into its mask")
     if any(parameter.is_meta for parameter in layer.parameters()):
         raise ValueError(f"{path} is offloaded: load the base without device_map to merge (packed, it needs no GPU)")
     for name, parameter in layer.named_parameters():
         if set(names) & set(name.split(".")) and not bool(parameter.isfinite().all()):
             raise ValueError(f"{path}.{name} holds NaN or Inf: the adapter is broken, train it anew")
-    for name in names:
+    for name in adapters_of(layer, names):
+        if is_sparse(layer) and layer.refused_merges.get(name):
+            raise ValueError(layer.refused_merges[name])
         if getattr(layer, "lora_bias", {}).get(name) and getattr(base, "bias", None) is None:
             raise ValueError(f"{path}: adapter {name!r} has a bias (lora_bias=True), the base layer has none")
 

@@ -7,29 +7,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..blocks import BlockReplay, DecoderBlocks
-from ..nn import densified
+from ..nn import SparseLinear, densified
 from ..packing import unpack_mask
 from ..pruners.solve import solve_on_mask
 from ..pruners.statistics import ColumnNorms, CrossMatrix, GramMatrix
 from ..pruning import each_block, relative_output_error
-from .adapted import AdaptedLayer, adapted_layers, is_sparse, own_adapters
+from .adapted import adapted_layers, adapters_of, is_sparse
 from .report import MergedLayer
-
-
-@dataclass
-class MergeSettings:
-    """How to merge: `solve` what the mask discards; then `damping`, `max_steps` and `tolerance` are those of
-    `solve_on_mask`."""
-
-    solve: bool = False
-    damping: float = 0.0
-    max_steps: int = 100
-    tolerance: float = 1e-3
 
 
 @dataclass
@@ -45,37 +35,81 @@ class _Inputs:
 @dataclass
 class _BlockMerge:
     """The layers of one block while it is merged. Until all of them are done each keeps its packed weight, and a dense
-    stand-in computes what the merged layer will."""
+    stand-in computes what the merged layer will.
 
-    layers: dict[str, AdaptedLayer]
+    Attributes:
+        layers: PEFT's sparse layers by name. adapters: of each those to merge.
+        solver: settings of `solve_on_mask`; None: what the mask discards is lost.
+    """
+
+    layers: dict[str, Any]
+    adapters: dict[str, list[str]]
+    solver: Mapping[str, Any] | None
     stand_ins: dict[str, nn.Linear] = field(default_factory=dict)
-    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    solved: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @contextmanager
     def as_merged(self) -> Iterator[None]:
         """Within it the layers that are done compute as merged ones."""
-        bases = {name: self.layers[name].base for name in self.stand_ins}
+        bases = {name: self.layers[name].get_base_layer() for name in self.stand_ins}
         try:
             for name, stand_in in self.stand_ins.items():
-                self.layers[name].layer.base_layer = stand_in
-                self.layers[name].layer.merged_adapters[:] = self.layers[name].names
+                self.layers[name].base_layer = stand_in
+                self.layers[name].merged_adapters[:] = self.adapters[name]
             yield
         finally:
             for name, base in bases.items():
-                self.layers[name].layer.base_layer = base
-                self.layers[name].layer.merged_adapters.clear()
+                self.layers[name].base_layer = base
+                self.layers[name].merged_adapters.clear()
+
+    def merge(self, path: str, name: str, inputs: _Inputs | None) -> MergedLayer:
+        """Finds the merged weight of a layer, puts its stand-in up where there are inputs, and describes it."""
+        started, layer, error = time.perf_counter(), self.layers[name], None
+        base: SparseLinear = layer.get_base_layer()
+        mask = unpack_mask(base.weight_mask, base.in_features)
+        effective = layer.effective_weight(self.adapters[name])
+        change = effective - base.to_dense_weight()
+        size, lost = torch.linalg.norm(change), torch.linalg.norm(change.masked_fill(mask, 0))
+        weight, how = effective * mask, "masked" if lost > 0 else "exact"
+        if inputs is not None:
+            original = None if inputs.cross is None else inputs.unmerged.sample
+            if self.solver is not None and lost > 0:
+                cross = None if inputs.cross is None else effective @ inputs.cross.matrix.to(effective.device)
+                gram = inputs.gram.gram.to(effective.device)
+                weight = solve_on_mask(effective, gram, mask, start=weight, cross=cross, **self.solver)
+                how, self.solved[name] = "solved", weight[mask].view_as(base.weight).to(base.weight.dtype)
+            self.stand_ins[name] = self._stand_in(name, base, weight)
+            error = relative_output_error(inputs.gram.sample, effective, self.stand_ins[name].weight, original)
+        return MergedLayer(
+            name=path,
+            shape=(base.out_features, base.in_features),
+            num_values=base.weight.numel(),
+            how=how,
+            relative_output_error=error,
+            discarded=float(lost / size) if size > 0 else 0.0,
+            seconds=round(time.perf_counter() - started, 4),
+        )
+
+    def _stand_in(self, name: str, base: SparseLinear, weight: torch.Tensor) -> nn.Linear:
+        """A dense layer with `weight` [out, in], rounded as the packed one will be, and the bias as it will be."""
+        dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+        bias = self.layers[name]._merged_bias(base.bias, self.adapters[name])
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
+        return dense
 
     def finish(self) -> None:
         """Merges the packed weights for good."""
-        for name, adapted in self.layers.items():
-            adapted.layer.merge(safe_merge=True, adapter_names=adapted.names)
-            if name in self.values:
-                adapted.base.replace_values(self.values[name])
+        for name, layer in self.layers.items():
+            layer.merge_kept(self.adapters[name])
+            if name in self.solved:
+                layer.get_base_layer().replace_values(self.solved[name])
 
 
 @torch.no_grad()
 def merge_blocks(
-    blocks: DecoderBlocks, names: list[str], replay: BlockReplay | None, settings: MergeSettings
+    blocks: DecoderBlocks, names: list[str], replay: BlockReplay | None, solver: Mapping[str, Any] | None
 ) -> list[MergedLayer]:
     """Merges the adapters `names`, which must be the active ones, into every sparse layer that has them. PEFT's layers
     stay where they are and count as merged, so that their `unmerge` takes everything back.
@@ -84,141 +118,61 @@ def merge_blocks(
         blocks: of the base model.
         names: of the adapters.
         replay: the calibration activations of the unmerged model at the first block; None: nothing is measured.
-        settings: whether and how to solve, which needs `replay`.
+        solver: settings of `solve_on_mask`, for which there must be a `replay`; None: what the mask discards is lost.
 
     Returns:
         A row for each layer.
     """
     unmerged = None if replay is None else replay.fork()
-    last = len(blocks.blocks) - 1
 
     def step(index: int, block: nn.Module) -> list[MergedLayer]:
-        layers = {
-            name: AdaptedLayer(blocks.name_in_decoder(index, name), layer, own_adapters(layer, names))
-            for name, layer in adapted_layers(block, names).items()
-            if is_sparse(layer)
-        }
-        merge, rows = _BlockMerge(layers), []
+        layers = {name: layer for name, layer in adapted_layers(block, names).items() if is_sparse(layer)}
+        merge = _BlockMerge(layers, {name: adapters_of(layer, names) for name, layer in layers.items()}, solver)
+        rows = []
         with densified(block):
-            for group in _groups(index, block, layers, replay):
+            # A layer is merged when all that it reads from is.
+            groups = [list(layers)] if replay is None else replay.input_groups(index, block, layers)
+            reached = {name for group in groups for name in group}
+            for group in [*groups, *([name] for name in layers if name not in reached)]:
                 inputs = {}
                 if replay is not None and unmerged is not None:
                     inputs = _collect(index, block, merge, group, replay, unmerged)
                 for name in group:
-                    rows.append(_merge_layer(name, merge, inputs.get(name), settings))
-            if replay is not None and unmerged is not None and index < last:
+                    rows.append(merge.merge(blocks.name_in_decoder(index, name), name, inputs.get(name)))
+            if replay is not None and unmerged is not None and index < len(blocks.blocks) - 1:
                 with merge.as_merged():
                     replay.advance(index, block)
                 unmerged.advance(index, block)
         merge.finish()
         return rows
 
-    tokens = 0 if replay is None else replay.tokens.numel()
-    return each_block(f"Merging ({'solve' if settings.solve else 'masked'})", blocks, step, tokens=tokens)
-
-
-def _groups(
-    index: int, block: nn.Module, layers: Mapping[str, AdaptedLayer], replay: BlockReplay | None
-) -> list[list[str]]:
-    """Names of layers in the order in which they are called, those of one input together: a layer is merged when all
-    that it reads from is."""
-    if replay is None:
-        return [list(layers)]
-    called = replay.input_groups(index, block, {name: adapted.layer for name, adapted in layers.items()})
-    seen = {name for group in called for name in group}
-    return [*called, *([name] for name in layers if name not in seen)]
+    how = "masked" if solver is None else "solve"
+    return each_block(f"Merging ({how})", blocks, step, tokens=0 if replay is None else replay.tokens.numel())
 
 
 def _collect(
-    index: int,
-    block: nn.Module,
-    merge: _BlockMerge,
-    group: list[str],
-    replay: BlockReplay,
-    unmerged: BlockReplay,
+    index: int, block: nn.Module, merge: _BlockMerge, group: list[str], replay: BlockReplay, unmerged: BlockReplay
 ) -> dict[str, _Inputs]:
     """Statistics of the inputs of a group by layer; a layer that no token reached is missing."""
-    layers = {name: merge.layers[name].layer for name in group}
+    layers = {name: merge.layers[name] for name in group}
     leaders: dict[str, str] = {}
     inputs: dict[str, _Inputs] = {}
-    here = replay.inputs(index, block, layers, leaders)
-    there = unmerged.inputs(index, block, layers, {})
+    here, there = replay.inputs(index, block, layers, leaders), unmerged.inputs(index, block, layers, {})
     for hidden in replay.hidden:
         others = next(there)
         with merge.as_merged():
             batch = next(here)
+        rows = hidden.shape[0] * (hidden.shape[1] - replay.skip_first)
         for name, x in batch.items():
             if name not in inputs:
-                size = (x.shape[-1], hidden.device)
-                known = (GramMatrix(*size, replay.tokens.numel()), ColumnNorms(*size, replay.tokens.numel()))
-                inputs[name] = _Inputs(*known, CrossMatrix(*size))
+                size, tokens = (x.shape[-1], hidden.device), replay.tokens.numel()
+                inputs[name] = _Inputs(GramMatrix(*size, tokens), ColumnNorms(*size, tokens), CrossMatrix(*size))
             inputs[name].gram.update(x)
             other, cross = others.get(name), inputs[name].cross
             # Tokens routed to an expert in one model may go elsewhere in the other.
-            if other is None or other.shape != x.shape or not _is_whole(x, hidden, replay.skip_first):
+            if other is None or other.shape != x.shape or x.numel() // x.shape[-1] != rows:
                 inputs[name].cross = None
             elif cross is not None:
                 inputs[name].unmerged.update(other)
                 cross.update(other, x)
     return {name: inputs[leader] for name, leader in leaders.items() if leader in inputs}
-
-
-def _is_whole(x: torch.Tensor, hidden: torch.Tensor, skip_first: bool) -> bool:
-    """Whether a layer's input [..., in] has a row for each token of a batch [batch, seq_len, hidden]."""
-    return x.numel() // x.shape[-1] == hidden.shape[0] * (hidden.shape[1] - skip_first)
-
-
-def _merge_layer(name: str, merge: _BlockMerge, inputs: _Inputs | None, settings: MergeSettings) -> MergedLayer:
-    """Finds the merged weight of a layer, puts its stand-in up where there are inputs, and describes it."""
-    adapted, started = merge.layers[name], time.perf_counter()
-    base = adapted.base
-    mask = unpack_mask(base.weight_mask, base.in_features)
-    effective = adapted.layer.effective_weight(adapted.names)
-    change = effective - base.to_dense_weight()
-    size, lost = torch.linalg.norm(change), torch.linalg.norm(change.masked_fill(mask, 0))
-    weight, how = effective * mask, "masked" if lost > 0 else "exact"
-    error = None
-    if inputs is not None:
-        if settings.solve and lost > 0:
-            weight, how = _solve(effective, weight, mask, inputs, settings), "solved"
-            merge.values[name] = weight[mask].view_as(base.weight).to(base.weight.dtype)
-        merge.stand_ins[name] = _stand_in(adapted, weight)
-        original = None if inputs.cross is None else inputs.unmerged.sample
-        error = relative_output_error(inputs.gram.sample, effective, merge.stand_ins[name].weight, original)
-    return MergedLayer(
-        name=adapted.path,
-        shape=(base.out_features, base.in_features),
-        num_values=base.weight.numel(),
-        how=how,
-        relative_output_error=error,
-        discarded=float(lost / size) if size > 0 else 0.0,
-        seconds=round(time.perf_counter() - started, 4),
-    )
-
-
-def _solve(
-    effective: torch.Tensor, start: torch.Tensor, mask: torch.Tensor, inputs: _Inputs, settings: MergeSettings
-) -> torch.Tensor:
-    gram = inputs.gram.gram.to(effective.device)
-    cross = None if inputs.cross is None else effective @ inputs.cross.matrix.to(effective.device)
-    return solve_on_mask(
-        effective,
-        gram,
-        mask,
-        start=start,
-        cross=cross,
-        damping=settings.damping,
-        max_steps=settings.max_steps,
-        tolerance=settings.tolerance,
-    )
-
-
-def _stand_in(adapted: AdaptedLayer, weight: torch.Tensor) -> nn.Linear:
-    """A dense layer with `weight` [out, in], rounded as the packed one will be, and the bias as it will be merged."""
-    base = adapted.base
-    dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
-    bias = adapted.layer._merged_bias(base.bias, adapted.names)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
-    return dense

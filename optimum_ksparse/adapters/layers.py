@@ -23,8 +23,17 @@ class _KeepsZeros:
     values before, with all merged adapters, and rounded once; unmerging puts the same bits back."""
 
     merged_adapters: list[str]
+    other_param_names: tuple[str, ...]
+    fan_in_fan_out: bool
     get_base_layer: Callable[[], SparseLinear]
     _before_merge: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def __init__(self, base_layer: SparseLinear, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)  # type: ignore[call-arg]
+        # By adapter why it must not be merged into this layer, if so; PEFT deletes the entry with the adapter.
+        self.refused_merges: dict[str, str | None] = {}
+        self.other_param_names = (*self.other_param_names, "refused_merges")
+        self.fan_in_fan_out = False  # the dense weight of a sparse layer is [out, in], that of GPT-2 too
 
     def _has_adapter(self, name: str) -> bool:
         raise NotImplementedError
@@ -39,23 +48,43 @@ class _KeepsZeros:
     def _merged_bias(self, bias: torch.Tensor | None, names: list[str]) -> torch.Tensor | None:
         return bias
 
-    @torch.no_grad()
+    def _leaves_mask(self, name: str) -> bool:
+        """Whether an adapter changes weights that are zero."""
+        return False
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges adapters, the active ones by default, into the packed weight: W + s·(B·A)∘M for LoRA, m/‖V‖·(W +
-        s·B·A) at the mask for DoRA, W∘(1 + B·A) for HiRA; several, in the order in which they are merged, as the
-        forward pass takes them one after the other.
+        """As in PEFT, by `merge_kept`; a warning tells of what it throws away.
 
         Args:
             safe_merge: raise ValueError, and change nothing, where a result is not finite.
-            adapter_names: those to merge; they are skipped, with a warning, where they are merged already.
-
-        Raises:
-            RuntimeError: an adapter has a bias, the base layer has none.
+            adapter_names: those to merge, the active ones by default; they are skipped, with a warning, where they are
+                merged already.
         """
         wanted = check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
         names = [name for name in dict.fromkeys(wanted) if self._has_adapter(name)]
+        if any(self._leaves_mask(name) for name in names):
+            warnings.warn(
+                "merging throws away what an adapter adds where the weights of sparse layers are zero: "
+                'optimum_ksparse.merge_adapter(model, method="solve", dataset=...) makes up for it',
+                stacklevel=3,
+            )
+        self.merge_kept(names, safe_merge)
+
+    @torch.no_grad()
+    def merge_kept(self, names: list[str], safe_merge: bool = True) -> None:
+        """Merges adapters of this layer into the packed weight: W + s·(B·A)∘M for LoRA, m/‖V‖·(W + s·B·A) at the mask
+        for DoRA, W∘(1 + B·A) for HiRA; several, in the order in which they are merged, as the forward pass takes them
+        one after the other.
+
+        Raises:
+            RuntimeError: an adapter has a bias, the base layer has none.
+            ValueError: an adapter was trained over other masks; or, with `safe_merge`, a result is not finite.
+        """
         if not names:
             return
+        refused = [why for name in names if (why := self.refused_merges.get(name))]
+        if refused:
+            raise ValueError(refused[0])
         base, merged = self.get_base_layer(), [*self.merged_adapters, *names]
         before = self._original()
         bits = packed_tensors(base)[1]
@@ -92,20 +121,6 @@ class _KeepsZeros:
         dense = unpack(values, bits, base.in_features)
         return self._effective(dense, bits, [n for n in names if self._has_adapter(n)], packed=False).float()
 
-    @torch.no_grad()
-    def merging_loss(self, adapter_names: list[str]) -> tuple[float, float]:
-        """Squared Frobenius norms of what merging loses, because it lies where the weight is zero, and of all that
-        those adapters that are not merged yet do to the dense weight."""
-        names = [name for name in adapter_names if name not in self.merged_adapters and self._has_adapter(name)]
-        if not names:
-            return 0.0, 0.0
-        base = self.get_base_layer()
-        bits = packed_tensors(base)[1]
-        delta = self.effective_weight(names) - unpack(self._original()[0].to(bits.device), bits, base.in_features)
-        kept = delta[unpack_mask(bits, base.in_features)]
-        total = float(delta.square().sum())
-        return total - float(kept.square().sum()), total
-
     def _effective(self, weight: torch.Tensor, bits: torch.Tensor, names: list[str], packed: bool) -> torch.Tensor:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         effective = weight.clone()
@@ -130,11 +145,6 @@ class _KeepsZeros:
 
 class SparseLoraLinear(_KeepsZeros, lora.Linear):
     """LoRA over a `SparseLinear`: plain, rsLoRA, DoRA, with a masked delta, aLoRA and VeLoRA."""
-
-    def __init__(self, base_layer: SparseLinear, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        # The dense weight of a sparse layer is [out, in], that of GPT-2 too.
-        self.fan_in_fan_out = False
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type[lora.LoraVariant] | None]:
@@ -164,6 +174,9 @@ class SparseLoraLinear(_KeepsZeros, lora.Linear):
 
     def _has_adapter(self, name: str) -> bool:
         return name in self.lora_A
+
+    def _leaves_mask(self, name: str) -> bool:
+        return not self.is_masked(name) and bool(onloaded(self.lora_B[name], "weight").any())
 
     def _merged_bias(self, bias: torch.Tensor | None, names: list[str]) -> torch.Tensor | None:
         for name in names:
@@ -200,9 +213,6 @@ class SparseLoraLinear(_KeepsZeros, lora.Linear):
 class SparseHiraLinear(_KeepsZeros, hira.Linear):
     """HiRA over a `SparseLinear`: W∘(1 + B·A) has the mask of W."""
 
-    def __init__(self, base_layer: SparseLinear, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, config=config, **{**kwargs, "fan_in_fan_out": False})
-
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in PEFT, without a dense matrix that is kept for the backward pass."""
         if self.disable_adapters or self.merged:
@@ -226,3 +236,6 @@ class SparseHiraLinear(_KeepsZeros, hira.Linear):
     ) -> torch.Tensor:
         a, b = (onloaded(factors, name).detach().to(weight) for factors in (self.hira_A, self.hira_B))
         return effective + weight * (packed_product(a, b, bits, weight.shape) if packed else b @ a)
+
+
+SPARSE_LAYERS = (SparseLoraLinear, SparseHiraLinear)

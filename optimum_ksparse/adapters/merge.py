@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,9 +21,10 @@ from ..dataset import is_token_ids
 from ..evaluation import note_merge
 from ..runtime.execution import apply_settings
 from ..version import library_versions
-from .adapted import active, adapted_layers, check_mergeable, describe_adapters, is_sparse, own_adapters
-from .blocks import MergeSettings, merge_blocks
+from .adapted import active, adapted_layers, adapters_of, check_mergeable, describe_adapters, is_sparse
+from .blocks import merge_blocks
 from .report import MergeReport
+from .targets import base_of
 
 METHODS = ("masked", "solve")
 
@@ -70,7 +70,13 @@ def merge_adapter(
         TypeError, ValueError: a setting is wrong, or these adapters cannot be merged; nothing has been changed. On
             these and all other errors, and on Ctrl-C, `peft_model` is what it was.
     """
-    settings = _settings(method, dataset, damping, max_steps, tolerance)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; allowed: {', '.join(METHODS)}")
+    if method == "solve" and dataset is None:
+        raise ValueError('method="solve" needs calibration text: pass dataset=, or use method="masked"')
+    check_integer("max_steps", max_steps, 1)
+    damping, tolerance = check_number("damping", damping, 0, 1), check_number("tolerance", tolerance, 0, 1)
+    solver = {"damping": damping, "max_steps": max_steps, "tolerance": tolerance} if method == "solve" else None
     names = check_mergeable(peft_model, adapter_names)
     model: Any = peft_model.get_base_model()
     started = time.perf_counter()
@@ -92,8 +98,7 @@ def merge_adapter(
     undo: list[Callable[[], None]] = []
     try:
         with active(model, names):
-            for layer in adapted_layers(model, names).values():
-                undo.append(_unmerge(layer))
+            undo += [_unmerge(layer) for layer in adapted_layers(model, names).values() if is_sparse(layer)]
             with evaluation_mode(model), torch.no_grad():
                 blocks = find_blocks(model)
                 replay = None if data is None else BlockReplay(blocks, data.ids, batch_size)
@@ -102,7 +107,7 @@ def merge_adapter(
                         f"{type(model).__name__} does not run its blocks one after another, which merging with a "
                         "dataset needs: take method='masked' without one"
                     )
-                report.layers = merge_blocks(blocks, names, replay, settings)
+                report.layers = merge_blocks(blocks, names, replay, solver)
             tied = _is_tied(model)
             report.dense_layers = _merge_dense(model, names, undo)
             _unload(peft_model, model, undo)
@@ -113,16 +118,6 @@ def merge_adapter(
         for take_back in reversed(undo):
             take_back()
         raise
-
-
-def _settings(method: str, dataset: Any, damping: float, max_steps: int, tolerance: float) -> MergeSettings:
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not known; allowed: {', '.join(METHODS)}")
-    if method == "solve" and dataset is None:
-        raise ValueError('method="solve" needs calibration text: pass dataset=, or use method="masked"')
-    check_integer("max_steps", max_steps, 1)
-    damping, tolerance = check_number("damping", damping, 0, 1), check_number("tolerance", tolerance, 0, 1)
-    return MergeSettings(method == "solve", damping, max_steps, tolerance)
 
 
 def _draw(model: PreTrainedModel, config: SparsityConfig) -> CalibrationTokens:
@@ -139,15 +134,8 @@ def _draw(model: PreTrainedModel, config: SparsityConfig) -> CalibrationTokens:
 
 
 def _unmerge(layer: Any) -> Callable[[], None]:
-    """What takes a merge of a sparse layer back."""
-
-    def take_back() -> None:
-        if is_sparse(layer):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # where it had not been merged yet
-                layer.unmerge()
-
-    return take_back
+    """What takes a merge of a sparse layer back, if there was one."""
+    return lambda: layer.unmerge() if layer.merged else None
 
 
 def _merge_dense(model: PreTrainedModel, names: list[str], undo: list[Callable[[], None]]) -> list[str]:
@@ -159,21 +147,14 @@ def _merge_dense(model: PreTrainedModel, names: list[str], undo: list[Callable[[
             continue
         base: Any = layer.get_base_layer()
         before = dict(base._parameters)
-        undo.append(_restore(layer, base, before))
+        undo.append(partial(base._parameters.update, before))
+        undo.append(layer.merged_adapters.clear)
         for name, parameter in before.items():
             if parameter is not None:
                 base._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-        layer.merge(safe_merge=True, adapter_names=own_adapters(layer, names))
+        layer.merge(safe_merge=True, adapter_names=adapters_of(layer, names))
         merged.append(path)
     return merged
-
-
-def _restore(layer: Any, base: nn.Module, parameters: dict[str, nn.Parameter | None]) -> Callable[[], None]:
-    def take_back() -> None:
-        base._parameters.update(parameters)
-        layer.merged_adapters.clear()
-
-    return take_back
 
 
 def _unload(peft_model: Any, model: Any, undo: list[Callable[[], None]]) -> None:
@@ -195,11 +176,7 @@ def _unload(peft_model: Any, model: Any, undo: list[Callable[[], None]]) -> None
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, BaseTunerLayer):
-        head = head.get_base_layer()
-    if isinstance(embeddings, BaseTunerLayer):
-        embeddings = embeddings.get_base_layer()
+    head, embeddings = (base_of(module) for module in (model.get_output_embeddings(), model.get_input_embeddings()))
     return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", 0)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.hira.layer import HiraLayer
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
@@ -15,6 +17,7 @@ from ..nn import SparseExperts, SparseLinear
 from .config import lora_variants
 
 SPARSE = (SparseLinear, SparseExperts)
+_LAYERS = {PeftType.LORA: LoraLayer, PeftType.HIRA: HiraLayer}
 SUPPORTED = (
     "supported on sparse layers are LoRA (with rsLoRA, DoRA, aLoRA, VeLoRA, or masked) and HiRA; every tuner may "
     "still target modules that are dense"
@@ -24,13 +27,13 @@ _VARIANTS = {"use_dora", "alora_invocation_tokens", "velora_config"}
 _DENSE_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
 
 
-def base_of(module: nn.Module) -> nn.Module:
+def base_of(module: Any) -> Any:
     """The module that an adapter's layer wraps, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def sparse_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names, in the model with its adapters, and sparse modules, wrapped or not."""
+def _sparse_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names, in the model with its adapters, and sparse modules or what wraps them."""
     wrapped: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(wrapped):
@@ -38,7 +41,7 @@ def sparse_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             wrapped = (*wrapped, f"{name}.")
         if isinstance(base_of(module), SPARSE):
-            yield name, base_of(module)
+            yield name, module
 
 
 def check_targets(tuner: BaseTuner, config: Any, model: nn.Module, names: set[str] | None = None) -> None:
@@ -55,20 +58,20 @@ def check_targets(tuner: BaseTuner, config: Any, model: nn.Module, names: set[st
         ValueError: settings of LoRA cannot; or the delta is to be masked and no target is sparse.
     """
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
-    found = False
-    for name, module in sparse_modules(model):
+    targeted = False
+    for name, module in _sparse_modules(model):
         parameter = _targeted_parameter(config, name)
         if parameter or (name in names if names is not None else tuner._check_target_module_exists(config, name)):
             _check(config, name, module, parameter)
-            found = True
-    if getattr(config, "masked", False) and not found:
+            targeted = True
+    if getattr(config, "masked", False) and not targeted:
         raise ValueError(
             "masked=True, but no sparse layer is targeted, whose mask it needs: load a sparse model, or one in dense "
             f"storage after importing optimum_ksparse; target_modules is {config.target_modules!r}"
         )
 
 
-def targets_of_state(config: Any, keys: set[str]) -> set[str]:
+def targets_of_state(config: Any, keys: Iterable[str]) -> set[str]:
     """Names of the modules that the state dict of an adapter has tensors of."""
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     return {key.rsplit(f".{prefix}", 1)[0].removeprefix("_orig_mod.") for key in keys}
@@ -77,19 +80,21 @@ def targets_of_state(config: Any, keys: set[str]) -> set[str]:
 def _targeted_parameter(config: Any, name: str) -> str | None:
     """The entry of `target_parameters` that means a sparse module, or the parameter that it stands for."""
     for target in getattr(config, "target_parameters", None) or []:
-        if any(own == target or own.endswith(f".{target}") for own in (name, f"{name}.weight")):
+        if any(path == target or path.endswith(f".{target}") for path in (name, f"{name}.weight")):
             return str(target)
     return None
 
 
 def _check(config: Any, name: str, module: nn.Module, parameter: str | None) -> None:
-    kind, tuner = type(module).__name__, f"{config.peft_type.value} ({type(config).__name__})"
-    if config.peft_type not in (PeftType.LORA, PeftType.HIRA):
+    kind, tuner = type(base_of(module)).__name__, f"{config.peft_type.value} ({type(config).__name__})"
+    if config.peft_type not in _LAYERS:
         raise TypeError(f"{tuner} cannot adapt {name}, which is a sparse layer ({kind}): {SUPPORTED}")
     if parameter is not None:
         raise TypeError(f"target_parameters={parameter!r} of {tuner} is {name}, a {kind} without a dense parameter")
-    if not isinstance(module, SparseLinear):
+    if not isinstance(base_of(module), SparseLinear):
         raise TypeError(f"{tuner} cannot adapt {name}, a {kind}: {SUPPORTED}, which are SparseLinear modules only")
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, _LAYERS[config.peft_type]):
+        raise TypeError(f"{name} has adapters of {type(module).__name__} already: it takes one kind only")
     if isinstance(config, LoraConfig):
         _check_lora(config, name)
 

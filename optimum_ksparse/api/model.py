@@ -144,7 +144,6 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     if sparse_experts(model):
         use_eager_experts(model)
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
-    model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +59,14 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "r
 _PARALLEL_ARGUMENTS = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
 
 
-def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
-    """Wraps `cls.from_pretrained` once; a `SparsityConfig` is taken from `sparsity_config`, which signature and
+def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of `from_pretrained` of models; a `SparsityConfig` is taken from `sparsity_config`, which signature and
     docstring name, or from `quantization_config`."""
-    original = cls.from_pretrained.__func__  # type: ignore[attr-defined]
-    if getattr(original, "_ksparse", False):
-        return
 
     @functools.wraps(original)
-    def from_pretrained(cls: type[PreTrainedModel], source: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(cls: type[PreTrainedModel], source: Any = None, *args: Any, **kwargs: Any) -> Any:
         source = kwargs.pop("pretrained_model_name_or_path", source)
-        recover_source(source, kwargs)
+        recover_source(source, kwargs.get("subfolder"))
         config = _take_config(kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         recorded = None
@@ -104,9 +102,8 @@ def wrap_from_pretrained(cls: type[PreTrainedModel]) -> None:
             logger.warning(f'Sparse experts run with experts_implementation="eager" only, not with {requested!r}.')
         return (model, info) if wants_info else model
 
-    describe_from_pretrained(from_pretrained)
-    from_pretrained._ksparse = True  # type: ignore[attr-defined]
-    cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+    describe_from_pretrained(wrapper)
+    return wrapper
 
 
 def _take_config(kwargs: dict[str, Any]) -> SparsityConfig | None:

@@ -8,31 +8,25 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from transformers.utils import PushToHubMixin
-
 from ..hub import is_ours, push_model
 from .describing import describe
 
 _PARAMETERS = dict(list(inspect.signature(push_model).parameters.items())[1:])  # but the model
 
 
-def wrap_push_to_hub(cls: type[PushToHubMixin]) -> None:
-    """Wraps `cls.push_to_hub` once; signature and docstring tell what it takes more for a sparse model. Other models,
-    tokenizers and configs pass through."""
-    original = cls.push_to_hub
-    if getattr(original, "_ksparse", False):
-        return
+def push_to_hub(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a model; signature and docstring tell what it takes more for a sparse model. Other models, tokenizers and
+    configs pass through."""
 
     @functools.wraps(original)
-    def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_ours(self):
             return original(self, *args, **kwargs)
         _check_names(kwargs)
         return push_model(self, *args, **kwargs)
 
-    describe_push_to_hub(push_to_hub)
-    push_to_hub._ksparse = True  # type: ignore[attr-defined]
-    cls.push_to_hub = push_to_hub  # type: ignore[method-assign]
+    describe_push_to_hub(wrapper)
+    return wrapper
 
 
 def describe_push_to_hub(function: Callable[..., Any]) -> None:

@@ -62,6 +62,11 @@ class SparsityQuantizer(HfQuantizer):
             check_headers(headers, sparse_modules(decoder_of(model)))
         return model
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # Its weights have an ordinary dtype: `half` and `float` cast them as those of any other model.
+        model.is_quantized = False  # type: ignore[assignment]
+        return model
+
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Where tensors have the names of modules nothing is renamed, but by a user's `key_mapping`, which comes
         first."""

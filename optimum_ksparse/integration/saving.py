@@ -6,7 +6,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,13 @@ logger = logging.get_logger(__name__)
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
-def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
-    """Wraps `cls.save_pretrained` once; models that are and were dense pass through. With
+def save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
+    """Of `save_pretrained` of models; models that are and were dense pass through. With
     `overwrite=True` a model that was pruned may take the place of the one that it was loaded from."""
-    original = cls.save_pretrained
-    if getattr(original, "_ksparse", False):
-        return
-
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    def wrapper(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         config, is_sparse = made_with(self), bool(sparse_modules(self))
         bound = signature.bind(self, *args, **kwargs).arguments
         adapted = getattr(self, "_hf_peft_config_loaded", False)  # then transformers saves the adapter alone
@@ -96,10 +92,8 @@ def wrap_save_pretrained(cls: type[PreTrainedModel]) -> None:
             }
             hub["repo_id"] = os.path.basename(os.path.normpath(directory))
             self.push_to_hub(**{**hub, **bound.get("kwargs", {})})
-        return
 
-    save_pretrained._ksparse = True  # type: ignore[attr-defined]
-    cls.save_pretrained = save_pretrained  # type: ignore[method-assign]
+    return wrapper
 
 
 def _check_source(model: PreTrainedModel, config: SparsityConfig | None, directory: str | os.PathLike[str]) -> None:

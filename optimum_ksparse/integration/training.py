@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,8 @@ from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 _BUILDERS = ("arrow", "csv", "generator", "json", "pandas", "parquet", "text")
 
 
-def wrap_trainer(cls: Any) -> None:
-    """Wraps `Trainer.__init__` once. A trainer of any other model is as it was."""
-    original = cls.__init__
-    if getattr(original, "_ksparse", False):
-        return
+def recording(original: Callable[..., None]) -> Callable[..., None]:
+    """Of `Trainer.__init__`. A trainer of any other model is as it was."""
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -32,8 +30,7 @@ def wrap_trainer(cls: Any) -> None:
             self.add_callback(_Provenance(self))
             self.create_model_card = _with_section(self, self.create_model_card)
 
-    __init__._ksparse = True  # type: ignore[attr-defined]
-    cls.__init__ = __init__
+    return __init__
 
 
 def _with_section(trainer: Any, original: Any) -> Any:

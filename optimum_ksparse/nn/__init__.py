@@ -2,14 +2,12 @@
 
 from .densify import densified
 from .experts import SparseExperts
-from .first import before_first
 from .linear import SparseLinear, dense_weight, is_linear_map
 from .masked import masked_linear, packed_product, row_norms, spread_rows
 
 __all__ = [
     "SparseExperts",
     "SparseLinear",
-    "before_first",
     "dense_weight",
     "densified",
     "is_linear_map",

@@ -11,7 +11,6 @@ from torch import nn
 from .. import kernels
 from ..packing import check_bits, pack, values_shape
 from ..pattern import Pattern
-from .first import run_before_first
 from .foreign import PackedModule
 from .matrix import PackedMatrix
 
@@ -53,7 +52,6 @@ class SparseExperts(PackedModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        run_before_first()
         super().__init__()
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         self.pattern = pattern
@@ -162,10 +160,6 @@ class SparseExperts(PackedModule):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_dense_weight", "_formed")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        run_before_first()
-        super().__setstate__(state)
 
     @property
     def shape(self) -> torch.Size:

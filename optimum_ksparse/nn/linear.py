@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from .. import kernels
 from ..packing import check_bits, pack, unpack_mask, values_shape
 from ..pattern import Pattern
-from .first import run_before_first
 from .foreign import PackedModule
 
 if TYPE_CHECKING:
@@ -94,7 +93,6 @@ class SparseLinear(PackedModule, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        run_before_first()
         nn.Module.__init__(self)  # nn.Linear would make, and initialise, a dense weight
         self.in_features, self.out_features = in_features, out_features
         self.pattern = pattern
@@ -269,10 +267,6 @@ class SparseLinear(PackedModule, nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         run_time = ("_dense_weight", "_dense_form", "_library_form", "_formed", "_group", "_followers")
         return {name: value for name, value in self.__dict__.items() if name not in run_time}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        run_before_first()
-        super().__setstate__(state)
 
     @property
     def density(self) -> float:

@@ -18,7 +18,6 @@ FAMILIES = {
     "gpt_neox": ["query_key_value", "dense_4h_to_h"],
     "gpt2": ["c_attn", "c_fc", "c_proj"],
 }
-PATTERNS = ("2:4", "4:8", "50%")
 METHODS = {
     "lora": lambda **settings: LoraConfig(r=4, **settings),
     "rslora": lambda **settings: LoraConfig(r=4, use_rslora=True, **settings),

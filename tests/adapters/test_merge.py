@@ -17,7 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from optimum_ksparse import SparsityConfig, merge_adapter, sparsify
 from optimum_ksparse.adapters import MergeReport, SparseLoraConfig, blocks
-from optimum_ksparse.adapters.masks import check_record, mask_fingerprint, read_record
+from optimum_ksparse.adapters.adapted import adapted_layers
+from optimum_ksparse.adapters.masks import mask_fingerprint, mismatch, read_record
 from optimum_ksparse.checkpoint import sparse_layers
 from optimum_ksparse.commands import parse_words
 from optimum_ksparse.records import MASKS_NAME
@@ -87,12 +88,9 @@ def check_same_masks(before, model):
 @pytest.mark.parametrize(
     ("name", "pattern", "dtype"),
     [
-        ("llama", "2:4", torch.float32),
         ("llama", "50%", torch.bfloat16),
         ("gpt_neox", "4:8", torch.float32),
-        ("gpt_neox", "2:4", torch.bfloat16),
-        ("gpt2", "50%", torch.float32),
-        ("gemma3", "1:4", torch.float32),
+        ("gpt2", "2:4", torch.float32),
     ],
 )
 def test_masks_stay_and_solving_comes_nearer(adapted, name, pattern, dtype):
@@ -164,7 +162,7 @@ def test_dora(adapted):
     assert merged.ksparse.merge.adapters[0]["use_dora"] is True
 
 
-@pytest.mark.parametrize("names", [["default"], ["other"], ["default", "other"]])
+@pytest.mark.parametrize("names", [["other"], ["default", "other"]])
 def test_one_of_several_adapters_or_all(adapted, names):
     def make():
         model = adapted()
@@ -225,8 +223,8 @@ def _with_nan(model):
 
 
 def _other_mask(model):
-    record = {"mask_sha256": "0" * 64, "base_model": "another"}
-    model.get_base_model().mask_records = {"default": (model.peft_config["default"], record)}
+    for layer in adapted_layers(model, ["default"]).values():
+        layer.refused_merges["default"] = "trained over other masks: 'another'"
 
 
 @pytest.mark.parametrize(
@@ -296,14 +294,14 @@ def test_an_interrupted_merge_is_undone(make_model, monkeypatch, where):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    original = blocks._solve
+    original = blocks.solve_on_mask
     if where == "dense":
         monkeypatch.setattr(peft.tuners.lora.Linear, "merge", interrupt)
     elif where == "unload":
         unload = type(peft_model.base_model).unload
         monkeypatch.setattr(type(peft_model.base_model), "unload", lambda self: (unload(self), interrupt()))
     else:
-        monkeypatch.setattr(blocks, "_solve", interrupt)
+        monkeypatch.setattr(blocks, "solve_on_mask", interrupt)
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(peft_model, method="solve", adapter_names=["default"], dataset=IDS)
     monkeypatch.undo()
@@ -324,16 +322,14 @@ def test_an_adapter_remembers_its_masks(adapted, make_model, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     record = json.loads((tmp_path / "adapter" / MASKS_NAME).read_text())
     assert record["mask_sha256"] == mask_fingerprint(model) == mask_fingerprint(adapted(seed=7).unload())
-    check_record(model, read_record(tmp_path / "adapter"), "adapter")
+    assert mismatch(model, read_record(tmp_path / "adapter"), "adapter") is None
     other = make_model("llama")
     sparsify(other, SparsityConfig("wanda", "2:4", dataset=IDS))
-    with pytest.raises(ValueError, match="'adapter' was trained over other masks"):
-        check_record(other, read_record(tmp_path / "adapter"), "adapter")
+    assert "other masks" in mismatch(other, read_record(tmp_path / "adapter"), "adapter")
     loaded = PeftModel.from_pretrained(other, tmp_path / "adapter")
     with pytest.raises(ValueError, match="other masks"):
         merge_adapter(loaded)
     (tmp_path / "adapter" / MASKS_NAME).unlink()  # as plain PEFT would save it
-    check_record(other, read_record(tmp_path / "adapter"), "adapter")
     merge_adapter(PeftModel.from_pretrained(loaded.unload(), tmp_path / "adapter"))
     assert mask_fingerprint(make_model("llama")) is None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from optimum_ksparse import Pattern
 from optimum_ksparse.checkpoint import sparse_modules
 
-from .models import FAMILIES, METHODS, PATTERNS, adapted, logits, same, state, trained, wrapped
+from .models import METHODS, adapted, logits, same, state, trained, wrapped
 
 peft = pytest.importorskip("peft", reason="needs the extra finetune")
 utils = pytest.importorskip("peft.utils")
@@ -22,10 +21,18 @@ utils = pytest.importorskip("peft.utils")
 # --- What layers compute ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "hira"])
-def test_forward_and_gradients_equal_those_of_the_dense_model(make_pruned, token_ids, name, pattern, method):
+@pytest.mark.parametrize(
+    ("method", "name", "pattern"),
+    [
+        ("lora", "llama", "2:4"),
+        ("rslora", "gpt2", "4:8"),
+        ("dora", "gpt_neox", "2:4"),
+        ("dora", "gpt2", "50%"),
+        ("hira", "llama", "50%"),
+        ("hira", "gpt2", "4:8"),
+    ],
+)
+def test_forward_and_gradients_equal_those_of_the_dense_model(make_pruned, token_ids, method, name, pattern):
     sparse = adapted(make_pruned(name, pattern), method, name)
     dense = peft.get_peft_model(make_pruned(name, pattern).dequantize(), copy.deepcopy(sparse.peft_config["default"]))
     utils.set_peft_model_state_dict(dense, utils.get_peft_model_state_dict(sparse))
@@ -50,9 +57,8 @@ def test_dropout_of_dora_equals_the_dense_one(make_pruned, token_ids):
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_no_warning_about_the_layout_of_the_weight(make_pruned, name, method):
+def test_no_warning_about_the_layout_of_the_weight(make_pruned, method, name="gpt2"):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*fan_in_fan_out.*")
         model = adapted(make_pruned(name), method, name)
@@ -61,10 +67,9 @@ def test_no_warning_about_the_layout_of_the_weight(make_pruned, name, method):
     assert layer.get_delta_weight("default").shape == (layer.out_features, layer.in_features)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("method", METHODS)
-def test_effective_weight_is_what_the_layer_computes_with(make_pruned, pattern, method):
-    model = adapted(make_pruned("gpt2", pattern), method, "gpt2")
+def test_effective_weight_is_what_the_layer_computes_with(make_pruned, method):
+    model = adapted(make_pruned("gpt2", "50%"), method, "gpt2")
     model = adapted(model, method, "gpt2", seed=1, adapter="other")
     model.base_model.set_adapter(["default", "other"])
     for layer in wrapped(model):
@@ -122,10 +127,18 @@ def test_layers_survive_pickling_and_copying(make_pruned, token_ids):
 # --- Merging ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("method", METHODS)
-def test_merging_keeps_every_zero(make_pruned, token_ids, name, pattern, method):
+@pytest.mark.parametrize(
+    ("method", "name", "pattern"),
+    [
+        ("lora", "gpt2", "2:4"),
+        ("rslora", "llama", "50%"),
+        ("dora", "gpt_neox", "4:8"),
+        ("masked", "gpt2", "50%"),
+        ("hira", "gpt2", "4:8"),
+        ("hira", "llama", "50%"),
+    ],
+)
+def test_merging_keeps_every_zero(make_pruned, token_ids, method, name, pattern):
     safe_merge = pattern == "50%"
     model = adapted(make_pruned(name, pattern), method, name)
     before, expected = state(model), logits(model, token_ids)
@@ -151,19 +164,14 @@ def test_merging_keeps_every_zero(make_pruned, token_ids, name, pattern, method)
         Pattern(pattern).verify(layer.to_dense_weight())
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
-def test_what_pefts_merging_throws_away_is_said_once(make_pruned, method, merge):
+@pytest.mark.parametrize(("method", "warns"), [("lora", True), ("dora", True), ("masked", False), ("hira", False)])
+def test_what_pefts_merging_throws_away_is_said_once(make_pruned, method, warns):
     model = adapted(make_pruned(), method)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        getattr(model, merge)()
-        if merge == "merge_adapter":
-            model.unload()  # merged already: nothing more is lost
-    messages = [str(warning.message) for warning in caught if "solve" in str(warning.message)]
-    assert len(messages) == (method in ("lora", "rslora", "dora"))
-    if method == "lora":  # half of the weights at random: the norm of what is lost is that of the whole times √½
-        assert 60 < int(re.search(r"(\d+)%", messages[0])[1]) < 80
+        warnings.simplefilter("default")
+        model.merge_adapter()
+        model.unload()  # merged already: nothing more is lost
+    assert sum("solve" in str(warning.message) for warning in caught) == warns
 
 
 def test_merged_models_are_saved_and_read_back(make_pruned, token_ids, tmp_path):
@@ -178,10 +186,10 @@ def test_several_merged_adapters(make_pruned, token_ids, method):
     model.base_model.set_adapter(["default", "other"])
     before, expected = state(model), logits(model, token_ids)
     model.merge_adapter(["other"])
-    with pytest.warns(UserWarning, match="Already following adapters were merged other"):
+    with pytest.warns(UserWarning, match="merged other"):
         model.merge_adapter(["default"])
     one_by_one = state(model)
-    with pytest.warns(UserWarning, match="All adapters are already merged"):
+    with pytest.warns(UserWarning, match="already merged"):
         model.merge_adapter(["default"])
     assert same(state(model), one_by_one)
     if method in ("masked", "hira"):

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
+from ...adapters import require_peft
 from ...adapters.prepare import prepare_for_training
-from ...adapters.support import require_peft
 from ...checkpoint.staging import check_apart, check_output, claimed, staged
 from ...records import TUNING_NAME
 from .checkpoints import FOLDER

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...adapters.support import require_peft
+from ...adapters import require_peft
 from ...blocks import find_blocks
 from ...checks import check_integer
 from ...nn import is_linear_map

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ....adapters.support import require_peft
+from ....adapters import require_peft
 from ....checkpoint.model_class import class_for_source
 from ....checkpoint.staging import recover, save_tensors, staged
 from ....config import recorded_repository
