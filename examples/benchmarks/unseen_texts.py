@@ -67,7 +67,7 @@ def read(text: str) -> tuple[str, list[str]]:
 def table(study: StudyResults, rows: list[dict], texts: list[str]) -> str:
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
-        place = study.record.places(row["cell"])[0]
+        place = study.record.cells[row["cell"]].places[0]
         kind = found.setdefault((place.method, "" if place.method == place.pattern else place.pattern), {})
         kind.setdefault(row["text"], []).append(row["perplexity"])
     lines = [f"| method | pattern | {' | '.join(texts)} |", "|" + "---|" * (2 + len(texts))]

@@ -1,15 +1,13 @@
 """Studies: a grid of methods, patterns, calibration sets and seeds, each cell pruned and measured in a process of its
-own, and the tables and figures of what came of it."""
+own, and the tables and figures of what came of it. An application of the library: nothing in it imports this."""
 
-from .figures import draw_calibration, draw_patterns, draw_time
+from .figures import write_figures
 from .grid import Cell, Place, grid
-from .output import write_figures, write_tables
-from .quantities import QUANTITIES, TABLES
+from .quantities import QUANTITIES, TABLES, Spread, spread
 from .recipe import RECIPE_KEYS, Recipe
 from .results import CellResult, Row, StudyResults, load_study
-from .run import list_cells, run_study, tabulate_study, write_study
-from .spread import Spread, spread
-from .tables import markdown
+from .run import list_cells, run_study, tabulate_study
+from .tables import markdown, write_tables
 
 __all__ = [
     "QUANTITIES",
@@ -22,9 +20,6 @@ __all__ = [
     "Row",
     "Spread",
     "StudyResults",
-    "draw_calibration",
-    "draw_patterns",
-    "draw_time",
     "grid",
     "list_cells",
     "load_study",
@@ -33,6 +28,5 @@ __all__ = [
     "spread",
     "tabulate_study",
     "write_figures",
-    "write_study",
     "write_tables",
 ]

@@ -1,4 +1,4 @@
-"""One cell, in a process of its own: `python -m optimum_ksparse.study.cell FOLDER`, where FOLDER holds `job.json`.
+"""One cell, in a process of its own, in a folder that holds `job.json`.
 
 What the cell comes to is `result.json`, written whole or not at all. A cell that was cut off goes on: what is done
 stands in `stages.json`, what was measured in `evaluation_results.json`.
@@ -7,6 +7,7 @@ stands in `stages.json`, what was measured in `evaluation_results.json`.
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import sys
 import time
@@ -21,23 +22,55 @@ from transformers.utils import CONFIG_NAME
 from ..api import prune_checkpoint
 from ..checkpoint import facts_of
 from ..checkpoint.model_class import class_for_source
+from ..checkpoint.staging import write_text
 from ..config import EXECUTION_SETTINGS, SparsityConfig
 from ..data import read_tokenizer
-from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model
+from ..evaluation import EvaluationProtocol, EvaluationResults, Measurement, evaluate_model
 from ..kernels import GROUPS
 from ..kernels.hardware import runs_kernels
 from ..pruning.memory import peak_memory
-from ..records import RESULTS_NAME, read_record
+from ..records import RESULTS_NAME, build, read_record, to_json
 from ..report import SparsityReport
 from ..runtime.execution import apply_settings
 from ..version import library_versions
 from .benchmark import BenchResults
-from .files import JOB_NAME, KOALPACA, KORQUAD, STAGES_NAME, clean_cell, read_stages, write_json
-from .lifeline import end_with_parent
-from .results import CellResult
+from .processes import end_with_parent
+from .results import FAILURE_NAME, RESULT_NAME, CellResult
 from .tuning import run_korquad, run_nsmc
 
+JOB_NAME, STAGES_NAME = "job.json", "stages.json"
+# Stage → where what it has begun lies.
+BEGUN = {"pruning": "checkpoint", "evaluation": RESULTS_NAME, "korquad": "korquad", "nsmc": "koalpaca"}
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "lm-eval", "peft")
+Stages = dict[str, dict[str, Any]]
+
+
+def read_stages(folder: Path) -> Stages:
+    """The stages of a cell that are done, by name; of one that was cut off."""
+    path = folder / STAGES_NAME
+    return read_record(Stages, path, f"of cell {folder.name} is damaged") if path.is_file() else {}
+
+
+def prepare_cell(folder: Path, job: dict[str, Any]) -> None:
+    """Writes the job of a cell. What stages have begun by another job goes: they would go on with its settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, job = folder / JOB_NAME, json.loads(json.dumps(job))
+    earlier = read_record(dict[str, Any], path, "is damaged") if path.is_file() else job
+    if {**earlier, "processes": 0, "keep_checkpoints": 0} != {**job, "processes": 0, "keep_checkpoints": 0}:
+        for name in BEGUN.keys() - read_stages(folder).keys():
+            shutil.rmtree(folder / BEGUN[name], ignore_errors=True)
+            (folder / BEGUN[name]).unlink(missing_ok=True)
+    write_text(path, to_json(job))
+
+
+def clean_cell(folder: Path, keep_checkpoints: bool) -> None:
+    """Removes what a finished cell does not need any more; its job last, so that a later call can end what was cut
+    off."""
+    for path in [] if keep_checkpoints else folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+    for name in (FAILURE_NAME, STAGES_NAME, RESULTS_NAME, JOB_NAME):
+        (folder / name).unlink(missing_ok=True)
 
 
 def run_cell(folder: Path) -> None:
@@ -49,41 +82,35 @@ class _Run:
     """The stages of a cell. Each loads what it needs, and leaves the memory to the next."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.checkpoint = folder, folder / BEGUN["pruning"]
         self.job: dict[str, Any] = read_record(dict[str, Any], folder / JOB_NAME, "is damaged")
         self.settings: dict[str, Any] | None = self.job["settings"]
-        self.checkpoint = folder / "checkpoint"
         self.stages = read_stages(folder)
         self.loading = {name: value for name, value in self.job["loading"].items() if value is not None}
         self.device = torch.device("cpu")
 
     def __call__(self) -> None:
-        sparse = self.settings is not None
-        if sparse:
+        if self.settings is not None:
             if not (self.checkpoint / CONFIG_NAME).is_file():
                 self.stages.pop("pruning", None)
             self._stage("pruning", self._prune)
-        tasks = {"measuring": self._measure, "korquad": self._korquad, "nsmc": self._nsmc}
-        measured = {name: task for name, task in tasks.items() if self.job[name] is not None}
-        for name, task in measured.items():
-            self._stage(name, task)
+        tasks = {"evaluation": self._evaluate, "korquad": self._korquad, "nsmc": self._nsmc}
+        measured = [name for name in tasks if self.job[name] is not None]
+        for name in measured:
+            self._stage(name, tasks[name])
+        shared = {"cells at once": self.job["processes"]} if self.job["processes"] > 1 else {}
         result = CellResult(
             id=self.job["id"],
             identity=self.job["identity"],
-            measurements=[row for name in measured for row in self.stages[name]["rows"]],
+            measurements=build(list[Measurement], [row for name in measured for row in self.stages[name]["rows"]]),
             pruning=self.stages.get("pruning"),
-            seconds={name: self.stages[name]["seconds"] for name in self.stages},
+            seconds={name: stage["seconds"] for name, stage in self.stages.items()},
             peak_memory_bytes=peak_memory(),
-            hardware=self._hardware(),
+            hardware={**BenchResults.here(self.device).hardware, **shared},
             versions=library_versions(*_LIBRARIES),
         )
-        result.save(self.folder)
+        write_text(self.folder / RESULT_NAME, to_json(result, indent=1))
         clean_cell(self.folder, self.job["keep_checkpoints"])
-
-    def _hardware(self) -> dict[str, Any]:
-        """Of the device that models ran on; with the number of cells that shared the machine."""
-        shared = {"cells at once": self.job["processes"]} if self.job["processes"] > 1 else {}
-        return {**BenchResults.here(self.device).hardware, **shared}
 
     def _stage(self, name: str, task: Callable[[], dict[str, Any]]) -> None:
         if name in self.stages:
@@ -94,7 +121,7 @@ class _Run:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.stages[name] = {"seconds": round(time.perf_counter() - started, 2), **done}
-        write_json(self.folder / STAGES_NAME, self.stages)
+        write_text(self.folder / STAGES_NAME, to_json(self.stages, indent=1))
 
     def _prune(self) -> dict[str, Any]:
         assert self.settings is not None
@@ -105,8 +132,7 @@ class _Run:
             report = prune_checkpoint(source, self.checkpoint, config, **loading)
         else:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
-            loader = class_for_source(source, **loading)
-            model = loader.from_pretrained(source, sparsity_config=config, **loading)
+            model = self._load_from(source, {**loading, "sparsity_config": config})
             model.save_pretrained(self.checkpoint)
             report = cast(SparsityReport, model.sparsity_report)
         return {
@@ -116,36 +142,37 @@ class _Run:
             "report": _summary(report),
         }
 
-    def _measure(self) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         model, tokenizer = self._load(measure=True)
         if (self.folder / RESULTS_NAME).is_file():
             facts_of(model).results = EvaluationResults.load(self.folder / RESULTS_NAME)
-        protocol = EvaluationProtocol.from_settings(self.job["measuring"])
-        found = evaluate_model(model, tokenizer, protocol, on_measured=lambda results: results.save(self.folder))
-        return {"rows": [asdict(row) for row in (*found.sparse, *found.dense)]}
+        protocol = EvaluationProtocol.from_settings(self.job["evaluation"])
+        results = evaluate_model(model, tokenizer, protocol, on_measured=lambda results: results.save(self.folder))
+        return {"rows": [asdict(row) for row in (*results.sparse, *results.dense)]}
 
     def _korquad(self) -> dict[str, Any]:
-        return {"rows": run_korquad(self._load, self.job["korquad"], self.folder / KORQUAD)}
+        return {"rows": run_korquad(self._load, self.job["korquad"], self.folder / BEGUN["korquad"])}
 
     def _nsmc(self) -> dict[str, Any]:
-        rows = run_nsmc(self._load, self._load_tuned, self.job["nsmc"], self.folder / KOALPACA)
-        return {"rows": rows}
+        return {"rows": run_nsmc(self._load, self._load_tuned, self.job["nsmc"], self.folder / BEGUN["nsmc"])}
 
     def _load(self, measure: bool = False) -> tuple[Any, Any]:
         """The dense or the pruned model, and its tokenizer; for measuring with its execution settings."""
-        source = self.job["model"] if self.settings is None else self.checkpoint
-        how = self._how()
-        model = class_for_source(source, **how).from_pretrained(source, **how)
+        model = self._load_from(self.job["model"] if self.settings is None else self.checkpoint, self._how())
         self.device = model.device
         if measure:
             self._speed_up(model)
-        return model, self._tokenizer()
+        names = [name for name in ("revision", "trust_remote_code") if name in self.loading]
+        return model, read_tokenizer(self.job["model"], **{name: self.loading[name] for name in names})
 
     def _load_tuned(self, folder: Path) -> tuple[Any, Any]:
-        how = self._how()
-        model = class_for_source(folder, **how).from_pretrained(folder, **how)
+        model = self._load_from(folder, self._how())
         self._speed_up(model)
         return model, read_tokenizer(str(folder))
+
+    def _load_from(self, source: str | Path, how: dict[str, Any]) -> Any:
+        loader = class_for_source(source, **{name: how[name] for name in how if name != "sparsity_config"})
+        return loader.from_pretrained(source, **how)
 
     def _how(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`; a pruned checkpoint has the dtype already, and no revision."""
@@ -153,12 +180,6 @@ class _Run:
             return self.loading
         kept = {name: self.loading[name] for name in ("device_map", "trust_remote_code") if name in self.loading}
         return {"dtype": "auto", **kept}
-
-    def _tokenizer(self) -> Any:
-        names = ("revision", "trust_remote_code")
-        return read_tokenizer(
-            self.job["model"], **{name: self.loading[name] for name in names if name in self.loading}
-        )
 
     def _speed_up(self, model: Any) -> None:
         """Sparse layers run as the settings say; where there are no kernels for them they are dense from their first
@@ -177,8 +198,7 @@ def _summary(report: SparsityReport) -> dict[str, Any]:
     if report.choice is not None:
         more["choice"] = report.method
     if report.reconstruction_losses is not None:
-        before, after = report.reconstruction_losses
-        more["reconstruction"] = {"loss_before": before, "loss_after": after}
+        more["reconstruction"] = dict(zip(("loss_before", "loss_after"), report.reconstruction_losses, strict=True))
         more["reconstruction"]["notes"] = [f"{row.block}: {row.note}" for row in report.reconstruction if row.note]
     return {
         **more,
@@ -191,6 +211,7 @@ def _summary(report: SparsityReport) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The process of a cell, whose folder is its argument."""
     end_with_parent()
     run_cell(Path(sys.argv[1]))

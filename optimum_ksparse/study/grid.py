@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..config import AUTO, EXECUTION_SETTINGS, RECORDED, SETTINGS, SparsityConfig
@@ -42,81 +43,74 @@ class Cell:
     """A model to make and measure.
 
     Attributes:
-        id: of its folder.
-        settings: arguments of `SparsityConfig`; None for the dense model.
         identity: what makes it what it is, as JSON holds it: files by their SHA-256, no paths.
         places: in the grid: several where the grid asks for the same cell more than once.
+        settings: arguments of `SparsityConfig`; None for the dense model, and where a record was read.
     """
 
-    id: str
-    settings: dict[str, Any] | None
     identity: dict[str, Any]
-    places: list[Place] = field(default_factory=list)
+    places: list[Place]
+    settings: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         return str(self.places[0])
 
 
-def grid(recipe: Recipe) -> list[Cell]:
-    """The dense model, then all cells, each once.
+def grid(recipe: Recipe) -> dict[str, Cell]:
+    """The dense model, then all cells, each once, by the names of their folders.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: settings of a cell that `SparsityConfig` refuses; names the cell.
     """
-    cells = {DENSE: Cell(DENSE, None, {}, [Place(DENSE, DENSE)])}
-    for method in recipe.methods:
-        for pattern in recipe.patterns:
-            for calibration in recipe.calibration:
-                for seed in recipe.seeds:
-                    settings = {**recipe.settings, **method, **calibration, "pattern": pattern, "seed": seed}
-                    place = Place(method["name"], pattern, calibration["name"], seed)
-                    cell = _cell(place, settings)
-                    places = cells.setdefault(cell.id, cell).places
-                    if cell.places[0] not in places:
-                        places += cell.places
-    return list(cells.values())
+    cells = {DENSE: Cell({}, [Place(DENSE, DENSE)])}
+    varied = itertools.product(recipe.methods, recipe.patterns, recipe.calibration, recipe.seeds)
+    for method, pattern, calibration, seed in varied:
+        assert isinstance(method, dict)
+        settings = {**recipe.settings, **method, **calibration, "pattern": pattern, "seed": seed}
+        del settings["name"]
+        cell = _cell(Place(method["name"], pattern, calibration["name"], seed), settings)
+        places = cells.setdefault(_id_of(cell.identity), cell).places
+        places += [place for place in cell.places if place not in places]
+    return cells
 
 
 def _cell(place: Place, settings: dict[str, Any]) -> Cell:
-    settings = {name: value for name, value in settings.items() if name != "name"}
     try:
         config = SparsityConfig(**settings)
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise type(error)(f"cell {place}: {error}") from error
     identity = identity_of(config)
-    if "dataset" not in identity:
-        place = Place(place.method, place.pattern)
+    return Cell(identity, [place if "dataset" in identity else Place(place.method, place.pattern)], settings)
+
+
+def _id_of(identity: Mapping[str, Any]) -> str:
     words = [str(identity["method"]), str(identity["pattern"]).replace(":", "of").replace("%", "pct")]
     words += [f"seed{identity['seed']}"] if "seed" in identity else []
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(words)).strip("-")
-    return Cell(f"{name}-{digest[:10]}", settings, identity, [place])
+    return f"{name}-{digest[:10]}"
 
 
 def identity_of(config: SparsityConfig) -> dict[str, Any]:
     """The settings that decide the figures: as `config.to_dict()`, which describes files by their SHA-256, without
     those by which none changes, those that are the defaults (so that a setting which a later version adds changes no
     cell of an earlier one) and, where no data are read, those of calibration."""
-    found, defaults = _settings_of(config), _settings_of(SparsityConfig())
+    settings, defaults = _settings_of(config), _settings_of(SparsityConfig())
     # The batches are what reconstruction steps by, and what is held out.
     by_batches = config.reconstruct is not None or config.method == AUTO
     harmless = {*RECORDED, *_HARMLESS} - ({"batch_size"} if by_batches else set()) | set(config.unread)
-    changed = {
-        name: value
-        for name, value in found.items()
-        if name in SETTINGS and name not in harmless and value != defaults[name]
-    }
-    identity = {name: found[name] for name in _ALWAYS} | changed
-    if config.needs_data:
-        return identity
-    return {name: value for name, value in identity.items() if name not in _OF_DATA}
+    identity = {name: settings[name] for name in _ALWAYS}
+    for name, value in settings.items():
+        if name in SETTINGS and name not in harmless and value != defaults[name]:
+            identity[name] = value
+    return {name: value for name, value in identity.items() if config.needs_data or name not in _OF_DATA}
 
 
 def _settings_of(config: SparsityConfig) -> dict[str, Any]:
     """All settings as JSON holds them."""
     execution = {name: getattr(config, name) for name in EXECUTION_SETTINGS}
-    found: dict[str, Any] = json.loads(json.dumps({**execution, **config.to_dict()}))
-    return found
+    settings: dict[str, Any] = json.loads(json.dumps({**execution, **config.to_dict()}))
+    return settings
 
 
 def settings_in_words(identity: Mapping[str, Any]) -> str:

@@ -3,50 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..dataset import is_mix, mix_parts
-from ..evaluation import KOBEST_TASKS, TASK_TITLES, tuning_title
+from ..evaluation import KOBEST_TASKS, TASK_TITLES, Measurement, tuning_title
 from .grid import settings_in_words
 from .results import StudyResults
+
+_TITLES = {"perplexity": "Perplexity", "korquad": "KorQuAD", **dict.fromkeys(KOBEST_TASKS, "KoBEST")}
 
 
 def how_it_was_measured(results: StudyResults) -> list[str]:
     """Lines of Markdown."""
-    rows = [row for result in results.cells.values() for row in result.measurements]
-    lines = [_model(results), *_calibration(results), *_methods(results), *_taken(results)]
-    lines += _measurement("Perplexity", [row for row in rows if row["name"] == "perplexity"])
-    lines += _measurement("KoBEST", [row for row in rows if row["name"] in KOBEST_TASKS])
-    lines += _measurement("KorQuAD", [row for row in rows if row["name"] == "korquad"])
-    lines += _measurement("NSMC", [row for row in rows if row["name"].startswith("nsmc")])
-    lines += [
-        "- Seconds of pruning are from the loaded to the pruned model; peak memory is that of the process until then."
+    record, rows = results.record, [row for result in results.cells.values() for row in result.measurements]
+    dtypes = " and ".join(dict.fromkeys(str(row.protocol["dtype"]) for row in rows if row.protocol.get("dtype")))
+    model = f"{record.job['model']}, {dtypes or record.job['dtype']}, weight files {record.job['weights'][:12]}"
+    data = {
+        place.calibration: _data_in_words(cell.identity)
+        for cell in record.cells.values()
+        for place in cell.places
+        if place.calibration is not None
+    }
+    methods = {name: settings_in_words(results.identity_of(name)) for name in record.grid["methods"]}
+    lines = [
+        f"Model: {model}",
+        *(f"Calibration {name}: {words}" for name, words in data.items()),
+        *(f"Method {name}: {words}" for name, words in methods.items() if words != name),
+        *dict.fromkeys(f"{_TITLES.get(row.name, 'NSMC')}: {_way(row)}" for row in rows),
+        "Seconds of pruning are from the loaded to the pruned model; peak memory is that of the process until then",
     ]
-    return [*lines, *_machines(results)]
-
-
-def _model(results: StudyResults) -> str:
-    job = results.record.job
-    dtypes = _distinct(row["protocol"].get("dtype") for r in results.cells.values() for row in r.measurements)
-    return f"- Model: {job['model']}, {' and '.join(dtypes) or job['dtype']}, weight files {job['weights'][:12]}."
-
-
-def _calibration(results: StudyResults) -> list[str]:
-    names: dict[str, Mapping[str, Any]] = {}
-    for cell, content in results.record.cells.items():
-        for place in results.record.places(cell):
-            if place.calibration is not None:
-                names.setdefault(place.calibration, content["identity"])
-    return [f"- Calibration {name}: {_data_in_words(identity)}." for name, identity in names.items()]
+    for title, name in (("Hardware", "hardware"), ("Versions", "versions")):
+        # With the number of cells where there are several: their seconds do not compare.
+        counts = Counter(_in_words(getattr(result, name)) for result in results.cells.values())
+        lines += [f"{title}{f' of {n} cells' if len(counts) > 1 else ''}: {text}" for text, n in counts.items()]
+    return [f"- {line}." for line in lines]
 
 
 def _data_in_words(identity: Mapping[str, Any]) -> str:
-    return (
-        f"{identity['num_samples']} × {identity['seq_len']} tokens of {_source(identity['dataset'])}"
-        + (f", tokenizer {identity['tokenizer']}" if identity.get("tokenizer") else "")
-        + (f", prepend_bos={identity['prepend_bos']}" if "prepend_bos" in identity else "")
-    )
+    more = [f"{name}={identity[name]}" for name in ("tokenizer", "prepend_bos") if identity.get(name) is not None]
+    size = f"{identity['num_samples']} × {identity['seq_len']} tokens of {_source(identity['dataset'])}"
+    return ", ".join([size, *more])
 
 
 def _source(described: Any) -> str:
@@ -56,80 +53,36 @@ def _source(described: Any) -> str:
     if is_mix(described):
         return "a mix of " + " and ".join(f"{weight:g} {_source(part)}" for part, weight in mix_parts(described))
     name = described.get("dataset") or described.get("name") or described.get("file")
-    if described.get("configuration"):
-        name = f"{name} {described['configuration']}"
     digest = described.get("sha256") or described.get("files_sha256")
-    where = [str(name)] if name else []
-    where += [str(described["slice"])] if described.get("slice") else []
-    where += [f"SHA-256 {str(digest)[:12]}"] if digest else []
-    return ", ".join(where) or ", ".join(f"{key}: {value}" for key, value in described.items())
+    parts = [
+        f"{name} {described.get('configuration') or ''}".strip() if name else None,
+        described.get("slice"),
+        f"SHA-256 {str(digest)[:12]}" if digest else None,
+    ]
+    return ", ".join(map(str, filter(None, parts))) or _in_words(described)
 
 
-def _methods(results: StudyResults) -> list[str]:
-    names = {name: settings_in_words(results.identity_of(name)) for name in results.record.grid["methods"]}
-    return [f"- Method {name}: {words}." for name, words in names.items() if words != name]
-
-
-def _taken(results: StudyResults) -> list[str]:
-    """What `method="auto"` chose, anew for each cell, and which blocks studies of earlier versions dropped."""
-    titles = {"choice": "took", "dropped_blocks": "dropped blocks"}
-    found: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for cell, result in results.cells.items():
-        report = (result.pruning or {}).get("report", {})
-        for place in results.record.places(cell):
-            for name in titles.keys() & report.keys():
-                key = (f"{place.method}, {place.calibration}, {place.pattern}", name)
-                value = report[name] if isinstance(report[name], str) else ", ".join(map(str, report[name]))
-                found.setdefault(key, {}).setdefault(value, []).append(str(place.seed))
-    lines = []
-    for (where, name), values in found.items():
-        words = [f"{value} (seed {', '.join(seeds)})" for value, seeds in values.items()]
-        lines.append(f"- {where} {titles[name]}: {'; '.join(words)}.")
-    return lines
-
-
-def _measurement(title: str, rows: list[dict[str, Any]]) -> list[str]:
-    """One line for each way in which something was measured: data, number, form."""
-    ways = _distinct(_way(row) for row in rows)
-    return [f"- {title}: {way}." for way in ways]
-
-
-def _way(row: Mapping[str, Any]) -> str:
-    protocol = row["protocol"]
+def _way(row: Measurement) -> str:
+    """Data, number, form."""
+    protocol = row.protocol
     source = _source(protocol.get("texts") or protocol.get("data") or {})
-    if row["name"] == "perplexity":
+    if row.name == "perplexity":
         stride = "" if protocol["stride"] is None else f", stride {protocol['stride']}"
         size = f"{protocol['num_windows']} windows of {protocol['seq_len']} tokens{stride}"
         return f"{source}; {size}, {protocol['num_tokens']:,} tokens predicted"
-    parts = [f"{TASK_TITLES[row['name']]}, {source}" if row["name"] in KOBEST_TASKS else source]
-    parts.append(f"{protocol['num_samples']:,} {'questions' if row['name'] == 'korquad' else 'items'}")
+    parts = [f"{TASK_TITLES[row.name]}, {source}" if row.name in KOBEST_TASKS else source]
+    parts.append(f"{protocol['num_samples']:,} {'questions' if row.name == 'korquad' else 'items'}")
     if protocol.get("limit"):
         parts.append(f"limit {protocol['limit']}")
     if "num_fewshot" in protocol:
         parts.append(f"{protocol['num_fewshot']}-shot")
     if "prompt" in protocol:
-        parts.append(f"prompt {row['name'][-1]}")
-    tuning = protocol.get("tuning")
-    if tuning is not None:
+        parts.append(f"prompt {row.name[-1]}")
+    if (tuning := row.tuning) is not None:
         chosen = {name: tuning[name] for name in ("method", "r", "max_steps", "num_epochs") if tuning.get(name)}
-        words = ", ".join(f"{name} {value}" for name, value in chosen.items())
-        parts.append(f"after {tuning_title(tuning)} tuning ({words})")
+        parts.append(f"after {tuning_title(tuning)} tuning ({_in_words(chosen)})")
     return "; ".join(parts)
 
 
-def _machines(results: StudyResults) -> list[str]:
-    """Where there are several, with the number of cells that each has: their seconds do not compare."""
-    lines = []
-    for title, name in (("Hardware", "hardware"), ("Versions", "versions")):
-        counts = Counter(_in_words(getattr(result, name)) for result in results.cells.values())
-        for text, count in counts.items():
-            lines.append(f"- {title}{f' of {count} cells' if len(counts) > 1 else ''}: {text}.")
-    return lines
-
-
-def _in_words(found: Mapping[str, Any]) -> str:
-    return ", ".join(str(v) if k == "device" else f"{k} {v}" for k, v in found.items() if v is not None)
-
-
-def _distinct(texts: Iterable[Any]) -> list[str]:
-    return [str(text) for text in dict.fromkeys(texts) if text]
+def _in_words(facts: Mapping[str, Any]) -> str:
+    return ", ".join(str(value) if key == "device" else f"{key} {value}" for key, value in facts.items() if value)

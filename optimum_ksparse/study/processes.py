@@ -6,123 +6,121 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HOME
 
 from ..checkpoint.staging import write_text
-from .files import LOG_NAME
-from .places import without_places
 
+LOG_NAME = "log.txt"
 # -P: the current folder is no place to import from, unless it is one in this process.
-CELL_COMMAND = [sys.executable, "-P", "-m", "optimum_ksparse.study.cell"]
-_POLL_SECONDS, _GRACE_SECONDS = 0.1, 5.0
-
-
-@dataclass
-class _Child:
-    folder: Path
-    process: subprocess.Popen[bytes]
-    slot: int
+CELL_COMMAND = [sys.executable, "-P", "-c", "from optimum_ksparse.study.cell import main; main()"]
+_POLL_SECONDS = 0.1
 
 
 def run_cells(folders: Sequence[Path], processes: int, ended: Callable[[Path, int], Any]) -> None:
     """Runs a process for each folder, at most `processes` at a time, and calls `ended` with folder and exit status of
-    each. On Ctrl-C, SIGTERM or an error all that run are stopped; where this process is killed they end by
-    themselves."""
-    waiting, running = list(folders), list[_Child]()
+    each. On Ctrl-C or an error all that run are killed; where this process is killed they end by themselves."""
+    waiting, slots = list(folders), list(range(processes))
+    running: dict[subprocess.Popen[bytes], tuple[Path, int]] = {}
     try:
-        with _sigterm_raises():
-            while waiting or running:
-                while waiting and len(running) < processes:
-                    slot = min(set(range(processes)) - {child.slot for child in running})
-                    running.append(_start(waiting.pop(0), slot, processes))
-                time.sleep(_POLL_SECONDS)
-                for child in [child for child in running if child.process.poll() is not None]:
-                    running.remove(child)
-                    _close(child)
-                    ended(child.folder, child.process.returncode)
+        while waiting or running:
+            while waiting and slots:
+                folder, slot = waiting.pop(0), slots.pop(0)
+                running[_start(folder, _environment(slot, processes))] = folder, slot
+            time.sleep(_POLL_SECONDS)
+            for process in [process for process in running if process.poll() is not None]:
+                folder, slot = running.pop(process)
+                slots.append(slot)
+                _end(process, folder)
+                ended(folder, process.returncode)
     finally:
-        _stop(running)
+        for process, (folder, _) in running.items():
+            _end(process, folder)
 
 
-def _start(folder: Path, slot: int, processes: int) -> _Child:
+def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with open(folder / LOG_NAME, "wb") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [*CELL_COMMAND, os.fspath(folder)],
             stdin=subprocess.PIPE,  # its end tells the child that this process has ended
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_environment(slot, processes),
+            env=environment,
             start_new_session=True,
         )
-    return _Child(folder, process, slot)
+
+
+def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Kills a process and what it started, where they are still there, and takes this machine's paths out of the
+    log."""
+    with suppress(ProcessLookupError, PermissionError):  # gone
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+    text = (folder / LOG_NAME).read_text(encoding="utf-8", errors="replace")
+    write_text(folder / LOG_NAME, without_places(text, folder.parents[1]))
+
+
+def end_with_parent() -> None:
+    """Ends this process, and what it starts, when the one that started it is gone, however it went: its end of the
+    pipe at our standard input is then closed. Standard input is empty from here on."""
+    pipe = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
+    def wait() -> None:
+        while os.read(pipe, 1):
+            pass
+        if os.getpid() == os.getpgrp():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _environment(slot: int, processes: int) -> dict[str, str]:
     """That of this process, with its places to import from, a share of the processors and, where there are several
     GPUs, one of them for each cell that runs at a time."""
-    found = dict(os.environ)
-    found["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    found["PYTHONUNBUFFERED"] = "1"
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    environment["PYTHONUNBUFFERED"] = "1"
     if processes > 1:
-        found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         if (count := torch.cuda.device_count()) > 1:
-            names = found.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-            found["CUDA_VISIBLE_DEVICES"] = names[slot % count]
-    return found
+            names = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = names[slot % count]
+    return environment
 
 
-def _stop(children: Sequence[_Child]) -> None:
-    for child in children:
-        _signal(child, signal.SIGTERM)
-    deadline = time.monotonic() + _GRACE_SECONDS
-    for child in children:
-        try:
-            child.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
-        _signal(child, signal.SIGKILL)  # what it started, too
-        child.process.wait()
-        _close(child)
-
-
-def _signal(child: _Child, number: int) -> None:
-    try:
-        os.killpg(child.process.pid, number)
-    except (ProcessLookupError, PermissionError):  # gone
-        pass
-
-
-def _close(child: _Child) -> None:
-    assert child.process.stdin is not None
-    child.process.stdin.close()
-    log = child.folder / LOG_NAME
-    text = log.read_text(encoding="utf-8", errors="replace")
-    write_text(log, without_places(text, child.folder.parents[1]))
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends this process by an exception, so that its children are stopped."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+def without_places(text: str, study: Path) -> str:
+    """A log, which is published with the study: paths below the study's folder are relative, and names stand in the
+    place of those folders of this machine that others lie in."""
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    names = {
+        os.path.expanduser("~"): "~",
+        tempfile.gettempdir(): "<tmp>",
+        os.getcwd(): "<cwd>",
+        os.path.expanduser(HF_HOME): "<cache>",
+        **dict.fromkeys((sys.prefix, sys.base_prefix), "<python>"),
+        **dict.fromkeys(packages, "<packages>"),
+        os.fspath(Path(__file__).resolve().parents[2]): "<program>",
+        **dict.fromkeys((os.path.abspath(study), os.path.realpath(study)), ""),
+    }
+    for place in sorted(names, key=len, reverse=True):  # those that lie in others first
+        if len(Path(place).parts) > 1:
+            text = text.replace(place + os.sep, f"{names[place]}/" if names[place] else "")
+            text = text.replace(place, names[place] or ".")
+    return text
 
 
 def last_lines(log: Path, count: int = 20) -> list[str]:

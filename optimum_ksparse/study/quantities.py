@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,13 @@ TABLES = {
     "cost": "What pruning took",
 }
 MEAN_F1 = "kobest_mean_f1"
+_NSMC = {
+    f"nsmc_{prompt}_accuracy{end}": Quantity(
+        "nsmc", f"prompt {prompt}, {when}", f"nsmc_{prompt}", "accuracy", 100, not end
+    )
+    for prompt in (1, 2)
+    for end, when in (("", "after KoAlpaca tuning"), ("_untuned", "before tuning"))
+}
 QUANTITIES: dict[str, Quantity] = {
     "perplexity": Quantity("perplexity", "perplexity", "perplexity", "perplexity"),
     "bits_per_byte": Quantity(None, "bits per byte", "perplexity", "bits_per_byte", digits=4),
@@ -46,16 +55,7 @@ QUANTITIES: dict[str, Quantity] = {
     MEAN_F1: Quantity("kobest", "**mean** of " + ", ".join(TASK_TITLES[task] for task in STUDY_TASKS)),
     "korquad_exact_match": Quantity("korquad", "exact match", "korquad", "exact_match", tuned=True),
     "korquad_f1": Quantity("korquad", "F1", "korquad", "f1", tuned=True),
-}
-for _prompt in (1, 2):
-    _name = f"nsmc_{_prompt}"
-    QUANTITIES[f"{_name}_accuracy"] = Quantity(
-        "nsmc", f"prompt {_prompt}, after KoAlpaca tuning", _name, "accuracy", 100, tuned=True
-    )
-    QUANTITIES[f"{_name}_accuracy_untuned"] = Quantity(
-        "nsmc", f"prompt {_prompt}, before tuning", _name, "accuracy", 100
-    )
-QUANTITIES |= {
+    **_NSMC,
     "pruning_seconds": Quantity("cost", "seconds", digits=1),
     "peak_memory_gb": Quantity("cost", "peak memory of the process in GB"),
     "peak_gpu_memory_gb": Quantity("cost", "peak memory of the GPU in GB"),
@@ -67,29 +67,42 @@ QUANTITIES |= {
 def figures_of(measurements: Iterable[Measurement], pruning: Mapping[str, Any] | None) -> dict[str, float]:
     """The figures of one model: those that were measured of it, and those of its pruning (as a cell's result holds
     it), by the keys of `QUANTITIES`."""
-    rows = list(measurements)
-    found = {}
+    rows = {(row.name, row.tuning is not None): row for row in measurements}
+    figures: dict[str, float | None] = {}
     for key, quantity in QUANTITIES.items():
-        for row in rows:
-            if row.name == quantity.measurement and (row.tuning is not None) == quantity.tuned:
-                value = row.value(quantity.metric)
-                if value is not None:
-                    found[key] = quantity.scale * value
-    results = EvaluationResults("", sparse=[row for row in rows if row.tuning is None])
-    shots = {row.num_fewshot for row in results.sparse if row.name in STUDY_TASKS}
-    mean = results.mean_f1("sparse", shots.pop()) if len(shots) == 1 else None
-    if mean is not None:
-        found[MEAN_F1] = 100 * mean
-    return found if pruning is None else found | _costs(pruning)
+        if row := rows.get((quantity.measurement, quantity.tuned)):
+            value = row.value(quantity.metric)
+            figures[key] = None if value is None else quantity.scale * value
+    untuned = [row for row in rows.values() if row.tuning is None]
+    shots = {row.num_fewshot for row in untuned if row.name in STUDY_TASKS}
+    mean = EvaluationResults("", sparse=untuned).mean_f1("sparse", shots.pop()) if len(shots) == 1 else None
+    figures[MEAN_F1] = None if mean is None else 100 * mean
+    if pruning is not None:
+        memory = {name: number / 1e9 for name, number in pruning["peak_memory_bytes"].items()}
+        figures |= {"pruning_seconds": pruning["seconds"], "output_error": pruning["report"]["mean_output_error"]}
+        figures |= {"peak_memory_gb": memory.get("process"), "peak_gpu_memory_gb": memory.get("gpu")}
+        figures["density"] = pruning["report"]["density"]
+    return {name: value for name, value in figures.items() if value is not None}
 
 
-def _costs(pruning: Mapping[str, Any]) -> dict[str, float]:
-    memory = pruning["peak_memory_bytes"]
-    costs = {
-        "pruning_seconds": pruning["seconds"],
-        "peak_memory_gb": memory["process"] / 1e9 if "process" in memory else None,
-        "peak_gpu_memory_gb": memory["gpu"] / 1e9 if "gpu" in memory else None,
-        "output_error": pruning["report"]["mean_output_error"],
-        "density": pruning["report"]["density"],
-    }
-    return {name: value for name, value in costs.items() if value is not None}
+@dataclass(frozen=True)
+class Spread:
+    """`mean` and sample standard `deviation` (n − 1 in the denominator; None for one value, or where one is infinite)
+    of `count` values."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    def text(self, digits: int) -> str:
+        """As tables have it."""
+        mean = f"{self.mean:,.{digits}f}" if math.isfinite(self.mean) else "∞"
+        return mean if self.deviation is None else f"{mean} ± {self.deviation:,.{digits}f}"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and deviation of at least one value."""
+    if not all(map(math.isfinite, values)):
+        return Spread(math.inf, None, len(values))
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), deviation, len(values))

@@ -1,26 +1,31 @@
-"""What came of a study: results by cell, read from its folder in one place."""
+"""What came of a study: results by cell, read from its folder in one place.
+
+| path | what |
+|---|---|
+| `study.json` | what was asked for (`Record`) |
+| `tables.md`, `tables.csv`, `results.json`, `*.png` | what came of it |
+| `cells/<id>/result.json` | a finished cell (`CellResult`) |
+| `cells/<id>/failure.json`, `log.txt` | how one failed, and what it said |
+| `cells/<id>/job.json`, `stages.json`, `checkpoint/`, … | what one that was cut off goes on from |
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from ..evaluation import Measurement
-from ..records import Amount, As, Count, Share, build, read_record
-from .files import CELLS, FAILURE_NAME, RESULT_NAME, write_json
-from .quantities import QUANTITIES, figures_of
+from ..records import Amount, As, Count, Share, read_record
+from .quantities import QUANTITIES, Spread, figures_of, spread
 from .record import Record
-from .spread import Spread, spread
+
+CELLS = "cells"
+RESULT_NAME, FAILURE_NAME = "result.json", "failure.json"
 
 
-class _Found(TypedDict, total=False):
-    choice: str
-    dropped_blocks: list[Count]
-
-
-class _Summary(_Found):
+class _Summary(TypedDict):
     density: Share
     mean_output_error: Amount | None
 
@@ -45,30 +50,17 @@ class CellResult:
 
     id: str
     identity: dict[str, Any]
-    measurements: list[dict[str, Any]]
+    measurements: list[Measurement]
     pruning: Annotated[dict[str, Any], As(_Pruning, is_open=True)] | None
     seconds: dict[str, Amount]
     peak_memory_bytes: dict[str, Count]
     hardware: dict[str, Any]
     versions: dict[str, str]
 
-    def save(self, folder: Path) -> None:
-        """Writes `result.json`, whole or not at all."""
-        write_json(folder / RESULT_NAME, asdict(self))
-
-    @classmethod
-    def load(cls, folder: Path) -> CellResult:
-        """Raises ValueError where the file is damaged."""
-        what = f"of cell {folder.name} is damaged"
-        return read_record(cls, folder / RESULT_NAME, what, "; delete it, and the cell runs again")
-
-    def check_record(self, where: str) -> None:
-        """Raises ValueError where a row from a file is not what its kind of measurement has."""
-        build(list[Measurement], self.measurements, "measurements")
-
+    @property
     def figures(self) -> dict[str, float]:
         """By the keys of `QUANTITIES`, in the units of the tables."""
-        return figures_of([Measurement(**row) for row in self.measurements], self.pruning)
+        return figures_of(self.measurements, self.pruning)
 
 
 @dataclass(frozen=True)
@@ -92,53 +84,40 @@ class StudyResults:
         record: what was asked for.
         cells: id → result, of the cells in the recipe that are done.
         failed: id → what is known of a failed one: `status`, `log` (its last lines).
-        left_out: ids of finished cells that are not in the recipe (any more).
     """
 
     record: Record
     cells: dict[str, CellResult]
     failed: dict[str, dict[str, Any]] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
 
-    @property
-    def unfinished(self) -> list[str]:
-        """Ids of cells that are not done, failed ones among them."""
-        return [cell for cell in self.record.cells if cell not in self.cells]
-
-    def title(self, cell: str) -> str:
-        """What messages call a cell."""
-        return str(self.record.places(cell)[0])
+    def titles(self, cells: Any) -> list[str]:
+        """What messages call cells."""
+        return [str(self.record.cells[cell]) for cell in cells]
 
     def identity_of(self, method: str) -> dict[str, Any]:
-        """The settings of a method: those of a cell in which it prunes, where there is one; its name alone, where no
-        cell has it."""
-        found = [
-            content["identity"]
-            for cell, content in self.record.cells.items()
-            if any(place.method == method for place in self.record.places(cell))
-        ]
-        pruned = [identity for identity in found if identity.get("pattern") != "none"]  # of earlier versions
-        return {"method": method, **next(iter(pruned or found), {})}
-
-    def _order(self, method: str, calibration: str | None, pattern: str) -> tuple[int, ...]:
-        """By which rows are sorted: the places in the recipe, the dense model first."""
-        where = (("methods", method), ("calibration", calibration), ("patterns", pattern))
-        return tuple(names.index(name) if name in (names := self.record.grid[part]) else -1 for part, name in where)
+        """The settings of a method: those of its first cell; its name alone, where no cell has it."""
+        cells = (c for c in self.record.cells.values() if any(place.method == method for place in c.places))
+        cell = next(cells, None)
+        return {"method": method, **(cell.identity if cell else {})}
 
     def rows(self) -> list[Row]:
-        """Each figure over the seeds, in the order of `QUANTITIES` and of the recipe."""
+        """Each figure over the seeds, in the order of `QUANTITIES` and of the recipe, the dense model first."""
         grouped: dict[tuple[str, str | None, str], list[str]] = {}
-        for cell in self.record.cells:
-            for place in self.record.places(cell):
-                grouped.setdefault((place.method, place.calibration, place.pattern), []).append(cell)
-        grouped = dict(sorted(grouped.items(), key=lambda item: self._order(*item[0])))
-        figures = {cell: result.figures() for cell, result in self.cells.items()}
+        for name, cell in self.record.cells.items():
+            for place in cell.places:
+                grouped.setdefault((place.method, place.calibration, place.pattern), []).append(name)
+        names = [self.record.grid[part] for part in ("methods", "calibration", "patterns")]
+
+        def order(group: tuple[str, str | None, str]) -> list[int]:
+            return [known.index(name) if name in known else -1 for known, name in zip(names, group, strict=True)]
+
+        figures = {name: result.figures for name, result in self.cells.items()}
         rows = []
         for quantity in QUANTITIES:
-            for (method, calibration, pattern), cells in grouped.items():
-                known = [figures[cell][quantity] for cell in cells if quantity in figures.get(cell, {})]
-                if known:
-                    rows.append(Row(quantity, method, calibration, pattern, spread(known), len(cells)))
+            for group in sorted(grouped, key=order):
+                values = [figures[name][quantity] for name in grouped[group] if quantity in figures.get(name, {})]
+                if values:
+                    rows.append(Row(quantity, *group, spread(values), len(grouped[group])))
         return rows
 
 
@@ -149,22 +128,20 @@ def load_study(folder: str | os.PathLike[str]) -> StudyResults:
         FileNotFoundError: the folder holds no study.
         ValueError: a file in it is damaged.
     """
-    folder = Path(folder)
-    record = Record.load(folder)
+    record = Record.load(Path(folder))
     if record is None:
         raise FileNotFoundError(f"{folder} holds no study: run one with optimum-cli ksparse study RECIPE")
-    return read_cells(record, folder)
+    return read_cells(record, Path(folder))
 
 
 def read_cells(record: Record, folder: Path) -> StudyResults:
     """The cells that a folder holds, of a study that `record` describes."""
     results = StudyResults(record, {})
     for cell in record.cells:
-        place = folder / CELLS / cell
-        if (place / RESULT_NAME).is_file():
-            results.cells[cell] = CellResult.load(place)
-        elif (place / FAILURE_NAME).is_file():
-            results.failed[cell] = read_record(dict[str, Any], place / FAILURE_NAME, f"of cell {cell} is damaged")
-    others = (path.parent.name for path in (folder / CELLS).glob(f"*/{RESULT_NAME}"))
-    results.left_out = sorted(name for name in others if name not in record.cells)
+        result, failure = (folder / CELLS / cell / name for name in (RESULT_NAME, FAILURE_NAME))
+        what = f"of cell {cell} is damaged"
+        if result.is_file():
+            results.cells[cell] = read_record(CellResult, result, what, "; delete it, and the cell runs again")
+        elif failure.is_file():
+            results.failed[cell] = read_record(dict[str, Any], failure, what)
     return results

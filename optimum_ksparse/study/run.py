@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,18 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..adapters import require_peft
-from ..checkpoint.staging import check_output, claimed
+from ..checkpoint.staging import check_output, claimed, write_text
 from ..data.texts import evaluation_texts
 from ..evaluation.kobest import import_lm_eval
-from .files import CELLS, FAILURE_NAME, JOB_NAME, LOG_NAME, RESULT_NAME, clean_cell, write_json
+from ..records import to_json
+from .cell import JOB_NAME, clean_cell, prepare_cell, read_stages
+from .figures import write_figures
 from .grid import Cell, grid
-from .output import write_figures, write_tables
-from .processes import last_lines, run_cells
-from .recipe import Recipe
+from .processes import LOG_NAME, last_lines, run_cells
+from .recipe import SECTIONS, Recipe
 from .record import RECORD_NAME, Record, make_record
-from .results import StudyResults, load_study, read_cells
-from .resuming import forget_other_job, forget_sections, measured_sections
-
-_LOCK_NAME = ".lock"
+from .results import CELLS, FAILURE_NAME, RESULT_NAME, StudyResults, load_study, read_cells
+from .tables import write_tables
 
 Say = Callable[[str], None]
 
@@ -35,7 +33,7 @@ def run_study(recipe: Recipe, say: Say = print) -> StudyResults:
     again; a cell that fails is recorded, and the others go on.
 
     Args:
-        say: is told what is done already, what is new, and which cells fail.
+        say: is told what is done already, and which cells fail.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: the recipe asks for what cannot be, or `output` holds a study of
@@ -48,13 +46,13 @@ def run_study(recipe: Recipe, say: Say = print) -> StudyResults:
     with _locked(output):
         earlier = Record.load(output)
         if earlier is not None:
-            changed = record.check(earlier, measured_sections(output))
-            forget_sections(output, changed)
-            for section in changed:
-                say(f"{section} is not what it was in the recipe: it takes effect, no cell had come to its end")
+            record.check(earlier, _measured_sections(output))
         record.save(output)
         results = read_cells(record, output)
-        _say_what_is_new(results, earlier, say)
+        if earlier is not None:
+            say(f"{len(results.cells)} of {len(cells)} cells are done already")
+        if results.failed:
+            say(f"failed before, and runs again: {'; '.join(results.titles(results.failed))}")
         try:
             _run(recipe, cells, results, say)
         finally:
@@ -71,17 +69,21 @@ def tabulate_study(recipe: Recipe) -> StudyResults:
         BlockingIOError: another study is at work there; it writes them itself.
     """
     output = Path(recipe.output)
-    record = load_study(output).record.with_grid(recipe, grid(recipe))
+    record = Record(load_study(output).record.job, recipe.grid, recipe.published, grid(recipe))
     with _locked(output):
         record.save(output)
         return _write(output)
 
 
-def write_study(output: Path) -> StudyResults:
-    """The same with the grid of the last run, as the study's record has it."""
-    load_study(output)  # raises where there is none, before a lock is left there
-    with _locked(output):
-        return _write(output)
+def list_cells(recipe: Recipe) -> dict[str, tuple[Cell, str]]:
+    """The cells by id, each with "done", "failed", "begun" or "to do", by what lies in the output. Nothing is
+    written, and nothing is read of the model."""
+    folder = Path(recipe.output) / CELLS
+    states = {RESULT_NAME: "done", FAILURE_NAME: "failed", LOG_NAME: "begun"}
+    return {
+        name: (cell, next((word for file, word in states.items() if (folder / name / file).is_file()), "to do"))
+        for name, cell in grid(recipe).items()
+    }
 
 
 def _write(output: Path) -> StudyResults:
@@ -91,91 +93,59 @@ def _write(output: Path) -> StudyResults:
     return results
 
 
-def list_cells(recipe: Recipe) -> list[tuple[Cell, str]]:
-    """The cells, each with "done", "failed", "begun" or "to do", by what lies in the output. Nothing is written, and
-    nothing is read of the model."""
-    folder = Path(recipe.output) / CELLS
-    states = {RESULT_NAME: "done", FAILURE_NAME: "failed", LOG_NAME: "begun"}
-    found = []
-    for cell in grid(recipe):
-        state = next((word for name, word in states.items() if (folder / cell.id / name).is_file()), "to do")
-        found.append((cell, state))
-    return found
+def _locked(output: Path) -> AbstractContextManager[None]:
+    busy = f"another study is at work in {output}, and writes its tables as it goes; wait for it, or stop it"
+    return claimed(output, ".lock", busy)
 
 
-def _checked(recipe: Recipe) -> list[Cell]:
+def _checked(recipe: Recipe) -> dict[str, Cell]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a study starts its own processes: run it without torchrun, and set processes in the recipe")
-    _check_installed(recipe)
-    texts = None if recipe.protocol is None else recipe.protocol.texts
-    if texts is not None and texts != "kowiki" and not evaluation_texts(texts)[0]:
-        raise ValueError(f"evaluation: texts={texts!r} holds no text")
-    check_output(recipe.output, reads=(recipe.model,), ours=(RECORD_NAME, CELLS), overwrite=None)
-    cells = grid(recipe)
-    for cell in cells if recipe.stream else ():
-        dataset = (cell.settings or {}).get("dataset") if "dataset" in cell.identity else None
-        if dataset == "self" or (isinstance(dataset, Mapping) and "self" in dataset):
-            raise ValueError(
-                f'cell {cell}: with stream: true no model is in memory to write the text of dataset "self"'
-            )
-    return cells
-
-
-def _check_installed(recipe: Recipe) -> None:
     if recipe.protocol is not None and recipe.protocol.kobest_tasks:
         import_lm_eval()
     tunings = (recipe.korquad, None if recipe.nsmc is None else recipe.nsmc["koalpaca"])
     if any(tuning is not None and tuning.get("method") != "full" for tuning in tunings):
         require_peft()
+    texts = None if recipe.protocol is None else recipe.protocol.texts
+    if texts is not None and texts != "kowiki" and not evaluation_texts(texts)[0]:
+        raise ValueError(f"evaluation: texts={texts!r} holds no text")
+    check_output(recipe.output, reads=(recipe.model,), ours=(RECORD_NAME, CELLS), overwrite=None)
+    cells = grid(recipe)
+    for cell in cells.values() if recipe.stream else ():
+        dataset = (cell.settings or {}).get("dataset")
+        if "dataset" in cell.identity and (dataset == "self" or (isinstance(dataset, dict) and "self" in dataset)):
+            raise ValueError(f'cell {cell}: with stream: true no model is there to write the text of dataset "self"')
+    return cells
 
 
-def _locked(output: Path) -> AbstractContextManager[None]:
-    busy = f"another study is at work in {output}, and writes its tables as it goes; wait for it, or stop it"
-    return claimed(output, _LOCK_NAME, busy)
+def _measured_sections(output: Path) -> set[str]:
+    """Sections of the recipe of which any cell in the folder of a study has figures; a finished cell is measured
+    wholly."""
+    cells = list((output / CELLS).glob("*"))
+    if any((cell / RESULT_NAME).is_file() for cell in cells):
+        return set(SECTIONS)
+    return {stage for cell in cells for stage in read_stages(cell)} & SECTIONS.keys()
 
 
-def _say_what_is_new(results: StudyResults, earlier: Record | None, say: Say) -> None:
-    record = results.record
-    if earlier is not None:
-        say(f"{len(results.cells)} of {len(record.cells)} cells are done already")
-        new = [cell for cell in record.cells if cell not in earlier.cells and cell not in results.cells]
-        if new:
-            say("new in the recipe: " + "; ".join(results.title(cell) for cell in new))
-        gone = [cell for cell in earlier.cells if cell not in record.cells]
-        if gone:
-            names = "; ".join(str(earlier.places(cell)[0]) for cell in gone)
-            say(f"no longer in the recipe: {names}")
-    if results.left_out:
-        say(f"kept in {CELLS}/, but not in the tables: {', '.join(results.left_out)}")
-    if results.failed:
-        names = "; ".join(results.title(cell) for cell in results.failed)
-        say(f"failed before, and runs again: {names}")
-
-
-def _run(recipe: Recipe, cells: list[Cell], results: StudyResults, say: Say) -> None:
+def _run(recipe: Recipe, cells: dict[str, Cell], results: StudyResults, say: Say) -> None:
     output = Path(recipe.output)
     for done in results.cells:
         if (output / CELLS / done / JOB_NAME).is_file():  # cut off after its end
             clean_cell(output / CELLS / done, recipe.keep_checkpoints)
-    waiting = [cell for cell in cells if cell.id not in results.cells]
-    folders = {output / CELLS / cell.id: cell for cell in waiting}
+    folders = {output / CELLS / name: cell for name, cell in cells.items() if name not in results.cells}
     for folder, cell in folders.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        job = _job(recipe, cell, folder)
-        forget_other_job(folder, job)
-        write_json(folder / JOB_NAME, job)
-    bar = tqdm(total=len(cells), initial=len(cells) - len(waiting), desc="Cells", unit="cell")
+        prepare_cell(folder, _job(recipe, results.record, folder, cell))
+    bar = tqdm(total=len(cells), initial=len(cells) - len(folders), desc="Cells", unit="cell")
 
     def ended(folder: Path, status: int) -> None:
-        cell = folders[folder]
         if status == 0 and (folder / RESULT_NAME).is_file():
             (folder / FAILURE_NAME).unlink(missing_ok=True)
         else:
             log = last_lines(folder / LOG_NAME)
-            write_json(folder / FAILURE_NAME, {"id": cell.id, "status": status, "log": log})
+            write_text(folder / FAILURE_NAME, to_json({"id": folder.name, "status": status, "log": log}))
             with bar.external_write_mode():
-                say(f"failed: {cell} (status {status}): {(log or ['no output'])[-1]}")
-        bar.set_postfix_str(str(cell), refresh=False)
+                say(f"failed: {folders[folder]} (status {status}): {(log or ['no output'])[-1]}")
+        bar.set_postfix_str(str(folders[folder]), refresh=False)
         bar.update()
         write_tables(read_cells(results.record, output), output)
 
@@ -183,24 +153,15 @@ def _run(recipe: Recipe, cells: list[Cell], results: StudyResults, say: Say) -> 
         run_cells(list(folders), recipe.processes, ended)
 
 
-def _job(recipe: Recipe, cell: Cell, folder: Path) -> dict[str, Any]:
+def _job(recipe: Recipe, record: Record, folder: Path, cell: Cell) -> dict[str, Any]:
     """All that the process of a cell is told. Its paths are this machine's; it goes with the end of the cell."""
     names = ("dtype", "device_map", "revision", "trust_remote_code")
-    job = {
-        "id": cell.id,
+    return {
+        "id": folder.name,
         "folder": str(folder),
         "identity": cell.identity,
         "settings": cell.settings,
-        "model": recipe.model,
+        "study": record.job,
         "loading": {name: getattr(recipe, name) for name in names},
-        "measuring": recipe.evaluation,
-        "korquad": recipe.korquad,
-        "nsmc": recipe.nsmc,
-        "stream": recipe.stream,
-        "keep_checkpoints": recipe.keep_checkpoints,
-        "processes": recipe.processes,
+        **{name: getattr(recipe, name) for name in ("model", "stream", "keep_checkpoints", "processes", *SECTIONS)},
     }
-    try:
-        return dict(json.loads(json.dumps(job)))
-    except TypeError as error:
-        raise TypeError(f"the recipe holds a value that is neither text, number nor list: {error}") from None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...commands.base import LOADING_TEXTS, Command, add_loading, usage
-from ...commands.errors import UsageError
 from ...commands.parser import Parser, add_switches, dataset
 from ...commands.recipes import read_recipe
 
@@ -30,12 +28,7 @@ class StudyCommand(Command):
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
-        parser.add_argument(
-            "recipe",
-            nargs="?",
-            help="YAML file: model, output, methods, patterns, calibration, seeds, …; with --tables-only and --output "
-            "it may be left out: then the grid is the one of the study's last run",
-        )
+        parser.add_argument("recipe", help="YAML file: model, output, methods, patterns, calibration, seeds, …")
         add_switches(
             parser,
             {
@@ -49,47 +42,33 @@ class StudyCommand(Command):
         parser.add_argument("--processes", type=int, metavar="N", help="cells that run at once")
 
     def execute(self) -> None:
-        from .. import Recipe, run_study
+        from .. import Recipe, run_study, tabulate_study
 
-        if self.args.recipe is None:
-            return self._tables(None)
         with usage():
             settings = self._settings()
             recipe = Recipe.from_dict(settings)
-        if not self.args.tables_only:  # which needs no model
-            self.check(settings)
-        if self.args.tables_only:
-            return self._tables(recipe)
         if self.args.dry_run:
             return self._list(recipe)
-        results = run_study(recipe)
-        print(f"written to {recipe.output}: tables.md, tables.csv, results.json and figures")
-        if results.failed:
-            names = "; ".join(f"{results.title(cell)} (cells/{cell}/log.txt)" for cell in results.failed)
+        if self.args.tables_only:  # which needs no model
+            results = tabulate_study(recipe)
+        else:
+            self.check(settings)
+            results = run_study(recipe)
+        done = f"{len(results.cells)} of {len(results.record.cells)} cells"
+        print(f"written to {recipe.output}: tables.md, tables.csv, results.json and figures of {done}")
+        if results.failed and not self.args.tables_only:
+            names = "; ".join(f"{results.record.cells[cell]} (cells/{cell}/log.txt)" for cell in results.failed)
             raise ChildProcessError(f"{len(results.failed)} cells failed: {names}; the same command runs them again")
         return None
-
-    def _tables(self, recipe: Recipe | None) -> None:
-        from .. import tabulate_study, write_study
-
-        output = self.args.output if recipe is None else recipe.output
-        if recipe is None and not (self.args.tables_only and output):
-            raise UsageError("name a recipe; only --tables-only with --output FOLDER does without one")
-        results = write_study(Path(output)) if recipe is None else tabulate_study(recipe)
-        print(
-            f"written to {output}: tables.md, tables.csv, results.json and figures of {len(results.cells)} of "
-            f"{len(results.record.cells)} cells"
-        )
 
     @staticmethod
     def _list(recipe: Recipe) -> None:
         from .. import list_cells
 
         cells = list_cells(recipe)
-        for cell, state in cells:
-            print(f"{state:7}  {cell}  [{cell.id}]")
-        done = sum(state == "done" for _, state in cells)
-        print(f"{done} of {len(cells)} cells are done")
+        for name, (cell, state) in cells.items():
+            print(f"{state:7}  {cell}  [{name}]")
+        print(f"{sum(state == 'done' for _, state in cells.values())} of {len(cells)} cells are done")
 
     def _settings(self) -> dict[str, Any]:
         """The recipe, overridden by the flags that were given."""
