@@ -151,5 +151,7 @@ def _kind(hint: Any) -> tuple[Any, bool]:
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if str in parts:
         return str, False
-    kind = next((read for kind, read in ((bool, boolean), (int, int), (float, float)) if kind in parts), str)
-    return kind, any(get_origin(part) in (list, Sequence) for part in parts)
+    lists = [part for part in parts if get_origin(part) in (list, Sequence)]
+    kinds = {*parts, *(inner for part in lists for inner in get_args(part))}
+    kind = next((read for kind, read in ((bool, boolean), (int, int), (float, float)) if kind in kinds), str)
+    return kind, bool(lists)

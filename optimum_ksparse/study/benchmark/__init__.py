@@ -7,16 +7,16 @@ from .figure import FIGURE_NAME, draw_speedup
 from .layers import bench_layers
 from .models import bench_model
 from .results import RESULTS_NAME, BenchResults
-from .run import FLAGS, run
+from .run import BenchSettings, run
 from .shapes import MODELS, layer_shapes
 from .tables import speed_table
 
 __all__ = [
     "FIGURE_NAME",
-    "FLAGS",
     "MODELS",
     "RESULTS_NAME",
     "BenchResults",
+    "BenchSettings",
     "bench_layers",
     "bench_model",
     "draw_speedup",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -63,8 +64,8 @@ class BenchResults:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BenchResults:
         """Reads results. Raises ValueError, naming the file, where it holds none."""
-        found: BenchResults = read_record(cls, path, "holds no results of the benchmark")
-        return found
+        results: BenchResults = read_record(cls, path, "holds no results of the benchmark")
+        return results
 
     def chosen(self) -> list[dict[str, Any]]:
         """The rows of the kernels that the dispatch takes."""
@@ -74,47 +75,30 @@ class BenchResults:
         """Tables of what the dispatch takes, and of the models."""
         lines = [", ".join(str(value) for value in self.hardware.values())]
         if self.rows:
-            columns = (
-                "shape",
-                "pattern",
-                "dtype",
-                "tokens",
-                "dense us",
-                "sparse us",
-                "speed-up",
-                "speed mode",
-                "kernel",
-            )
-            lines += ["", *_aligned([columns, *map(_layer_cells, self.chosen())])]
+            head = ["shape", "pattern", "dtype", "tokens", "dense us", "sparse us", "speed-up", "speed mode", "kernel"]
+            lines += ["", *_aligned([head, *map(_layer_cells, self.chosen())])]
         if self.models:
-            head = ("model", "pattern", "dtype", "batch", "phase", "dense tokens/s", "sparse tokens/s", "speed-up")
+            head = ["model", "pattern", "dtype", "batch", "phase", "dense tokens/s", "sparse tokens/s", "speed-up"]
             cells = [_model_cells(row, phase) for row in self.models for phase in ("prefill", "decode")]
             lines += ["", *_aligned([head, *cells])]
         return "\n".join(lines)
 
 
-def _layer_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    shape, tokens = f"{row['shape'][0]} x {row['shape'][1]}", str(row["tokens"])
-    times = f"{row['dense_us']:.1f}", f"{row['sparse_us']:.1f}", f"{row['speedup']:.2f}"
-    return (
-        shape,
-        row["pattern"],
-        row["dtype"],
-        tokens,
-        *times,
-        f"{row['dense_us'] / row['speed_us']:.2f}",
-        row["kernel"],
-    )
+def _layer_cells(row: dict[str, Any]) -> list[str]:
+    shape = f"{row['shape'][0]} x {row['shape'][1]}"
+    numbers = [f"{row['dense_us']:.1f}", f"{row['sparse_us']:.1f}", f"{row['speedup']:.2f}"]
+    speed_mode = f"{row['dense_us'] / row['speed_us']:.2f}"
+    return [shape, row["pattern"], row["dtype"], str(row["tokens"]), *numbers, speed_mode, row["kernel"]]
 
 
-def _model_cells(row: dict[str, Any], phase: str) -> tuple[str, ...]:
+def _model_cells(row: dict[str, Any], phase: str) -> list[str]:
     rates = [f"{row[f'{kind}_{phase}_tokens_per_s']:.1f}" for kind in ("dense", "sparse")]
-    ratio = f"{row[f'{phase}_speedup']:.2f}"
-    return row["model"], row["pattern"], row["dtype"], str(row["batch"]), phase, *rates, ratio
+    names = [row["model"], row["pattern"], row["dtype"], str(row["batch"]), phase]
+    return [*names, *rates, f"{row[f'{phase}_speedup']:.2f}"]
 
 
-def _aligned(table: list[Any]) -> list[str]:
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
 
 
@@ -127,23 +111,16 @@ def _hardware(device: torch.device) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
-            "driver": _driver(),
+            "driver": _first(r"Kernel Module.*?\s(\d+\.[\d.]+)", "/proc/driver/nvidia/version"),
         }
-    return {"device": _processor(), "threads": torch.get_num_threads()}
+    name = _first(r"model name\s*: (.*)", "/proc/cpuinfo") or platform.processor() or platform.machine()
+    return {"device": name, "threads": torch.get_num_threads()}
 
 
-def _driver() -> str | None:
+def _first(pattern: str, path: str) -> str | None:
+    """What a pattern finds first in a file of the system."""
     try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        match = re.search(pattern, Path(path).read_text(encoding="utf-8"))
     except OSError:
         return None
-    words = text.splitlines()[0].split()
-    return next((word for word in words if word[:1].isdigit() and "." in word), None)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return match and match[1].strip()

@@ -1,10 +1,11 @@
-"""The whole benchmark, and its flags."""
+"""The whole benchmark."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from ...checkpoint import sparse_modules
 from ...checkpoint.model_class import class_for_source
 from ...checkpoint.staging import check_output
+from ...checks import check_integer, check_one_of
 from ...kernels import GROUPS, Problem
 from .figure import FIGURE_NAME, draw_speedup
 from .layers import bench_layers
@@ -21,23 +23,65 @@ from .models import bench_model, random_model
 from .results import RESULTS_NAME, BenchResults
 from .shapes import MODELS, layer_shapes, model_config, parse_shape
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 DTYPES = ("bfloat16", "float16", "float32")
+OPTIMIZE_FOR = ("memory", "speed")
 
-FLAGS: dict[str, dict[str, Any]] = {
-    "models": {"nargs": "+", "help": f"shapes of models by name: {', '.join(MODELS)} (default: all)"},
-    "shapes": {"nargs": "+", "help": "further shapes as OUTxIN, such as 4096x11008"},
-    "tokens": {"nargs": "+", "type": int, "help": f"in a product (default: {' '.join(map(str, TOKENS))})"},
-    "patterns": {"nargs": "+", "help": "2:4 and 4:8 (default: both; a checkpoint's own)"},
-    "dtype": {"choices": DTYPES, "help": "of weights (default: bfloat16; a checkpoint's own)"},
-    "whole_models": {"nargs": "+", "help": "models by name to run whole, with random weights"},
-    "layers": {"type": int, "help": "blocks of a whole model (default: as many as it has)"},
-    "prompt_tokens": {"type": int, "help": "of the prefill of a whole model (default: 1024)"},
-    "optimize_for": {"choices": ("memory", "speed"), "help": "of a whole model (default: memory)"},
-    "device": {"help": "cuda where there is one, otherwise cpu"},
-    "revision": {"help": "branch, tag or commit of the checkpoint (default: main)"},
-    "output": {"help": "folder for results.json and speedup.png (default: ksparse-bench)"},
-}
+
+@dataclass
+class BenchSettings:
+    """What to measure.
+
+    Args:
+        models: by whose names shapes are measured; None: all, where nothing else is named.
+        shapes: further ones, as `"4096x11008"`, out x in.
+        tokens: in a product.
+        patterns: None: those with kernels; for whole models 2:4; a checkpoint has its own.
+        dtype: of weights; None: bfloat16, or a checkpoint's own.
+        whole_models: by name, to run whole, with random weights; with so many `layers`, None: as many as they have.
+        prompt_tokens, optimize_for: of whole models.
+        device: None: a GPU where there is one.
+        revision, trust_remote_code: of the checkpoint.
+        output: folder for results and figure.
+
+    Raises:
+        TypeError, ValueError: names the setting, what was found and what is allowed.
+    """
+
+    models: Sequence[str] | None = None
+    shapes: Sequence[str] = ()
+    tokens: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+    patterns: Sequence[str] | None = None
+    dtype: str | None = None
+    whole_models: Sequence[str] = ()
+    layers: int | None = None
+    prompt_tokens: int = 1024
+    optimize_for: str = "memory"
+    device: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    output: str = "ksparse-bench"
+
+    def __post_init__(self) -> None:
+        for name in (*(self.models or ()), *self.whole_models):
+            model_config(name)
+        for shape in self.shapes:
+            parse_shape(shape)
+        for pattern in self.patterns or ():
+            check_one_of("patterns", pattern, GROUPS)
+        for name, numbers in (("tokens", self.tokens), ("prompt_tokens", [self.prompt_tokens])):
+            for number in numbers:
+                check_integer(name, number, 1)
+        if self.layers is not None:
+            check_integer("layers", self.layers, 1)
+        if self.dtype is not None:
+            check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("optimize_for", self.optimize_for, OPTIMIZE_FOR)
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        kind, _, index = self.device.partition(":")
+        if kind not in ("cuda", "cpu") or not (index or "0").isdigit():
+            raise ValueError(f"device={self.device!r} is not known; allowed: cpu, cuda, cuda:0 and so on")
+        if kind == "cuda" and int(index or "0") >= torch.cuda.device_count():
+            raise ValueError(f"device={self.device!r}: torch sees no such CUDA GPU here")
 
 
 def run(checkpoint: str | None = None, **settings: Any) -> BenchResults:
@@ -46,31 +90,22 @@ def run(checkpoint: str | None = None, **settings: Any) -> BenchResults:
 
     Args:
         checkpoint: folder or Hub id of a sparse model: its layers, and the model itself beside its dense twin.
-        settings: by the names of `FLAGS`.
+        settings: of `BenchSettings`.
 
     Raises:
         ValueError, TypeError: a setting cannot be, before anything is measured.
     """
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    _check(chosen)
-    device = torch.device(chosen.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    output = Path(chosen.get("output", "ksparse-bench"))
+    chosen = BenchSettings(**settings)
+    output = Path(chosen.output)
     check_output(output, reads=(checkpoint,), ours=(RESULTS_NAME, FIGURE_NAME), overwrite=None)
     output.mkdir(parents=True, exist_ok=True)
-    results = BenchResults.here(device)
-    model: Any = None
-    if checkpoint is not None:
-        where = {name: chosen[name] for name in ("revision", "trust_remote_code") if name in chosen}
-        loader = class_for_source(checkpoint, **where)
-        model = loader.from_pretrained(checkpoint, dtype=chosen.get("dtype", "auto"), **where)
-        model.to(device)
-        if not sparse_modules(model):
-            raise ValueError(f"{checkpoint} is a dense checkpoint: prune it, or name shapes with --models")
+    results = BenchResults.here(torch.device(chosen.device or "cpu"))
+    model = None if checkpoint is None else _load(checkpoint, chosen)
     try:
-        for problem in tqdm(_problems(chosen, device, model), desc="Measuring layers", unit="product"):
+        for problem in tqdm(_problems(chosen, model), desc="Measuring layers", unit="product"):
             results.rows += bench_layers(problem)
             results.save(output)
-        _whole_models(results, chosen, device, output, model, checkpoint)
+        _whole_models(results, chosen, output, model, checkpoint)
     finally:
         if results.rows or results.models:  # otherwise those of an earlier run stay
             results.save(output)
@@ -78,71 +113,52 @@ def run(checkpoint: str | None = None, **settings: Any) -> BenchResults:
     return results
 
 
-def _check(settings: Mapping[str, Any]) -> None:
-    for name in (*settings.get("models", ()), *settings.get("whole_models", ())):
-        model_config(name)
-    for shape in settings.get("shapes", ()):
-        parse_shape(shape)
-    for pattern in settings.get("patterns", ()):
-        if pattern not in GROUPS:
-            raise ValueError(f"patterns: {pattern!r} has no kernels; allowed: {', '.join(GROUPS)}")
-    for number in settings.get("tokens", ()):
-        if number < 1:
-            raise ValueError(f"tokens: {number} is too small, it must be at least 1")
-    if settings.get("dtype", "bfloat16") not in DTYPES:
-        raise ValueError(f"dtype={settings['dtype']!r} is not known; allowed: {', '.join(DTYPES)}")
-    if settings.get("optimize_for", "memory") not in ("memory", "speed"):
-        raise ValueError(f"optimize_for={settings['optimize_for']!r} is not known; allowed: memory, speed")
-    if settings.get("layers", 1) < 1 or settings.get("prompt_tokens", 1) < 1:
-        raise ValueError("layers and prompt_tokens must be at least 1")
-    kind, _, number = str(settings.get("device", "cpu")).partition(":")
-    if kind not in ("cuda", "cpu") or not (number or "0").isdigit():
-        raise ValueError(f"device={settings['device']!r} is not known; allowed: cpu, cuda, cuda:0 and so on")
-    if kind == "cuda" and int(number or "0") >= torch.cuda.device_count():
-        raise ValueError(f"device={settings['device']!r}: torch sees no such CUDA GPU here")
+def _load(checkpoint: str, settings: BenchSettings) -> Any:
+    how = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
+    how = {name: value for name, value in how.items() if value is not None}
+    loader = class_for_source(checkpoint, **how)
+    model = loader.from_pretrained(checkpoint, dtype=settings.dtype or "auto", **how).to(settings.device)
+    if not sparse_modules(model):
+        raise ValueError(f"{checkpoint} is a dense checkpoint: prune it, or name shapes with --models")
+    return model
 
 
-def _problems(settings: Mapping[str, Any], device: torch.device, model: Any) -> list[Problem]:
+def _problems(settings: BenchSettings, model: Any) -> list[Problem]:
     """Products to measure: of a checkpoint, of models and shapes by name; where none is named, of all models. None
     where whole models alone are asked for."""
-    patterns: Sequence[str] = settings.get("patterns", tuple(GROUPS))
-    dtype = getattr(torch, settings.get("dtype", "bfloat16"))
-    names = settings.get("models")
-    shapes = [parse_shape(shape) for shape in settings.get("shapes", ())]
+    patterns: Sequence[str] = settings.patterns or tuple(GROUPS)
+    dtype = getattr(torch, settings.dtype or "bfloat16")
+    shapes = [parse_shape(shape) for shape in settings.shapes]
+    names = settings.models
     if model is not None:
         modules = sparse_modules(model).values()
-        shapes += dict.fromkeys((module.out_features, module.in_features) for module in modules)
-        patterns = [str(p) for p in dict.fromkeys(str(m.pattern) for m in modules) if str(p) in GROUPS]
+        shapes += [(module.out_features, module.in_features) for module in modules]
+        patterns = [pattern for pattern in dict.fromkeys(str(m.pattern) for m in modules) if pattern in GROUPS]
         dtype = model.dtype
-    elif names is None and not shapes and "whole_models" not in settings:
+    elif names is None and not shapes and not settings.whole_models:
         names = list(MODELS)
     for name in names or ():
         shapes += layer_shapes(model_config(name))
-    products = itertools.product(dict.fromkeys(shapes), patterns, settings.get("tokens", TOKENS))
-    device = torch.empty(0, device=device).device  # with its number, as tensors name it
+    products = itertools.product(dict.fromkeys(shapes), patterns, settings.tokens)
+    device = torch.empty(0, device=settings.device).device  # with its number, as tensors name it
     problems = [Problem(out, in_, tokens, p, dtype, device) for (out, in_), p, tokens in products]
     return [problem for problem in problems if problem.in_features % GROUPS[problem.pattern] == 0]
 
 
 def _whole_models(
-    results: BenchResults,
-    settings: Mapping[str, Any],
-    device: torch.device,
-    output: Path,
-    model: Any,
-    checkpoint: str | None,
+    results: BenchResults, settings: BenchSettings, output: Path, model: Any, checkpoint: str | None
 ) -> None:
-    how = {name: settings[name] for name in ("prompt_tokens", "optimize_for") if name in settings}
+    how: dict[str, Any] = {"prompt_tokens": settings.prompt_tokens, "optimize_for": settings.optimize_for}
     if model is not None:
         results.models.append(bench_model(model, os.path.basename(os.path.normpath(str(checkpoint))), **how))
-    for name in settings.get("whole_models", ()):
-        config = model_config(name)
-        if "layers" in settings:
-            config.num_hidden_layers = settings["layers"]
+    dtype = getattr(torch, settings.dtype or "bfloat16")
+    for name in settings.whole_models:
+        config, label = model_config(name), name
+        if settings.layers is not None:
+            config.num_hidden_layers, label = settings.layers, f"{name} ({settings.layers} blocks)"
             if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[: settings["layers"]]
-        dtype = getattr(torch, settings.get("dtype", "bfloat16"))
-        for pattern in settings.get("patterns", ("2:4",)):
-            label = name if "layers" not in settings else f"{name} ({settings['layers']} blocks)"
-            results.models.append(bench_model(random_model(config, dtype, device), label, pattern, **how))
+                config.layer_types = config.layer_types[: settings.layers]
+        for pattern in settings.patterns or ("2:4",):
+            made = random_model(config, dtype, torch.device(settings.device or "cpu"))
+            results.models.append(bench_model(made, label, pattern, **how))
             results.save(output)
