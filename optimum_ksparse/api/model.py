@@ -56,8 +56,7 @@ def sparsify(
     model.
 
     Args:
-        model: a decoder-only model in float32, bfloat16 or float16, on one device, on several, or offloaded by
-            accelerate.
+        model: a decoder-only model in float32, bfloat16 or float16, on one device or on several.
         config: what to do.
         tokenizer: for calibration text; None takes `config.tokenizer`, then the model's own name.
         restore_on_error: keep all dense weights in memory until the end, and on an error or Ctrl-C put them back. By
@@ -176,10 +175,10 @@ def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
     ignored = [f"{name}={value!r}" for name, value in config.unread.items() if value != getattr(usual, name)]
     if ignored:
         logger.warning(f"method={config.method!r} does not read {', '.join(ignored)}: without effect here")
-    if config.reconstruct is not None and is_offloaded(model):
+    if is_offloaded(model):
         raise ValueError(
-            "reconstruct needs the weights of a block in memory, and accelerate has offloaded some: load the model "
-            "without offloading, or prune from disk to disk with prune_checkpoint"
+            "accelerate has offloaded weights of the model to memory or disk: prune its checkpoint with "
+            "prune_checkpoint (prune --stream), block by block, or load it where all of it has room"
         )
     if is_deepspeed_zero3_enabled():
         raise ValueError(

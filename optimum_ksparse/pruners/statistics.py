@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -28,7 +28,6 @@ class ColumnNorms:
             number.
         num_tokens: rows seen.
         squared_norms: [in] float32, ‖X_j‖² / tokens.
-        parts: None; or a list, in which each addition of rows is kept so that it can be done again elsewhere.
         sample: [≤ 256, in], evenly spread rows of the inputs in their own dtype.
     """
 
@@ -38,7 +37,6 @@ class ColumnNorms:
         self, in_features: int, device: torch.device | str = "cpu", expected_tokens: int | None = None
     ) -> None:
         self.num_tokens = 0
-        self.parts: list[tuple[int, torch.Tensor]] | None = None
         self.squared_norms = torch.zeros(in_features, dtype=torch.float32, device=device)
         self._stride = max(1, -(-(expected_tokens or 0) // SAMPLE_ROWS))
         self._rows: list[torch.Tensor] = []
@@ -91,21 +89,7 @@ class ColumnNorms:
         """Running mean over `total` rows, these included; in the order of Wanda's published code, which it equals bit
         for bit where the rows of a sample are a power of two."""
         squares = torch.linalg.vector_norm(rows.float(), dim=0).square_().to(self.squared_norms.device)
-        if self.parts is not None:
-            self.parts.append((len(rows), squares.clone()))
-        self._add(squares, total)
-
-    def _add(self, squares: torch.Tensor, total: int) -> None:
         self.squared_norms.mul_(self.num_tokens / total).add_(squares.div_(total))
-
-    def take_parts(self, parts: Iterable[tuple[int, torch.Tensor]]) -> None:
-        """Begins anew with such `parts` as are kept: the numbers of rows, and their squared norms."""
-        self.num_tokens = 0
-        self.squared_norms.zero_()
-        for count, squares in parts:
-            total = self.num_tokens + count
-            self._add(squares.to(self.squared_norms.device, copy=True), total)
-            self.num_tokens = total
 
 
 class GramMatrix(ColumnNorms):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..blocks import Activations, BlockReplay, DecoderBlocks, ExpertStack
 from ..blocks.experts import ExpertMatrix, layer_of, observable
-from ..checkpoint import SparseModule, aligned, empty_like, put, replace_module
+from ..checkpoint import SparseModule, empty_like, put, replace_module
 from ..config import SparsityConfig
 from ..nn import dense_weight
 from ..pattern import Pattern
@@ -21,7 +21,7 @@ from .distributed import Processes
 from .experts import own_statistics, prune_stack
 from .layer import prune_layer
 from .reconstruction import reconstruct_block
-from .targets import Layer
+from .targets import Layer, weight_of
 
 _Pruned = tuple[SparseModule, LayerReport]
 
@@ -108,14 +108,11 @@ def _prune_layers(
 
 def _cost(layer: Layer, config: SparsityConfig) -> float:
     """About how long a layer takes to prune: a sweep and a factorisation, where the method has them."""
-    if isinstance(layer, ExpertStack):
-        number, out_features, in_features = layer.weight.shape
-    else:
-        with aligned(layer):
-            number, (out_features, in_features) = 1, dense_weight(layer).shape
+    weight = weight_of(layer)
+    number, in_features = weight.shape[0] if weight.dim() == 3 else 1, weight.shape[-1]
     if config.statistics is GramMatrix:
-        return float(number * (out_features * in_features**2 + in_features**3))
-    return float(number * out_features * in_features)
+        return float(weight.numel() * in_features + number * in_features**3)
+    return float(weight.numel())
 
 
 def _receive(
@@ -132,9 +129,8 @@ def _receive(
     if isinstance(done, tuple):
         sparse = done[0]
     else:
-        with aligned(layer.owner if isinstance(layer, ExpertStack) else layer):
-            dense = layer.weight if isinstance(layer, ExpertStack) else layer
-            sparse = empty_like(dense, Pattern(config.pattern), num_values)
+        dense = layer.weight if isinstance(layer, ExpertStack) else layer
+        sparse = empty_like(dense, Pattern(config.pattern), num_values)
     processes.broadcast(sparse.weight.data, owner)
     processes.broadcast(sparse.weight_mask, owner)
     return sparse, row
@@ -175,15 +171,8 @@ def collect_statistics(
         return {}
 
     def make(layer: nn.Module | ExpertMatrix) -> ColumnNorms:
-        if isinstance(layer, ExpertMatrix):  # it is there: its module is being called
-            in_features = layer.stack.weight.shape[-1]
-        else:
-            with aligned(layer):
-                in_features = dense_weight(layer).shape[1]
-        statistics = kind(in_features, replay.hidden.device, replay.num_rows * processes.size)
-        if processes.size > 1 and kind is ColumnNorms:
-            statistics.parts = []
-        return statistics
+        weight = layer.stack.weight if isinstance(layer, ExpertMatrix) else dense_weight(layer)
+        return kind(weight.shape[-1], replay.hidden.device, replay.num_rows * processes.size)
 
     observed = observable(layers)
     mine = replay.collect(index, blocks.blocks[index], observed, make)

@@ -14,19 +14,16 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
 
-from ..blocks import BlockReplay, DecoderBlocks, ExpertStack, always_there
-from ..checkpoint import aligned, is_offloaded
+from ..blocks import BlockReplay, DecoderBlocks, always_there
 from ..config import SparsityConfig
-from ..nn import dense_weight
 from ..pattern import Pattern
 from ..report import MethodChoice, Trial
 from .block import Replaced, prune_one_block
 from .distributed import Processes
 from .loop import check_replay
 from .reconstruction import OutputLoss, held_out
-from .targets import Layer
+from .targets import Layer, weight_of
 
 # In the order in which they are tried, the cheap ones first: a method, and what follows.
 CANDIDATES: tuple[tuple[str, str | None], ...] = (
@@ -131,7 +128,7 @@ class _Trials:
 
     def __call__(self) -> list[Trial]:
         trials: list[Trial] = []
-        for method, reconstruct in _candidates(self.config, self.blocks.model):
+        for method, reconstruct in _candidates(self.config):
             if self.processes.once(lambda name=method, more=reconstruct: self._is_affordable(name, more, trials)):  # type: ignore[misc]
                 trials.append(self._try(method, reconstruct))
         return trials
@@ -187,22 +184,13 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _candidates(config: SparsityConfig, model: nn.Module) -> list[tuple[str, str | None]]:
-    """Those that go with the other settings and with the model."""
-    width, offloaded = Pattern(config.pattern).width, is_offloaded(model)
-    found = dict.fromkeys((method, config.reconstruct or reconstruct) for method, reconstruct in CANDIDATES)
-    return [
-        (method, reconstruct)
-        for method, reconstruct in found
-        if (method != "sparsegpt" or config.block_size % width == 0) and not (offloaded and reconstruct)
-    ]
+def _candidates(config: SparsityConfig) -> list[tuple[str, str | None]]:
+    """Those that go with the other settings."""
+    candidates = dict.fromkeys((method, config.reconstruct or reconstruct) for method, reconstruct in CANDIDATES)
+    fits = config.block_size % Pattern(config.pattern).width == 0
+    return [(method, reconstruct) for method, reconstruct in candidates if method != "sparsegpt" or fits]
 
 
 def _size(layers: dict[str, Layer]) -> int:
     """Weights to prune in a block."""
-    total = 0
-    for layer in layers.values():
-        with aligned(layer.owner if isinstance(layer, ExpertStack) else layer):
-            weight = layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)
-            total += weight.numel()
-    return total
+    return sum(weight_of(layer).numel() for layer in layers.values())

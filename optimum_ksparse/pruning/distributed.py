@@ -1,7 +1,8 @@
 """Processes that prune one model together, over torch.distributed: `torchrun` or `accelerate launch` starts them.
 
 Each runs its share of the calibration samples through the blocks; what they measured is added up, the layers of a
-block are shared out, and each receives what the others pruned. One process alone is the same without any of this.
+block are shared out, and each receives what the others pruned. All end with the same bytes; with another number of
+processes sums are rounded otherwise.
 """
 
 from __future__ import annotations
@@ -148,19 +149,11 @@ class Processes:
         return total
 
     def _add_up(self, found: ColumnNorms) -> None:
-        if found.parts is not None:  # few numbers: added in the order of one process, they are its very bits
-            parts = self.gather([(count, squares.cpu()) for count, squares in found.parts])
-            found.take_parts(part for others in parts for part in others)
-            found.take(found.num_tokens, self._sample(found))
-            return
         tokens = self.gather(found.num_tokens)
         found.averages.mul_(tokens[self.rank] / sum(tokens))
         with _named_errors():
             dist.all_reduce(found.averages)
-        found.take(sum(tokens), self._sample(found))
-
-    def _sample(self, found: ColumnNorms) -> torch.Tensor:
-        return torch.cat(self.gather(found.sample.cpu())).to(found.averages.device)
+        found.take(sum(tokens), torch.cat(self.gather(found.sample.cpu())).to(found.averages.device))
 
 
 def current() -> Processes:

@@ -10,7 +10,6 @@ import torch
 
 from ..blocks import ExpertStack
 from ..blocks.experts import matrix_name
-from ..checkpoint import aligned
 from ..config import SparsityConfig
 from ..nn import SparseExperts
 from ..packing import pack
@@ -48,9 +47,8 @@ def prune_stack(
         ArithmeticError: a Gram matrix stays singular; names the matrix.
     """
     started, run = time.perf_counter(), _Run(path, statistics, config)
-    with aligned(stack.owner):
-        weight, pattern = stack.weight, Pattern(config.pattern)
-        sparse = SparseExperts.from_packed(run.packed(weight), weight.shape[-1], pattern, weight.requires_grad)
+    weight, pattern = stack.weight, Pattern(config.pattern)
+    sparse = SparseExperts.from_packed(run.packed(weight), weight.shape[-1], pattern, weight.requires_grad)
     row = LayerReport(
         name=path,
         shape=(sparse.num_experts * sparse.out_features, sparse.in_features),

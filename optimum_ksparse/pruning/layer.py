@@ -7,7 +7,6 @@ import time
 import torch
 from torch import nn
 
-from ..checkpoint import aligned
 from ..config import SparsityConfig
 from ..nn import SparseLinear, dense_weight
 from ..pattern import Pattern
@@ -50,7 +49,7 @@ def prune_layer(
         raise ValueError(f"{path}: its inputs hold NaN or Inf; {overflow_advice(config)}")
     pattern = Pattern(config.pattern)
     started = time.perf_counter()
-    with aligned(linear), collected_notes() as notes:
+    with collected_notes() as notes:
         weight = dense_weight(linear)
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{path}: its weight holds NaN or Inf; prune a checkpoint whose weights are whole")

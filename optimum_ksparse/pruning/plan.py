@@ -146,7 +146,7 @@ class Job:
         config, place = self.config, self.place
         return BlockReplay(
             place.blocks,
-            ids := share_tokens(self.data.ids, self.batch_size, place.processes),
+            ids := share_tokens(self.data.ids, place.processes),
             self.batch_size,
             self.data.begins_with_bos and not config.bos_in_statistics,
             place.resident,
@@ -246,15 +246,11 @@ def run(place: Place, config: SparsityConfig) -> Job:
     return job
 
 
-def share_tokens(ids: torch.Tensor, batch_size: int, processes: Processes) -> torch.Tensor:
+def share_tokens(ids: torch.Tensor, processes: Processes) -> torch.Tensor:
     """This process's part of the samples [num_samples, seq_len]. Raises ValueError where it would have none."""
     if len(ids) < processes.size:
         raise ValueError(
             f"{processes.size} processes share num_samples={len(ids)} calibration samples: start at most "
             f"{len(ids)} processes, or use more samples"
         )
-    share = processes.share(-(-len(ids) // batch_size))
-    if len(ids) < processes.size * batch_size:
-        share, batch_size = processes.share(len(ids)), 1
-    # Whole batches, as one process would have them: the same sums come out rounded in the same way.
-    return ids[share.start * batch_size : share.stop * batch_size]
+    return ids[processes.share(len(ids))]

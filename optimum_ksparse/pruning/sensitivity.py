@@ -17,7 +17,6 @@ from torch import nn
 
 from ..blocks import BlockReplay, DecoderBlocks, ExpertStack, always_there
 from ..blocks.experts import matrix_name
-from ..checkpoint import aligned
 from ..config import AUTO, SparsityConfig
 from ..nn import dense_weight
 from ..pattern import Pattern
@@ -151,12 +150,10 @@ def _matrices(
     """Each matrix [out, in] of a layer with the statistics of its inputs. Where few tokens reached a matrix of a
     stack, those of all its matrices take their place, as they do when it is pruned."""
     if not isinstance(layer, ExpertStack):
-        with aligned(layer):
-            yield dense_weight(layer), statistics[name]
+        yield dense_weight(layer), statistics[name]
         return
-    with aligned(layer.owner):
-        own = [statistics.get(matrix_name(name, expert)) for expert in range(len(layer.weight))]
-        shared = ColumnNorms.merged([found for found in own if found is not None])
-        for matrix, found in zip(layer.weight.detach(), own, strict=True):
-            few = found is None or found.num_tokens < ColumnNorms.min_tokens
-            yield matrix, shared if few or found is None else found
+    own = [statistics.get(matrix_name(name, expert)) for expert in range(len(layer.weight))]
+    shared = ColumnNorms.merged([found for found in own if found is not None])
+    for matrix, found in zip(layer.weight.detach(), own, strict=True):
+        few = found is None or found.num_tokens < ColumnNorms.min_tokens
+        yield matrix, shared if few or found is None else found

@@ -12,13 +12,17 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..blocks import DecoderBlocks, ExpertStack, find_read, find_routers
 from ..blocks.experts import find_stacks
-from ..checkpoint import aligned
 from ..config import SparsityConfig
 from ..nn import SparseLinear, dense_weight, is_linear_map
 from ..pattern import Pattern
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Layer = nn.Module | ExpertStack
+
+
+def weight_of(layer: Layer) -> torch.Tensor:
+    """The dense weight of a layer, [out, in] or [experts, out, in]."""
+    return layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)
 
 
 def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, Layer]], dict[str, str]]:
@@ -72,16 +76,14 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
 
 
 def _owners(blocks: DecoderBlocks) -> dict[int, list[str]]:
-    """Paths of the linear maps and stacks that use each weight, by the weight's id. An offloaded weight is another
-    object each time it is brought in; accelerate keeps shared ones itself."""
+    """Paths of the linear maps and stacks that use each weight, by the weight's id."""
     owners: dict[int, list[str]] = {}
     for index, block in enumerate(blocks.blocks):
         for name, module in block.named_modules(remove_duplicate=False):  # one module at two places is shared
-            if is_linear_map(module) and not hasattr(module, "_hf_hook"):
+            if is_linear_map(module):
                 owners.setdefault(id(module.weight), []).append(blocks.name_in_decoder(index, name))
         for name, stack in find_stacks(block).items():
-            if not hasattr(stack.owner, "_hf_hook"):
-                owners.setdefault(id(stack.weight), []).append(blocks.name_in_decoder(index, name))
+            owners.setdefault(id(stack.weight), []).append(blocks.name_in_decoder(index, name))
     return owners
 
 
@@ -93,18 +95,17 @@ def _unsupported(linear: Layer, pattern: Pattern, owners: dict[int, list[str]], 
     if isinstance(linear, ExpertStack):
         reason = _unsupported_stack(linear, pattern)
         return f"it is the same parameter as {shared[0]}" if reason is None and shared else reason
-    with aligned(linear):
-        weight = dense_weight(linear)
-        if weight.dtype not in _DTYPES:
-            return f"its weight is {weight.dtype}; supported: float32, bfloat16, float16"
-        misfit = pattern.misfit(*weight.shape)
-        if misfit is not None:
-            return f"it {misfit}"
-        if not weight.is_meta and not bool(weight.isfinite().all()):
-            return "its weight holds NaN or Inf"
-        if shared:
-            return f"it shares its weight with {shared[0]}"
-        return None if _is_plain(linear) else f"{type(linear).__name__} computes something else than x·Wᵀ + b"
+    weight = dense_weight(linear)
+    if weight.dtype not in _DTYPES:
+        return f"its weight is {weight.dtype}; supported: float32, bfloat16, float16"
+    misfit = pattern.misfit(*weight.shape)
+    if misfit is not None:
+        return f"it {misfit}"
+    if not weight.is_meta and not bool(weight.isfinite().all()):
+        return "its weight holds NaN or Inf"
+    if shared:
+        return f"it shares its weight with {shared[0]}"
+    return None if _is_plain(linear) else f"{type(linear).__name__} computes something else than x·Wᵀ + b"
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -152,15 +153,14 @@ def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
 
 def _unsupported_stack(stack: ExpertStack, pattern: Pattern) -> str | None:
     """Why a stack of matrices cannot be pruned; None where it can."""
-    with aligned(stack.owner):
-        weight = stack.weight
-        what = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as experts fused into one tensor)"
-        if weight.dim() != 3 or not stack.reads_matrices():
-            reading = f"{type(stack.owner).__name__} does not read it as F.linear(x, self.{stack.name}[expert])"
-            return f"{what}, and {reading}: its matrices may be stored transposed, or multiplied all at once"
-        if weight.dtype not in _DTYPES:
-            return f"{what} in {weight.dtype}; supported: float32, bfloat16, float16"
-        misfit = pattern.misfit(*weight.shape[-2:])
-        if misfit is not None:
-            return f"{what}, each of which {misfit}"
-        return None if weight.is_meta or bool(weight.isfinite().all()) else "its weight holds NaN or Inf"
+    weight = stack.weight
+    what = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as experts fused into one tensor)"
+    if weight.dim() != 3 or not stack.reads_matrices():
+        reading = f"{type(stack.owner).__name__} does not read it as F.linear(x, self.{stack.name}[expert])"
+        return f"{what}, and {reading}: its matrices may be stored transposed, or multiplied all at once"
+    if weight.dtype not in _DTYPES:
+        return f"{what} in {weight.dtype}; supported: float32, bfloat16, float16"
+    misfit = pattern.misfit(*weight.shape[-2:])
+    if misfit is not None:
+        return f"{what}, each of which {misfit}"
+    return None if weight.is_meta or bool(weight.isfinite().all()) else "its weight holds NaN or Inf"

@@ -230,38 +230,27 @@ def test_dequantize_gives_the_class_back(packed, token_ids):
     assert torch.allclose(logits(model, token_ids), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("where", ["cpu_offload", "disk_offload"])
-def test_a_model_offloaded_by_accelerate(tmp_path, make_model, token_ids, config, where):
+def test_a_model_offloaded_by_accelerate_is_not_pruned(make_model, config):
     import accelerate
 
-    reference = make_model()
-    sparsify(reference, config)
     model = make_model()
-    if where == "cpu_offload":
-        accelerate.cpu_offload(model, execution_device="cpu")
-    else:
-        accelerate.disk_offload(model, tmp_path / "offload", execution_device="cpu")
-    sparsify(model, config)
-    layer = next(iter(sparse_modules(model).values()))
-    assert layer.weight.device.type == "meta"
-    assert torch.equal(logits(model, token_ids), logits(reference, token_ids))
-    model.dequantize()
-    assert torch.allclose(logits(model, token_ids), logits(reference, token_ids), atol=1e-6)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match="prune_checkpoint"):
+        sparsify(model, config)
 
 
-def test_a_device_map_with_a_disk(tmp_path, dense, config, token_ids):
+def test_a_sparse_model_with_a_block_on_the_disk(tmp_path, packed, token_ids):
+    reference = AutoModelForCausalLM.from_pretrained(packed)
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     arguments = {"device_map": device_map, "offload_folder": str(tmp_path / "offload")}
-    model = AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config, **arguments)
-    reference = AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config)
+    model = AutoModelForCausalLM.from_pretrained(packed, **arguments)
     assert torch.equal(logits(model, token_ids), logits(reference, token_ids))
     model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), token_ids), logits(reference, token_ids)
-    )
-    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **arguments)
-    assert torch.equal(logits(offloaded, token_ids), logits(reference, token_ids))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again, token_ids), logits(reference, token_ids))
+    model.dequantize()
+    assert torch.allclose(logits(model, token_ids), logits(reference, token_ids), atol=1e-6)
 
 
 def multimodal():

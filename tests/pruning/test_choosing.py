@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,13 +146,10 @@ def test_disk_to_disk_and_resumed(make_model, few, tmp_path, monkeypatch):
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
-def test_other_settings_hold_for_all_that_is_tried(make_model):
-    model = make_model("llama")
-    assert ("sparsegpt", None) not in choosing._candidates(make_settings(pattern="4:8", block_size=12), model)
-    found = choosing._candidates(make_settings(reconstruct="block"), model)
+def test_other_settings_hold_for_all_that_is_tried():
+    assert ("sparsegpt", None) not in choosing._candidates(make_settings(pattern="4:8", block_size=12))
+    found = choosing._candidates(make_settings(reconstruct="block"))
     assert all(reconstruct == "block" for _, reconstruct in found)
-    model.model.layers[0]._hf_hook = SimpleNamespace(offload=True)
-    assert all(reconstruct is None for _, reconstruct in choosing._candidates(make_settings(), model))
 
 
 def test_a_choice_survives_json():

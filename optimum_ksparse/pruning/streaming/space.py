@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from ...blocks import ExpertStack
 from ...checkpoint import check_space
 from ...config import AUTO, SparsityConfig
-from ...nn import dense_weight
 from ...pattern import Pattern
-from ..targets import Layer
+from ..targets import Layer, weight_of
 from .workspace import Workspace
 
 
@@ -19,11 +17,7 @@ def check_run_space(
     """Raises OSError where the disk is too small for what is still to be written, as far as can be told."""
     density = config.target_density or Pattern(config.pattern).density
     size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
-    pruned = [
-        layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)
-        for layers in targets
-        for layer in layers.values()
-    ]
+    pruned = [weight_of(layer) for layers in targets for layer in layers.values()]
     dense = sum(weight.nbytes for weight in pruned)
     packed = dense * density + sum(weight.numel() for weight in pruned) / 8
     needed = sum(size.values()) - dense + packed
