@@ -58,7 +58,8 @@ def test_the_wheel_holds_the_package_and_the_command(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "optimum_ksparse/__init__.py" in names
     assert "optimum/commands/register/register_ksparse.py" in names
-    assert {f"optimum_ksparse/hub/templates/card_{language}.md.jinja" for language in ("en", "ko")} <= set(names)
+    templates = ("card.md.jinja", "phrases.yaml", "citations.bib")
+    assert {f"optimum_ksparse/hub/templates/{name}" for name in templates} <= set(names)
     assert not [name for name in names if name.startswith("optimum/") and name.endswith("__init__.py")]
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"optimum_ksparse", "optimum"}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -12,7 +14,15 @@ from huggingface_hub import ModelCardData
 
 from ..adapters import MergeReport
 from ..config import describe_source
-from ..evaluation import KOBEST_TASKS, TASK_TITLES, EvaluationResults, Measurement, result_rows, tuning_title
+from ..evaluation import (
+    KOBEST_TASKS,
+    OTHER_TITLES,
+    TASK_TITLES,
+    EvaluationResults,
+    Measurement,
+    result_rows,
+    tuning_title,
+)
 from ..kernels import GROUPS, STRIP_TOKENS, why_not_strips
 from ..pattern import Pattern
 from ..pruners import METHODS
@@ -20,12 +30,10 @@ from ..pruners.allocation import LEFT_DENSE
 from ..report import SparsityReport
 from ..version import __version__, install_command
 from .existing import BEGIN, END, has_section, insert_section, is_unfilled_form, split_card
-from .markdown import environment
+from .markdown import environment, phrases
 from .metadata import merge_metadata
 
 LANGUAGES = ("en", "ko")
-# What `citations.md.jinja` has an entry for.
-_CITED = {*METHODS, "swaps", "owl", "blocks", "kobest", "korquad"}
 
 
 @dataclass
@@ -45,8 +53,7 @@ class CardSubject:
         name: title; `repo_id`: where it is published, None while it is not.
         base_model: Hub id of what was pruned, or of an adapter's sparse base; None for a local folder, whose name is
             then `base_name`. base_revision: its commit.
-        storage: "packed", "dense". dtype: of the weights. file_bytes: of all their
-            files.
+        storage: "packed" or "dense". dtype: of the weights. file_bytes: of all their files.
         dense_revision: branch that holds the dense variant, or None.
         figures: file → whether it was drawn.
         adapter: None for a model of its own.
@@ -91,8 +98,9 @@ def render_card(subject: CardSubject, language: str = "en", existing: str | None
     if is_unfilled_form(body):
         front.pop("base_model", None)
         body = ""
-    template = environment().get_template(f"card_{language}.md.jinja")
-    section = re.sub(r"\n{3,}", "\n\n", template.render(**_view(subject), begin=BEGIN, end=END).strip())
+    template = environment().get_template("card.md.jinja")
+    view = {**_view(subject), "begin": BEGIN, "end": END, "say": phrases(language)}
+    section = re.sub(r"\n{3,}", "\n\n", template.render(**view).strip())
     metadata = merge_metadata(front, subject.metadata.to_dict(), again=has_section(body))
     block = yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     ours = [part.replace("\n", line_break) for part in (f"---\n{block}---\n\n", section, "\n")]
@@ -124,100 +132,94 @@ def _view(subject: CardSubject) -> dict[str, Any]:
     """What the templates see."""
     results, report = subject.results, subject.report
     measured = (results.sparse or results.dense) if results is not None else []
-    is_sparse = report is not None
-    pattern = Pattern(str(report.config["pattern"])) if report is not None and is_sparse else None
-    return {
+    view = {
         "card": subject,
-        "report": report,
+        "report": None,
+        "pattern": None,
         "results": results,
         "rows": result_rows(results),
+        "measured": measured,
         "perplexities": [row for row in measured if row.name == "perplexity"],
         "tasks": [(TASK_TITLES[row.name], row) for row in measured if row.name in KOBEST_TASKS],
-        "nsmc": [row for row in measured if row.name.startswith("nsmc_")],
-        "korquad": [row for row in measured if row.name == "korquad"],
-        "measured": measured,
+        "others": [row for row in measured if row.name in OTHER_TITLES],
+        "other_titles": OTHER_TITLES,
         "both": results is not None and bool(results.dense),
-        "holds": report is not None and not report.changes,
-        "has_errors": report is not None and any(row.relative_output_error is not None for row in report.layers),
+        "limited": any(row.protocol.get("limit") for row in measured),
         "merge": None if subject.merge is None else subject.merge.totals(),
         "tuning": subject.tuning,
         "tunings": _tunings(measured),
         "tuning_title": tuning_title,
         "environments": _environments(results),
-        "pattern": pattern,
-        "pruned_to": _pruned_to(report),
-        "zeros": _zeros(pattern),
-        "pruner": None if report is None else report.pruner,
-        "refine": [] if report is None else report.config.get("refine") or [],
-        "reconstruction": None if report is None else report.reconstruction_losses,
-        "holds_out": _holds_out(report),
-        "left_dense": LEFT_DENSE,
         "install": install_command("finetune" if subject.adapter is not None else None),
-        "methods": _methods(subject),
-        "has_kernels": report is not None
-        and is_sparse
-        and all(name in GROUPS for name in report.patterns)
-        and subject.dtype in ("bfloat16", "float16"),
-        "strip_tokens": _strip_tokens(pattern),
+        "citations": _citations(subject),
+        "has_kernels": False,
+        "strip_tokens": None,
         "version": __version__,
-        "limited": any(row.protocol.get("limit") for row in measured),
+    }
+    return view if report is None else view | _view_of_report(report, subject.dtype)
+
+
+def _view_of_report(report: SparsityReport, dtype: str) -> dict[str, Any]:
+    pattern, pruner = Pattern(str(report.config["pattern"])), report.pruner
+    scope = METHODS[pruner].scope if pruner in METHODS else ""
+    strips = why_not_strips(str(pattern), STRIP_TOKENS, torch.device("cpu")) is None
+    measured = any(row.relative_output_error is not None for row in report.layers)
+    return {
+        "report": report,
+        "pattern": pattern,
+        # Of an unstructured pattern what was asked for, which is the mean of the layers'.
+        "pruned_to": ", ".join(report.patterns) if pattern.is_structured else str(pattern),
+        "zeros": str(pattern).rpartition("/")[0] if pattern.block else str(pattern),
+        "scope_name": "whole layer" if pattern.block and scope == "output row" else scope,
+        "refine": report.config.get("refine") or [],
+        "reconstruction": report.reconstruction_losses,
+        "holds": not report.changes,
+        "holds_out": report.calibration.get("num_samples", 0) > 1,  # reconstruction does from two samples on
+        "shows_errors": measured and not report.changes,
+        "left_dense": LEFT_DENSE,
+        "has_kernels": all(name in GROUPS for name in report.patterns) and dtype in ("bfloat16", "float16"),
+        "strip_tokens": STRIP_TOKENS if strips else None,  # up to as many a CPU computes without decompressing
     }
 
 
-def _methods(subject: CardSubject) -> set[str]:
-    """What there is to cite: methods that made the model, and data that it was measured on."""
+@functools.cache
+def _other_citations() -> dict[str, str]:
+    text = files(__package__).joinpath("templates/citations.bib").read_text(encoding="utf-8")
+    return dict(re.findall(r"^% (\w+)\n(@.*?^\})$", text, re.M | re.S))
+
+
+def _citations(subject: CardSubject) -> list[str]:
+    """BibTeX entries of what made the model, and of the data that it was measured on."""
     report, results = subject.report, subject.results
+    entries = []
     names: set[Any] = set()
     if report is not None:
-        names |= {report.pruner, *(report.config.get("refine") or ())}
-        names |= {report.config.get("allocation"), "blocks" if report.reconstruction else None}
+        entries += [METHODS[report.pruner].citation] if report.pruner in METHODS else []
+        names |= {*(report.config.get("refine") or ()), report.config.get("allocation")}
+        names |= {"blocks" if report.reconstruction else None}
     for row in [*results.sparse, *results.dense] if results is not None else []:
         names.add("kobest" if row.name in KOBEST_TASKS else row.name)
-    return names & _CITED
-
-
-def _pruned_to(report: SparsityReport | None) -> str:
-    """The patterns of the layers; of an unstructured one what was asked for, which is their mean."""
-    if report is None:
-        return ""
-    asked = Pattern(str(report.config["pattern"]))
-    return ", ".join(report.patterns) if asked.is_structured else str(asked)
-
-
-def _zeros(pattern: Pattern | None) -> str:
-    """The share of zeros that was asked for, without the size of blocks."""
-    return "" if pattern is None else str(pattern).rpartition("/")[0] if pattern.block else str(pattern)
-
-
-def _holds_out(report: SparsityReport | None) -> bool:
-    """Whether reconstruction held calibration tokens out: it does from two samples on."""
-    return report is not None and report.calibration.get("num_samples", 0) > 1
-
-
-def _strip_tokens(pattern: Pattern | None) -> int | None:
-    """Up to how many tokens a CPU computes without decompressing; None where it always decompresses."""
-    runs = pattern is not None and why_not_strips(str(pattern), STRIP_TOKENS, torch.device("cpu")) is None
-    return STRIP_TOKENS if runs else None
+    return [*filter(None, entries), *(entry for name, entry in _other_citations().items() if name in names)]
 
 
 def _tunings(rows: list[Measurement]) -> list[tuple[str | None, dict[str, Any]]]:
     """Title and settings of each tuning after which something was measured."""
-    found: list[dict[str, Any]] = []
+    tunings: list[dict[str, Any]] = []
     for row in rows:
-        if row.tuning is not None and row.tuning not in found:
-            found.append(row.tuning)
-    return [(tuning_title(tuning), {k: v for k, v in tuning.items() if k != "task"}) for tuning in found]
+        if row.tuning is not None and row.tuning not in tunings:
+            tunings.append(row.tuning)
+    return [(tuning_title(tuning), {k: v for k, v in tuning.items() if k != "task"}) for tuning in tunings]
 
 
 def _environments(results: EvaluationResults | None) -> list[tuple[str, dict[str, str]]]:
     """Every device and set of versions that something was measured with; sets that agree are one."""
-    found: list[tuple[str, dict[str, str]]] = []
+    environments: list[tuple[str, dict[str, str]]] = []
     for row in [*results.sparse, *results.dense] if results is not None else []:
         device, versions = row.environment["device"], row.environment["versions"]
-        for other, known in found:
-            if other == device and all(known.get(name, value) == value for name, value in versions.items()):
-                known.update(versions)
+        for other, seen in environments:
+            if other == device and all(seen.get(name, value) == value for name, value in versions.items()):
+                seen.update(versions)
                 break
         else:
-            found.append((device, dict(versions)))
-    return found
+            environments.append((device, dict(versions)))
+    return environments

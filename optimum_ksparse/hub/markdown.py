@@ -6,7 +6,10 @@ import functools
 import math
 import re
 import unicodedata
+from importlib.resources import files
 from typing import Any
+
+import yaml
 
 _LONGEST = 200
 # What means something in GitHub's Markdown anywhere in a line, or only where a line or a cell begins; bare links.
@@ -53,17 +56,12 @@ def number(value: float | None, digits: int | None = None, missing: str = "") ->
     return Markdown(f"{value:,}" if digits is None else f"{value:,.{digits}f}")
 
 
-def fill(phrase: str, value: Any) -> Markdown:
-    """A phrase of a template with a value, escaped by itself, in the place of its `%s`."""
-    return Markdown(phrase.replace("%s", escape(value)))
-
-
 @functools.cache
 def environment() -> Any:
     """The Jinja environment of this package's templates."""
     import jinja2
 
-    found = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("optimum_ksparse.hub"),
         finalize=escape,
         undefined=jinja2.StrictUndefined,
@@ -71,5 +69,24 @@ def environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    found.filters |= {"code": code, "fill": fill, "number": number, "markdown": Markdown}
-    return found
+    made.filters |= {"code": code, "number": number, "markdown": Markdown}
+    return made
+
+
+def phrases(language: str) -> Any:
+    """`say(name, **values)` for templates: a phrase of the catalogue in a language, with the values of the template
+    and these in it; the name itself where the catalogue has none, as for the metric of a task that others added."""
+    import jinja2
+
+    @jinja2.pass_context
+    def say(context: Any, name: str, /, **values: Any) -> Markdown:
+        phrase = _catalogue(language).get(name)
+        return escape(name) if phrase is None else Markdown(phrase.render({**context.get_all(), **values}))
+
+    return say
+
+
+@functools.cache
+def _catalogue(language: str) -> dict[str, Any]:
+    text = files(__package__).joinpath("templates/phrases.yaml").read_text(encoding="utf-8")
+    return {name: environment().from_string(phrase[language]) for name, phrase in yaml.safe_load(text).items()}

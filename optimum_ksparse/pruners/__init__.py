@@ -38,6 +38,11 @@ class Method:
         parameters = inspect.signature(self.prune).parameters.values()
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
+    @property
+    def citation(self) -> str:
+        """The BibTeX entry of its paper, `CITATION` in its file."""
+        return str(getattr(inspect.getmodule(self.prune), "CITATION", ""))
+
 
 METHODS = {
     "magnitude": Method(magnitude.prune, None, "whole layer"),

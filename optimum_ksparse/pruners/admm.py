@@ -10,6 +10,14 @@ from ..pattern import Pattern
 from .scaled import Scaled, cholesky_factor, restored, scale, to_rank
 from .statistics import GramMatrix
 
+CITATION = """@misc{boza2024admm,
+  title  = {Fast and Effective Weight Update for Pruned Large Language Models},
+  author = {Boža, Vladimír},
+  year   = {2024},
+  eprint = {2401.02938},
+  archivePrefix = {arXiv}
+}"""
+
 # Of all iterations, the share in which the mask may still move.
 _MOVING = 0.75
 # From which share of the iterations on, which penalty. A small one at first lets the mask of n:m move further, as in

@@ -10,6 +10,14 @@ from .scaled import Scaled, restored, scale, to_rank
 from .solve import solve_on_mask
 from .statistics import GramMatrix
 
+CITATION = """@misc{meng2024alps,
+  title  = {ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models},
+  author = {Meng, Xiang and Behdin, Kayhan and Wang, Haoyue and Mazumder, Rahul},
+  year   = {2024},
+  eprint = {2406.07831},
+  archivePrefix = {arXiv}
+}"""
+
 _FIRST_PENALTY = 0.1
 _PERIOD = 3  # iterations between two looks at the support
 # Share of the kept weights that changed since the last look → by how much the penalty grows.

@@ -14,6 +14,14 @@ from .scaled import finite
 from .statistics import GramMatrix
 from .sweep import one_thread, sweep
 
+CITATION = """@misc{frantar2023sparsegpt,
+  title  = {SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot},
+  author = {Frantar, Elias and Alistarh, Dan},
+  year   = {2023},
+  eprint = {2301.00774},
+  archivePrefix = {arXiv}
+}"""
+
 
 def prune(
     weight: torch.Tensor, statistics: GramMatrix, pattern: Pattern, *, block_size: int = 128, damping: float = 0.01

@@ -7,6 +7,15 @@ import torch
 from ..pattern import Pattern
 from .statistics import ColumnNorms
 
+CITATION = """@misc{sun2023wanda,
+  title  = {A Simple and Effective Pruning Approach for Large Language Models},
+  author = {Sun, Mingjie and Liu, Zhuang and Bair, Anna and Kolter, J. Zico},
+  year   = {2023},
+  note   = {Wanda},
+  eprint = {2306.11695},
+  archivePrefix = {arXiv}
+}"""
+
 
 def prune(weight: torch.Tensor, statistics: ColumnNorms, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
     """Score |W_ij|·‖X_j‖₂, ranked within each output row, or within each group of `n:m`; blocks by their sums over the
