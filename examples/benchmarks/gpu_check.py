@@ -39,12 +39,13 @@ for mode in ("memory", "speed"):
 FIGURES = """
 import sys
 from pathlib import Path
-from optimum_ksparse.study.benchmark import BenchResults, draw_speedup, speed_table
+from optimum_ksparse.study.benchmark import BenchResults, draw_speedup
 paths = sorted(Path(sys.argv[1]).glob("*-results.json"))
 found = [BenchResults.load(path) for path in paths]
 for path, results in zip(paths, found):
     draw_speedup(results, path.with_name(path.name.replace("results.json", "speedup.png")))
-print(speed_table(found))
+for results in found:
+    print(results)
 """
 FIGURES_STEP = (0.05, [sys.executable, "-c", FIGURES, "{folder}"])
 # name: share of the time, command.

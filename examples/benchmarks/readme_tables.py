@@ -5,10 +5,12 @@ python examples/benchmarks/readme_tables.py
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from optimum_ksparse.study import Spread
-from optimum_ksparse.study.benchmark import BenchResults, speed_table
+from optimum_ksparse.study.benchmark import BenchResults
 
 HERE = Path(__file__).parent
 READMES = {"en": HERE.parents[1] / "README.md", "ko": HERE.parents[1] / "README_ko.md"}
@@ -24,6 +26,35 @@ METHODS = {
 WORDS = {
     "en": {"title": "perplexity (dense {dense:.2f})", "seconds": "seconds for 2:4", "then": "ADMM, then blocks"},
     "ko": {"title": "퍼플렉시티 (원본 {dense:.2f})", "seconds": "2:4에 걸린 초", "then": "ADMM과 블록 재구성"},
+}
+
+# Tokens in a product, as people meet them.
+_RANGES = ((1, 1), (2, 32), (64, 256), (512, 4096))
+# Compute capabilities of Ampere; 8.9 is Ada.
+_AMPERE = ("8.0", "8.6", "8.7")
+_TEXTS: dict[str, dict[str, Any]] = {
+    "en": {
+        "head": "| hardware | pattern, dtype | tokens | speed-up, memory mode | speed mode | kernels taken |",
+        "models": "| hardware | whole model | pattern, dtype | prefill | decoding | CUDA graphs |",
+        "to": "{:.2f} to {:.2f}",
+        "yes": ("no", "yes"),
+        "threads": "{}, {} threads",
+        "gpu": "**Not measured yet on any NVIDIA GPU**: the kernels are compiled for Ampere, Hopper and Blackwell in "
+        "the tests, and what they compute is tested in Triton's interpreter; how fast they are has not been seen.",
+        "ampere": "Ampere itself is compiled for and not measured.",
+        "shapes": "Ranges are over {} shapes of {:,} to {:,} dense bytes.",
+    },
+    "ko": {
+        "head": "| 하드웨어 | 패턴, dtype | 토큰 | 밀집 대비 속도: memory 모드 | speed 모드 | 쓰인 커널 |",
+        "models": "| 하드웨어 | 모델 전체 | 패턴, dtype | 프리필 | 디코딩 | CUDA 그래프 |",
+        "to": "{:.2f}~{:.2f}",
+        "yes": ("아니요", "예"),
+        "threads": "{}, 스레드 {}개",
+        "gpu": "**NVIDIA GPU에서는 아직 측정하지 않았습니다.** 테스트가 커널을 Ampere, Hopper, Blackwell용으로 "
+        "컴파일하고 계산 결과를 Triton 인터프리터로 확인하지만, 얼마나 빠른지는 아직 보지 못했습니다.",
+        "ampere": "Ampere용으로는 컴파일만 하고 측정하지 않았습니다.",
+        "shapes": "범위는 밀집 {1:,}~{2:,}바이트인 모양 {0}개에 걸친 값입니다.",
+    },
 }
 
 
@@ -53,6 +84,71 @@ def quality_table(language: str) -> str:
         figures.append(figure("pruning_seconds", method, "2:4", 0))
         lines.append(f"| {name.format(then=words['then'])} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
+
+
+def speed_table(results: Sequence[BenchResults], language: str = "en") -> str:
+    """Markdown of what was measured, and of what was not.
+
+    Args:
+        results: any number of result files.
+        language: "en" or "ko".
+    """
+    texts = _TEXTS[language]
+    lines: list[str] = []
+    rows = [row for one in results for row in _rows(one, texts)]
+    if rows:
+        lines += [texts["head"], "|---|---|---|---|---|---|", *rows, ""]
+        every = [row for one in results for row in one.chosen()]
+        sizes = sorted({row["dense_bytes"] for row in every})
+        shapes = len({tuple(row["shape"]) for row in every})
+        lines += [texts["shapes"].format(shapes, sizes[0], sizes[-1]), ""]
+    models = [row for one in results for row in _models(one, texts)]
+    if models:
+        lines += [texts["models"], "|---|---|---|---|---|---|", *models, ""]
+    capabilities = [str(one.hardware["capability"]) for one in results if "capability" in one.hardware]
+    if not capabilities:
+        lines.append(texts["gpu"])
+    elif not set(_AMPERE) & set(capabilities):
+        lines.append(texts["ampere"])
+    return "\n".join(lines).strip() + "\n"
+
+
+def _rows(results: BenchResults, texts: dict[str, Any]) -> list[str]:
+    lines = []
+    for pattern, dtype in dict.fromkeys((row["pattern"], row["dtype"]) for row in results.chosen()):
+        for least, most in _RANGES:
+            rows = [
+                row
+                for row in results.chosen()
+                if (row["pattern"], row["dtype"]) == (pattern, dtype) and least <= row["tokens"] <= most
+            ]
+            if rows:
+                numbers = sorted({row["tokens"] for row in rows})
+                tokens = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
+                memory = _span([row["speedup"] for row in rows], texts)
+                speed = _span([row["dense_us"] / row["speed_us"] for row in rows], texts)
+                names = ", ".join(dict.fromkeys(row["kernel"] for row in rows))
+                machine = _name(results, texts)
+                lines.append(f"| {machine} | {pattern}, {dtype} | {tokens} | {memory} | {speed} | {names} |")
+    return lines
+
+
+def _models(results: BenchResults, texts: dict[str, Any]) -> list[str]:
+    return [
+        f"| {_name(results, texts)} | {row['model']} | {row['pattern']}, {row['dtype']} | "
+        f"{row['prefill_speedup']:.2f} | {row['decode_speedup']:.2f} | {texts['yes'][row['cuda_graphs']]} |"
+        for row in results.models
+    ]
+
+
+def _span(values: list[float], texts: dict[str, Any]) -> str:
+    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+    return least if least == most else texts["to"].format(min(values), max(values))
+
+
+def _name(results: BenchResults, texts: dict[str, Any]) -> str:
+    device, threads = results.hardware["device"], results.hardware.get("threads")
+    return texts["threads"].format(device, threads) if threads else str(device)
 
 
 if __name__ == "__main__":

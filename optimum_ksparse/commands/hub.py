@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from transformers.utils import CONFIG_NAME
@@ -54,25 +53,21 @@ def check_source(name: str, source: str, revision: str | None = None) -> None:
         get_hf_file_metadata(hf_hub_url(source, CONFIG_NAME, revision=revision))
     except errors.EntryNotFoundError:
         return  # a repository without a config, such as an adapter's, or one of GGUF files
-    except errors.GatedRepoError as error:
-        raise PermissionError(
-            f"{name}={source!r}: the Hub gives it to those alone who have accepted its terms: do so on its page, and "
-            "pass token=… or log in with `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"revision={revision!r}: {source} has no such branch, tag or commit") from error
-    except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name}={source!r}: there is no such folder, and no such model on the Hub that may be read; for a "
-            "private one pass token=… or log in with `hf auth login`"
-        ) from error
     except errors.HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code == 401:
-            raise PermissionError(
-                f"{name}={source!r}: the Hub does not accept the token (401): pass token=… or log in with "
-                "`hf auth login` again"
-            ) from error
-        raise ConnectionError(f"{name}={source!r}: the Hub does not answer as it should: {_first(error)}") from error
+        log_in = "pass token=… or log in with `hf auth login`"
+        if isinstance(error, errors.GatedRepoError):
+            reason = f"the Hub gives it to those alone who have accepted its terms: do so on its page, and {log_in}"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            reason = f"there is no such branch, tag or commit: revision={revision!r}"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = (
+                f"there is no such folder, and no such model on the Hub that may be read; for a private one {log_in}"
+            )
+        elif error.response is not None and error.response.status_code == 401:
+            reason = f"the Hub does not accept the token (401): {log_in} again"
+        else:
+            reason = f"the Hub does not answer as it should: {next(iter(str(error).splitlines()), error)}"
+        raise FileNotFoundError(f"{name}={source!r}: {reason}") from error
     except (errors.HTTPError, OSError) as error:
         reason = (
             "the Hub cannot be reached" if not constants.HF_HUB_OFFLINE else "the Hub is switched off (HF_HUB_OFFLINE)"
@@ -90,7 +85,3 @@ def _is_path(source: str) -> bool:
         return True
     parent = os.path.dirname(source)
     return source[0] in "./~" or bool(parent and os.path.isdir(parent))
-
-
-def _first(error: Any) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -5,11 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from .base import LOADING_TEXTS, TRUST, Command, add_loading, folder_of, load_checkpoint, usage
-from .parser import Parser, add_switches
+from .parser import Parser, add_settings, add_switches
 from .protocol import add_protocol, protocol_of
 
-_OPTIONS = ("private", "revision", "create_pr", "commit_message", "language", "dense_revision", "baseline")
-
+# Settings of push_model.
+_TEXTS = {
+    "revision": "branch to push to (default: main)",
+    "commit_message": "of the commit (default: what it does)",
+    "language": "of the card (default: en)",
+    "tags": "further tags (default: none)",
+    "dense_revision": "branch for the same weights with their zeros written out (default: none)",
+    "baseline": "the dense base, where the recorded one is not at hand (default: that)",
+}
+_SWITCHES = {
+    "private": "make the repository private",
+    "create_pr": "as a pull request",
+    "evaluate": "measure first, the dense base too, by the flags below",
+}
+_OPTIONS = (*_TEXTS, "private", "create_pr", "tokenizer", "trust_remote_code")
 _WITHOUT = ("none", "false")  # how flags and recipes write tokenizer=False
 
 
@@ -19,30 +32,14 @@ class PushCommand(Command):
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
+        from ..hub import push_model
         from ..hub.card import LANGUAGES
 
         parser.add_argument("checkpoint", nargs="?", help="folder of a sparse checkpoint, or of an adapter on one")
         parser.add_argument("repo_id", nargs="?", help="user/name on the Hub")
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
-        parser.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
-        parser.add_argument("--commit-message", metavar="TEXT")
-        parser.add_argument("--language", choices=list(LANGUAGES), help="of the card (default: en)")
-        parser.add_argument("--tags", nargs="+", metavar="TAG", help="further tags")
-        parser.add_argument(
-            "--dense-revision", metavar="BRANCH", help="for the same weights with their zeros written out"
-        )
-        parser.add_argument(
-            "--baseline", metavar="MODEL", help="the dense base, where the recorded one is not at hand"
-        )
-        add_switches(
-            parser,
-            {
-                "private": "make the repository private",
-                "create_pr": "as a pull request",
-                "evaluate": "measure first, the dense base too, by the flags below",
-                **TRUST,
-            },
-        )
+        add_settings(parser, push_model, _TEXTS, choices={"language": LANGUAGES}, several=("tags",))
+        add_switches(parser, {**_SWITCHES, **TRUST})
         texts = {**LOADING_TEXTS, "tokenizer": "name or folder, where it is not beside the model; none: without one"}
         add_loading(parser, {name: text for name, text in texts.items() if name != "revision"})
         add_protocol(parser)
@@ -76,9 +73,6 @@ class PushCommand(Command):
                 model,
                 settings["repo_id"],
                 evaluate=protocol if settings.get("evaluate") else False,
-                tokenizer=settings.get("tokenizer"),
-                tags=settings.get("tags"),
-                trust_remote_code=settings.get("trust_remote_code"),
                 readme=read_card(card) if card.is_file() else None,
                 **{name: settings[name] for name in _OPTIONS if name in settings},
             )

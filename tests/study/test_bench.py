@@ -24,7 +24,6 @@ from optimum_ksparse.study.benchmark import (
     draw_speedup,
     layer_shapes,
     run,
-    speed_table,
 )
 from optimum_ksparse.study.benchmark import run as bench
 from optimum_ksparse.study.benchmark.layers import _library_shares, bench_layers
@@ -204,6 +203,7 @@ def test_the_figure(tmp_path):
 
 
 def test_a_table_says_what_was_measured_and_what_was_not():
+    speed_table = load_script("readme_tables").speed_table
     hopper = make_results(capability="9.0")
     model = {"model": "m", "pattern": "2:4", "dtype": "bfloat16", "prefill_speedup": 0.97, "decode_speedup": 1.5}
     hopper.models = [{**model, "cuda_graphs": True}]

@@ -9,7 +9,6 @@ from .models import bench_model
 from .results import RESULTS_NAME, BenchResults
 from .run import BenchSettings, run
 from .shapes import MODELS, layer_shapes
-from .tables import speed_table
 
 __all__ = [
     "FIGURE_NAME",
@@ -22,5 +21,4 @@ __all__ = [
     "draw_speedup",
     "layer_shapes",
     "run",
-    "speed_table",
 ]
