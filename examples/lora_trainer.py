@@ -17,8 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from optimum_ksparse import merge_adapter
-from optimum_ksparse.adapters import SparseLoraConfig, prepare_for_training
+from optimum_ksparse.adapters import SparseLoraConfig, merge_adapter, prepare_for_training
 from optimum_ksparse.study.finetuning import linear_targets
 
 

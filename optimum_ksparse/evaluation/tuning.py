@@ -18,7 +18,7 @@ TUNING_TITLES = {"koalpaca": "KoAlpaca", "korquad": "KorQuAD"}
 _NOT_SETTINGS = (
     *("base", "base_fingerprint", "num_trained"),
     *("num_processes", "micro_batch_size", "gradient_checkpointing", "save_steps"),
-    *("loss", "history", "results"),
+    *("loss", "history", "results", "eval_data", "max_eval_questions", "eval_every"),
 )
 
 

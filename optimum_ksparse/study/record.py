@@ -18,9 +18,9 @@ from ..evaluation.nsmc import NUM_FEWSHOT
 from ..evaluation.nsmc_data import describe_nsmc
 from ..pruning.streaming import Journal
 from ..records import As, RelativePath, Version, read_record, to_json
+from .finetuning import FinetuningSettings, KoAlpacaSettings, KorQuADSettings
 from .grid import Cell
 from .recipe import SECTIONS, Recipe
-from .tuning import training_of
 
 RECORD_NAME = "study.json"
 _VERSION = 2
@@ -102,7 +102,7 @@ def make_record(recipe: Recipe, cells: dict[str, Cell]) -> Record:
         "weights": find_weight_files(recipe.model, **hub).fingerprint(),
         "dtype": recipe.dtype,
         "evaluation": None if recipe.protocol is None else describe_protocol(recipe.protocol),
-        "korquad": None if recipe.korquad is None else _described(recipe.korquad),
+        "korquad": None if recipe.korquad is None else _described(recipe.korquad, KorQuADSettings),
         "nsmc": None if recipe.nsmc is None else _described_nsmc(recipe.nsmc),
     }
     return Record(json.loads(json.dumps(job)), recipe.grid, recipe.published, cells)
@@ -121,9 +121,9 @@ def describe_protocol(protocol: EvaluationProtocol) -> dict[str, Any]:
     return {"texts": texts, "tasks": list(protocol.tasks), "data": data, **settings}
 
 
-def _described(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _described(settings: Mapping[str, Any], kind: type[FinetuningSettings]) -> dict[str, Any]:
     """Settings of a tuning, defaults included, without paths: files by their SHA-256."""
-    everything = {**settings, **training_of(settings).to_dict()}
+    everything = asdict(kind(**settings))
     described = {name: value for name, value in everything.items() if name not in _ROUNDING or name == "batch_size"}
     for name in ("train_file", "eval_file", "data"):
         if isinstance(described.get(name), str) and Path(described[name]).is_file():

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from optimum_ksparse.study.finetuning.korquad.rows import hub_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_ksparse import SparsityConfig, evaluate_kobest, evaluate_nsmc, evaluate_perplexity, sparsify
 from optimum_ksparse.study.finetuning.instructions import instruction_rows
-from optimum_ksparse.study.finetuning.korquad.rows import hub_rows
 
 from ..loopback_hub import LoopbackHub
 
@@ -41,8 +41,8 @@ READERS: dict[str, Callable[[Any, Any], Any]] = {
     "perplexity": lambda model, tokenizer: evaluate_perplexity(model, tokenizer, "kowiki", seq_len=16),
     "kobest": lambda model, tokenizer: evaluate_kobest(model, tokenizer, tasks=("boolq",), limit=1),
     "nsmc": evaluate_nsmc,
-    "korquad": lambda model, tokenizer: hub_rows("org/squad", "train"),
-    "koalpaca": lambda model, tokenizer: instruction_rows("org/alpaca", "usual"),
+    "korquad": lambda model, tokenizer: read_korquad("org/squad", "train"),
+    "koalpaca": lambda model, tokenizer: instruction_rows("org/alpaca"),
 }
 
 
@@ -66,9 +66,9 @@ def test_what_was_downloaded_before_is_read(hub: LoopbackHub, naps: list[float],
     rows = [{"instruction": "1 + 1?", "output": "2"}]
     content = "\n".join(map(json.dumps, rows)).encode()
     hub.add_repo("org/rows", {"train.jsonl": content}, repo_type="dataset")
-    before = instruction_rows("org/rows", "usual")
+    before = instruction_rows("org/rows")
     dead()
-    assert instruction_rows("org/rows", "usual") == before == ("org/rows", [("1 + 1?", "2")])
+    assert instruction_rows("org/rows") == before == ("org/rows", rows)
     assert naps == []
 
 
@@ -76,7 +76,7 @@ def test_a_hub_that_stumbles_is_asked_again(hub: LoopbackHub, naps: list[float])
     content = json.dumps({"instruction": "1 + 1?", "output": "2"}).encode()
     hub.add_repo("org/stumbling", {"train.jsonl": content}, repo_type="dataset")
     hub.fail("/resolve/", [503] * 3)
-    assert instruction_rows("org/stumbling", "usual")[1] == [("1 + 1?", "2")]
+    assert instruction_rows("org/stumbling")[1] == [{"instruction": "1 + 1?", "output": "2"}]
 
 
 def test_a_push_to_a_hub_that_cannot_be_reached_is_tried_once_more(

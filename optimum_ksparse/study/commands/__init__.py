@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .bench import BenchCommand
-from .finetune_koalpaca import KoAlpacaCommand
-from .finetune_korquad import KorQuADCommand
+from .finetune import KoAlpacaCommand, KorQuADCommand
 from .study import StudyCommand
 
 COMMANDS: dict[str, tuple[str, Any]] = {

@@ -1,93 +1,137 @@
-"""How to fine-tune: the settings of a run, and the adapter that they stand for."""
+"""How to fine-tune: the settings of a run, and the adapter that they stand for. The fields with their help are the
+flags of `optimum-cli ksparse finetune`, the keys of its recipes and those of a study's sections."""
+# ruff: noqa: RUF009 (`_set` is `field`)
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from transformers import PreTrainedModel
 
 from ...adapters import require_peft
 from ...blocks import find_blocks
-from ...checks import check_integer
+from ...checks import check_keys, check_one_of
 from ...nn import is_linear_map
+from ...records import Between, Count, Positive
+from ...records.build import build_fields
 
 # What is trained: low-rank adapters of three kinds, one whose delta is masked, or the sparse weights themselves.
 METHODS = ("lora", "masked", "dora", "hira", "full")
+KOALPACA = "beomi/KoAlpaca-v1.1a"
+_LEAST_ROOM = 8  # paragraph tokens that a window must have room for
+_AboveZero = Annotated[float, Between(1e-12)]
+
+
+def _set(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class FinetuningSettings:
-    """Settings of a fine-tuning run; the defaults are those of Alpaca-LoRA (https://github.com/tloen/alpaca-lora) on
-    all linear maps of attention and MLP.
-
-    Args:
-        method: "lora", "masked" (LoRA whose delta keeps the mask, so that merging is exact), "dora", "hira", or "full"
-            (no adapter: the weights themselves train, the packed ones with their zeros).
-        r, alpha, dropout: rank, scale (the delta is alpha / r · BA) and dropout of the adapter.
-        target_modules: names of the linear maps to adapt; None takes all of the decoder blocks.
-        learning_rate, warmup_steps: the rate rises linearly over so many steps and falls linearly to zero after them.
-        batch_size: examples a step, reached by accumulation over batches of `micro_batch_size` in each process.
-        num_epochs: passes over the examples. max_steps: ends earlier (and the learning rate with it).
-        seed: of the order of the examples, of dropout and of new weights.
-        bf16: matrix products in bfloat16 under autocast, for weights in float32.
-        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-        save_steps: steps from one checkpoint to the next, from which an interrupted run goes on.
+    """Settings of every task; the defaults are those of Alpaca-LoRA (https://github.com/tloen/alpaca-lora) on all
+    linear maps of attention and MLP.
 
     Raises:
-        TypeError, ValueError: names the setting, what was found and what is allowed.
+        ValueError: names the setting, what was found and what is allowed.
     """
 
-    method: str = "lora"
-    r: int = 8
-    alpha: int = 16
-    dropout: float = 0.05
-    target_modules: list[str] | None = None
-    learning_rate: float = 3e-4
-    warmup_steps: int = 100
-    batch_size: int = 128
-    micro_batch_size: int = 4
-    num_epochs: float = 3
-    max_steps: int | None = None
-    seed: int = 0
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    save_steps: int = 50
+    method: str = _set("lora", "masked: LoRA whose delta keeps the mask; full: the sparse weights")
+    r: Positive = _set(8, "rank of the adapter")
+    alpha: Positive = _set(16, "scale of the adapter: its delta is alpha / r · BA")
+    dropout: Annotated[float, Between(0, 0.99)] = _set(0.05, "of the adapter")
+    target_modules: list[str] | None = _set(None, "linear maps to adapt (default: all of the decoder blocks)")
+    learning_rate: _AboveZero = _set(3e-4, "at its highest, after the warm-up; it falls linearly to zero")
+    warmup_steps: Count = _set(100, "steps over which the learning rate rises")
+    batch_size: Positive = _set(128, "examples a step, over all processes")
+    micro_batch_size: Positive = _set(4, "examples in one forward pass")
+    num_epochs: _AboveZero = _set(3, "passes over the examples")
+    max_steps: Positive | None = _set(None, "ends earlier (default: after the passes)")
+    max_examples: Positive | None = _set(None, "use the first ones alone (default: all)")
+    seed: Count = _set(0, "of the order of examples, of dropout and of new weights")
+    bf16: bool = _set(False, "matrix products in bfloat16, for weights in float32")
+    gradient_checkpointing: bool = _set(False, "less memory for activations, more time")
+    save_steps: Positive = _set(50, "steps from one checkpoint to the next")
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is not known; allowed: {', '.join(METHODS)}")
-        for name in ("r", "alpha", "batch_size", "micro_batch_size", "save_steps"):
-            check_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed"):
-            check_integer(name, getattr(self, name), 0)
-        if self.max_steps is not None:
-            check_integer("max_steps", self.max_steps, 1)
-        for name, least, most in (("dropout", 0, 1), ("learning_rate", 0, None), ("num_epochs", 0, None)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, found {value!r}")
-            if not least <= value or (most is not None and value >= most) or (most is None and value <= least):
-                limits = f"from {least} to below {most}" if most is not None else f"above {least}"
-                raise ValueError(f"{name}={value} is out of range, it must be {limits}")
+        check_one_of("method", self.method, METHODS)
+        build_fields({}, get_type_hints(type(self), include_extras=True), asdict(self), "")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings, as JSON holds them."""
-        return asdict(self)
+    def trainer_class(self) -> Any:
+        """The `TaskTrainer` of these settings. Raises ImportError where a library is missing."""
+        raise NotImplementedError
 
-    def accumulation_steps(self, num_processes: int = 1) -> int:
-        """Batches that each process adds up to a step. Raises ValueError where they do not come out even."""
-        together = self.micro_batch_size * num_processes
-        if self.batch_size % together:
+
+@dataclass(frozen=True)
+class KoAlpacaSettings(FinetuningSettings):
+    """Settings of KoAlpaca. `data` may also be a list of rows, each with `instruction` and `output`."""
+
+    data: Any = _set(KOALPACA, "JSON lines with instruction and output, or a Hub id (default: KoAlpaca v1.1a)")
+    max_length: Annotated[int, Between(2)] = _set(512, "tokens; longer answers are cut, and longer prompts left out")
+
+    def trainer_class(self) -> Any:
+        from .koalpaca import KoAlpacaTrainer
+
+        return KoAlpacaTrainer
+
+
+@dataclass(frozen=True)
+class KorQuADSettings(FinetuningSettings):
+    """Settings of KorQuAD."""
+
+    train_file: str | None = _set(None, "JSON in the form of SQuAD 1.1 (default: KorQuAD 1.0 on the Hub)")
+    eval_file: str | None = _set(
+        None, "the same, to measure on (default: a fifth of the articles of --train-file, drawn with --seed)"
+    )
+    max_eval_questions: Positive | None = _set(None, "measure on the first ones alone (default: on all)")
+    eval_every: Positive | None = _set(None, "steps after which these are measured too (default: at the end alone)")
+    head_only: bool = _set(False, "train the span head without an adapter")
+    seq_len: Positive | None = _set(None, "tokens of a window (default: 512, or the model's context)")
+    max_question_tokens: Positive = _set(96, "of a question at most")
+    stride: Positive = _set(128, "tokens from one window of a long paragraph to the next")
+    prepend_bos: bool | None = _set(None, "begin windows with the beginning token (default: where the tokenizer does)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = self.max_question_tokens + 3 + _LEAST_ROOM
+        if self.seq_len is not None and self.seq_len < least:
             raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size} times "
-                f"{num_processes} processes"
+                f"seq_len={self.seq_len} has no room for a question of max_question_tokens="
+                f"{self.max_question_tokens} and a paragraph: it must be at least {least}"
             )
-        return self.batch_size // together
+        if self.head_only and self.method != "lora":
+            raise ValueError(f"head_only trains no adapter, and none of method={self.method!r}: leave one of them out")
+        if self.eval_file is not None and self.train_file is None:
+            raise ValueError("eval_file without train_file: give both, or neither for the Hub's KorQuAD 1.0")
+
+    def trainer_class(self) -> Any:
+        from .korquad.trainer import KorQuADTrainer
+
+        return KorQuADTrainer
+
+
+S = TypeVar("S", bound=FinetuningSettings)
+
+
+def study_settings(kind: type[S], settings: Mapping[str, Any], where: str) -> S:
+    """Settings in a recipe of a study, which tunes the dense model as the sparse ones.
+
+    Raises:
+        TypeError, ValueError: a key or a value that the task does not take; or what the dense model cannot do.
+    """
+    check_keys(settings, [f.name for f in fields(kind)], where)
+    made = kind(**settings)
+    if made.method == "masked":
+        raise ValueError(
+            "method='masked' needs sparse layers, and a study tunes the dense model alike: take another, such as "
+            "'lora'"
+        )
+    return made
 
 
 def linear_targets(model: PreTrainedModel) -> list[str]:
@@ -99,32 +143,24 @@ def linear_targets(model: PreTrainedModel) -> list[str]:
     return list(names)
 
 
-def adapter_config(
-    settings: FinetuningSettings, targets: list[str], *, task_type: str | None = None, **more: Any
-) -> Any:
-    """The PEFT config of an adapter.
+def adapter_config(settings: FinetuningSettings, model: PreTrainedModel, task_type: str | None = None) -> Any:
+    """The PEFT config of the adapter of `settings` on a model; None for `method="full"`. Raises ImportError where PEFT
+    is not installed.
 
     Args:
-        targets: where `settings.target_modules` is None.
         task_type: of PEFT, "CAUSAL_LM" or None.
-        more: further arguments of the config, such as `modules_to_save`.
-
-    Raises:
-        ImportError: PEFT is not installed.
-        ValueError: the method has no adapter.
     """
+    if settings.method == "full":
+        return None
     require_peft()
     from peft import HiraConfig
 
     from ...adapters.config import SparseLoraConfig
 
-    common: dict[str, Any] = {"r": settings.r, "target_modules": settings.target_modules or targets, **more}
-    if task_type is not None:
-        common["task_type"] = task_type
+    common: dict[str, Any] = {"r": settings.r, "target_modules": settings.target_modules or linear_targets(model)}
+    common |= {} if task_type is None else {"task_type": task_type}
     if settings.method == "hira":
         return HiraConfig(hira_dropout=settings.dropout, **common)
-    if settings.method == "full":
-        raise ValueError('method="full" trains the weights themselves, without an adapter')
     return SparseLoraConfig(
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from ....dataset import describe_dataset
-from .rows import file_rows, hub_rows
+from ..instructions import hub_dataset
+from ..settings import KorQuADSettings
 
 logger = logging.get_logger(__name__)
 
@@ -25,9 +26,10 @@ class Question:
     """A question over a paragraph.
 
     Attributes:
-        id: of the question. article: what the paragraph is from. question, context: texts.
-        answers: texts of the right answers. starts: character of the paragraph at which each begins; None where it is
-            not there.
+        id: of the question. article: number or title of what the paragraph is from. question, context: texts.
+        answers: texts of the right answers.
+        span: characters of the first answer that the paragraph holds at its offset, or else once: first, and one
+            after the last. None where there is none: the question does not train, and is measured.
     """
 
     id: str
@@ -35,48 +37,33 @@ class Question:
     question: str
     context: str
     answers: tuple[str, ...]
-    starts: tuple[int | None, ...]
-
-    @property
-    def span(self) -> tuple[int, int] | None:
-        """Characters of the first answer that the paragraph holds: first, and one after the last."""
-        for text, start in zip(self.answers, self.starts, strict=True):
-            if start is not None:
-                return start, start + len(text)
-        return None
-
-    @property
-    def reference(self) -> dict[str, Any]:
-        """As the metric takes it."""
-        return {"id": self.id, "answers": {"text": list(self.answers), "answer_start": list(self.starts)}}
+    span: tuple[int, int] | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class KorQuADData:
-    """Questions, and where they are from.
+    """Questions in the order of the data, and where they are from.
 
     Attributes:
-        questions: in the order of the data.
         description: name or file, and SHA-256, as JSON holds it. split: which part of the data it is.
-        mended: ids of questions with an answer that was not at its offset, and once elsewhere in the paragraph, where
-            it is taken to be.
-        lost: ids of questions none of whose answers is found in the paragraph: they do not train, and are measured.
     """
 
     questions: list[Question]
     description: dict[str, Any]
-    split: str = "all"
-    mended: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
+    split: str
 
     def __len__(self) -> int:
         return len(self.questions)
 
-    def part(self, questions: Sequence[Question], split: str) -> KorQuADData:
-        """Some of the questions, as a split of that name."""
-        ids = {question.id for question in questions}
-        mended, lost = ([name for name in names if name in ids] for names in (self.mended, self.lost))
-        return KorQuADData(list(questions), self.description, split, mended, lost)
+
+def korquad_data(settings: KorQuADSettings) -> tuple[KorQuADData, KorQuADData]:
+    """What to train and what to measure on: two files, a file split by article with the seed, or the Hub's KorQuAD
+    1.0."""
+    if settings.train_file is None:
+        return read_korquad(split="train"), read_korquad(split="validation")
+    if settings.eval_file is None:
+        return split_by_article(read_korquad(settings.train_file), seed=settings.seed)
+    return read_korquad(settings.train_file, "train"), read_korquad(settings.eval_file, "test")
 
 
 def read_korquad(source: str | os.PathLike[str] = KORQUAD_DATASET, split: str | None = None) -> KorQuADData:
@@ -89,53 +76,41 @@ def read_korquad(source: str | os.PathLike[str] = KORQUAD_DATASET, split: str | 
 
     Raises:
         FileNotFoundError: `source` ends in `.json`, and there is no such file.
-        ValueError: the data are not in that form; names article, paragraph, question and field.
+        ValueError: the data are not in that form, or an id comes twice.
         ImportError, ConnectionError: the Hub's data cannot be read.
     """
-    if os.path.isfile(source):
-        description, rows = describe_dataset(Path(source)), file_rows(Path(source))
-        split = split or "all"
-    elif os.fspath(source).endswith(".json") or isinstance(source, os.PathLike):
-        raise FileNotFoundError(f"{os.fspath(source)!r}: there is no such file")
+    if os.path.isfile(source) or os.fspath(source).endswith(".json") or isinstance(source, os.PathLike):
+        description, rows, split = describe_dataset(Path(source)), _file_rows(Path(source)), split or "all"
     else:
         split = split or "validation"
-        rows = hub_rows(os.fspath(source), split)
-        hashed = describe_dataset([json.dumps(row, ensure_ascii=False, sort_keys=True) for row in rows])
+        read = list(hub_dataset(os.fspath(source), split, "train_file, JSON in the form of SQuAD 1.1"))
+        hashed = describe_dataset([json.dumps(row, ensure_ascii=False, sort_keys=True) for row in read])
         description = {"name": os.fspath(source), "sha256": hashed["sha256"]}
-    data = KorQuADData([], description, split)
-    seen: set[str] = set()
-    for row in rows:
-        where = row["where"]
-        if row["id"] in seen:
-            raise ValueError(f"{where}: the id {row['id']!r} comes twice")
-        seen.add(row["id"])
-        data.questions.append(_question(row, data))
-    if not data.questions:
+        rows = ((row["title"], row["context"], row) for row in read)
+    questions: dict[str, Question] = {}
+    moved = 0
+    try:
+        for article, context, row in rows:
+            question, is_moved = _question(article, context, row)
+            if question.id in questions:
+                raise ValueError(f"the id {question.id!r} comes twice")
+            questions[question.id] = question
+            moved += is_moved
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{os.path.basename(source)} is not in the form of SQuAD 1.1 after {len(questions)} questions: "
+            f"{type(error).__name__}: {error}"
+        ) from None
+    if not questions:
         raise ValueError(f"{os.fspath(source)} holds no questions")
-    if data.mended or data.lost:
+    lost = [question.id for question in questions.values() if question.span is None]
+    if moved or lost:
         logger.warning(
-            f"{os.path.basename(source)}: {len(data.mended)} answers were not at their offset and are found elsewhere "
-            f"in their paragraph; {len(data.lost)} questions have no answer that is in their paragraph, these do not "
-            f"train{': ' + ', '.join(data.lost[:5]) if data.lost else ''}"
+            f"{os.path.basename(source)}: {moved} answers were not at their offset and are found elsewhere in their "
+            f"paragraph; {len(lost)} questions have no answer that is in their paragraph, these do not train"
+            f"{': ' + ', '.join(lost[:5]) if lost else ''}"
         )
-    return data
-
-
-def korquad_data(
-    train_file: str | os.PathLike[str] | None = None, eval_file: str | os.PathLike[str] | None = None, seed: int = 0
-) -> tuple[KorQuADData, KorQuADData]:
-    """What to train and what to measure on: two files, a file split by article with `seed`, or the Hub's KorQuAD 1.0.
-
-    Raises:
-        ValueError: `eval_file` without `train_file`; and as `read_korquad` and `split_by_article`.
-    """
-    if train_file is None and eval_file is not None:
-        raise ValueError("eval_file without train_file: give both, or neither for the Hub's KorQuAD 1.0")
-    if train_file is None:
-        return read_korquad(split="train"), read_korquad(split="validation")
-    if eval_file is None:
-        return split_by_article(read_korquad(train_file), seed=seed)
-    return read_korquad(train_file, "train"), read_korquad(eval_file, "test")
+    return KorQuADData(list(questions.values()), description, split)
 
 
 def split_by_article(data: KorQuADData, share: float = 0.8, seed: int = 0) -> tuple[KorQuADData, KorQuADData]:
@@ -156,20 +131,36 @@ def split_by_article(data: KorQuADData, share: float = 0.8, seed: int = 0) -> tu
     name = f"{share:g} of the articles, seed {seed}"
     train = [question for question in data.questions if question.article in chosen]
     test = [question for question in data.questions if question.article not in chosen]
-    return data.part(train, f"train: {name}"), data.part(test, f"test: all but {name}")
+    return (
+        KorQuADData(train, data.description, f"train: {name}"),
+        KorQuADData(test, data.description, f"test: all but {name}"),
+    )
 
 
-def _question(row: Mapping[str, Any], data: KorQuADData) -> Question:
-    """The question of a row, whose answers are sought where they are not at their offset."""
-    context, starts = row["context"], []
-    for text, start in zip(row["answers"], row["starts"], strict=True):
-        found: int | None = start
-        if not text or context[start : start + len(text)] != text:
-            once = bool(text) and context.count(text) == 1
-            found = context.index(text) if once else None
-            data.mended += [row["id"]] * once
-        starts.append(found)
-    question = Question(row["id"], row["article"], row["question"], context, tuple(row["answers"]), tuple(starts))
-    if question.span is None:
-        data.lost.append(question.id)
-    return question
+def _file_rows(path: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Article, paragraph and entry of each question."""
+    for number, article in enumerate(json.loads(path.read_text(encoding="utf-8"))["data"]):
+        for paragraph in article["paragraphs"]:
+            yield from ((str(number), paragraph["context"], entry) for entry in paragraph["qas"])
+
+
+def _question(article: str, context: Any, row: Mapping[str, Any]) -> tuple[Question, bool]:
+    """The question of a row, and whether its span was found elsewhere than at the answer's offset."""
+    answers = row["answers"]
+    if isinstance(answers, Mapping):  # of the Hub
+        pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
+    else:
+        pairs = [(answer["text"], answer["answer_start"]) for answer in answers]
+    texts = [row["id"], article, row["question"], context, *(text for text, _ in pairs)]
+    if not pairs or not all(isinstance(text, str) for text in texts):
+        raise ValueError("id, question, context and at least one answer must be texts")
+    if not all(type(start) is int and start >= 0 for _, start in pairs):
+        raise ValueError("answer_start must be an integer of at least 0")
+    question = Question(row["id"], article, row["question"], context, tuple(text for text, _ in pairs), None)
+    for text, start in pairs:
+        if text and context[start : start + len(text)] == text:
+            return replace(question, span=(start, start + len(text))), False
+        if text and context.count(text) == 1:
+            start = context.index(text)
+            return replace(question, span=(start, start + len(text))), True
+    return question, False

@@ -1,65 +1,66 @@
-"""`KorQuAD`, the metric of KorQuAD 1.0 for the library `evaluate`, which this module imports."""
+"""The metric of KorQuAD 1.0 (Lim et al. 2019, https://arxiv.org/abs/1909.07005): that of SQuAD 1.1 with characters in
+the place of words, as its official script `evaluate-v1.0.py` computes it."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import string
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
-import datasets
-import evaluate
-
-from .scores import korquad_scores
-
-_DESCRIPTION = "Exact match and F1 over characters, in per cent, as the official script of KorQuAD 1.0."
-_CITATION = """@article{lim2019korquad1,
-  title={KorQuAD1.0: Korean QA Dataset for Machine Reading Comprehension},
-  author={Lim, Seungyoung and Kim, Myungji and Lee, Jooyoul},
-  journal={arXiv preprint arXiv:1909.07005},
-  year={2019}
-}"""
+_TO_SPACE = str.maketrans(dict.fromkeys("'\"《》<>〈〉()‘’", " "))
+_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation))
 
 
-class KorQuAD(evaluate.Metric):
-    """Exact match and F1 over characters of KorQuAD 1.0; reads no network.
+def normalize_answer(text: str) -> str:
+    """What of an answer is compared: quotes and brackets are spaces, case and ASCII punctuation do not count, runs of
+    whitespace are one space."""
+    return " ".join(text.translate(_TO_SPACE).lower().translate(_PUNCTUATION).split())
 
-    `compute(predictions=..., references=...)` takes SQuAD's form, predictions as `{"id", "prediction_text"}` and
-    references as `{"id", "answers": {"text": [...], "answer_start": [...]}}`, and returns `exact_match` and `f1` in
-    per cent. There may be fewer predictions than references: a question without one counts 0.
+
+def exact_match(prediction: str, answer: str) -> float:
+    """1.0 where the two are equal after `normalize_answer`, else 0.0."""
+    return float(normalize_answer(prediction) == normalize_answer(answer))
+
+
+def f1(prediction: str, answer: str) -> float:
+    """Harmonic mean of precision and recall, from 0 to 1, over the characters of the two without their spaces, as
+    multisets; 0.0 where they share none, and so where both are empty."""
+    predicted, right = (Counter(normalize_answer(text).replace(" ", "")) for text in (prediction, answer))
+    same = (predicted & right).total()
+    if same == 0:
+        return 0.0
+    precision, recall = same / predicted.total(), same / right.total()
+    return 2 * precision * recall / (precision + recall)
+
+
+def korquad_scores(predictions: Mapping[str, str], answers: Iterable[tuple[str, Iterable[str]]]) -> dict[str, float]:
+    """Exact match and F1 over all questions, the best over the answers of each.
+
+    Args:
+        predictions: id of a question → text. A question without one counts 0.
+        answers: for each question its id and its right answers.
+
+    Returns:
+        `exact_match` and `f1`, in per cent.
 
     Raises:
-        ValueError: an id comes twice, or is predicted and not asked.
+        ValueError: there are no questions, an id comes twice or is predicted and not asked, or a question has no
+            answer; names it.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        answers = datasets.Sequence({"text": text, "answer_start": datasets.Value("int32")})
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=self.__doc__,
-            features=datasets.Features(
-                {
-                    "predictions": {"id": text, "prediction_text": text},
-                    "references": {"id": text, "answers": answers},
-                }
-            ),
-            reference_urls=["https://korquad.github.io/KorQuad%201.0/"],
+    scores: dict[str, tuple[float, float]] = {}
+    for name, texts in answers:
+        if name in scores:
+            raise ValueError(f"answers: the id {name!r} comes twice")
+        if not (texts := list(texts)):
+            raise ValueError(f"answers: the question {name!r} has no answer")
+        text = predictions.get(name)
+        scores[name] = (
+            (0.0, 0.0) if text is None else (max(exact_match(text, t) for t in texts), max(f1(text, t) for t in texts))
         )
-
-    def _download_and_prepare(self, dl_manager: Any) -> None:
-        """There is nothing to download."""
-
-    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float] | None:
-        """As of `evaluate.Metric`, which wants as many predictions as references."""
-        whole = predictions is not None and references is not None and self.writer is None
-        if whole and self.num_process == 1:
-            return self._compute(predictions, references, **kwargs)
-        found: dict[str, float] | None = super().compute(predictions=predictions, references=references, **kwargs)
-        return found
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        texts: dict[str, str] = {}
-        for row in predictions:
-            if row["id"] in texts:
-                raise ValueError(f"predictions: the id {row['id']!r} comes twice")
-            texts[row["id"]] = row["prediction_text"]
-        return korquad_scores(texts, references)
+    if not scores:
+        raise ValueError("answers is empty: there is nothing to score")
+    if unknown := predictions.keys() - scores.keys():
+        raise ValueError(f"predictions: {min(unknown)!r} is not the id of a question")
+    means = [100 * math.fsum(column) / len(scores) for column in zip(*scores.values(), strict=True)]
+    return dict(zip(("exact_match", "f1"), means, strict=True))

@@ -1,32 +1,33 @@
-"""A head that finds spans, over the decoder of any causal language model."""
+"""A head that finds spans, over the decoder of any causal language model, and its file.
+
+`korquad_head.safetensors`:
+
+| key | shape | dtype | meaning |
+|---|---|---|---|
+| `head.weight`, `head.bias` | [2, hidden], [2] | float32 | hidden state → logits of start and end |
+| `markers` | [2, embedding] | float32 | embeddings of separator and end |
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ....blocks import decoder_of
-from .features import END, SEPARATOR, special_tokens
+from ....checkpoint.model_class import class_for_source
+from ....checkpoint.staging import recover, save_tensors
+from ....records import HEAD_NAME
 
-
-@dataclass
-class SpanOutput(ModelOutput):
-    """Attributes:
-    loss: mean of the cross entropies of start and end; None without labels.
-    start_logits, end_logits: float32 [windows, tokens], −inf where no span may begin or end.
-    """
-
-    loss: torch.Tensor | None = None
-    start_logits: torch.Tensor | None = None
-    end_logits: torch.Tensor | None = None
+_OWN = ("head.weight", "head.bias", "markers")
 
 
 class SpanModel(nn.Module):
@@ -40,42 +41,35 @@ class SpanModel(nn.Module):
     Args:
         backbone: a causal LM, sparse or dense, or a PEFT model of one. Which of its parameters train is its own
             affair.
-        marker_tokens: ids of `<|SEP|>` and `<|EOS|>`, which most backbones do not know: their embeddings are
-            parameters of this model, and train, while those of the backbone stay. It works for tied embeddings, and
-            costs no gradient of the whole matrix.
 
     Attributes:
-        head: hidden state → logits of start and end, in float32.
-        marker_embeddings: [2, embedding], in float32, what the backbone's embedding gives for them.
+        head: hidden state → logits of start and end, in float32; zero at first, so that all tokens start even.
+        markers: [2, embedding], in float32: what stands in for the embeddings of the tokens −1 and −2, which the
+            backbone does not have; the mean of its embeddings at first.
     """
 
-    def __init__(self, backbone: Any, marker_tokens: list[int]) -> None:
+    def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone
         model = self.language_model
-        decoder = decoder_of(model)
         embedding: Any = model.get_input_embeddings()
         device = embedding.weight.device
         width = model.config.get_text_config(decoder=True).hidden_size
         self.head = nn.Linear(width, 2, device=device, dtype=torch.float32)
         for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)  # all tokens start even, however large the hidden states of the model are
-        self.marker_tokens = list(marker_tokens)
-        with torch.no_grad():
-            rows = embedding(torch.tensor(self.marker_tokens, dtype=torch.int64, device=device))
-        self.marker_embeddings = nn.Parameter(rows.detach().float().clone())
-        embedding.register_forward_hook(self._embed_markers)
-        self._without_cache = bool(inspect.signature(decoder.forward).parameters.keys() & {"use_cache", "kwargs"})
+            nn.init.zeros_(parameter)
+        with torch.no_grad():  # by the module, which may scale what it gives
+            parts = torch.arange(embedding.weight.shape[0], device=device).split(8192)
+            mean = sum(embedding(part).float().sum(0) for part in parts) / embedding.weight.shape[0]
+        self.markers = nn.Parameter(mean.repeat(2, 1))
+        taken = inspect.signature(decoder_of(model).forward).parameters.keys()
+        self._without_cache = {"use_cache": False} if taken & {"use_cache", "kwargs"} else {}
 
     @property
     def language_model(self) -> PreTrainedModel:
         """The causal LM, without the wrapper of PEFT."""
         unwrap = getattr(self.backbone, "get_base_model", None)
         return self.backbone if unwrap is None else unwrap()
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
 
     def forward(
         self,
@@ -84,39 +78,32 @@ class SpanModel(nn.Module):
         span_mask: torch.Tensor,
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
-    ) -> SpanOutput:
-        """Tensors as `features.collate` makes them."""
-        decoder = decoder_of(self.language_model)
-        cache = {"use_cache": False} if self._without_cache else {}
-        hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, **cache)[0]
+    ) -> ModelOutput:
+        """Tensors as `windows.collate` makes them.
+
+        Returns:
+            `loss`, the mean of the cross entropies of start and end, where there are labels; `start_logits`,
+            `end_logits`, float32 [windows, tokens], −inf where no span may begin or end.
+        """
+        model = self.language_model
+        embeddings = model.get_input_embeddings()(input_ids.clamp(min=0))
+        markers = self.markers.to(embeddings.device, embeddings.dtype)
+        for row, token in enumerate((-1, -2)):
+            embeddings = torch.where((input_ids == token).unsqueeze(-1), markers[row], embeddings)
+        hidden = decoder_of(model)(inputs_embeds=embeddings, attention_mask=attention_mask, **self._without_cache)[0]
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.head(hidden.to(self.head.weight.device, torch.float32))
-        span_mask = span_mask.to(logits.device)
-        start, end = (part.masked_fill(~span_mask, -torch.inf) for part in logits.unbind(-1))
+        start, end = (part.masked_fill(~span_mask.to(part.device), -torch.inf) for part in logits.unbind(-1))
+        output = ModelOutput(start_logits=start, end_logits=end)
         if start_positions is None or end_positions is None:
-            return SpanOutput(None, start, end)
-        losses = [
-            F.cross_entropy(part, wanted.to(part.device))
-            for part, wanted in ((start, start_positions), (end, end_positions))
-        ]
-        return SpanOutput((losses[0] + losses[1]) / 2, start, end)
-
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Names and parameters that train."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+            return output
+        pairs = ((start, start_positions), (end, end_positions))
+        losses = [F.cross_entropy(part, label.to(part.device)) for part, label in pairs]
+        return ModelOutput(loss=(losses[0] + losses[1]) / 2, **output)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Of what trains alone: a checkpoint of a run does not hold the backbone."""
-        return {name: parameter.detach() for name, parameter in self.trained_parameters().items()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads what `state_dict` returned. Raises RuntimeError where it is of another model."""
-        own = self.trained_parameters()
-        if state_dict.keys() != own.keys():
-            name = sorted(state_dict.keys() ^ own.keys())[0]
-            raise RuntimeError(f"the state is of another model: {name} is {'missing' if name in own else 'unknown'}")
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return torch.nn.modules.module._IncompatibleKeys([], [])
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """As of transformers' models, for `Trainer`."""
@@ -126,39 +113,47 @@ class SpanModel(nn.Module):
         """The same by its former name, which earlier versions of transformers call."""
         self.language_model.gradient_checkpointing_enable(**kwargs)
 
-    def _embed_markers(self, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        ids = inputs[0]
-        for row, token in enumerate(self.marker_tokens):
-            rows = self.marker_embeddings[row].to(output.device, output.dtype)
-            output = torch.where((ids == token).unsqueeze(-1), rows, output)
-        return output
+    def save(self, folder: Path) -> None:
+        """Writes the adapter, or the weights where there is none, and the head."""
+        self.backbone.save_pretrained(folder)
+        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._own().items()}
+        save_tensors(tensors, folder / HEAD_NAME)
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        return {name: self.get_parameter(name) for name in _OWN}
 
 
-def prepare_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Adds `<|SEP|>` and `<|EOS|>` to a tokenizer that lacks them, and makes room for them in the embeddings, in
-    place; new rows are the mean of the others.
+def load_korquad_model(
+    folder: str | os.PathLike[str], base: PreTrainedModel | None = None
+) -> tuple[SpanModel, PreTrainedTokenizerBase]:
+    """What `finetune_korquad` saved, in evaluation mode, and its tokenizer.
 
-    Returns:
-        Ids of the two.
+    Args:
+        base: the model under the adapter; it is changed in place. None where the folder holds a whole model.
 
     Raises:
-        TypeError: the tokenizer is a slow one.
+        FileNotFoundError: `folder` holds no span model.
+        ValueError: `base` is missing, or there is no use for it, or a tensor of the head, which is named, does not fit
+            the base.
+        ImportError: there is an adapter, and PEFT is not installed.
     """
-    new = special_tokens(tokenizer)
-    tokenizer.add_tokens(new, special_tokens=True)
-    vocabulary = tokenizer.get_vocab()
-    ids = [vocabulary[token] for token in (SEPARATOR, END)]
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    fresh = [i for i in ids if i >= rows or i in (vocabulary[token] for token in new)]
-    if not fresh:
-        return ids
-    mean = embeddings.weight.detach()[: min(fresh)].float().mean(0)
-    if max(ids) >= rows:
-        trains = embeddings.weight.requires_grad
-        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-        embeddings = model.get_input_embeddings()
-        embeddings.weight.requires_grad_(trains)
-    with torch.no_grad():
-        embeddings.weight[fresh] = mean.to(embeddings.weight.dtype)
-    return ids
+    folder = Path(folder)
+    recover(folder)
+    if not (folder / HEAD_NAME).is_file():
+        raise FileNotFoundError(f"{folder} holds no {HEAD_NAME}: it is not the output of finetune_korquad")
+    is_whole = (folder / "config.json").is_file()
+    if is_whole != (base is None):
+        what = "holds a whole model: leave base out" if is_whole else "holds no whole model: pass base, what was tuned"
+        raise ValueError(f"{folder} {what}")
+    backbone: Any = class_for_source(folder).from_pretrained(folder, dtype="auto") if is_whole else base
+    if not is_whole:
+        from peft import PeftModel
+
+        backbone = PeftModel.from_pretrained(backbone, str(folder))
+    model, tensors = SpanModel(backbone), load_file(folder / HEAD_NAME)
+    for name, parameter in model._own().items():
+        shape = list(tensors[name].shape) if name in tensors else None
+        if shape != list(parameter.shape):
+            raise ValueError(f"{HEAD_NAME}: {name} is {shape}, this base needs {list(parameter.shape)}")
+        parameter.data.copy_(tensors[name])
+    return model.eval(), AutoTokenizer.from_pretrained(folder)

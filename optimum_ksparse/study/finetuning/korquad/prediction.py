@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,167 +11,98 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ....blocks import evaluation_mode
-from ....checks import check_integer
 from ....evaluation.environment import environment
+from ..settings import KorQuADSettings
 from .data import KorQuADData, Question
-from .features import Window, WindowSettings, collate, make_windows
+from .metric import korquad_scores
 from .model import SpanModel
-from .scores import korquad_scores
+from .windows import collate, make_windows
 
-MAX_ANSWER_TOKENS, NUM_BEST = 30, 20
-
-
-@dataclass(frozen=True)
-class Span:
-    """A possible answer: characters of the paragraph, and the log-probability of its two ends."""
-
-    start: int
-    end: int
-    score: float
+# Tokens of an answer at most; starts and ends of each window that are combined; windows in one forward pass.
+MAX_ANSWER_TOKENS, NUM_BEST, BATCH_SIZE = 30, 20, 8
 
 
 def evaluate_korquad(
-    model: SpanModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: KorQuADData,
-    *,
-    windows: WindowSettings | None = None,
-    max_answer_tokens: int = MAX_ANSWER_TOKENS,
-    num_best: int = NUM_BEST,
-    batch_size: int = 8,
-    bf16: bool = False,
-    max_questions: int | None = None,
+    model: SpanModel, tokenizer: PreTrainedTokenizerBase, data: KorQuADData, settings: KorQuADSettings
 ) -> dict[str, Any]:
     """Exact match and F1 of a span model on KorQuAD 1.0.
 
     Args:
-        model, tokenizer: as `finetune_korquad` or `load_korquad_model` gave them.
-        data: what to measure on.
-        windows: how the data become windows; None takes the defaults for the model.
-        max_answer_tokens: of an answer at most. num_best: starts and ends of each window that are combined.
-        batch_size: windows in one forward pass.
-        bf16: matrix products in bfloat16 under autocast.
-        max_questions: from the first on; None takes all.
+        settings: those of `windows.fitted`; what they say of windows, `bf16` and `max_eval_questions`.
 
     Returns:
         `exact_match` and `f1` in per cent, and how they were measured: `data`, `split`, `num_samples`, `seq_len`,
         `max_question_tokens`, `stride`, `max_answer_tokens`, `num_best`, `prepend_bos`, `dtype`, `batch_size`,
         `device`, `versions`.
-
-    Raises:
-        TypeError, ValueError: an argument is out of range.
     """
-    if max_questions is not None:
-        check_integer("max_questions", max_questions, 1)
-    windows = windows or WindowSettings.for_model(model.language_model, tokenizer)
-    questions = data.questions[:max_questions]
-    how = {"max_answer_tokens": max_answer_tokens, "num_best": num_best}
-    texts = predict(model, tokenizer, questions, windows, batch_size=batch_size, bf16=bf16, **how)
+    questions = data.questions[: settings.max_eval_questions]
+    answers = predict(model, tokenizer, questions, settings)
     measured = environment(model.language_model, "peft")
-    if bf16 and measured["dtype"] == "float32":
+    if settings.bf16 and measured["dtype"] == "float32":
         measured["dtype"] = "float32, products in bfloat16"
     return {
-        **korquad_scores(texts, [question.reference for question in questions]),
+        **korquad_scores(answers, [(question.id, question.answers) for question in questions]),
         "data": data.description,
         "split": data.split,
         "num_samples": len(questions),
-        **asdict(windows),
-        **how,
-        "batch_size": batch_size,
+        **{name: getattr(settings, name) for name in ("seq_len", "max_question_tokens", "stride", "prepend_bos")},
+        "max_answer_tokens": MAX_ANSWER_TOKENS,
+        "num_best": NUM_BEST,
+        "batch_size": BATCH_SIZE,
         **measured,
     }
 
 
-def predict(
-    model: SpanModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    settings: WindowSettings,
-    *,
-    max_answer_tokens: int = MAX_ANSWER_TOKENS,
-    num_best: int = NUM_BEST,
-    batch_size: int = 8,
-    bf16: bool = False,
-) -> dict[str, str]:
-    """The answer to each question, id → text, cut from its paragraph."""
-    found = best_spans(
-        model,
-        make_windows(questions, tokenizer, settings),
-        max_answer_tokens=max_answer_tokens,
-        num_best=num_best,
-        batch_size=batch_size,
-        bf16=bf16,
-    )
-    spans = {number: max(all_of_it, key=lambda span: span.score) for number, all_of_it in found.items() if all_of_it}
-    return {questions[n].id: questions[n].context[span.start : span.end].strip() for n, span in spans.items()}
-
-
 @torch.no_grad()
-def best_spans(
-    model: SpanModel,
-    windows: Sequence[Window],
-    *,
-    max_answer_tokens: int = MAX_ANSWER_TOKENS,
-    num_best: int = NUM_BEST,
-    batch_size: int = 8,
-    bf16: bool = False,
-) -> dict[int, list[Span]]:
-    """Number of a question → its likeliest spans over all of its windows, best first, at most `num_best`.
+def predict(
+    model: SpanModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], settings: KorQuADSettings
+) -> dict[str, str]:
+    """The answer to each question, id → text, cut from its paragraph: the likeliest span over all of its windows.
 
-    Scores are log-probabilities over the paragraph tokens of a window and its end token, which stands for "not here",
-    so that those of different windows may be compared; a span that several windows hold has the best of its scores.
+    Scores are log-probabilities over the paragraph tokens of a window and its end, which stands for "not here", so
+    that those of different windows may be compared.
     """
-    for name, value in (("max_answer_tokens", max_answer_tokens), ("num_best", num_best), ("batch_size", batch_size)):
-        check_integer(name, value, 1)
-    order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))  # like lengths together; too large fails first
-    found: dict[int, dict[tuple[int, int], float]] = {window.question: {} for window in windows}
+    windows = make_windows(questions, tokenizer, settings)
+    windows.sort(key=lambda window: -len(window["input_ids"]))  # like lengths together; too large fails first
+    device = model.head.weight.device
+    best: dict[int, tuple[float, int, int]] = {}
     with (
         evaluation_mode(model),
-        _products(model, bf16),
+        torch.autocast(device.type, torch.bfloat16) if settings.bf16 else nullcontext(),
         tqdm(total=len(windows), desc="KorQuAD", unit="window") as bar,
     ):
-        for i in range(0, len(order), batch_size):
-            part = [windows[j] for j in order[i : i + batch_size]]
-            batch = {name: t.to(model.device) for name, t in collate(part, 0).items() if "positions" not in name}
+        for i in range(0, len(windows), BATCH_SIZE):
+            part = windows[i : i + BATCH_SIZE]
+            batch = {name: t.to(device) for name, t in collate(part).items() if "positions" not in name}
             output = model(**batch)
-            spans = _window_spans(output.start_logits, output.end_logits, part, max_answer_tokens, num_best)
-            for window, pairs in zip(part, spans, strict=True):
-                best = found[window.question]
-                for start, end, score in pairs:
-                    place = window.offsets[start][0], window.offsets[end][1]
-                    best[place] = max(score, best.get(place, score))
+            for window, start, end in zip(part, output.start_logits, output.end_logits, strict=True):
+                paragraph = slice(window["first"], len(window["input_ids"]))
+                if (span := best_span(start[paragraph], end[paragraph])) is not None:
+                    score, first, last = span
+                    place = (window["offsets"][first][0], window["offsets"][last][1])
+                    candidate = (score, -place[0], -place[1])  # of equal ones the first, and the shortest
+                    best[window["question"]] = max(best.get(window["question"], candidate), candidate)
             bar.update(len(part))
-    return {
-        number: sorted(
-            (Span(*place, score) for place, score in best.items()), key=lambda s: (-s.score, s.start, s.end)
-        )[:num_best]
-        for number, best in found.items()
-    }
+    chosen = {questions[number]: (-start, -end) for number, (_, start, end) in best.items()}
+    return {question.id: question.context[start:end].strip() for question, (start, end) in chosen.items()}
 
 
-def _window_spans(
-    start_logits: torch.Tensor, end_logits: torch.Tensor, windows: Sequence[Window], longest: int, num_best: int
-) -> list[list[tuple[int, int, float]]]:
-    """For each window its best spans: first and last token, counted in its part of the paragraph, and score."""
-    scores, places = [], []
-    ends = torch.tensor([[len(window) - 1] for window in windows], device=start_logits.device)
-    for logits in (start_logits, end_logits):
-        logs = torch.log_softmax(logits, dim=-1).scatter(1, ends, -torch.inf)
-        best = logs.topk(min(num_best, logs.shape[1]), dim=-1)
-        scores.append(best.values)
-        places.append(best.indices)
-    together = scores[0].unsqueeze(2) + scores[1].unsqueeze(1)
-    length = places[1].unsqueeze(1) - places[0].unsqueeze(2)
-    together = together.masked_fill((length < 0) | (length >= longest), -torch.inf).flatten(1)
-    best = together.topk(min(num_best, together.shape[1]), dim=-1)
-    count = scores[1].shape[1]
-    first = places[0].gather(1, best.indices // count).tolist()
-    last = places[1].gather(1, best.indices % count).tolist()
-    return [
-        [(a - window.first, b - window.first, value) for a, b, value in zip(*row, strict=True) if value > -torch.inf]
-        for window, *row in zip(windows, first, last, best.values.tolist(), strict=True)
-    ]
+def best_span(
+    start_logits: torch.Tensor, end_logits: torch.Tensor, max_answer_tokens: int = MAX_ANSWER_TOKENS
+) -> tuple[float, int, int] | None:
+    """The likeliest span of a window, of its `NUM_BEST` likeliest starts and ends: log-probability, first and last
+    token; None where none of them makes one.
 
-
-def _products(model: SpanModel, bf16: bool) -> AbstractContextManager[Any]:
-    return torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext()
+    Args:
+        start_logits, end_logits: [tokens] of the paragraph, and of the end as the last one.
+    """
+    starts, ends = (
+        logits.log_softmax(-1)[:-1].topk(min(NUM_BEST, len(logits) - 1)) for logits in (start_logits, end_logits)
+    )
+    length = ends.indices - starts.indices[:, None]
+    scores = starts.values[:, None] + ends.values
+    scores = scores.masked_fill((length < 0) | (length >= max_answer_tokens), -torch.inf)
+    if not scores.numel() or scores.max() == -torch.inf:
+        return None
+    row, column = divmod(int(scores.argmax()), scores.shape[1])
+    return float(scores.max()), int(starts.indices[row]), int(ends.indices[column])

@@ -1,0 +1,124 @@
+"""Questions and paragraphs as the windows of tokens that a model reads: `[bos] question <SEP> paragraph <END>`.
+
+| key of a window | meaning |
+|---|---|
+| `input_ids` | tokens; `SEPARATOR` and `END`, which no tokenizer has, are negative: `SpanModel` has their embeddings |
+| `question` | number of its question |
+| `first` | position of the first token of the paragraph; its last is that before the end |
+| `offsets` | for each token of the paragraph its characters there: first, and one after the last |
+| `start_positions`, `end_positions` | first and last token of the answer; where this window does not hold it, both are
+the end's, which stands for "not here": unlike the first token, it has seen question and paragraph. −1 where the
+paragraph does not hold the answer at all |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ....data import prepends_bos
+from ....data.tokens import context_length
+from ..settings import KorQuADSettings
+from .data import Question
+
+SEPARATOR, END = -1, -2
+_USUAL_LENGTH = 512
+
+
+def fitted(settings: KorQuADSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> KorQuADSettings:
+    """The settings with what they leave open: `seq_len` is at most the model's context, and `prepend_bos` is True or
+    False.
+
+    Raises:
+        TypeError: the tokenizer is a slow one, which does not tell the characters of its tokens.
+        ValueError: `seq_len` is above the model's context, or too small for a question and a paragraph.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which does not tell the characters that its tokens are "
+            "of: KorQuAD needs a fast one (tokenizer.json; AutoTokenizer converts most)"
+        )
+    context = context_length(model) or settings.seq_len or _USUAL_LENGTH
+    seq_len = min(context, _USUAL_LENGTH) if settings.seq_len is None else settings.seq_len
+    if seq_len > context:
+        raise ValueError(f"seq_len={seq_len} is above the model's context of {context} positions")
+    return replace(settings, seq_len=seq_len, prepend_bos=prepends_bos(tokenizer, settings.prepend_bos))
+
+
+def make_windows(
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, settings: KorQuADSettings
+) -> list[dict[str, Any]]:
+    """The windows of all questions, in their order; `settings` are those of `fitted`."""
+    prefix = [tokenizer.bos_token_id] if settings.prepend_bos else []
+    context: Any = None
+    windows = []
+    for number, question in enumerate(tqdm(questions, desc="KorQuAD windows", unit="question", delay=2)):
+        if question.context != context:  # questions of one come together
+            context = question.context
+            ids, offsets = _encode(context, tokenizer)
+        tokens = _encode(question.question, tokenizer)[0][: settings.max_question_tokens]
+        head = [*prefix, *tokens, SEPARATOR]
+        answer = None if question.span is None else _token_span(offsets, *question.span)
+        room = (settings.seq_len or _USUAL_LENGTH) - len(head) - 1
+        step = min(settings.stride, room)
+        for begin in [0, *range(step, len(ids) - room + step, step)] if len(ids) > room else [0]:
+            stop = min(begin + room, len(ids))
+            window = [*head, *ids[begin:stop], END]
+            span = (-1, -1)
+            if answer is not None:
+                inside = begin <= answer[0] and answer[1] < stop
+                place = [len(head) + position - begin for position in answer]
+                span = (place[0], place[1]) if inside else (len(window) - 1, len(window) - 1)
+            windows.append(
+                {
+                    "input_ids": window,
+                    "question": number,
+                    "first": len(head),
+                    "offsets": offsets[begin:stop],
+                    "start_positions": span[0],
+                    "end_positions": span[1],
+                }
+            )
+    return windows
+
+
+def collate(windows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch, padded on the right.
+
+    Returns:
+        `input_ids`, `attention_mask` int64 and `span_mask` bool (where an answer may begin and end: the paragraph, and
+        the end), [windows, tokens]; `start_positions`, `end_positions` int64 [windows].
+    """
+    lengths = torch.tensor([len(window["input_ids"]) for window in windows])
+    positions = torch.arange(int(lengths.max()))
+    ids = torch.zeros(len(windows), len(positions), dtype=torch.int64)
+    for row, window in zip(ids, windows, strict=True):
+        row[: len(window["input_ids"])] = torch.tensor(window["input_ids"])
+    inside = positions < lengths[:, None]
+    first = torch.tensor([window["first"] for window in windows])
+    labels = {key: torch.tensor([w[key] for w in windows]) for key in ("start_positions", "end_positions")}
+    return {
+        "input_ids": ids,
+        "attention_mask": inside.long(),
+        "span_mask": inside & (positions >= first[:, None]),
+        **labels,
+    }
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens of a text, in which special tokens are text, and the characters of each."""
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
+    )
+    return encoded["input_ids"], [(start, end) for start, end in encoded["offset_mapping"]]
+
+
+def _token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int] | None:
+    """The first and last token that hold a character from `start` to before `end`; several tokens may share one."""
+    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+    return (inside[0], inside[-1]) if inside else None

@@ -1,0 +1,267 @@
+"""A fine-tuning run: the folder that it owns, the checkpoints from which it goes on, and the record of what it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState, set_seed
+from transformers.utils import logging
+
+from ...adapters.prepare import prepare_for_training
+from ...checkpoint import describe_model, facts_of, fingerprint, sparse_modules
+from ...checkpoint.model_class import class_for_source
+from ...checkpoint.staging import check_apart, check_output, claimed, staged, write_text
+from ...data import read_tokenizer
+from ...evaluation import EvaluationResults, Measurement, tuning_settings
+from ...evaluation.environment import check_causal_lm
+from ...records import RESULTS_NAME, TUNING_NAME, read_record, to_json
+from .settings import FinetuningSettings, adapter_config
+
+logger = logging.get_logger(__name__)
+
+CHECKPOINTS = ".checkpoints"  # of an unfinished run, in its output
+_JOB = "job.json"  # whose they are
+_LOCK = ".finetuning.lock"
+_PATHS = ("data", "train_file", "eval_file")  # settings in whose place the trainer describes what it read
+_OUTCOMES = ("steps", "loss", "history", "results", "num_trained")
+
+
+class TaskTrainer(Trainer):
+    """The `Trainer` of a task: made of a model, its tokenizer, the settings, and arguments of `TrainingArguments`."""
+
+    task: str
+    described: dict[str, Any]  # the data, as JSON holds them, and what else tells one job from another
+
+    def save(self, folder: Path) -> None:
+        """Writes what was trained."""
+        model: Any = self.model
+        model.save_pretrained(folder)
+
+    def measure(self) -> dict[str, Any] | None:
+        """The row of results that the task has."""
+        return None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """`Trainer` itself reads tensors by the names of the modules, not strictly, so that those that are renamed
+        when they are saved (the head of GPT-NeoX) stay as they are before training (transformers 5.23)."""
+        target = self.model if model is None else model
+        if not isinstance(target, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
+
+
+def finetune(
+    model: PreTrainedModel | str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: FinetuningSettings,
+    output: str | os.PathLike[str],
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Tunes a causal LM, sparse or dense, on the task that `settings` are of, saves and measures it.
+
+    `output` then holds the adapter (with `method="full"` the weights), the tokenizer and `finetuning.json`; after
+    KorQuAD the span head too (`load_korquad_model` reads it), and `evaluation_results.json` with the figures as rows
+    after tuning of the model that was tuned (`EvaluationResults.take_tuned`, `optimum-cli ksparse eval MODEL
+    --tuned-results OUTPUT`). A run that was cut off goes on from its last checkpoint when it is called again.
+
+    Args:
+        model: the model, which is changed in place, or its folder or Hub id, read in the dtype of its weights.
+        tokenizer: the model's; None reads the one beside it.
+        settings: `KoAlpacaSettings` or `KorQuADSettings`.
+        output: a folder.
+        resume: go on with an unfinished run in `output`; False starts over.
+        overwrite: replace a finished run in `output`. Without it, the record of one of the same job is returned.
+
+    Returns:
+        What `finetuning.json` holds: what the run was, `loss` of each step, for KorQuAD `results` and `history`, the
+        figures on the way. Empty in all processes but the first.
+
+    Raises:
+        TypeError, ValueError: the model, the tokenizer, the data or a setting do not fit, or `output` holds another
+            model or another run.
+        FileExistsError, NotADirectoryError, BlockingIOError: `output` holds something else, is a file, or is in use.
+        ConnectionError: the data cannot be read from the Hub.
+    """
+    reads = (getattr(model, "name_or_path", model), *(getattr(settings, name, None) for name in _PATHS))
+    with claimed_output(output, reads, overwrite=overwrite):
+        if not isinstance(model, PreTrainedModel):
+            model = class_for_source(model).from_pretrained(os.fspath(model), dtype="auto")
+        assert isinstance(model, PreTrainedModel)
+        check_causal_lm(model)
+        results = EvaluationResults(fingerprint(model))
+        part = "sparse" if sparse_modules(model) else "dense"
+        if part == "dense":
+            results.dense_model, results.dense_revision = describe_model(model), facts_of(model).commit
+        base = {"base": str(model.name_or_path), "base_fingerprint": results.fingerprint}
+        tokenizer = tokenizer or read_tokenizer(base["base"])
+        trainer = settings.trainer_class()(model, tokenizer, settings, trainer_arguments(settings, output))
+        chosen = {name: value for name, value in asdict(settings).items() if name not in _PATHS}
+        processes = {"num_processes": trainer.args.world_size}
+        job = {"task": trainer.task, **base, **chosen, **trainer.described, **processes}
+        with suppress(OSError):
+            (Path(output) / CHECKPOINTS).rmdir()  # `Trainer` made it; where there is something in it, it stays
+        if (record := _finished(Path(output), job, overwrite=overwrite)) is not None:
+            return record
+        log = _train(trainer, job, resume=resume)
+        if not trainer.is_world_process_zero():
+            return {}
+        with staged(output, gone=(TUNING_NAME, RESULTS_NAME)) as staging:
+            trainer.save(staging)
+            tokenizer.save_pretrained(staging)
+            # PEFT's empty form of a card; the card of this model is written from what is known of it.
+            (staging / "README.md").unlink(missing_ok=True)
+        if (row := trainer.measure()) is not None:
+            results.add(part, Measurement.from_row(trainer.task, {**row, "tuning": tuning_settings(job)}))
+            results.save(output)
+        record = {
+            **job,
+            "steps": max((entry["step"] for entry in log), default=0),
+            "loss": [round(entry["loss"], 6) for entry in log if "loss" in entry],
+            "history": [entry for entry in log if "exact_match" in entry],
+            "results": row,
+            "num_trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        }
+        write_text(Path(output) / TUNING_NAME, to_json(record))  # it says that everything else is written
+        shutil.rmtree(Path(output) / CHECKPOINTS, ignore_errors=True)
+        return record
+
+
+@contextmanager
+def claimed_output(
+    output: str | os.PathLike[str], reads: Iterable[object], *, overwrite: bool = False
+) -> Iterator[None]:
+    """Within it, `output` is this run's, which may begin once more in it: checked before anything is loaded.
+
+    Raises:
+        ValueError, FileExistsError, NotADirectoryError: as `check_output`; of `reads` it must be apart anyhow.
+        BlockingIOError: another process is tuning into it.
+    """
+    if os.environ.get("RANK", "0") != "0":  # the first process writes
+        yield
+        return
+    reads = list(reads)
+    check_output(output, reads=reads, ours=(TUNING_NAME, CHECKPOINTS), overwrite=overwrite)
+    check_apart(output, reads)
+    busy = f"another process is tuning into {os.fspath(output)}; wait for it, or name another folder"
+    with claimed(Path(output), _LOCK, busy):
+        yield
+
+
+def add_adapter(model: PreTrainedModel, settings: FinetuningSettings, task_type: str | None = None) -> Any:
+    """The PEFT model that `settings` ask for, drawn with their seed; with `method="full"` the model itself, all of
+    whose weights train."""
+    set_seed(settings.seed)
+    config = adapter_config(settings, model, task_type)
+    if config is None:
+        if model.dtype.itemsize < 4:
+            logger.warning(f"The weights train in {model.dtype}, where small updates are lost: load them in float32.")
+        model.config.use_cache = False
+        return model.requires_grad_(True).train()
+    prepare_for_training(model, gradient_checkpointing=settings.gradient_checkpointing)
+    return get_peft_model(model, config).train()
+
+
+def trainer_arguments(settings: FinetuningSettings, output: str | os.PathLike[str]) -> dict[str, Any]:
+    """Settings as `TrainingArguments` have them. Raises ValueError where a step does not come out even."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation, rest = divmod(settings.batch_size, settings.micro_batch_size * world)
+    if rest:
+        raise ValueError(
+            f"batch_size={settings.batch_size} is not a multiple of micro_batch_size={settings.micro_batch_size} "
+            f"times {world} processes"
+        )
+    same = ("learning_rate", "warmup_steps", "seed", "bf16", "gradient_checkpointing", "save_steps")
+    return {
+        **{name: getattr(settings, name) for name in same},
+        "output_dir": str(Path(output) / CHECKPOINTS),
+        "per_device_train_batch_size": settings.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": settings.num_epochs,
+        "max_steps": settings.max_steps or -1,
+        "use_cpu": not torch.accelerator.is_available(),  # it has bf16 on a CPU that is asked for alone
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
+        "logging_steps": 1,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "ddp_find_unused_parameters": False if world > 1 else None,
+    }
+
+
+def _train(trainer: TaskTrainer, job: dict[str, Any], *, resume: bool) -> list[dict[str, Any]]:
+    """Trains, from the last checkpoint of the same job on, and gives the log: a dict of `step`, `loss`, … a step."""
+    folder = Path(str(trainer.args.output_dir))
+    with trainer.args.main_process_first(local=False, desc="checkpoints"):
+        if trainer.is_world_process_zero():
+            if not resume:
+                shutil.rmtree(folder, ignore_errors=True)
+            _check_job(folder / _JOB, job, "resume=False to start over")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / _JOB, to_json(job))
+        last, state = _last_checkpoint(folder)
+    if last is not None and state.global_step >= state.max_steps:  # `Trainer` would make one step more
+        trainer._load_from_checkpoint(last)
+        return list(state.log_history)
+    if last is not None:
+        logger.warning(f"Going on from step {state.global_step}.")
+    trainer.train(resume_from_checkpoint=last)
+    return list(trainer.state.log_history)
+
+
+def _last_checkpoint(folder: Path) -> tuple[str | None, TrainerState]:
+    """The last checkpoint that is whole. The state is what `Trainer` writes last of one; what a process that is killed
+    meanwhile leaves is written again."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.partition("-")[2])):
+        try:
+            return str(path), TrainerState.load_from_json(str(path / "trainer_state.json"))
+        except (OSError, ValueError):
+            continue
+    return None, TrainerState()
+
+
+def _finished(output: Path, job: dict[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+    """The record of a finished run of the same job in `output`; None where there is none, or it may be overwritten.
+
+    Raises:
+        ValueError: `output` holds another run, or a model that no run wrote, which an adapter must not lie beside.
+    """
+    path = output / TUNING_NAME
+    if not path.is_file():
+        for name in ("config.json", "adapter_config.json"):
+            # A run that was cut off while it was saved has its checkpoints still.
+            if (output / name).exists() and not (output / CHECKPOINTS).is_dir():
+                raise ValueError(f"output={os.fspath(output)!r} holds a model already ({name}): use another folder")
+        return None
+    if overwrite:
+        method = read_record(dict[str, Any], path, "is no record of a tuning").get("method")
+        if (method == "full") != (job["method"] == "full"):
+            raise ValueError(f"{output} holds a run with {method=}, which {job['method']!r} does not replace")
+        return None
+    record = _check_job(path, job, "overwrite=True (--overwrite) to replace it")
+    logger.warning(f"{output} holds this run, finished already; overwrite=True (--overwrite) makes it again.")
+    return record
+
+
+def _check_job(path: Path, job: dict[str, Any], remedy: str) -> dict[str, Any]:
+    """The record of a run at `path`. Raises ValueError, which names the difference, where it is of another job."""
+    if not path.is_file():
+        return {}
+    record: dict[str, Any] = read_record(dict[str, Any], path, "is no record of a tuning", f"; {remedy}")
+    wanted = json.loads(json.dumps(job))
+    names = sorted({*record, *wanted} - set(_OUTCOMES))
+    different = [f"{n}={record.get(n)!r}, not {wanted.get(n)!r}" for n in names if record.get(n) != wanted.get(n)]
+    if different:
+        raise ValueError(f"{path.parent} holds a run with {', '.join(different)}: use another folder, or {remedy}")
+    return record
