@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
-from optimum_ksparse.study.finetuning.korquad.rows import hub_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_ksparse import SparsityConfig, evaluate_kobest, evaluate_nsmc, evaluate_perplexity, sparsify
 from optimum_ksparse.study.finetuning.instructions import instruction_rows
+from optimum_ksparse.study.finetuning.korquad import read_korquad
 
 from ..loopback_hub import LoopbackHub
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer
 
 from optimum_ksparse import SparsityConfig, sparsify
-from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.__main__ import parse as parse_words
+from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.study.finetuning import KoAlpacaSettings, koalpaca_prompt, linear_targets, study_settings
 from optimum_ksparse.study.finetuning.instructions import instruction_rows
 

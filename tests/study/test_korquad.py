@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 from optimum_ksparse import EvaluationResults, SparsityConfig, sparsify
-from optimum_ksparse.checkpoint import fingerprint
 from optimum_ksparse.__main__ import parse as parse_words
+from optimum_ksparse.checkpoint import fingerprint
 from optimum_ksparse.study.finetuning import KorQuADSettings
 from optimum_ksparse.study.finetuning.korquad import (
     SpanModel,
@@ -122,18 +122,18 @@ def test_reading_mends_and_counts(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda d: d.pop("data"), "'data'"),
-        (lambda d: d["data"][0]["paragraphs"][0].update(context=3), "texts"),
-        (lambda d: d["data"][0]["paragraphs"][0]["qas"][0].update(answers=[]), "texts"),
-        (lambda d: d["data"][0]["paragraphs"][0]["qas"].append("x"), "after 1 questions"),
-        (lambda d: d["data"][0]["paragraphs"][0]["qas"][0]["answers"][0].update(answer_start=True), "answer_start"),
-        (lambda d: d["data"][0]["paragraphs"][0]["qas"].extend(squad(("a", "가", 0))["data"][0]["paragraphs"][0]["qas"]), "'a'"),
-        (lambda d: d["data"].clear(), "holds no questions"),
+        (lambda paragraph: paragraph.pop("qas"), "'qas'"),
+        (lambda paragraph: paragraph.update(context=3), "texts"),
+        (lambda paragraph: paragraph["qas"][0].update(answers=[]), "texts"),
+        (lambda paragraph: paragraph["qas"].append("x"), "after 1 questions"),
+        (lambda paragraph: paragraph["qas"][0]["answers"][0].update(answer_start=True), "answer_start"),
+        (lambda paragraph: paragraph["qas"].append(paragraph["qas"][0]), "'a' comes twice"),
+        (lambda paragraph: paragraph["qas"].clear(), "holds no questions"),
     ],
-)  # fmt: skip
+)
 def test_damaged_data_are_refused(tmp_path, change, named):
     content = squad(("a", "가", 0))
-    change(content)
+    change(content["data"][0]["paragraphs"][0])
     with pytest.raises(ValueError, match=named):
         read_korquad(written(tmp_path, content))
 
