@@ -122,10 +122,13 @@ def study_settings(kind: type[S], settings: Mapping[str, Any], where: str) -> S:
     """Settings in a recipe of a study, which tunes the dense model as the sparse ones.
 
     Raises:
-        TypeError, ValueError: a key or a value that the task does not take; or what the dense model cannot do.
+        ValueError: a key or a value that the task does not take; or what the dense model cannot do.
     """
     check_keys(settings, [f.name for f in fields(kind)], where)
-    made = kind(**settings)
+    try:
+        made = kind(**settings)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from None
     if made.method == "masked":
         raise ValueError(
             "method='masked' needs sparse layers, and a study tunes the dense model alike: take another, such as "
