@@ -134,4 +134,4 @@ def _described(settings: Mapping[str, Any], kind: type[FinetuningSettings]) -> d
 def _described_nsmc(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in settings.items() if name not in (*_ROUNDING, "data_dir", "koalpaca")}
     data = describe_nsmc(settings.get("data_dir"), NUM_FEWSHOT)
-    return {**kept, "data": data, "koalpaca": _described(settings["koalpaca"])}
+    return {**kept, "data": data, "koalpaca": _described(settings["koalpaca"], KoAlpacaSettings)}

@@ -185,7 +185,7 @@ def recipe(**changes: Any) -> Recipe:
         ({"korquad": {"method": "masked"}}, "masked"),
         ({"korquad": {"seq_len": 8}}, "seq_len=8"),
         ({"korquad": {"max_examples": "many"}}, "korquad.max_examples"),
-        ({"nsmc": {"koalpaca": {"max_length": 1}}}, "nsmc.koalpaca.max_length=1"),
+        ({"nsmc": {"koalpaca": {"max_length": 1}}}, "nsmc.koalpaca.max_length"),
         ({"nsmc": {"koalpaca": {"data": "nowhere.json"}}}, "nowhere.json"),
         ({"nsmc": {"limit": 3}}, "nsmc.koalpaca"),
         ({"dtype": "foo"}, "dtype='foo'"),
