@@ -181,7 +181,7 @@ def recipe(**changes: Any) -> Recipe:
         ({"stream": "no"}, "stream"),
         ({"evaluation": None}, "nothing to measure"),
         ({"evaluation": {"texts": "nowhere.txt"}}, "nowhere.txt"),
-        ({"korquad": {"r": 0}}, "r=0"),
+        ({"korquad": {"r": 0}}, "korquad.r is 0"),
         ({"korquad": {"method": "masked"}}, "masked"),
         ({"korquad": {"seq_len": 8}}, "seq_len=8"),
         ({"korquad": {"max_examples": "many"}}, "korquad.max_examples"),
