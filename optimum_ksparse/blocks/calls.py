@@ -22,12 +22,13 @@ class Call:
     hidden_name: str | None
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> Any:
-        # A block writes its keys and values into a cache: each run has the one that the call had.
-        args = [_own_cache(value) for value in self.args]
-        kwargs = {name: _own_cache(value) for name, value in self.kwargs.items()}
+        """What the block returns. It is given copies of the tensors and caches, so that what it writes into them does
+        not reach its next run, nor other calls that share them."""
+        args = [_copied(value) for value in self.args]
+        kwargs = {name: _copied(value) for name, value in self.kwargs.items()}
         if self.hidden_name is None:
-            return block(hidden, *args, **kwargs)
-        return block(*args, **{self.hidden_name: hidden}, **kwargs)
+            return block(hidden.clone(), *args, **kwargs)
+        return block(*args, **{self.hidden_name: hidden.clone()}, **kwargs)
 
     def pooled(self, pool: Pool) -> Call:
         """The same call with tensors of the pool in the place of equal ones."""
@@ -68,13 +69,18 @@ class Pool:
         if type(value) in (list, tuple):
             return type(value)(self.share(item) for item in value)
         if isinstance(value, Cache):
-            return _own_cache(value)
+            return copy.deepcopy(value)
         if type(value) is dict and value:  # an empty one is there to be filled by the blocks
             return {key: self.share(item) for key, item in value.items()}
         return value
 
 
-def _own_cache(value: Any) -> Any:
+def _copied(value: Any) -> Any:
+    """A copy of tensors and caches. Dicts stay: blocks write into some of them what later ones read."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
     return copy.deepcopy(value) if isinstance(value, Cache) else value
 
 

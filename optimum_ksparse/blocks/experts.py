@@ -113,10 +113,10 @@ class observed_matrices(TorchFunctionMode):  # noqa: N801 (used like a function)
             if hook is not None and len(x):
                 hook(None, (x,))
         result = func(*args, **kwargs)
-        if func is torch.Tensor.__getitem__:
+        if func is torch.Tensor.__getitem__ and result.dim() == 2:
             for stack in self._stacks:
                 if args[0] is stack.weight:
-                    result._ksparse_hook = self._hooks.get((stack, int(args[1])))
+                    result._ksparse_hook = self._hooks.get((stack, int(args[1]) % len(args[0])))
         return result
 
 

@@ -286,6 +286,8 @@ class BlockReplay:
 
             return hook
 
+        # Accelerate puts weights away after a forward pass, which must then not be cut short.
+        offloads = any(parameter.is_meta for parameter in block.parameters())
         matrices = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertMatrix)}
         modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
         with (
@@ -302,7 +304,8 @@ class BlockReplay:
                 except _StopForward:
                     pass
                 # Routed experts are called for some batches and not for others: then nothing can be cut short.
-                expected = calls.total() if len(leaders) == len(layers) == len(calls) else 0
+                may_stop = not offloads and len(leaders) == len(layers) == len(calls)
+                expected = calls.total() if may_stop else 0
                 seen.clear()
                 alive.clear()
         return expected

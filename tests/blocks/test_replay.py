@@ -274,6 +274,46 @@ def test_forward_pass_stops_at_the_last_layer(
     assert statistics[last_layer].num_tokens == token_ids.numel()
 
 
+class WritingBlock(nn.Module):
+    """Writes into its input, and into what it is given beside it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.inner = block
+
+    def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
+        cosine, sine = kwargs["position_embeddings"]
+        cosine.mul_(0.5)
+        hidden.add_(1)
+        return self.inner(hidden, *args, **kwargs)
+
+
+@torch.no_grad()
+def test_what_a_block_writes_into_its_arguments_does_not_reach_its_next_run(
+    make_model: MakeModel, token_ids: torch.Tensor
+) -> None:
+    model = make_model(num_hidden_layers=1)
+    layers = model.model.layers
+    layers[0] = WritingBlock(layers[0])
+    expected = torch.cat([block_outputs(model, ids)[0] for ids in token_ids.split(2)])
+    replay = BlockReplay(find_blocks(model), token_ids, 2)
+    first, second = collect(replay, 0), collect(replay, 0)
+    assert torch.equal(first["inner.mlp.down_proj"].gram, second["inner.mlp.down_proj"].gram)
+    torch.testing.assert_close(torch.cat(list(replay.outputs(0, layers[0]))), expected)
+
+
+def test_a_block_that_accelerate_offloads_is_put_away_after_statistics(
+    make_model: MakeModel, token_ids: torch.Tensor
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    replay = replay_at(make_model(), token_ids, 0)
+    block = replay._decoder_blocks.blocks[0]
+    whole = {"preload_module_classes": [type(block).__name__]}  # one hook brings all weights of the block
+    accelerate.cpu_offload(block, execution_device=torch.device("cpu"), **whole)
+    collect(replay, 0, lambda linear: ColumnNorms(linear.in_features))
+    assert all(parameter.is_meta for parameter in block.parameters())
+
+
 def test_hidden_states_stay_until_the_replay_advances(make_model: MakeModel, token_ids: torch.Tensor) -> None:
     replay = replay_at(make_model(), token_ids, 0)
     before = [hidden.clone() for hidden in replay.hidden]
