@@ -1,9 +1,9 @@
-"""Which kernel computes a product: measured once for each shape, number of tokens, dtype and GPU, then remembered."""
+"""Which kernel computes a product: by the speeds that `measure` found on this kind of GPU for its shape, number of
+tokens and dtype, now or in an earlier process; where there are none, by a rule of thumb. No forward pass measures."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,14 +20,13 @@ logger = logging.get_logger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 KERNEL_VARIABLE = "KSPARSE_KERNEL"
-AUTOTUNE_VARIABLE = "KSPARSE_AUTOTUNE"
 # A configuration that is not the first must be so much faster: noise must not choose.
 _MARGIN = 0.98
 
+_lock = threading.RLock()  # of the three
 _timings: dict[str, Timings] = {}  # by GPU, then by problem
 _choices: dict[tuple[Problem, bool, bool], Candidate] = {}
 _fused: dict[tuple[object, ...], Candidate | None] = {}
-_lock = threading.RLock()
 
 
 def bucket(tokens: int) -> int:
@@ -44,49 +43,34 @@ def check_kernel(name: str) -> str:
 
 def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate:
     """The candidate for a product with `tokens` tokens: of `kernel`, of the one that the environment variable
-    `KSPARSE_KERNEL` names, or the fastest one. Measures where it must and may: not while a CUDA graph is captured, nor
-    with `KSPARSE_AUTOTUNE=0`, where a rule of thumb decides.
+    `KSPARSE_KERNEL` names, or the fastest one.
 
     Raises:
         ValueError: the forced kernel is unknown or cannot take the product; says why.
     """
-    problem = weight.problem(bucket(tokens))
     kernel = check_kernel(os.environ.get(KERNEL_VARIABLE) or kernel)
     if kernel != "auto":
         return _forced(kernel, weight, weight.problem(tokens))
-    key = problem, weight.dense is not None, weight.library is not None
-    if (chosen := _choices.get(key)) is not None:  # another thread may forget it meanwhile
-        return chosen
-    if not has_kernels(problem):
-        packed = "strips" if KERNELS["strips"].why_not(problem) is None else "reference"
-        return _choices.setdefault(key, Candidate(packed if weight.dense is None else "dense"))
-    if _is_unknown(problem):
-        captures = problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if captures or os.environ.get(AUTOTUNE_VARIABLE) == "0":
-            return rule_of_thumb(problem)
-        logger.info(f"Measuring kernels for {problem}; model.autotune_kernels() does that beforehand.")
-        with _lock:
-            if _is_unknown(problem):  # another thread may have been faster
-                measure(problem)
-    _choices[key] = chosen = _fastest(problem, key[1:])
-    return chosen
+    key = weight.problem(bucket(tokens)), weight.dense is not None, weight.library is not None
+    with _lock:
+        if key not in _choices:
+            _choices[key] = _fastest(*key)
+        return _choices[key]
 
 
 def choose_fused(weight: PackedWeight, parts: Sequence[int], tokens: int, kernel: str = "auto") -> Candidate | None:
     """The candidate for a weight whose rows are those of several layers; None where each alone would be summed in
     another order, and so be rounded in another way."""
     key = weight.problem(bucket(tokens)), tuple(parts), kernel, os.environ.get(KERNEL_VARIABLE)
-    try:
+    with _lock:
+        if key not in _fused:
+            whole = choose(weight, tokens, kernel)
+            rows = zip(weight.values.split(list(parts)), weight.bits.split(list(parts)), strict=True)
+            alone = [weight._replace(values=values, bits=bits) for values, bits in rows]
+            same = all(choose(one, tokens, kernel).order == whole.order for one in alone)
+            # Libraries choose the order by the shape, and do not tell.
+            _fused[key] = whole if same and whole.kernel in ("gemv", "dot") else None
         return _fused[key]
-    except KeyError:
-        whole = choose(weight, tokens, kernel)
-        ends = list(itertools.accumulate(parts))
-        rows = [slice(end - size, end) for end, size in zip(ends, parts, strict=True)]
-        alone = [weight._replace(values=weight.values[own], bits=weight.bits[own]) for own in rows]
-        same = all(choose(one, tokens, kernel).order == whole.order for one in alone)
-        # Libraries choose the order by the shape, and do not tell.
-        _fused[key] = chosen = whole if same and whole.kernel in ("gemv", "dot") else None
-        return chosen
 
 
 def prepare(weight: PackedWeight) -> None:
@@ -107,7 +91,8 @@ def rule_of_thumb(problem: Problem) -> Candidate:
 
 def measured(problem: Problem) -> dict[str, tuple[Candidate, float]]:
     """What is known of a problem: for each kernel its fastest candidate and the microseconds that it takes."""
-    rows = _known(problem.device).get(str(problem), {})
+    with _lock:
+        rows = _known(problem.device).get(str(problem), {})
     return {
         name: (Candidate(name, row["config"]), float(row["us"]))
         for name, row in rows.items()
@@ -119,22 +104,23 @@ def measure(problem: Problem) -> dict[str, tuple[Candidate, float]]:
     """Times the candidates for a problem on random weights, each under a CUDA graph and with copies of the weight that
     the cache cannot hold; remembers the fastest of each kernel, in memory and on disk. Candidates that fail (too
     little memory) are left out."""
-    device = problem.device
-    plain = torch.autocast(device.type, enabled=False)  # whatever the forward pass is in that asks
-    with _lock, torch.no_grad(), torch.inference_mode(False), plain:
-        results: dict[str, tuple[Candidate, float]] = {}
+    plain = torch.autocast(problem.device.type, enabled=False)  # whatever the caller is in
+    results: dict[str, tuple[Candidate, float]] = {}
+    with torch.no_grad(), torch.inference_mode(False), plain:
         for candidate, microseconds in _time_candidates(problem):
             best = results.get(candidate.kernel)
             if best is None or microseconds < _MARGIN * best[1]:
                 results[candidate.kernel] = candidate, microseconds
-        rows = {name: {"config": c.config, "us": round(us, 3)} for name, (c, us) in results.items()}
-        _known(device)[str(problem)] = rows
-        _forget_choices(problem)
-        if rows:
-            write_timings(device, {str(problem): rows})
-        else:
-            logger.warning(f"No kernel could be measured for {problem}, for want of memory most likely.")
-        return results
+    rows = {name: {"config": c.config, "us": round(us, 3)} for name, (c, us) in results.items()}
+    with _lock:
+        _known(problem.device)[str(problem)] = rows
+        _choices.clear()
+        _fused.clear()
+    if rows:
+        write_timings(problem.device, {str(problem): rows})
+    else:
+        logger.warning(f"No kernel could be measured for {problem}, for want of memory most likely.")
+    return results
 
 
 def forget() -> None:
@@ -145,31 +131,20 @@ def forget() -> None:
         _fused.clear()
 
 
-def _is_unknown(problem: Problem) -> bool:
-    """Whether it remains to be measured; what could not be is kept as an empty entry."""
-    return not measured(problem) and _known(problem.device).get(str(problem)) != {}
-
-
 def _known(device: torch.device) -> Timings:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if name not in _timings:
-        with _lock:
-            _timings.setdefault(name, read_timings(device))
+        _timings[name] = read_timings(device)
     return _timings[name]
 
 
-def _forget_choices(problem: Problem) -> None:
-    for key in list(_choices):  # other threads add to them meanwhile
-        if key[0] == problem:
-            _choices.pop(key, None)
-    _fused.clear()
-
-
-def _fastest(problem: Problem, kept: tuple[bool, bool]) -> Candidate:
-    has_dense, has_library = kept
+def _fastest(problem: Problem, has_dense: bool, has_library: bool) -> Candidate:
+    if not has_kernels(problem):
+        packed = "strips" if KERNELS["strips"].why_not(problem) is None else "reference"
+        return Candidate("dense" if has_dense else packed)
     usable = {"dense": has_dense, "library": has_library}
-    rows = {name: row for name, row in measured(problem).items() if usable.get(name, True)}
-    return min(rows.values(), key=lambda row: row[1])[0] if rows else rule_of_thumb(problem)
+    rows = [row for name, row in measured(problem).items() if usable.get(name, True)]
+    return min(rows, key=lambda row: row[1])[0] if rows else rule_of_thumb(problem)
 
 
 def _forced(kernel: str, weight: PackedWeight, problem: Problem) -> Candidate:

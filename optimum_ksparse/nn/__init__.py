@@ -1,9 +1,9 @@
 """The sparse linear module, how it stores its weight, and the operators that it runs."""
 
-from .densify import densified
 from .experts import SparseExperts
 from .linear import SparseLinear, dense_weight, is_linear_map
 from .masked import masked_linear, packed_product, row_norms, spread_rows
+from .packed import densified
 
 __all__ = [
     "SparseExperts",

@@ -11,9 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import kernels
-from ..packing import check_bits, pack, unpack_mask, values_shape
+from ..packing import check_bits, pack, unpack_mask
 from ..pattern import Pattern
-from .foreign import PackedModule
+from .packed import PackedModule
 
 if TYPE_CHECKING:
     from .group import FusedGroup
@@ -60,26 +60,17 @@ class SparseLinear(PackedModule, nn.Linear):
         weight: kept values, n:m: [out, in·n/m], otherwise: [nnz].
         weight_mask: [out, ceil(in/8)] uint8.
         bias: [out] or None.
-        kernel: how to compute: "auto" (what was measured to be fastest), or one of `kernels.KERNELS`.
-        densify: "never", or "lazy": the first forward pass without gradients of the weight keeps it dense in memory,
-            and the passes after it run as those of `nn.Linear`.
+        kernel, densify: as in `PackedModule`.
     """
 
-    weight_mask: torch.Tensor
-    kernel: str = "auto"
-    densify: str = "never"
-    # The dense weight, which the forward pass uses as it is: set by `densified` for a while, by `densify="lazy"` to
-    # stay.
-    _dense_weight: torch.Tensor | None = None
     # Other forms of the weight, for the dispatch to choose; set by `keep_form`.
     _dense_form: torch.Tensor | None = None
     _library_form: torch.Tensor | None = None
-    # The state of the packed weight of which the forms were made.
-    _formed: tuple[int, int] | None = None
     # Layers that read the same input and run as one product, and the number of this one; set by `fusing`. The first of
     # them knows the others, which do not know it: a circle would keep a deleted model in memory.
     _group: tuple[FusedGroup, int] | None = None
     _followers: tuple[SparseLinear, ...] = ()
+    _run_time = (*PackedModule._run_time, "_dense_form", "_library_form", "_group", "_followers")
 
     def __init__(
         self,
@@ -97,14 +88,7 @@ class SparseLinear(PackedModule, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.pattern = pattern
         self.dense_type = dense_type
-        if num_values is None:
-            if pattern.m is None or pattern.n is None:
-                raise ValueError(f"num_values must be given for pattern {pattern}, which does not fix it")
-            num_values = out_features * in_features // pattern.m * pattern.n
-        shape = values_shape(pattern, out_features, in_features, num_values)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        bits = torch.empty(out_features, -(-in_features // 8), device=device, dtype=torch.uint8)
-        self.register_buffer("weight_mask", bits)
+        self._make_tensors((), num_values, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
 
     @classmethod
@@ -154,7 +138,7 @@ class SparseLinear(PackedModule, nn.Linear):
         sparse.weight_mask = bits
         if linear.bias is not None:
             sparse.bias = linear.bias  # type: ignore[assignment]
-        kernels.prepare(sparse.packed())
+        sparse._prepare()
         return sparse.train(linear.training)
 
     @classmethod
@@ -185,26 +169,19 @@ class SparseLinear(PackedModule, nn.Linear):
         return sparse.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._formed is not None and not torch.compiler.is_compiling() and self._formed != self._state():
-            self.drop_forms()  # the weight has been trained or loaded since
-        # Other forms than the packed one would swallow the gradient of the weight.
-        trains = torch.is_grad_enabled() and self.weight.requires_grad
-        if self.densify == "lazy" and self._dense_weight is None and not trains and self._may_densify():
-            self._dense_weight, self._formed = self.to_dense_weight(), self._state()
-        if self._dense_weight is not None and not trains:
-            return F.linear(x, self._dense_weight, self.bias)
+        dense_weight = self._usable_dense_weight()
+        if dense_weight is not None:
+            return F.linear(x, dense_weight, self.bias)
         if self._group is not None and not torch.is_grad_enabled() and self._formed is None:
             group, index = self._group
             y = group.output(index, x, (self, *self._followers))
             if y is not None:
                 return y
-        values, bias, dense, library = self.weight, self.bias, self._dense_form, self._library_form
-        x, values, bias = in_autocast_dtype(x, values, bias)  # type: ignore[assignment]
-        if values.dtype != self.weight.dtype:
-            dense = library = None
-        if trains:
-            dense = library = None
-        weight = kernels.PackedWeight(values, self.weight_mask, self.in_features, str(self.pattern), dense, library)
+        x, values, bias = in_autocast_dtype(x, self.weight, self.bias)
+        forms = self._dense_form, self._library_form
+        if values.dtype != self.weight.dtype or (torch.is_grad_enabled() and self.weight.requires_grad):
+            forms = None, None  # they would swallow the gradient
+        weight = kernels.PackedWeight(values, self.weight_mask, self.in_features, str(self.pattern), *forms)
         return kernels.apply(x, weight, bias, self.kernel)
 
     def keep_form(self, name: str, form: torch.Tensor, shared: torch.Tensor | None = None) -> None:
@@ -222,10 +199,10 @@ class SparseLinear(PackedModule, nn.Linear):
         return kernels.PackedWeight(self.weight.detach(), self.weight_mask, self.in_features, pattern, *forms)
 
     def drop_forms(self) -> None:
-        """Forgets all other forms of the weight than the packed one."""
         if self._library_form is not None and self._shares_storage(self._library_form):
             self.weight.data = self.weight.data.clone()
-        self._dense_weight = self._dense_form = self._library_form = self._formed = None
+        self._dense_form = self._library_form = None
+        super().drop_forms()
 
     def replace_values(self, values: torch.Tensor) -> None:
         """Takes other packed values, of the shape, dtype and device of the present ones, for the same mask; the
@@ -234,54 +211,18 @@ class SparseLinear(PackedModule, nn.Linear):
         self.weight.data = values
 
     def _part(self) -> None:
-        """Forgets what other tensors the weight shares its memory with."""
-        self.drop_forms()
+        super()._part()
         if self._group is not None:
             self._group[0].part()
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of other forms of the weight that are kept beside the packed one."""
-        forms = [form for form in (self._dense_weight, self._dense_form, self._library_form) if form is not None]
+        forms = [form for form in (self._dense_form, self._library_form) if form is not None]
         shared = self._library_form is not None and self._shares_storage(self._library_form)
-        return sum(form.nbytes for form in forms) - shared * self.weight.nbytes
+        return super().extra_bytes + sum(form.nbytes for form in forms) - shared * self.weight.nbytes
 
     def _shares_storage(self, form: torch.Tensor) -> bool:
         return form.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
-
-    def _may_densify(self) -> bool:
-        """Not where accelerate brings the weight in for a forward pass only."""
-        offloaded = getattr(getattr(self, "_hf_hook", None), "offload", False)
-        return not (offloaded or self.weight.is_meta or torch.compiler.is_compiling())
-
-    def _state(self) -> tuple[int, int]:
-        """Changes when the packed weight is written to or replaced."""
-        return self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
-
-    def _apply(self, *args: Any, **kwargs: Any) -> SparseLinear:
-        self._part()
-        super()._apply(*args, **kwargs)
-        kernels.prepare(self.packed())
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        run_time = ("_dense_weight", "_dense_form", "_library_form", "_formed", "_group", "_followers")
-        return {name: value for name, value in self.__dict__.items() if name not in run_time}
-
-    @property
-    def density(self) -> float:
-        """Share of the weights that is kept."""
-        return self.weight.numel() / (self.in_features * self.out_features)
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the weight, were it dense in its dtype."""
-        return self.in_features * self.out_features * self.weight.element_size()
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of values and mask."""
-        return self.weight.nbytes + self.weight_mask.nbytes
 
     def to_dense_weight(self) -> torch.Tensor:
         """The weight [out, in] with its zeros."""
@@ -303,31 +244,13 @@ class SparseLinear(PackedModule, nn.Linear):
         dense.bias = self.bias
         return dense.train(self.training)
 
-    def check_mask(self, name: str) -> None:
-        """Raises ValueError, naming the module `name`, where the mask does not fit the values or the pattern."""
-        check_bits(self.weight_mask, self.pattern, self.in_features, self.weight.numel(), f"{name}.weight_mask")
+    def _prepare(self) -> None:
         kernels.prepare(self.packed())
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
-    ) -> None:
-        error_messages = rest[-1]
-        self._part()
-        try:
-            state_dict = self._packed(state_dict, prefix)
-        except ValueError as error:
-            error_messages.append(str(error))
-            return
-        bits = state_dict.get(f"{prefix}weight_mask")
-        if bits is not None and bits.shape == self.weight_mask.shape and bits.device.type != "meta":
-            try:
-                check_bits(bits, self.pattern, self.in_features, self.weight.numel(), f"{prefix}weight_mask")
-            except ValueError as error:
-                error_messages.append(str(error))
-                return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+    def _check_bits(self, bits: torch.Tensor, name: str) -> None:
+        check_bits(bits, self.pattern, self.in_features, self.weight.numel(), name)
 
-    def _packed(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    def _packed_state(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         """A state dict that may come from dense storage, with this layer's weight gathered at its mask."""
         weight = state_dict.get(f"{prefix}weight")
         dense_shape = (self.out_features, self.in_features)
@@ -340,6 +263,3 @@ class SparseLinear(PackedModule, nn.Linear):
             raise ValueError(f"{prefix}weight is dense and not zero where this layer's mask is")
         packed = {f"{prefix}weight": weight[mask].view(self.weight.shape), f"{prefix}weight_mask": self.weight_mask}
         return {**state_dict, **packed}
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}"

@@ -75,8 +75,8 @@ def autotune_kernels(
     max_extra_bytes: int | None = None,
 ) -> KernelReport:
     """Measures the kernels for each shape of sparse layer of `model`, where it stands now, and gives layers the forms
-    that pay. What is measured is kept on disk, so that this takes seconds the next time. Without it a kernel is
-    measured when it is first needed, and layers stay packed alone.
+    that pay. What is measured is kept on disk, so that this takes seconds the next time. Without it a rule of
+    thumb chooses the kernels, and layers stay packed alone.
 
     `from_pretrained` of a sparse model on a GPU does this by itself with `optimize_for="speed"`; after
     `model.to("cuda")` call it. The report is `model.kernel_report` too.

@@ -282,8 +282,7 @@ class WritingBlock(nn.Module):
         self.inner = block
 
     def forward(self, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
-        cosine, sine = kwargs["position_embeddings"]
-        cosine.mul_(0.5)
+        kwargs["position_embeddings"][0].mul_(0.5)
         hidden.add_(1)
         return self.inner(hidden, *args, **kwargs)
 

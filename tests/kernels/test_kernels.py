@@ -57,7 +57,7 @@ TILES = [
 WORK = 8 if INTERPRETED else 1 << 20
 EXAMPLES = settings(
     deadline=None,
-    max_examples=8 if INTERPRETED else 60,
+    max_examples=5 if INTERPRETED else 60,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
@@ -126,8 +126,8 @@ def test_gemv_of_any_shape(product, data):
 
 
 @pytest.mark.parametrize(("tokens", "config"), GEMV_CONFIGS, ids=str)
-@pytest.mark.parametrize(("pattern", "in_features"), [("2:4", 36), ("4:8", 40), ("2:4", 528)])
-def test_every_configuration_of_gemv(tokens, config, pattern, in_features):
+def test_every_configuration_of_gemv(tokens, config):
+    pattern, in_features = ("2:4", 528) if config["rows"] == 1 else ("4:8", 40)
     weight, bias = make_weight(config["rows"] + 1, in_features, pattern), random_tensor(config["rows"] + 1)
     x = random_tensor(tokens, in_features)
     y = gemv(x, weight.values, weight.bits, bias, GROUPS[pattern], **config)
@@ -143,8 +143,8 @@ def test_dot_of_any_shape(product, tile):
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize(("pattern", "in_features"), [("2:4", 136), ("4:8", 256)])
-def test_every_tile_of_dot(tile, pattern, in_features):
+def test_every_tile_of_dot(tile):
+    pattern, in_features = ("2:4", 136) if tile["permute"] else ("4:8", 256)
     weight, bias = make_weight(70, in_features, pattern), random_tensor(70)
     x = random_tensor(tile["tokens"] + 3, in_features)
     y = dot(x, weight.values, weight.bits, bias, GROUPS[pattern], **tile)
@@ -179,23 +179,12 @@ def test_decompress_and_gather_of_all_masks(pattern):
     assert_same_bits(gather(found, bits, GROUPS[pattern]), values)
 
 
-def test_nan_and_infinity_pass_through_unchanged():
-    weight = make_weight(3, 24)
-    special = torch.tensor([0x7FC1, 0x7F80, -0x80, 0x7F81, -0x8000, 0x0001], dtype=torch.int16, device=DEVICE)
-    values = special.repeat(6).view(3, 12).view(torch.bfloat16)
-    assert values.isnan().any() and values.isinf().any()
-    found = decompress(values, weight.bits, 24, 4)
-    assert_same_bits(found, unpack(values, weight.bits, 24))
-    assert_same_bits(gather(found, weight.bits, 4), values)
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 7, 8])
-def test_decompress_in_chunks(has_bias, rows, fences):
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_decompress_in_chunks(rows, fences):
     weight, x = make_weight(7, 48), random_tensor(5, 48)
-    bias = random_tensor(7) if has_bias else None
-    y = run("decompress", x, weight, bias, {"scratch": rows * 48 * 2})
-    assert_close(y, exact(x, weight, bias), x.dtype)
+    for bias in (random_tensor(7), None):
+        y = run("decompress", x, weight, bias, {"scratch": rows * 48 * 2})
+        assert_close(y, exact(x, weight, bias), x.dtype)
 
 
 class Fences:
@@ -235,13 +224,17 @@ def fences(monkeypatch):
     fences.check()
 
 
-SHAPES = [(1, 8, 1), (3, 528, 2), (1, 1024, 1), (5, 48, 4), (5, 24, 3), (9, 136, 17)]
+SHAPES = [("2:4", 1, 4, 1), ("2:4", 5, 20, 3), ("4:8", 1, 8, 1), ("2:4", 3, 528, 2), ("4:8", 5, 24, 3), ("4:8", 9, 136, 17)]
+    ("2:4", 1, 4, 1),
+    ("2:4", 5, 20, 3),
+    ("4:8", 1, 8, 1),
+    ("2:4", 3, 528, 2),
+    ("4:8", 5, 24, 3),
+    ("2:4", 9, 136, 17),
+]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "out_features", "in_features", "tokens"),
-    [("2:4", 1, 4, 1), ("2:4", 5, 20, 3), *((pattern, *shape) for pattern in GROUPS for shape in SHAPES)],
-)
+@pytest.mark.parametrize(("pattern", "out_features", "in_features", "tokens"), SHAPES)
 def test_kernels_write_all_of_their_output_and_nothing_else(pattern, out_features, in_features, tokens, fences):
     """Nor do they use what lies beside their inputs: it is NaN, and mask bytes that keep everything."""
     weight = make_weight(out_features, in_features, pattern)
@@ -277,7 +270,6 @@ def linear(x, weight, bias, name):
 
 INPUTS = {
     "rank 1": lambda: random_tensor(48),
-    "rank 3": lambda: random_tensor(2, 2, 48),
     "rank 4": lambda: random_tensor(1, 2, 1, 48),
     "transposed": lambda: random_tensor(48, 3).T,
     "every second column": lambda: random_tensor(3, 96)[:, ::2],
@@ -288,19 +280,14 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["gemv", "dot", "decompress"])
 @pytest.mark.parametrize("kind", INPUTS)
-def test_inputs_of_any_form(name, kind):
-    x, weight, bias = INPUTS[kind](), make_weight(5, 48), random_tensor(5)
-    y = linear(x, weight, bias, name)
-    assert y.is_contiguous()
-    assert_close(y, exact(x, weight, bias), x.dtype)
-
-
-@pytest.mark.parametrize("name", ["gemv", "dot", "decompress"])
-@pytest.mark.parametrize("shape", [(0, 48), (2, 0, 48)])
-def test_empty_batches(name, shape):
-    assert linear(random_tensor(*shape), make_weight(5, 48), None, name).shape == (*shape[:-1], 5)
+def test_inputs_of_any_form(kind):
+    x, weight, bias = INPUTS[kind](), make_weight(3, 48), random_tensor(3)
+    for name in ("gemv", "dot", "decompress"):
+        y = linear(x, weight, bias, name)
+        assert y.is_contiguous()
+        assert_close(y, exact(x, weight, bias), x.dtype)
+        assert linear(random_tensor(2, 0, 48), weight, None, name).shape == (2, 0, 3)
 
 
 def shifted(tensor):
@@ -313,31 +300,25 @@ def strided(tensor):
     return torch.stack([tensor, -tensor], -1)[..., 0]
 
 
-@pytest.mark.parametrize("name", ["gemv", "dot", "decompress"])
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 @pytest.mark.parametrize("lie", [shifted, strided])
-def test_weights_that_lie_badly(name, pattern, lie):
-    weight, x = make_weight(5, 48, pattern), random_tensor(3, 48)
-    badly = weight._replace(values=lie(weight.values), bits=lie(weight.bits))
-    assert badly.values.data_ptr() % 16 or not badly.values.is_contiguous()
-    assert_close(linear(x, badly, None, name), exact(x, weight), x.dtype)
-
-
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
-@pytest.mark.parametrize("lie", [shifted, strided])
-def test_operators_of_weights_that_lie_badly(pattern, lie, monkeypatch):
-    """What the backward pass calls."""
-    monkeypatch.setattr(operators, "_has_kernel", lambda *arguments: True)
-    weight = make_weight(5, 48, pattern)
+def test_weights_that_lie_badly(pattern, lie, monkeypatch):
+    weight, x = make_weight(5, 48, pattern), random_tensor(2, 48)
     values, bits, full = lie(weight.values), lie(weight.bits), lie(random_tensor(5, 48))
+    assert values.data_ptr() % 16 or not values.is_contiguous()
+    for name in ("gemv", "dot", "decompress"):
+        assert_close(linear(x, weight._replace(values=values, bits=bits), None, name), exact(x, weight), x.dtype)
+    monkeypatch.setattr(operators, "_has_kernel", lambda *arguments: True)
     mask = unpack_mask(weight.bits, 48)
     assert_same_bits(kernels.decompress(values, bits, 48, pattern), dense(weight))
     assert_same_bits(kernels.gather(full, bits, [5, 24], pattern), full[mask].view(5, 24))
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("gemv", 1), ("gemv", 4), ("dot", 6), ("decompress", 6)])
-@pytest.mark.parametrize(("pattern", "dtype"), [("2:4", torch.float16), ("4:8", torch.bfloat16)], ids=str)
-def test_gradients_of_forced_kernels(name, tokens, dtype, pattern, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "tokens", "pattern", "dtype"),
+    [("gemv", 4, "2:4", torch.float16), ("dot", 6, "4:8", torch.bfloat16), ("decompress", 6, "2:4", torch.bfloat16)],
+)
+def test_gradients_of_forced_kernels(name, tokens, pattern, dtype, monkeypatch):
     """The backward pass decompresses and gathers by kernels too."""
     monkeypatch.setattr(operators, "_has_kernel", lambda *arguments: True)
     weight, bias = make_weight(3, 24, pattern, dtype), random_tensor(3, dtype=dtype).requires_grad_()
@@ -353,19 +334,6 @@ def test_gradients_of_forced_kernels(name, tokens, dtype, pattern, monkeypatch):
         assert_close(x.grad, grad.double() @ dense(weight).double(), dtype)
         assert_close(weight.values.grad, full[mask].view_as(weight.values), dtype)
         assert_close(bias.grad, grad.double().sum(0), dtype)
-
-
-@given(products(divisor=8, most_tokens=4), st.sampled_from(["gemv", "dot", "decompress"]))
-@EXAMPLES
-def test_input_gradients_of_any_shape(product, name):
-    x, weight, bias = product
-    x.requires_grad_()
-    y = linear(x, weight, bias, name)
-    grad = random_tensor(*y.shape, dtype=x.dtype, seed=5)
-    y.backward(grad)
-    with torch.no_grad():
-        assert_close(y, exact(x, weight, bias), x.dtype)
-        assert_close(x.grad, grad.double() @ dense(weight).double(), x.dtype)
 
 
 @pytest.mark.parametrize("name", ["gemv", "dot", "decompress"])

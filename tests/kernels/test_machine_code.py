@@ -33,26 +33,18 @@ def offered(kernel, tokens, pattern="2:4", dtype="bfloat16", capability=90, in_f
 # The first of what is offered is what the rule of thumb takes.
 GEMV = [
     *(product for tokens in (1, 2, 4) for product in offered("gemv", tokens)),
-    *(product for tokens in (1, 2, 4) for product in offered("gemv", tokens, "4:8")[::3]),
-    *(offered("gemv", tokens, pattern, "float16")[0] for tokens, pattern in [(1, "2:4"), (2, "4:8"), (4, "4:8")]),
-    *(
-        offered("gemv", tokens, pattern, capability=capability)[0]
-        for capability in OTHERS
-        for tokens, pattern in [(1, "2:4"), (4, "2:4"), (2, "4:8")]
-    ),
+    *(offered("gemv", tokens, "4:8", dtype)[0] for tokens, dtype in ((1, "float16"), (4, "bfloat16"))),
+    *(offered("gemv", 1, capability=capability)[0] for capability in OTHERS),
 ]
-# Widths that 512 does not divide, as real models have.
-WIDTHS = [offered("gemv", 1, in_features=width)[0] for width in (640, 896, 5632, 11008)]
+# A width that 512 does not divide, as real models have.
+WIDTHS = [offered("gemv", 1, in_features=640)[0]]
 DOT = [
-    *(product for tokens in (16, 32, 64, 128) for product in offered("dot", tokens)),
-    *(product for tokens in (16, 32, 64, 128) for product in offered("dot", tokens, capability=80)[::3]),
-    *(offered("dot", tokens, "4:8")[0] for tokens in (16, 32, 64, 128)),
-    offered("dot", 16, dtype="float16")[0],
+    *(product for tokens in (16, 64, 128) for product in offered("dot", tokens)[:2]),
+    offered("dot", 32, "4:8", "float16")[0],
 ]
-FIRST = [offered("dot", tokens, capability=c)[0] for c in (86, 100, 120) for tokens in (16, 128)]
-
+FIRST = [offered("dot", 128, capability=capability)[0] for capability in OTHERS]
 SWEEP = [
-    *(Product("sweep", {}, 128, pattern, "float32", c) for c in (80, 90, 100) for pattern in ("2:4", "4:8", "50%")),
+    *(Product("sweep", {}, 128, pattern, "float32") for pattern in ("2:4", "50%")),
     Product("sweep", {}, 60, "3:5", "float32"),
 ]
 

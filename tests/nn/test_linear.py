@@ -45,8 +45,7 @@ def gradients(function, x, *parameters):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bias", "dtype"), zip((True, False, True), DTYPES, strict=True))
 def test_forward_and_gradients_equal_a_dense_linear(pattern, bias, dtype):
     sparse, _, mask = make_sparse(pattern, bias=bias, dtype=dtype)
     dense = [sparse.to_dense_weight().requires_grad_(), *([sparse.bias] if bias else [])]
@@ -60,11 +59,10 @@ def test_forward_and_gradients_equal_a_dense_linear(pattern, bias, dtype):
     torch.testing.assert_close(grad_bias, expected_bias, **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("shape", [(12,), (1, 12), (5, 12), (2, 3, 12), (2, 1, 3, 2, 12), (0, 12), (2, 0, 12)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_inputs_of_any_rank(shape, bias):
-    sparse, _, mask = make_sparse("50%", bias=bias)
-    dense = [sparse.to_dense_weight().requires_grad_(), *([sparse.bias] if bias else [])]
+@pytest.mark.parametrize("shape", [(12,), (2, 1, 3, 2, 12), (2, 0, 12)])
+def test_inputs_of_any_rank(shape):
+    sparse, _, mask = make_sparse("50%")
+    dense = [sparse.to_dense_weight().requires_grad_(), sparse.bias]
     x = torch.randn(shape)
     y, (grad_x, grad_values, *grad_bias) = gradients(lambda x, *_: sparse(x), x, *sparse.parameters())
     expected, (expected_x, expected_weight, *expected_bias) = gradients(F.linear, x, *dense)
@@ -74,25 +72,12 @@ def test_inputs_of_any_rank(shape, bias):
     torch.testing.assert_close(grad_bias, expected_bias)
 
 
-@pytest.mark.parametrize("make", [lambda: torch.randn(12, 5).T, lambda: torch.randn(2, 5, 24)[..., ::2]])
-def test_strided_inputs(make):
-    sparse, _, _ = make_sparse()
-    x = make()
-    torch.testing.assert_close(sparse(x), sparse(x.contiguous()))
-
-
-@pytest.mark.parametrize("width", [8, 10, 11, 13, 16, 24])
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
-def test_inputs_of_another_width_are_refused(pattern, width):
+def test_inputs_of_another_width_or_dtype_are_refused(pattern):
     sparse, _, _ = make_sparse(pattern)
-    with pytest.raises((RuntimeError, ValueError)):
-        sparse(torch.randn(3, width))
-
-
-def test_inputs_of_another_dtype_are_refused_as_by_a_dense_linear():
-    sparse, _, _ = make_sparse(dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError):
-        sparse(torch.randn(3, 12))
+    for x in (torch.randn(3, 11), torch.randn(3, 24), torch.randn(3, 12, dtype=torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="this layer takes"):
+            sparse(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -176,9 +161,8 @@ def test_zeros_stay_zero_under_adamw_with_weight_decay(pattern):
     sparse.check_mask("linear")
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("kind", [nn.Linear, NamedLinear, Conv1D])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", ["2:4", "29%"])
+@pytest.mark.parametrize(("kind", "dtype"), zip((nn.Linear, NamedLinear, Conv1D), DTYPES, strict=True))
 def test_dense_to_sparse_and_back(pattern, kind, dtype):
     sparse, linear, mask = make_sparse(pattern, dtype=dtype, kind=kind)
     dense = sparse.to_dense()
@@ -192,13 +176,6 @@ def test_dense_to_sparse_and_back(pattern, kind, dtype):
     torch.testing.assert_close(dense(x), sparse(x), **TOLERANCES[dtype])
 
 
-def test_from_dense_does_not_change_the_dense_module():
-    _, linear, _ = make_sparse()
-    before = copy.deepcopy(linear.state_dict())
-    SparseLinear.from_dense(linear, Pattern("1:4").mask(linear.weight.abs()))
-    assert all(torch.equal(before[name], tensor) for name, tensor in linear.state_dict().items())
-
-
 def test_from_dense_keeps_mode_and_what_is_frozen():
     linear = nn.Linear(12, 6).eval()
     linear.weight.requires_grad_(False)
@@ -209,14 +186,6 @@ def test_from_dense_keeps_mode_and_what_is_frozen():
     assert sparse.bias.requires_grad
     assert not sparse.to_dense().training
     assert not sparse.to_dense().weight.requires_grad
-
-
-def test_from_dense_takes_an_updated_weight():
-    linear = nn.Linear(12, 6)
-    updated = torch.randn(6, 12)
-    mask = Pattern("2:4").mask(updated.abs())
-    sparse = SparseLinear.from_dense(linear, mask, Pattern("2:4"), updated)
-    assert torch.equal(sparse.to_dense_weight(), torch.where(mask, updated, 0))
 
 
 def test_from_dense_without_a_pattern_takes_the_density_of_the_mask():
@@ -234,26 +203,21 @@ def test_from_dense_refuses_a_sparse_module():
         SparseLinear.from_dense(sparse, mask, Pattern("2:4"), sparse.to_dense_weight())
 
 
-@pytest.mark.parametrize("shape", [(8, 12), (6, 8), (12, 6)])
-def test_from_dense_refuses_a_weight_of_another_shape(shape):
-    with pytest.raises(ValueError, match=r"weight is .*, the module's is \[6, 12\]"):
-        SparseLinear.from_dense(nn.Linear(12, 6), torch.ones(shape), Pattern("50%"), torch.ones(shape))
-
-
 @pytest.mark.parametrize(
     ("mask", "pattern", "message"),
     [
-        (torch.ones(6, 8), "2:4", r"weight \[6, 12\] and mask \[6, 8\] must have the same shape"),
-        (torch.ones(12, 6), "2:4", r"weight \[6, 12\] and mask \[12, 6\] must have the same shape"),
-        (torch.ones(6, 12), "2:4", "mask does not keep exactly 2 weights in every 4"),
-        (torch.ones(6, 12), "2:5", "m=5 of pattern 2:5 does not divide"),
-        (torch.ones(6, 12), None, "mask keeps 72 of 72 weights: give the pattern"),
-        (torch.zeros(6, 12), None, "mask keeps 0 of 72 weights: give the pattern"),
+        (torch.ones(6, 8), "2:4", "must have the same shape"),
+        (torch.ones(6, 12), "2:4", "exactly 2 weights in every 4"),
+        (torch.ones(6, 12), "2:5", "m=5"),
+        (torch.ones(6, 12), None, "give the pattern"),
+        (torch.zeros(6, 12), None, "give the pattern"),
     ],
 )
 def test_from_dense_refuses_a_mask_that_does_not_fit(mask, pattern, message):
     with pytest.raises(ValueError, match=message):
         SparseLinear.from_dense(nn.Linear(12, 6), mask, None if pattern is None else Pattern(pattern))
+    with pytest.raises(ValueError, match="weight is"):
+        SparseLinear.from_dense(nn.Linear(12, 6), torch.ones(6, 12), None, torch.ones(6, 8))
 
 
 @pytest.mark.parametrize("module", [nn.Conv1d(4, 4, 1), nn.Embedding(6, 12), nn.LayerNorm(12), None])
@@ -344,15 +308,6 @@ def test_load_state_dict_refuses_groups_of_another_count():
         sparse.load_state_dict(state)
 
 
-def test_load_state_dict_reports_missing_and_misshapen_tensors():
-    sparse, _, _ = make_sparse()
-    state = sparse.state_dict()
-    with pytest.raises(RuntimeError, match=r"Missing key.*weight_mask"):
-        sparse.load_state_dict({name: tensor for name, tensor in state.items() if name != "weight_mask"})
-    with pytest.raises(RuntimeError, match="size mismatch for weight_mask"):
-        sparse.load_state_dict({**state, "weight_mask": state["weight_mask"][:, :1]})
-
-
 def test_check_mask_names_the_module():
     sparse, _, _ = make_sparse()
     sparse.weight_mask[0, 0] = 255
@@ -360,21 +315,12 @@ def test_check_mask_names_the_module():
         sparse.check_mask("layers.3.q_proj")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_change_of_dtype_leaves_the_mask(dtype):
+def test_a_change_of_dtype_leaves_the_mask():
     sparse, _, mask = make_sparse()
-    sparse.to(dtype)
-    assert sparse.weight.dtype == sparse.bias.dtype == dtype
+    sparse.to(torch.bfloat16)
+    assert sparse.weight.dtype == sparse.bias.dtype == torch.bfloat16
     assert sparse.weight_mask.dtype == torch.uint8
     assert torch.equal(sparse.to_dense_weight() != 0, mask)
-
-
-@pytest.mark.parametrize("pattern", ["2:4", "50%"])
-def test_moves_to_the_meta_device(pattern):
-    sparse, _, _ = make_sparse(pattern)
-    sparse.to("meta")
-    assert all(tensor.is_meta for tensor in sparse.state_dict().values())
-    assert sparse.packed_bytes == 6 * 6 * 4 + 6 * 2
 
 
 def test_runs_on_the_meta_device():

@@ -239,6 +239,16 @@ def test_a_lazily_dense_layer_is_dense_after_its_first_pass():
     assert torch.equal(first, F.linear(x, layer.to_dense_weight(), layer.bias))
 
 
+@pytest.mark.parametrize("write", [lambda w: w.data.copy_(2 * w.data), lambda w: w.data.mul_(2), lambda w: w.mul_(2)])
+def test_a_lazily_dense_layer_sees_what_is_written_into_its_weight(write):
+    layer = make_layers()["layer0"]
+    layer.densify = "lazy"
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    layer(x)
+    write(layer.weight)
+    assert torch.equal(layer(x), F.linear(x, layer.to_dense_weight(), layer.bias))
+
+
 def test_a_lazily_dense_layer_trains_and_is_measured_in_turns():
     layer = make_layers(dtype=torch.float32)["layer0"].requires_grad_()
     layer.densify = "lazy"
