@@ -28,8 +28,9 @@ from ..data import usual_context
 from ..evaluation import mark_weights
 from ..hub import card_of_source, tag_model
 from ..pruning.distributed import current
+from ..pruning.job import Job, Place
 from ..pruning.memory import peak_memory
-from ..pruning.plan import Job, Place, run
+from ..pruning.plan import run
 from ..pruning.tokens import load_tokenizer
 from ..report import SparsityReport
 from ..runtime.execution import apply_settings
@@ -74,8 +75,13 @@ def sparsify(
     processes.agree({"model": type(model).__name__, "blocks": len(blocks.blocks), **config.to_dict()})
     recorded = record_settings(config)
     load = partial(load_tokenizer, config, model.name_or_path)
-    place = Place(model, blocks, processes, (lambda: tokenizer) if tokenizer else load, restore_on_error)
-    job = run(place, config)
+    place = Place(model, blocks, processes, (lambda: tokenizer) if tokenizer else load)
+    try:
+        job = run(place, config, restore_on_error)
+    except BaseException as error:
+        if sparse_modules(model):
+            error.add_note("The model is pruned in part, and cannot be saved: load it again.")
+        raise
     attach(model, recorded)
     if config.tokenizer is not None:
         facts_of(model).tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
-from ..blocks import BlockReplay, DecoderBlocks, always_there
+from ..blocks import BlockReplay
 from ..config import SparsityConfig
 from ..pattern import Pattern
 from ..report import MethodChoice, Trial
-from .block import Replaced, prune_one_block
-from .distributed import Processes
+from .block import prune_one_block
+from .job import Job, Replaced
 from .loop import check_replay
 from .reconstruction import OutputLoss, held_out
 from .targets import Layer, weight_of
@@ -39,20 +38,11 @@ _SLOWER = 10
 
 
 @torch.no_grad()
-def choose_method(
-    blocks: DecoderBlocks,
-    targets: list[dict[str, Layer]],
-    config: SparsityConfig,
-    replay: BlockReplay,
-    *,
-    resident: Callable[[int], AbstractContextManager[None]] = always_there,
-    processes: Processes | None = None,
-    patterns: Mapping[str, str] | None = None,
-) -> MethodChoice:
+def choose_method(job: Job, replay: BlockReplay) -> MethodChoice:
     """Tries the methods and chooses one; the model is left as it was.
 
     Args:
-        blocks, targets, config, resident, processes, patterns: as in `prune_blocks`; the targets stay as they are.
+        job: its targets stay as they are.
         replay: the calibration activations at the first block; used up.
 
     Raises:
@@ -62,20 +52,20 @@ def choose_method(
         ConnectionError: another process has stopped.
     """
     began = time.perf_counter()
-    processes = Processes() if processes is None else processes
-    check_replay(blocks, targets, config, replay)
+    blocks, config, processes = job.blocks, job.config, job.processes
+    check_replay(job, replay)
     if min(processes.gather(len(set(replay.batches)))) < 2:
         raise ValueError(
             "method='auto' compares methods on calibration samples that none of them has seen, and there is a single "
             f"batch of them in a process (num_samples={config.num_samples}): use more, or name a method"
         )
     middle = len(blocks.blocks) // 2
-    tried = min((i for i, layers in enumerate(targets) if layers), key=lambda index: abs(index - middle))
+    tried = min((i for i, layers in enumerate(job.targets) if layers), key=lambda index: abs(index - middle))
     for index in range(tried):
-        with resident(index):
+        with job.place.resident(index):
             replay.advance(index, blocks.blocks[index])
-    with resident(tried):
-        trials = _Trials(blocks, tried, targets, config, replay, processes, patterns or {}, began)()
+    with job.place.resident(tried):
+        trials = _Trials(job, tried, replay, began)()
     spent = processes.once(lambda: time.perf_counter() - began)
     for trial in trials:
         trial.seconds = round(trial.seconds + spent, 2)
@@ -102,19 +92,9 @@ class _Trials:
     that bring the activations on. The first process decides, so that all do the same.
     """
 
-    def __init__(
-        self,
-        blocks: DecoderBlocks,
-        index: int,
-        targets: list[dict[str, Layer]],
-        config: SparsityConfig,
-        replay: BlockReplay,
-        processes: Processes,
-        patterns: Mapping[str, str],
-        began: float,
-    ) -> None:
-        self.blocks, self.index, self.targets, self.config = blocks, index, targets[index], config
-        self.processes, self.patterns, self.began = processes, patterns, began
+    def __init__(self, job: Job, index: int, replay: BlockReplay, began: float) -> None:
+        self.job, self.index, self.began = job, index, began
+        self.config, self.processes, self.block = job.config, job.processes, job.blocks.blocks[index]
         number = len(replay.hidden)
         judged = held_out(replay.batches)
         seen = [batch for batch in range(number) if batch not in judged] or judged
@@ -122,9 +102,9 @@ class _Trials:
         self.dense = {name: part.fork(f"{name}-dense") for name, part in self.parts.items()}
         began = _now(replay.hidden.device)
         for path in self.dense.values():
-            path.advance(index, blocks.blocks[index])
+            path.advance(index, self.block)
         self.one_pass = _now(replay.hidden.device) - began
-        self.scale = number / len(seen) * sum(map(_size, targets)) / _size(self.targets)
+        self.scale = number / len(seen) * sum(map(_size, job.targets)) / _size(job.targets[index])
 
     def __call__(self) -> list[Trial]:
         trials: list[Trial] = []
@@ -145,25 +125,15 @@ class _Trials:
 
     def _try(self, method: str, reconstruct: str | None) -> Trial:
         device = self.parts["seen"].hidden.device
-        own, replaced, began = self.config.as_chosen(method, reconstruct), Replaced(), _now(device)
+        replaced, began = Replaced(), _now(device)
+        job = replace(self.job, config=self.config.as_chosen(method, reconstruct), replaced=replaced)
         loss, note = None, ""
         try:
             outputs = self.dense["seen"].hidden if reconstruct else None
-            prune_one_block(
-                self.blocks,
-                self.index,
-                self.targets,
-                own,
-                self.parts["seen"],
-                outputs,
-                replaced,
-                self.processes,
-                self.patterns,
-            )
+            prune_one_block(job, self.index, self.parts["seen"], outputs)
             took = _now(device) - began
             judged, targets = self.parts["judged"], self.dense["judged"].hidden
-            pruned = self.blocks.blocks[self.index]
-            loss = OutputLoss(self.index, pruned, judged, targets, self.processes).mean(range(len(targets)))
+            loss = OutputLoss(self.index, self.block, judged, targets, self.processes).mean(range(len(targets)))
             if not math.isfinite(loss):
                 loss, note = None, "its outputs overflow"
         except (ArithmeticError, ValueError, torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError) as error:
@@ -171,8 +141,8 @@ class _Trials:
                 raise  # the others do not know of it
             took, note = _now(device) - began, str(error) or type(error).__name__
         finally:
-            replaced.restore(self.blocks.decoder)
-        passes = (1 if reconstruct is None else 2) * len(self.blocks.blocks) * self.one_pass
+            replaced.restore(job.blocks.decoder)
+        passes = (1 if reconstruct is None else 2) * len(job.blocks.blocks) * self.one_pass
         slowest = max(self.processes.gather(took * self.scale + passes))
         return Trial(method, reconstruct, loss, slowest, False, note)
 

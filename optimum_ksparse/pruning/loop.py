@@ -4,7 +4,7 @@ there is to report of each."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -15,10 +15,9 @@ from ..blocks import BlockReplay, DecoderBlocks, always_there
 from ..config import SparsityConfig
 from ..nn import densified
 from ..report import PrunedBlock
-from .block import Replaced, prune_one_block
-from .distributed import Processes
+from .block import prune_one_block
+from .job import Job
 from .progress import block_progress
-from .targets import Layer
 
 _Row = TypeVar("_Row")
 
@@ -30,22 +29,21 @@ def needs_original(config: SparsityConfig, replay: BlockReplay) -> bool:
     return config.reconstruct is not None and mixes
 
 
-def check_replay(
-    blocks: DecoderBlocks, targets: list[dict[str, Layer]], config: SparsityConfig, replay: BlockReplay
-) -> None:
+def check_replay(job: Job, replay: BlockReplay) -> None:
     """Raises ValueError where the calibration tokens do not reach a block that is to be pruned, or the settings do not
     fit the way in which the model runs its blocks."""
-    for index, layers in enumerate(targets):
+    blocks, activations = job.blocks, job.config.activations
+    for index, layers in enumerate(job.targets):
         if layers and not replay.times(index):
             inside = re.escape(f"{blocks.name_in_model(index)}.")
             raise ValueError(
                 f"{blocks.name_in_decoder(index)}: no calibration token reached this block, which text passes by; "
                 f"leave its layers dense with modules_to_not_convert=[{inside!r}]"
             )
-    if not replay.in_line and config.activations in ("dense", "mixed"):
+    if not replay.in_line and activations in ("dense", "mixed"):
         raise ValueError(
-            f"activations={config.activations!r} keeps the dense model's activations beside the pruned one's, block "
-            f"by block, and {type(blocks.model).__name__} runs its blocks several times, or changes the hidden states "
+            f"activations={activations!r} keeps the dense model's activations beside the pruned one's, block by "
+            f"block, and {type(blocks.model).__name__} runs its blocks several times, or changes the hidden states "
             "between them: leave it out, or pass 'pruned'"
         )
 
@@ -60,11 +58,8 @@ def each_block(
     tokens: int = 0,
     show: bool = True,
 ) -> list[_Row]:
-    """Calls `step(index, block)` for each block from `start` on, while it is resident, and shows the progress.
-
-    Returns:
-        The rows of all steps.
-    """
+    """Calls `step(index, block)` for each block from `start` on, while it is resident, and shows the progress. Gives
+    the rows of all steps."""
     rows: list[_Row] = []
     total = len(blocks.blocks)
     with block_progress(description, total, start, tokens, show=show) as advance:
@@ -76,36 +71,29 @@ def each_block(
     return rows
 
 
-@torch.no_grad()
-def prune_blocks(
-    blocks: DecoderBlocks,
-    targets: list[dict[str, Layer]],
-    config: SparsityConfig,
+def over_blocks(
+    description: str,
+    job: Job,
     replay: BlockReplay | None,
-    replaced: Replaced | None = None,
-    *,
-    original: BlockReplay | None = None,
-    resident: Callable[[int], AbstractContextManager[None]] = always_there,
-    finished: Callable[[int, PrunedBlock], None] | None = None,
+    step: Callable[[int, nn.Module], list[_Row]],
     start: int = 0,
-    processes: Processes | None = None,
-    patterns: Mapping[str, str] | None = None,
-) -> list[PrunedBlock]:
-    """Prunes `targets` block by block and puts sparse modules in their places.
+) -> list[_Row]:
+    """`each_block` of a job, with its number of tokens over all processes."""
+    if replay is not None:
+        check_replay(job, replay)
+    tokens = 0 if replay is None else sum(job.processes.gather(replay.tokens.numel()))
+    where = {"resident": job.place.resident, "start": start, "tokens": tokens, "show": job.processes.is_main}
+    return each_block(description, job.blocks, step, **where)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def prune_blocks(job: Job, replay: BlockReplay | None, original: BlockReplay | None = None) -> list[PrunedBlock]:
+    """Prunes the targets block by block, from the first that is not done, and puts sparse modules in their places.
 
     Args:
-        blocks: the model's blocks.
-        targets: for each block its layers to prune by name, as `find_targets` gives them; emptied on the way.
-        config: method, pattern and settings.
-        replay: the calibration activations at block `start`; None for a method without data.
-        replaced: is given what was there before, as soon as it is replaced.
-        original: the activations of the dense model at block `start`, where `needs_original` says so.
-        resident: where the blocks come from: within `resident(index)` that block's weights are there.
-        finished: where they go: called, while the block is there, when it is pruned and the activations are at the
-            next one.
-        start: the first block to prune.
-        processes: which share the work; each has its part of the calibration samples. None: this one alone.
-        patterns: of layers that have their own, by their paths in the decoder.
+        job: its targets are emptied on the way.
+        replay: the calibration activations at the first of these blocks; None for a method without data.
+        original: the activations of the dense model there, where `needs_original` says so.
 
     Returns:
         What there is to report of each block. Layers are pruned in the model's order, so on an error the blocks before
@@ -116,39 +104,20 @@ def prune_blocks(
         ArithmeticError: a Gram matrix stays singular; names the layer.
         ConnectionError: another process has stopped.
     """
-    processes = Processes() if processes is None else processes
-    total = len(blocks.blocks)
-    tokens = 0 if replay is None else sum(processes.gather(replay.tokens.numel()))
-    if replay is not None:
-        check_replay(blocks, targets, config, replay)
+    config = job.config
 
     def step(index: int, block: nn.Module) -> list[PrunedBlock]:
         dense = _dense_path(index, block, config, replay, original)
-        outputs = None if dense is None else dense.hidden
-        pruned = prune_one_block(
-            blocks, index, targets[index], config, replay, outputs, replaced, processes, patterns or {}
-        )
-        if replay is not None and index + 1 < total:
+        pruned = prune_one_block(job, index, replay, None if dense is None else dense.hidden)
+        if replay is not None and index + 1 < len(job.blocks.blocks):
             _advance(index, block, config, replay, dense)
-        if finished is not None:
-            finished(index, pruned)
-        targets[index] = {}  # the last hold on the block's dense weights
+        job.place.block_is_done(index, pruned, replay, original)
+        job.targets[index] = {}  # the last hold on the block's dense weights
         return [pruned]
 
-    return each_block(
-        _title(config),
-        blocks,
-        step,
-        resident=resident,
-        start=start,
-        tokens=tokens,
-        show=processes.is_main,
-    )
-
-
-def _title(config: SparsityConfig) -> str:
     steps = (config.method, *config.refine, *([config.reconstruct] if config.reconstruct else []))
-    return f"Pruning ({' + '.join(steps)} {config.pattern})"
+    title = f"Pruning ({' + '.join(steps)} {config.pattern})"
+    return over_blocks(title, job, replay, step, start=len(job.place.done))
 
 
 def _dense_path(

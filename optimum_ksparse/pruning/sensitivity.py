@@ -9,13 +9,12 @@ its hidden states is scaled by the norm before and after it: an output of small 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from ..blocks import BlockReplay, DecoderBlocks, ExpertStack, always_there
+from ..blocks import BlockReplay, DecoderBlocks, ExpertStack
 from ..blocks.experts import matrix_name
 from ..config import AUTO, SparsityConfig
 from ..nn import dense_weight
@@ -23,49 +22,36 @@ from ..pattern import Pattern
 from ..pruners.allocation import LEFT_DENSE, OUTLIER_MULTIPLE, Allocation, LayerMeasure, allocate, same_density
 from ..pruners.statistics import ColumnNorms
 from .block import collect_statistics
-from .distributed import Processes
-from .loop import check_replay, each_block
+from .job import Job
+from .loop import over_blocks
 from .targets import Layer
 
 
 @torch.no_grad()
-def measure_allocation(
-    blocks: DecoderBlocks,
-    targets: list[dict[str, Layer]],
-    config: SparsityConfig,
-    replay: BlockReplay,
-    *,
-    resident: Callable[[int], AbstractContextManager[None]] = always_there,
-    processes: Processes | None = None,
-) -> Allocation:
+def measure_allocation(job: Job, replay: BlockReplay) -> Allocation:
     """Measures the dense model and chooses a pattern for each layer.
 
     Args:
-        blocks, targets, config, resident, processes: as in `prune_blocks`; the targets stay as they are.
+        job: its targets stay as they are.
         replay: the calibration activations at the first block; used up.
 
     Raises:
         ValueError: weights or activations are NaN or Inf, or no token reached a layer; names the layer.
         ConnectionError: another process has stopped.
     """
-    processes = Processes() if processes is None else processes
-    check_replay(blocks, targets, config, replay)
-    tokens = sum(processes.gather(replay.tokens.numel()))
 
     def step(index: int, block: nn.Module) -> list[LayerMeasure]:
         measures: list[LayerMeasure] = []
-        if targets[index]:
-            statistics = collect_statistics(blocks, index, targets[index], ColumnNorms, replay, processes)
+        if layers := job.targets[index]:
+            statistics = collect_statistics(job, index, layers, ColumnNorms, replay)
             # One process decides for all: sums over a matrix may be rounded differently in another.
-            measures = processes.once(lambda: _measure(blocks, index, targets[index], statistics, config))
-        if index + 1 < len(blocks.blocks):
+            measures = job.processes.once(lambda: _measure(job.blocks, index, layers, statistics, job.config))
+        if index + 1 < len(job.blocks.blocks):
             replay.advance(index, block)
         return measures
 
-    measures = each_block(
-        "Measuring what layers lose", blocks, step, resident=resident, tokens=tokens, show=processes.is_main
-    )
-    return allocate(measures, Pattern(config.pattern), config.target_density)
+    measures = over_blocks("Measuring what layers lose", job, replay, step)
+    return allocate(measures, Pattern(job.config.pattern), job.config.target_density)
 
 
 def leave_dense(blocks: DecoderBlocks, targets: list[dict[str, Layer]], allocation: Allocation) -> dict[str, str]:

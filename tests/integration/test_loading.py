@@ -322,9 +322,9 @@ def test_an_interrupted_sparsify_gives_the_dense_model_back(
 def test_dense_weights_are_let_go_block_by_block(dense, config, monkeypatch):
     first_block, alive = [], []
 
-    def observe(blocks, targets, *rest, **more):
-        first_block.extend(weakref.ref(linear) for linear in targets[0].values())
-        return prune_blocks(blocks, targets, *rest, **more)
+    def observe(job, *rest):
+        first_block.extend(weakref.ref(linear) for linear in job.targets[0].values())
+        return prune_blocks(job, *rest)
 
     def collect(self, index, *rest):
         alive.append([index, sum(linear() is not None for linear in first_block)])
@@ -332,7 +332,7 @@ def test_dense_weights_are_let_go_block_by_block(dense, config, monkeypatch):
 
     monkeypatch.setattr("optimum_ksparse.pruning.plan.prune_blocks", observe)
     observed = type("Observed", (BlockReplay,), {"collect": collect})
-    monkeypatch.setattr("optimum_ksparse.pruning.plan.BlockReplay", observed)
+    monkeypatch.setattr("optimum_ksparse.pruning.job.BlockReplay", observed)
     AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config)
     assert alive[0] == [0, 7]
     assert alive[1][1] <= 1  # the last layer, which the loop still names

@@ -33,6 +33,8 @@ from optimum_ksparse.pruners.allocation import (
     spend,
 )
 from optimum_ksparse.pruning import plan as plan_module
+from optimum_ksparse.pruning.distributed import Processes
+from optimum_ksparse.pruning.job import Job, Place
 from optimum_ksparse.pruning.sensitivity import measure_allocation
 from optimum_ksparse.pruning.streaming import place as disk_module
 from optimum_ksparse.pruning.targets import find_targets
@@ -318,10 +320,10 @@ def test_what_the_dense_pass_measures(make_model: MakeModel, owl: Any, token_ids
     others = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
     for pattern in ("50%", "2:4"):
         blocks, config = find_blocks(model), owl(pattern, modules_to_not_convert=others)
-        targets, _ = find_targets(blocks, config)
-        before = [dict(layers) for layers in targets]
-        found = measure_allocation(blocks, targets, config, BlockReplay(blocks, token_ids, 2))
-        assert targets == before
+        job = Job(Place(model, blocks, Processes(), lambda: None), config, targets=find_targets(blocks, config)[0])
+        before = [dict(layers) for layers in job.targets]
+        found = measure_allocation(job, BlockReplay(blocks, token_ids, 2))
+        assert job.targets == before
         if pattern == "50%":
             expected = float((scores > 5 * scores.mean()).double().mean())
             assert expected > 0
@@ -383,7 +385,7 @@ def test_a_run_that_goes_on_keeps_the_patterns(
     with pytest.raises(ValueError, match=r"other settings .settings.allocation: was 'owl', is 'uniform'"):
         prune_checkpoint(tmp_path / "dense", tmp_path / "out", owl("50%", allocation="uniform"))
     with monkeypatch.context() as patched:
-        patched.setattr(plan_module, "measure_allocation", lambda *a, **k: pytest.fail("measured again"))
+        patched.setattr(plan_module, "measure_allocation", lambda *a: pytest.fail("measured again"))
         resumed = prune_checkpoint(tmp_path / "dense", tmp_path / "out", owl("50%"))
     assert_same_tensors(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
     assert [row.sensitivity for row in resumed.layers] == [row.sensitivity for row in whole.layers]

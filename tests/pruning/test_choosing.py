@@ -57,7 +57,7 @@ def slow(monkeypatch):
         monkeypatch.setattr(choosing, "time", clock)
 
         def prune_one_block(*arguments):
-            clock.method = arguments[3].reconstruct or arguments[3].method
+            clock.method = arguments[0].config.reconstruct or arguments[0].config.method
             done = original(*arguments)
             clock.now += clock.slow.get(clock.method, 1)
             clock.method = None
@@ -89,7 +89,7 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(make_model, few, monke
     original = choosing.prune_one_block
 
     def fail(*arguments):
-        if arguments[3].method == "admm":
+        if arguments[0].config.method == "admm":
             raise error("the Gram matrix stays singular")
         return original(*arguments)
 

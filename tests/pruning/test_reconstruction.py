@@ -13,8 +13,10 @@ from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
 from optimum_ksparse.blocks import BlockReplay, find_blocks
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.nn import SparseLinear
-from optimum_ksparse.pruning import Replaced, prune_blocks
+from optimum_ksparse.pruning import prune_blocks
 from optimum_ksparse.pruning import reconstruction as room
+from optimum_ksparse.pruning.distributed import Processes
+from optimum_ksparse.pruning.job import Job, Place, Replaced
 from optimum_ksparse.pruning.targets import find_targets
 from optimum_ksparse.report import SparsityReport
 
@@ -273,12 +275,11 @@ def test_large_batches_leave_some_samples_to_hold_out(make_model):
 def test_what_would_be_restored_is_norms_and_biases(make_model):
     """Values of an unstructured layer have one dimension as well, and go with their layer."""
     model, replaced = make_model("llama"), Replaced()
-    blocks = find_blocks(model)
-    config = make_settings(pattern="50%")
-    targets, _ = find_targets(blocks, config)
+    job = Job(Place(model, find_blocks(model), Processes(), lambda: None), make_settings(pattern="50%"), replaced)
+    job.targets, _ = find_targets(job.blocks, job.config)
     with torch.no_grad():
-        replay = BlockReplay(blocks, TOKENS, 2)
-        prune_blocks(blocks, targets, config, replay, replaced, original=replay.fork("original"))
+        replay = BlockReplay(job.blocks, TOKENS, 2)
+        prune_blocks(job, replay, replay.fork("original"))
     values = {id(module.weight) for module in sparse_modules(model).values()}
     assert replaced.tuned and not values & {id(parameter) for parameter, _ in replaced.tuned}
 

@@ -19,8 +19,8 @@ from ...data import CalibrationTokens
 from ...nn import densified
 from ...report import PrunedBlock
 from ..distributed import Processes
+from ..job import Place
 from ..memory import peak_memory
-from ..plan import Place
 from ..targets import Layer
 from .blocks import DiskBlocks
 from .journal import Snapshot
@@ -59,14 +59,11 @@ class DiskPlace(Place):
         activation_memory: int,
         tokenizer: Callable[[], PreTrainedTokenizerBase | None],
     ) -> None:
-        super().__init__(model, disk.blocks, processes, tokenizer, restore_on_error=False)
+        super().__init__(model, disk.blocks, processes, tokenizer)
         self.disk, self.workspace = disk, workspace
         self._config, self._activation_memory = config, activation_memory
         self.done = [PrunedBlock(block.rows, block.reconstruction) for block in workspace.journal.blocks]
         self._noted = self._saved_at = time.perf_counter()
-
-    def undo(self, error: BaseException) -> None:
-        """The workspace keeps what is done."""
 
     def resident(self, index: int) -> AbstractContextManager[None]:
         return self.disk.resident(index)
