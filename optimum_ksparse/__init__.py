@@ -23,6 +23,7 @@ from .nn import SparseLinear
 from .pattern import Pattern
 from .pruning import drop_layers
 from .report import SparsityReport
+from .runtime import RuntimeConfig, configure
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -34,10 +35,12 @@ __all__ = [
     "EvaluationProtocol",
     "EvaluationResults",
     "Pattern",
+    "RuntimeConfig",
     "SparseLinear",
     "SparsityConfig",
     "SparsityReport",
     "__version__",
+    "configure",
     "drop_layers",
     "evaluate_kobest",
     "evaluate_model",

@@ -46,7 +46,7 @@ ENCODER = {
 def prune(token_ids: torch.Tensor) -> Callable[..., SparsityReport]:
     def run(model: PreTrainedModel, method: str = "wanda", pattern: str = "2:4", **settings: object) -> SparsityReport:
         defaults = {"dataset": token_ids, "batch_size": 4, "block_size": 16}
-        return sparsify(model, SparsityConfig(method=method, pattern=pattern, **{**defaults, **settings}))
+        return sparsify(model, SparsityConfig.from_flat(method=method, pattern=pattern, **{**defaults, **settings}))
 
     return run
 
@@ -178,7 +178,7 @@ def test_a_model_that_changes_its_weights_when_it_runs_is_refused(
         with pytest.raises(ValueError, match="rescale_every=0"):
             prune(model)
     with pytest.raises(ValueError, match="rescale_every=0"):
-        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", SparsityConfig("wanda", "2:4", token_ids))
+        prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", SparsityConfig("wanda", "2:4", dataset=token_ids))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", rescale_every=0)
     assert prune(model).density == 0.5
 

@@ -17,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from optimum_ksparse import Pattern, SparsityConfig
-from optimum_ksparse.config import EXECUTION_SETTINGS, QUANT_METHOD, SETTINGS
+from optimum_ksparse.config import METHOD_SETTINGS, QUANT_METHOD, SETTINGS
 
 NAMES = "'mc4-ko', 'c4', 'kowiki', 'self'"
 IDS = [[5, 6, 7], [8, 9, 10]]
@@ -31,7 +31,7 @@ def recorded(config):
 settings_drawn = st.fixed_dictionaries(
     {},
     optional={
-        "method": st.sampled_from(["wanda", "sparsegpt", "magnitude"]),
+        "method": st.sampled_from(["wanda", "sparsegpt", "magnitude", "admm", "auto"]),
         "pattern": st.sampled_from(["2:4", "4:8", "1:16", "50%", "62.5%", "1/3", "0.29", 0.5, Pattern("2:4")]),
         "dataset": st.sampled_from(["mc4-ko", "c4", "kowiki", "self"])
         | st.lists(st.text(), min_size=1, max_size=3)
@@ -41,27 +41,43 @@ settings_drawn = st.fixed_dictionaries(
         "seq_len": st.integers(2, 10**6),
         "batch_size": st.integers(1, 10**3),
         "seed": st.integers(0, 2**63),
-        "block_size": st.integers(1, 64).map(lambda blocks: 16 * blocks),
-        "damping": st.floats(0, 1) | st.sampled_from([0, 1]),
+        "reconstruct": st.none() | st.just("block"),
+        "refine": st.lists(st.sampled_from(["swaps", "exact"]), max_size=2),
         "true_sequential": st.booleans(),
         "modules_to_not_convert": st.none() | st.lists(st.sampled_from(["lm_head", "q_proj", "계층"])),
         "skip_unsupported": st.booleans(),
         "storage": st.sampled_from(["packed", "dense"]),
         "prepend_bos": st.none() | st.booleans(),
+    },
+)
+
+method_settings_drawn = st.fixed_dictionaries(
+    {},
+    optional={
+        "block_size": st.integers(1, 64).map(lambda groups: 16 * groups),
+        "damping": st.floats(0, 1) | st.sampled_from([0, 1]),
+        "iterations": st.integers(1, 100),
+        "time_budget": st.floats(0, 1e9),
+        "reconstruction_epochs": st.integers(1, 10),
+        "reconstruction_lr": st.floats(0, 1),
         "bos_in_statistics": st.booleans(),
-        "layers": st.none() | st.just({"layers.0.q": {"pattern": "2:4", "num_values": 8}}),
     },
 )
 
 
-@given(settings_drawn)
+@given(settings_drawn, method_settings_drawn, st.booleans())
 @hypothesis_settings(max_examples=100)
-def test_json_round_trip_keeps_every_setting(drawn):
-    config = SparsityConfig(**drawn)
+def test_json_round_trip_keeps_every_setting(drawn, own, has_layers):
+    read = SparsityConfig(**drawn).read_settings
+    own = {name: value for name, value in own.items() if name in read}
+    config = SparsityConfig(**drawn, method_settings=own)
+    config.layers = {"layers.0.q": {"pattern": "2:4", "num_values": 8}} if has_layers else None
     first = recorded(config)
     again = SparsityConfig.from_dict(first)
     assert again.to_dict() == first == config.to_dict()
-    assert set(first) == {*SETTINGS, "quant_method"} - set(EXECUTION_SETTINGS)  # those are chosen anew at each load
+    assert {*SETTINGS, "quant_method", "layers", "names", *own} - {"method_settings"} <= set(first)
+    assert set(first) - {*SETTINGS, "quant_method", "layers", "names"} <= set(read)
+    assert own.items() <= again.method_settings.items()
     for name in drawn.keys() - {"dataset", "pattern", "num_samples", "seq_len"}:
         assert getattr(again, name) == drawn[name]
     assert Pattern(again.pattern) == Pattern(drawn.get("pattern", "2:4"))
@@ -95,8 +111,8 @@ def test_defaults_are_stored_in_full():
         ({"batch_size": None}, TypeError, "batch_size must be an integer of at least 1, found None"),
         ({"seed": -1}, ValueError, "seed=-1 is too small, it must be at least 0"),
         ({"seed": 0.5}, TypeError, "seed must be an integer of at least 0, found 0.5"),
-        ({"block_size": 0}, ValueError, "block_size=0 is too small, it must be at least 1"),
-        ({"block_size": "x"}, TypeError, "block_size must be an integer of at least 1, found 'x'"),
+        ({"method": "sparsegpt", "block_size": 0}, ValueError, "block_size=0 is too small, it must be at least 1"),
+        ({"method": "sparsegpt", "block_size": "x"}, TypeError, "block_size must be an integer of at least 1"),
         (
             {"method": "sparsegpt", "pattern": "3:5"},
             ValueError,
@@ -110,7 +126,7 @@ def test_defaults_are_stored_in_full():
         ({"true_sequential": 1}, TypeError, "true_sequential must be True or False, found 1"),
         ({"skip_unsupported": "no"}, TypeError, "skip_unsupported must be True or False, found 'no'"),
         ({"prepend_bos": 1}, TypeError, "prepend_bos must be True or False, found 1"),
-        ({"bos_in_statistics": None}, TypeError, "bos_in_statistics must be True or False, found None"),
+        ({"bos_in_statistics": 1}, TypeError, "bos_in_statistics must be True or False, found 1"),
         (
             {"modules_to_not_convert": "lm_head"},
             TypeError,
@@ -152,13 +168,54 @@ def test_defaults_are_stored_in_full():
 def test_refuses(settings, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
-        SparsityConfig(**settings)
+        SparsityConfig.from_flat(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "reader"),
+    [
+        ({"method": "wanda"}, "damping", "sparsegpt"),
+        ({"method": "admm"}, "block_size", "sparsegpt"),
+        ({"method": "admm"}, "time_budget", "auto"),
+        ({"method": "wanda"}, "reconstruction_lr", "reconstruct"),
+        ({"method": "wanda"}, "target_density", "owl"),
+        ({"method": "magnitude"}, "bos_in_statistics", "calibration data"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused_and_its_reader_named(settings, name, reader):
+    value = {"bos_in_statistics": True}.get(name, 0.5 if METHOD_SETTINGS[name].kind is float else 1)
+    with pytest.raises(ValueError, match=f"{name}=.*{reader}.*reads"):
+        SparsityConfig(**settings, method_settings={name: value})
+    assert name not in SparsityConfig.from_dict({**settings, name: value}).method_settings, "earlier ones record all"
+    with pytest.raises(TypeError, match=f"method_settings=.*{name}"):
+        SparsityConfig(**settings, **{name: value})
+
+
+def test_method_settings_have_names_of_their_own():
+    assert not {*SETTINGS} & {*METHOD_SETTINGS}
+    assert len(SETTINGS) - 1 <= 20  # one of them is to go
+    with pytest.raises(ValueError, match="method_settings has no setting 'dampng': did you mean 'damping'"):
+        SparsityConfig(method_settings={"dampng": 0.1})
+    with pytest.raises(TypeError, match="method_settings"):
+        SparsityConfig(method_settings=["damping"])
+    assert SparsityConfig("wanda", method_settings={"damping": None}).method_settings == {}
+
+
+def test_only_method_and_pattern_are_positional():
+    with pytest.raises(TypeError, match="positional"):
+        SparsityConfig(*("wanda", "2:4", "c4"))
+
+
+def test_a_default_of_the_method_is_recorded():
+    assert recorded(SparsityConfig("sparsegpt"))["damping"] == 0.01
+    assert recorded(SparsityConfig("admm"))["damping"] == 0.1
+    assert "damping" not in recorded(SparsityConfig("auto"))  # each has its own
 
 
 def test_block_size_matters_to_sparsegpt_with_groups_only():
     SparsityConfig("wanda", "3:5")
-    SparsityConfig("sparsegpt", "50%", block_size=5)
-    SparsityConfig("sparsegpt", "3:5", block_size=125)
+    SparsityConfig("sparsegpt", "50%", method_settings={"block_size": 5})
+    SparsityConfig("sparsegpt", "3:5", method_settings={"block_size": 125})
 
 
 def test_list_of_texts_is_described_by_number_and_hash():
@@ -260,11 +317,12 @@ def test_a_tokenizer_is_recorded_by_where_it_came_from(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "hint"),
-    [("batchsize", "did you mean 'batch_size'"), ("patern", "did you mean 'pattern'"), ("zzz", "allowed: method")],
+    [("batchsize", "did you mean 'batch_size'"), ("patern", "did you mean 'pattern'"), ("zzz", "allowed.*newer")],
 )
 def test_an_unknown_key_is_refused_and_the_nearest_named(key, hint):
-    with pytest.raises(ValueError, match=f"SparsityConfig has no setting '{key}': {hint}.*newer optimum-ksparse"):
+    with pytest.raises(ValueError, match=f"SparsityConfig has no setting '{key}': {hint}") as caught:
         SparsityConfig.from_dict({"method": "wanda", key: 4})
+    assert ("newer" in str(caught.value)) == (key == "zzz"), "a slip is no newer version"
 
 
 def test_settings_of_another_quantization_method_are_refused():
@@ -293,10 +351,9 @@ def test_deepcopy_shares_the_data():
 
 
 def test_arguments_are_copied_where_they_could_change_later():
-    names, layers = ["lm_head"], {"layers.0.q": {"pattern": "2:4"}}
-    config = SparsityConfig(modules_to_not_convert=names, layers=layers)
+    names, own = ["lm_head"], {"damping": 0.5}
+    config = SparsityConfig(modules_to_not_convert=names, method_settings=own)
     names.append("q_proj")
-    layers["layers.0.q"]["pattern"] = "4:8"
-    layers["layers.1.q"] = {}
+    own["damping"] = 0.7
     assert config.modules_to_not_convert == ["lm_head"]
-    assert config.layers == {"layers.0.q": {"pattern": "2:4"}}
+    assert config.method_settings == {"damping": 0.5}

@@ -62,7 +62,17 @@ def test_the_dense_outputs_of_shared_keys_and_values_are_the_models_own(gemma4, 
         return path
 
     monkeypatch.setattr(loop, "_dense_path", watched)
-    sparsify(gemma4, SparsityConfig("wanda", "1:4", IDS, batch_size=2, reconstruct="block", reconstruction_epochs=1))
+    sparsify(
+        gemma4,
+        SparsityConfig(
+            "wanda",
+            "1:4",
+            dataset=IDS,
+            batch_size=2,
+            reconstruct="block",
+            method_settings={"reconstruction_epochs": 1},
+        ),
+    )
     assert len(found) == 4
     for target, own in zip(found, expected, strict=True):
         torch.testing.assert_close(target, own)
@@ -71,13 +81,13 @@ def test_the_dense_outputs_of_shared_keys_and_values_are_the_models_own(gemma4, 
 @pytest.mark.parametrize("activations", ["dense", "pruned", "mixed"])
 def test_shared_keys_and_values_with_reconstruction(gemma4, activations):
     settings = {"reconstruct": "block", "reconstruction_epochs": 1, "activations": activations}
-    report = sparsify(gemma4, SparsityConfig("wanda", "2:4", IDS, batch_size=2, **settings))
+    report = sparsify(gemma4, SparsityConfig("wanda", "2:4", dataset=IDS, batch_size=2, **settings))
     assert all(row.loss_after <= row.loss_before < 10 for row in report.reconstruction)
 
 
 def test_a_run_over_shared_keys_and_values_goes_on(gemma4, tmp_path: Path, monkeypatch):
     gemma4.save_pretrained(tmp_path / "dense")
-    config = SparsityConfig("wanda", "2:4", IDS, batch_size=2)
+    config = SparsityConfig("wanda", "2:4", dataset=IDS, batch_size=2)
     prune_checkpoint(tmp_path / "dense", tmp_path / "whole", config)
     original = Workspace.add_block
 
@@ -107,11 +117,11 @@ def test_a_weight_that_is_read_and_not_called_stays_dense(config, method, tmp_pa
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     model.save_pretrained(tmp_path / "dense")
     settings = {"method": method, "pattern": "2:4", "dataset": IDS, "batch_size": 2}
-    report = sparsify(model, SparsityConfig(**settings))
+    report = sparsify(model, SparsityConfig.from_flat(**settings))
     assert {name.rpartition(".")[2] for name in report.skipped} >= {"dt_proj"}
     assert {row.name.rpartition(".")[2] for row in report.layers} >= {"in_proj"}
     assert bool(model(IDS[:2]).logits.isfinite().all())
-    streamed = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", SparsityConfig(**settings))
+    streamed = prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", SparsityConfig.from_flat(**settings))
     assert streamed.skipped == report.skipped
 
 
@@ -139,8 +149,8 @@ def test_an_expert_that_is_called_without_tokens_was_not_reached(method):
     for layer in model.model.layers:
         layer.mlp = _Experts(config)
     with pytest.raises(ValueError, match=r"layers.0.mlp.experts.2.gate_proj: no calibration token reached it"):
-        sparsify(model, SparsityConfig(method, "2:4", IDS, batch_size=2))
-    sparsify(model, SparsityConfig(method, "2:4", IDS, batch_size=2, modules_to_not_convert=[".*experts.2"]))
+        sparsify(model, SparsityConfig(method, "2:4", dataset=IDS, batch_size=2))
+    sparsify(model, SparsityConfig(method, "2:4", dataset=IDS, batch_size=2, modules_to_not_convert=[".*experts.2"]))
     assert int(model.model.layers[0].mlp.experts[1].up_proj.to_dense_weight().count_nonzero()) == 64 * 32 // 2
 
 
@@ -172,16 +182,4 @@ def test_calibration_in_float16_that_overflows_is_named(make_model):
         model.model.layers[0].mlp.down_proj.weight.mul_(1e7)
     ids = IDS.clamp(max=60)
     with pytest.raises(ValueError, match="with calibration_dtype='float16': take 'bfloat16'"):
-        sparsify(model, SparsityConfig("wanda", "2:4", ids, calibration_dtype="float16"))
-
-
-def test_a_model_that_is_pruned_stays_so_where_its_execution_has_no_room(make_model, monkeypatch, caplog):
-    def fail(*arguments: Any) -> None:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr("optimum_ksparse.api.model.apply_settings", fail)
-    model = make_model("llama")
-    with caplog.at_level("WARNING", logger="optimum_ksparse.api.model"):
-        report = sparsify(model, SparsityConfig("magnitude", "2:4", optimize_for="speed"))
-    assert model.sparsity_report is report and report.layers
-    assert "The model is pruned, but the memory does not suffice" in caplog.text and "'speed'" in caplog.text
+        sparsify(model, SparsityConfig("wanda", "2:4", dataset=ids, calibration_dtype="float16"))

@@ -79,14 +79,14 @@ def try_family(kind: str, auto: Any, folder: Path) -> dict[str, Any]:
 def try_method(auto: Any, folder: Path, method: str) -> str:
     """Prunes, saves, loads, compares, in memory and streamed; what had to stay dense."""
     settings = {"method": method, "dataset": IDS, "batch_size": 4, "storage": METHODS[method]}
-    model, config, note = auto.from_pretrained(folder / "source").eval(), SparsityConfig(**settings), ""
+    model, config, note = auto.from_pretrained(folder / "source").eval(), SparsityConfig.from_flat(**settings), ""
     try:
         sparsify(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         if not ours(error):
             raise
         note = str(error)
-        config = SparsityConfig(**settings, skip_unsupported=True)
+        config = SparsityConfig.from_flat(**settings, skip_unsupported=True)
         model = auto.from_pretrained(folder / "source").eval()
         try:
             report = sparsify(model, config)

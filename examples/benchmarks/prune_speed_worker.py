@@ -44,7 +44,7 @@ def optimum_ksparse(ids: torch.Tensor, run: dict[str, Any], **more: str) -> Call
     from optimum_ksparse import SparsityConfig, sparsify
 
     settings = {"storage": "dense", "batch_size": run["batch_size"], **more}
-    config = SparsityConfig(run["method"], run["pattern"], dataset=ids, **settings)
+    config = SparsityConfig.from_flat(run["method"], run["pattern"], dataset=ids, **settings)
     return lambda model: sparsify(model, config)
 
 

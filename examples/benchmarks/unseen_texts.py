@@ -42,7 +42,7 @@ def main() -> None:
         if not missing or not (folder / "config.json").is_file():
             continue
         # Every pass on the CPU would decompress the packed weights anew.
-        how = {} if cell == "dense" else {"sparsity_config": optimum_ksparse.SparsityConfig(densify="lazy")}
+        how = {} if cell == "dense" else {"runtime_config": optimum_ksparse.RuntimeConfig(densify="lazy")}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **how)
         for name in missing:
             found = evaluate_perplexity(

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import sparse_modules
-from ..config import describe_source
 from ..nn import SparseLinear
+from ..records import describe_source
 from .layers import SPARSE_LAYERS
 
 # Settings of an adapter that the report repeats.

@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..blocks import BlockReplay, evaluation_mode, find_blocks
 from ..checkpoint import facts_of
 from ..checks import check_integer, check_number
-from ..config import SparsityConfig
-from ..data import CalibrationTokens, calibration_tokens, read_tokenizer
-from ..dataset import is_token_ids
+from ..data import CalibrationData, calibration_tokens, load_tokenizer
 from ..evaluation import note_merge
-from ..runtime.execution import apply_settings
 from ..version import library_versions
 from .adapted import active, adapted_layers, adapters_of, check_mergeable, describe_adapters, is_sparse
 from .blocks import merge_blocks
@@ -64,7 +61,8 @@ def merge_adapter(
 
     Returns:
         The model without PEFT. `model.ksparse.merge` says what happened; it is saved with the model. Results measured
-        before are no longer those of this model and are dropped.
+        before are no longer those of this model and are dropped. Layers that ran as one product, or kept a second
+        form, do so no longer: `configure` the model again.
 
     Raises:
         TypeError, ValueError: a setting is wrong, or these adapters cannot be merged; nothing has been changed. On
@@ -74,6 +72,7 @@ def merge_adapter(
         raise ValueError(f"method={method!r} is not known; allowed: {', '.join(METHODS)}")
     if method == "solve" and dataset is None:
         raise ValueError('method="solve" needs calibration text: pass dataset=, or use method="masked"')
+    check_integer("batch_size", batch_size, 1)
     check_integer("max_steps", max_steps, 1)
     damping, tolerance = check_number("damping", damping, 0, 1), check_number("tolerance", tolerance, 0, 1)
     solver = {"damping": damping, "max_steps": max_steps, "tolerance": tolerance} if method == "solve" else None
@@ -82,18 +81,9 @@ def merge_adapter(
     started = time.perf_counter()
     data = None
     if dataset is not None:
-        config = SparsityConfig(
-            "sparsegpt",
-            dataset=dataset,
-            tokenizer=tokenizer,
-            num_samples=num_samples,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            prepend_bos=prepend_bos,
-        )
+        drawn = CalibrationData(dataset, tokenizer, num_samples, seq_len, seed, prepend_bos)
         with evaluation_mode(model), active(model, names):
-            data = _draw(model, config)
+            data = calibration_tokens(drawn, model, load_tokenizer(drawn, model.name_or_path))
     report = MergeReport(method, describe_adapters(peft_model, names), {} if data is None else data.description)
     undo: list[Callable[[], None]] = []
     try:
@@ -118,19 +108,6 @@ def merge_adapter(
         for take_back in reversed(undo):
             take_back()
         raise
-
-
-def _draw(model: PreTrainedModel, config: SparsityConfig) -> CalibrationTokens:
-    tokenizer = config.tokenizer
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) and not is_token_ids(config.dataset):
-        source = str(model.name_or_path if tokenizer is None else tokenizer)
-        try:
-            tokenizer = read_tokenizer(source)
-        except Exception as error:  # transformers and huggingface_hub raise many kinds here
-            raise ValueError(
-                f"no tokenizer could be loaded from {source!r}: pass tokenizer=, or token ids as the dataset; {error}"
-            ) from error
-    return calibration_tokens(config, model, tokenizer)
 
 
 def _unmerge(layer: Any) -> Callable[[], None]:
@@ -181,9 +158,6 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _finish(model: PreTrainedModel, report: MergeReport, started: float) -> PreTrainedModel:
-    config: Any = getattr(model.config, "quantization_config", None)
-    if isinstance(config, SparsityConfig) and (config.fuse or config.optimize_for == "speed"):
-        apply_settings(model, config)
     report.versions = library_versions("torch", "transformers", "peft")
     report.seconds = round(time.perf_counter() - started, 2)
     facts = facts_of(model)

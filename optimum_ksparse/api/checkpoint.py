@@ -14,7 +14,7 @@ from ..checkpoint.staging import check_apart, check_output, recover
 from ..checks import check_integer
 from ..config import SparsityConfig, recorded_settings
 from ..data import usual_context
-from ..dataset import holds
+from ..data.dataset import holds
 from ..pruning.distributed import joined
 from ..pruning.streaming import OURS, Workspace
 from ..report import SparsityReport

@@ -55,8 +55,8 @@ class CheckpointSummary:
 
     def __str__(self) -> str:
         lines = [self.source]
-        idle = _idle_settings(self.settings)
-        lines += [f"  {name}: {printable(value)}" for name, value in self.settings.items() if name not in idle]
+        told = {name: value for name, value in self.settings.items() if value is not None and value != []}
+        lines += [f"  {name}: {printable(value)}" for name, value in told.items()]
         lines.append(f"{self.num_parameters:,} parameters, zeros included; {len(self.layers)} sparse layers")
         lines.append(f"{sum(self.file_bytes.values()):,} bytes of weights in {len(self.file_bytes)} file(s)")
         if self.layers:
@@ -82,7 +82,7 @@ def inspect_checkpoint(
     config = SparsityConfig.from_dict(recorded)
     layers = config.layers or {}
     hidden = ("quant_method", *RECORDED)
-    settings = {name: value for name, value in config.to_dict().items() if name in recorded and name not in hidden}
+    settings = {name: value for name, value in config.to_dict().items() if name not in hidden}
     path = cached_file(source, REPORT_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     report = None if path is None else SparsityReport.load(path)
     num_parameters = (
@@ -92,16 +92,6 @@ def inspect_checkpoint(
         torch.device("cuda" if torch.cuda.is_available() else "cpu"), {layer["pattern"] for layer in layers.values()}
     )
     return CheckpointSummary(source, settings, layers, num_parameters, _file_bytes(source, revision), report, device)
-
-
-def _idle_settings(settings: dict[str, Any]) -> set[str]:
-    """Those that had no part in the pruning."""
-    idle = {name for name, value in settings.items() if value is None or value == []}
-    if settings.get("reconstruct") is None:
-        idle |= {"reconstruction_epochs", "reconstruction_lr"}
-    if settings.get("method") not in ("sparsegpt", "auto"):
-        idle.add("block_size")
-    return idle
 
 
 def _count_parameters(source: str, revision: str | None, trust_remote_code: bool) -> int:

@@ -20,23 +20,20 @@ def prune_weight(
     Args:
         weight: [out, in], any floating dtype.
         inputs: [tokens, in] or [samples, tokens, in]; None for a method without data.
-        method, pattern, settings: as in `SparsityConfig`; a setting that the method does not take is an error.
+        method, pattern: as in `SparsityConfig`.
+        settings: `refine`, and what `method_settings` of `SparsityConfig` has for the method.
 
     Returns:
         The pruned weight in its dtype and the mask (bool, True = kept), both [out, in].
 
     Raises:
-        TypeError: an unknown setting.
-        ValueError: an unknown method or pattern, shapes that do not fit, NaN or Inf.
+        ValueError: an unknown method, pattern or setting, shapes that do not fit, NaN or Inf.
         ArithmeticError: the Gram matrix stays singular.
     """
     if method == AUTO:
         raise ValueError(f"method={AUTO!r} tries methods on a block of a model; one layer takes {', '.join(METHODS)}")
-    parsed, taken = Pattern(pattern), ("refine", *METHODS[SparsityConfig(method).method].settings)
-    unknown = set(settings) - set(taken)
-    if unknown:
-        raise TypeError(f"method={method!r} has no setting {sorted(unknown)[0]!r}; it takes: {', '.join(taken)}")
-    config = SparsityConfig(method, pattern, **settings)  # validates them
+    refine = settings.pop("refine", ())
+    config, parsed = SparsityConfig(method, pattern, refine=refine, method_settings=settings), Pattern(pattern)
     for name, tensor in {"weight": weight, "inputs": inputs}.items():
         if not isinstance(tensor, torch.Tensor) and (name == "weight" or tensor is not None):
             raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")

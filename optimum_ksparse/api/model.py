@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils import logging
 
 from ..blocks import find_blocks, use_eager_experts
 from ..checkpoint import (
@@ -23,7 +22,7 @@ from ..checkpoint import (
     sparse_experts,
     sparse_modules,
 )
-from ..config import EXECUTION_SETTINGS, QUANT_METHOD, RECORDED, SparsityConfig
+from ..config import QUANT_METHOD, RECORDED, SparsityConfig
 from ..data import usual_context
 from ..evaluation import mark_weights
 from ..hub import card_of_source, tag_model
@@ -33,10 +32,7 @@ from ..pruning.memory import peak_memory
 from ..pruning.plan import run
 from ..pruning.tokens import load_tokenizer
 from ..report import SparsityReport
-from ..runtime.execution import apply_settings
 from ..version import library_versions
-
-logger = logging.get_logger(__name__)
 
 
 def sparsify(
@@ -91,27 +87,12 @@ def sparsify(
     facts_of(model).report = report
     mark_weights(model, pruned_here=True)
     tag_model(model, report, recorded)
-    _apply_settings(model, config)
     return report
-
-
-def _apply_settings(model: PreTrainedModel, config: SparsityConfig) -> None:
-    """How sparse layers run. What has no room for it is a pruned model all the same."""
-    try:
-        apply_settings(model, config)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in EXECUTION_SETTINGS)
-        logger.warning(
-            f"The model is pruned, but the memory does not suffice for all of {settings} ({error}): save it, and load "
-            "it with less."
-        )
 
 
 def record_settings(config: SparsityConfig) -> SparsityConfig:
     """The settings as they are saved with the model: the data may be gone by then."""
     recorded: SparsityConfig = SparsityConfig.from_dict(config.to_dict())
-    for name in EXECUTION_SETTINGS:
-        setattr(recorded, name, getattr(config, name))
     return recorded
 
 
@@ -177,10 +158,6 @@ def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         raise ValueError("the model carries an adapter; merge it, or prune the model before adding one")
     if config.storage == "dense":
         check_reversible(model)
-    usual = SparsityConfig("magnitude", dataset=None)
-    ignored = [f"{name}={value!r}" for name, value in config.unread.items() if value != getattr(usual, name)]
-    if ignored:
-        logger.warning(f"method={config.method!r} does not read {', '.join(ignored)}: without effect here")
     if is_offloaded(model):
         raise ValueError(
             "accelerate has offloaded weights of the model to memory or disk: prune its checkpoint with "

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from ..blocks import decoder_of
-from ..config import DENSE_CONFIG_KEY, MODULE_NAMES, QUANT_METHOD, SparsityConfig, describe_source
+from ..config import DENSE_CONFIG_KEY, MODULE_NAMES, QUANT_METHOD, SparsityConfig
+from ..records import describe_source
 from .facts import facts_of
 from .modules import sparse_modules, stored_name
 

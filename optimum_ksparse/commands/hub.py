@@ -10,7 +10,7 @@ from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url,
 from transformers.utils import CONFIG_NAME
 
 from ..checkpoint.staging import recover
-from ..config import is_repo_id
+from ..records import is_repo_id
 from .errors import UsageError
 
 

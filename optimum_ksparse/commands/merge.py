@@ -102,8 +102,7 @@ def _base_of(settings: dict[str, Any]) -> str:
     """The model on the Hub that the adapter names as its base; a folder here is the user's to name."""
     from peft import PeftConfig
 
-    from ..config import recorded_repository
-    from ..records import printable
+    from ..records import printable, recorded_repository
 
     name = PeftConfig.from_pretrained(settings["adapter"], revision=settings.get("revision")).base_model_name_or_path
     base = recorded_repository(name)

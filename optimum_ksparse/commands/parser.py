@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from ..pruners import Setting
 from ..records.redaction import redact
 
 
@@ -77,7 +78,6 @@ def add_settings(
     *,
     choices: Mapping[str, Sequence[Any]] | None = None,
     kinds: Mapping[str, Any] | None = None,
-    several: Sequence[str] = (),
 ) -> None:
     """Adds settings of a function, or of a class, as flags: types and defaults are those of its arguments.
 
@@ -85,7 +85,6 @@ def add_settings(
         texts: name → what it is, for the help.
         choices: name → its values, where they are a few.
         kinds: name → argparse type, where the arguments' own does not do.
-        several: names of those that take one value or several.
     """
     called: Any = getattr(source, "__init__") if isinstance(source, type) else source  # noqa: B009 (for mypy)
     hints, parameters = get_type_hints(called), inspect.signature(called).parameters
@@ -97,16 +96,21 @@ def add_settings(
         if default is not None and "(default" not in text:
             shown = str(default).lower() if isinstance(default, bool) else default
             text = f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else shown})"
-        more: dict[str, Any] = {"nargs": "+"} if is_list or name in several else {}
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            type=kind,
-            choices=allowed,
-            metavar=None if allowed else _METAVARS.get(kind, "VALUE"),
-            help=text.replace("%", "%%"),
-            **more,
-        )
+        more: dict[str, Any] = {"nargs": "+"} if is_list else {}
+        _add(parser, name, kind, text, choices=allowed, **more)
+
+
+def add_method_settings(parser: argparse.ArgumentParser, settings: Mapping[str, Setting]) -> None:
+    """Adds what one method or step alone reads, as flags."""
+    for name, setting in settings.items():
+        default = "" if setting.default is None else f" (default: {str(setting.default).lower()})"
+        _add(parser, name, boolean if setting.kind is bool else setting.kind, setting.text + default)
+
+
+def _add(parser: argparse.ArgumentParser, name: str, kind: Any, text: str, **more: Any) -> None:
+    metavar = None if more.get("choices") else _METAVARS.get(kind, "VALUE")
+    flag = f"--{name.replace('_', '-')}"
+    parser.add_argument(flag, dest=name, type=kind, metavar=metavar, help=text.replace("%", "%%"), **more)
 
 
 def add_switches(parser: argparse.ArgumentParser, texts: Mapping[str, str]) -> None:
@@ -150,7 +154,7 @@ def _kind(hint: Any) -> tuple[Any, bool]:
     """argparse type of an annotated argument, and whether it takes several values."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if str in parts:
-        return str, False
+        return str, any(get_origin(part) is list for part in parts)
     lists = [part for part in parts if get_origin(part) in (list, Sequence)]
     kinds = {*parts, *(inner for part in lists for inner in get_args(part))}
     kind = next((read for kind, read in ((bool, boolean), (int, int), (float, float)) if kind in kinds), str)

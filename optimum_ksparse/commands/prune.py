@@ -9,21 +9,17 @@ from typing import Any
 
 from .base import LOADING_TEXTS, OVERWRITE, TRUST, Command, add_loading, usage
 from .errors import UsageError, describe_error
-from .parser import Parser, add_settings, add_switches, dataset
+from .parser import Parser, add_method_settings, add_settings, add_switches, dataset
 
 # Settings of SparsityConfig, whose types and defaults they have.
 SETTINGS_TEXTS = {
-    "method": "auto: the best within --time-budget",
-    "time_budget": "with auto: seconds that pruning may take (default: any)",
+    "method": "auto (experimental): the best within --time-budget",
     "refine": "what follows the method: swaps (a better mask), exact (the best weights on it) (default: nothing)",
     "reconstruct": "tune each block to its dense outputs; slower, much more accurate (default: do not)",
-    "reconstruction_epochs": "passes over the calibration samples for that",
-    "reconstruction_lr": "learning rate of that, as a share of each tensor's size",
     "activations": "calibration inputs and targets (default: the measured best)",
     "pattern": "2:4, 4:8, any n:m (n nonzero weights in every m), a share of zeros such as 50%, the same of whole "
     "blocks of outputs x inputs such as 50%/32x32; none prunes nothing, with --drop-layers",
     "allocation": "owl: each layer its own pattern, by what it would lose",
-    "target_density": "with owl and n:m: mean share of weights to store, such as 0.6",
     "dataset": "calibration text: mc4-ko (Korean web text), c4 (English), kowiki (Korean Wikipedia), self (the model "
     "writes it), a .txt or .jsonl file, or a mix: mc4-ko=0.5,self=0.5 (default: mc4-ko, which is Korean)",
     "tokenizer": "name or folder (default: the model's own)",
@@ -32,16 +28,12 @@ SETTINGS_TEXTS = {
     "batch_size": "sequences in one forward pass",
     "calibration_dtype": "of matrix products while calibrating (default: the weights')",
     "seed": "draws documents and crops",
-    "block_size": "columns swept at a time by sparsegpt",
-    "damping": "of the Gram matrix (default: the method's own)",
-    "iterations": "of admm, and at most of alps (default: the method's own)",
     "true_sequential": "collect statistics anew for each group of layers in a block",
     "modules_to_not_convert": "linear maps to leave dense (default: none)",
     "skip_unsupported": "leave what cannot be pruned dense, instead of an error",
     "prune_routers": "prune the layers that route tokens to experts as well",
     "storage": "packed, or dense: zeros written out, which loads everywhere",
     "prepend_bos": "begin each sequence with the beginning token (default: where the tokenizer does)",
-    "bos_in_statistics": "count its position in the statistics",
 }
 _LOADING_TEXTS = {
     **{name: LOADING_TEXTS[name] for name in ("dtype", "device_map", "revision")},
@@ -69,7 +61,7 @@ class PruneCommand(Command):
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
         from ..api import prune_checkpoint
-        from ..config import CHOICES, SparsityConfig
+        from ..config import CHOICES, METHOD_SETTINGS, SparsityConfig
 
         parser.add_argument("model", nargs="?", help="Hub id or folder")
         parser.add_argument("output", nargs="?", help="folder to write the sparse checkpoint to")
@@ -84,11 +76,16 @@ class PruneCommand(Command):
         )
         add_switches(parser, _SWITCHES)
         kinds = {"dataset": dataset}
-        add_settings(parser, SparsityConfig, SETTINGS_TEXTS, choices=CHOICES, kinds=kinds, several=("refine",))
+        add_settings(parser, SparsityConfig, SETTINGS_TEXTS, choices=CHOICES, kinds=kinds)
+        add_method_settings(parser, METHOD_SETTINGS)
         add_loading(parser, _LOADING_TEXTS)
         add_settings(parser, prune_checkpoint, _STREAM_TEXTS)
 
     def execute(self) -> None:
+        from ..config import FLAT_SETTINGS, SparsityConfig
+        from ..pruning.distributed import joined
+        from ..pruning.progress import listening
+
         settings = self.settings()
         model, output = settings.pop("model"), settings.pop("output")
         stream, as_json = settings.pop("stream", False), settings.pop("json", False)
@@ -103,18 +100,13 @@ class PruneCommand(Command):
             )
         if self.drops_alone:
             del settings["pattern"]
-        loading = {name: settings.pop(name) for name in list(settings) if name not in SETTINGS_TEXTS}
+        loading = {name: settings.pop(name) for name in list(settings) if name not in FLAT_SETTINGS}
         foreign = ("device_map", "gguf_file", "max_shard_size") if stream else tuple(_STREAM_TEXTS)
         for name in foreign:
             if name in loading:
                 raise UsageError(f"{name}= has no meaning with{'' if stream else 'out'} --stream; leave it out")
-
-        from ..config import SparsityConfig
-        from ..pruning.distributed import joined
-        from ..pruning.progress import listening
-
         with usage():
-            config = SparsityConfig(**settings)
+            config = SparsityConfig.from_flat(**settings)
         prune = self._stream if stream else self._prune
         with joined() as processes:
             shown = processes.is_main

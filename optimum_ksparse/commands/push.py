@@ -38,7 +38,7 @@ class PushCommand(Command):
         parser.add_argument("checkpoint", nargs="?", help="folder of a sparse checkpoint, or of an adapter on one")
         parser.add_argument("repo_id", nargs="?", help="user/name on the Hub")
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
-        add_settings(parser, push_model, _TEXTS, choices={"language": LANGUAGES}, several=("tags",))
+        add_settings(parser, push_model, _TEXTS, choices={"language": LANGUAGES})
         add_switches(parser, {**_SWITCHES, **TRUST})
         texts = {**LOADING_TEXTS, "tokenizer": "name or folder, where it is not beside the model; none: without one"}
         add_loading(parser, {name: text for name, text in texts.items() if name != "revision"})

@@ -1,15 +1,18 @@
 """Calibration and evaluation text → token ids."""
 
+from .calibration import CalibrationData, load_tokenizer
 from .language import tell_default_text
 from .reaching import is_unreachable, reached_or_cached
 from .tokenizer import copy_processor, read_tokenizer, save_tokenizer
 from .tokens import CalibrationTokens, calibration_tokens, prepends_bos, usual_context
 
 __all__ = [
+    "CalibrationData",
     "CalibrationTokens",
     "calibration_tokens",
     "copy_processor",
     "is_unreachable",
+    "load_tokenizer",
     "prepends_bos",
     "reached_or_cached",
     "read_tokenizer",

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..config import SparsityConfig
-from ..dataset import describe_dataset, mix_shares
+from .calibration import CalibrationData
+from .dataset import describe_dataset, mix_shares
 
 
 def draw_mix(
-    config: SparsityConfig, draw: Callable[[SparsityConfig], tuple[torch.Tensor, bool, str]]
+    data: CalibrationData, draw: Callable[[CalibrationData], tuple[torch.Tensor, bool, str]]
 ) -> tuple[torch.Tensor, bool, dict[str, Any]]:
-    """Draws each part of the mix `config.dataset` with the same seed, and shuffles their samples with it, so that
+    """Draws each part of the mix `data.dataset` with the same seed, and shuffles their samples with it, so that
     batches are mixed.
 
     Args:
-        config: of the whole.
-        draw: for the settings of a part, its samples [num_samples, seq_len], whether all of them begin with the
+        data: the whole.
+        draw: for a part, its samples [num_samples, seq_len], whether all of them begin with the
             beginning token, and their form.
 
     Returns:
@@ -29,9 +29,9 @@ def draw_mix(
         description says of each part.
 
     Raises:
-        ValueError: a part is the fingerprint of a file, or some samples only would lose their first position.
+        ValueError: a part is the fingerprint of a file.
     """
-    shares = mix_shares(config.dataset, config.num_samples)
+    shares = mix_shares(data.dataset, data.num_samples)
     for part, _ in shares:
         if isinstance(part, Mapping):
             raise ValueError(
@@ -40,18 +40,10 @@ def draw_mix(
             )
     drawn, rows = [], []
     for part, share in shares:
-        own = copy.copy(config)
-        own.dataset, own.num_samples = part, share
-        ids, bos, form = draw(own)
+        ids, bos, form = draw(replace(data, dataset=part, num_samples=share))
         drawn.append(ids)
         row = {"dataset": describe_dataset(part), "num_samples": share, "form": form, "begins_with_bos": bos}
         rows.append(row)
-    begins = {row["begins_with_bos"] for row in rows}
-    if len(begins) > 1 and not config.bos_in_statistics:
-        raise ValueError(
-            "bos_in_statistics=False leaves out the first position of every sample, and in this mix the samples of "
-            "'self' alone begin with the beginning token: pass prepend_bos=True, or bos_in_statistics=True"
-        )
-    order = list(range(config.num_samples))
-    random.Random(config.seed).shuffle(order)
-    return torch.cat(drawn)[order], begins == {True}, {"parts": rows}
+    order = list(range(data.num_samples))
+    random.Random(data.seed).shuffle(order)
+    return torch.cat(drawn)[order], all(row["begins_with_bos"] for row in rows), {"parts": rows}

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..dataset import TEXT_SUFFIXES, describe_dataset
+from .dataset import TEXT_SUFFIXES, describe_dataset
 from .documents import HELD_OUT_EVERY, HUB_DATASETS, is_held_out, read_file, stream
 
 # Of "kowiki": enough for a stable figure (some 200,000 tokens), little enough to stream in a minute.

@@ -18,11 +18,20 @@ from transformers.utils import (
     cached_file,
 )
 
+from ..records.redaction import check_no_token
+
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
 # What a model that takes more than text has beside its tokenizer; one name serves images and sound.
 _PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME)
 # The processor's and the tokenizer's: without a processor it is saved with the tokenizer, or not wanted.
 _TEMPLATES = (CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)
+
+
+def check_tokenizer(value: Any) -> None:
+    """Raises TypeError or ValueError for what is no tokenizer, nor the name of one."""
+    check_no_token("tokenizer", value)
+    if value is not None and not isinstance(value, str | os.PathLike) and not hasattr(value, "name_or_path"):
+        raise TypeError(f"tokenizer must be a name, a folder, a tokenizer or None, found {type(value).__name__}")
 
 
 def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:

@@ -11,8 +11,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import SparsityConfig
-from ..dataset import describe_dataset, is_mix, is_token_ids
+from .calibration import CalibrationData
+from .dataset import describe_dataset, is_mix, is_token_ids
 from .documents import documents
 from .mix import draw_mix
 
@@ -39,51 +39,50 @@ class CalibrationTokens:
 
 
 def calibration_tokens(
-    config: SparsityConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    data: CalibrationData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> CalibrationTokens:
-    """Makes the calibration samples that `config` asks for.
+    """Makes the calibration samples that `data` ask for.
 
     Raises:
         ValueError: `seq_len` is above the model's context, the text gives too few samples, a token is not in the
             vocabulary, or a tokenizer is needed and missing.
     """
-    check_context(model, config.seq_len)
+    check_context(model, data.seq_len)
     parts: dict[str, Any] = {}
-    if is_mix(config.dataset):
-        ids, begins_with_bos, parts = draw_mix(config, lambda part: _draw(part, model, tokenizer))
+    if is_mix(data.dataset):
+        ids, begins_with_bos, parts = draw_mix(data, lambda part: _draw(part, model, tokenizer))
         form = "mix"
     else:
-        ids, begins_with_bos, form = _draw(config, model, tokenizer)
+        ids, begins_with_bos, form = _draw(data, model, tokenizer)
     _check_vocabulary(ids, model)
     description = {
-        "dataset": describe_dataset(config.dataset),
+        "dataset": describe_dataset(data.dataset),
         "form": form,
         "num_samples": ids.shape[0],
         "seq_len": ids.shape[1],
-        "seed": config.seed,
+        "seed": data.seed,
         "begins_with_bos": begins_with_bos,
-        "bos_in_statistics": config.bos_in_statistics,
         **parts,
     }
     return CalibrationTokens(ids, begins_with_bos, description)
 
 
 def _draw(
-    config: SparsityConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    data: CalibrationData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[torch.Tensor, bool, str]:
     """Samples [num_samples, seq_len] of one source, whether all begin with the beginning token, and their form."""
-    if is_token_ids(config.dataset):
-        ids = torch.as_tensor(config.dataset).to("cpu", torch.int64)
+    if is_token_ids(data.dataset):
+        ids = torch.as_tensor(data.dataset).to("cpu", torch.int64)
         return ids, bool((ids[:, 0] == _bos_token_id(model, tokenizer)).all()), "token ids"
-    if isinstance(config.dataset, str) and config.dataset == "self":
-        return _generate(config, model, tokenizer), True, "generated"
+    if isinstance(data.dataset, str) and data.dataset == "self":
+        return _generate(data, model, tokenizer), True, "generated"
     if tokenizer is None:
         raise ValueError(
-            f"a tokenizer is needed to calibrate on dataset={describe_dataset(config.dataset)!r}: pass "
+            f"a tokenizer is needed to calibrate on dataset={describe_dataset(data.dataset)!r}: pass "
             "tokenizer=, or token ids [num_samples, seq_len] as the dataset"
         )
-    begins_with_bos = prepends_bos(tokenizer, config.prepend_bos)
-    ids, form = _tokenize(config, tokenizer, begins_with_bos)
+    begins_with_bos = prepends_bos(tokenizer, data.prepend_bos)
+    ids, form = _tokenize(data, tokenizer, begins_with_bos)
     return ids, begins_with_bos, form
 
 
@@ -126,38 +125,38 @@ def check_context(model: PreTrainedModel, seq_len: int) -> None:
         )
 
 
-def _tokenize(config: SparsityConfig, tokenizer: PreTrainedTokenizerBase, bos: bool) -> tuple[torch.Tensor, str]:
+def _tokenize(data: CalibrationData, tokenizer: PreTrainedTokenizerBase, bos: bool) -> tuple[torch.Tensor, str]:
     """One crop from each of the first `num_samples` documents that are long enough, in the order drawn with the seed;
     where there are fewer, all documents one after another, cut into samples."""
-    length = config.seq_len - bos
-    draw = random.Random(config.seed)
+    length = data.seq_len - bos
+    draw = random.Random(data.seed)
     read: list[list[int]] = []
     crops: list[list[int]] = []
     num_tokens = 0
-    with tqdm(total=config.num_samples, desc="Calibration text", unit="sample") as progress:
-        for ids in _encode(documents(config.dataset, config.seed, tokenizer), tokenizer):
+    with tqdm(total=data.num_samples, desc="Calibration text", unit="sample") as progress:
+        for ids in _encode(documents(data.dataset, data.seed, tokenizer), tokenizer):
             num_tokens += len(ids)
             read.append(ids)
             if len(ids) >= length:
                 start = draw.randint(0, len(ids) - length)
                 crops.append(ids[start : start + length])
                 progress.update()
-            plenty = len(read) >= _MOST_DOCUMENTS * config.num_samples and num_tokens >= config.num_samples * length
-            if len(crops) == config.num_samples or plenty:
+            plenty = len(read) >= _MOST_DOCUMENTS * data.num_samples and num_tokens >= data.num_samples * length
+            if len(crops) == data.num_samples or plenty:
                 break
     form = "crops"
-    if len(crops) < config.num_samples:
+    if len(crops) < data.num_samples:
         form = "packed"
         separator = tokenizer(_SEPARATOR, add_special_tokens=False)["input_ids"]
         stream = [token for ids in read for token in (*ids, *separator)]
         possible = len(stream) // length
-        if possible < config.num_samples:
+        if possible < data.num_samples:
             raise ValueError(
-                f"num_samples={config.num_samples} with seq_len={config.seq_len} needs "
-                f"{config.num_samples * length:,} tokens of text; the dataset has {len(read):,} documents with "
+                f"num_samples={data.num_samples} with seq_len={data.seq_len} needs "
+                f"{data.num_samples * length:,} tokens of text; the dataset has {len(read):,} documents with "
                 f"{num_tokens:,} tokens, enough for num_samples={possible}"
             )
-        crops = [stream[i * length : (i + 1) * length] for i in range(config.num_samples)]
+        crops = [stream[i * length : (i + 1) * length] for i in range(data.num_samples)]
     samples = torch.tensor(crops, dtype=torch.int64)
     if bos:
         samples = torch.nn.functional.pad(samples, (1, 0), value=tokenizer.bos_token_id)
@@ -178,7 +177,7 @@ def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, batch_size
 
 @torch.no_grad()
 def _generate(
-    config: SparsityConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    data: CalibrationData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> torch.Tensor:
     """Samples text from the model itself, from its beginning token on, with the seed; the end token is not drawn
     before `seq_len`, so that each sample is one text."""
@@ -190,16 +189,16 @@ def _generate(
     if bos < 0:
         raise ValueError('dataset="self" needs a beginning token, and neither model nor tokenizer has one')
     # Not the model's own settings, which may cut, repeat or rank what it writes.
-    length, eos = config.seq_len - 1, model.generation_config.eos_token_id
+    length, eos = data.seq_len - 1, model.generation_config.eos_token_id
     settings = GenerationConfig(
         do_sample=True, top_k=0, min_new_tokens=length, max_new_tokens=length, eos_token_id=eos, pad_token_id=bos
     )
     samples = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(config.seed)
-        for start in tqdm(range(0, config.num_samples, 32), desc="Calibration text written by the model"):
-            count = min(32, config.num_samples - start)
+        torch.manual_seed(data.seed)
+        for start in tqdm(range(0, data.num_samples, 32), desc="Calibration text written by the model"):
+            count = min(32, data.num_samples - start)
             prompt = torch.full((count, 1), bos, dtype=torch.int64, device=model.device)
             samples.append(
                 model.generate(  # type: ignore[operator]

@@ -13,7 +13,7 @@ from transformers import GgufConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import facts_of, sparse_modules
-from ..config import describe_source, recorded_repository
+from ..records import describe_source, recorded_repository
 from ..report import BASE_ARGUMENTS
 from .tuning import read_tuning
 

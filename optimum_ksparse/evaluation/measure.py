@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint import describe_model, facts_of, sparse_modules
 from ..checkpoint.digests import fingerprint
-from ..config import describe_source
+from ..records import describe_source
 from .baseline import Baseline, recorded_baseline, set_aside
 from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement

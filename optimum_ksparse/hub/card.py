@@ -13,7 +13,6 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from ..adapters import MergeReport
-from ..config import describe_source
 from ..evaluation import (
     KOBEST_TASKS,
     OTHER_TITLES,
@@ -27,6 +26,7 @@ from ..kernels import GROUPS, STRIP_TOKENS, why_not_strips
 from ..pattern import Pattern
 from ..pruners import METHODS
 from ..pruners.allocation import LEFT_DENSE
+from ..records import describe_source
 from ..report import SparsityReport
 from ..version import __version__, install_command
 from .existing import BEGIN, END, has_section, insert_section, is_unfilled_form, split_card

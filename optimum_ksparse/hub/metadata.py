@@ -13,11 +13,12 @@ from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedModel
 
 from ..checkpoint import describe_model, facts_of
-from ..config import SparsityConfig, recorded_repository
+from ..config import SparsityConfig
 from ..data import reached_or_cached
 from ..data.documents import HUB_DATASETS
 from ..evaluation import EvaluationResults
 from ..pruners import METHODS
+from ..records import recorded_repository
 from ..report import BaseCard, SparsityReport
 from .model_index import METRICS, index_entries, metric_types
 

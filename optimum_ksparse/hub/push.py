@@ -16,9 +16,8 @@ from transformers.utils import logging
 
 from ..checkpoint import describe_model, facts_of
 from ..checkpoint.staging import write_text
-from ..config import describe_source
 from ..evaluation import EvaluationProtocol, check_protocol, evaluate_model
-from ..records import REPORT_NAME, TUNING_NAME
+from ..records import REPORT_NAME, TUNING_NAME, describe_source
 from .commit import commit_folder, with_retries
 from .models import current_results, is_adapter, sparse_part
 from .sources import choose_baseline, choose_tokenizer, copy_own_processor

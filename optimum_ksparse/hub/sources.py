@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..checkpoint import describe_model, facts_of, made_with
-from ..config import describe_source
 from ..data import copy_processor, read_tokenizer
 from ..evaluation import Baseline, recorded_baseline
+from ..records import describe_source
 from ..report import BASE_ARGUMENTS
 
 logger = logging.get_logger(__name__)

@@ -14,8 +14,8 @@ from ..adapters import MergeReport
 from ..checkpoint import describe_model, facts_of, made_with
 from ..checkpoint.model_class import class_for_model
 from ..checkpoint.staging import write_text
-from ..config import is_repo_id, names_repository
 from ..evaluation import EvaluationResults, settle_records, tuning_title
+from ..records import is_repo_id, names_repository
 from ..report import SparsityReport
 from .card import LANGUAGES, AdapterFacts, CardSubject, render_card
 from .figures import draw_figures

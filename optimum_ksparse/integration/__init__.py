@@ -8,7 +8,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 
 from ..checkpoint import sparsity_report
 from ..config import QUANT_METHOD, SparsityConfig
-from ..runtime.execution import autotune_kernels
+from ..runtime import autotune_kernels
 from .describing import describe_auto_classes
 from .patches import apply_patches
 from .publishing import describe_push_to_hub

@@ -11,25 +11,26 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from ..config import SparsityConfig
+from ..runtime import RuntimeConfig
 
 _FROM_PRETRAINED = """With optimum-ksparse:
 
     sparsity_config (`SparsityConfig` or `dict`, *optional*):
         Prunes the model while it is loaded, and puts `sparsity_report` on it. A sparse checkpoint loads without; what
-        is passed for one must agree with what it was pruned with, except settings of how it runs.
+        is passed for one must agree with what it was pruned with, except `batch_size` and `storage`.
         One whose weights hold NaN or infinity is refused, unless `KSPARSE_ALLOW_NONFINITE=1` is in the environment.
+    runtime_config (`RuntimeConfig` or `dict`, *optional*):
+        How the sparse layers of the loaded model compute; it is not saved.
 """
-_PARAMETER = inspect.Parameter(
-    "sparsity_config",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=None,
-    annotation=SparsityConfig | dict[str, Any] | None,
-)
+_PARAMETERS = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind | dict[str, Any] | None)
+    for name, kind in (("sparsity_config", SparsityConfig), ("runtime_config", RuntimeConfig))
+]
 
 
 def describe_from_pretrained(function: Callable[..., Any]) -> None:
-    """Adds `sparsity_config` to signature and docstring of a function that takes it among its keyword arguments."""
-    describe(function, [_PARAMETER], _FROM_PRETRAINED)
+    """Adds `sparsity_config` and `runtime_config` to signature and docstring of a function that takes them."""
+    describe(function, _PARAMETERS, _FROM_PRETRAINED)
 
 
 def describe_auto_classes() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import CONFIG_NAME, cached_file, logging
@@ -35,10 +36,9 @@ from ..checkpoint import (
 from ..checks import check_keys
 from ..config import (
     DENSE_CONFIG_KEY,
+    FLAT_SETTINGS,
     QUANT_METHOD,
-    RECORDED,
     RUN_TIME_SETTINGS,
-    SETTINGS,
     SparsityConfig,
     recorded_settings,
 )
@@ -48,7 +48,7 @@ from ..pattern import Pattern
 from ..pruning import load_tokenizer
 from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 from ..report import SparsityReport
-from ..runtime.execution import apply_settings, tell_cost_on_cpu
+from ..runtime import RuntimeConfig, configure, tell_cost_on_cpu
 from .describing import describe_from_pretrained
 from .recovering import recover_source
 
@@ -67,7 +67,7 @@ def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(cls: type[PreTrainedModel], source: Any = None, *args: Any, **kwargs: Any) -> Any:
         source = kwargs.pop("pretrained_model_name_or_path", source)
         recover_source(source, kwargs.get("subfolder"))
-        config = _take_config(kwargs)
+        config, runtime = _take_config(kwargs), _take_runtime(kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         recorded = None
         if config is not None:
@@ -96,6 +96,8 @@ def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             report.base_arguments = {name: kwargs[name] for name in ("gguf_file", "subfolder") if kwargs.get(name)}
         else:
             _finish_sparse(model, info, config, source, kwargs)
+        if runtime is not None:
+            _configure(model, runtime)
         tell_cost_on_cpu(model)
         requested = kwargs.get("experts_implementation")
         if requested not in (None, "eager") and sparse_experts(model):
@@ -119,8 +121,26 @@ def _take_config(kwargs: dict[str, Any]) -> SparsityConfig | None:
     if not isinstance(config, dict):
         return config
     settings = {name: value for name, value in config.items() if name != "quant_method"}
-    check_keys(settings, SETTINGS, found[0])
-    return SparsityConfig(**settings)
+    check_keys(settings, FLAT_SETTINGS, found[0])
+    return SparsityConfig.from_flat(**settings)
+
+
+def _take_runtime(kwargs: dict[str, Any]) -> RuntimeConfig | None:
+    """Takes the `RuntimeConfig` out of the arguments, or makes one of its settings; None where there is none."""
+    runtime = kwargs.pop("runtime_config", None)
+    if isinstance(runtime, dict):
+        return RuntimeConfig(**runtime)
+    if runtime is not None and not isinstance(runtime, RuntimeConfig):
+        raise TypeError(f"runtime_config must be a RuntimeConfig, found {type(runtime).__name__}")
+    return runtime
+
+
+def _configure(model: PreTrainedModel, runtime: RuntimeConfig) -> None:
+    """How sparse layers run. What has no room for it is a model all the same, which may have taken hours to prune."""
+    try:
+        configure(model, runtime)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        logger.warning(f"The model is loaded, but the memory does not suffice for all of {runtime}: {error}")
 
 
 def _is_ours(name: str, value: Any) -> bool:
@@ -210,12 +230,12 @@ def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:
     that were not passed agree."""
     passed, found = config.to_dict(), recorded.to_dict()
     differences = []
-    for name in config.given - {*RUN_TIME_SETTINGS, *RECORDED, "tokenizer"}:
-        same = passed[name] == found[name]
+    for name in {*config.given, *config.method_settings} - {*RUN_TIME_SETTINGS, "tokenizer", "method_settings"}:
+        same = passed[name] == found.get(name)
         if name == "pattern" and None not in (passed[name], found[name]):
             same = Pattern(passed[name]) == Pattern(found[name])
         if not same:
-            differences.append(f"{name}: passed {passed[name]!r}, recorded {found[name]!r}")
+            differences.append(f"{name}: passed {passed[name]!r}, recorded {found.get(name)!r}")
     if differences:
         raise ValueError(
             "the checkpoint is sparse already, with other settings ("
@@ -248,7 +268,6 @@ def _finish_sparse(
     if config is not None:
         for name in RUN_TIME_SETTINGS:
             setattr(model.config.quantization_config, name, getattr(config, name))
-        apply_settings(model, config)
     kinds: dict[str, Any] = {
         REPORT_NAME: SparsityReport,
         MERGE_REPORT_NAME: MergeReport,

@@ -22,6 +22,7 @@ from ..checkpoint import (
     dense_shapes,
     facts_of,
     is_elsewhere,
+    is_our_record,
     made_with,
     record_layers,
     sparse_modules,
@@ -107,14 +108,12 @@ def _check_source(model: PreTrainedModel, config: SparsityConfig | None, directo
         return
     values, _ = PreTrainedConfig.get_config_dict(directory)
     recorded = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
-    ours = {} if config is None else json.loads(json.dumps(config.to_dict()))
-    compared = [name for name in ours if name not in (*RUN_TIME_SETTINGS, *RECORDED, "tokenizer")]
-    if (
-        config is not None
-        and isinstance(recorded, dict)
-        and all(recorded.get(name, ours[name]) == ours[name] for name in compared)
-    ):
-        return
+    if config is not None and is_our_record(recorded):
+        there = SparsityConfig.from_dict(dict(recorded or {})).to_dict()
+        compared = set(there) - {*RUN_TIME_SETTINGS, *RECORDED, "tokenizer"}
+        ours = json.loads(json.dumps(config.to_dict()))
+        if all(there[name] == ours.get(name) for name in compared):
+            return
     raise FileExistsError(
         f"save_directory={os.fspath(directory)!r} holds the model that this one was made from, which would be lost: "
         "save into another folder, or pass overwrite=True"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..pattern import Pattern
 from . import admm, alps, magnitude, sparsegpt, wanda
 from .notes import collected_notes
 from .refine import REFINEMENTS
+from .settings import Setting, settings_of
 from .statistics import ColumnNorms, GramMatrix
 
 
@@ -31,12 +33,10 @@ class Method:
     statistics: type[ColumnNorms] | None
     scope: str
 
-    @property
-    def settings(self) -> tuple[str, ...]:
-        """Names of the keyword settings that the method takes; `SparsityConfig` has a field of the same name for
-        each."""
-        parameters = inspect.signature(self.prune).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    @cached_property
+    def settings(self) -> dict[str, Setting]:
+        """The keyword settings that the method takes: keys of `SparsityConfig(method_settings=...)`, and flags."""
+        return settings_of(self.prune)
 
     @property
     def citation(self) -> str:
@@ -75,17 +75,15 @@ def prune(
         statistics: of the inputs, of the class that `statistics_of` gives.
         pattern: what to keep.
         refine: of `REFINEMENTS`.
-        settings: any of `SparsityConfig`; those that the method takes and that are not None reach it.
+        settings: of the method; those that are left out have its defaults.
 
     Returns:
         The pruned weight in the dtype of `weight`, and its mask, both [out, in].
     """
-    chosen = METHODS[method]
-    taken = {name: settings[name] for name in chosen.settings if settings.get(name) is not None}
-    pruned, mask = chosen.prune(weight, statistics, pattern, **taken)
+    pruned, mask = METHODS[method].prune(weight, statistics, pattern, **settings)
     for name in refine:
         pruned, mask = REFINEMENTS[name](weight, statistics, pattern, pruned, mask)
     return pruned, mask
 
 
-__all__ = ["METHODS", "REFINEMENTS", "Method", "collected_notes", "prune", "statistics_of"]
+__all__ = ["METHODS", "REFINEMENTS", "Method", "Setting", "collected_notes", "prune", "statistics_of"]

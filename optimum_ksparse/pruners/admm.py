@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Annotated
 
 import torch
 
 from ..pattern import Pattern
 from .scaled import Scaled, cholesky_factor, restored, scale, to_rank
+from .settings import DAMPING, ITERATIONS
 from .statistics import GramMatrix
 
 CITATION = """@misc{boza2024admm,
@@ -31,8 +33,8 @@ def prune(
     statistics: GramMatrix,
     pattern: Pattern,
     *,
-    damping: float = 0.1,
-    iterations: int = 20,
+    damping: Annotated[float, DAMPING] = 0.1,
+    iterations: Annotated[int, ITERATIONS] = 20,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Minimises the layer's output error over weights and mask at once by the alternating direction method of
     multipliers, in units in which every input has the norm 1: Ŵ = W·D, D = √diag H, Ĥ = D⁻¹HD⁻¹ + damping·I.

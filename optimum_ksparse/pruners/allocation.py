@@ -65,11 +65,6 @@ class Allocation:
 def check_allocation(allocation: str, pattern: Pattern, target_density: float | None, reads_data: bool) -> None:
     """Raises ValueError for settings that no allocation can meet; says what is possible."""
     if allocation == "uniform":
-        if target_density is not None:
-            raise ValueError(
-                f'target_density={target_density} has no meaning with allocation="uniform": pass allocation="owl", or '
-                "leave it out"
-            )
         return
     if not reads_data:
         raise ValueError(

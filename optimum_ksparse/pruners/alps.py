@@ -3,10 +3,13 @@ arXiv 2406.07831, algorithm 1 and section 3.3."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 
 from ..pattern import Pattern
 from .scaled import Scaled, restored, scale, to_rank
+from .settings import DAMPING, ITERATIONS
 from .solve import solve_on_mask
 from .statistics import GramMatrix
 
@@ -30,8 +33,8 @@ def prune(
     statistics: GramMatrix,
     pattern: Pattern,
     *,
-    damping: float = 0.01,
-    iterations: int = 300,
+    damping: Annotated[float, DAMPING] = 0.01,
+    iterations: Annotated[int, ITERATIONS] = 300,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Minimises the layer's output error over weights W and their sparse copy D, W = D, by the alternating direction
     method of multipliers with a penalty ρ that grows while the support of D moves, and stops when it does not. Ten

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from typing import Annotated
 
 import torch
 
 from ..pattern import Pattern, lowest, lowest_blocks
 from .notes import note
 from .scaled import finite
+from .settings import DAMPING, whole
 from .statistics import GramMatrix
 from .sweep import one_thread, sweep
 
@@ -21,10 +23,16 @@ CITATION = """@misc{frantar2023sparsegpt,
   eprint = {2301.00774},
   archivePrefix = {arXiv}
 }"""
+_BLOCK_SIZE = whole("columns that sparsegpt sweeps before it updates the rest; a group or tile must divide it")
 
 
 def prune(
-    weight: torch.Tensor, statistics: GramMatrix, pattern: Pattern, *, block_size: int = 128, damping: float = 0.01
+    weight: torch.Tensor,
+    statistics: GramMatrix,
+    pattern: Pattern,
+    *,
+    block_size: Annotated[int, _BLOCK_SIZE] = 128,
+    damping: Annotated[float, DAMPING] = 0.01,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Zeroes weights by W²/U_jj² and updates the kept ones to the right of them, with U the upper Cholesky factor of
     the inverse of H + damping·mean(diag H)·I.

@@ -66,10 +66,11 @@ def choose_method(job: Job, replay: BlockReplay) -> MethodChoice:
             replay.advance(index, blocks.blocks[index])
     with job.place.resident(tried):
         trials = _Trials(job, tried, replay, began)()
+    budget = config.method_setting("time_budget")
     spent = processes.once(lambda: time.perf_counter() - began)
     for trial in trials:
         trial.seconds = round(trial.seconds + spent, 2)
-        trial.fits = trial.loss is not None and (config.time_budget is None or trial.seconds <= config.time_budget)
+        trial.fits = trial.loss is not None and (budget is None or trial.seconds <= budget)
     done = [trial for trial in trials if trial.loss is not None]
     if not done:
         raise ArithmeticError(f"no method could prune block {tried}: {'; '.join(trial.note for trial in trials)}")
@@ -77,11 +78,11 @@ def choose_method(job: Job, replay: BlockReplay) -> MethodChoice:
     least = min(done, key=lambda trial: trial.seconds)
     if not fitting and len(done) == 1:  # with more, a trial took longer than expected: what is fastest must do
         raise ValueError(
-            f"time_budget={config.time_budget} is too short for any method: the least that is possible is about "
+            f"time_budget={budget} is too short for any method: the least that is possible is about "
             f"{least.seconds:.0f} s ({least.name}), the trial included"
         )
     best = min(fitting, key=lambda trial: float(trial.loss or 0)) if fitting else least
-    return MethodChoice(best.method, best.reconstruct, tried, config.time_budget, trials)
+    return MethodChoice(best.method, best.reconstruct, tried, budget, trials)
 
 
 class _Trials:
@@ -115,7 +116,8 @@ class _Trials:
 
     def _is_affordable(self, method: str, reconstruct: str | None, trials: list[Trial]) -> bool:
         """Whether the budget allows to try a method, and then still to prune with the fastest of those before."""
-        budget, costs = self.config.time_budget, [trial.seconds for trial in trials if trial.loss is not None]
+        budget = self.config.method_setting("time_budget")
+        costs = [trial.seconds for trial in trials if trial.loss is not None]
         if budget is None or not costs:
             return True
         before = [trial for trial in trials if trial.method == method]
@@ -126,7 +128,7 @@ class _Trials:
     def _try(self, method: str, reconstruct: str | None) -> Trial:
         device = self.parts["seen"].hidden.device
         replaced, began = Replaced(), _now(device)
-        job = replace(self.job, config=self.config.as_chosen(method, reconstruct), replaced=replaced)
+        job = replace(self.job, config=self.config.changed(method=method, reconstruct=reconstruct), replaced=replaced)
         loss, note = None, ""
         try:
             outputs = self.dense["seen"].hidden if reconstruct else None
@@ -157,7 +159,7 @@ def _now(device: torch.device) -> float:
 def _candidates(config: SparsityConfig) -> list[tuple[str, str | None]]:
     """Those that go with the other settings."""
     candidates = dict.fromkeys((method, config.reconstruct or reconstruct) for method, reconstruct in CANDIDATES)
-    fits = config.block_size % Pattern(config.pattern).width == 0
+    fits = config.method_setting("block_size") % Pattern(config.pattern).width == 0
     return [(method, reconstruct) for method, reconstruct in candidates if method != "sparsegpt" or fits]
 
 

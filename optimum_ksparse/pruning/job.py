@@ -128,7 +128,7 @@ class Job:
     def config_of(self, path: str) -> SparsityConfig:
         """The settings of the layer at `path` in the decoder, which may have a pattern of its own."""
         pattern = None if self.allocation is None else self.allocation.patterns.get(path)
-        return self.config if pattern is None else self.config.with_pattern(pattern)
+        return self.config if pattern is None else self.config.changed(pattern=pattern)
 
     @property
     def has_stacks(self) -> bool:
@@ -161,7 +161,7 @@ class Job:
             place.blocks,
             ids,
             self.batch_size,
-            self.data.begins_with_bos and not config.bos_in_statistics,
+            self.data.begins_with_bos and config.method_setting("bos_in_statistics") is False,
             place.resident,
             place.activations(-(-len(ids) // self.batch_size), folder),
             None if config.calibration_dtype is None else getattr(torch, config.calibration_dtype),

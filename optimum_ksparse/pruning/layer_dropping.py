@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..blocks import DecoderBlocks, evaluation_mode, find_blocks
@@ -27,10 +27,8 @@ from ..blocks.probe import hidden_of
 from ..blocks.running import replaced_forward, run_decoder
 from ..checkpoint import sparse_modules
 from ..checks import check_integer
-from ..config import SparsityConfig
-from ..data import usual_context
+from ..data import CalibrationData, calibration_tokens, load_tokenizer, usual_context
 from .distributed import current
-from .tokens import draw_tokens, load_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +53,8 @@ def drop_layers(
     model: PreTrainedModel,
     number: int,
     dataset: Any = "mc4-ko",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
+    batch_size: int = 1,
     **calibration: Any,
 ) -> list[int]:
     """Takes the decoder blocks that change the hidden states least out of a dense model, in place; the last block with
@@ -64,8 +63,8 @@ def drop_layers(
     Args:
         model: a decoder-only model whose blocks run one after another.
         number: blocks to drop.
-        dataset, tokenizer: calibration text, as in `SparsityConfig`; None takes the model's own tokenizer.
-        calibration: `num_samples`, `seq_len`, `batch_size`, `seed`, `prepend_bos`, as there.
+        dataset, tokenizer, batch_size: as in `SparsityConfig`.
+        calibration: `num_samples`, `seq_len`, `seed`, `prepend_bos`, as there.
 
     Returns:
         The numbers that the dropped blocks had, in order.
@@ -80,11 +79,14 @@ def drop_layers(
     if not 1 <= check_integer("number", number, 1) < total:
         raise ValueError(f"number={number} does not fit {type(model).__name__}, which has {total} decoder blocks")
     _plan(blocks, list(range(total - number)))
-    config = SparsityConfig("wanda", dataset=dataset, **calibration).fitted(usual_context(model.config))
-    tokenizer = tokenizer or load_tokenizer(config, model.name_or_path)
+    check_integer("batch_size", batch_size, 1)
+    longest = CalibrationData.seq_len
+    calibration.setdefault("seq_len", min(longest, usual_context(model.config) or longest))
+    data = CalibrationData(dataset, tokenizer, **calibration)
+    tokenizer = load_tokenizer(data, model.name_or_path)
     with evaluation_mode(model):
         scores = current().once(
-            lambda: block_influence(blocks, draw_tokens(model, config, tokenizer).ids, config.batch_size)
+            lambda: block_influence(blocks, calibration_tokens(data, model, tokenizer).ids, batch_size)
         )
     order = sorted(range(total), key=lambda index: (scores[index], index))
     # A hybrid cannot write text without attention: its cache counts the tokens there.

@@ -54,7 +54,7 @@ def choose(job: Job) -> None:
 def prune(job: Job) -> None:
     """Block by block, from the first that is not done."""
     place, choice = job.place, job.choice
-    config = job.config if choice is None else job.config.as_chosen(choice.method, choice.reconstruct)
+    config = job.config if choice is None else job.config.changed(method=choice.method, reconstruct=choice.reconstruct)
     chosen = replace(job, config=config)
     unfinished = len(place.done) < len(job.blocks.blocks)
     # The batches are those of what was asked for.

@@ -169,9 +169,10 @@ def _epochs(
 ) -> Iterator[tuple[float, float]]:
     """Trains, and yields after each epoch the mean loss that its steps met, and the loss on what is held out."""
     sizes = [float(parameter.square().mean().sqrt()) or _LEAST_SIZE for parameter in parameters]
-    groups = [{"params": [p], "lr": config.reconstruction_lr * s} for p, s in zip(parameters, sizes, strict=True)]
+    epochs, rate_at_height = (config.method_setting(f"reconstruction_{name}") for name in ("epochs", "lr"))
+    groups = [{"params": [p], "lr": rate_at_height * s} for p, s in zip(parameters, sizes, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    total = config.reconstruction_epochs * problem.num_steps
+    total = epochs * problem.num_steps
     warm_up = max(1, round(_WARM_UP * total))
 
     def rate(step: int) -> float:
@@ -179,7 +180,7 @@ def _epochs(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     order = torch.Generator().manual_seed(config.seed + problem.loss.index)
-    for _ in range(config.reconstruction_epochs):
+    for _ in range(epochs):
         met = []
         for batches in problem.steps(order):
             with torch.enable_grad():

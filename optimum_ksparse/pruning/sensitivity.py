@@ -16,7 +16,7 @@ from torch import nn
 
 from ..blocks import BlockReplay, DecoderBlocks, ExpertStack
 from ..blocks.experts import matrix_name
-from ..config import AUTO, SparsityConfig
+from ..config import SparsityConfig
 from ..nn import dense_weight
 from ..pattern import Pattern
 from ..pruners.allocation import LEFT_DENSE, OUTLIER_MULTIPLE, Allocation, LayerMeasure, allocate, same_density
@@ -51,7 +51,7 @@ def measure_allocation(job: Job, replay: BlockReplay) -> Allocation:
         return measures
 
     measures = over_blocks("Measuring what layers lose", job, replay, step)
-    return allocate(measures, Pattern(job.config.pattern), job.config.target_density)
+    return allocate(measures, Pattern(job.config.pattern), job.config.method_setting("target_density"))
 
 
 def leave_dense(blocks: DecoderBlocks, targets: list[dict[str, Layer]], allocation: Allocation) -> dict[str, str]:
@@ -104,7 +104,7 @@ def _losses(
     name: str, layer: Layer, statistics: dict[str, ColumnNorms], path: str, config: SparsityConfig
 ) -> dict[str, float]:
     """Predicted loss of a layer by pattern; the matrices of a stack count as often as tokens reached them."""
-    block_size = config.block_size if config.method in ("sparsegpt", AUTO) else None
+    block_size = config.method_setting("block_size")
     lost: dict[str, float] = {}
     energy = 0.0
     for weight, own in _matrices(name, layer, statistics):

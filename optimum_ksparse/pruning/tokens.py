@@ -7,42 +7,33 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..config import SparsityConfig, describe_source
-from ..data import CalibrationTokens, calibration_tokens, read_tokenizer, tell_default_text
-from ..dataset import is_token_ids, needs_tokenizer
+from .. import data
+from ..config import SparsityConfig
 
 logger = logging.get_logger(__name__)
 
 
 def load_tokenizer(config: SparsityConfig, source: Any, **arguments: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer for the calibration text: `config.tokenizer`, or the one of `source`, loaded with `arguments` of
-    `from_pretrained`. None where none is needed.
-
-    Raises:
-        ValueError: one is needed, and none can be loaded.
-    """
-    if not config.needs_data or is_token_ids(config.dataset):
-        return None
-    if isinstance(config.tokenizer, PreTrainedTokenizerBase):
-        return config.tokenizer
-    if config.tokenizer is not None:  # another repository than the weights': it has its own revisions and folders
-        source = config.tokenizer
-        arguments = {k: v for k, v in arguments.items() if k not in ("revision", "subfolder", "gguf_file")}
-    try:
-        return read_tokenizer(source, **arguments)
-    except Exception as error:  # transformers and huggingface_hub raise many kinds here
-        if not needs_tokenizer(config.dataset):
-            return None
-        raise ValueError(
-            f"no tokenizer could be loaded from {describe_source(source)!r}: name one with "
-            f"SparsityConfig(tokenizer=...), or pass token ids as the dataset; {error}"
-        ) from error
+    """As `data.load_tokenizer`; None where pruning reads no data."""
+    return data.load_tokenizer(config.calibration, source, **arguments) if config.needs_data else None
 
 
 def draw_tokens(
     model: PreTrainedModel, config: SparsityConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> CalibrationTokens:
-    """The calibration samples, with the tokenizer that `load_tokenizer` gave."""
+) -> data.CalibrationTokens:
+    """The calibration samples, with the tokenizer that `load_tokenizer` gave.
+
+    Raises:
+        ValueError: they cannot be drawn, or some samples alone would lose their first position.
+    """
     if "dataset" not in config.given and tokenizer is not None:
-        logger.warning(tell_default_text(config.dataset, tokenizer))
-    return calibration_tokens(config, model, tokenizer)
+        logger.warning(data.tell_default_text(config.dataset, tokenizer))
+    tokens = data.calibration_tokens(config.calibration, model, tokenizer)
+    counts = config.method_setting("bos_in_statistics")
+    if counts is False and len({part["begins_with_bos"] for part in tokens.description.get("parts", ())}) > 1:
+        raise ValueError(
+            "bos_in_statistics=False leaves out the first position of every sample, and in this mix the samples of "
+            "'self' alone begin with the beginning token: pass prepend_bos=True, or bos_in_statistics=True"
+        )
+    tokens.description["bos_in_statistics"] = counts is not False
+    return tokens

@@ -92,7 +92,7 @@ def autotune(
     Args:
         layers: by name.
         tokens: for which numbers of tokens, each a power of two up to 4096.
-        optimize_for, max_extra_bytes: as in `SparsityConfig`.
+        optimize_for, max_extra_bytes: as in `RuntimeConfig`.
     """
     groups = _groups(layers)
     device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))

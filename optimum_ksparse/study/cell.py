@@ -23,7 +23,6 @@ from ..api import prune_checkpoint
 from ..checkpoint import facts_of
 from ..checkpoint.model_class import class_for_source
 from ..checkpoint.staging import write_text
-from ..config import EXECUTION_SETTINGS, SparsityConfig
 from ..data import read_tokenizer
 from ..evaluation import EvaluationProtocol, EvaluationResults, Measurement, evaluate_model
 from ..kernels import GROUPS
@@ -31,9 +30,10 @@ from ..kernels.hardware import runs_kernels
 from ..pruning.memory import peak_memory
 from ..records import RESULTS_NAME, build, read_record, to_json
 from ..report import SparsityReport
-from ..runtime.execution import apply_settings
+from ..runtime import RuntimeConfig, configure
 from ..version import library_versions
 from .benchmark import BenchResults
+from .grid import split_settings
 from .processes import end_with_parent
 from .results import FAILURE_NAME, RESULT_NAME, CellResult
 from .tuning import run_korquad, run_nsmc
@@ -125,7 +125,7 @@ class _Run:
 
     def _prune(self) -> dict[str, Any]:
         assert self.settings is not None
-        config = SparsityConfig(**self.settings)
+        config, _ = split_settings(self.settings)
         source, loading = self.job["model"], dict(self.loading)
         if self.job["stream"]:
             loading.pop("device_map", None)
@@ -157,7 +157,7 @@ class _Run:
         return {"rows": run_nsmc(self._load, self._load_tuned, self.job["nsmc"], self.folder / BEGUN["nsmc"])}
 
     def _load(self, measure: bool = False) -> tuple[Any, Any]:
-        """The dense or the pruned model, and its tokenizer; for measuring with its execution settings."""
+        """The dense or the pruned model, and its tokenizer; for measuring as the cell says that it is to run."""
         model = self._load_from(self.job["model"] if self.settings is None else self.checkpoint, self._how())
         self.device = model.device
         if measure:
@@ -188,8 +188,7 @@ class _Run:
             return
         kernels = runs_kernels(model.device) and model.dtype in (torch.bfloat16, torch.float16)
         how: dict[str, Any] = {"densify": "never" if kernels and self.settings["pattern"] in GROUPS else "lazy"}
-        how |= {name: self.settings[name] for name in EXECUTION_SETTINGS if name in self.settings}
-        apply_settings(model, SparsityConfig("magnitude", dataset=None, **how))
+        configure(model, RuntimeConfig(**{**how, **split_settings(self.settings)[1]}))
 
 
 def _summary(report: SparsityReport) -> dict[str, Any]:

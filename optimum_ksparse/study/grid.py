@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import AUTO, EXECUTION_SETTINGS, RECORDED, SETTINGS, SparsityConfig
-from .recipe import CALIBRATION, DENSE, Recipe
+from ..config import AUTO, SETTINGS, SparsityConfig
+from ..runtime import RuntimeConfig
+from .recipe import CALIBRATION, DENSE, RUNTIME, Recipe
 
 # Settings that change nothing in a cell that reads no calibration data.
 _OF_DATA = (*CALIBRATION, "seed", "bos_in_statistics", "calibration_dtype", "true_sequential")
-# Settings by which no figure changes, but for rounding. (Not config.RUN_TIME_SETTINGS: what is chosen at each
-# load may well change the figures that a cell is there for.)
-_HARMLESS = ("batch_size", "storage", "kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
 # In an identity even where they are the defaults.
 _ALWAYS = ("method", "pattern", "dataset", "num_samples", "seq_len", "seed")
 
@@ -76,7 +74,7 @@ def grid(recipe: Recipe) -> dict[str, Cell]:
 
 def _cell(place: Place, settings: dict[str, Any]) -> Cell:
     try:
-        config = SparsityConfig(**settings)
+        config, _ = split_settings(settings)
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise type(error)(f"cell {place}: {error}") from error
     identity = identity_of(config)
@@ -93,24 +91,23 @@ def _id_of(identity: Mapping[str, Any]) -> str:
 
 def identity_of(config: SparsityConfig) -> dict[str, Any]:
     """The settings that decide the figures: as `config.to_dict()`, which describes files by their SHA-256, without
-    those by which none changes, those that are the defaults (so that a setting which a later version adds changes no
-    cell of an earlier one) and, where no data are read, those of calibration."""
-    settings, defaults = _settings_of(config), _settings_of(SparsityConfig())
+    those by which none changes but for rounding, those that are the defaults (so that a setting which a later version
+    adds changes no cell of an earlier one) and, where no data are read, those of calibration."""
+    settings, defaults = json.loads(json.dumps(config.to_dict())), SparsityConfig().to_dict()
+    defaults |= {name: setting.default for name, setting in config.read_settings.items()}
+    counted = {*SETTINGS, *config.method_settings} - {"batch_size", "storage", "method_settings"}
     # The batches are what reconstruction steps by, and what is held out.
-    by_batches = config.reconstruct is not None or config.method == AUTO
-    harmless = {*RECORDED, *_HARMLESS} - ({"batch_size"} if by_batches else set()) | set(config.unread)
+    counted |= {"batch_size"} if config.reconstruct is not None or config.method == AUTO else set()
     identity = {name: settings[name] for name in _ALWAYS}
-    for name, value in settings.items():
-        if name in SETTINGS and name not in harmless and value != defaults[name]:
-            identity[name] = value
+    identity |= {name: settings[name] for name in sorted(counted) if settings[name] != defaults[name]}
     return {name: value for name, value in identity.items() if config.needs_data or name not in _OF_DATA}
 
 
-def _settings_of(config: SparsityConfig) -> dict[str, Any]:
-    """All settings as JSON holds them."""
-    execution = {name: getattr(config, name) for name in EXECUTION_SETTINGS}
-    settings: dict[str, Any] = json.loads(json.dumps({**execution, **config.to_dict()}))
-    return settings
+def split_settings(settings: Mapping[str, Any]) -> tuple[SparsityConfig, dict[str, Any]]:
+    """What a cell prunes with, and what a recipe says of how its model runs: arguments of `RuntimeConfig`."""
+    runtime = {name: value for name, value in settings.items() if name in RUNTIME}
+    RuntimeConfig(**runtime)  # checks them
+    return SparsityConfig.from_flat(**{k: v for k, v in settings.items() if k not in runtime}), runtime
 
 
 def settings_in_words(identity: Mapping[str, Any]) -> str:

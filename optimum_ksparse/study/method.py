@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ..dataset import is_mix, mix_parts
+from ..data.dataset import is_mix, mix_parts
 from ..evaluation import KOBEST_TASKS, TASK_TITLES, Measurement, tuning_title
 from .grid import settings_in_words
 from .results import StudyResults

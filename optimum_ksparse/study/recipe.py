@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..checks import check_keys, check_one_of
-from ..config import RECORDED, SETTINGS
-from ..dataset import is_mix
+from ..config import FLAT_SETTINGS
+from ..data.dataset import is_mix
 from ..evaluation import EvaluationProtocol
 from ..pattern import Pattern
 from ..records import Count, Positive, build
+from ..runtime import RuntimeConfig
 from .quantities import QUANTITIES
 from .tuning import KORQUAD_KEYS, NSMC_KEYS, check_korquad, check_nsmc
 
@@ -24,7 +25,8 @@ SECTIONS = {
     "nsmc": NSMC_KEYS,
 }
 # Settings of SparsityConfig that stand at one place of a recipe each.
-_METHOD = tuple(name for name in SETTINGS if name not in ("pattern", "seed", *RECORDED, *CALIBRATION))
+RUNTIME = tuple(f.name for f in fields(RuntimeConfig))
+_METHOD = (*(name for name in FLAT_SETTINGS if name not in ("pattern", "seed", *CALIBRATION)), *RUNTIME)
 _COMMON = tuple(name for name in _METHOD if name != "method")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SOURCES = ("source", "method")

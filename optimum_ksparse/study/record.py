@@ -10,14 +10,14 @@ from typing import Annotated, Any, TypedDict
 
 from ..checkpoint import find_weight_files
 from ..checkpoint.staging import write_text
-from ..config import describe_dataset, describe_source
+from ..data.dataset import describe_dataset
 from ..data.texts import describe_texts
 from ..evaluation import EvaluationProtocol
 from ..evaluation.kobest_data import describe_data
 from ..evaluation.nsmc import NUM_FEWSHOT
 from ..evaluation.nsmc_data import describe_nsmc
 from ..pruning.streaming import Journal
-from ..records import As, RelativePath, Version, read_record, to_json
+from ..records import As, RelativePath, Version, describe_source, read_record, to_json
 from .finetuning import FinetuningSettings, KoAlpacaSettings, KorQuADSettings
 from .grid import Cell
 from .recipe import SECTIONS, Recipe

@@ -146,7 +146,7 @@ def test_the_nearest_weight_of_the_pattern_is_found():
 )
 def test_settings_that_blocks_cannot_have(config, message):
     with pytest.raises(ValueError, match=message):
-        SparsityConfig(**config)
+        SparsityConfig.from_flat(**config)
 
 
 def test_a_layer_that_blocks_do_not_fill(make_model, token_ids):
@@ -164,10 +164,10 @@ def test_every_method_from_memory_and_disk_to_a_dense_model(make_model, token_id
     config = {"method": method, "pattern": "50%/4x4", "dataset": token_ids, "batch_size": 2}
     model = make_model()
     model.save_pretrained(tmp_path / "dense")
-    sparsify(model, SparsityConfig(**config))
+    sparsify(model, SparsityConfig.from_flat(**config))
     expected = model(token_ids).logits
     model.save_pretrained(tmp_path / "memory")
-    prune_checkpoint(tmp_path / "dense", tmp_path / "disk", SparsityConfig(**config))
+    prune_checkpoint(tmp_path / "dense", tmp_path / "disk", SparsityConfig.from_flat(**config))
     for folder in ("memory", "disk"):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
         layers = sparse_modules(again)

@@ -243,7 +243,7 @@ def test_bos_in_statistics_counts_the_first_position_or_not(
     layer = model.model.decoder.layers[0].fc1
     weight = layer.weight.detach().clone()
     inputs = layer_inputs(model, model.model.decoder.layers[0], tokens)["fc1"].float()
-    sparsify(model, SparsityConfig(method="sparsegpt", dataset=tokens, bos_in_statistics=counted))
+    sparsify(model, SparsityConfig(method="sparsegpt", dataset=tokens, method_settings={"bos_in_statistics": counted}))
     expected, _ = prune_weight(weight, inputs if counted else inputs[:, 1:], method="sparsegpt", pattern="2:4")
     found = model.model.decoder.layers[0].fc1.to_dense_weight()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -251,7 +251,7 @@ def test_bos_in_statistics_counts_the_first_position_or_not(
 
 def test_first_position_counts_where_it_is_no_beginning_token(make_model: MakeModel, token_ids: torch.Tensor) -> None:
     reports = [
-        sparsify(make_model(), SparsityConfig(dataset=token_ids, bos_in_statistics=counted))
+        sparsify(make_model(), SparsityConfig(dataset=token_ids, method_settings={"bos_in_statistics": counted}))
         for counted in (True, False)
     ]
     assert not reports[0].calibration["begins_with_bos"]
@@ -333,7 +333,11 @@ def test_true_sequential_gives_other_masks_to_later_layers(
                 for linear in linear_maps(layer).values():
                     linear.weight.mul_(20)
         config = SparsityConfig(
-            method=method, pattern=pattern, dataset=token_ids, block_size=16, true_sequential=true_sequential
+            method=method,
+            pattern=pattern,
+            dataset=token_ids,
+            method_settings={"block_size": 16},
+            true_sequential=true_sequential,
         )
         report = sparsify(model, config)
         assert report.density == 0.5
@@ -353,7 +357,11 @@ def test_later_blocks_are_calibrated_on_the_pruned_ones(
 ) -> None:
     model = make_model(name)
     config = SparsityConfig(
-        method="sparsegpt", dataset=token_ids, block_size=16, batch_size=4, true_sequential=true_sequential
+        method="sparsegpt",
+        dataset=token_ids,
+        method_settings={"block_size": 16},
+        batch_size=4,
+        true_sequential=true_sequential,
     )
     errors = {row.name: row.relative_output_error for row in sparsify(model, config).layers}
     blocks = find_blocks(model)

@@ -138,7 +138,7 @@ def cached() -> PreTrainedModel:
 def test_every_stack_is_pruned(kind, method, request):
     model = request.getfixturevalue(kind)
     names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
-    report = sparsify(model, SparsityConfig(method, "2:4", IDS, batch_size=8))
+    report = sparsify(model, SparsityConfig(method, "2:4", dataset=IDS, batch_size=8))
     assert {f"model.{row.name}" for row in report.layers} == names
     assert {name for name, module in model.named_modules() if isinstance(module, SparseLinear)} == names
     assert bool(model(IDS).logits.isfinite().all())
@@ -176,7 +176,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_looped_checkpoint_is_pruned_on_disk_as_in_memory(kind, settings, request, tmp_path: Path, monkeypatch):
     model = request.getfixturevalue(kind)
     model.save_pretrained(tmp_path / "dense")
-    config = SparsityConfig("wanda", "2:4", IDS, batch_size=8, **settings)
+    config = SparsityConfig.from_flat("wanda", "2:4", dataset=IDS, batch_size=8, **settings)
     report = sparsify(model, config)
     assert all(row.loss_after <= row.loss_before for row in report.reconstruction)
     original = Workspace.add_block
@@ -200,7 +200,9 @@ def test_a_looped_checkpoint_is_pruned_on_disk_as_in_memory(kind, settings, requ
 
 
 def test_the_best_method_is_chosen_for_a_looped_model(looped):
-    report = sparsify(looped, SparsityConfig("auto", "2:4", IDS, batch_size=2, time_budget=1e6))
+    report = sparsify(
+        looped, SparsityConfig("auto", "2:4", dataset=IDS, batch_size=2, method_settings={"time_budget": 1e6})
+    )
     assert report.choice is not None and all(trial.loss is not None for trial in report.choice.trials)
 
 
@@ -214,7 +216,7 @@ def test_the_best_method_is_chosen_for_a_looped_model(looped):
 def test_what_a_looped_model_cannot_have_is_refused_before_any_work(looped, settings, message):
     before = {name: value.clone() for name, value in looped.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        sparsify(looped, SparsityConfig("wanda", "50%", IDS, batch_size=2, **settings))
+        sparsify(looped, SparsityConfig.from_flat("wanda", "50%", dataset=IDS, batch_size=2, **settings))
     assert all(torch.equal(value, before[name]) for name, value in looped.state_dict().items())
 
 
@@ -232,10 +234,12 @@ def test_a_block_that_text_passes_by_is_named_before_any_work(make_model, token_
     layers.append(nn.Sequential(nn.Linear(32, 32)))  # the model calls as many as its config says
     before = layers[0].mlp.up_proj
     with pytest.raises(ValueError, match=r"layers\.2: no calibration token reached this block"):
-        sparsify(model, SparsityConfig("wanda", "2:4", token_ids))
+        sparsify(model, SparsityConfig("wanda", "2:4", dataset=token_ids))
     assert layers[0].mlp.up_proj is before
     settings = {"modules_to_not_convert": [r"model\.layers\.2\."], "reconstruct": "block", "reconstruction_epochs": 1}
-    report = sparsify(model, SparsityConfig("wanda", "2:4", token_ids, true_sequential=True, **settings))
+    report = sparsify(
+        model, SparsityConfig.from_flat("wanda", "2:4", dataset=token_ids, true_sequential=True, **settings)
+    )
     assert list(report.skipped) == ["layers.2.0"]
 
 

@@ -29,7 +29,7 @@ def alter(folder: Path, change: Callable[[Weights], Any]) -> None:
 
 
 def test_a_dense_source_without_a_tensor_is_refused_before_any_work(make_model, token_ids, tmp_path, monkeypatch):
-    config = SparsityConfig("wanda", "2:4", token_ids)
+    config = SparsityConfig("wanda", "2:4", dataset=token_ids)
     for family, name in CASES:
         folder = tmp_path / name
         make_model(family).save_pretrained(folder)

@@ -45,7 +45,7 @@ def make(kind: str, storage: str = "packed", prune: bool = True, **settings: Any
 
 
 def magnitude(storage: str, **settings: Any) -> SparsityConfig:
-    return SparsityConfig("magnitude", "2:4", None, storage=storage, skip_unsupported=True, **settings)
+    return SparsityConfig("magnitude", "2:4", dataset=None, storage=storage, skip_unsupported=True, **settings)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.__main__ import main
 from optimum_ksparse.commands.prune import _LOADING_TEXTS, SETTINGS_TEXTS
 from optimum_ksparse.commands.recipes import read_recipe
-from optimum_ksparse.config import EXECUTION_SETTINGS, RECORDED, SETTINGS
+from optimum_ksparse.config import FLAT_SETTINGS, METHOD_SETTINGS
 from optimum_ksparse.data import documents, tell_default_text
 from optimum_ksparse.evaluation import Baseline, EvaluationProtocol, EvaluationResults, Measurement
 
@@ -112,7 +112,7 @@ def test_the_default_calibration_text_and_a_missing_tokenizer_are_told(
     settings = {"method": "wanda", "num_samples": 2, "seq_len": 16}
     sparsify(make_model(), SparsityConfig(dataset=sample_texts("calibration"), **settings), tokenizer)
     assert "Korean" not in "".join(told())
-    sparsify(model := make_model(), SparsityConfig(**settings), tokenizer)
+    sparsify(model := make_model(), SparsityConfig.from_flat(**settings), tokenizer)
     assert "the default, which is Korean" in told()[-1] and "of another language" in told()[-1]  # of bytes alone
     model.save_pretrained(tmp_path / "a")
     model.save_pretrained(tmp_path / "b")
@@ -151,15 +151,15 @@ def test_prune_from_disk_to_disk(cli, workplace):
 
 
 def test_every_setting_has_a_flag():
-    assert set(SETTINGS_TEXTS) == set(SETTINGS) - {*RECORDED, *EXECUTION_SETTINGS}
+    assert {*SETTINGS_TEXTS, *METHOD_SETTINGS} == {*FLAT_SETTINGS}
 
 
 def test_recipes_are_short_and_valid():
     assert RECIPES
     for path in RECIPES:
         assert len(path.read_text().splitlines()) <= 20, path.name
-        recipe = read_recipe(str(path), ["model", "output", *SETTINGS_TEXTS, *_LOADING_TEXTS])
-        SparsityConfig(**{name: value for name, value in recipe.items() if name in SETTINGS_TEXTS})
+        recipe = read_recipe(str(path), ["model", "output", *FLAT_SETTINGS, *_LOADING_TEXTS])
+        SparsityConfig.from_flat(**{name: value for name, value in recipe.items() if name in FLAT_SETTINGS})
 
 
 def test_help_of_optimum_cli_lists_us(tmp_path):

@@ -20,10 +20,10 @@ from optimum_ksparse import SparsityConfig, prune_checkpoint, sparsify
 from optimum_ksparse.commands import parse_words
 from optimum_ksparse.commands.parser import dataset as dataset_flag
 from optimum_ksparse.commands.recipes import read_recipe
-from optimum_ksparse.data import calibration_tokens
-from optimum_ksparse.dataset import describe_dataset, holds, is_mix, mix_shares, needs_tokenizer, split_samples
+from optimum_ksparse.data.dataset import describe_dataset, holds, is_mix, mix_shares, needs_tokenizer, split_samples
 from optimum_ksparse.hub.card import render_card
 from optimum_ksparse.hub.metadata import build_metadata
+from optimum_ksparse.pruning.tokens import draw_tokens
 from optimum_ksparse.report import SparsityReport
 
 from ..hub.test_card import make_report, make_subject, section
@@ -46,8 +46,8 @@ def files(tmp_path: Path) -> tuple[str, str]:
 
 
 def draw(make_model: MakeModel, tokenizer: Any, dataset: Any, **given: Any) -> Any:
-    config = SparsityConfig(dataset=dataset, **{"num_samples": 8, "seq_len": 12, **given})
-    return calibration_tokens(config, make_model(), tokenizer)
+    config = SparsityConfig.from_flat(dataset=dataset, **{"num_samples": 8, "seq_len": 12, **given})
+    return draw_tokens(make_model(), config, tokenizer)
 
 
 weights_drawn = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6)
@@ -217,10 +217,10 @@ def test_streaming_takes_a_mix_of_files_and_refuses_self_in_one(
     how = {"num_samples": 4, "seq_len": 12}
     with pytest.raises(ValueError, match='dataset="self" needs the whole model'):
         prune_checkpoint(
-            tmp_path / "dense", tmp_path / "out", SparsityConfig(dataset={files[0]: 0.5, "self": 0.5}, **how)
+            tmp_path / "dense", tmp_path / "out", SparsityConfig.from_flat(dataset={files[0]: 0.5, "self": 0.5}, **how)
         )
     mix = {files[0]: 0.5, files[1]: 0.5}
-    report = prune_checkpoint(tmp_path / "dense", tmp_path / "out", SparsityConfig(dataset=mix, **how))
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "out", SparsityConfig.from_flat(dataset=mix, **how))
     assert report.calibration["dataset"] == describe_dataset(mix)
     assert len(report.calibration["parts"]) == 2
 
@@ -248,11 +248,13 @@ def test_the_flag(text: str, found: Any) -> None:
 def test_flags_and_recipes_become_settings(tmp_path: Path) -> None:
     flags = ("--dataset", "mc4-ko=0.5,self=0.5", "--allocation", "owl", "--target-density", "0.6")
     args = parse_words(["prune", "model", "output", *flags]).args
-    config = SparsityConfig(dataset=args.dataset, allocation=args.allocation, target_density=args.target_density)
-    assert config.dataset == {"mc4-ko": 0.5, "self": 0.5} and config.target_density == 0.6
+    config = SparsityConfig(
+        dataset=args.dataset, allocation=args.allocation, method_settings={"target_density": args.target_density}
+    )
+    assert config.dataset == {"mc4-ko": 0.5, "self": 0.5} and config.method_settings == {"target_density": 0.6}
     (tmp_path / "recipe.yaml").write_text("dataset: {mc4-ko: 0.5, self: 0.5}\nallocation: owl\ntarget_density: 0.6\n")
     recipe = read_recipe(str(tmp_path / "recipe.yaml"), ["dataset", "allocation", "target_density"])
-    assert SparsityConfig(**recipe).to_dict() == config.to_dict()
+    assert SparsityConfig.from_flat(**recipe).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize("text", ["mc4-ko=0.5,self", "c4=0.5,c4=0.5", "c4=1.2.3"])

@@ -16,7 +16,7 @@ from tokenizers import processors
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from optimum_ksparse import SparsityConfig, sparsify
-from optimum_ksparse.data import CalibrationTokens, calibration_tokens, prepends_bos
+from optimum_ksparse.data import CalibrationData, CalibrationTokens, calibration_tokens, prepends_bos
 from optimum_ksparse.data.documents import HUB_DATASETS, documents
 
 from ..conftest import CONTEXT, VOCABULARY, sample_texts
@@ -55,8 +55,8 @@ def calibrate(make_model: MakeModel, tokenizer: Tokenizer) -> Calibrate:
     """Makes samples of 16 tokens: `calibrate(texts, num_samples=3)`."""
 
     def run(dataset: Any, tokenizer: Tokenizer | None = tokenizer, **settings: Any) -> CalibrationTokens:
-        config = SparsityConfig(dataset=dataset, **{"num_samples": 4, "seq_len": 16, **settings})
-        return calibration_tokens(config, make_model(), tokenizer)
+        data = CalibrationData(dataset, **{"num_samples": 4, "seq_len": 16, **settings})
+        return calibration_tokens(data, make_model(), tokenizer)
 
     return run
 
@@ -357,8 +357,8 @@ def test_the_default_length_is_the_context_where_that_is_shorter(make_model: Mak
     settings = {"method": "wanda", "dataset": ["가나다라 마바사 " * 40] * 4, "num_samples": 2}
     model, explicit = make_model(), {**settings, "seq_len": 2048}
     with pytest.raises(ValueError, match="seq_len=2048 is above"):
-        sparsify(model, SparsityConfig(**explicit), tokenizer)
-    report = sparsify(model, SparsityConfig(**settings), tokenizer)
+        sparsify(model, SparsityConfig.from_flat(**explicit), tokenizer)
+    report = sparsify(model, SparsityConfig.from_flat(**settings), tokenizer)
     assert report.calibration["seq_len"] == report.config["seq_len"] == CONTEXT
 
 

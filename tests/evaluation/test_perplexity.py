@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity, sparsify
+from optimum_ksparse.data.dataset import describe_dataset
 from optimum_ksparse.data.documents import HELD_OUT_EVERY, HUB_DATASETS, documents
 from optimum_ksparse.data.texts import NUM_ARTICLES
-from optimum_ksparse.dataset import describe_dataset
 
 from ..conftest import ARCHITECTURES, CONTEXT, VOCABULARY, sample_texts
 from ..loopback_hub import LoopbackHub

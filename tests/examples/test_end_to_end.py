@@ -32,7 +32,7 @@ def test_one_line_prunes_a_gguf_file_and_a_fresh_process_writes_with_it(gguf, tm
         gguf_file=gguf.name,
         dtype=torch.bfloat16,
         # Forced, because the tokenizer that transformers 5.17 makes of the file does not add it by itself.
-        sparsity_config=SparsityConfig("wanda", "2:4", data, num_samples=4, seq_len=64, prepend_bos=True),
+        sparsity_config=SparsityConfig("wanda", "2:4", dataset=data, num_samples=4, seq_len=64, prepend_bos=True),
     )
     report = model.sparsity_report
     assert len(sparse_modules(model)) == len(report.layers) == 18 * 7

@@ -14,7 +14,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_ksparse.config import is_repo_id
 from optimum_ksparse.evaluation import EvaluationResults
 from optimum_ksparse.hub import card as card_module
 from optimum_ksparse.hub.card import BEGIN, END, LANGUAGES, AdapterFacts, CardSubject, render_card
@@ -22,6 +21,7 @@ from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE
 from optimum_ksparse.hub.metadata import build_metadata
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.pruners.allocation import LEFT_DENSE
+from optimum_ksparse.records import is_repo_id
 from optimum_ksparse.report import LayerReport, SparsityReport
 from optimum_ksparse.version import INSTALL_VARIABLE
 

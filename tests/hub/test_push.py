@@ -1492,7 +1492,7 @@ def test_a_base_that_only_a_file_names_is_not_asked_for_its_card(
     theirs = b"---\nlicense: apache-2.0\nlanguage: [ko, 7]\npipeline_tag: text-generation\n---\n"
     hub.add_repo("org/tiny-base", {**read(base), "README.md": theirs})
     model = AutoModelForCausalLM.from_pretrained(
-        "org/tiny-base", sparsity_config=SparsityConfig("wanda", "2:4", token_ids)
+        "org/tiny-base", sparsity_config=SparsityConfig("wanda", "2:4", dataset=token_ids)
     )
     assert model.sparsity_report.base_card == {"license": "apache-2.0", "pipeline_tag": "text-generation"}
     model.save_pretrained(tmp_path / "sparse")
@@ -1500,5 +1500,5 @@ def test_a_base_that_only_a_file_names_is_not_asked_for_its_card(
     AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").push_to_hub(NAME, tokenizer=False)
     assert not sent(hub, "GET", "tiny-base") + sent(hub, "HEAD", "tiny-base")
     assert metadata(hub)["license"] == "apache-2.0"
-    prune_checkpoint("org/tiny-base", tmp_path / "streamed", SparsityConfig("wanda", "2:4", token_ids))
+    prune_checkpoint("org/tiny-base", tmp_path / "streamed", SparsityConfig("wanda", "2:4", dataset=token_ids))
     assert SparsityReport.load(tmp_path / "streamed/sparsity_report.json").base_card == model.sparsity_report.base_card

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import logging
 import weakref
 
 import pytest
@@ -32,7 +31,7 @@ from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.integration import register
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.pruning import prune_blocks
-from optimum_ksparse.runtime import execution
+from optimum_ksparse.runtime import RuntimeConfig, running
 
 from ..conftest import sample_texts
 
@@ -360,17 +359,6 @@ def test_an_error_of_a_method_names_the_layer(make_model, config, monkeypatch, e
         sparsify(make_model("llama"), config)
 
 
-def test_a_setting_that_is_not_read_is_told(make_model, token_ids, caplog):
-    settings = {"dataset": token_ids, "damping": 0.3, "reconstruction_epochs": 50}
-    with caplog.at_level(logging.WARNING):
-        sparsify(make_model("llama"), SparsityConfig("wanda", **settings))
-    assert "method='wanda' does not read damping=0.3, reconstruction_epochs=50" in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        sparsify(make_model("llama"), SparsityConfig("sparsegpt", dataset=token_ids, damping=0.3))
-    assert "does not read" not in caplog.text
-
-
 def test_a_compiled_model_is_refused(make_model, config):
     model = make_model()
     model.model.layers[0].compile(backend="eager")
@@ -409,11 +397,11 @@ def test_other_quantized_models_are_cast_as_before(make_model):
 
 def test_on_a_cpu_a_model_says_what_it_costs_unless_it_is_set(packed, dense, config, monkeypatch):
     told = []
-    monkeypatch.setattr(execution.logger, "warning_once", told.append)
+    monkeypatch.setattr(running.logger, "warning_once", told.append)
     AutoModelForCausalLM.from_pretrained(dense)
-    lazy = SparsityConfig(densify="lazy", dataset=config.dataset, batch_size=4)
-    for source in (packed, dense):
-        AutoModelForCausalLM.from_pretrained(source, sparsity_config=lazy)
+    lazy = RuntimeConfig(densify="lazy")
+    AutoModelForCausalLM.from_pretrained(packed, runtime_config=lazy)
+    AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config, runtime_config=lazy)
     monkeypatch.setenv("RANK", "1")
     AutoModelForCausalLM.from_pretrained(packed)
     assert not told

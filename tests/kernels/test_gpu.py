@@ -253,7 +253,7 @@ def test_a_block_compiles_without_graph_breaks(model, token_ids):
 
 
 def test_fused_products_give_the_same_bits(model, token_ids):
-    from optimum_ksparse.runtime.execution import fuse_model
+    from optimum_ksparse.runtime import fuse_model
 
     ids = token_ids.cuda()
     model.autotune_kernels()

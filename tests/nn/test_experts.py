@@ -22,7 +22,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from optimum_ksparse import SparsityConfig, SparsityReport, prune_weight, sparsify
+from optimum_ksparse import RuntimeConfig, SparsityConfig, SparsityReport, configure, prune_weight, sparsify
 from optimum_ksparse.blocks.experts import ExpertStack, observable, observed_matrices
 from optimum_ksparse.checkpoint import fingerprint, sparse_experts, sparsify_dense
 from optimum_ksparse.nn import SparseExperts, SparseLinear, densified
@@ -83,7 +83,7 @@ def make(kind: str = "mixtral", dtype: torch.dtype = torch.float32, **overrides:
 
 def prune(model: PreTrainedModel, method: str = "wanda", pattern: str = "2:4", **settings: object) -> SparsityReport:
     defaults = {"dataset": IDS, "batch_size": len(IDS), "block_size": 16}
-    return sparsify(model, SparsityConfig(method=method, pattern=pattern, **{**defaults, **settings}))
+    return sparsify(model, SparsityConfig.from_flat(method=method, pattern=pattern, **{**defaults, **settings}))
 
 
 def logits(model: nn.Module, ids: torch.Tensor = IDS[:4]) -> torch.Tensor:
@@ -319,9 +319,10 @@ def test_densify_keeps_the_stack_dense_until_it_changes() -> None:
     assert stack.extra_bytes == 0
 
 
-def test_execution_settings_reach_the_stacks(tmp_path: Path) -> None:
+def test_a_runtime_config_reaches_the_stacks(tmp_path: Path) -> None:
     model = make()
-    prune(model, "magnitude", densify="lazy", kernel="reference")
+    prune(model, "magnitude")
+    configure(model, RuntimeConfig(densify="lazy", kernel="reference"))
     assert {(s.densify, s.kernel) for s in sparse_experts(model).values()} == {("lazy", "reference")}
     found = logits(model)
     assert all(stack.extra_bytes for stack in sparse_experts(model).values())
@@ -381,7 +382,7 @@ def few_statistics(kind: type[ColumnNorms]) -> tuple[list[ColumnNorms | None], l
 def test_an_expert_with_few_tokens_takes_the_shared_statistics(method: str, pattern: str) -> None:
     experts = make().model.layers[0].mlp.experts
     statistics, rows = few_statistics(METHODS[method].statistics)
-    config = SparsityConfig(method=method, pattern=pattern, dataset=IDS, block_size=16)
+    config = SparsityConfig(method=method, pattern=pattern, dataset=IDS, method_settings={"block_size": 16})
     stack, row = prune_stack("mlp.experts", ExpertStack(experts, "gate_up_proj"), statistics, config)
     least = METHODS[method].statistics.min_tokens
     assert row.note == (
@@ -410,7 +411,9 @@ def test_warnings_of_a_method_name_the_experts() -> None:
         statistics.append(GramMatrix(32))
         rows = torch.ones(200, 32) if expert == 2 else torch.randn(200, 32)
         statistics[expert].update(rows)
-    config = SparsityConfig(method="sparsegpt", pattern="2:4", dataset=IDS, damping=0.0, block_size=16)
+    config = SparsityConfig(
+        method="sparsegpt", pattern="2:4", dataset=IDS, method_settings={"damping": 0.0, "block_size": 16}
+    )
     _, row = prune_stack("e", ExpertStack(make().model.layers[0].mlp.experts, "gate_up_proj"), statistics, config)
     assert row.note.startswith("experts 2: singular Gram matrix: damping raised")
 

@@ -58,7 +58,9 @@ def fp8(make_model, tmp_path) -> Path:
 def test_a_model_that_came_through_another_quantizer_is_saved_as_it_is_now(fp8, tmp_path, token_ids, storage):
     arguments = {"dtype": torch.float32, "quantization_config": FineGrainedFP8Config(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(fp8, **arguments)
-    sparsify(model, SparsityConfig("magnitude", "2:4", None, storage="dense" if storage == "dense" else "packed"))
+    sparsify(
+        model, SparsityConfig("magnitude", "2:4", dataset=None, storage="dense" if storage == "dense" else "packed")
+    )
     if storage == "dequantized":
         model.dequantize()
     model.save_pretrained(tmp_path / "saved")

@@ -238,7 +238,7 @@ def test_dead_inputs_lose_their_weights_first(method):
 )
 def test_settings_are_refused(settings, error, message):
     with pytest.raises(error, match=message.replace("(", r"\(")):
-        SparsityConfig("admm", dataset=["text"], **settings)
+        SparsityConfig.from_flat("admm", dataset=["text"], **settings)
 
 
 def test_a_refined_method_without_data_needs_data():

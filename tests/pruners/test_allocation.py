@@ -62,7 +62,7 @@ def owl(token_ids: torch.Tensor) -> Callable[..., SparsityConfig]:
     def make(pattern: str = "2:4", method: str = "wanda", **more: Any) -> SparsityConfig:
         density = {"target_density": 0.6} if ":" in pattern else {}
         settings = {"dataset": token_ids, "batch_size": 2, "allocation": "owl", **density, **more}
-        return SparsityConfig(method, pattern, **settings)
+        return SparsityConfig.from_flat(method, pattern, **settings)
 
     return make
 
@@ -211,7 +211,7 @@ def test_the_layers_that_lose_most_stay_dense() -> None:
 )
 def test_bad_settings(given: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        SparsityConfig(**given)
+        SparsityConfig.from_flat(**given)
 
 
 def test_good_settings_survive_json() -> None:
@@ -220,7 +220,7 @@ def test_good_settings_survive_json() -> None:
         {"allocation": "owl", "pattern": "40%", "target_density": 0.6},
         {"allocation": "owl", "pattern": "62.5%"},
     ):
-        recorded = json.loads(json.dumps(SparsityConfig(**good).to_dict()))
+        recorded = json.loads(json.dumps(SparsityConfig.from_flat(**good).to_dict()))
         again = SparsityConfig.from_dict(recorded)
         assert (again.allocation, again.target_density) == ("owl", good.get("target_density"))
     old = SparsityConfig().to_dict()

@@ -109,7 +109,7 @@ def together(scene: Any) -> tuple[Path, list[dict[str, str]]]:
 
 def alone(folder: Path, name: str, method: str = "wanda", **settings: Any) -> Path:
     ids = torch.load(folder / "ids.pt")
-    config = SparsityConfig(method, **{"dataset": ids, "batch_size": 2, **settings})
+    config = SparsityConfig.from_flat(method, **{"dataset": ids, "batch_size": 2, **settings})
     prune_checkpoint(folder / "source", folder / name, config)
     return folder / name
 

@@ -117,7 +117,7 @@ def test_what_is_left_is_pruned_as_any_other_model(tmp_path: Path, token_ids: to
     model = make("gemma3")
     drop_layers(model, 2, token_ids)
     model.save_pretrained(tmp_path)
-    config = SparsityConfig("wanda", "2:4", token_ids)
+    config = SparsityConfig("wanda", "2:4", dataset=token_ids)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, sparsity_config=config)
     report = sparsify(model, config)
     assert_same_tensors(model.state_dict(), again.state_dict())
@@ -229,7 +229,7 @@ def test_checkpoints_of_earlier_versions_load(tmp_path: Path, token_ids: torch.T
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert not hasattr(again.config, "ksparse") and not sparse_modules(again)
 
-    config = SparsityConfig("wanda", "2:4", token_ids)
+    config = SparsityConfig("wanda", "2:4", dataset=token_ids)
     sparsify(again, config)
     again.save_pretrained(tmp_path / "sparse")
     for name, where in (("config.json", "quantization_config"), ("sparsity_report.json", "config")):

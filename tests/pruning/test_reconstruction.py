@@ -26,7 +26,9 @@ TOKENS = torch.randint(0, 384, (16, 24), generator=torch.Generator().manual_seed
 
 
 def make_settings(**changes):
-    return SparsityConfig(**{"method": "wanda", "dataset": TOKENS, "batch_size": 2, "reconstruct": "block", **changes})
+    return SparsityConfig.from_flat(
+        **{"method": "wanda", "dataset": TOKENS, "batch_size": 2, "reconstruct": "block", **changes}
+    )
 
 
 def block_error(dense, sparse):

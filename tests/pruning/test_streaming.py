@@ -69,7 +69,7 @@ def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torc
 @pytest.fixture
 def config(token_ids: torch.Tensor) -> Callable[..., SparsityConfig]:
     def make(method: str = "sparsegpt", pattern: str = "2:4", **settings: Any) -> SparsityConfig:
-        return SparsityConfig(method, pattern, **{"dataset": token_ids, "batch_size": 2, **settings})
+        return SparsityConfig.from_flat(method, pattern, **{"dataset": token_ids, "batch_size": 2, **settings})
 
     return make
 
@@ -171,7 +171,7 @@ def test_modules_that_stay_in_float32(
 ) -> None:
     """RWKV keeps two parameters of a block in float32 beside float16; what is stored may have any dtype."""
     make_model("rwkv", dtype=stored).save_pretrained(tmp_path / "dense")
-    config = SparsityConfig(method, "2:4", token_ids)
+    config = SparsityConfig(method, "2:4", dataset=token_ids)
     assert_same_as_in_memory(tmp_path / "dense", tmp_path, config, dtype=dtype)
     kept = tensors(tmp_path / "disk")["rwkv.blocks.0.attention.time_decay"].dtype
     assert kept == (torch.float32 if dtype == "float16" else torch.bfloat16)
@@ -189,8 +189,8 @@ def test_what_blocks_share_is_stored_once(storage: str, tmp_path: Path, token_id
     asked = {"dataset": token_ids, "batch_size": 2, "storage": storage}
     others = {"modules_to_not_convert": [".*mamba", ".*mamba_decoder", ".*linear"]}
     with pytest.raises(ValueError, match=r"shares its weight with layers\.\d\.shared_transf"):
-        prune_checkpoint(tmp_path / "dense", tmp_path / "refused", SparsityConfig(**asked, **others))
-    assert_same_as_in_memory(tmp_path / "dense", tmp_path, SparsityConfig(**asked, skip_unsupported=True))
+        prune_checkpoint(tmp_path / "dense", tmp_path / "refused", SparsityConfig.from_flat(**asked, **others))
+    assert_same_as_in_memory(tmp_path / "dense", tmp_path, SparsityConfig.from_flat(**asked, skip_unsupported=True))
     written = {name for name in tensors(tmp_path / "disk") if "shared_transf" in name}
     assert written and len({name.split(".")[2] for name in written}) == 1
 

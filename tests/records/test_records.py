@@ -17,12 +17,20 @@ from transformers import AutoModelForCausalLM
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.adapters.report import MergedLayer, MergeReport
 from optimum_ksparse.api.inspection import inspect_checkpoint
-from optimum_ksparse.config import recorded_repository
 from optimum_ksparse.evaluation import EvaluationResults, recorded_baseline, results_table
 from optimum_ksparse.hub.card import render_card
 from optimum_ksparse.hub.figures import draw_figures
 from optimum_ksparse.hub.sources import own_tokenizer
-from optimum_ksparse.records import REPORT_NAME, RESULTS_NAME, Share, Version, printable, read_record, to_json
+from optimum_ksparse.records import (
+    REPORT_NAME,
+    RESULTS_NAME,
+    Share,
+    Version,
+    printable,
+    read_record,
+    recorded_repository,
+    to_json,
+)
 from optimum_ksparse.records.files import read_json
 from optimum_ksparse.report import BlockReport, Change, LayerReport, MethodChoice, Trial
 

@@ -16,7 +16,7 @@ from optimum_ksparse import SparseLinear, SparsityConfig, kernels, sparsify
 from optimum_ksparse.blocks import find_blocks
 from optimum_ksparse.kernels import Candidate, dispatch, hardware
 from optimum_ksparse.pattern import Pattern
-from optimum_ksparse.runtime.execution import fuse_model
+from optimum_ksparse.runtime import RuntimeConfig, fuse_model
 from optimum_ksparse.runtime.fusing import fuse_shared_inputs, unfuse
 
 from ..conftest import ARCHITECTURES
@@ -89,7 +89,8 @@ def test_models_give_the_same_bits(make_model, name, token_ids):
 
 def test_what_is_fused(make_model):
     model = make_model("llama")
-    sparsify(model, SparsityConfig("magnitude", fuse=True))
+    sparsify(model, SparsityConfig("magnitude"))
+    fuse_model(model)
     attention = model.model.layers[0].self_attn
     members = [attention.q_proj, attention.k_proj, attention.v_proj]
     assert [member._group for member in members] == [(attention.q_proj._group[0], index) for index in range(3)]
@@ -101,20 +102,21 @@ def test_what_is_fused(make_model):
 
 def test_unstructured_layers_stay_apart(make_model):
     model = make_model("llama")
-    sparsify(model, SparsityConfig("magnitude", "50%", fuse=True))
+    sparsify(model, SparsityConfig("magnitude", "50%"))
+    assert not fuse_model(model)
     assert all(m._group is None for m in model.modules() if isinstance(m, SparseLinear))
 
 
 def test_the_checkpoint_does_not_change(make_model, tmp_path):
     make_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     for fuse in (False, True):
-        config = SparsityConfig("magnitude", fuse=fuse)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", sparsity_config=config)
+        how = {"sparsity_config": SparsityConfig("magnitude"), "runtime_config": RuntimeConfig(fuse=fuse)}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **how)
         model(torch.zeros(1, 1, dtype=torch.long))
         model.save_pretrained(tmp_path / str(fuse))
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("True", "False")]
     assert files[0] == files[1]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "True", sparsity_config=SparsityConfig(fuse=True))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "True", runtime_config=RuntimeConfig(fuse=True))
     assert again.model.layers[0].mlp.up_proj._group is not None
 
 
@@ -280,7 +282,8 @@ def test_under_autocast_and_with_gradients_members_run_alone(gpu, count):
 def test_a_fused_model_compiles_as_one_graph(make_model, token_ids):
     torch._dynamo.reset()
     model = make_model("llama")
-    sparsify(model, SparsityConfig("magnitude", fuse=True))
+    sparsify(model, SparsityConfig("magnitude"))
+    fuse_model(model)
     with torch.no_grad():
         expected = model(token_ids).logits
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(token_ids).logits

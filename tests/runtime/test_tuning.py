@@ -4,6 +4,7 @@ that say how a loaded model computes."""
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,10 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from optimum_ksparse import SparseLinear, SparsityConfig, kernels, sparsify
-from optimum_ksparse.config import EXECUTION_SETTINGS
 from optimum_ksparse.kernels import dispatch, hardware
 from optimum_ksparse.pattern import Pattern
-from optimum_ksparse.runtime import autotune
+from optimum_ksparse.runtime import RuntimeConfig, autotune, configure
 
 TOKENS = (1, 64, 1024)
 # microseconds: kernel → for 1, 64 and 1024 tokens
@@ -287,20 +287,20 @@ def test_a_lazily_dense_layer_passes_gradients_to_adapters():
 def test_settings_reach_every_layer_and_are_not_saved(make_model, tmp_path, token_ids):
     make_model("llama").save_pretrained(tmp_path / "dense")
     chosen = {"kernel": "reference", "densify": "lazy", "optimize_for": "speed", "max_extra_bytes": 0}
-    config = SparsityConfig("magnitude", **chosen)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", sparsity_config=config)
+    how = {"runtime_config": RuntimeConfig(**chosen)}
+    config = SparsityConfig("magnitude")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", sparsity_config=config, **how)
     assert "not faster" in str(model.kernel_report)
     model.save_pretrained(tmp_path / "sparse")
     text = (tmp_path / "sparse/config.json").read_text()
-    assert not [name for name in EXECUTION_SETTINGS if f'"{name}"' in text]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", sparsity_config=config)
+    assert not [name for name in chosen if f'"{name}"' in text]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", **how)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
     with torch.no_grad():
         expected = plain(token_ids).logits
         for one in (model, again):
             layers = [module for module in one.modules() if isinstance(module, SparseLinear)]
             assert {(layer.kernel, layer.densify) for layer in layers} == {("reference", "lazy")}
-            assert one.config.quantization_config.optimize_for == "speed"
             assert torch.equal(one(token_ids).logits, expected)
             assert all(layer._dense_weight is not None for layer in layers)
     assert {layer.densify for layer in plain.modules() if isinstance(layer, SparseLinear)} == {"never"}
@@ -351,13 +351,13 @@ def test_a_block_compiles_with_kernels_in_it(gpu, monkeypatch, make_model):
         torch.testing.assert_close(found, block(x), rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("config", [SparsityConfig(densify="lazy"), {"densify": "lazy"}])
+@pytest.mark.parametrize("config", [SparsityConfig(batch_size=3), {"batch_size": 3, "damping": 0.02}])
 def test_only_what_is_passed_must_agree_with_the_checkpoint(make_model, tmp_path, config, token_ids):
     model = make_model("llama")
-    sparsify(model, SparsityConfig("sparsegpt", "4:8", dataset=token_ids, damping=0.02))
+    sparsify(model, SparsityConfig("sparsegpt", "4:8", dataset=token_ids, method_settings={"damping": 0.02}))
     model.save_pretrained(tmp_path / "sparse")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", sparsity_config=config)
-    assert again.model.layers[0].mlp.up_proj.densify == "lazy"
+    assert again.config.quantization_config.batch_size == 3
     assert again.config.quantization_config.pattern == "4:8"
     with pytest.raises(ValueError, match="sparse already.*pattern: passed '2:4', recorded '4:8'"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", sparsity_config=SparsityConfig(pattern="2:4"))
@@ -381,7 +381,8 @@ def test_autotune_kernels_of_a_model(make_model, token_ids):
 
 def test_a_kernel_that_cannot_run_here_is_an_error_that_says_why(make_model, token_ids, monkeypatch):
     model = make_model("llama")
-    sparsify(model, SparsityConfig("magnitude", kernel="gemv"))
+    sparsify(model, SparsityConfig("magnitude"))
+    configure(model, RuntimeConfig(kernel="gemv"))
     with pytest.raises(ValueError, match="kernel='gemv' cannot compute 2:4 float32 .*: the kernels"):
         model(token_ids)
     monkeypatch.setenv("KSPARSE_KERNEL", "reference")  # wins
@@ -403,4 +404,29 @@ def test_a_kernel_that_cannot_run_here_is_an_error_that_says_why(make_model, tok
 )
 def test_bad_settings(settings, error, message):
     with pytest.raises(error, match=message):
-        SparsityConfig("magnitude", **settings)
+        RuntimeConfig(**settings)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(RuntimeConfig)])
+def test_sparsity_config_says_where_the_settings_of_running_went(name):
+    with pytest.raises(TypeError, match=rf"runtime_config=RuntimeConfig\({name}="):
+        SparsityConfig(**{name: getattr(RuntimeConfig(), name)})
+
+
+def test_a_runtime_config_needs_sparse_layers(make_model, tmp_path):
+    with pytest.raises(ValueError, match="runtime_config"):
+        configure(make_model("llama"), RuntimeConfig())
+    with pytest.raises(TypeError, match="runtime_config"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, runtime_config="lazy")
+
+
+def test_a_model_that_is_pruned_stays_so_where_there_is_no_room_to_run_it(make_model, tmp_path, monkeypatch, caplog):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no room")
+
+    make_model("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr("optimum_ksparse.integration.loading.configure", fail)
+    how = {"sparsity_config": SparsityConfig("magnitude"), "runtime_config": {"optimize_for": "speed"}}
+    with caplog.at_level("WARNING", logger="optimum_ksparse.integration.loading"):
+        assert AutoModelForCausalLM.from_pretrained(tmp_path, **how).sparsity_report.layers
+    assert "memory" in caplog.text and "'speed'" in caplog.text

@@ -245,12 +245,12 @@ def test_the_grid_has_no_cell_twice(workplace):
 
 def test_an_identity_is_of_what_makes_the_weights(workplace):
     def of(**changes):
-        return identity_of(SparsityConfig(**{"dataset": "text.txt", "method": "wanda", **changes}))
+        return identity_of(SparsityConfig.from_flat(**{"dataset": "text.txt", "method": "wanda", **changes}))
 
     same = of()
     os.makedirs("sub")
     shutil.copy("text.txt", "sub/text.txt")
-    for harmless in ({"dataset": "sub/text.txt"}, {"batch_size": 4}, {"storage": "dense"}, {"densify": "lazy"}):
+    for harmless in ({"dataset": "sub/text.txt"}, {"batch_size": 4}, {"storage": "dense"}):
         assert of(**harmless) == same
     others = ({"seed": 1}, {"seq_len": 64}, {"num_samples": 2}, {"true_sequential": True}, {"prepend_bos": True})
     others += ({"modules_to_not_convert": ["q_proj"]}, {"pattern": "4:8"}, {"method": "sparsegpt"})
@@ -274,10 +274,13 @@ def test_calibration_sets_are_named_by_what_they_are(workplace):
     ]
 
 
-def test_a_setting_that_the_method_does_not_read_makes_no_other_cell(workplace):
-    more = [{"name": "damped", "method": "wanda", "damping": 0.1}, {"name": "tuned", "method": "wanda"}]
-    more[1] |= {"iterations": 9, "reconstruction_epochs": 7}
-    assert len(grid(recipe(methods=["wanda", *more], seeds=[0]))) == 1 + 2
+def test_a_setting_makes_another_cell_where_the_method_reads_it_and_another_value_is_its_default(workplace):
+    with pytest.raises(ValueError, match="cell damped.*damping"):
+        grid(recipe(methods=[{"name": "damped", "method": "wanda", "damping": 0.1}]))
+    same = [{"name": "same", "method": "sparsegpt", "damping": 0.01, "densify": "lazy"}]
+    assert len(grid(recipe(methods=["sparsegpt", *same], seeds=[0]))) == 1 + 2
+    with pytest.raises(ValueError, match="densify"):
+        grid(recipe(methods=[{"name": "wrong", "method": "wanda", "densify": "never ever"}]))
     read = [{"name": "damped", "method": "sparsegpt", "damping": 0.1}]
     read.append({"name": "tuned", "method": "sparsegpt", "reconstruct": "block", "reconstruction_epochs": 7})
     assert len(grid(recipe(methods=["sparsegpt", *read], seeds=[0]))) == 1 + 3 * 2
@@ -292,7 +295,7 @@ def test_cells_hold_what_pruning_and_measuring_by_hand_give(in_process):
     tokenizer = AutoTokenizer.from_pretrained("dense")
 
     def by_hand(**pruning):
-        config = {"sparsity_config": SparsityConfig(**pruning)} if pruning else {}
+        config = {"sparsity_config": SparsityConfig.from_flat(**pruning)} if pruning else {}
         model = AutoModelForCausalLM.from_pretrained("dense", **config)
         return evaluate_perplexity(model, tokenizer, "held.txt", seq_len=32, max_tokens=320)["perplexity"]
 

@@ -15,7 +15,7 @@ def check_run_space(
     model: PreTrainedModel, targets: list[dict[str, Layer]], config: SparsityConfig, workspace: Workspace
 ) -> None:
     """Raises OSError where the disk is too small for what is still to be written, as far as can be told."""
-    density = config.target_density or Pattern(config.pattern).density
+    density = config.method_setting("target_density") or Pattern(config.pattern).density
     size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
     pruned = [weight_of(layer) for layers in targets for layer in layers.values()]
     dense = sum(weight.nbytes for weight in pruned)

@@ -14,7 +14,7 @@ from ...api import sparsify
 from ...checkpoint import sparse_modules
 from ...config import SparsityConfig
 from ...kernels import time_calls
-from ...runtime.execution import autotune_kernels
+from ...runtime import autotune_kernels
 
 _REPEATS = 5
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
+from ...data.dataset import describe_dataset
 from ...data.tokens import context_length
-from ...dataset import describe_dataset
 from .instructions import instruction_rows, koalpaca_prompt
 from .run import TaskTrainer, add_adapter
 from .settings import KoAlpacaSettings

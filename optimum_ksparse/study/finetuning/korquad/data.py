@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ....dataset import describe_dataset
+from ....data.dataset import describe_dataset
 from ..instructions import hub_dataset
 from ..settings import KorQuADSettings
 

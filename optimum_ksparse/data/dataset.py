@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from ..records.redaction import check_no_token
+
 DATASET_NAMES = ("mc4-ko", "c4", "kowiki", "self")
 TEXT_SUFFIXES = (".txt", ".jsonl")
 # A checkpoint's record of a mix has this key, and a list under it; in a mix that a user passes all values are numbers.
@@ -143,6 +145,7 @@ def needs_tokenizer(dataset: Any) -> bool:
 
 def check_dataset(dataset: Any) -> None:
     """Raises TypeError, ValueError or FileNotFoundError for what is no calibration data, naming what is."""
+    check_no_token("dataset", dataset)
     if isinstance(dataset, str | os.PathLike):
         if dataset in DATASET_NAMES:
             return

@@ -13,18 +13,27 @@ from transformers.utils import logging
 
 from ..blocks import decoder_of, evaluation_mode
 from ..checkpoint import sparse_layers, sparse_modules
-from ..checks import check_integer
-from ..config import OBJECTIVES, SparsityConfig
 from ..kernels import BUCKETS
+from .config import RuntimeConfig
 from .fusing import fuse_shared_inputs
 from .tuning import KernelReport, autotune
 
 logger = logging.get_logger(__name__)
 
 
-def apply_settings(model: PreTrainedModel, config: SparsityConfig) -> None:
-    """Makes a sparse model run as the execution settings of `config` say."""
-    for layer in sparse_modules(model).values():
+def configure(model: PreTrainedModel, config: RuntimeConfig) -> None:
+    """Makes a loaded sparse model compute as `config` says.
+
+    Raises:
+        TypeError: `config` is none.
+        ValueError: the model has no sparse layers.
+    """
+    if not isinstance(config, RuntimeConfig):
+        raise TypeError(f"runtime_config must be a RuntimeConfig, found {type(config).__name__}")
+    layers = sparse_modules(model)
+    if not layers:
+        raise ValueError(f"runtime_config says how sparse layers compute, and {type(model).__name__} has none")
+    for layer in layers.values():
         layer.kernel, layer.densify = config.kernel, config.densify
     if config.fuse:
         fuse_model(model)
@@ -40,7 +49,7 @@ def tell_cost_on_cpu(model: PreTrainedModel) -> None:
         logger.warning_once(
             "Sparse layers are slower than dense ones on a CPU, with one token at a time several times, because each "
             "forward pass decompresses their weights. As fast as the dense model, in its memory: "
-            'from_pretrained(..., sparsity_config=SparsityConfig(densify="lazy")).'
+            'from_pretrained(..., runtime_config=RuntimeConfig(densify="lazy")).'
         )
 
 
@@ -71,22 +80,21 @@ def autotune_kernels(
     model: PreTrainedModel,
     tokens: Sequence[int] = BUCKETS,
     *,
-    optimize_for: str | None = None,
+    optimize_for: str = "memory",
     max_extra_bytes: int | None = None,
 ) -> KernelReport:
     """Measures the kernels for each shape of sparse layer of `model`, where it stands now, and gives layers the forms
     that pay. What is measured is kept on disk, so that this takes seconds the next time. Without it a rule of
     thumb chooses the kernels, and layers stay packed alone.
 
-    `from_pretrained` of a sparse model on a GPU does this by itself with `optimize_for="speed"`; after
-    `model.to("cuda")` call it. The report is `model.kernel_report` too.
+    `configure` does this by itself with `optimize_for="speed"`; after `model.to("cuda")` call it. The report is
+    `model.kernel_report` too.
 
     Args:
         tokens: for which numbers of tokens in a forward pass; each stands for those down to the half of it.
-        optimize_for: "memory": at most 0.65 of a layer's dense bytes; "speed": more, where it is faster. None takes
-            that of the model's config.
-        max_extra_bytes: the most that "speed" may add to the whole model; None takes the config's, which is no limit
-            by default.
+        optimize_for: "memory": at most 0.65 of a layer's dense bytes; "speed" (experimental): more, where it is
+            faster.
+        max_extra_bytes: the most that "speed" may add to the whole model; None: no limit.
 
     Raises:
         ValueError: the model has no sparse layers, or an argument is out of range.
@@ -95,14 +103,7 @@ def autotune_kernels(
     layers = sparse_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no sparse layers; prune it, or load a sparse checkpoint")
-    config = getattr(model.config, "quantization_config", None)
-    settings = config if isinstance(config, SparsityConfig) else SparsityConfig("magnitude", dataset=None)
-    optimize_for = settings.optimize_for if optimize_for is None else optimize_for
-    max_extra_bytes = settings.max_extra_bytes if max_extra_bytes is None else max_extra_bytes
-    if optimize_for not in OBJECTIVES:
-        raise ValueError(f"optimize_for={optimize_for!r} is not known; allowed: {', '.join(OBJECTIVES)}")
-    if max_extra_bytes is not None:
-        check_integer("max_extra_bytes", max_extra_bytes, 0)
+    RuntimeConfig(optimize_for=optimize_for, max_extra_bytes=max_extra_bytes)  # checks them
     unknown = [number for number in tokens if number not in BUCKETS]
     if unknown or not tokens:
         raise ValueError(f"tokens={list(tokens)!r} must be some of {', '.join(map(str, BUCKETS))}")
