@@ -45,6 +45,7 @@ IN_PLACE = {
     "method='solve'": f"method='solve', num_samples=8, seq_len={CONTEXT}",
     "seq_len=2048": f"seq_len={CONTEXT}",
     "device_map='cuda'": "device_map='cpu'",
+    "drop_layers(dense, 4)": f"drop_layers(dense, 1, num_samples=8, seq_len={CONTEXT})",
     "evaluate=True": f"evaluate=EvaluationProtocol(texts='held_out.txt', seq_len={CONTEXT}, tasks=())",
 }
 FLAGS = {
