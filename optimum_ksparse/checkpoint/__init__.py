@@ -1,9 +1,9 @@
 """Sparse models on disk and in accelerate's keeping: which layers are sparse, packed and dense storage."""
 
 from .digests import fingerprint, tensor_digests
-from .facts import ModelFacts, facts_of, sparsity_report, without_peft
+from .facts import ModelFacts, commit_of, facts_of, note_origin, sparsity_report, without_peft
 from .files import WeightFiles, changed_files, check_index, check_space, find_weight_files, sha256_of
-from .loading import NONFINITE_VARIABLE, check_finite, check_headers, check_loaded, read_headers
+from .loading import NONFINITE_VARIABLE, check_finite, check_headers, check_loaded, random_weights, read_headers
 from .modules import (
     MASK_SUFFIX,
     SparseModule,
@@ -21,7 +21,6 @@ from .modules import (
 )
 from .names import check_reversible, check_saved, forget_conversions
 from .records import (
-    commit_of,
     describe_model,
     drop_record,
     is_dense_record,
@@ -66,7 +65,9 @@ __all__ = [
     "layer_records",
     "logical_parameters",
     "made_with",
+    "note_origin",
     "put",
+    "random_weights",
     "read_headers",
     "record_layers",
     "replace_module",

@@ -3,8 +3,12 @@ sets on models."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 
 @dataclass
@@ -38,11 +42,49 @@ class ModelFacts:
         self.report = self.merge = self.results = self.mark = self.run = None
 
 
+# Folder or Hub id that a model was loaded from, and where there: nothing is set on a model, nor looked up, before
+# somebody asks.
+_ORIGINS: WeakKeyDictionary[Any, tuple[str, str, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def note_origin(model: Any, source: Any, file_name: str | None, place: dict[str, Any]) -> None:
+    """Lets `facts_of(model)` say where a model came from.
+
+    Args:
+        model: that was loaded. source: folder or Hub id; anything else is no place.
+        file_name: of a file that was read there, where it is not the config.
+        place: arguments that say where on the Hub it is.
+    """
+    if isinstance(source, str | os.PathLike):
+        # From elsewhere a relative path reads like a name on the Hub.
+        folder = os.path.join(source, place.get("subfolder") or "") if os.path.isdir(source) else ""
+        _ORIGINS[model] = (os.path.realpath(folder) if folder else str(source), file_name or CONFIG_NAME, place)
+
+
 def facts_of(model: Any) -> ModelFacts:
-    """The facts of a model, or of the one that a PEFT model wraps; empty ones, which it keeps, where it has none."""
+    """The facts of a model, or of the one that a PEFT model wraps; where it has none, those that tell where it came
+    from, which it keeps."""
     plain = without_peft(model)
-    facts: ModelFacts = vars(plain).setdefault("ksparse", ModelFacts())
+    facts: ModelFacts | None = vars(plain).get("ksparse")
+    if facts is None:
+        facts = plain.ksparse = ModelFacts()
+        source, file_name, place = _ORIGINS.get(plain, ("", "", {}))
+        if os.path.isabs(source):
+            facts.folder = source
+        elif source:  # what has been loaded is in the cache
+            facts.commit = commit_of(source, file_name, **{**place, "local_files_only": True})
     return facts
+
+
+def commit_of(source: Any, file_name: str = CONFIG_NAME, **hub_arguments: Any) -> str | None:
+    """Commit of the repository on the Hub that a model is, or was, loaded from; None for a folder."""
+    try:
+        path = cached_file(source, file_name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    except OSError:
+        return None
+    # A file of a Hub snapshot lies in a folder named after its commit.
+    commit: str | None = extract_commit_hash(path, None)
+    return commit
 
 
 def without_peft(model: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -67,24 +67,36 @@ def check_headers(headers: Mapping[str, Header], modules: Mapping[str, SparseMod
                 )
 
 
-def check_loaded(blocks: DecoderBlocks, info: Mapping[str, Any]) -> None:
+def random_weights(model: PreTrainedModel) -> list[str]:
+    """Names of weights of a model that `from_pretrained` did not find in the checkpoint, or in another shape, by the
+    marks that it leaves. What is tied, offloaded or expected to be missing is left out."""
+    ignored = "|".join(f"({pattern})" for pattern in model._keys_to_ignore_on_load_missing or ())
+    return [
+        name
+        for name, tensor in stored_tensors(model)
+        if not (
+            tensor.is_meta or getattr(tensor, "_is_hf_initialized", False) or (ignored and re.search(ignored, name))
+        )
+    ]
+
+
+def check_loaded(blocks: DecoderBlocks, missing: Iterable[str], *, new_head: bool = False) -> None:
     """Raises ValueError where weights of a model were not in the checkpoint, or had another shape there, and are
     random. A head that the class of the model has beside what the checkpoint was saved from may be new; that of a
     language model may not.
 
     Args:
         blocks: of the model that was loaded.
-        info: what `from_pretrained` gives with `output_loading_info=True`, where what is tied, is no part of
-            checkpoints or is expected to be missing is left out already.
+        missing: names of such weights.
+        new_head: the head may be new in the class that was saved too, as with `ignore_mismatched_sizes`.
     """
     model = blocks.model
-    is_the_saved_class = type(model).__name__ in (model.config.architectures or ())
-    missing = [name for name in info["missing_keys"] if is_the_saved_class or not _is_new_head(model, name)]
-    missing += [name for name, *_ in info.get("mismatched_keys", ()) if not _is_new_head(model, name)]
-    if missing:
+    new_head = new_head or type(model).__name__ not in (model.config.architectures or ())
+    random = [name for name in missing if not (new_head and _is_new_head(model, name))]
+    if random:
         raise ValueError(
-            f"{len(missing)} weights of {type(model).__name__} are not in the checkpoint, or have another shape "
-            f"there, and would be random, among them {min(missing)}: load it with the class that it was saved from, "
+            f"{len(random)} weights of {type(model).__name__} are not in the checkpoint, or have another shape "
+            f"there, and would be random, among them {min(random)}: load it with the class that it was saved from, "
             "or download or copy it again"
         )
 

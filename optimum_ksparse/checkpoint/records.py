@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from ..blocks import decoder_of
 from ..config import DENSE_CONFIG_KEY, MODULE_NAMES, QUANT_METHOD, SparsityConfig
@@ -72,17 +71,6 @@ def drop_record(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str, A
                 dropped.append((part, key, settings))
                 delattr(part, key)
     return dropped
-
-
-def commit_of(source: Any, file_name: str = CONFIG_NAME, **hub_arguments: Any) -> str | None:
-    """Commit of the repository on the Hub that a model is, or was, loaded from; None for a folder."""
-    try:
-        path = cached_file(source, file_name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-    except OSError:
-        return None
-    # A file of a Hub snapshot lies in a folder named after its commit.
-    commit: str | None = extract_commit_hash(path, None)
-    return commit
 
 
 def describe_model(model: PreTrainedModel) -> str | None:

@@ -54,6 +54,7 @@ PATCHES = (
             "transformers.models.auto.tokenization_auto:AutoTokenizer.from_pretrained",
             "transformers.tokenization_utils_base:PreTrainedTokenizerBase.from_pretrained",
             "peft.config:PeftConfigMixin.from_pretrained",
+            "peft.config:PeftConfigMixin._get_peft_type",
         )
     ),
     Patch(

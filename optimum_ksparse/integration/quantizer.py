@@ -26,10 +26,11 @@ from ..checkpoint import (
 )
 from ..config import MODULE_NAMES, SparsityConfig
 from ..hub import tag_model
+from .source import current_source
 
 
 class SparsityQuantizer(HfQuantizer):
-    """Loads, saves and undoes packed sparse models. Pruning itself is done by `sparsify`."""
+    """Prunes dense models when they are loaded; loads, saves and undoes packed sparse ones."""
 
     requires_calibration = False
     quantization_config: SparsityConfig
@@ -45,6 +46,8 @@ class SparsityQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        if not self.pre_quantized:
+            return model
         if self.quantization_config.layers is None:
             raise ValueError(
                 "quantization_config of the checkpoint records no `layers`; it was not written by this plugin"
@@ -53,6 +56,7 @@ class SparsityQuantizer(HfQuantizer):
             raise ValueError(
                 "a packed sparse checkpoint cannot be split by tensor parallelism; use device_map, DDP or FSDP"
             )
+        current_source().check_index()
         readable = checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files)
         headers = read_headers(checkpoint_files or ()) if readable else {}
         if headers and not any(name.endswith(MASK_SUFFIX) for name in headers):
@@ -63,6 +67,9 @@ class SparsityQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            self.remove_quantization_config(model)  # it is a dense model still
+            current_source().prune(model, self.quantization_config)
         # Its weights have an ordinary dtype: `half` and `float` cast them as those of any other model.
         model.is_quantized = False  # type: ignore[assignment]
         return model

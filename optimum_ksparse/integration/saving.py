@@ -48,7 +48,7 @@ def save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
         config, is_sparse = made_with(self), bool(sparse_modules(self))
         bound = signature.bind(self, *args, **kwargs).arguments
         adapted = getattr(self, "_hf_peft_config_loaded", False)  # then transformers saves the adapter alone
-        is_ours = is_sparse or (facts_of(self).is_dequantized and not adapted)
+        is_ours = is_sparse or (getattr(vars(self).get("ksparse"), "is_dequantized", False) and not adapted)
         if not is_ours or not bound.get("is_main_process", True):
             with nullcontext() if is_sparse or adapted else without_record(self.config):
                 original(self, *args, **kwargs)

@@ -211,6 +211,7 @@ def test_saved_and_loaded_again(adapted, tmp_path):
     assert again.ksparse.merge == merged.ksparse.merge
     assert again.sparsity_report == merged.sparsity_report
     sparsified = adapted(pattern="4:8").unload()
+    sparsified.ksparse.results = None
     sparsified.save_pretrained(tmp_path)  # what was merged before is not there any more
     assert not (tmp_path / "merge_report.json").exists()
     (tmp_path / "merge_report.json").write_text("{}")
@@ -343,6 +344,7 @@ def run(*arguments):
 def folders(adapted, tokenizer, tmp_path):
     """A sparse base, and an adapter on it that names it."""
     base = adapted().unload()
+    base.ksparse.results = None
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

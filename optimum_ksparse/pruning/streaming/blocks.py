@@ -56,7 +56,7 @@ def open_checkpoint(
     # whether all are there.
     skeleton, info = model_class.from_pretrained(source, device_map={"": "meta"}, **arguments)
     empty = find_blocks(skeleton)
-    check_loaded(empty, info)
+    check_loaded(empty, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     if any(find_stacks(block) for block in empty.blocks):
         check_space(offload_folder, offload_space, "weights that are stored in another form than the model's")
     model, _ = model_class.from_pretrained(

@@ -1,0 +1,91 @@
+"""Where `from_pretrained` reads a model: for what lies beside its weights, and for pruning it when it is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from ..api import sparsify
+from ..blocks import find_blocks
+from ..checkpoint import check_index, check_loaded, note_origin, random_weights
+from ..config import SparsityConfig
+from ..hub import card_of_source
+from ..pruning import load_tokenizer
+
+# Arguments that say where on the Hub something is read.
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `from_pretrained` was told: folder or Hub id, and its keyword arguments."""
+
+    name: Any = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Arguments that say where on the Hub the files are that have just been read."""
+        return {name: self.arguments[name] for name in _HUB_ARGUMENTS if name in self.arguments}
+
+    @property
+    def is_folder(self) -> bool:
+        return isinstance(self.name, str | os.PathLike) and os.path.isdir(self.name)
+
+    def file(self, name: str) -> str | None:
+        """Path of a file beside the weights; None where there is none."""
+        if self.name is None:
+            return None
+        return cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.hub)
+
+    def check_index(self) -> None:
+        """Raises ValueError where the weight files of a folder lie elsewhere; the Hub's client has checks of its
+        own."""
+        if self.is_folder and self.arguments.get("gguf_file") is None:
+            check_index(self.name, self.arguments.get("variant"), **self.hub)
+
+    def note(self, model: PreTrainedModel) -> None:
+        """Lets `facts_of(model)` say where it came from."""
+        place = {name: value for name, value in self.hub.items() if name != "token"}
+        note_origin(model, self.name, self.arguments.get("gguf_file"), place)
+
+    def check_loaded(self, model: PreTrainedModel) -> None:
+        """Raises ValueError where weights of the model are random that should have been read."""
+        new_head = bool(self.arguments.get("ignore_mismatched_sizes"))
+        check_loaded(find_blocks(model), random_weights(model), new_head=new_head)
+
+    def prune(self, model: PreTrainedModel, config: SparsityConfig) -> None:
+        """Prunes a model that has just been loaded, on text of its own tokenizer."""
+        self.check_loaded(model)
+        self.note(model)
+        names = ("trust_remote_code", "gguf_file", "force_download", *_HUB_ARGUMENTS)
+        arguments = {name: self.arguments[name] for name in names if self.arguments.get(name) is not None}
+        report = sparsify(model, config, load_tokenizer(config, self.name or model.name_or_path, **arguments))
+        if "token" in arguments and not report.base_card:  # of a repository that asks for it
+            report.base_card = card_of_source(model, arguments["token"])
+        report.base_arguments = {name: arguments[name] for name in ("gguf_file", "subfolder") if name in arguments}
+
+
+_current: ContextVar[Source] = ContextVar("source")
+
+
+def current_source() -> Source:
+    """Of the model that is being loaded; the hooks of a quantizer are not told it."""
+    return _current.get(Source())
+
+
+@contextmanager
+def loading_from(source: Source) -> Iterator[None]:
+    """Within it a model is loaded from `source`."""
+    token = _current.set(source)
+    try:
+        yield
+    finally:
+        _current.reset(token)
