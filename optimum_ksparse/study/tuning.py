@@ -12,7 +12,7 @@ from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, 
 from ..records import RESULTS_NAME
 from .finetuning import KoAlpacaSettings, KorQuADSettings, study_settings
 from .finetuning.instructions import instruction_rows, is_file
-from .finetuning.korquad import korquad_data
+from .finetuning.korquad.data import korquad_data
 
 KORQUAD_KEYS = tuple(f.name for f in fields(KorQuADSettings))
 _MEASURING = ("data_dir", "limit", "batch_size", "prepend_bos")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_ksparse import SparsityConfig, evaluate_kobest, evaluate_nsmc, evaluate_perplexity, sparsify
 from optimum_ksparse.study.finetuning.instructions import instruction_rows
-from optimum_ksparse.study.finetuning.korquad import read_korquad
+from optimum_ksparse.study.finetuning.korquad.data import read_korquad
 
 from ..loopback_hub import LoopbackHub
 

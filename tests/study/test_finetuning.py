@@ -221,7 +221,6 @@ def test_a_second_start_and_foreign_folders_are_refused_before_the_model_is_read
     def fail(*args, **kwargs):
         pytest.fail("loaded")
 
-    monkeypatch.setattr("optimum_ksparse.study.commands.finetune.load_checkpoint", fail)
     monkeypatch.setattr("optimum_ksparse.study.finetuning.run.class_for_source", fail)
     (tmp_path / "busy").mkdir()
     (tmp_path / "other").mkdir()

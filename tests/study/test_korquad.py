@@ -16,17 +16,10 @@ from optimum_ksparse import EvaluationResults, SparsityConfig, sparsify
 from optimum_ksparse.__main__ import parse as parse_words
 from optimum_ksparse.checkpoint import fingerprint
 from optimum_ksparse.study.finetuning import KorQuADSettings
-from optimum_ksparse.study.finetuning.korquad import (
-    SpanModel,
-    evaluate_korquad,
-    korquad_scores,
-    load_korquad_model,
-    predict,
-    read_korquad,
-    split_by_article,
-)
-from optimum_ksparse.study.finetuning.korquad.metric import exact_match, f1, normalize_answer
-from optimum_ksparse.study.finetuning.korquad.prediction import best_span
+from optimum_ksparse.study.finetuning.korquad.data import read_korquad, split_by_article
+from optimum_ksparse.study.finetuning.korquad.metric import exact_match, f1, korquad_scores, normalize_answer
+from optimum_ksparse.study.finetuning.korquad.model import SpanModel, load_korquad_model
+from optimum_ksparse.study.finetuning.korquad.prediction import best_span, evaluate_korquad, predict
 from optimum_ksparse.study.finetuning.korquad.windows import END, SEPARATOR, collate, fitted, make_windows
 
 pytest.importorskip("peft", reason="needs the extra finetune")
@@ -63,7 +56,7 @@ def written(folder, content):
 def test_the_official_scripts_figures(shared):
     oracle = json.loads((shared / "oracles/korquad_predictions.json").read_text(encoding="utf-8"))
     data = read_korquad(shared / "data/korquad/public.json")
-    assert len(oracle["predictions"]) < len(data) == 4051  # some are missing, which count 0
+    assert len(oracle["predictions"]) < len(data.questions) == 4051  # some are missing, which count 0
     scores = korquad_scores(oracle["predictions"], [(question.id, question.answers) for question in data.questions])
     assert scores == pytest.approx({name: oracle["official"][name] for name in ("exact_match", "f1")}, abs=1e-9)
 
@@ -166,7 +159,7 @@ def test_articles_are_split_whole(shared):
     train, test = split_by_article(data, seed=1)
     articles = [{question.article for question in part.questions} for part in (train, test)]
     assert list(map(len, articles)) == [80, 20] and not articles[0] & articles[1]
-    assert len(train) + len(test) == len(data)
+    assert len(train.questions) + len(test.questions) == len(data.questions)
     assert split_by_article(data, seed=1)[0].questions == train.questions
     with pytest.raises(ValueError, match="share"):
         split_by_article(data, 1.0)
@@ -306,11 +299,11 @@ def test_the_head_reads_the_decoder_with_its_norm(make_model, tokenizer, data_fi
 
 def test_a_model_learns_saves_and_loads(make_model, tokenizer, data_file, tmp_path):
     base, output = base_folder(make_model, tokenizer, tmp_path), tmp_path / "out"
-    settings = on(data_file, dropout=0.0, batch_size=8, micro_batch_size=8, max_steps=120, eval_every=60, r=8)
+    settings = on(data_file, dropout=0.0, batch_size=8, micro_batch_size=8, max_steps=80, eval_every=40, r=8)
     record = finetune(base, None, settings, output)
     assert record["loss"][0] > 2 and sum(record["loss"][-5:]) / 5 < 1.3
     assert record["results"]["exact_match"] > 10 < record["results"]["f1"], record["results"]
-    assert [row["step"] for row in record["history"]] == [60, 120]
+    assert [row["step"] for row in record["history"]] == [40, 80]
     assert json.loads((output / "finetuning.json").read_text(encoding="utf-8")) == record
     assert (output / "adapter_model.safetensors").stat().st_size < 60_000  # no embeddings in it
     loaded, its_tokenizer = load_korquad_model(output, AutoModelForCausalLM.from_pretrained(base))

@@ -6,7 +6,7 @@ import os
 from dataclasses import fields
 from typing import ClassVar
 
-from ...commands.base import LOADING_TEXTS, TRUST, Command, add_loading, load_checkpoint, usage
+from ...commands.base import LOADING_TEXTS, TRUST, Command, add_loading, usage
 from ...commands.parser import Parser, add_settings, add_switches, boolean
 
 _LOADING = ("tokenizer", "dtype", "revision", "trust_remote_code")
@@ -37,23 +37,16 @@ class KoAlpacaCommand(Command):
         given = self.settings()
 
         from ...adapters import require_peft
-        from ...data.tokenizer import read_tokenizer
         from .. import finetuning
 
         kind = getattr(finetuning, self.SETTINGS)
         with usage():
-            settings = kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
+            settings = kind(**{f.name: given.pop(f.name) for f in fields(kind) if f.name in given})
         require_peft()
-        from ..finetuning.run import claimed_output, finetune
+        from ..finetuning.run import finetune
 
-        model, output = given["model"], given["output"]
-        reads = (model, *(given.get(name) for name in ("data", "train_file", "eval_file", "tokenizer")))
-        with claimed_output(output, reads, overwrite=given.get("overwrite", False)):
-            names = ("trust_remote_code",) if "tokenizer" in given else ("trust_remote_code", "revision")
-            tokenizer = read_tokenizer(given.get("tokenizer", model), **{n: given[n] for n in names if n in given})
-            loaded = load_checkpoint(model, {name: given[name] for name in _LOADING if name in given})
-            how = {name: given[name] for name in ("resume", "overwrite") if name in given}
-            results = finetune(loaded, tokenizer, settings, output, **how).get("results")
+        model, tokenizer, output = given.pop("model"), given.pop("tokenizer", None), given.pop("output")
+        results = finetune(model, tokenizer, settings, output, **given).get("results")
         if results:
             print(f"exact match {results['exact_match']:.2f}, F1 {results['f1']:.2f} of {results['num_samples']}")
         if os.environ.get("RANK", "0") == "0":

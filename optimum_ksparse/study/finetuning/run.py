@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model
@@ -63,12 +63,13 @@ class TaskTrainer(Trainer):
 
 def finetune(
     model: PreTrainedModel | str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | str | None,
     settings: FinetuningSettings,
     output: str | os.PathLike[str],
     *,
     resume: bool = True,
     overwrite: bool = False,
+    **loading: Any,
 ) -> dict[str, Any]:
     """Tunes a causal LM, sparse or dense, on the task that `settings` are of, saves and measures it.
 
@@ -78,12 +79,13 @@ def finetune(
     --tuned-results OUTPUT`). A run that was cut off goes on from its last checkpoint when it is called again.
 
     Args:
-        model: the model, which is changed in place, or its folder or Hub id, read in the dtype of its weights.
-        tokenizer: the model's; None reads the one beside it.
+        model: the model, which is changed in place, or its folder or Hub id.
+        tokenizer: the model's, or its folder or Hub id; None reads the one beside the model.
         settings: `KoAlpacaSettings` or `KorQuADSettings`.
         output: a folder.
         resume: go on with an unfinished run in `output`; False starts over.
         overwrite: replace a finished run in `output`. Without it, the record of one of the same job is returned.
+        loading: arguments of `from_pretrained`, such as `revision`; the dtype is that of the weights otherwise.
 
     Returns:
         What `finetuning.json` holds: what the run was, `loss` of each step, for KorQuAD `results` and `history`, the
@@ -95,18 +97,21 @@ def finetune(
         FileExistsError, NotADirectoryError, BlockingIOError: `output` holds something else, is a file, or is in use.
         ConnectionError: the data cannot be read from the Hub.
     """
-    reads = (getattr(model, "name_or_path", model), *(getattr(settings, name, None) for name in _PATHS))
-    with claimed_output(output, reads, overwrite=overwrite):
+    reads = [getattr(model, "name_or_path", model), tokenizer, *(getattr(settings, name, None) for name in _PATHS)]
+    with _claimed(output, reads, overwrite=overwrite):
         if not isinstance(model, PreTrainedModel):
-            model = class_for_source(model).from_pretrained(os.fspath(model), dtype="auto")
-        assert isinstance(model, PreTrainedModel)
+            how = {"dtype": "auto", **loading}
+            model = cast(PreTrainedModel, class_for_source(model, **loading).from_pretrained(os.fspath(model), **how))
         check_causal_lm(model)
         results = EvaluationResults(fingerprint(model))
         part = "sparse" if sparse_modules(model) else "dense"
         if part == "dense":
             results.dense_model, results.dense_revision = describe_model(model), facts_of(model).commit
         base = {"base": str(model.name_or_path), "base_fingerprint": results.fingerprint}
-        tokenizer = tokenizer or read_tokenizer(base["base"])
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            names = ("trust_remote_code",) if tokenizer else ("trust_remote_code", "revision")
+            remote = {name: loading[name] for name in names if name in loading}
+            tokenizer = read_tokenizer(tokenizer or base["base"], **remote)
         trainer = settings.trainer_class()(model, tokenizer, settings, trainer_arguments(settings, output))
         chosen = {name: value for name, value in asdict(settings).items() if name not in _PATHS}
         processes = {"num_processes": trainer.args.world_size}
@@ -140,19 +145,12 @@ def finetune(
 
 
 @contextmanager
-def claimed_output(
-    output: str | os.PathLike[str], reads: Iterable[object], *, overwrite: bool = False
-) -> Iterator[None]:
-    """Within it, `output` is this run's, which may begin once more in it: checked before anything is loaded.
-
-    Raises:
-        ValueError, FileExistsError, NotADirectoryError: as `check_output`; of `reads` it must be apart anyhow.
-        BlockingIOError: another process is tuning into it.
-    """
+def _claimed(output: str | os.PathLike[str], reads: list[object], *, overwrite: bool) -> Iterator[None]:
+    """Within it, `output` is this run's, which may begin once more in it: checked before anything is loaded. Of what
+    is read it must be apart anyhow."""
     if os.environ.get("RANK", "0") != "0":  # the first process writes
         yield
         return
-    reads = list(reads)
     check_output(output, reads=reads, ours=(TUNING_NAME, CHECKPOINTS), overwrite=overwrite)
     check_apart(output, reads)
     busy = f"another process is tuning into {os.fspath(output)}; wait for it, or name another folder"

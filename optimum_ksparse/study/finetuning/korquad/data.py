@@ -52,9 +52,6 @@ class KorQuADData:
     description: dict[str, Any]
     split: str
 
-    def __len__(self) -> int:
-        return len(self.questions)
-
 
 def korquad_data(settings: KorQuADSettings) -> tuple[KorQuADData, KorQuADData]:
     """What to train and what to measure on: two files, a file split by article with the seed, or the Hub's KorQuAD
