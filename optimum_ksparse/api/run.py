@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,25 +34,20 @@ from .model import attach, check_model, make_report, record_settings
 logger = logging.get_logger(__name__)
 
 
+@dataclass
 class CheckpointRun:
     """One call of `prune_checkpoint`, after its arguments have been checked."""
 
-    def __init__(
-        self,
-        source: str | os.PathLike[str],
-        config: SparsityConfig,
-        workspace: Workspace,
-        files: WeightFiles,
-        processes: Processes,
-        dtype: torch.dtype | str,
-        device: torch.device,
-        activation_memory: int,
-        model_class: Any,
-        loading: dict[str, Any],
-    ) -> None:
-        self.source, self.config, self.workspace, self.files = source, config, workspace, files
-        self.processes, self.dtype, self.device = processes, dtype, device
-        self.activation_memory, self.model_class, self.loading = activation_memory, model_class, loading
+    source: str | os.PathLike[str]
+    config: SparsityConfig
+    workspace: Workspace
+    files: WeightFiles
+    processes: Processes
+    dtype: torch.dtype | str
+    device: torch.device
+    activation_memory: int
+    model_class: Any
+    loading: dict[str, Any]
 
     def __call__(self, resume: bool, overwrite: bool = False) -> SparsityReport:
         workspace, processes = self.workspace, self.processes

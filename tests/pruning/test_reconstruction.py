@@ -202,8 +202,7 @@ def test_an_error_gives_the_model_back(make_model, monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("activations", [None, "pruned", "dense"])
-@pytest.mark.parametrize("activation_memory", ["4GB", 0])
+@pytest.mark.parametrize(("activations", "activation_memory"), [(None, "4GB"), ("pruned", 0), ("dense", 0)])
 def test_disk_to_disk_gives_the_same_bits(make_model, tmp_path, activations, activation_memory):
     model = make_model("llama")
     model.save_pretrained(tmp_path / "dense")
@@ -220,8 +219,7 @@ def test_disk_to_disk_gives_the_same_bits(make_model, tmp_path, activations, act
     ]
 
 
-@pytest.mark.parametrize("activations", [None, "pruned", "dense"])
-@pytest.mark.parametrize("activation_memory", ["4GB", 0])
+@pytest.mark.parametrize(("activations", "activation_memory"), [(None, "4GB"), ("pruned", 0), ("dense", 0)])
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(
     make_model, tmp_path, monkeypatch, activations, activation_memory
 ):

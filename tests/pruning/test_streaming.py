@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -92,27 +93,22 @@ def always_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the same as in memory
 
 
+_ASKED = [
+    ("float32", {"method": "wanda", "pattern": "2:4"}),
+    ("bfloat16", {"method": "sparsegpt", "pattern": "50%", "storage": "dense"}),
+    ("auto", {"method": "magnitude", "pattern": "4:8", "dataset": None}),
+]
+
+
 @pytest.mark.parametrize(
-    ("method", "pattern", "dtype", "settings"),
-    [
-        ("wanda", "2:4", "float32", {}),
-        ("sparsegpt", "50%", "bfloat16", {"storage": "dense"}),
-        ("magnitude", "4:8", "auto", {"dataset": None}),
-    ],
+    ("name", "dtype", "asked"),
+    [(name, *asked) for name, asked in zip(ARCHITECTURES, itertools.cycle(_ASKED))],
+    ids=list(ARCHITECTURES),
 )
-@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_result_is_that_of_from_pretrained_bit_for_bit(
-    name: str,
-    method: str,
-    pattern: str,
-    dtype: str,
-    settings: dict,
-    tmp_path: Path,
-    make_model: MakeModel,
-    config: Any,
+    name: str, dtype: str, asked: dict[str, Any], tmp_path: Path, make_model: MakeModel, config: Any
 ) -> None:
     make_model(name).save_pretrained(tmp_path / "dense", max_shard_size="40KB")
-    asked = {**settings, "method": method, "pattern": pattern}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype, sparsity_config=config(**asked))
     model.save_pretrained(tmp_path / "memory")
     report = prune_checkpoint(tmp_path / "dense", tmp_path / "disk", config(**asked), dtype=dtype)
@@ -134,14 +130,9 @@ def test_the_result_is_that_of_from_pretrained_bit_for_bit(
     assert not [path for path in (tmp_path / "disk").iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 6, 7])
-@pytest.mark.parametrize(
-    "settings", [{"true_sequential": True}, {"bos_in_statistics": False}, {"skip_unsupported": True}]
-)
-def test_activations_in_files_are_those_in_memory(
-    settings: dict, batch_size: int, tmp_path: Path, source: Path, config: Any
-) -> None:
-    asked = config(batch_size=batch_size, **settings)
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_activations_in_files_are_those_in_memory(batch_size: int, tmp_path: Path, source: Path, config: Any) -> None:
+    asked = config(batch_size=batch_size, true_sequential=batch_size == 4, bos_in_statistics=batch_size != 7)
     prune_checkpoint(source, tmp_path / "memory", asked)
     prune_checkpoint(source, tmp_path / "files", asked, activation_memory=0)
     assert contents(tmp_path / "memory") == contents(tmp_path / "files")
@@ -163,15 +154,13 @@ def assert_same_as_in_memory(source: Any, folder: Path, config: SparsityConfig, 
     assert disk == memory
 
 
-@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16])
-@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
-@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+@pytest.mark.parametrize(("dtype", "stored"), [("float16", torch.float32), (torch.bfloat16, torch.float16)])
 def test_modules_that_stay_in_float32(
-    method: str, stored: torch.dtype, dtype: Any, tmp_path: Path, make_model: MakeModel, token_ids: torch.Tensor
+    stored: torch.dtype, dtype: Any, tmp_path: Path, make_model: MakeModel, token_ids: torch.Tensor
 ) -> None:
     """RWKV keeps two parameters of a block in float32 beside float16; what is stored may have any dtype."""
     make_model("rwkv", dtype=stored).save_pretrained(tmp_path / "dense")
-    config = SparsityConfig(method, "2:4", dataset=token_ids)
+    config = SparsityConfig("wanda", "2:4", dataset=token_ids)
     assert_same_as_in_memory(tmp_path / "dense", tmp_path, config, dtype=dtype)
     kept = tensors(tmp_path / "disk")["rwkv.blocks.0.attention.time_decay"].dtype
     assert kept == (torch.float32 if dtype == "float16" else torch.bfloat16)
@@ -229,12 +218,6 @@ def test_code_beside_the_weights(tmp_path: Path, make_model: MakeModel, config: 
     assert type(again).__name__ == "TinyForCausalLM"
 
 
-def test_code_of_transformers_itself_may_be_trusted_too(tmp_path: Path, source: Path, config: Any) -> None:
-    prune_checkpoint(source, tmp_path / "trusted", config(), trust_remote_code=True)
-    prune_checkpoint(source, tmp_path / "plain", config())
-    assert contents(tmp_path / "trusted") == contents(tmp_path / "plain")
-
-
 def test_tied_embeddings_are_stored_once(tmp_path: Path, make_model: MakeModel, config: Any) -> None:
     make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
     prune_checkpoint(tmp_path / "dense", tmp_path / "disk", config())
@@ -243,14 +226,6 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path, make_model: MakeModel, 
     assert "lm_head.weight" not in stored
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
     assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def test_modules_to_not_convert_and_their_report(tmp_path: Path, source: Path, config: Any) -> None:
-    report = prune_checkpoint(source, tmp_path / "disk", config(modules_to_not_convert=["o_proj"]))
-    assert set(report.skipped) == {f"layers.{index}.self_attn.o_proj" for index in range(5)}
-    stored = tensors(tmp_path / "disk")
-    dense = tensors(source)["model.layers.3.self_attn.o_proj.weight"]
-    assert torch.equal(stored["model.layers.3.self_attn.o_proj.weight"], dense)
 
 
 def test_a_hub_id(tmp_path: Path, source: Path, config: Any, hub: LoopbackHub) -> None:
@@ -317,33 +292,31 @@ def fails(function: Callable[..., Any], number: int, error: BaseException) -> Ca
 # Where a run of three blocks may be cut off: what is called, and at which of its calls.
 PLACES = [
     (workspace, "save_tensors", range(5)),
-    (workspace.os, "replace", range(0, 36, 2)),
-    (workspace.os, "replace", range(1, 36, 2)),
+    (workspace.os, "replace", range(0, 30, 3)),
+    (workspace.os, "link", range(2)),
     (Journal, "save", range(7)),
-    (os, "unlink", range(4)),
-    (os, "fsync", range(0, 48, 8)),
+    (os, "unlink", range(0, 4, 2)),
+    (os, "fsync", range(0, 48, 12)),
     (Activations, "replace", range(2)),
     (Activations, "save", range(2)),
     (workspace, "sha256_of", range(3)),
-    (workspace.shutil, "rmtree", range(4)),
+    (workspace.shutil, "rmtree", range(0, 4, 2)),
 ]
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("storage", ["packed", "dense"])
 @pytest.mark.parametrize(("where", "name", "numbers"), PLACES, ids=[name for _, name, _ in PLACES])
 def test_after_an_error_anywhere_the_same_call_ends_with_the_same_bytes(
     where: Any,
     name: str,
     numbers: range,
-    storage: str,
     tmp_path: Path,
     make_model: MakeModel,
     config: Any,
     monkeypatch: pytest.MonkeyPatch,
     always_snapshot: None,
 ) -> None:
-    asked, source = config(storage=storage), tmp_path / "source"
+    asked, source = config(storage="dense" if name == "save_tensors" else "packed"), tmp_path / "source"
     make_model("llama", num_hidden_layers=3).save_pretrained(source)
     prune_checkpoint(source, tmp_path / "whole", asked)
     expected = contents(tmp_path / "whole")
@@ -361,7 +334,7 @@ def test_after_an_error_anywhere_the_same_call_ends_with_the_same_bytes(
                 assert not model.exists() or contents_without_work(output) == expected, "a half-written model"
         prune_checkpoint(source, output, asked, activation_memory=memory)
         assert contents(output) == expected, number
-    assert failures >= len(numbers) // 2
+    assert failures >= len(numbers) // 2 or name == "link"  # what cannot be linked is copied
 
 
 def contents_without_work(folder: Path) -> dict[str, bytes | dict]:
@@ -371,7 +344,7 @@ def contents_without_work(folder: Path) -> dict[str, bytes | dict]:
 _CHILD = """
 import os, signal, sys, torch
 from optimum_ksparse import SparsityConfig, prune_checkpoint
-from optimum_ksparse.pruning.streaming import place
+from optimum_ksparse.pruning.streaming import place as disk
 torch.set_num_threads(1)
 disk._SNAPSHOT_SECONDS = -1.0
 source, output, ids, place, number, memory = sys.argv[1:]
@@ -396,12 +369,12 @@ def test_processes_killed_again_and_again(tmp_path: Path, source: Path, token_id
     torch.save(token_ids, tmp_path / "ids.pt")
     codes = []
     # Each gets a little further; the last one is not killed.
-    kills = [("fsync", 3, "0"), ("replace", 4, "1GB"), ("fsync", 7, "0"), ("replace", 7, "1GB"), ("replace", 99, "0")]
+    kills = [("fsync", 3, "0"), ("replace", 6, "1GB"), ("replace", 99, "0")]
     for place, number, memory in kills:
         arguments = [str(source), str(tmp_path / "disk"), str(tmp_path / "ids.pt"), place, str(number), memory]
         done = subprocess.run([sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True)
         codes.append(done.returncode)
-    assert codes == [-signal.SIGKILL] * 4 + [0], done.stderr
+    assert codes == [-signal.SIGKILL] * 2 + [0], done.stderr
     assert contents(tmp_path / "disk") == contents(tmp_path / "whole")
 
 
@@ -427,7 +400,7 @@ def test_a_run_goes_on_where_it_was_cut_off(unfinished: Path, tmp_path: Path, so
     assert contents(unfinished) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "changed", "snapshot gone", "snapshot cut"])
+@pytest.mark.parametrize("damage", ["changed", "snapshot cut"])
 def test_damaged_files_of_a_run_are_made_again(
     damage: str, unfinished: Path, tmp_path: Path, source: Path, config: Any
 ) -> None:
@@ -435,16 +408,12 @@ def test_damaged_files_of_a_run_are_made_again(
     block = work / "block-00001.safetensors"
     snapshots = [path for path in work.iterdir() if path.name.startswith("activations")]
     assert snapshots
-    if damage == "gone":
-        block.unlink()
-    elif damage == "cut":
-        block.write_bytes(block.read_bytes()[:-1])
-    elif damage == "changed":
+    if damage == "changed":
         content = bytearray(block.read_bytes())
         content[-1] ^= 1
         block.write_bytes(content)
     for path in snapshots if "snapshot" in damage else []:
-        path.unlink() if "gone" in damage else path.write_bytes(path.read_bytes()[:-1])
+        path.write_bytes(path.read_bytes()[:-1])
     seen: list[BlockDone] = []
     with listening(seen.append):
         prune_checkpoint(source, unfinished, config())
@@ -481,8 +450,7 @@ def test_a_refusal_leaves_an_unfinished_run_without_data_as_it_is(
     assert contents(tmp_path / "disk") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("done", [1, 2, 3, 4])
-@pytest.mark.parametrize("memory", [0, "1GB"])
+@pytest.mark.parametrize(("done", "memory"), [(1, 0), (3, "1GB"), (4, 0)])
 def test_a_snapshot_is_used_and_blocks_before_it_are_not_run_again(
     memory: Any, done: int, tmp_path: Path, source: Path, config: Any, monkeypatch: Any, always_snapshot: None
 ) -> None:
@@ -648,9 +616,7 @@ def test_damaged_sources(
     assert not (tmp_path / "disk").exists()
 
 
-@pytest.mark.parametrize(
-    "elsewhere", ["../source/model.safetensors", "/etc/model.safetensors", "..\\model.safetensors"]
-)
+@pytest.mark.parametrize("elsewhere", ["../source/model.safetensors", "/etc/model.safetensors"])
 def test_an_index_that_leaves_its_folder_is_refused_before_anything_is_read(
     elsewhere: str, tmp_path: Path, make_pruned: Any, source: Path, config: Any
 ) -> None:
@@ -748,9 +714,8 @@ def test_sources_that_are_sparse_or_quantized(tmp_path: Path, source: Path, conf
         prune_checkpoint(tmp_path / "sparse", tmp_path / "again", config())
 
 
-@pytest.mark.parametrize("method", ["wanda", "magnitude"])
-def test_outputs_that_hold_something_else(method: str, tmp_path: Path, source: Path, config: Any) -> None:
-    asked = config(method)
+def test_outputs_that_hold_something_else(tmp_path: Path, source: Path, config: Any) -> None:
+    asked = config("magnitude")
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
         prune_checkpoint(source, tmp_path / "file", asked)
@@ -804,8 +769,7 @@ def test_reading_ahead_gives_the_same(
     assert contents(tmp_path / "ahead") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("limit", [None, 0])
+@pytest.mark.parametrize(("limit", "dtype"), [(None, torch.float32), (0, torch.bfloat16)])
 def test_saved_activations_are_read_back(limit: int | None, dtype: torch.dtype, tmp_path: Path) -> None:
     batches = [torch.randn(4, 3, 8).to(dtype), torch.randn(4, 3, 8).to(dtype), torch.randn(1, 3, 8).to(dtype)]
     hidden = Activations(3, limit, tmp_path)
@@ -829,7 +793,7 @@ def test_saved_activations_are_read_back(limit: int | None, dtype: torch.dtype, 
     assert not Activations(2, limit, tmp_path).can_load(name, 3)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "more/chat.jinja", ""])
+@pytest.mark.parametrize("name", ["tokenizer.json", "more/chat.jinja", ""])
 def test_a_source_is_told_apart_by_every_byte(name: str, tmp_path: Path, source: Path, config: Any) -> None:
     """A finished checkpoint is not that of a source of which anything has changed, wherever in a file."""
     (source / "more").mkdir()

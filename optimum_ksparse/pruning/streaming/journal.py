@@ -16,7 +16,7 @@ from ...records import Amount, As, Count, RelativePath, Version, build, printabl
 from ...report import BlockReport, LayerReport
 
 _NAME = "journal.json"
-_VERSION = 3
+_VERSION = 4
 _REMEDY = "; start over with resume=False"
 FINAL = "final"  # the folder of the finished checkpoint's files
 
@@ -64,8 +64,7 @@ class Journal:
         snapshot: the latest activations that were saved.
         seconds: how long all processes that worked on it have taken, one after another.
         peak_memory_bytes: the most that a process which worked on it has used.
-        phase: "pruning"; "finishing": all blocks are done, and files of the checkpoint are being made of them;
-            "complete": only the files have still to be moved to their places.
+        phase: "pruning"; "complete": only the files of the checkpoint have still to be moved to their places.
     """
 
     job: dict[str, Any]

@@ -138,10 +138,9 @@ class Workspace:
         write_text(self.path / f"{name}.json", to_json(value, indent=None))
         self._record(self.path / f"{name}.json")
 
-    def _record(self, *paths: Path) -> None:
-        """Notes in the journal that these files are written. A later run uses no others."""
-        for path in paths:
-            self.journal.checksums[path.relative_to(self.path).as_posix()] = sha256_of(path)
+    def _record(self, path: Path) -> None:
+        """Notes in the journal that a file is written. A later run uses no others."""
+        self.journal.checksums[path.name] = sha256_of(path)
         self.journal.save(self.path)
 
     def add_block(
@@ -156,54 +155,47 @@ class Workspace:
 
     def written_bytes(self) -> int:
         """Bytes that an earlier run has left to go on with."""
-        files = (path for name in ("block-*", f"{FINAL}/**/*", "activations-*") for path in self.path.glob(name))
+        files = (path for name in ("block-*", "activations-*") for path in self.path.glob(name))
         return sum(path.stat().st_size for path in files if path.is_file())
 
     def finish(self, model: PreTrainedModel, disk: DiskBlocks, save_more: Callable[[Path], None]) -> None:
         """Makes a checkpoint of the blocks and of everything else of the model, which `model.save_pretrained` writes.
         `save_more` puts further files into a folder."""
-        self.journal.phase, self.journal.snapshot = "finishing", None
-        self.journal.save(self.path)
-        final, rest = self.path / FINAL, self.folder("rest")
-        final.mkdir(exist_ok=True)
-        inside = disk.blocks.prefixes
+        final, inside = self.folder(FINAL), disk.blocks.prefixes
         state = model.state_dict()
         once = remove_tied_weights_from_state_dict(dict(state), model).keys()  # what blocks share is stored with one
         state = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
-        model.save_pretrained(rest, state_dict=state, max_shard_size="10000GB")
-        save_more(rest)
+        model.save_pretrained(final, state_dict=state, max_shard_size="10000GB")
+        save_more(final)
         names = self.journal.weight_names()
-        os.replace(rest / SAFE_WEIGHTS_NAME, final / names[0])
+        os.replace(final / SAFE_WEIGHTS_NAME, final / names[0])
         for index, name in enumerate(names[1:]):
-            if f"{FINAL}/{name}" not in self.journal.checksums:  # an earlier run got as far as that
-                self._finish_block(index, model, disk, final / name, once)
-        _write_index(final, names, model.num_parameters(), self.journal.checksums)
+            self._finish_block(index, model, disk, final / name, once)
+        digests = {name: sha256_of(final / name) for name in names}
+        _write_index(final, model.num_parameters(), digests)
         settings: Any = getattr(model.config, "quantization_config", None)
         if settings is not None:
             check_saved(model, final, settings.storage == "packed")
-        _move_files(rest, final)
         sync_tree(final)
-        self.journal.phase = "complete"
-        blocks = {final / name for name in names[1:]}
-        self._record(*(path for path in final.rglob("*") if path.is_file() and path not in blocks))
+        files = {path.relative_to(final).as_posix(): path for path in final.rglob("*") if path.is_file()}
+        self.journal.checksums |= {f"{FINAL}/{n}": digests.get(n) or sha256_of(path) for n, path in files.items()}
+        self.journal.phase, self.journal.snapshot = "complete", None
+        self.journal.save(self.path)
 
     def _finish_block(
         self, index: int, model: PreTrainedModel, disk: DiskBlocks, target: Path, once: Collection[str]
     ) -> None:
-        block = self.journal.blocks[index]
         with disk.resident(index):
-            state = disk.state_dict(index)
-            root = disk.blocks.name_in_model(index)
+            state, root = disk.state_dict(index), disk.blocks.name_in_model(index)
             stored = storage_state_dict(model, root, state, [name for name in state if name not in once])
-            as_it_is = stored.keys() == state.keys() and all(stored[name] is state[name] for name in state)
-            if not as_it_is:
+            if stored.keys() != state.keys() or any(stored[name] is not state[name] for name in state):
                 save_tensors({name: tensor.cpu().contiguous() for name, tensor in stored.items()}, target)
-        if as_it_is:
-            self.journal.checksums[f"{FINAL}/{target.name}"] = block.sha256
-            self.journal.save(self.path)
-            os.replace(self.path / block.file, target)
-        else:  # the block stays, in case that the other form is damaged
-            self._record(target)
+                return
+        block = self.path / self.journal.blocks[index].file
+        try:
+            os.link(block, target)
+        except OSError:  # a disk without links
+            shutil.copyfile(block, target)
 
     def publish(self) -> SparsityReport:
         """Moves the files of the finished checkpoint to their places, and removes the workspace."""
@@ -211,20 +203,11 @@ class Workspace:
         return SparsityReport.load(self.output / REPORT_NAME)
 
 
-def _move_files(source: Path, target: Path) -> None:
-    """Moves the files of one folder, those of its subfolders too, into another one."""
-    for path in [path for path in source.rglob("*") if path.is_file()]:
-        moved = target / path.relative_to(source)
-        moved.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, moved)
-
-
-def _write_index(folder: Path, names: list[str], num_parameters: int, checksums: Mapping[str, str]) -> None:
-    """Writes the index, with the SHA-256 of each file, for `changed_files`; `checksums` of those that are known."""
+def _write_index(folder: Path, num_parameters: int, digests: Mapping[str, str]) -> None:
+    """Writes the index of the weight files, with the SHA-256 of each, for `changed_files`."""
     weight_map: dict[str, str] = {}
-    digests = {name: checksums.get(f"{FINAL}/{name}") or sha256_of(folder / name) for name in names}
     size = 0
-    for name in names:
+    for name in digests:
         path = folder / name
         with safe_open(path, framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), name)
