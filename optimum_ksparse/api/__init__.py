@@ -3,6 +3,6 @@
 from ..pruning.tokens import load_tokenizer
 from .checkpoint import prune_checkpoint
 from .layer import prune_weight
-from .model import attach, sparsify
+from .model import sparsify
 
-__all__ = ["attach", "load_tokenizer", "prune_checkpoint", "prune_weight", "sparsify"]
+__all__ = ["load_tokenizer", "prune_checkpoint", "prune_weight", "sparsify"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from ..checks import check_integer
 from ..config import SparsityConfig, recorded_settings
 from ..data import usual_context
 from ..data.dataset import holds
+from ..hub import card_of_source
 from ..pruning.distributed import joined
+from ..pruning.model import settings_of
 from ..pruning.streaming import OURS, Workspace
+from ..pruning.streaming.run import CheckpointRun
 from ..report import SparsityReport
-from .model import settings_of
-from .run import CheckpointRun
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 _CODE_ARGUMENTS = ("trust_remote_code", "code_revision")
@@ -99,8 +101,10 @@ def prune_checkpoint(
         }
         how = {"output": os.path.basename(output), "resume": resume, "activation_memory": limit}
         processes.agree({**job, **job["source"], **job["settings"], **how, "source": None, "settings": None})
-        workspace = Workspace(output, job)
-        run = CheckpointRun(source, config, workspace, files, processes, dtype, place, limit, model_class, loading)
+        card = partial(card_of_source, token=loading.get("token"))
+        run = CheckpointRun(
+            source, config, Workspace(output, job), files, processes, dtype, place, limit, model_class, loading, card
+        )
         return run(resume, overwrite)
 
 

@@ -14,7 +14,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.utils import CONFIG_NAME, logging
 
 from ..adapters import MergeReport
-from ..api import attach
 from ..checkpoint import (
     check_finite,
     drop_record,
@@ -33,6 +32,7 @@ from ..config import DENSE_CONFIG_KEY, FLAT_SETTINGS, RUN_TIME_SETTINGS, Sparsit
 from ..evaluation import EvaluationResults, mark_weights
 from ..hub import tag_model
 from ..pattern import Pattern
+from ..pruning.model import attach
 from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 from ..report import SparsityReport
 from ..runtime import RuntimeConfig, configure, tell_cost_on_cpu

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,28 +15,29 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint import WeightFiles, changed_files, facts_of, find_weight_files, fingerprint
-from ..checkpoint.staging import check_places
-from ..config import SparsityConfig
-from ..data import save_tokenizer
-from ..hub import card_of_source
-from ..pruning.distributed import Processes
-from ..pruning.memory import peak_memory
-from ..pruning.plan import run
-from ..pruning.streaming import DiskBlocks, Workspace, open_checkpoint
-from ..pruning.streaming.place import DiskPlace
-from ..pruning.tokens import load_tokenizer
-from ..records import REPORT_NAME
-from ..report import SparsityReport
-from ..version import library_versions
-from .model import attach, check_model, make_report, record_settings
+from ...checkpoint import WeightFiles, changed_files, facts_of, find_weight_files, fingerprint
+from ...checkpoint.staging import check_places
+from ...config import SparsityConfig
+from ...data import save_tokenizer
+from ...records import REPORT_NAME
+from ...report import SparsityReport
+from ...version import library_versions
+from ..distributed import Processes
+from ..memory import peak_memory
+from ..model import attach, check_model, make_report, record_settings
+from ..plan import run
+from ..tokens import load_tokenizer
+from .blocks import DiskBlocks, open_checkpoint
+from .place import DiskPlace
+from .workspace import Workspace
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
 class CheckpointRun:
-    """One call of `prune_checkpoint`, after its arguments have been checked."""
+    """One call of `prune_checkpoint`, after its arguments have been checked. `base_card` says what the card of the
+    dense model says of its license and language."""
 
     source: str | os.PathLike[str]
     config: SparsityConfig
@@ -48,6 +49,7 @@ class CheckpointRun:
     activation_memory: int
     model_class: Any
     loading: dict[str, Any]
+    base_card: Callable[[PreTrainedModel], dict[str, Any]]
 
     def __call__(self, resume: bool, overwrite: bool = False) -> SparsityReport:
         workspace, processes = self.workspace, self.processes
@@ -127,7 +129,7 @@ class CheckpointRun:
         attach(model, record_settings(self.config))
         if self.loading.get("subfolder"):
             report.base_arguments = {"subfolder": self.loading["subfolder"]}
-        report.base_card = card_of_source(model, self.loading.get("token"))
+        report.base_card = self.base_card(model)
         self.files.check()
         report.source_fingerprint = self.files.fingerprint()
         report.fingerprint = self._fingerprint(model, disk)

@@ -1,0 +1,111 @@
+"""What a model must be to be pruned; then its report, and what makes it a sparse model for transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from ..blocks import use_eager_experts
+from ..checkpoint import (
+    check_reversible,
+    describe_model,
+    facts_of,
+    forget_conversions,
+    is_offloaded,
+    record_layers,
+    sparse_experts,
+    sparse_modules,
+)
+from ..config import QUANT_METHOD, RECORDED, SparsityConfig
+from ..report import SparsityReport
+from ..version import library_versions
+from .job import Job
+from .memory import peak_memory
+
+
+def record_settings(config: SparsityConfig) -> SparsityConfig:
+    """The settings as they are saved with the model: the data may be gone by then."""
+    recorded: SparsityConfig = SparsityConfig.from_dict(config.to_dict())
+    return recorded
+
+
+def settings_of(config: SparsityConfig) -> dict[str, Any]:
+    """The settings as a report and a journal hold them: without the list of layers."""
+    settings = config.to_dict()
+    for name in RECORDED:
+        settings.pop(name)
+    return settings
+
+
+def make_report(job: Job, config: SparsityConfig) -> SparsityReport:
+    """The report on a model that has just been pruned with `config`, as `record_settings` gave it."""
+    model = job.place.model
+    return SparsityReport(
+        config=settings_of(config),
+        calibration={} if job.data is None else job.data.description,
+        layers=[row for block in job.pruned for row in block.layers],
+        reconstruction=[block.reconstruction for block in job.pruned if block.reconstruction is not None],
+        skipped=job.skipped,
+        choice=job.choice,
+        base_model=describe_model(model),
+        base_revision=facts_of(model).commit,
+        num_parameters=job.num_parameters,
+        peak_memory_bytes=peak_memory(),
+        versions=library_versions("torch", "transformers", "accelerate", "datasets"),
+    )
+
+
+def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags."""
+    record_layers(model, config)
+    forget_conversions(model)
+    facts_of(model).forget()
+    if sparse_experts(model):
+        use_eager_experts(model)
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+
+
+def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Raises TypeError or ValueError for a model that cannot be pruned as it is."""
+    if not isinstance(config, SparsityConfig):
+        raise TypeError(f"config must be a SparsityConfig, found {type(config).__name__}")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, found {type(model).__name__}")
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "tensors made under torch.inference_mode() cannot be changed nor learn: load the model, and prune it, "
+            "outside of it (torch.no_grad() is no hindrance)"
+        )
+    if sparse_modules(model):
+        raise ValueError("the model is sparse already; model.dequantize() makes it dense again")
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(f"the model is quantized ({method}); prune the model that it was made from")
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        raise ValueError("the model, or a part of it, is compiled; prune it first, then compile it")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("the model carries an adapter; merge it, or prune the model before adding one")
+    if config.storage == "dense":
+        check_reversible(model)
+    if is_offloaded(model):
+        raise ValueError(
+            "accelerate has offloaded weights of the model to memory or disk: prune its checkpoint with "
+            "prune_checkpoint (prune --stream), block by block, or load it where all of it has room"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DeepSpeed ZeRO-3 holds a part of each weight; prune in a process without it, then load the result"
+        )
+    sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is spread over processes (tensor parallel or FSDP); prune in one process, then load it"
+        )
