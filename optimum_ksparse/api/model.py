@@ -74,4 +74,3 @@ def sparsify(
     mark_weights(model, pruned_here=True)
     tag_model(model, report, recorded)
     return report
-

@@ -54,9 +54,9 @@ def reconstruct_block(
     Products are in bfloat16 where the model or `calibration_dtype` is in 16 bit; weights are float32 until the end.
 
     Every eighth batch is held out (of one sample alone, none): after each epoch the loss on these tells whether the
-    weights are the best so far, and the best are kept, so that a block never ends worse than it began; the row says
-    where more epochs lowered the loss on the other batches alone. Memory beside the activations: what is tuned, in
-    float32, five times.
+    weights are the best so far, and the best are kept, so that a block never ends worse than it began. The row's loss
+    is that of these same batches; it says where more epochs lowered the loss on the other batches alone. Memory beside
+    the activations: what is tuned, in float32, five times.
 
     Args:
         index, block: the block, its layers replaced by sparse ones.
