@@ -154,9 +154,10 @@ class PruneCommand(Command):
     def _drop(self, model: Any, config: Any, where: Any) -> None:
         """Drops blocks, and prunes the others unless that is all."""
         from ..api import sparsify
-        from ..pruning import drop_layers, load_tokenizer
+        from ..data import load_tokenizer
+        from ..pruning import drop_layers
 
-        tokenizer = load_tokenizer(config, model.name_or_path, **where)
+        tokenizer = load_tokenizer(config.calibration, model.name_or_path, **where)
         names = ("num_samples", "seq_len", "batch_size", "seed", "prepend_bos")
         given = {name: getattr(config, name) for name in names if name in config.given}
         drop_layers(model, self.dropped, config.dataset, tokenizer, **given)
