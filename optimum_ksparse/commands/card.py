@@ -11,7 +11,7 @@ class CardCommand(Command):
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
-        from ..hub.card import LANGUAGES
+        from ..hub import LANGUAGES
 
         parser.add_argument("checkpoint", help="folder of a sparse checkpoint, or of an adapter on one")
         parser.add_argument("--language", choices=list(LANGUAGES), help="of the card (default: en)")
@@ -20,8 +20,7 @@ class CardCommand(Command):
         add_switches(parser, TRUST)
 
     def execute(self) -> None:
-        from ..hub import write_card
-        from ..hub.writing import check_repository
+        from ..hub import check_repository, write_card
 
         settings = self.settings()
         folder = folder_of(settings.pop("checkpoint"))

@@ -32,8 +32,7 @@ class PushCommand(Command):
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
-        from ..hub import push_model
-        from ..hub.card import LANGUAGES
+        from ..hub import LANGUAGES, push_model
 
         parser.add_argument("checkpoint", nargs="?", help="folder of a sparse checkpoint, or of an adapter on one")
         parser.add_argument("repo_id", nargs="?", help="user/name on the Hub")

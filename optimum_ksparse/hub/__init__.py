@@ -1,19 +1,20 @@
 """The Hub: report and results → card → push."""
 
 from .metadata import card_of_source, tag_model
-from .models import current_results, is_adapter, is_ours
-from .push import check_target, push_model
+from .names import LANGUAGES, check_repository, check_target
+from .push import push_model
 from .sources import choose_baseline, choose_tokenizer
-from .writing import CARD_NAME, check_language, read_card, write_card, write_trained_card
+from .subject import is_adapter, is_ours
+from .writing import CARD_NAME, read_card, write_card, write_trained_card
 
 __all__ = [
     "CARD_NAME",
+    "LANGUAGES",
     "card_of_source",
-    "check_language",
+    "check_repository",
     "check_target",
     "choose_baseline",
     "choose_tokenizer",
-    "current_results",
     "is_adapter",
     "is_ours",
     "push_model",

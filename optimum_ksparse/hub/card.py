@@ -33,8 +33,6 @@ from .existing import BEGIN, END, has_section, insert_section, is_unfilled_form,
 from .markdown import environment, phrases
 from .metadata import merge_metadata
 
-LANGUAGES = ("en", "ko")
-
 
 @dataclass
 class AdapterFacts:

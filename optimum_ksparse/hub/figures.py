@@ -15,6 +15,7 @@ from ..version import install_hint
 
 ERROR_FIGURE = "relative_output_error.png"
 RESULTS_FIGURE = "dense_and_sparse.png"
+FIGURES = (ERROR_FIGURE, RESULTS_FIGURE)
 _PANELS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("perplexity (lower is better)", ("perplexity",), "perplexity"),
     ("KoBEST macro F1 (higher is better)", KOBEST_TASKS, "f1"),

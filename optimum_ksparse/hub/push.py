@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checkpoint import describe_model, facts_of
+from ..checkpoint import describe_model
 from ..checkpoint.staging import write_text
-from ..evaluation import EvaluationProtocol, check_protocol, evaluate_model
-from ..records import REPORT_NAME, TUNING_NAME, describe_source
-from .commit import commit_folder, with_retries
-from .models import current_results, is_adapter, sparse_part
+from ..evaluation import EvaluationProtocol, EvaluationResults, check_protocol, evaluate_model
+from ..records import REPORT_NAME, TUNING_NAME, describe_source, to_json
+from .commit import commit_folder, explained
+from .names import check_target
 from .sources import choose_baseline, choose_tokenizer, copy_own_processor
-from .writing import CARD_NAME, check_branch, check_language, check_repository
+from .subject import Subject
+from .writing import CARD_NAME, CardOptions, write_card_of
 
 logger = logging.get_logger(__name__)
+
+_HOW_IT_LOADED = ("is_local", "local_files_only")  # of a tokenizer
 
 
 def push_model(
@@ -71,71 +75,60 @@ def push_model(
         PermissionError: the Hub does not accept the token, or the token may not write there.
         ConnectionError: the Hub cannot be reached, or breaks off.
     """
-    plain = sparse_part(model)
+    subject = Subject.read(model)
+    plain = subject.plain
     if evaluate not in (True, False) and not isinstance(evaluate, EvaluationProtocol):
         raise TypeError(f"evaluate must be True, False or an EvaluationProtocol, found {type(evaluate).__name__}")
-    check_language(language)
     check_target(repo_id, revision, dense_revision, create_pr)
-    _check_storage(model, plain, dense_revision)
     token = _clean_token(token)
+    more_tags = [tags] if isinstance(tags, str) else list(tags or [])
+    options = CardOptions(language, repo_id, dense_revision, more_tags, token)
+    if dense_revision is not None and (subject.is_adapter or subject.settings.storage == "dense"):
+        raise ValueError('dense_revision: an adapter, or a model with storage="dense", has no dense variant')
     dense = choose_baseline(plain, baseline, token) if evaluate else None
     loading = {"token": token, "trust_remote_code": trust_remote_code}
-    found_tokenizer = choose_tokenizer(plain, tokenizer, base=dense, can_lack=not evaluate, **loading)
+    tokenizer = choose_tokenizer(plain, tokenizer, base=dense, can_lack=not evaluate, **loading)
+    results = None if evaluate else subject.results()  # those of other weights are refused here
+    protocol = evaluate if isinstance(evaluate, EvaluationProtocol) else None
     if evaluate:
-        if found_tokenizer is None:
+        if tokenizer is None:
             raise ValueError("evaluate needs the tokenizer: pass one instead of tokenizer=False")
-        protocol = check_protocol(plain, found_tokenizer, evaluate if evaluate is not True else None)
-    results = None if evaluate else current_results(model)  # those of other weights are refused here
+        protocol = check_protocol(plain, tokenizer, protocol)
     api = HfApi(token=token)
-    repo_id = with_retries(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-    for branch in (revision, dense_revision):
-        if branch is not None and not branch.startswith("refs/"):
-            with_retries(repo_id, lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))  # noqa: B023
+    with explained(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        for branch in (revision, dense_revision):
+            if branch is not None and not branch.startswith("refs/"):
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
     if evaluate:
-        evaluate_model(plain, found_tokenizer, protocol, baseline=dense)  # type: ignore[arg-type]
-        results = facts_of(plain).results
+        results = evaluate_model(plain, tokenizer, protocol, baseline=dense)  # type: ignore[arg-type]
     if results is None or not results.dense:
         lacking = "no figures" if results is None else "no dense column"
         logger.warning(
             f"The card has {lacking}: push_to_hub(..., evaluate=True) measures, "
             "or `optimum-cli ksparse eval CHECKPOINT --baseline` before the push."
         )
-    more_tags = [tags] if isinstance(tags, str) else list(tags or [])
-    message = commit_message or ("Upload adapter" if is_adapter(model) else "Upload sparse model")
-    card: dict[str, Any] = {"language": language, "repo_id": repo_id, "tags": more_tags, "token": token}
-    card |= {"dense_revision": dense_revision, "existing": readme or "", "results": results}
-    with tempfile.TemporaryDirectory() as folder:
-        _save(model, Path(folder), found_tokenizer, max_shard_size, variant, token)
-        info = commit_folder(
-            api, repo_id, Path(folder), model, card, message, commit_description, revision, create_pr=create_pr
-        )
+    options = replace(options, repo_id=repo_id)
+    commit: dict[str, Any] = {
+        "commit_message": commit_message or f"Upload {'adapter' if subject.is_adapter else 'sparse model'}"
+    }
+    commit |= {"commit_description": commit_description}
+    how = {"max_shard_size": max_shard_size, "variant": variant}
+
+    def publish(**where: Any) -> CommitInfo:
+        with tempfile.TemporaryDirectory() as name, explained(repo_id):
+            folder = Path(name)
+            _save(subject, folder, tokenizer, results, token, how)
+            write = lambda there: write_card_of(  # noqa: E731
+                subject, folder, results, options, existing=readme or "" if there is None else there
+            )
+            return commit_folder(api, repo_id, folder, write, **commit, **where)
+
+    info = publish(revision=revision, create_pr=create_pr)
     if dense_revision is not None:
-        with tempfile.TemporaryDirectory() as folder, _dense_storage(plain):
-            _save(model, Path(folder), found_tokenizer, max_shard_size, variant, token)
-            commit_folder(api, repo_id, Path(folder), model, card, message, commit_description, dense_revision)
+        with _dense_storage(plain):
+            publish(revision=dense_revision)
     return info
-
-
-def check_target(
-    repo_id: str, revision: str | None = None, dense_revision: str | None = None, create_pr: bool = False
-) -> None:
-    """Raises ValueError for names that the Hub does not allow, or that do not go together."""
-    check_repository(repo_id)
-    check_branch("revision", revision)
-    check_branch("dense_revision", dense_revision)
-    if dense_revision is not None and dense_revision == (revision or "main"):
-        raise ValueError(f"dense_revision={dense_revision!r} is where the packed model goes; name another branch")
-    if dense_revision is not None and create_pr:
-        raise ValueError("dense_revision and create_pr do not go together: push the dense variant to its branch")
-
-
-def _check_storage(model: Any, plain: PreTrainedModel, dense_revision: str | None) -> None:
-    if dense_revision is None:
-        return
-    if is_adapter(model):
-        raise ValueError("dense_revision: an adapter has no dense variant; publish its base with one")
-    if plain.config.quantization_config.storage == "dense":
-        raise ValueError('dense_revision: the model has storage="dense" itself')
 
 
 def _clean_token(token: bool | str | None) -> bool | str | None:
@@ -149,51 +142,47 @@ def _clean_token(token: bool | str | None) -> bool | str | None:
 
 
 def _save(
-    model: Any,
+    subject: Subject,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
-    max_shard_size: int | str,
-    variant: str | None,
+    results: EvaluationResults | None,
     token: bool | str | None,
+    how: dict[str, Any],
 ) -> None:
-    """Everything but the card into an empty folder."""
-    if not is_adapter(model):
-        copy_own_processor(model, folder, token)
+    """Everything but the card into an empty folder; `how` are arguments of `save_pretrained`."""
+    if not subject.is_adapter:
+        copy_own_processor(subject.plain, folder, token)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        _drop(folder / "tokenizer_config.json", "is_local", "local_files_only")  # how it was loaded here
-    if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
+        _edit(folder / "tokenizer_config.json", lambda settings: [settings.pop(name, None) for name in _HOW_IT_LOADED])
+    if isinstance(subject.model, PreTrainedModel):
+        subject.model.save_pretrained(folder, **how)
     else:
-        model.save_pretrained(folder)
-        results = current_results(model)
+        subject.model.save_pretrained(folder)
         if results is not None:
             results.save(folder)
-    tuning = facts_of(model).tuning
-    if tuning is not None:  # without the path of a local base
-        kept = {**tuning, "base": describe_source(tuning.get("base"))}
-        write_text(folder / TUNING_NAME, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
-    configs = list(folder.rglob("adapter_config.json"))  # adapters with names of their own lie in folders
-    for config in configs:
-        _hide_local_base(config, sparse_part(model))
-    if configs:
+    if subject.facts.tuning is not None:  # without the path of a local base
+        tuning = {**subject.facts.tuning, "base": describe_source(subject.facts.tuning.get("base"))}
+        write_text(folder / TUNING_NAME, to_json(tuning))
+    if subject.is_adapter:
+        for config in folder.rglob("adapter_config.json"):  # adapters with names of their own lie in folders
+            _edit(config, lambda settings: _hide_local_base(settings, subject.plain))
         (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT's form, with the path of a local base in it
         (folder / REPORT_NAME).unlink(missing_ok=True)  # the base's own
 
 
-def _drop(config: Path, *names: str) -> None:
-    if config.is_file():
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        kept = {name: value for name, value in settings.items() if name not in names}
-        write_text(config, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+def _edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes a JSON file, where it is there."""
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        change(settings)
+        write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
-def _hide_local_base(config: Path, base: PreTrainedModel) -> None:
+def _hide_local_base(settings: dict[str, Any], base: PreTrainedModel) -> None:
     """PEFT writes the path of a local base model into an adapter's config."""
-    settings = json.loads(config.read_text(encoding="utf-8"))
     name = settings.get("base_model_name_or_path")
     settings["base_model_name_or_path"] = describe_model(base) if name == base.name_or_path else describe_source(name)
-    write_text(config, json.dumps(settings, indent=2, sort_keys=True))
 
 
 @contextmanager

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import os
-import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
 from ..adapters import MergeReport
-from ..checkpoint import describe_model, facts_of, made_with
 from ..checkpoint.model_class import class_for_model
 from ..checkpoint.staging import write_text
 from ..evaluation import EvaluationResults, settle_records, tuning_title
-from ..records import is_repo_id, names_repository
-from ..report import SparsityReport
-from .card import LANGUAGES, AdapterFacts, CardSubject, render_card
+from .card import AdapterFacts, CardSubject, render_card
 from .figures import draw_figures
 from .metadata import build_metadata, card_of_source
-from .models import current_results, is_adapter, sparse_part
+from .names import LANGUAGES, check_branch, check_language, check_repository
+from .subject import Subject
 
 CARD_NAME = "README.md"
-_BRANCH_PART = re.compile(r"\w[\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What the user says of a card.
+
+    Attributes:
+        language: "en" or "ko".
+        repo_id: where the model is (to be) published; None while it is not.
+        dense_revision: branch that holds, or will hold, its dense variant.
+        tags: further tags.
+        token: to ask for the base's card.
+    """
+
+    language: str = "en"
+    repo_id: str | None = None
+    dense_revision: str | None = None
+    tags: list[str] = field(default_factory=list)
+    token: bool | str | None = None
+
+    def __post_init__(self) -> None:
+        check_language(self.language)
+        if self.repo_id is not None:
+            check_repository(self.repo_id)
+        check_branch("dense_revision", self.dense_revision)
 
 
 def read_card(path: Path) -> str:
@@ -38,61 +58,19 @@ def read_card(path: Path) -> str:
         raise ValueError(f"the {path.name} that is there is not UTF-8: mend it first; {error}") from None
 
 
-def check_repository(repo_id: Any) -> None:
-    """Raises ValueError for a name that the Hub does not allow."""
-    if not is_repo_id(repo_id):
-        raise ValueError(
-            f"repo_id={repo_id!r} cannot be a name on the Hub; use \"user/name\": letters, digits, '-', '_' and '.', "
-            "neither of them twice in a row, nor '-' or '.' at an end, at most 96 in all"
-        )
-
-
-def check_branch(argument: str, name: str | None) -> None:
-    """Raises ValueError for what cannot be a branch, or could not stand in a card as it is."""
-    if name is None:
-        return
-    parts = name.split("/")
-    if not all(_BRANCH_PART.fullmatch(part) and not part.endswith((".", ".lock")) for part in parts) or ".." in name:
-        raise ValueError(f"{argument}={name!r} cannot be a branch: letters, digits, '.', '_', '-' and '/' may be")
-
-
-def check_language(language: str) -> None:
-    """Raises ValueError for a language that cards are not written in."""
-    if language not in LANGUAGES:
-        raise ValueError(f"language={language!r} is not known; allowed: {', '.join(LANGUAGES)}")
-
-
-def write_card(
-    model: Any,
-    directory: str | os.PathLike[str],
-    *,
-    language: str = "en",
-    repo_id: str | None = None,
-    dense_revision: str | None = None,
-    tags: list[str] | None = None,
-    existing: str | None = None,
-    token: bool | str | None = None,
-) -> Path:
+def write_card(model: Any, directory: str | os.PathLike[str], *, existing: str | None = None, **options: Any) -> Path:
     """Writes the card of a model that lies in `directory`, and its figures beside it. Returns the card's path.
 
     Args:
-        repo_id: where the model is (to be) published; None while it is not.
         existing: text of the card to go on from; None takes the one in `directory`.
+        options: `language`, `repo_id`, `dense_revision`, `tags`, `token`: see `CardOptions`.
 
     Raises:
         ValueError: the model's results are of other weights, or the metadata of the card that is there are damaged.
     """
-    return write_card_of(
-        model,
-        directory,
-        current_results(model),
-        language=language,
-        repo_id=repo_id,
-        dense_revision=dense_revision,
-        tags=tags,
-        existing=existing,
-        token=token,
-    )
+    options["tags"] = list(options.get("tags") or [])
+    card, subject = CardOptions(**options), Subject.read(model)
+    return write_card_of(subject, directory, subject.results(), card, existing=existing)
 
 
 def write_trained_card(
@@ -109,45 +87,36 @@ def write_trained_card(
     Args:
         weights: folder of the weight files, where they are not in `directory` yet.
     """
-    plain = sparse_part(model)
-    if not is_adapter(model):
-        settle_records(plain)
-    results = None if is_adapter(model) else facts_of(plain).results
-    language = language if language in LANGUAGES else LANGUAGES[0]
-    return write_card_of(model, directory, results, weights=weights, language=language, repo_id=repo_id)
+    subject = Subject.read(model)
+    if not subject.is_adapter:
+        settle_records(subject.plain)
+    results = None if subject.is_adapter else subject.facts.results
+    options = CardOptions(language if language in LANGUAGES else LANGUAGES[0], repo_id)
+    return write_card_of(subject, directory, results, options, weights=weights)
 
 
 def write_card_of(
-    model: Any,
+    subject: Subject,
     directory: str | os.PathLike[str],
     results: EvaluationResults | None,
+    options: CardOptions,
     *,
     weights: str | os.PathLike[str] | None = None,
-    language: str = "en",
-    repo_id: str | None = None,
-    dense_revision: str | None = None,
-    tags: list[str] | None = None,
     existing: str | None = None,
-    token: bool | str | None = None,
 ) -> Path:
     """`write_card` with results that are known to be of the model's weights, and a report that is settled: to find
     that out reads all of them."""
-    check_language(language)
-    if repo_id is not None:
-        check_repository(repo_id)
-    check_branch("dense_revision", dense_revision)
     directory = Path(directory)
-    plain = sparse_part(model)
-    facts = facts_of(plain)
-    report = facts.report
-    base_model, base_name, base_revision = _base(model, plain, report)
     path = directory / CARD_NAME
     if existing is None:
         existing = read_card(path) if path.is_file() else ""
-    name = (repo_id or directory.resolve().name).split("/")[-1]
-    adapter = _adapter_facts(model, directory)
+    plain, facts = subject.plain, subject.facts
+    report, (base_model, base_name, base_revision) = facts.report, subject.base()
+    adapter = _adapter_facts(subject.model, directory) if subject.is_adapter else None
+    name = (options.repo_id or directory.resolve().name).split("/")[-1]
     auto_class = class_for_model(plain).__name__
-    subject = CardSubject(
+    inherited = report.base_card if report is not None and adapter is None else {}
+    card = CardSubject(
         name=name,
         report=report,
         results=results,
@@ -156,66 +125,46 @@ def write_card_of(
             results,
             name=name,
             base_model=base_model,
-            inherited=(report.base_card if report and adapter is None else {}) or card_of_source(plain, token),
+            inherited=inherited or card_of_source(plain, options.token),
             is_adapter=adapter is not None,
             auto_class=auto_class,
-            tags=[*(plain.model_tags or []), *(tags or [])],
+            tags=[*(plain.model_tags or []), *options.tags],
         ),
-        storage=_storage(plain),
+        storage=subject.settings.storage,
         dtype=str(plain.dtype).removeprefix("torch."),
         file_bytes=sum(file.stat().st_size for file in Path(weights or directory).glob("*.safetensors")),
-        repo_id=repo_id,
+        repo_id=options.repo_id,
         base_model=base_model,
         base_name=base_name,
         base_revision=base_revision,
-        dense_revision=dense_revision,
-        figures=draw_figures(directory, None if adapter is not None else report, results, language),
+        dense_revision=options.dense_revision,
+        figures=draw_figures(directory, None if adapter is not None else report, results, options.language),
         adapter=adapter,
         auto_class=auto_class,
-        merge=_merge(plain, report),
-        tuning=_tuning(plain),
+        merge=_merge(subject),
+        tuning=_tuning(facts.tuning),
         local_source=None if facts.folder is None else plain.name_or_path,
     )
-    write_text(path, render_card(subject, language, existing))
+    write_text(path, render_card(card, options.language, existing))
     return path
 
 
-def _merge(model: PreTrainedModel, report: SparsityReport | None) -> MergeReport | None:
+def _merge(subject: Subject) -> MergeReport | None:
     """The report of the merging that the weights are from; None where something has changed them since."""
-    merge: MergeReport | None = facts_of(model).merge
-    last = report.changes[-1].kind if report is not None and report.changes else "merged"
-    return merge if last == "merged" else None
+    merge: MergeReport | None = subject.facts.merge
+    changes = [] if subject.facts.report is None else subject.facts.report.changes
+    return merge if not changes or changes[-1].kind == "merged" else None
 
 
-def _tuning(model: PreTrainedModel) -> dict[str, Any] | None:
+def _tuning(tuning: dict[str, Any] | None) -> dict[str, Any] | None:
     """What `finetuning.json` says of how the weights, or the adapter, were tuned."""
-    tuning = facts_of(model).tuning
     if tuning is None:
         return None
     shown = ("method", "steps", "num_epochs", "learning_rate", "r")
     return {"title": tuning_title(tuning), **{name: tuning[name] for name in shown if tuning.get(name) is not None}}
 
 
-def _storage(model: PreTrainedModel) -> str:
-    settings = made_with(model)
-    return "packed" if settings is None else settings.storage
-
-
-def _base(
-    model: Any, plain: PreTrainedModel, report: SparsityReport | None
-) -> tuple[str | None, str | None, str | None]:
-    """Hub id (None for a local folder), name, and commit of what the model, or the adapter, was made from."""
-    if is_adapter(model):
-        name, revision = describe_model(plain), facts_of(plain).commit
-    else:
-        name, revision = (report.base_model, report.base_revision) if report is not None else (None, None)
-    on_hub = names_repository(name, revision)
-    return name if on_hub else None, name, revision if on_hub else None
-
-
-def _adapter_facts(model: Any, directory: Path) -> AdapterFacts | None:
-    if not is_adapter(model):
-        return None
+def _adapter_facts(model: Any, directory: Path) -> AdapterFacts:
     from safetensors import safe_open
 
     name = getattr(model, "active_adapter", None)
@@ -229,5 +178,6 @@ def _adapter_facts(model: Any, directory: Path) -> AdapterFacts | None:
     count = 0
     for path in directory.rglob("adapter_model*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            count += sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+        count += sum(math.prod(shape) for shape in shapes)
     return AdapterFacts(str(getattr(config["peft_type"], "value", config["peft_type"])), settings, count)

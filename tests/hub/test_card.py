@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_ksparse.evaluation import EvaluationResults
+from optimum_ksparse.hub import LANGUAGES
 from optimum_ksparse.hub import card as card_module
-from optimum_ksparse.hub.card import BEGIN, END, LANGUAGES, AdapterFacts, CardSubject, render_card
+from optimum_ksparse.hub.card import BEGIN, END, AdapterFacts, CardSubject, render_card
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE
 from optimum_ksparse.hub.metadata import build_metadata
 from optimum_ksparse.pruners import METHODS

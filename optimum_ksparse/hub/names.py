@@ -1,0 +1,48 @@
+"""Names that the Hub allows, and that could stand in a card as they are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..records import is_repo_id
+
+LANGUAGES = ("en", "ko")
+_BRANCH_PART = re.compile(r"\w[\w.-]*", re.ASCII)
+
+
+def check_repository(repo_id: Any) -> None:
+    """Raises ValueError for a name that the Hub does not allow."""
+    if not is_repo_id(repo_id):
+        raise ValueError(
+            f"repo_id={repo_id!r} cannot be a name on the Hub; use \"user/name\": letters, digits, '-', '_' and '.', "
+            "neither of them twice in a row, nor '-' or '.' at an end, at most 96 in all"
+        )
+
+
+def check_branch(argument: str, name: str | None) -> None:
+    """Raises ValueError for what cannot be a branch, or could not stand in a card as it is."""
+    if name is None:
+        return
+    parts = name.split("/")
+    if not all(_BRANCH_PART.fullmatch(part) and not part.endswith((".", ".lock")) for part in parts) or ".." in name:
+        raise ValueError(f"{argument}={name!r} cannot be a branch: letters, digits, '.', '_', '-' and '/' may be")
+
+
+def check_target(
+    repo_id: str, revision: str | None = None, dense_revision: str | None = None, create_pr: bool = False
+) -> None:
+    """Raises ValueError for names that the Hub does not allow, or that do not go together."""
+    check_repository(repo_id)
+    check_branch("revision", revision)
+    check_branch("dense_revision", dense_revision)
+    if dense_revision is not None and dense_revision == (revision or "main"):
+        raise ValueError(f"dense_revision={dense_revision!r} is where the packed model goes; name another branch")
+    if dense_revision is not None and create_pr:
+        raise ValueError("dense_revision and create_pr do not go together: push the dense variant to its branch")
+
+
+def check_language(language: str) -> None:
+    """Raises ValueError for a language that cards are not written in."""
+    if language not in LANGUAGES:
+        raise ValueError(f"language={language!r} is not known; allowed: {', '.join(LANGUAGES)}")

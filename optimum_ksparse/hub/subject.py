@@ -1,0 +1,87 @@
+"""What a card or a push is about: a sparse model, or an adapter on one. Read once, and passed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..checkpoint import ModelFacts, describe_model, facts_of, fingerprint, made_with, sparse_modules, without_peft
+from ..config import SparsityConfig
+from ..evaluation import EvaluationResults, settle_records
+from ..records import RESULTS_NAME, names_repository
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that may be published.
+
+    Attributes:
+        model: of PEFT or of transformers. plain: the transformers model in it.
+        facts: what is known of it. settings: what it was pruned with.
+        is_adapter: an adapter is published, and not the model that it is on.
+    """
+
+    model: Any
+    plain: PreTrainedModel
+    facts: ModelFacts
+    settings: SparsityConfig
+    is_adapter: bool
+
+    @classmethod
+    def read(cls, model: Any) -> Subject:
+        """Raises TypeError where the model is neither sparse nor an adapter on a sparse one."""
+        plain = without_peft(model)
+        settings = made_with(plain) if isinstance(plain, PreTrainedModel) else None
+        if settings is None:
+            raise TypeError(f"{type(model).__name__} is no sparse model: prune it, or load a sparse checkpoint")
+        return cls(model, plain, facts_of(plain), settings, is_adapter(model))
+
+    def base(self) -> tuple[str | None, str | None, str | None]:
+        """Hub id (None for a local folder), name, and commit of what the model, or the adapter, was made from."""
+        report = self.facts.report
+        if self.is_adapter:
+            name, revision = describe_model(self.plain), self.facts.commit
+        else:
+            name, revision = (report.base_model, report.base_revision) if report is not None else (None, None)
+        on_hub = names_repository(name, revision)
+        return name if on_hub else None, name, revision if on_hub else None
+
+    def results(self) -> EvaluationResults | None:
+        """What was measured of the model, or of an adapter on its base; None where nothing was. All weights are read,
+        and the report says from then on whether they are those that pruning left.
+
+        Raises:
+            ValueError: the results are of other weights than the model has now.
+        """
+        results: EvaluationResults | None = self.facts.results
+        report = self.facts.report
+        if results is None and (self.is_adapter or report is None or not (report.fingerprint or report.changes)):
+            if not self.is_adapter:
+                settle_records(self.plain)
+            return None
+        now = fingerprint(self.plain)
+        is_theirs = results is not None and results.fingerprint == now
+        if self.is_adapter:  # the base's own, from before the adapter, are of other weights
+            return results if is_theirs else None
+        if results is not None and not is_theirs:
+            raise ValueError(
+                f"{RESULTS_NAME} (model.ksparse.results) was measured on other weights, or in another dtype: measure "
+                "again with evaluate=True or `optimum-cli ksparse eval`, or delete the results"
+            )
+        settle_records(self.plain, now=now)
+        return results
+
+
+def is_adapter(model: Any) -> bool:
+    """A PEFT model, or a transformers model to which an adapter was added."""
+    return hasattr(model, "peft_config") and (
+        not isinstance(model, PreTrainedModel) or bool(getattr(model, "_hf_peft_config_loaded", False))
+    )
+
+
+def is_ours(model: Any) -> bool:
+    """Whether it is a sparse model, or an adapter on one."""
+    plain = without_peft(model)
+    return isinstance(plain, PreTrainedModel) and bool(sparse_modules(plain))
