@@ -26,7 +26,7 @@ from optimum_ksparse.hub.metadata import build_metadata
 from optimum_ksparse.pruning.tokens import draw_tokens
 from optimum_ksparse.report import SparsityReport
 
-from ..hub.test_card import make_report, make_subject, section
+from ..hub.subjects import make_report, make_subject
 
 torch.set_num_threads(1)
 
@@ -293,7 +293,8 @@ def test_the_card_lists_the_parts(language: str) -> None:
         {"dataset": "self", "num_samples": 24, "form": "generated", "begins_with_bos": True},
     ]
     report = make_report(dataset=mix, form="mix", parts=parts, begins_with_bos=False)
-    text = section(render_card(make_subject(report), language), "Calibration", language)
+    title = {"en": "## Calibration", "ko": "## 보정 데이터"}[language]
+    text = render_card(make_subject(report), language).split(title)[1].split("\n## ")[0]
     lines = [line for line in text.splitlines() if line.startswith("- ")]
     assert len(lines) == 3
     for fact in ("my text.txt", "5ba256", "1,000", "`self`", "24", "generated"):

@@ -41,7 +41,7 @@ from optimum_ksparse.pruning.targets import find_targets
 from optimum_ksparse.report import LayerReport
 
 from ..conftest import VOCABULARY
-from ..hub.test_card import make_subject
+from ..hub.subjects import make_subject
 from ..pruning.test_streaming import assert_same_tensors, tensors
 
 torch.set_num_threads(1)

@@ -34,7 +34,7 @@ from optimum_ksparse.records import (
 from optimum_ksparse.records.files import read_json
 from optimum_ksparse.report import BlockReport, Change, LayerReport, MethodChoice, Trial
 
-from ..hub.test_card import make_report, make_results, make_subject
+from ..hub.subjects import make_report, make_results, make_subject
 
 # Of every type that JSON has, of no finite size, with what a terminal obeys, and paths.
 HOSTILE: tuple[Any, ...] = (
