@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,8 @@ from .library import library_form, library_linear, why_not_library
 from .strips import strips_linear, why_not_strips
 
 GROUPS = {"2:4": 4, "4:8": 8}  # m of the patterns that kernels take
-KEPT_FORMS = (
-    "library",
-    "dense",
-)  # kernels that need a form of the weight which a layer may keep beside the packed one
+# Kernels that need a form of the weight which a layer may keep beside the packed one.
+KEPT_FORMS = ("library", "dense")
 # Scratch of `decompress`: a chunk of W that stays in the L2 cache of large GPUs, and the most that is ever taken.
 _CHUNK_BYTES = (32 << 20, 256 << 20)
 
@@ -64,10 +63,6 @@ class PackedWeight(NamedTuple):
         form = make(self.values, self.bits, self.in_features)
         return self._replace(dense=form) if name == "dense" else self._replace(library=form)
 
-    def scratch_rows(self, limit: int) -> int:
-        """Rows of the dense weight in `limit` bytes of scratch."""
-        return max(1, limit // (self.in_features * self.values.element_size()))
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -95,16 +90,16 @@ class Kernel:
     """One way to compute a product.
 
     Attributes:
+        run: (x [tokens, in], weight, bias, **config) → y [tokens, out].
         why_not: why it cannot take a problem; None where it can.
         configs: what to try, the first where nothing was measured.
-        run: (x [tokens, in], weight, bias, **config) → y [tokens, out].
         order: what of a configuration decides in which order a row is summed: of two configurations that agree in it
             the results are the same to the bit, whatever else is in the product.
     """
 
-    why_not: Callable[[Problem], str | None]
-    configs: Callable[[Problem], list[Config]]
     run: Callable[..., torch.Tensor]
+    why_not: Callable[[Problem], str | None] = lambda problem: None
+    configs: Callable[[Problem], list[Config]] = lambda problem: [{}]
     order: tuple[str, ...] = ()
 
 
@@ -165,10 +160,6 @@ def _why_not_library(problem: Problem) -> str | None:
     return why_not_library(problem.out_features, problem.in_features, problem.dtype, problem.pattern)
 
 
-def _why_not_strips(problem: Problem) -> str | None:
-    return why_not_strips(problem.pattern, problem.tokens, problem.device)
-
-
 def _gemv_configs(problem: Problem) -> list[Config]:
     """(warps, rows), none of which spills registers on any GPU that is compiled for."""
     if problem.tokens == 1:
@@ -180,44 +171,48 @@ def _gemv_configs(problem: Problem) -> list[Config]:
     return [{"warps": warps, "rows": rows} for warps, rows in pairs]
 
 
+# (rows, tokens, bytes, warps, stages, splits, permute) by the most tokens; the first fits the memory of every GPU.
+_TILES: dict[int, list[tuple[Any, ...]]] = {
+    16: [
+        (32, 16, 32, 4, 4, 1, False),
+        (64, 16, 32, 4, 4, 1, False),
+        (64, 16, 32, 4, 4, 1, True),
+        (32, 16, 32, 4, 4, 1, True),
+        (64, 16, 32, 4, 4, 4, True),
+    ],
+    32: [
+        (32, 32, 32, 4, 4, 1, True),
+        (64, 32, 32, 4, 3, 1, True),
+        (64, 32, 32, 4, 3, 1, False),
+        (64, 32, 32, 4, 3, 4, True),
+    ],
+    64: [
+        (64, 64, 16, 4, 3, 1, True),
+        (64, 64, 16, 4, 4, 1, True),
+        (128, 64, 16, 8, 3, 1, True),
+        (64, 64, 16, 4, 4, 4, True),
+    ],
+}
+_LARGE_TILES = [
+    (128, 128, 16, 8, 2, 1, True),
+    (128, 128, 16, 8, 3, 1, True),
+    (64, 64, 16, 4, 4, 1, True),
+    (128, 128, 16, 8, 3, 2, True),
+]
+# On others than Hopper their sums do not fit the registers, or the tiles the shared memory.
+_HOPPER_TILES = [(64, 128, 16, 4, 3, 1, True), (128, 256, 16, 8, 2, 1, True), (128, 128, 32, 8, 2, 1, True)]
+# Larger ones do not fit the tensor memory of Blackwell: up to Triton 3.8 a kernel is then nothing but a trap.
+_BLACKWELL_TILES = [(64, 64, 16, 4, 3, 1, True), (128, 64, 16, 8, 3, 1, True), (64, 64, 16, 4, 4, 4, True)]
+
+
 def _dot_configs(problem: Problem) -> list[Config]:
-    """(rows, tokens, bytes, warps, stages, splits, permute); the first fits the shared memory of every GPU."""
+    generation = hardware.capability(problem.device)[0]
+    tiles = next((tiles for tokens, tiles in _TILES.items() if problem.tokens <= tokens), None)
+    if tiles is None and generation == 10:
+        tiles = _BLACKWELL_TILES
+    elif tiles is None:
+        tiles = _LARGE_TILES + (_HOPPER_TILES if generation == 9 else [])
     names = ("rows", "tokens", "bytes", "warps", "stages", "splits", "permute")
-    if problem.tokens <= 16:
-        tiles: list[tuple[Any, ...]] = [
-            (32, 16, 32, 4, 4, 1, False),
-            (64, 16, 32, 4, 4, 1, False),
-            (64, 16, 32, 4, 4, 1, True),
-            (32, 16, 32, 4, 4, 1, True),
-            (64, 16, 32, 4, 4, 4, True),
-        ]
-    elif problem.tokens <= 32:
-        tiles = [
-            (32, 32, 32, 4, 4, 1, True),
-            (64, 32, 32, 4, 3, 1, True),
-            (64, 32, 32, 4, 3, 1, False),
-            (64, 32, 32, 4, 3, 4, True),
-        ]
-    elif problem.tokens <= 64:
-        tiles = [
-            (64, 64, 16, 4, 3, 1, True),
-            (64, 64, 16, 4, 4, 1, True),
-            (128, 64, 16, 8, 3, 1, True),
-            (64, 64, 16, 4, 4, 4, True),
-        ]
-    elif hardware.capability(problem.device)[0] == 10:
-        # Larger ones do not fit the tensor memory: up to Triton 3.8 a kernel is then nothing but a trap.
-        tiles = [(64, 64, 16, 4, 3, 1, True), (128, 64, 16, 8, 3, 1, True), (64, 64, 16, 4, 4, 4, True)]
-    else:
-        tiles = [
-            (128, 128, 16, 8, 2, 1, True),
-            (128, 128, 16, 8, 3, 1, True),
-            (64, 64, 16, 4, 4, 1, True),
-            (128, 128, 16, 8, 3, 2, True),
-        ]
-        if hardware.capability(problem.device)[0] == 9:
-            # On others the sums of such tiles do not fit the registers, or the tiles the shared memory.
-            tiles += [(64, 128, 16, 4, 3, 1, True), (128, 256, 16, 8, 2, 1, True), (128, 128, 32, 8, 2, 1, True)]
     return [dict(zip(names, tile, strict=True)) for tile in tiles]
 
 
@@ -226,22 +221,18 @@ def _decompress_configs(problem: Problem) -> list[Config]:
     return [{"scratch": most}, *([{"scratch": cached}] if cached < problem.dense_bytes else [])]
 
 
-def _run_gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, **config: Any) -> torch.Tensor:
-    from .triton.gemv import gemv
+def _triton(name: str) -> Callable[..., torch.Tensor]:
+    def run(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, **config: Any) -> torch.Tensor:
+        kernel = getattr(import_module(f".triton.{name}", __package__), name)
+        return kernel(x, weight.values, weight.bits, bias, GROUPS[weight.pattern], **config)
 
-    return gemv(x, weight.values, weight.bits, bias, GROUPS[weight.pattern], **config)
-
-
-def _run_dot(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, **config: Any) -> torch.Tensor:
-    from .triton.dot import dot
-
-    return dot(x, weight.values, weight.bits, bias, GROUPS[weight.pattern], **config)
+    return run
 
 
 def _run_decompress(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, *, scratch: int) -> torch.Tensor:
     from .triton.dense import decompress
 
-    rows = weight.scratch_rows(scratch)
+    rows = max(1, scratch // (weight.in_features * weight.values.element_size()))
     group = GROUPS[weight.pattern]
     if rows >= weight.out_features:
         return F.linear(x, decompress(weight.values, weight.bits, weight.in_features, group), bias)
@@ -275,20 +266,12 @@ def _run_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | N
     return F.linear(x, unpack(weight.values, weight.bits, weight.in_features), bias)
 
 
-def _no_config(problem: Problem) -> list[Config]:
-    return [{}]
-
-
-def _takes_all(problem: Problem) -> str | None:
-    return None
-
-
 KERNELS: dict[str, Kernel] = {
-    "gemv": Kernel(_why_not_gemv, _gemv_configs, _run_gemv, ("warps",)),
-    "dot": Kernel(_why_not_dot, _dot_configs, _run_dot, ("rows", "tokens", "bytes", "warps", "splits")),
-    "decompress": Kernel(_why_not_packed, _decompress_configs, _run_decompress),
-    "library": Kernel(_why_not_library, _no_config, _run_library),
-    "strips": Kernel(_why_not_strips, _no_config, _run_strips),
-    "dense": Kernel(_takes_all, _no_config, _run_dense),
-    "reference": Kernel(_takes_all, _no_config, _run_reference),
+    "gemv": Kernel(_triton("gemv"), _why_not_gemv, _gemv_configs, ("warps",)),
+    "dot": Kernel(_triton("dot"), _why_not_dot, _dot_configs, ("rows", "tokens", "bytes", "warps", "splits")),
+    "decompress": Kernel(_run_decompress, _why_not_packed, _decompress_configs),
+    "library": Kernel(_run_library, _why_not_library),
+    "strips": Kernel(_run_strips, lambda problem: why_not_strips(problem.pattern, problem.tokens, problem.device)),
+    "dense": Kernel(_run_dense),
+    "reference": Kernel(_run_reference),
 }

@@ -92,8 +92,7 @@ def assert_untouched(model: PreTrainedModel) -> None:
         assert "forward" not in vars(module), name
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 6, 7])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "batch_size"), [*((name, 4) for name in ARCHITECTURES), ("llama", 1), ("llama", 7)])
 @torch.no_grad()
 def test_blocks_one_by_one_give_the_models_hidden_states(
     name: str, batch_size: int, make_model: MakeModel, token_ids: torch.Tensor
@@ -108,8 +107,7 @@ def test_blocks_one_by_one_give_the_models_hidden_states(
         torch.testing.assert_close(torch.cat(list(replay.hidden)), expected[index], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("skip_first", [False, True])
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("last", "skip_first"), [(False, True), (True, False)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_statistics_are_those_of_the_models_own_inputs(
     name: str, last: bool, skip_first: bool, make_model: MakeModel, token_ids: torch.Tensor
@@ -144,17 +142,6 @@ def test_projections_of_one_input_share_one_statistics_object(
     if "mlp.gate_proj" in statistics:
         assert statistics["mlp.gate_proj"] is statistics["mlp.up_proj"]
         assert len({id(found) for found in statistics.values()}) == 4
-
-
-def test_parallel_attention_and_mlp_share_their_statistics(make_model: MakeModel, token_ids: torch.Tensor) -> None:
-    statistics = collect(replay_at(make_model("falcon"), token_ids, 0), 0)
-    assert statistics["mlp.dense_h_to_4h"] is statistics["self_attention.query_key_value"]
-    assert len({id(found) for found in statistics.values()}) == 3
-
-
-def test_layers_with_inputs_of_their_own_share_nothing(make_model: MakeModel, token_ids: torch.Tensor) -> None:
-    statistics = collect(replay_at(make_model("rwkv"), token_ids, 0), 0)
-    assert len({id(found) for found in statistics.values()}) == len(statistics) == 7
 
 
 def test_input_groups_are_in_the_order_of_the_calls(make_model: MakeModel, token_ids: torch.Tensor) -> None:
@@ -249,16 +236,6 @@ def test_bos_in_statistics_counts_the_first_position_or_not(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_first_position_counts_where_it_is_no_beginning_token(make_model: MakeModel, token_ids: torch.Tensor) -> None:
-    reports = [
-        sparsify(make_model(), SparsityConfig(dataset=token_ids, method_settings={"bos_in_statistics": counted}))
-        for counted in (True, False)
-    ]
-    assert not reports[0].calibration["begins_with_bos"]
-    errors = [[row.relative_output_error for row in report.layers] for report in reports]
-    assert errors[0] == errors[1]
-
-
 @pytest.mark.parametrize(("name", "last_layer"), [("llama", "mlp.down_proj"), ("gpt2", "mlp.c_proj"), ("opt", "fc2")])
 def test_forward_pass_stops_at_the_last_layer(
     name: str, last_layer: str, make_model: MakeModel, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
@@ -313,14 +290,6 @@ def test_a_block_that_accelerate_offloads_is_put_away_after_statistics(
     assert all(parameter.is_meta for parameter in block.parameters())
 
 
-def test_hidden_states_stay_until_the_replay_advances(make_model: MakeModel, token_ids: torch.Tensor) -> None:
-    replay = replay_at(make_model(), token_ids, 0)
-    before = [hidden.clone() for hidden in replay.hidden]
-    first, second = collect(replay, 0), collect(replay, 0)
-    assert all(torch.equal(a, b) for a, b in zip(replay.hidden, before, strict=True))
-    assert torch.equal(first["mlp.down_proj"].gram, second["mlp.down_proj"].gram)
-
-
 @pytest.mark.parametrize(("method", "pattern"), [("wanda", "2:4"), ("wanda", "50%"), ("sparsegpt", "2:4")])
 def test_true_sequential_gives_other_masks_to_later_layers(
     method: str, pattern: str, make_model: MakeModel, token_ids: torch.Tensor
@@ -350,8 +319,9 @@ def test_true_sequential_gives_other_masks_to_later_layers(
     assert not {"0.mlp.gate_proj", "0.mlp.down_proj", "1.self_attn.q_proj", "1.mlp.down_proj"} & same
 
 
-@pytest.mark.parametrize("true_sequential", [False, True])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "true_sequential"), [*((name, True) for name in ARCHITECTURES), ("llama", False), ("gpt2", False)]
+)
 def test_later_blocks_are_calibrated_on_the_pruned_ones(
     name: str, true_sequential: bool, make_model: MakeModel, token_ids: torch.Tensor
 ) -> None:
@@ -377,7 +347,7 @@ def test_later_blocks_are_calibrated_on_the_pruned_ones(
         assert errors[blocks.name_in_decoder(last, layer)] == pytest.approx(float(expected), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_no_hook_and_no_stand_in_is_left_behind(name: str, make_model: MakeModel, token_ids: torch.Tensor) -> None:
     model = make_model(name)
     sparsify(model, SparsityConfig(dataset=token_ids, batch_size=4))
@@ -438,7 +408,7 @@ def test_a_forward_of_the_blocks_own_comes_back(make_model: MakeModel, token_ids
     assert calls
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "gpt2", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 @torch.no_grad()
 def test_products_in_bfloat16_leave_float32_activations_nearly_as_they_are(
     name: str, make_model: MakeModel, token_ids: torch.Tensor

@@ -72,7 +72,13 @@ KINDS = {
     "jetmoe": {"kv_channels": 8},
 }
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-SETTINGS = [("wanda", "2:4"), ("wanda", "50%"), ("sparsegpt", "4:8"), ("sparsegpt", "50%"), ("magnitude", "2:4")]
+SETTINGS = [
+    ("mixtral", "wanda", "2:4"),
+    ("qwen3_moe", "wanda", "50%"),
+    ("olmoe", "sparsegpt", "4:8"),
+    ("mixtral", "sparsegpt", "50%"),
+    ("mixtral", "magnitude", "2:4"),
+]
 
 
 def make(kind: str = "mixtral", dtype: torch.dtype = torch.float32, **overrides: object) -> PreTrainedModel:
@@ -117,8 +123,7 @@ def routed_inputs(model: PreTrainedModel) -> dict[str, list[torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(("method", "pattern"), SETTINGS)
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize(("kind", "method", "pattern"), SETTINGS)
 def test_each_expert_is_pruned_with_the_tokens_routed_to_it(kind: str, method: str, pattern: str) -> None:
     model = make(kind)
     dense = {name: p.detach().clone() for name, p in model.model.layers[0].mlp.experts.named_parameters()}
@@ -173,7 +178,7 @@ def test_stacks_are_pruned_saved_and_loaded_in_both_storages(kind: str, tmp_path
 
 
 def test_dense_storage_is_the_ordinary_format_and_loads_without_the_plugin(tmp_path: Path) -> None:
-    kinds = ["mixtral", "qwen3_moe", "olmoe", "granitemoe"]
+    kinds = ["mixtral", "granitemoe"]
     expected = {}
     for kind in kinds:
         folder = tmp_path / kind
@@ -202,7 +207,7 @@ def test_dense_storage_is_the_ordinary_format_and_loads_without_the_plugin(tmp_p
         torch.testing.assert_close(torch.load(tmp_path / kind / "logits.pt"), of_sparse, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "jetmoe"])
+@pytest.mark.parametrize("kind", ["jetmoe"])
 def test_dequantize_gives_back_the_parameters_and_the_logits(kind: str) -> None:
     model = make(kind)
     names, implementation = {name for name, _ in model.named_parameters()}, model.config._experts_implementation
@@ -213,13 +218,6 @@ def test_dequantize_gives_back_the_parameters_and_the_logits(kind: str) -> None:
     assert model.config._experts_implementation == implementation
     torch.testing.assert_close(logits(model), found, rtol=1e-4, atol=1e-5)
     assert model.dequantize is not None and not sparse_experts(model)
-
-
-def test_dequantize_to_another_dtype() -> None:
-    model = make()
-    prune(model, "magnitude")
-    model.dequantize(dtype="bfloat16")
-    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
 
 
 def test_sixteen_bit_stacks_take_nine_sixteenths(tmp_path: Path) -> None:
@@ -249,15 +247,6 @@ def test_weights_train_and_zeros_stay() -> None:
     torch.optim.SGD(sparse.parameters(), lr=0.1).step()
     for stack in sparse_experts(sparse).values():
         assert int(stack.to_dense_weight().count_nonzero()) <= stack.weight.numel()
-
-
-def test_gradients_of_a_weight_that_does_not_train_are_not_made() -> None:
-    _, _, stack = random_stack()
-    stack.requires_grad_(False)
-    x = torch.randn(5, 24, requires_grad=True)
-    F.linear(x, stack[1]).sum().backward()
-    torch.testing.assert_close(x.grad, stack.to_dense_weight()[1].sum(0).expand(5, -1))
-    assert stack.weight.grad is None
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%", "62.5%"])
@@ -670,12 +659,3 @@ def test_a_sparse_checkpoint_loaded_with_an_offloaded_block(place: str, tmp_path
     if place == "disk":
         with pytest.raises(ValueError, match="down_proj is offloaded by accelerate"):
             loaded.dequantize()
-
-
-def test_pruned_while_loading(tmp_path: Path) -> None:
-    make().save_pretrained(tmp_path)
-    config = SparsityConfig(method="wanda", pattern="2:4", dataset=IDS, batch_size=16)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, sparsity_config=config)
-    reference = make()
-    prune(reference)
-    assert torch.equal(logits(model), logits(reference))

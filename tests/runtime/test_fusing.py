@@ -19,8 +19,6 @@ from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.runtime import RuntimeConfig, fuse_model
 from optimum_ksparse.runtime.fusing import fuse_shared_inputs, unfuse
 
-from ..conftest import ARCHITECTURES
-
 # Groups in a block: what keeps q, k, v (and gate, up) apart; the others have them in one layer already.
 GROUPS = {"llama": 2, "gemma3": 2, "qwen3": 2, "mistral": 2, "opt": 1, "gpt_neo": 1}
 
@@ -74,7 +72,7 @@ def count(monkeypatch):
     return rows
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "rwkv"])
+@pytest.mark.parametrize("name", [*GROUPS, "gpt2"])
 def test_models_give_the_same_bits(make_model, name, token_ids):
     model = make_model(name)
     sparsify(model, SparsityConfig("magnitude"))
@@ -100,13 +98,6 @@ def test_what_is_fused(make_model):
     assert not model.training
 
 
-def test_unstructured_layers_stay_apart(make_model):
-    model = make_model("llama")
-    sparsify(model, SparsityConfig("magnitude", "50%"))
-    assert not fuse_model(model)
-    assert all(m._group is None for m in model.modules() if isinstance(m, SparseLinear))
-
-
 def test_the_checkpoint_does_not_change(make_model, tmp_path):
     make_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     for fuse in (False, True):
@@ -120,8 +111,7 @@ def test_the_checkpoint_does_not_change(make_model, tmp_path):
     assert again.model.layers[0].mlp.up_proj._group is not None
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("pattern", "bias"), [("2:4", True), ("4:8", False)])
 def test_one_product_gives_the_bits_of_three(gpu, count, pattern, bias):
     block, x, run = make_block(pattern=pattern, bias=bias)
     with torch.no_grad():
@@ -392,7 +382,7 @@ def test_a_deleted_model_goes_at_once(gpu):
         gc.enable()
 
 
-@pytest.mark.parametrize("change", ["data", "replace", "assign", "edit", "dtype", "bias"])
+@pytest.mark.parametrize("change", ["data", "replace", "bias"])
 def test_a_compiled_graph_sees_changes(gpu, count, change):
     torch._dynamo.reset()
     block, x, run = make_block()
