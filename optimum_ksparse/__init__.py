@@ -14,7 +14,6 @@ from .evaluation import (
     EvaluationResults,
     evaluate_kobest,
     evaluate_model,
-    evaluate_nsmc,
     evaluate_perplexity,
 )
 from .hub import write_card
@@ -44,7 +43,6 @@ __all__ = [
     "drop_layers",
     "evaluate_kobest",
     "evaluate_model",
-    "evaluate_nsmc",
     "evaluate_perplexity",
     "merge_adapter",
     "prune_checkpoint",

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from .base import LOADING_TEXTS, TRUST, Command, add_loading, load_checkpoint
-from .errors import UsageError
 from .parser import Parser, add_switches
 from .protocol import add_protocol, protocol_of
 
 # Folders whose results are taken over: as the dense column, as rows after tuning, and as those before it.
-_TAKEN = ("baseline_results", "tuned_results", "before_results")
-# Words that may stand before the checkpoint: what they measure, and nothing else, unless flags say otherwise.
-_SHORTHANDS: dict[str, dict[str, Any]] = {"nsmc": {"texts": "none", "tasks": ["nsmc"]}}
+_TAKEN = {
+    "baseline_results": "take the dense column from the evaluation_results.json of a dense model, tuned as this one "
+    "was, say",
+    "tuned_results": "take rows after tuning from the output of `finetune korquad` on this model",
+    "before_results": "take rows before tuning from the folder of the model that this one was tuned from",
+}
 
 
 class EvalCommand(Command):
@@ -22,11 +24,7 @@ class EvalCommand(Command):
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
-        parser.add_argument(
-            "checkpoint",
-            nargs="*",
-            help="folder or Hub id of a sparse (or a dense) model; nsmc before it measures NSMC alone",
-        )
+        parser.add_argument("checkpoint", nargs="?", help="folder or Hub id of a sparse (or a dense) model")
         parser.add_argument(
             "--baseline",
             nargs="?",
@@ -34,21 +32,8 @@ class EvalCommand(Command):
             metavar="MODEL",
             help="measure the dense model too: the recorded one, or this folder or Hub id",
         )
-        parser.add_argument(
-            "--baseline-results",
-            metavar="FOLDER",
-            help="take the dense column from the evaluation_results.json of a dense model, tuned as this one was, say",
-        )
-        parser.add_argument(
-            "--tuned-results",
-            metavar="FOLDER",
-            help="take rows after tuning from the output of `finetune korquad` on this model",
-        )
-        parser.add_argument(
-            "--before-results",
-            metavar="FOLDER",
-            help="take rows before tuning from the folder of the model that this one was tuned from",
-        )
+        for name, text in _TAKEN.items():
+            parser.add_argument(f"--{name.replace('_', '-')}", metavar="FOLDER", help=text)
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
         parser.add_argument(
             "--output", metavar="FOLDER", help="for evaluation_results.json (default: the checkpoint's folder)"
@@ -56,14 +41,6 @@ class EvalCommand(Command):
         add_switches(parser, {"overwrite": "discard results of other weights, and write into any folder", **TRUST})
         add_loading(parser, LOADING_TEXTS)
         add_protocol(parser)
-
-    def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Words before the flags are a shorthand and the checkpoint."""
-        words = list(given.pop("checkpoint", None) or [])
-        shorthand = _SHORTHANDS[words.pop(0)] if words and words[0] in _SHORTHANDS else {}
-        if len(words) > 1:
-            raise UsageError(f"checkpoint must be one folder or Hub id, found {' '.join(words)}")
-        return {**shorthand, **recipe, **given, **({"checkpoint": words[0]} if words else {})}
 
     def execute(self) -> None:
         settings = self.settings()
@@ -75,7 +52,7 @@ class EvalCommand(Command):
         from ..hub import choose_baseline, choose_tokenizer
         from ..records import RESULTS_NAME
 
-        checkpoint = settings["checkpoint"]
+        checkpoint, baseline = settings["checkpoint"], settings.get("baseline")
         output = Path(settings.get("output") or _folder_of(checkpoint))
         if output.resolve() != Path(checkpoint).resolve():
             check_output(output, ours=(RESULTS_NAME,), overwrite=settings.get("overwrite", False))
@@ -95,9 +72,8 @@ class EvalCommand(Command):
                     f"{output / RESULTS_NAME} holds results of other weights, or of another dtype: move it away, or "
                     "discard it with --overwrite"
                 )
-        if settings.get("baseline") and not sparse_modules(model):
+        if baseline and not sparse_modules(model):
             raise ValueError("the model is dense: it is its own baseline, measure it without --baseline")
-        baseline: Any = settings.get("baseline")
         dense = choose_baseline(model, None if baseline is True else baseline, None) if baseline else None
         trusted = settings.get("trust_remote_code")
         tokenizer = choose_tokenizer(model, settings.get("tokenizer"), base=dense, trust_remote_code=trusted)
@@ -115,11 +91,13 @@ class EvalCommand(Command):
         if column:
             results.take_baseline(column)
         if dense is not None:
-            report = facts_of(model).report
-            size, like, dtype = getattr(report, "num_parameters", None), type(model), model.dtype
-            device = settings.get("device_map") or model.device
-            del model, report  # the dense model has the machine to itself
-            how = {"like": like, "dtype": dtype, "device": device, "num_parameters": size}
+            how: dict[str, Any] = {
+                "like": type(model),
+                "dtype": model.dtype,
+                "device": settings.get("device_map") or model.device,
+                "num_parameters": getattr(facts_of(model).report, "num_parameters", None),
+            }
+            del model  # the dense model has the machine to itself
             evaluate_baseline(results, dense, tokenizer, protocol, on_measured=keep, **how)
         keep(results)
         print(results_table(results))

@@ -3,34 +3,36 @@
 from ..checkpoint.digests import fingerprint, tensor_digests
 from .baseline import Baseline, recorded_baseline, set_aside
 from .environment import has_head
-from .kobest import evaluate_kobest
-from .kobest_data import KOBEST_TASKS
-from .measure import evaluate_baseline, evaluate_model
-from .nsmc import evaluate_nsmc
+from .harness import HarnessTask
+from .kobest import KOBEST_TASKS, STUDY_TASKS
+from .measure import evaluate_baseline, evaluate_kobest, evaluate_model
 from .perplexity import evaluate_perplexity
 from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
-from .schemas import SCHEMAS
-from .table import OTHER_TITLES, TASK_TITLES, result_rows, results_table
+from .table import MEAN_TITLE, result_rows, results_table
+from .tasks import TASKS, HubEntry, Task, add_task, task_of
 from .ties import RECORDS, TrainingRun, is_unchanged, mark_weights, note_merge, settle_records, settled_records
 from .tuning import read_tuning, tuning_of, tuning_settings, tuning_title
 
 __all__ = [
     "KOBEST_TASKS",
-    "OTHER_TITLES",
+    "MEAN_TITLE",
     "RECORDS",
-    "SCHEMAS",
-    "TASK_TITLES",
+    "STUDY_TASKS",
+    "TASKS",
     "Baseline",
     "EvaluationProtocol",
     "EvaluationResults",
+    "HarnessTask",
+    "HubEntry",
     "Measurement",
+    "Task",
     "TrainingRun",
+    "add_task",
     "check_protocol",
     "evaluate_baseline",
     "evaluate_kobest",
     "evaluate_model",
-    "evaluate_nsmc",
     "evaluate_perplexity",
     "fingerprint",
     "has_head",
@@ -44,6 +46,7 @@ __all__ = [
     "set_aside",
     "settle_records",
     "settled_records",
+    "task_of",
     "tensor_digests",
     "tuning_of",
     "tuning_settings",

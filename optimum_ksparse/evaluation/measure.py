@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..checkpoint import describe_model, facts_of, sparse_modules
 from ..checkpoint.digests import fingerprint
 from ..records import describe_source
 from .baseline import Baseline, recorded_baseline, set_aside
+from .kobest import KOBEST_TASKS, mean_f1
 from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
 from .ties import settle_records
@@ -42,8 +43,8 @@ def evaluate_model(
         on_measured: called after each measurement, so that a long run can keep what it has.
 
     Raises:
-        TypeError, ValueError, ImportError, FileNotFoundError, ConnectionError: as `evaluate_perplexity`,
-            `evaluate_kobest` and `evaluate_nsmc`.
+        TypeError, ValueError, ImportError, FileNotFoundError, ConnectionError: as `evaluate_perplexity` and
+            `evaluate_kobest`.
     """
     protocol = check_protocol(model, tokenizer, protocol)
     dense = recorded_baseline(model) if baseline is True else baseline
@@ -123,6 +124,58 @@ def evaluate_baseline(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def evaluate_kobest(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: Sequence[str] = KOBEST_TASKS,
+    num_fewshot: int = 0,
+    limit: int | None = None,
+    batch_size: int = 8,
+    data_dir: str | os.PathLike[str] | None = None,
+    prepend_bos: bool | None = None,
+) -> dict[str, Any]:
+    """Accuracy and macro F1 of a causal LM on KoBEST, by the tasks of lm-evaluation-harness (extra `eval`).
+
+    Args:
+        model: causal LM, dense or sparse, where it is.
+        tokenizer: the model's; it is not changed.
+        tasks: any of `"copa"`, `"hellaswag"`, `"boolq"`, `"sentineg"`, `"wic"`.
+        num_fewshot: solved examples before each item, drawn from the training split.
+        limit: items of each task, from the first on; None takes all. Figures with a limit are for trying out.
+        batch_size: items in one forward pass.
+        data_dir: a folder of `<task>/<train | validation | test>.jsonl` with the fields of `skt/kobest_v1`, which
+            needs no network. The test split is measured, where there is none the validation split.
+        prepend_bos: begin each item with the beginning token; None does so where the tokenizer does.
+
+    Returns:
+        For each task a dict of `acc`, `acc_stderr` (standard error of the accuracy), `f1` (macro), for HellaSwag
+        `acc_norm` (choices by likelihood per character) as well, `num_samples`, and how they were measured:
+        `task_version`, `num_fewshot`, `limit`, `data`, `split`, `items_sha256` (of the prompts), `prepend_bos`,
+        `dtype`, `batch_size`, `device`, `versions`. Beside the tasks `mean_f1` over COPA, HellaSwag, BoolQ and
+        SentiNeg, None where not all four were measured.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        TypeError, ValueError: an argument is out of range, or a line of the data is not as it must be.
+        FileNotFoundError: a file of `data_dir` is missing.
+        ConnectionError: the data cannot be read from the Hub.
+    """
+    protocol = EvaluationProtocol(
+        None,
+        tasks=tasks,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        data_dir=data_dir,
+        prepend_bos=prepend_bos,
+        batch_size=batch_size,
+    )
+    check_protocol(model, tokenizer, protocol)
+    results: dict[str, Any] = {task.name: task.measure(model, tokenizer, protocol) for task in protocol.chosen}
+    results["mean_f1"] = mean_f1(results)
+    return results
 
 
 def _measure_missing(

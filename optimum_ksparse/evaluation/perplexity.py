@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,85 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..blocks import evaluation_mode
 from ..data import prepends_bos
-from ..data.texts import evaluation_texts
-from ..data.tokens import check_context
+from ..data.texts import describe_texts, evaluation_texts
+from ..data.tokens import check_context, context_length
+from ..records import As, Between, Count, Positive
 from .environment import check_causal_lm, environment
 from .head import input_device, map_logits, run_base
+from .tasks import LENGTH, Named, Task, add_task
+
+if TYPE_CHECKING:
+    from .protocol import EvaluationProtocol
+
+_MOST_POSITIONS = 2048
+
+
+class _Texts(Named):
+    """With the SHA-256 of what was read."""
+
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Perplexity(Task):
+    """By the `texts` of a protocol."""
+
+    def check(self, protocol: EvaluationProtocol) -> None:
+        _check_stride(protocol.stride, protocol.seq_len)
+        describe_texts(_texts(protocol))
+
+    def check_model(self, model: PreTrainedModel, protocol: EvaluationProtocol) -> None:
+        windows = _windows(model, protocol)
+        check_context(model, windows["seq_len"])
+        _check_stride(protocol.stride, windows["seq_len"])
+
+    def request(self, model: PreTrainedModel, protocol: EvaluationProtocol) -> dict[str, Any]:
+        return {"texts": describe_texts(_texts(protocol)), **_windows(model, protocol)}
+
+    def measure(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: EvaluationProtocol
+    ) -> dict[str, Any]:
+        how = {"prepend_bos": protocol.prepend_bos, "batch_size": protocol.batch_size, **_windows(model, protocol)}
+        return evaluate_perplexity(model, tokenizer, _texts(protocol), **how)
+
+
+PERPLEXITY = add_task(
+    _Perplexity(
+        name="perplexity",
+        title="perplexity",
+        metrics={
+            "perplexity": Annotated[float, Between(1.0)] | None,  # null: too large for a float, which JSON cannot hold
+            "bits_per_byte": Annotated[float, Between(0.0)],
+        },
+        protocol={
+            "texts": Annotated[dict[str, Any], As(_Texts, is_open=True)],
+            "seq_len": LENGTH,
+            "stride": Positive | None,
+            "max_tokens": LENGTH | None,
+            "num_windows": Positive,
+            "num_tokens": Positive,
+            "num_bytes": Count,
+            "prepend_bos": bool,
+            "dtype": str,
+        },
+        shown=("perplexity", "bits_per_byte"),
+    )
+)
+
+
+def _texts(protocol: EvaluationProtocol) -> str | os.PathLike[str] | Sequence[str]:
+    assert protocol.texts is not None  # otherwise the protocol does not ask for a perplexity
+    return protocol.texts
+
+
+def _windows(model: PreTrainedModel, protocol: EvaluationProtocol) -> dict[str, Any]:
+    seq_len = protocol.seq_len or min(_MOST_POSITIONS, context_length(model) or _MOST_POSITIONS)
+    return {"seq_len": seq_len, "stride": protocol.stride, "max_tokens": protocol.max_tokens}
+
+
+def _check_stride(stride: int | None, seq_len: int | None) -> None:
+    if stride is not None and seq_len is not None and not 1 <= stride <= seq_len - 1:
+        raise ValueError(f"stride={stride} is out of range, it must be from 1 to seq_len - 1 = {seq_len - 1}")
 
 
 @dataclass
@@ -75,8 +150,7 @@ def evaluate_perplexity(
         raise ValueError(f"seq_len={seq_len} must be an integer of at least 2")
     check_context(model, seq_len)
     bos = prepends_bos(tokenizer, prepend_bos)
-    if stride is not None and not 1 <= stride <= seq_len - 1:
-        raise ValueError(f"stride={stride} is out of range, it must be from 1 to seq_len - 1 = {seq_len - 1}")
+    _check_stride(stride, seq_len)
     if batch_size < 1 or (max_tokens is not None and max_tokens < 2):
         raise ValueError(f"batch_size={batch_size} must be at least 1, and max_tokens={max_tokens} at least 2")
 

@@ -10,17 +10,28 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from ..checkpoint.staging import locked, write_text
-from ..records import RESULTS_NAME, Present, Version, build_fields, read_record, to_json
-from .kobest import mean_f1
-from .kobest_data import STUDY_TASKS
-from .schemas import ENVIRONMENT, OPTIONAL_PROTOCOL, schema_of
+from ..records import RESULTS_NAME, As, Count, Positive, Present, Version, build, build_fields, read_record, to_json
+from .kobest import STUDY_TASKS, mean_f1
+from .tasks import DATA, TASKS, task_of
 
 # 2: kinds beside perplexity and KoBEST, and `tuning`, which files of version 1 lack: they are of models before it.
 SCHEMA_VERSION = 2
 _PARTS = ("sparse", "dense")
+_ENVIRONMENT = {"device": str, "batch_size": Positive, "versions": dict[str, str]}
+
+
+class _Row(TypedDict, total=False):
+    """What is known of the protocol of any row."""
+
+    num_fewshot: Count
+    data: DATA
+    tuning: dict[str, Any] | None
+
+
+_ANY_PROTOCOL = Annotated[dict[str, Any], As(_Row, is_open=True)]
 
 
 @dataclass
@@ -28,8 +39,8 @@ class Measurement:
     """One figure and how it came about.
 
     Attributes:
-        name: one of `schemas.SCHEMAS`: `"perplexity"`, a task of KoBEST, `"nsmc_1"`, `"nsmc_2"`, `"korquad"`.
-        metrics: its figures, shares from 0 to 1; of KorQuAD in per cent.
+        name: of a task in the table: `"perplexity"`, `"copa"`, …; rows of others are kept as they are.
+        metrics: its figures.
         protocol: what must be equal for two measurements to be comparable: the data, the number of items or tokens,
             shots, limit, version of the task, windows, dtype; `tuning`: task and settings of the tuning that the model
             went through, missing or None before tuning.
@@ -43,25 +54,31 @@ class Measurement:
 
     @classmethod
     def from_row(cls, name: str, row: Mapping[str, Any]) -> Measurement:
-        """Sorts what an `evaluate_…` function returned of one measurement into its three parts."""
-        schema = schema_of(name)
-        metrics = (*schema.metrics, *schema.optional_metrics)
+        """Sorts what measuring a task returned into its three parts."""
+        metrics = task_of(name).metrics
         return cls(
             name,
             {key: None if row[key] == math.inf else row[key] for key in metrics if key in row},
-            {key: row[key] for key in (*schema.protocol, *OPTIONAL_PROTOCOL) if key in row or key in schema.protocol},
-            {key: row[key] for key in ENVIRONMENT},
+            {key: value for key, value in row.items() if key not in metrics and key not in _ENVIRONMENT},
+            {key: row[key] for key in _ENVIRONMENT},
         )
 
     def check_record(self, where: str) -> None:
-        """Raises ValueError where a row from a file is not what its kind of measurement has."""
-        try:
-            schema = schema_of(self.name)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        self.metrics = build_fields(schema.metrics, schema.optional_metrics, self.metrics, f"{where}.metrics")
-        self.protocol = build_fields(schema.protocol, OPTIONAL_PROTOCOL, self.protocol, f"{where}.protocol")
-        self.environment = build_fields(ENVIRONMENT, {}, self.environment, f"{where}.environment")
+        """Raises ValueError where a row from a file is not what its task has; what another package's task has is not
+        known where that is not imported."""
+        self.environment = build_fields(_ENVIRONMENT, {}, self.environment, f"{where}.environment")
+        if self.name not in TASKS:
+            self.metrics = build(dict[str, float | None], self.metrics, f"{where}.metrics")
+            self.protocol = build(
+                Annotated[dict[str, Any], As(_Row, is_open=True)], self.protocol, f"{where}.protocol"
+            )
+            return
+        task = TASKS[self.name]
+        metrics = {key: kind for key, kind in task.metrics.items() if key not in task.optional}
+        optional = {key: task.metrics[key] for key in task.optional}
+        tuning = {"tuning": dict[str, Any] | None}
+        self.metrics = build_fields(metrics, optional, self.metrics, f"{where}.metrics")
+        self.protocol = build_fields(task.protocol, tuning, self.protocol, f"{where}.protocol")
 
     @property
     def num_fewshot(self) -> int:
@@ -97,9 +114,6 @@ class Measurement:
         """The parts of the protocol in which the two differ; none where they are comparable."""
         keys = dict.fromkeys((*self.protocol, *other.protocol))
         return [key for key in keys if self.protocol.get(key) != other.protocol.get(key)]
-
-    def num_differences(self, other: Measurement) -> int:
-        return len(self.differences(other))
 
     def follows(self, request: Mapping[str, Any]) -> bool:
         """Whether this was measured as `request`, a part of a protocol, asks."""
@@ -142,7 +156,7 @@ class EvaluationResults:
         found: list[tuple[Measurement | None, Measurement | None]] = []
         for ours in self.sparse:
             others = [row for row in self.dense if (row.name, row.key[2]) == (ours.name, ours.key[2])]
-            found.append((ours, min(others, key=ours.num_differences, default=None)))
+            found.append((ours, min(others, key=lambda row: len(ours.differences(row)), default=None)))
         taken = [other for _, other in found]
         return found + [(None, other) for other in self.dense if other not in taken]
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .kobest_data import KOBEST_TASKS, STUDY_TASKS
+from .kobest import KOBEST_TASKS, STUDY_TASKS
 from .results import EvaluationResults, Measurement
-from .schemas import SCHEMAS
+from .tasks import TASKS, task_of
 from .tuning import tuning_title
 
-TASK_TITLES = {"boolq": "BoolQ", "copa": "COPA", "hellaswag": "HellaSwag", "sentineg": "SentiNeg", "wic": "WiC"}
-OTHER_TITLES = {"nsmc_1": "NSMC, prompt 1", "nsmc_2": "NSMC, prompt 2", "korquad": "KorQuAD"}
-MEAN_TITLE = "mean (COPA, HellaSwag, BoolQ, SentiNeg)"
+MEAN_TITLE = "KoBEST mean (COPA, HellaSwag, BoolQ, SentiNeg)"
 Pair = tuple[Measurement | None, Measurement | None]
-_FIRST = ("perplexity", *KOBEST_TASKS)
 
 
 @dataclass
@@ -23,7 +20,7 @@ class ResultRow:
     what keeps the two from being comparable."""
 
     name: str
-    task: str
+    title: str
     metric: str
     num_fewshot: int
     dense: float | None
@@ -33,6 +30,7 @@ class ResultRow:
     differences: list[str]
     tuning: str | None = None
     usual_shots: int = 0
+    per_cent: bool = False
 
 
 def result_rows(results: EvaluationResults | None) -> list[ResultRow]:
@@ -41,76 +39,72 @@ def result_rows(results: EvaluationResults | None) -> list[ResultRow]:
     if results is None:
         return []
     pairs = results.pairs()
-    rows = _rows_of(_FIRST, pairs)
-    rows += _means(results, rows)
-    return rows + _rows_of(tuple(name for name in SCHEMAS if name not in _FIRST), pairs)
+    first = ("perplexity", *KOBEST_TASKS)
+    names = dict.fromkeys([*TASKS, *(_measured(pair).name for pair in pairs)])
+    rows = _rows_of(first, pairs)
+    return [*rows, *_means(results, rows), *_rows_of([name for name in names if name not in first], pairs)]
 
 
-def _rows_of(names: tuple[str, ...], pairs: list[Pair]) -> list[ResultRow]:
+def _rows_of(names: list[str] | tuple[str, ...], pairs: list[Pair]) -> list[ResultRow]:
     rows: list[ResultRow] = []
     for name in names:
         measured = [pair for pair in pairs if _measured(pair).name == name]
         measured.sort(key=lambda pair: _measured(pair).tuning is not None)
-        rows += [_result_row(name, metric, *pair) for metric in SCHEMAS[name].shown for pair in measured]
+        shown = task_of(name).shown or dict.fromkeys(key for pair in measured for key in _measured(pair).metrics)
+        rows += [_result_row(metric, *pair) for metric in shown for pair in measured]
     return [row for row in rows if row.dense is not None or row.sparse is not None]
 
 
 def _means(results: EvaluationResults, rows: list[ResultRow]) -> list[ResultRow]:
     """Mean F1 of KoBEST where all of its tasks were measured, for each number of shots, before and after tuning."""
     everything = [*results.sparse, *results.dense]
-    found = {row.key[1:]: tuning_title(row.tuning) for row in everything if row.name in KOBEST_TASKS}
+    ways = {row.key[1:]: tuning_title(row.tuning) for row in everything if row.name in KOBEST_TASKS}
     means = []
-    for shots, tuned in sorted(found):
-        title = found[shots, tuned]
+    for shots, tuned in sorted(ways):
         sparse, dense = (results.mean_f1(part, shots, tuned) for part in ("sparse", "dense"))
         if sparse is None and dense is None:
             continue
-        tasks = [
-            row
-            for row in rows
-            if row.name in STUDY_TASKS
-            and row.metric == "f1"
-            and (row.num_fewshot, row.tuning is not None) == (shots, tuned)
-        ]
-        differences, recovered = [], None
-        if sparse is not None and dense is not None:
-            differences = list(dict.fromkeys(name for row in tasks for name in row.differences))
-            recovered = sparse / dense if dense and not differences else None
-        means.append(
-            ResultRow("mean", "mean", "f1", shots, dense, sparse, recovered, (None, None), differences, title)
-        )
+        way = (shots, tuned)
+        tasks = [row for row in rows if row.name in STUDY_TASKS and row.metric == "f1"]
+        tasks = [row for row in tasks if (row.num_fewshot, row.tuning is not None) == way]
+        both = sparse is not None and dense is not None
+        differences = list(dict.fromkeys(name for row in tasks for name in row.differences)) if both else []
+        recovered = sparse / dense if sparse is not None and dense and not differences else None
+        figures = (dense, sparse, recovered, (None, None), differences, ways[way])
+        means.append(ResultRow("mean", MEAN_TITLE, "f1", shots, *figures))
     return means
 
 
 def _measured(pair: Pair) -> Measurement:
     """The sparse model's measurement of a pair, or, where there is none, the dense model's."""
-    found = pair[0] or pair[1]
-    assert found is not None
-    return found
+    row = pair[0] or pair[1]
+    assert row is not None
+    return row
 
 
-def _result_row(name: str, metric: str, ours: Measurement | None, other: Measurement | None) -> ResultRow:
-    schema = SCHEMAS[name]
-    known = _measured((ours, other))
+def _result_row(metric: str, ours: Measurement | None, other: Measurement | None) -> ResultRow:
+    row = _measured((ours, other))
+    task = task_of(row.name)
     differences, recovered = [], None
     if ours is not None and other is not None:
         differences = ours.differences(other)
         recovered = None if differences else ours.recovered(metric, other)
-    dense, sparse = (row.value(metric) if row is not None else None for row in (other, ours))
-    error = schema.stderr.get(metric, "")
-    errors = [row.metrics.get(error) if row is not None else None for row in (other, ours)]
+    dense, sparse = (side.value(metric) if side is not None else None for side in (other, ours))
+    error = task.stderr.get(metric, "")
+    errors = [side.metrics.get(error) if side is not None else None for side in (other, ours)]
     return ResultRow(
-        name=name,
-        task=TASK_TITLES.get(name) or OTHER_TITLES.get(name, name),
+        name=row.name,
+        title=task.full_title,
         metric=metric,
-        num_fewshot=known.num_fewshot,
+        num_fewshot=row.num_fewshot,
         dense=dense,
         sparse=sparse,
         recovered=recovered,
         stderr=(errors[0], errors[1]),
         differences=differences,
-        tuning=tuning_title(known.tuning),
-        usual_shots=schema.usual_shots,
+        tuning=tuning_title(row.tuning),
+        usual_shots=task.usual_shots,
+        per_cent=task.is_per_cent(metric),
     )
 
 
@@ -118,13 +112,12 @@ def results_table(results: EvaluationResults) -> str:
     """A table for a terminal."""
     rows: list[tuple[str, ...]] = [("", "", "dense", "sparse", "recovered")]
     for row in result_rows(results):
-        title = MEAN_TITLE if row.task == "mean" else row.task
         shots = f", {row.num_fewshot}-shot" if row.num_fewshot != row.usual_shots else ""
         figures = ["not evaluated" if value is None else f"{value:.4f}" for value in (row.dense, row.sparse)]
         recovered = "" if row.recovered is None else f"{100 * row.recovered:.1f}%"
         differences = f"not comparable: {', '.join(row.differences)}" if row.differences else recovered
         tuning = f", after {row.tuning} tuning" if row.tuning is not None else ""
-        rows.append((title + shots + tuning, row.metric, *figures, differences))
+        rows.append((row.title + shots + tuning, row.metric, *figures, differences))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -12,7 +12,8 @@ from transformers.utils import cached_file
 from ..checkpoint import facts_of
 from ..records import TUNING_NAME, As, read_record
 
-TUNING_TITLES = {"koalpaca": "KoAlpaca", "korquad": "KorQuAD"}
+# What tables call the task of a tuning, where its name does not do; what fine-tunes adds to it.
+TUNING_TITLES: dict[str, str] = {}
 # Of what `finetuning.json` holds: the tuned model, in which a sparse model and a dense one tuned in the same way
 # differ; what changes a run by rounding only; and what came of it.
 _NOT_SETTINGS = (

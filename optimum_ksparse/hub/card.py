@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -13,15 +14,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from ..adapters import MergeReport
-from ..evaluation import (
-    KOBEST_TASKS,
-    OTHER_TITLES,
-    TASK_TITLES,
-    EvaluationResults,
-    Measurement,
-    result_rows,
-    tuning_title,
-)
+from ..evaluation import KOBEST_TASKS, TASKS, EvaluationResults, Measurement, result_rows, task_of, tuning_title
 from ..kernels import GROUPS, STRIP_TOKENS, why_not_strips
 from ..pattern import Pattern
 from ..pruners import METHODS
@@ -138,9 +131,14 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "rows": result_rows(results),
         "measured": measured,
         "perplexities": [row for row in measured if row.name == "perplexity"],
-        "tasks": [(TASK_TITLES[row.name], row) for row in measured if row.name in KOBEST_TASKS],
-        "others": [row for row in measured if row.name in OTHER_TITLES],
-        "other_titles": OTHER_TITLES,
+        "tasks": [(task_of(row.name).title, row) for row in measured if row.name in KOBEST_TASKS],
+        "others": [
+            (task_of(row.name).full_title, row, [(k, v) for k, v in _flat(row.protocol) if not k.startswith("tuning")])
+            for row in measured
+            if row.name not in ("perplexity", *KOBEST_TASKS)
+        ],
+        # Of a file only these may choose a phrase of the catalogue.
+        "metrics": {name + end for task in TASKS.values() for name in task.metrics for end in ("", ", %")},
         "both": results is not None and bool(results.dense),
         "limited": any(row.protocol.get("limit") for row in measured),
         "merge": None if subject.merge is None else subject.merge.totals(),
@@ -196,8 +194,20 @@ def _citations(subject: CardSubject) -> list[str]:
         names |= {*(report.config.get("refine") or ()), report.config.get("allocation")}
         names |= {"blocks" if report.reconstruction else None}
     for row in [*results.sparse, *results.dense] if results is not None else []:
-        names.add("kobest" if row.name in KOBEST_TASKS else row.name)
+        names |= {row.name, task_of(row.name).suite.lower()}
     return [*filter(None, entries), *(entry for name, entry in _other_citations().items() if name in names)]
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in an object of JSON, each with its name, such as `data.sha256`."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _flat(inner, name)
+    else:
+        yield name, value
 
 
 def _tunings(rows: list[Measurement]) -> list[tuple[str | None, dict[str, Any]]]:

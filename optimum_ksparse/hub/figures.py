@@ -9,24 +9,17 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..evaluation import KOBEST_TASKS, SCHEMAS, EvaluationResults, Measurement
+from ..evaluation import TASKS, EvaluationResults, Measurement, task_of
 from ..report import SparsityReport
 from ..version import install_hint
 
 ERROR_FIGURE = "relative_output_error.png"
 RESULTS_FIGURE = "dense_and_sparse.png"
 FIGURES = (ERROR_FIGURE, RESULTS_FIGURE)
-_PANELS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("perplexity (lower is better)", ("perplexity",), "perplexity"),
-    ("KoBEST macro F1 (higher is better)", KOBEST_TASKS, "f1"),
-    ("NSMC accuracy (higher is better)", ("nsmc_1", "nsmc_2"), "accuracy"),
-    ("KorQuAD F1 in % (higher is better)", ("korquad",), "f1"),
-)
 _KOREAN = {
     "perplexity (lower is better)": "퍼플렉시티 (낮을수록 좋음)",
-    "KoBEST macro F1 (higher is better)": "KoBEST 매크로 F1 (높을수록 좋음)",
-    "NSMC accuracy (higher is better)": "NSMC 정확도 (높을수록 좋음)",
-    "KorQuAD F1 in % (higher is better)": "KorQuAD F1, % (높을수록 좋음)",
+    "{} macro F1 (higher is better)": "{} 매크로 F1 (높을수록 좋음)",
+    "{} F1 in % (higher is better)": "{} F1, % (높을수록 좋음)",
     "block": "블록",
     "relative output error": "상대 출력 오차",
     "dense": "원본",
@@ -89,9 +82,11 @@ def _hangul_font() -> str | None:
 def _drawable(results: EvaluationResults) -> list[tuple[Measurement, Measurement]]:
     """Comparable pairs with finite figures, before tuning first."""
     found = [
-        pair for pair in results.comparable() if all(row.metrics.get("perplexity", 0) is not None for row in pair)
+        pair
+        for pair in results.comparable()
+        if pair[0].name in TASKS and all(row.metrics.get("perplexity", 0) is not None for row in pair)
     ]
-    order = list(SCHEMAS)
+    order = ["perplexity", *TASKS]
     return sorted(found, key=lambda pair: (pair[0].tuning is not None, order.index(pair[0].name), pair[0].num_fewshot))
 
 
@@ -135,8 +130,10 @@ def _block(name: str, otherwise: int) -> int:
 
 def _dense_and_sparse(results: EvaluationResults, ours: str, words: _Words) -> Any:
     pairs = _drawable(results)
-    panels = [(title, [pair for pair in pairs if pair[0].name in names], metric) for title, names, metric in _PANELS]
-    panels = [panel for panel in panels if panel[1]]
+    grouped: dict[tuple[str, str], list[tuple[Measurement, Measurement]]] = {}
+    for pair in pairs:
+        grouped.setdefault(_panel(pair[0], words), []).append(pair)
+    panels = [(title, rows, metric) for (title, metric), rows in grouped.items()]
     figure = _figure(2 + sum(1 + 1.1 * len(rows) for _, rows, _ in panels), 3.6)
     widths = [1 + len(rows) for _, rows, _ in panels]
     for axes, (title, rows, metric) in zip(
@@ -148,7 +145,7 @@ def _dense_and_sparse(results: EvaluationResults, ours: str, words: _Words) -> A
             bars = axes.bar(places, heights, 0.38, color=color, label=words(label))
             axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
         axes.set_xticks(range(len(rows)), [_label(pair[0], words) for pair in rows], **words.font)
-        axes.set_title(words(title), fontsize=10, **words.font)
+        axes.set_title(title, fontsize=10, **words.font)
         axes.margins(y=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     prop = {"size": 8, **({"family": words.font["fontfamily"]} if words.font else {})}
@@ -156,8 +153,17 @@ def _dense_and_sparse(results: EvaluationResults, ours: str, words: _Words) -> A
     return figure
 
 
+def _panel(row: Measurement, words: _Words) -> tuple[str, str]:
+    """The title of the panel that a measurement stands in, and the metric that it shows."""
+    task = task_of(row.name)
+    if row.name == "perplexity":
+        return words("perplexity (lower is better)"), "perplexity"
+    title = "{} F1 in % (higher is better)" if task.is_per_cent("f1") else "{} macro F1 (higher is better)"
+    return words(title).format(task.suite or task.title), "f1"
+
+
 def _label(row: Measurement, words: _Words) -> str:
-    shots = f"\n{row.num_fewshot}-shot" if row.num_fewshot != SCHEMAS[row.name].usual_shots else ""
+    shots = f"\n{row.num_fewshot}-shot" if row.num_fewshot != task_of(row.name).usual_shots else ""
     return row.name + shots + (f"\n{words('tuned')}" if row.tuning is not None else "")
 
 

@@ -7,12 +7,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..evaluation import KOBEST_TASKS, Measurement, tuning_title
-from ..evaluation.kobest_data import KOBEST_DATASET
-from ..evaluation.nsmc_data import NSMC_DATASET
+from ..evaluation import Measurement, task_of, tuning_title
 
 METRICS = ("perplexity", "accuracy", "f1", "exact_match")
-KORQUAD_DATASET = "KorQuAD/squad_kor_v1"
 
 
 @dataclass
@@ -29,18 +26,33 @@ def metric_types(row: Measurement) -> tuple[str, ...]:
     """The Hub's names of the metrics of a measurement."""
     if row.name == "perplexity":
         return ("perplexity",)
-    if row.name in KOBEST_TASKS:
-        return ("accuracy", "f1")
-    return ("exact_match", "f1") if row.name == "korquad" else ("accuracy",)
+    hub = task_of(row.name).hub
+    return () if hub is None else tuple(kind for kind, _ in hub.metrics.values())
 
 
 def index_entries(row: Measurement) -> list[EvalResult]:
-    """The entries of a measurement; none for a perplexity that is no number."""
+    """The entries of a measurement; none for a perplexity that is no number, and of a task that has no place there."""
     if row.name == "perplexity":
         return [] if row.metrics["perplexity"] is None else [_perplexity(row)]
-    if row.name in KOBEST_TASKS:
-        return _kobest(row)
-    return _korquad(row) if row.name == "korquad" else [_nsmc(row)]
+    hub = task_of(row.name).hub
+    if hub is None:
+        return []
+    data = row.protocol["data"]
+    return [
+        _Entry(
+            **_task(hub.task_type, row),
+            dataset_type=hub.dataset,
+            dataset_name=hub.dataset_name,
+            dataset_config=hub.dataset_config,
+            dataset_split=row.protocol["split"],
+            dataset_args=None if "name" in data else data,  # what tells local files from the data set on the Hub
+            metric_type=kind,
+            metric_name=name,
+            metric_value=row.metrics[metric],
+            metric_args=_arguments(row, *hub.arguments),
+        )
+        for metric, (kind, name) in hub.metrics.items()
+    ]
 
 
 def _perplexity(row: Measurement) -> EvalResult:
@@ -57,46 +69,6 @@ def _perplexity(row: Measurement) -> EvalResult:
     )
 
 
-def _kobest(row: Measurement) -> list[EvalResult]:
-    kind = "text-classification" if row.name in ("boolq", "sentineg", "wic") else "multiple-choice"
-    common: dict[str, Any] = {
-        **_task(kind, row),
-        "dataset_type": KOBEST_DATASET,
-        "dataset_name": "KoBEST",
-        "dataset_config": row.name,
-        "metric_args": _arguments(row, "num_fewshot", "limit", "num_samples"),
-        **_data(row),
-    }
-    return [
-        _Entry(metric_type="accuracy", metric_value=row.metrics["acc"], **common),
-        _Entry(metric_type="f1", metric_name="macro F1", metric_value=row.metrics["f1"], **common),
-    ]
-
-
-def _nsmc(row: Measurement) -> EvalResult:
-    return _Entry(
-        **_task("text-classification", row),
-        **_data(row),
-        dataset_type=NSMC_DATASET,
-        dataset_name="NSMC",
-        metric_type="accuracy",
-        metric_name=f"accuracy, prompt {row.name.removeprefix('nsmc_')}",
-        metric_value=row.metrics["accuracy"],
-        metric_args=_arguments(row, "num_fewshot", "num_samples", "seed", "prompt"),
-    )
-
-
-def _korquad(row: Measurement) -> list[EvalResult]:
-    common: dict[str, Any] = {
-        **_task("question-answering", row),
-        **_data(row),
-        "dataset_type": KORQUAD_DATASET,
-        "dataset_name": "KorQuAD 1.0",
-        "metric_args": _arguments(row, "seq_len", "stride", "num_samples"),
-    }
-    return [_Entry(metric_type=metric, metric_value=row.metrics[metric], **common) for metric in ("exact_match", "f1")]
-
-
 def _task(kind: str, row: Measurement) -> dict[str, Any]:
     title = tuning_title(row.tuning)
     name = None if title is None else f"{kind.replace('-', ' ')}, after {title} tuning"
@@ -107,9 +79,3 @@ def _arguments(row: Measurement, *keys: str) -> dict[str, Any]:
     """Parts of the protocol, and the tuning where there was one."""
     tuned = {} if row.tuning is None else {"tuning": row.tuning}
     return {**{key: row.protocol[key] for key in keys}, **tuned}
-
-
-def _data(row: Measurement) -> dict[str, Any]:
-    """Split, and what tells local files from the data set on the Hub."""
-    data = row.protocol["data"]
-    return {"dataset_split": row.protocol["split"], "dataset_args": None if "name" in data else data}

@@ -8,8 +8,10 @@ from .recipe import RECIPE_KEYS, Recipe
 from .results import CellResult, Row, StudyResults, load_study
 from .run import list_cells, run_study, tabulate_study
 from .tables import markdown, write_tables
+from .tasks import NSMC_TASKS
 
 __all__ = [
+    "NSMC_TASKS",
     "QUANTITIES",
     "RECIPE_KEYS",
     "TABLES",

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..data.dataset import is_mix, mix_parts
-from ..evaluation import KOBEST_TASKS, TASK_TITLES, Measurement, tuning_title
+from ..evaluation import KOBEST_TASKS, Measurement, task_of, tuning_title
 from .grid import settings_in_words
 from .results import StudyResults
+from .tasks import NSMC_TASKS
 
 _TITLES = {"perplexity": "Perplexity", "korquad": "KorQuAD", **dict.fromkeys(KOBEST_TASKS, "KoBEST")}
 
@@ -70,14 +71,14 @@ def _way(row: Measurement) -> str:
         stride = "" if protocol["stride"] is None else f", stride {protocol['stride']}"
         size = f"{protocol['num_windows']} windows of {protocol['seq_len']} tokens{stride}"
         return f"{source}; {size}, {protocol['num_tokens']:,} tokens predicted"
-    parts = [f"{TASK_TITLES[row.name]}, {source}" if row.name in KOBEST_TASKS else source]
+    parts = [f"{task_of(row.name).title}, {source}" if row.name in KOBEST_TASKS else source]
     parts.append(f"{protocol['num_samples']:,} {'questions' if row.name == 'korquad' else 'items'}")
     if protocol.get("limit"):
         parts.append(f"limit {protocol['limit']}")
     if "num_fewshot" in protocol:
         parts.append(f"{protocol['num_fewshot']}-shot")
-    if "prompt" in protocol:
-        parts.append(f"prompt {row.name[-1]}")
+    if row.name in NSMC_TASKS:
+        parts.append(f"prompt {task_of(row.name).title}")
     if (tuning := row.tuning) is not None:
         chosen = {name: tuning[name] for name in ("method", "r", "max_steps", "num_epochs") if tuning.get(name)}
         parts.append(f"after {tuning_title(tuning)} tuning ({_in_words(chosen)})")

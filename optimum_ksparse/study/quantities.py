@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation import KOBEST_TASKS, TASK_TITLES, EvaluationResults, Measurement
-from ..evaluation.kobest_data import STUDY_TASKS
+from ..evaluation import KOBEST_TASKS, STUDY_TASKS, EvaluationResults, Measurement, task_of
+from .tasks import NSMC_TASKS
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,15 @@ TABLES = {
 }
 MEAN_F1 = "kobest_mean_f1"
 _NSMC = {
-    f"nsmc_{prompt}_accuracy{end}": Quantity(
-        "nsmc", f"prompt {prompt}, {when}", f"nsmc_{prompt}", "accuracy", 100, not end
-    )
-    for prompt in (1, 2)
+    f"nsmc_{prompt}_accuracy{end}": Quantity("nsmc", f"prompt {prompt}, {when}", name, "acc", 100, not end)
+    for prompt, name in enumerate(NSMC_TASKS, start=1)
     for end, when in (("", "after KoAlpaca tuning"), ("_untuned", "before tuning"))
 }
 QUANTITIES: dict[str, Quantity] = {
     "perplexity": Quantity("perplexity", "perplexity", "perplexity", "perplexity"),
     "bits_per_byte": Quantity(None, "bits per byte", "perplexity", "bits_per_byte", digits=4),
-    **{f"kobest_{task}_f1": Quantity("kobest", TASK_TITLES[task], task, "f1", 100) for task in KOBEST_TASKS},
-    MEAN_F1: Quantity("kobest", "**mean** of " + ", ".join(TASK_TITLES[task] for task in STUDY_TASKS)),
+    **{f"kobest_{task}_f1": Quantity("kobest", task_of(task).title, task, "f1", 100) for task in KOBEST_TASKS},
+    MEAN_F1: Quantity("kobest", "**mean** of " + ", ".join(task_of(task).title for task in STUDY_TASKS)),
     "korquad_exact_match": Quantity("korquad", "exact match", "korquad", "exact_match", tuned=True),
     "korquad_f1": Quantity("korquad", "F1", "korquad", "f1", tuned=True),
     **_NSMC,

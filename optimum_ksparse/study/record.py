@@ -12,15 +12,13 @@ from ..checkpoint import find_weight_files
 from ..checkpoint.staging import write_text
 from ..data.dataset import describe_dataset
 from ..data.texts import describe_texts
-from ..evaluation import EvaluationProtocol
-from ..evaluation.kobest_data import describe_data
-from ..evaluation.nsmc import NUM_FEWSHOT
-from ..evaluation.nsmc_data import describe_nsmc
+from ..evaluation import EvaluationProtocol, HarnessTask
 from ..pruning.streaming import Journal
 from ..records import As, RelativePath, Version, describe_source, read_record, to_json
 from .finetuning import FinetuningSettings, KoAlpacaSettings, KorQuADSettings
 from .grid import Cell
 from .recipe import SECTIONS, Recipe
+from .tuning import nsmc_protocol
 
 RECORD_NAME = "study.json"
 _VERSION = 2
@@ -110,11 +108,7 @@ def make_record(recipe: Recipe, cells: dict[str, Cell]) -> Record:
 
 def describe_protocol(protocol: EvaluationProtocol) -> dict[str, Any]:
     """What of a protocol must be equal for two figures to be comparable, files by their SHA-256."""
-    data: dict[str, Any] = {
-        task: describe_data(task, protocol.data_dir, protocol.num_fewshot) for task in protocol.kobest_tasks
-    }
-    if "nsmc" in protocol.tasks:
-        data["nsmc"] = describe_nsmc(protocol.data_dir, NUM_FEWSHOT)
+    data = {task.name: task.describe_data(protocol) for task in protocol.chosen if isinstance(task, HarnessTask)}
     names = ("seq_len", "stride", "max_tokens", "num_fewshot", "limit", "prepend_bos")
     texts = None if protocol.texts is None else describe_texts(protocol.texts)
     settings = {name: getattr(protocol, name) for name in names}
@@ -133,5 +127,5 @@ def _described(settings: Mapping[str, Any], kind: type[FinetuningSettings]) -> d
 
 def _described_nsmc(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in settings.items() if name not in (*_ROUNDING, "data_dir", "koalpaca")}
-    data = describe_nsmc(settings.get("data_dir"), NUM_FEWSHOT)
+    data = describe_protocol(nsmc_protocol(settings))["data"]
     return {**kept, "data": data, "koalpaca": _described(settings["koalpaca"], KoAlpacaSettings)}

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..adapters import require_peft
 from ..checkpoint.staging import check_output, claimed, write_text
 from ..data.texts import evaluation_texts
-from ..evaluation.kobest import import_lm_eval
+from ..evaluation.harness import import_lm_eval
 from ..records import to_json
 from .cell import JOB_NAME, clean_cell, prepare_cell, read_stages
 from .figures import write_figures
@@ -101,7 +101,7 @@ def _locked(output: Path) -> AbstractContextManager[None]:
 def _checked(recipe: Recipe) -> dict[str, Cell]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a study starts its own processes: run it without torchrun, and set processes in the recipe")
-    if recipe.protocol is not None and recipe.protocol.kobest_tasks:
+    if recipe.nsmc is not None or (recipe.protocol is not None and recipe.protocol.tasks):
         import_lm_eval()
     tunings = (recipe.korquad, None if recipe.nsmc is None else recipe.nsmc["koalpaca"])
     if any(tuning is not None and tuning.get("method") != "full" for tuning in tunings):

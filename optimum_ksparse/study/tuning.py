@@ -39,10 +39,11 @@ def check_nsmc(settings: Mapping[str, Any]) -> None:
     checked = study_settings(KoAlpacaSettings, koalpaca, "nsmc.koalpaca")
     if is_file(checked.data):
         instruction_rows(checked.data, 1)
-    _nsmc_protocol(settings)
+    nsmc_protocol(settings)
 
 
-def _nsmc_protocol(settings: Mapping[str, Any]) -> EvaluationProtocol:
+def nsmc_protocol(settings: Mapping[str, Any]) -> EvaluationProtocol:
+    """What is measured after tuning on KoAlpaca."""
     chosen = {name: settings[name] for name in _MEASURING if name in settings}
     return EvaluationProtocol(texts=None, tasks=("nsmc",), **chosen)
 
@@ -68,7 +69,7 @@ def run_nsmc(
     if (folder / RESULTS_NAME).is_file():
         facts_of(model).results = EvaluationResults.load(folder / RESULTS_NAME)
     keep: Callable[[EvaluationResults], None] = lambda results: results.save(folder)  # noqa: E731
-    return _rows(evaluate_model(model, tokenizer, _nsmc_protocol(settings), on_measured=keep), "nsmc_")
+    return _rows(evaluate_model(model, tokenizer, nsmc_protocol(settings), on_measured=keep), "nsmc_")
 
 
 def _rows(results: EvaluationResults, name: str) -> list[dict[str, Any]]:

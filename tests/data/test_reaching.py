@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optimum_ksparse import SparsityConfig, evaluate_kobest, evaluate_nsmc, evaluate_perplexity, sparsify
+from optimum_ksparse import SparsityConfig, evaluate_kobest, evaluate_perplexity, sparsify
 from optimum_ksparse.study.finetuning.instructions import instruction_rows
 from optimum_ksparse.study.finetuning.korquad.data import read_korquad
 
@@ -40,7 +40,6 @@ READERS: dict[str, Callable[[Any, Any], Any]] = {
     "calibration": lambda model, tokenizer: sparsify(model, SparsityConfig(num_samples=2, seq_len=16), tokenizer),
     "perplexity": lambda model, tokenizer: evaluate_perplexity(model, tokenizer, "kowiki", seq_len=16),
     "kobest": lambda model, tokenizer: evaluate_kobest(model, tokenizer, tasks=("boolq",), limit=1),
-    "nsmc": evaluate_nsmc,
     "korquad": lambda model, tokenizer: read_korquad("org/squad", "train"),
     "koalpaca": lambda model, tokenizer: instruction_rows("org/alpaca"),
 }

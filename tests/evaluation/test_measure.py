@@ -29,9 +29,11 @@ from transformers import (
 from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.checkpoint import fingerprint, sparse_modules
 from optimum_ksparse.evaluation import (
+    TASKS,
     Baseline,
     EvaluationProtocol,
     EvaluationResults,
+    HarnessTask,
     evaluate_baseline,
     evaluate_kobest,
     evaluate_model,
@@ -40,7 +42,6 @@ from optimum_ksparse.evaluation import (
     recorded_baseline,
     set_aside,
 )
-from optimum_ksparse.evaluation import protocol as protocols
 from optimum_ksparse.evaluation.results import RESULTS_NAME
 
 from ..conftest import sample_texts
@@ -50,6 +51,7 @@ torch.set_num_threads(1)
 
 MakeModel = Callable[..., PreTrainedModel]
 Tokenizer = PreTrainedTokenizerBase
+KINDS: dict[Any, str] = {type(TASKS["perplexity"]): "perplexity", HarnessTask: "kobest"}
 TEXTS = [text[:60] for text in sample_texts("evaluation")[:2]]
 
 
@@ -94,16 +96,13 @@ def words() -> EvaluationProtocol:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each measurement was taken."""
     counts: Counter[str] = Counter()
+    for kind, name in KINDS.items():
 
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            counts[function.__name__.removeprefix("evaluate_")] += 1
-            return function(*args, **kwargs)
+        def measure(self: Any, *args: Any, inner: Any = kind.measure, name: str = name) -> Any:
+            counts[name] += 1
+            return inner(self, *args)
 
-        return run
-
-    for function in (evaluate_perplexity, evaluate_kobest):
-        monkeypatch.setattr(protocols, function.__name__, counted(function))
+        monkeypatch.setattr(kind, "measure", measure)
     return counts
 
 
@@ -123,9 +122,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[PreTrainedModel]
 
 
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("fingerprint", "evaluate_perplexity", "evaluate_kobest"):
-        module = measure if name == "fingerprint" else protocols
-        monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+    monkeypatch.setattr(measure, "fingerprint", lambda *_, **__: pytest.fail("fingerprint was called"))
+    for kind in KINDS:
+        monkeypatch.setattr(kind, "measure", lambda *_: pytest.fail("a task was measured"))
 
 
 def change_one_weight(model: nn.Module, name: str = "model.norm.weight") -> None:
@@ -150,7 +149,7 @@ def change_one_weight(model: nn.Module, name: str = "model.norm.weight") -> None
         ({"stride": True}, TypeError, "stride must be an integer"),
         ({"seq_len": 16, "stride": 16}, ValueError, "stride=16"),
         ({"max_tokens": 1}, ValueError, "max_tokens=1"),
-        ({"tasks": ["coppa"]}, ValueError, "'coppa' is not a task of KoBEST; did you mean 'copa'"),
+        ({"tasks": ["coppa"]}, ValueError, "'coppa' is not a task; did you mean 'copa'"),
         ({"tasks": "copa"}, TypeError, "tasks must be a list"),
         ({"tasks": None}, TypeError, "tasks"),
         ({"tasks": 5}, TypeError, "tasks"),
@@ -190,7 +189,7 @@ def test_windows_are_as_long_as_the_context_up_to_2048(
     tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(protocols, "context_length", lambda model: context)
+    monkeypatch.setattr("optimum_ksparse.evaluation.perplexity.context_length", lambda model: context)
     requests = EvaluationProtocol(TEXTS, tasks=()).requests(make_model(), tokenizer)
     assert requests["perplexity"]["seq_len"] == expected
 
@@ -430,7 +429,7 @@ def test_interrupt_keeps_what_was_measured_before_it(
 
     with monkeypatch.context() as patch:
         if fails_in == "evaluate_kobest":
-            patch.setattr(protocols, "evaluate_kobest", interrupt)
+            patch.setattr(HarnessTask, "measure", interrupt)
         with pytest.raises(KeyboardInterrupt):
             evaluate_model(model, tokenizer, protocol, on_measured=on_measured)
     assert told == [["perplexity"]]

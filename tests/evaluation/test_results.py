@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_ksparse.evaluation import (
     KOBEST_TASKS,
+    STUDY_TASKS,
     EvaluationResults,
     Measurement,
     evaluate_kobest,
@@ -26,7 +27,6 @@ from optimum_ksparse.evaluation import (
     result_rows,
     results_table,
 )
-from optimum_ksparse.evaluation.kobest import STUDY_TASKS
 from optimum_ksparse.evaluation.results import RESULTS_NAME, SCHEMA_VERSION
 
 from ..conftest import sample_texts
@@ -66,45 +66,20 @@ def kobest(task: str = "copa", f1: float = 0.5, **protocol: Any) -> Measurement:
 TUNING = {"task": "koalpaca", "method": "LORA", "r": 8, "steps": 300}
 
 
-def nsmc(number: int = 1, accuracy: float = 0.75, **protocol: Any) -> Measurement:
-    known = {
-        "data": {"name": "e9t/nsmc"},
-        "split": "test",
-        "num_samples": 500,
-        "num_fewshot": 10,
-        "max_example_tokens": 25,
-        "seed": 1234,
-        "prompt": "{s}",
-        "example_labels": [0, 1],
-        "items_sha256": "ef",
-        "greedy_note": None,
-        "prepend_bos": False,
-        "dtype": "float32",
-    }
-    metrics = {"accuracy": accuracy, "accuracy_stderr": 0.02, "macro_f1": 0.5, "greedy_accuracy": 0.25}
-    return Measurement(f"nsmc_{number}", metrics, {**known, **protocol}, dict(ENVIRONMENT))
+def film(number: int = 1, accuracy: float = 0.75, **protocol: Any) -> Measurement:
+    """Of a task that is not in the table: a package adds it that is not imported here."""
+    known = {"data": {"name": "team/films"}, "num_fewshot": 10, "seed": 1234, "dtype": "float32"}
+    return Measurement(f"film_{number}", {"accuracy": accuracy}, {**known, **protocol}, dict(ENVIRONMENT))
 
 
-def korquad(f1: float = 75.0, **protocol: Any) -> Measurement:
-    known = {
-        "data": {"sha256": "ab"},
-        "split": "dev",
-        "num_samples": 4051,
-        "seq_len": 512,
-        "max_question_tokens": 96,
-        "stride": 128,
-        "max_answer_tokens": 64,
-        "num_best": 20,
-        "prepend_bos": False,
-        "dtype": "float32",
-    }
-    return Measurement("korquad", {"exact_match": 50.0, "f1": f1}, {**known, **protocol}, dict(ENVIRONMENT))
+def span(f1: float = 75.0, **protocol: Any) -> Measurement:
+    return Measurement("span", {"f1": f1}, {"dtype": "float32", **protocol}, dict(ENVIRONMENT))
 
 
 def make_results() -> EvaluationResults:
     return EvaluationResults(
         fingerprint="0123",
-        sparse=[perplexity(), kobest("hellaswag"), nsmc(), korquad(tuning=dict(TUNING))],
+        sparse=[perplexity(), kobest("hellaswag"), film(), span(tuning=dict(TUNING))],
         dense=[perplexity(10.0), kobest("copa", num_fewshot=5, limit=50)],
         dense_model="폴리글롯",
         dense_revision="89ab",
@@ -118,9 +93,8 @@ def reload(results: EvaluationResults, folder: Path) -> EvaluationResults:
 
 def edit(folder: Path, place: str, value: Any) -> Path:
     """Saved results with another value at `place`, such as "sparse[1].metrics.acc"."""
-    make_results().save(folder)
     path = folder / RESULTS_NAME
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = asdict(make_results())
     *parents, last = [int(part) if part.isdigit() else part for part in re.findall(r"\w+", place)]
     inside = data
     for part in parents:
@@ -175,19 +149,6 @@ TYPES = {
     "split": "str",
     "num_samples": "int",
     "items_sha256": "str",
-    "accuracy": "int float",
-    "accuracy_stderr": "int float null",
-    "macro_f1": "int float",
-    "greedy_accuracy": "int float null",
-    "greedy_note": "str null",
-    "max_example_tokens": "int",
-    "seed": "int",
-    "prompt": "str",
-    "example_labels": "list",
-    "exact_match": "int float",
-    "max_question_tokens": "int",
-    "max_answer_tokens": "int",
-    "num_best": "int",
     "tuning": "object null",
     "device": "str",
     "batch_size": "int",
@@ -201,14 +162,13 @@ def places() -> Iterator[tuple[str, str]]:
     """Each field of the saved results that a schema describes, with its place."""
     for name, value in asdict(make_results()).items():
         yield name, name
-        for number, row in enumerate(value if isinstance(value, list) else ()):
+        for number, row in enumerate(value[:2] if isinstance(value, list) else ()):
             for key, part in row.items():
                 yield f"{name}[{number}].{key}", key
                 yield from ((f"{name}[{number}].{key}.{inner}", inner) for inner in (part if key != "name" else ()))
 
 
 PLACES = list(places())
-NUMBERS = [place for place, name in PLACES if "int" in TYPES[name] and name != "schema_version"]
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -281,7 +241,7 @@ rows_drawn = st.lists(perplexities_drawn | kobest_drawn, max_size=4)
 
 
 @given(texts, rows_drawn, rows_drawn, st.none() | texts, st.none() | texts)
-@settings(max_examples=100)
+@settings(max_examples=25)
 def test_any_results_are_loaded_as_they_were_saved(
     tmp_path_factory: pytest.TempPathFactory,
     fingerprint: str,
@@ -318,20 +278,17 @@ def test_missing_file_is_named_as_such(tmp_path: Path) -> None:
         EvaluationResults.load(tmp_path / RESULTS_NAME)
 
 
-@pytest.mark.parametrize("place", [place for place, name in PLACES if name not in OPTIONAL])
-def test_missing_field_is_named(place: str, tmp_path: Path) -> None:
-    refused(edit(tmp_path, place, MISSING), re.escape(place))
-
-
-@pytest.mark.parametrize("place", [place for place, name in PLACES if name in OPTIONAL])
-def test_optional_field_may_be_missing(place: str, tmp_path: Path) -> None:
-    EvaluationResults.load(edit(tmp_path, place, MISSING))
-
-
-@pytest.mark.parametrize(("place", "name"), PLACES)
-def test_wrong_type_is_named(place: str, name: str, tmp_path: Path) -> None:
-    for kind in VALUES.keys() - {*TYPES[name].split()}:
-        refused(edit(tmp_path, place, VALUES[kind]), rf"{re.escape(place)} is .*, must be ")
+def test_each_field_is_checked(tmp_path: Path) -> None:
+    for place, name in PLACES:
+        if name in OPTIONAL:
+            EvaluationResults.load(edit(tmp_path, place, MISSING))
+        else:
+            refused(edit(tmp_path, place, MISSING), re.escape(place))
+        for kind in sorted(VALUES.keys() - {*TYPES[name].split()})[:2]:
+            refused(edit(tmp_path, place, VALUES[kind]), rf"{re.escape(place)} is .*, must be ")
+        if "int" in TYPES[name] and name != "schema_version":
+            for value in (math.nan, math.inf, 10**400):
+                refused(edit(tmp_path, place, value), rf"{re.escape(place)} is {value!r}, must be ")
 
 
 @pytest.mark.parametrize("value", [MISSING, None, 5, {}])
@@ -363,22 +320,12 @@ def test_measurement_that_is_no_object_is_named(value: Any, tmp_path: Path) -> N
         ("dense[1].protocol.limit", 0, "at least 1"),
         ("dense[1].protocol.num_samples", 0, "at least 1"),
         ("dense[1].environment.batch_size", 0, "at least 1"),
-        ("sparse[2].metrics.accuracy", 1.5, "from 0.0 to 1.0"),
-        ("sparse[2].metrics.greedy_accuracy", -0.5, "from 0.0 to 1.0"),
-        ("sparse[3].metrics.exact_match", 100.5, "from 0.0 to 100.0"),
-        ("sparse[3].metrics.f1", -1, "from 0.0 to 100.0"),
-        ("sparse[3].protocol.stride", 0, "at least 1"),
+        ("sparse[2].protocol.num_fewshot", -1, "at least 0"),
         ("schema_version", 0, "at least 1"),
     ],
 )
 def test_number_out_of_range_is_named(place: str, value: float, limits: str, tmp_path: Path) -> None:
     refused(edit(tmp_path, place, value), re.escape(f"{place} is {value!r}, must be {limits}"))
-
-
-@pytest.mark.parametrize("place", NUMBERS)
-def test_number_that_is_not_finite_as_a_float_is_named(place: str, tmp_path: Path) -> None:
-    for value in (math.nan, math.inf, -math.inf, 10**400):
-        refused(edit(tmp_path, place, value), rf"{re.escape(place)} is {value!r}, must be ")
 
 
 @pytest.mark.parametrize(
@@ -399,10 +346,17 @@ def test_unknown_field_is_named_with_the_nearest_known_one(place: str, match: st
     refused(edit(tmp_path, place, 0.5), match)
 
 
-@pytest.mark.parametrize("name", ["perplexty", "nsmc", "mean_f1", ""])
-def test_unknown_measurement_is_named(name: str, tmp_path: Path) -> None:
-    match = rf"sparse\[1\]: name={name!r} is not known; allowed: perplexity, {', '.join(KOBEST_TASKS)}"
-    refused(edit(tmp_path, "sparse[1].name", name), match)
+def test_rows_of_tasks_that_are_not_in_the_table_are_kept(tmp_path: Path) -> None:
+    rows = [film(data={"name": "글", "more": [1]}, tuning=dict(TUNING)), span(None)]
+    assert reload(EvaluationResults("", rows), tmp_path).sparse == rows
+    for place, value in (
+        ("metrics.accuracy", "글"),
+        ("metrics.accuracy", math.nan),
+        ("protocol.tuning", 5),
+        ("protocol.data.name", 5),
+        ("environment.batch_size", 0),
+    ):
+        refused(edit(tmp_path, f"sparse[2].{place}", value), re.escape(f"sparse[2].{place}"))
 
 
 def test_a_file_of_the_first_schema_is_read_as_one_from_before_tuning(tmp_path: Path) -> None:
@@ -417,39 +371,27 @@ def test_a_file_of_the_first_schema_is_read_as_one_from_before_tuning(tmp_path: 
     assert all(row.tuning is None for row in (*found.sparse, *found.dense))
 
 
-@pytest.mark.parametrize("name", ["nsmc_2", "korquad"])
-def test_a_row_of_a_further_kind_is_sorted_whole(name: str, tmp_path: Path) -> None:
-    expected = nsmc(2, tuning=None) if name == "nsmc_2" else korquad(tuning=dict(TUNING))
-    row = {**expected.metrics, **expected.protocol, **expected.environment}
-    assert Measurement.from_row(name, row) == expected
-    assert reload(EvaluationResults("", [expected]), tmp_path).sparse == [expected]
-    with pytest.raises(KeyError, match="prepend_bos"):
-        Measurement.from_row(name, {key: value for key, value in row.items() if key != "prepend_bos"})
-
-
 def test_rows_before_and_after_tuning_are_apart() -> None:
     results = EvaluationResults("")
-    rows = [nsmc(), nsmc(tuning=TUNING), korquad(tuning=TUNING), korquad()]
+    rows = [film(), film(tuning=TUNING), span(tuning=TUNING), span()]
     for row in rows:
         results.add("sparse", row)
     assert results.sparse == rows
-    results.add("sparse", later := nsmc(accuracy=0.5, tuning={**TUNING, "steps": 9}))
+    results.add("sparse", later := film(accuracy=0.5, tuning={**TUNING, "steps": 9}))
     assert results.sparse == [rows[0], *rows[2:], later]
-    results.add("dense", korquad(tuning=TUNING))
-    results.add("dense", nsmc(accuracy=1.0))
+    results.add("dense", span(tuning=TUNING))
+    results.add("dense", film(accuracy=1.0))
     dense_after, dense_before = results.dense
     assert results.pairs() == [(rows[0], dense_before), (rows[2], dense_after), (rows[3], None), (later, None)]
     assert results.comparable() == [(rows[0], dense_before), (rows[2], dense_after)]
-    results.add("dense", nsmc(tuning=TUNING))
+    results.add("dense", film(tuning=TUNING))
     assert len(results.comparable()) == 2  # tuned by other settings
     assert later.differences(results.dense[-1]) == ["tuning"]
 
 
 def test_rows_of_one_tuning_are_not_there_twice(tmp_path: Path) -> None:
-    rows = [asdict(korquad()), asdict(korquad(tuning=TUNING)), asdict(korquad(tuning={"task": "x"}))]
-    refused(
-        edit(tmp_path, "sparse", rows), r"sparse\[2\] is a second measurement of korquad with 0 shots after tuning"
-    )
+    rows = [asdict(span()), asdict(span(tuning=TUNING)), asdict(span(tuning={"task": "x"}))]
+    refused(edit(tmp_path, "sparse", rows), r"sparse\[2\] is a second measurement of span with 0 shots after tuning")
 
 
 def test_the_mean_is_of_before_or_after_tuning() -> None:
@@ -468,52 +410,50 @@ def test_the_mean_is_of_before_or_after_tuning() -> None:
 
 
 def test_what_was_before_tuning_is_taken_over() -> None:
-    base = EvaluationResults("b", [nsmc(accuracy=0.5), perplexity(9.0)], [nsmc(accuracy=0.6), korquad()], "team/dense")
-    base.sparse.append(korquad(tuning=TUNING))  # of a tuning before this one
-    tuned = EvaluationResults("t", [nsmc(tuning=TUNING), perplexity(8.0)], [nsmc(tuning=TUNING)], "tuned")
+    base = EvaluationResults("b", [film(accuracy=0.5), perplexity(9.0)], [film(accuracy=0.6), span()], "team/dense")
+    base.sparse.append(span(tuning=TUNING))  # of a tuning before this one
+    tuned = EvaluationResults("t", [film(tuning=TUNING), perplexity(8.0)], [film(tuning=TUNING)], "tuned")
     tuned.take_before(base)
-    assert tuned.sparse == [nsmc(tuning=TUNING), perplexity(8.0), nsmc(accuracy=0.5)]
-    assert tuned.dense == [nsmc(tuning=TUNING), *base.dense]
+    assert tuned.sparse == [film(tuning=TUNING), perplexity(8.0), film(accuracy=0.5)]
+    assert tuned.dense == [film(tuning=TUNING), *base.dense]
     assert (tuned.dense_model, tuned.fingerprint) == ("team/dense", "t")
     tuned.sparse[-1].protocol["dtype"] = "float16"
     assert base.sparse[0].protocol["dtype"] == "float32"
-    other = EvaluationResults("t", [], [nsmc(accuracy=0.9)], "another/dense")
+    other = EvaluationResults("t", [], [film(accuracy=0.9)], "another/dense")
     other.take_before(base)
-    assert (other.dense, other.dense_model) == ([nsmc(accuracy=0.9)], "another/dense")
+    assert (other.dense, other.dense_model) == ([film(accuracy=0.9)], "another/dense")
 
 
 def test_a_dense_model_tuned_alike_becomes_the_dense_column() -> None:
-    column = EvaluationResults("d", [], [nsmc(accuracy=0.9, tuning=TUNING)], "dense-tuned")
-    results = EvaluationResults("t", [], [korquad(), korquad(tuning=TUNING)], "team/dense")
+    column = EvaluationResults("d", [], [film(accuracy=0.9, tuning=TUNING)], "dense-tuned")
+    results = EvaluationResults("t", [], [span(), span(tuning=TUNING)], "team/dense")
     results.take_baseline(column)
-    after = [korquad(tuning=TUNING), nsmc(accuracy=0.9, tuning=TUNING)]
-    assert results.dense == [korquad(), *after]
+    after = [span(tuning=TUNING), film(accuracy=0.9, tuning=TUNING)]
+    assert results.dense == [span(), *after]
     assert results.dense_model == "team/dense"
-    results.take_baseline(EvaluationResults("d", [], [nsmc()], "other/dense", "89ab"))
-    assert results.dense == [*after, nsmc()]
-    results.take_baseline(EvaluationResults("d", [], [nsmc(accuracy=0.7, tuning=TUNING)], "dense-tuned"))
-    assert results.dense == [korquad(tuning=TUNING), nsmc(), nsmc(accuracy=0.7, tuning=TUNING)]
+    results.take_baseline(EvaluationResults("d", [], [film()], "other/dense", "89ab"))
+    assert results.dense == [*after, film()]
+    results.take_baseline(EvaluationResults("d", [], [film(accuracy=0.7, tuning=TUNING)], "dense-tuned"))
+    assert results.dense == [span(tuning=TUNING), film(), film(accuracy=0.7, tuning=TUNING)]
     assert (results.dense_model, results.dense_revision) == ("other/dense", "89ab")
-    for wrong in (EvaluationResults("s", [nsmc()], [nsmc()]), EvaluationResults("e")):
+    for wrong in (EvaluationResults("s", [film()], [film()]), EvaluationResults("e")):
         with pytest.raises(ValueError, match="must be of a dense model"):
             results.take_baseline(wrong)
 
 
 def test_the_table_names_what_was_measured_after_tuning() -> None:
-    tuning = {"task": "korquad"}
-    rows = [nsmc(accuracy=0.5), nsmc(2, num_fewshot=0), korquad(tuning=tuning), perplexity(tuning={"task": "mine"})]
-    printed = results_table(EvaluationResults("", rows, [korquad(f1=80.0, tuning=tuning)]))
+    tuning = {"task": "spans"}
+    rows = [film(accuracy=0.5), kobest("wic", num_fewshot=2), span(tuning=tuning), perplexity(tuning={"task": "mine"})]
+    printed = results_table(EvaluationResults("", rows, [span(f1=80.0, tuning=tuning)]))
     assert [re.split(" {2,}", line)[:2] for line in printed.splitlines()[1:]] == [
         ["perplexity, after mine tuning", "perplexity"],
         ["perplexity, after mine tuning", "bits_per_byte"],
-        ["NSMC, prompt 1", "accuracy"],
-        ["NSMC, prompt 1", "greedy_accuracy"],
-        ["NSMC, prompt 2, 0-shot", "accuracy"],
-        ["NSMC, prompt 2, 0-shot", "greedy_accuracy"],
-        ["KorQuAD, after KorQuAD tuning", "exact_match"],
-        ["KorQuAD, after KorQuAD tuning", "f1"],
+        ["KoBEST WiC, 2-shot", "acc"],
+        ["KoBEST WiC, 2-shot", "f1"],
+        ["film_1, 10-shot", "accuracy"],
+        ["span, after spans tuning", "f1"],
     ]
-    assert re.search(r"KorQuAD, after KorQuAD tuning +f1 +80.0000 +75.0000 +93.8%", printed)
+    assert re.search(r"span, after spans tuning +f1 +80.0000 +75.0000 +93.8%", printed)
 
 
 def test_what_was_not_measured_has_no_row() -> None:
@@ -584,7 +524,7 @@ def test_processes_that_write_different_rows_lose_none(tmp_path: Path) -> None:
         if not children[-1]:
             try:
                 results = EvaluationResults("0123")
-                for shots in range(20):
+                for shots in range(6):
                     results.add("sparse", kobest(("copa", "boolq")[name], num_fewshot=shots))
                     results.save(tmp_path)
                 os._exit(0)
@@ -592,7 +532,7 @@ def test_processes_that_write_different_rows_lose_none(tmp_path: Path) -> None:
                 os._exit(1)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
     keys = {row.key[:2] for row in EvaluationResults.load(tmp_path / RESULTS_NAME).sparse}
-    assert keys == {(name, shots) for name in ("copa", "boolq") for shots in range(20)}
+    assert keys == {(name, shots) for name in ("copa", "boolq") for shots in range(6)}
     assert [path.name for path in tmp_path.iterdir()] == [RESULTS_NAME]
 
 
@@ -648,11 +588,6 @@ def test_row_of_evaluate_kobest_is_sorted_whole(
     assert found.metrics | found.protocol | found.environment == row
     assert found.num_fewshot == 1
     assert reload(EvaluationResults("", [found]), tmp_path).sparse == [found]
-
-
-def test_row_of_something_else_is_refused() -> None:
-    with pytest.raises(ValueError, match="name='accuracy' is not known; allowed: perplexity, copa"):
-        Measurement.from_row("accuracy", {})
 
 
 @pytest.mark.parametrize(
@@ -779,7 +714,7 @@ def test_add_takes_the_place_of_the_same_name_and_shots() -> None:
 
 
 def test_rows_after_tuning_are_taken_over_from_a_model_tuned_from_these_weights():
-    row = korquad(tuning={"task": "korquad", "r": 8})
+    row = span(tuning={"task": "korquad", "r": 8})
     tuned, results = EvaluationResults("a" * 64), EvaluationResults("a" * 64)
     tuned.add("sparse", row)
     results.take_tuned(tuned)

@@ -32,10 +32,9 @@ NOT_RUN = {
     "optimum-cli ksparse bench ": "multiplies layers of full size; test_bench runs it on small ones",
     "optimum-cli ksparse finetune ": "needs KorQuAD and KoAlpaca; test_korquad_finetuning and test_tuning train",
     "optimum-cli ksparse merge ": "needs the adapter of the fine-tuning; test_commands merges",
-    "optimum-cli ksparse eval nsmc ": "needs NSMC; test_nsmc measures it",
+    "optimum-cli ksparse eval koalpaca-2of4 ": "needs NSMC; test_nsmc measures it",
     "optimum-cli ksparse study recipe.yaml": "takes minutes; test_study runs one (its --dry-run runs here)",
     "evaluate_kobest(": "needs KoBEST; test_kobest measures it",
-    "evaluate_nsmc(": "needs NSMC; test_nsmc measures it",
     "evaluate_model(": "needs KoBEST; test_measure measures with it",
 }
 RUN = ("optimum-cli ksparse study recipe.yaml --dry-run",)

@@ -16,6 +16,7 @@ from optimum_ksparse.hub.card import BEGIN, END, AdapterFacts, CardSubject
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE
 from optimum_ksparse.hub.metadata import build_metadata
 from optimum_ksparse.report import BlockReport, Change, LayerReport, MethodChoice, SparsityReport, Trial
+from optimum_ksparse.study import tasks  # noqa: F401 - their titles
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
