@@ -13,14 +13,14 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.variants import VeloraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
-from ..nn import SparseLinear, masked_linear, packed_product, row_norms, spread_rows
+from ..nn import SparseLinear, masked_linear
 from ..packing import unpack, unpack_mask
 from .variants import MaskedVariant, SparseAloraVariant, SparseDoraVariant, onloaded, packed_tensors
 
 
 class _KeepsZeros:
-    """Merging for both: the packed values become those of the effective weight, which is computed in float32 from the
-    values before, with all merged adapters, and rounded once; unmerging puts the same bits back."""
+    """Merging for both: the packed values become those of the effective weight at the mask, which is computed in
+    float32 from the values before, with all merged adapters, and rounded once; unmerging puts the same bits back."""
 
     merged_adapters: list[str]
     other_param_names: tuple[str, ...]
@@ -38,11 +38,9 @@ class _KeepsZeros:
     def _has_adapter(self, name: str) -> bool:
         raise NotImplementedError
 
-    def _adapt(
-        self, name: str, effective: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, packed: bool
-    ) -> torch.Tensor:
-        """The effective weight with one more adapter. All are packed values, in float32 or float64, or where `packed`
-        is False dense weights; `weight` is that without adapters."""
+    def _adapt(self, name: str, effective: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The effective weight with one more adapter; `weight` is that without adapters. All are [out, in], in float32
+        or float64."""
         raise NotImplementedError
 
     def _merged_bias(self, bias: torch.Tensor | None, names: list[str]) -> torch.Tensor | None:
@@ -87,8 +85,8 @@ class _KeepsZeros:
             raise ValueError(refused[0])
         base, merged = self.get_base_layer(), [*self.merged_adapters, *names]
         before = self._original()
-        bits = packed_tensors(base)[1]
-        values = self._effective(before[0].to(bits.device), bits, merged, packed=True).to(base.weight.dtype)
+        effective, mask = self._effective(merged)
+        values = effective[mask].view_as(before[0]).to(base.weight.dtype)
         bias = self._merged_bias(before[1], merged)
         if safe_merge and not all(bool(t.isfinite().all()) for t in (values, bias) if t is not None):
             raise ValueError(f"merging gives values that are not finite: an adapter of {', '.join(names)} is broken")
@@ -115,18 +113,17 @@ class _KeepsZeros:
             adapter_names: those that count; the active ones by default. Names that this layer lacks do not count.
         """
         names = self.active_adapters if adapter_names is None else adapter_names  # type: ignore[attr-defined]
-        base = self.get_base_layer()
-        bits = packed_tensors(base)[1]
-        values = self._original()[0].to(bits.device)
-        dense = unpack(values, bits, base.in_features)
-        return self._effective(dense, bits, [n for n in names if self._has_adapter(n)], packed=False).float()
+        return self._effective([name for name in names if self._has_adapter(name)])[0].float()
 
-    def _effective(self, weight: torch.Tensor, bits: torch.Tensor, names: list[str], packed: bool) -> torch.Tensor:
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        effective = weight.clone()
+    def _effective(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The effective weight, in float32 or float64, and the mask, [out, in] both."""
+        in_features, bits = self.get_base_layer().in_features, packed_tensors(self.get_base_layer())[1]
+        values = self._original()[0].to(bits.device)
+        weight = unpack(values.to(torch.promote_types(values.dtype, torch.float32)), bits, in_features)
+        effective, mask = weight, unpack_mask(bits, in_features)
         for name in names:
-            effective = self._adapt(name, effective, weight, bits, packed)
-        return effective
+            effective = self._adapt(name, effective, weight, mask)
+        return effective, mask
 
     def _original(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Values and bias without adapters. A merged layer keeps them in the computer's own memory, as PEFT does."""
@@ -189,25 +186,19 @@ class SparseLoraLinear(_KeepsZeros, lora.Linear):
                 bias = bias + module.bias.detach().to(bias) * float(self.scaling[name])
         return bias
 
-    def _adapt(
-        self, name: str, effective: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, packed: bool
-    ) -> torch.Tensor:
+    def _adapt(self, name: str, effective: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         variant = self.lora_variant.get(name)
         if isinstance(variant, SparseAloraVariant):
             raise NotImplementedError(f"adapter {name!r} (aLoRA) acts on some tokens only and cannot be merged")
         a, b = (onloaded(factors[name], "weight").detach().to(weight) for factors in (self.lora_A, self.lora_B))
-        scaling = float(self.scaling[name])
-        delta = packed_product(a, b * scaling, bits, weight.shape) if packed else (b * scaling) @ a
-        if isinstance(variant, MaskedVariant) and not packed:
-            delta *= unpack_mask(bits, a.shape[1])
+        delta = (b * float(self.scaling[name])) @ a
+        if isinstance(variant, MaskedVariant):
+            delta *= mask
         if not isinstance(variant, SparseDoraVariant):
             return effective + delta
         magnitudes = onloaded(self.lora_magnitude_vector[name], "weight").detach().to(weight)
-        norm = row_norms(weight, bits, a, b, scaling) if packed else torch.linalg.vector_norm(weight + delta, dim=1)
-        scale = magnitudes / norm
-        scale = spread_rows(scale, bits, weight.shape) if packed else scale[:, None]
         # PEFT scales the output of the layer as it is by then, with the adapters before this one.
-        return scale * (effective + delta)
+        return (magnitudes / torch.linalg.vector_norm(weight + delta, dim=1))[:, None] * (effective + delta)
 
 
 class SparseHiraLinear(_KeepsZeros, hira.Linear):
@@ -231,11 +222,9 @@ class SparseHiraLinear(_KeepsZeros, hira.Linear):
     def _has_adapter(self, name: str) -> bool:
         return name in self.hira_A
 
-    def _adapt(
-        self, name: str, effective: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, packed: bool
-    ) -> torch.Tensor:
+    def _adapt(self, name: str, effective: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         a, b = (onloaded(factors, name).detach().to(weight) for factors in (self.hira_A, self.hira_B))
-        return effective + weight * (packed_product(a, b, bits, weight.shape) if packed else b @ a)
+        return effective + weight * (b @ a)
 
 
 SPARSE_LAYERS = (SparseLoraLinear, SparseHiraLinear)

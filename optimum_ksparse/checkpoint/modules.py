@@ -146,47 +146,16 @@ def put(root: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:
-    """Puts `new` in the place of `root`'s submodule or parameter `name`. Where accelerate keeps that one (on another
-    device, offloaded to memory or to disk), it keeps the new one in the same way; a parameter takes the place of one
-    that is not offloaded only."""
+    """Puts `new` in the place of `root`'s submodule or parameter `name`. Where accelerate moves that one's inputs to
+    its device, it moves the new one's too. Raises ValueError where accelerate has offloaded it."""
     owner_name, _, attribute = name.rpartition(".")
     owner = root.get_submodule(owner_name)
     old: Any = getattr(owner, attribute)
     hook = getattr(owner if isinstance(old, nn.Parameter) else old, "_hf_hook", None)
-    key = attribute if isinstance(old, nn.Parameter) else "weight"
+    if is_offloaded(owner if isinstance(old, nn.Parameter) else old):
+        raise ValueError(f"{name} is offloaded by accelerate: load the model without that")
     put(root, name, new)
-    if hook is None or isinstance(new, nn.Parameter):
-        return
-    from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+    if hook is not None and not isinstance(new, nn.Parameter):
+        from accelerate.hooks import add_hook_to_module
 
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    for hook in hooks:
-        if isinstance(hook, AlignDevicesHook):
-            moved = AlignDevicesHook(
-                execution_device=hook.execution_device,
-                offload=hook.offload,
-                io_same_device=hook.io_same_device,
-                weights_map=_offloaded(new, hook.weights_map, key) if hook.offload else None,
-                offload_buffers=hook.offload_buffers,
-                place_submodules=hook.place_submodules,
-                skip_keys=hook.skip_keys,
-            )
-            add_hook_to_module(new, moved)
-
-
-def _offloaded(module: nn.Module, old: Any, key: str) -> Mapping[str, torch.Tensor]:
-    """A weights map for accelerate: on disk in the offload folder where the old weight, the map's `key`, is there,
-    otherwise in memory."""
-    from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, offload_weight
-
-    tensors = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
-    loader = getattr(old, "dataset", None)
-    folder = getattr(loader, "save_folder", None)
-    if folder is None or f"{old.prefix}{key}" in loader.state_dict:  # type: ignore[union-attr]
-        return tensors
-    index: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        # Another name than the old one's, whose file may still be mapped.
-        offload_weight(tensor.contiguous(), f"{old.prefix}{key}.{type(module).__name__}.{name}", folder, index)
-    loader = OffloadedWeightsLoader(save_folder=folder, index=index)
-    return PrefixedDataset(loader, f"{old.prefix}{key}.{type(module).__name__}.")
+        add_hook_to_module(new, hook)

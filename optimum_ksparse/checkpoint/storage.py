@@ -30,7 +30,16 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..blocks import decoder_of
 from ..nn import SparseExperts, SparseLinear, dense_weight
 from ..pattern import Pattern, lowest
-from .modules import MASK_SUFFIX, aligned, dense_layer, replace_module, sparse_experts, sparse_modules, stored_name
+from .modules import (
+    MASK_SUFFIX,
+    aligned,
+    dense_layer,
+    is_offloaded,
+    replace_module,
+    sparse_experts,
+    sparse_modules,
+    stored_name,
+)
 
 
 def storage_state_dict(
@@ -89,17 +98,20 @@ def sparsify_dense(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
         ValueError: the weights do not have the recorded pattern (any more); names the layer. The model is not changed.
     """
     decoder, kind = decoder_of(model), type(model).__name__
+    if is_offloaded(decoder):
+        raise ValueError("accelerate has offloaded weights of it: store it packed, or load it without that")
     dense = {name: dense_layer(decoder, name, kind) for name in layers}
-    for name in dense:
-        with _aligned_weight(decoder, name) as weight:
-            _kept(weight, layers[name], name)
     for name, layer in dense.items():
-        with _aligned_weight(decoder, name) as weight:
-            mask, pattern = _kept(weight, layers[name], name), Pattern(layers[name]["pattern"])
-            if isinstance(layer, nn.Parameter):
-                replace_module(decoder, name, SparseExperts.from_dense(weight, mask, pattern))
-            else:
-                replace_module(decoder, name, SparseLinear.from_dense(layer, mask, pattern))
+        _kept(_weight(layer), layers[name], name)
+    for name, layer in dense.items():
+        mask, pattern = _kept(_weight(layer), layers[name], name), Pattern(layers[name]["pattern"])
+        sparse: Any = SparseExperts if isinstance(layer, nn.Parameter) else SparseLinear
+        replace_module(decoder, name, sparse.from_dense(layer, mask, pattern))
+
+
+def _weight(layer: nn.Module | nn.Parameter) -> torch.Tensor:
+    """[out, in], or [experts, out, in]."""
+    return layer if isinstance(layer, nn.Parameter) else dense_weight(layer)
 
 
 def _kept(weight: torch.Tensor, record: Mapping[str, Any], name: str) -> torch.Tensor:
@@ -123,14 +135,3 @@ def _kept(weight: torch.Tensor, record: Mapping[str, Any], name: str) -> torch.T
             raise ValueError(f"{name}: a matrix has more nonzero weights than the recorded {flat.shape[1] - zeros}")
         mask = filled
     return mask
-
-
-@contextmanager
-def _aligned_weight(root: nn.Module, name: str) -> Iterator[torch.Tensor]:
-    """The weight [out, in] of a dense linear map, or the parameter [experts, out, in], wherever accelerate keeps
-    it."""
-    owner, _, attribute = name.rpartition(".")
-    found: Any = getattr(root.get_submodule(owner), attribute)
-    stacked = isinstance(found, nn.Parameter)
-    with aligned(root.get_submodule(owner) if stacked else found):
-        yield getattr(root.get_submodule(owner), attribute) if stacked else dense_weight(found)

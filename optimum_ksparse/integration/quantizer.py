@@ -14,11 +14,11 @@ from transformers.quantizers.base import HfQuantizer
 from ..blocks import decoder_of
 from ..checkpoint import (
     MASK_SUFFIX,
-    aligned,
     check_headers,
     dense_state_dict,
     facts_of,
     install_layers,
+    is_offloaded,
     read_headers,
     replace_module,
     sparse_experts,
@@ -86,16 +86,10 @@ class SparsityQuantizer(HfQuantizer):
         """Back to dense modules; each keeps its dtype unless `dtype` is given."""
         dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         stacks = sparse_experts(model)
-        offloaded = [
-            name for name, stack in stacks.items() if getattr(stack, "_hf_hook", None) and stack.weight.is_meta
-        ]
-        if offloaded:
-            raise ValueError(
-                f"{offloaded[0]} is offloaded by accelerate; load the model without that to make it dense"
-            )
+        if is_offloaded(model):
+            raise ValueError("accelerate has offloaded weights of the model; load it without that to make it dense")
         for name, module in sparse_modules(model).items():
-            with aligned(module):
-                dense = module.to_dense()
+            dense = module.to_dense()
             if isinstance(dense, nn.Parameter):
                 dense.data = dense.data.to(dtype or dense.dtype)
             elif dtype is not None:

@@ -2,7 +2,7 @@
 
 from .experts import SparseExperts
 from .linear import SparseLinear, dense_weight, is_linear_map
-from .masked import masked_linear, packed_product, row_norms, spread_rows
+from .masked import masked_linear, row_norms
 from .packed import densified
 
 __all__ = [
@@ -12,7 +12,5 @@ __all__ = [
     "densified",
     "is_linear_map",
     "masked_linear",
-    "packed_product",
     "row_norms",
-    "spread_rows",
 ]

@@ -191,15 +191,6 @@ _masked_linear.register_autograd(_backward, setup_context=_save)
 
 
 @torch.no_grad()
-def packed_product(a: torch.Tensor, b: torch.Tensor, bits: torch.Tensor, values_shape: torch.Size) -> torch.Tensor:
-    """B·A at the mask, packed: `values_shape`, in the dtype of A and B, made a few rows at a time."""
-    product = a.new_empty(values_shape.numel())
-    for rows in _rows(bits, a.shape[1], a.element_size(), values_shape):
-        product[rows.own] = (b[rows.part] @ a)[rows.mask()]
-    return product.view(values_shape)
-
-
-@torch.no_grad()
 def row_norms(
     values: torch.Tensor, bits: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> torch.Tensor:
@@ -209,10 +200,3 @@ def row_norms(
         weight = rows.dense(values, a.dtype)
         norms[rows.part] = torch.linalg.vector_norm(weight.addmm_(b[rows.part], a, alpha=scale), dim=1)
     return norms
-
-
-def spread_rows(factors: torch.Tensor, bits: torch.Tensor, values_shape: torch.Size) -> torch.Tensor:
-    """A number for each row, [out], at each packed value of that row; its shape broadcasts to `values_shape`."""
-    if len(values_shape) == 2:
-        return factors[:, None]
-    return factors.repeat_interleave(_counts(bits))

@@ -97,8 +97,9 @@ def test_without_a_tokenizer_the_error_says_what_to_pass(tmp_path, make_model):
         AutoModelForCausalLM.from_pretrained(tmp_path, sparsity_config=config)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("device_map", [None, "auto", "cpu"])
+@pytest.mark.parametrize(
+    ("dtype", "device_map"), [(torch.float32, None), (torch.bfloat16, "auto"), (torch.float16, "cpu")]
+)
 def test_dtypes_and_device_maps(dense, config, dtype, device_map, token_ids, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config, dtype=dtype, device_map=device_map)
     assert next(iter(sparse_modules(model).values())).weight.dtype == dtype

@@ -657,5 +657,5 @@ def test_a_sparse_checkpoint_loaded_with_an_offloaded_block(place: str, tmp_path
     again = load_file(tmp_path / "again/model.safetensors")
     torch.testing.assert_close(again, load_file(tmp_path / "saved/model.safetensors"), rtol=0, atol=0)
     if place == "disk":
-        with pytest.raises(ValueError, match="down_proj is offloaded by accelerate"):
+        with pytest.raises(ValueError, match="offloaded"):
             loaded.dequantize()
