@@ -27,7 +27,6 @@ DATASET_NAMES = ("mc4-ko", "c4", "kowiki", "self")
 TEXT_SUFFIXES = (".txt", ".jsonl")
 # A checkpoint's record of a mix has this key, and a list under it; in a mix that a user passes all values are numbers.
 _RECORD_KEY = "mix"
-_TOLERANCE = 1e-6
 _DATASET_FORMS = (
     f"one of {', '.join(map(repr, DATASET_NAMES))}; a path to a .txt or .jsonl file; a list of texts; a "
     "datasets.Dataset; token ids [num_samples, seq_len]; a mix of names and files with their weights, such as "
@@ -92,9 +91,12 @@ def is_mix(dataset: Any) -> bool:
     return isinstance(dataset.get(_RECORD_KEY), list) or any(map(_is_number, dataset.values()))
 
 
-def mix_parts(dataset: Mapping[str, Any]) -> list[tuple[Any, float]]:
-    """Data and weight of each part of a mix. Their order is that of what they are described as: no mapping's own
-    order, which JSON and YAML do not keep, and no folder's name changes what is drawn."""
+def mix_parts(dataset: Any) -> list[tuple[Any, float]]:
+    """Data and weight of each part of a mix; all of the weight where it is none. Their order is that of what they are
+    described as: no mapping's own order, which JSON and YAML do not keep, and no folder's name changes what is
+    drawn."""
+    if not is_mix(dataset):
+        return [(dataset, 1.0)]
     if isinstance(dataset.get(_RECORD_KEY), list):
         parts = [(part["dataset"], float(part["weight"])) for part in dataset[_RECORD_KEY]]
     else:
@@ -114,7 +116,7 @@ def split_samples(num_samples: int, weights: Sequence[float]) -> list[int]:
     return shares
 
 
-def mix_shares(dataset: Mapping[str, Any], num_samples: int) -> list[tuple[Any, int]]:
+def mix_shares(dataset: Any, num_samples: int) -> list[tuple[Any, int]]:
     """Data and number of samples of each part of a mix, in the order of `mix_parts`.
 
     Raises:
@@ -133,28 +135,23 @@ def mix_shares(dataset: Mapping[str, Any], num_samples: int) -> list[tuple[Any, 
 
 def holds(dataset: Any, name: str) -> bool:
     """Whether the data are those of `name`, or a mix with them."""
-    parts = [part for part, _ in mix_parts(dataset)] if is_mix(dataset) else [dataset]
-    return any(isinstance(part, str) and part == name for part in parts)
+    return any(isinstance(part, str) and part == name for part, _ in mix_parts(dataset))
 
 
 def needs_tokenizer(dataset: Any) -> bool:
     """Whether there is text to tokenise: everything but token ids, and text that the model itself writes as ids."""
-    parts = [part for part, _ in mix_parts(dataset)] if is_mix(dataset) else [dataset]
-    return any(not is_token_ids(part) and not (isinstance(part, str) and part == "self") for part in parts)
+    return not all(is_token_ids(part) or (isinstance(part, str) and part == "self") for part, _ in mix_parts(dataset))
 
 
 def check_dataset(dataset: Any) -> None:
     """Raises TypeError, ValueError or FileNotFoundError for what is no calibration data, naming what is."""
     check_no_token("dataset", dataset)
     if isinstance(dataset, str | os.PathLike):
-        if dataset in DATASET_NAMES:
-            return
-        if not os.fspath(dataset).endswith(TEXT_SUFFIXES):
-            raise ValueError(f"dataset={os.fspath(dataset)!r} is not known; allowed: {_DATASET_FORMS}")
-        if not os.path.isfile(dataset):
-            raise FileNotFoundError(
-                f"dataset={os.fspath(dataset)!r}: there is no such file; allowed: {_DATASET_FORMS}"
-            )
+        name = os.fspath(dataset)
+        if name not in DATASET_NAMES and not name.endswith(TEXT_SUFFIXES):
+            raise ValueError(f"dataset={name!r} is not known; allowed: {_DATASET_FORMS}")
+        if name not in DATASET_NAMES and not os.path.isfile(name):
+            raise FileNotFoundError(f"dataset={name!r}: there is no such file; allowed: {_DATASET_FORMS}")
     elif is_token_ids(dataset):
         token_ids_shape(dataset)
     elif isinstance(dataset, list | tuple):
@@ -162,29 +159,21 @@ def check_dataset(dataset: Any) -> None:
             raise ValueError(f"dataset is an empty list; allowed: {_DATASET_FORMS}")
         for i, text in enumerate(dataset):
             if not isinstance(text, str):
-                raise TypeError(
-                    f"dataset[{i}] is {type(text).__name__}, a list must hold texts; allowed: {_DATASET_FORMS}"
-                )
-    elif isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
-        if _RECORD_KEY in dataset and not _is_number(dataset[_RECORD_KEY]):
-            _check_record(dataset[_RECORD_KEY])
-        elif is_mix(dataset):
-            _check_mix(dataset)
-        elif not _is_fingerprint(dataset):
-            raise ValueError(
-                f"dataset is a dict without the fingerprint that a checkpoint records; allowed: {_DATASET_FORMS}"
-            )
-    elif not hasattr(dataset, "column_names"):
+                raise TypeError(f"dataset[{i}] is {type(text).__name__}, must be a text; allowed: {_DATASET_FORMS}")
+    elif hasattr(dataset, "column_names"):
+        if hasattr(dataset, "keys"):
+            raise TypeError(f"dataset is a DatasetDict with the splits {', '.join(dataset.keys())}: pass one of them")
+    elif isinstance(dataset, Mapping):
+        _check_mapping(dataset)
+    else:
         raise TypeError(f"dataset is {type(dataset).__name__}; allowed: {_DATASET_FORMS}")
-    elif hasattr(dataset, "keys") and hasattr(dataset, "column_names"):
-        raise TypeError(f"dataset is a DatasetDict with the splits {', '.join(dataset.keys())}: pass one of them")
 
 
 def recorded_dataset(dataset: Any) -> Any:
     """Data as a file records them, which may come from anywhere. Raises ValueError for what would be opened to be
     described, and for a mix that is none."""
     if isinstance(dataset, Mapping) and isinstance(dataset.get(_RECORD_KEY), list):
-        _check_record(dataset[_RECORD_KEY])
+        _check_mapping(dataset)
         return dataset
     names = [dataset] if isinstance(dataset, str) else dataset if is_mix(dataset) else []
     if any(name not in DATASET_NAMES for name in names):
@@ -198,35 +187,40 @@ def _is_fingerprint(dataset: Mapping[Any, Any]) -> bool:
     return any(key in dataset and not _is_number(dataset[key]) for key in ("sha256", "fingerprint"))
 
 
-def _check_mix(dataset: Mapping[Any, Any]) -> None:
-    for part, weight in dataset.items():
-        if not isinstance(part, str | os.PathLike):
-            raise TypeError(f"dataset: a mix has names and files as its keys, found {part!r} ({type(part).__name__})")
-        check_dataset(part)
-        if not _is_number(weight):
-            raise TypeError(f"dataset: the weight of {_name(part)} must be a number, found {weight!r}")
-    _check_weights(list(dataset.items()))
-
-
-def _check_record(parts: Any) -> None:
-    for part in parts if isinstance(parts, list) else [parts]:
-        data, weight = (part.get("dataset"), part.get("weight")) if isinstance(part, Mapping) else (None, None)
-        known = data in DATASET_NAMES if isinstance(data, str) else isinstance(data, Mapping) and _is_fingerprint(data)
-        if not known or not _is_number(weight):
-            raise ValueError(
-                f"dataset: {part!r} is no part of a mix as a checkpoint records it; allowed: {_DATASET_FORMS}"
-            )
-    _check_weights([(part["dataset"], part["weight"]) for part in parts])
-
-
-def _check_weights(parts: Sequence[tuple[Any, Any]]) -> None:
+def _check_mapping(dataset: Mapping[Any, Any]) -> None:
+    """A mix, what a checkpoint records of one, or of data that JSON cannot hold."""
+    if _RECORD_KEY in dataset and not _is_number(dataset[_RECORD_KEY]):
+        record = dataset[_RECORD_KEY]
+        parts = [_recorded_part(part) for part in (record if isinstance(record, list) else [record])]
+    elif is_mix(dataset):
+        parts = list(dataset.items())
+        for part, weight in parts:
+            if not isinstance(part, str | os.PathLike):
+                raise TypeError(f"dataset: the keys of a mix are names and files, found {part!r}")
+            check_dataset(part)
+            if not _is_number(weight):
+                raise TypeError(f"dataset: the weight of {_name(part)} must be a number, found {weight!r}")
+    elif _is_fingerprint(dataset):
+        return
+    else:
+        raise ValueError(
+            f"dataset is a dict without the fingerprint that a checkpoint records; allowed: {_DATASET_FORMS}"
+        )
     for part, weight in parts:
         if not 0 < weight < math.inf:
             raise ValueError(f"dataset: the weight of {_name(part)} is {weight}: it must be positive, or leave it out")
     total = math.fsum(float(weight) for _, weight in parts)
-    if abs(total - 1) > _TOLERANCE:
+    if abs(total - 1) > 1e-6:
         scaled = ", ".join(f"{_name(part)}: {float(weight) / (total or 1):.4g}" for part, weight in parts)
         raise ValueError(f"dataset: the weights of a mix must sum to one, they sum to {total:g}: use {scaled}")
+
+
+def _recorded_part(part: Any) -> tuple[Any, Any]:
+    data, weight = (part.get("dataset"), part.get("weight")) if isinstance(part, Mapping) else (None, None)
+    is_data = data in DATASET_NAMES if isinstance(data, str) else isinstance(data, Mapping) and _is_fingerprint(data)
+    if not is_data or not _is_number(weight):
+        raise ValueError(f"dataset: {part!r} is no part of a mix as a checkpoint records it")
+    return data, weight
 
 
 def _is_number(value: Any) -> bool:

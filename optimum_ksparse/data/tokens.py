@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +13,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .calibration import CalibrationData
-from .dataset import describe_dataset, is_mix, is_token_ids
+from .dataset import describe_dataset, is_mix, is_token_ids, mix_shares
 from .documents import documents
-from .mix import draw_mix
 
 _SEPARATOR = "\n\n"
 # Documents read for each sample wanted before short ones are packed: a streamed corpus has no end to wait for.
@@ -41,29 +41,39 @@ class CalibrationTokens:
 def calibration_tokens(
     data: CalibrationData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> CalibrationTokens:
-    """Makes the calibration samples that `data` ask for.
+    """Makes the calibration samples that `data` ask for; each part of a mix is drawn with the same seed.
 
     Raises:
         ValueError: `seq_len` is above the model's context, the text gives too few samples, a token is not in the
-            vocabulary, or a tokenizer is needed and missing.
+            vocabulary, a tokenizer is needed and missing, or a part of a mix is the fingerprint of a file.
     """
     check_context(model, data.seq_len)
-    parts: dict[str, Any] = {}
-    if is_mix(data.dataset):
-        ids, begins_with_bos, parts = draw_mix(data, lambda part: _draw(part, model, tokenizer))
-        form = "mix"
-    else:
-        ids, begins_with_bos, form = _draw(data, model, tokenizer)
+    shares = mix_shares(data.dataset, data.num_samples)
+    for part, _ in shares:
+        if isinstance(part, Mapping) and is_mix(data.dataset):
+            raise ValueError(
+                f"dataset is the record of an earlier mix, of whose data {part} is only the fingerprint: pass the mix "
+                'again to prune with, with the files themselves, as {"texts.txt": 0.5, …}'
+            )
+    drawn = [_draw(replace(data, dataset=part, num_samples=share), model, tokenizer) for part, share in shares]
+    ids, begins_with_bos = torch.cat([ids for ids, _, _ in drawn]), all(bos for _, bos, _ in drawn)
     _check_vocabulary(ids, model)
     description = {
         "dataset": describe_dataset(data.dataset),
-        "form": form,
+        "form": "mix" if is_mix(data.dataset) else drawn[0][2],
         "num_samples": ids.shape[0],
         "seq_len": ids.shape[1],
         "seed": data.seed,
         "begins_with_bos": begins_with_bos,
-        **parts,
     }
+    if is_mix(data.dataset):  # shuffled, so that batches are mixed
+        order = list(range(data.num_samples))
+        random.Random(data.seed).shuffle(order)
+        ids = ids[order]
+        description["parts"] = [
+            {"dataset": describe_dataset(part), "num_samples": share, "form": form, "begins_with_bos": bos}
+            for (part, share), (_, bos, form) in zip(shares, drawn, strict=True)
+        ]
     return CalibrationTokens(ids, begins_with_bos, description)
 
 
@@ -163,15 +173,9 @@ def _tokenize(data: CalibrationData, tokenizer: PreTrainedTokenizerBase, bos: bo
     return samples, form
 
 
-def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> Iterable[list[int]]:
+def _encode(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Token ids of each text, without special tokens; each text is tokenised once."""
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == batch_size:
-            yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-            batch = []
-    if batch:
+    while batch := list(itertools.islice(texts, 64)):
         yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
 
 

@@ -21,6 +21,7 @@ from optimum_ksparse.adapters.adapted import adapted_layers
 from optimum_ksparse.adapters.masks import mask_fingerprint, mismatch, read_record
 from optimum_ksparse.checkpoint import sparse_layers
 from optimum_ksparse.commands import parse_words
+from optimum_ksparse.evaluation import EvaluationResults
 from optimum_ksparse.records import MASKS_NAME
 
 from ..conftest import VOCABULARY, sample_texts
@@ -49,7 +50,7 @@ def adapted(make_model):
     def make(name="llama", pattern="2:4", config=None, dtype=torch.float32, seed=1, **overrides):
         model = make_model(name, dtype, **overrides)
         sparsify(model, SparsityConfig("magnitude", pattern, dataset=None))
-        model.ksparse.results = "of other weights"
+        model.ksparse.results = EvaluationResults("of other weights")
         config = LoraConfig(r=4, target_modules="all-linear") if config is None else config
         return randomise(get_peft_model(model, config), seed=seed)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_ksparse import SparseLinear, SparsityConfig, kernels, sparsify
 from optimum_ksparse.kernels import dispatch, hardware
@@ -417,7 +417,7 @@ def test_a_runtime_config_needs_sparse_layers(make_model, tmp_path):
     with pytest.raises(ValueError, match="runtime_config"):
         configure(make_model("llama"), RuntimeConfig())
     with pytest.raises(TypeError, match="runtime_config"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, runtime_config="lazy")
+        LlamaForCausalLM.from_pretrained(tmp_path, runtime_config="lazy")
 
 
 def test_a_model_that_is_pruned_stays_so_where_there_is_no_room_to_run_it(make_model, tmp_path, monkeypatch, caplog):
