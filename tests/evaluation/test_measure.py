@@ -19,7 +19,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -151,13 +150,10 @@ def change_one_weight(model: nn.Module, name: str = "model.norm.weight") -> None
         ({"max_tokens": 1}, ValueError, "max_tokens=1"),
         ({"tasks": ["coppa"]}, ValueError, "'coppa' is not a task; did you mean 'copa'"),
         ({"tasks": "copa"}, TypeError, "tasks must be a list"),
-        ({"tasks": None}, TypeError, "tasks"),
-        ({"tasks": 5}, TypeError, "tasks"),
         ({"num_fewshot": -1}, ValueError, "num_fewshot=-1"),
         ({"num_fewshot": None}, TypeError, "num_fewshot must be an integer"),
         ({"limit": 0}, ValueError, "limit=0"),
         ({"limit": True}, TypeError, "limit must be an integer"),
-        ({"limit": 1.5}, TypeError, "limit must be an integer"),
         ({"batch_size": 0}, ValueError, "batch_size=0"),
         ({"batch_size": "auto"}, TypeError, "batch_size must be an integer"),
         ({"prepend_bos": "yes"}, TypeError, "prepend_bos must be True, False or None"),
@@ -223,14 +219,6 @@ def test_what_would_fail_later_is_found_before_any_work(
     }
     with pytest.raises(error, match=match):
         evaluate_model(**given)
-
-
-def test_model_without_a_head_is_found_before_any_work(
-    make_model: MakeModel, tokenizer: Tokenizer, words: EvaluationProtocol, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    no_work(monkeypatch)
-    with pytest.raises(TypeError, match="LlamaModel has no language model head"):
-        evaluate_model(AutoModel.from_config(make_model().config), tokenizer, words)
 
 
 def test_missing_beginning_token_is_found_before_any_work(
@@ -315,14 +303,9 @@ def test_nothing_is_measured_again(
         ({"limit": 2}, {"kobest": 1}),
         ({"num_fewshot": 1}, {"kobest": 1}),
         ({"seq_len": 8}, {"perplexity": 1}),
-        ({"stride": 8}, {"perplexity": 1}),
-        ({"max_tokens": 32}, {"perplexity": 1}),
         ({"texts": TEXTS[:1]}, {"perplexity": 1}),
         ({"prepend_bos": True}, {"perplexity": 1, "kobest": 1}),
-        ({"prepend_bos": False}, {}),
-        ({"batch_size": 2}, {}),
-        ({"texts": None}, {}),
-        ({"tasks": ()}, {}),
+        ({"prepend_bos": False, "batch_size": 2, "tasks": ()}, {}),
     ],
 )
 def test_what_another_protocol_asks_for_is_measured(
@@ -339,17 +322,6 @@ def test_what_another_protocol_asks_for_is_measured(
     assert calls == expected
     assert len(results.sparse) == (3 if "num_fewshot" in change else 2)
     assert results.sparse is before
-
-
-def test_changed_data_are_measured_again(
-    model: PreTrainedModel, tokenizer: Tokenizer, protocol: EvaluationProtocol, data_dir: Path, calls: Counter[str]
-) -> None:
-    evaluate_model(model, tokenizer, protocol)
-    with open(data_dir / "sentineg/validation.jsonl", "a", encoding="utf-8") as file:
-        file.write('\n{"sentence": "별로다", "label": 0}\n')
-    evaluate_model(model, tokenizer, protocol)
-    assert calls == {"perplexity": 1, "kobest": 2}
-    assert model.ksparse.results.sparse[1].protocol["num_samples"] == 5
 
 
 def test_another_dtype_is_measured_again(
@@ -439,20 +411,6 @@ def test_interrupt_keeps_what_was_measured_before_it(
     assert told == [["perplexity"], []]
 
 
-def test_on_measured_is_called_for_the_baseline_as_well(
-    model: PreTrainedModel, tokenizer: Tokenizer, protocol: EvaluationProtocol
-) -> None:
-    told: list[tuple[int, int]] = []
-    evaluate_model(
-        model,
-        tokenizer,
-        protocol,
-        baseline=True,
-        on_measured=lambda results: told.append((len(results.sparse), len(results.dense))),
-    )
-    assert told == [(1, 0), (2, 0), (2, 1), (2, 2)]
-
-
 # The baseline
 
 
@@ -476,11 +434,6 @@ def test_recorded_baseline_of_a_hub_id_with_its_commit(
     assert len(results.comparable()) == 1
 
 
-def test_recorded_baseline_of_a_hub_id_without_its_commit(model: PreTrainedModel) -> None:
-    model.sparsity_report.base_model = "team/dense"
-    assert recorded_baseline(model) == Baseline("team/dense")
-
-
 @pytest.mark.parametrize("missing", ["report", "name", "folder", "moved"])
 def test_baseline_that_is_not_recorded_is_asked_for(
     missing: str, dense: Path, model: PreTrainedModel, tmp_path: Path
@@ -500,13 +453,6 @@ def test_baseline_that_is_not_recorded_is_asked_for(
     assert str(tmp_path) not in str(error.value)
 
 
-def test_model_made_here_has_no_recorded_baseline(make_model: MakeModel) -> None:
-    model = make_model()
-    sparsify(model, SparsityConfig("magnitude"))
-    with pytest.raises(ValueError, match="pass baseline="):
-        recorded_baseline(model)
-
-
 @pytest.mark.parametrize("form", [str, Path, lambda folder: Baseline(str(folder))])
 def test_baseline_may_be_named(
     form: Callable[[Path], Any], dense: Path, model: PreTrainedModel, tokenizer: Tokenizer, words: EvaluationProtocol
@@ -515,14 +461,6 @@ def test_baseline_may_be_named(
     dense.rename(moved)
     results = evaluate_model(model, tokenizer, words, baseline=form(moved))
     assert (results.dense_model, len(results.comparable())) == ("moved", 1)
-
-
-def test_baseline_with_arguments(
-    dense: Path, model: PreTrainedModel, tokenizer: Tokenizer, words: EvaluationProtocol
-) -> None:
-    shutil.copytree(dense, dense.parent / "repository/inner")
-    baseline = Baseline(str(dense.parent / "repository"), arguments={"subfolder": "inner"})
-    assert len(evaluate_model(model, tokenizer, words, baseline=baseline).comparable()) == 1
 
 
 def test_another_baseline_drops_the_figures_of_the_one_before(
@@ -562,15 +500,6 @@ def test_wrong_baseline_is_refused(
     del error
     gc.collect()
     assert [model() for model in loaded] == [None] * len(loaded)
-
-
-def test_number_of_parameters_is_that_of_the_model_before(
-    make_model: MakeModel, tokenizer: Tokenizer, words: EvaluationProtocol, tmp_path: Path
-) -> None:
-    """Counted once where they are tied, with the zeros."""
-    make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tied", sparsity_config=SparsityConfig("magnitude"))
-    assert len(evaluate_model(model, tokenizer, words, baseline=True).comparable()) == 1
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
@@ -631,10 +560,14 @@ def make_sparse(make_model: MakeModel) -> MakeModel:
     return make
 
 
-@pytest.mark.parametrize("storage", ["packed", "dense"])
-@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "40KB"}])
-@pytest.mark.parametrize("pattern", ["2:4", "50%"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize(
+    ("name", "pattern", "shards", "storage"),
+    [
+        ("llama", "2:4", {"max_shard_size": "40KB"}, "packed"),
+        ("gpt2", "50%", {}, "packed"),
+        ("bloom", "2:4", {}, "dense"),
+    ],
+)
 def test_fingerprint_outlives_saving_and_loading(
     name: str, pattern: str, shards: dict, storage: str, make_sparse: MakeModel, tmp_path: Path
 ) -> None:
@@ -647,21 +580,12 @@ def test_fingerprint_outlives_saving_and_loading(
     assert fingerprint(again) == fingerprint(model) == before
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_fingerprint_is_that_of_the_dense_twin(name: str, make_sparse: MakeModel) -> None:
     model = make_sparse(name)
     twin = copy.deepcopy(model)
     twin.dequantize()
     assert fingerprint(twin) == fingerprint(model)
-
-
-def test_fingerprint_has_no_names(make_sparse: MakeModel) -> None:
-    model = make_sparse()
-    expected = fingerprint(model)
-    assert fingerprint(nn.ModuleDict({"other": nn.Sequential(model)})) == expected
-    for layer in model.model.layers:
-        layer._modules = {f"renamed_{name}": module for name, module in layer._modules.items()}
-    assert fingerprint(model) == expected
 
 
 def test_fingerprint_of_tied_weights(make_sparse: MakeModel, tmp_path: Path) -> None:
@@ -715,13 +639,6 @@ def test_fingerprint_is_another_after_a_dtype_changes(place: str, make_sparse: M
     assert fingerprint(model) != before
 
 
-def test_fingerprint_is_another_after_two_layers_change_places(make_sparse: MakeModel) -> None:
-    model = make_sparse()
-    before = fingerprint(model)
-    model.model.layers = nn.ModuleList([model.model.layers[1], model.model.layers[0]])
-    assert fingerprint(model) != before
-
-
 def test_fingerprint_is_another_after_a_weight_becomes_like_another_one(make_sparse: MakeModel) -> None:
     model = make_sparse()
     norms = [layer.input_layernorm.weight for layer in model.model.layers]
@@ -754,11 +671,3 @@ def test_offloaded_model_is_measured(
     assert found.fingerprint == expected.fingerprint
     assert found.sparse[0].metrics == pytest.approx(expected.sparse[0].metrics)
     assert model.lm_head.weight.device.type == "meta"
-
-
-def test_random_states_are_left_as_they_were(
-    model: PreTrainedModel, tokenizer: Tokenizer, words: EvaluationProtocol
-) -> None:
-    before = torch.get_rng_state()
-    evaluate_model(model, tokenizer, words)
-    assert torch.equal(torch.get_rng_state(), before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable
@@ -17,13 +16,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     Gemma2Config,
-    MixtralConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from optimum_ksparse import SparsityConfig, evaluate_perplexity, sparsify
+from optimum_ksparse import evaluate_perplexity
 from optimum_ksparse.data.dataset import describe_dataset
 from optimum_ksparse.data.documents import HELD_OUT_EVERY, HUB_DATASETS, documents
 from optimum_ksparse.data.texts import NUM_ARTICLES
@@ -148,9 +146,9 @@ def sharp_model(make_model: MakeModel) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-@pytest.mark.parametrize("stride", [None, 1, 5, 15])
-@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(
+    ("batch_size", "stride", "bos"), [(1, None, True), (3, 1, False), (100, 5, True), (3, 15, False)]
+)
 def test_equals_the_reference(
     bos: bool, stride: int | None, batch_size: int, sharp_model: PreTrainedModel, tokenizer: Tokenizer
 ) -> None:
@@ -171,23 +169,6 @@ def test_equals_the_reference_for_every_architecture(name: str, make_model: Make
     check(model, tokenizer, TEXTS[:1], found, seq_len=16, stride=11, bos=True)
 
 
-def test_equals_the_reference_for_a_mixture_of_experts(tokenizer: Tokenizer) -> None:
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=CONTEXT,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    found = evaluate_perplexity(model, tokenizer, TEXTS[:1], seq_len=16)
-    check(model, tokenizer, TEXTS[:1], found, seq_len=16)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_measured_in_float32(
     dtype: torch.dtype, make_model: MakeModel, tokenizer: Tokenizer
@@ -197,7 +178,7 @@ def test_half_precision_models_are_measured_in_float32(
     check(model, tokenizer, TEXTS[:2], found, seq_len=16)
 
 
-@pytest.mark.parametrize("max_tokens", [2, 3, 15, 16, 17, 18, 31, 32, 40, 48, 10_000])
+@pytest.mark.parametrize("max_tokens", [2, 16, 17, 40, 10_000])
 @pytest.mark.parametrize("stride", [None, 6])
 @pytest.mark.parametrize("bos", [True, False])
 def test_max_tokens_limits_the_positions_used(
@@ -224,21 +205,13 @@ def test_last_window_may_be_short(bos: bool, rest: int, sharp_model: PreTrainedM
     assert found["num_tokens"] == (count if bos else 30 + max(0, rest - 1))
 
 
-@pytest.mark.parametrize("stride", range(1, 12))
+@pytest.mark.parametrize("stride", [1, 5, 11])
 @pytest.mark.parametrize("bos", [True, False])
 def test_every_token_is_scored_once_with_a_stride(
     bos: bool, stride: int, make_model: MakeModel, tokenizer: Tokenizer
 ) -> None:
     found = evaluate_perplexity(make_model(), tokenizer, TEXTS[:1], seq_len=12, stride=stride, prepend_bos=bos)
     assert found["num_tokens"] == count_tokens(tokenizer, TEXTS[:1]) - (not bos)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 7])
-def test_batch_size_changes_nothing(batch_size: int, sharp_model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    found = evaluate_perplexity(sharp_model, tokenizer, TEXTS, seq_len=32, stride=20, batch_size=batch_size)
-    assert found["batch_size"] == batch_size
-    expected = evaluate_perplexity(sharp_model, tokenizer, TEXTS, seq_len=32, stride=20, batch_size=4)
-    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -270,17 +243,6 @@ def test_bytes_of_characters_split_over_tokens_count_once(
     check(model, tokenizer, texts, found, seq_len=seq_len, stride=stride, bos=bos)
     if bos:
         assert found["num_bytes"] == len(text.encode())
-
-
-@pytest.mark.parametrize("texts", [TEXTS, RARE_TEXTS])
-def test_whitespace_that_the_tokenizer_trims_from_its_offsets_counts(
-    texts: list[str], make_model: MakeModel, tokenizer: Tokenizer
-) -> None:
-    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = processors.ByteLevel(trim_offsets=True)
-    trimming = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
-    found = evaluate_perplexity(make_model(), trimming, texts, seq_len=8, prepend_bos=True)
-    assert found["num_bytes"] == len("\n\n".join(texts).encode())
 
 
 @pytest.mark.parametrize("texts", [TEXTS[:2], RARE_TEXTS])
@@ -345,16 +307,6 @@ def test_a_part_of_the_positions_gives_the_same(
     expected = evaluate_perplexity(model, tokenizer, TEXTS[:1], seq_len=16)
     monkeypatch.setattr("optimum_ksparse.evaluation.head._LOGITS_BYTES", 1)
     assert_same(evaluate_perplexity(model, tokenizer, TEXTS[:1], seq_len=16), expected)
-
-
-def test_sparse_model_gives_the_same_as_its_dense_twin(sharp_model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    dense = evaluate_perplexity(sharp_model, tokenizer, TEXTS[:2], seq_len=32)
-    sparsify(sharp_model, SparsityConfig("magnitude", "1:4", dataset=None))
-    twin = copy.deepcopy(sharp_model)
-    twin.dequantize()
-    found = evaluate_perplexity(sharp_model, tokenizer, TEXTS[:2], seq_len=32)
-    assert found["perplexity"] != pytest.approx(dense["perplexity"], rel=1e-3)
-    assert_same(found, evaluate_perplexity(twin, tokenizer, TEXTS[:2], seq_len=32))
 
 
 def test_hopeless_model_has_infinite_perplexity(make_model: MakeModel, tokenizer: Tokenizer) -> None:
@@ -425,11 +377,6 @@ def test_argument_out_of_range_is_named(
     settings = {"texts": TEXTS, "seq_len": 16, **arguments}
     with pytest.raises(error, match=match):
         evaluate_perplexity(make_model(), tokenizer, settings.pop("texts"), **settings)
-
-
-def test_one_token_is_enough_after_a_beginning_token(make_model: MakeModel, tokenizer: Tokenizer) -> None:
-    found = evaluate_perplexity(make_model(), tokenizer, ["a"], seq_len=16, prepend_bos=True)
-    assert (found["num_tokens"], found["num_bytes"], found["num_windows"]) == (1, 1, 1)
 
 
 def test_prepend_bos_without_a_beginning_token_is_an_error(make_model: MakeModel, tokenizer: Tokenizer) -> None:
