@@ -45,7 +45,7 @@ def message(call):
         return f"{type(error).__name__}: {error}"
 if scenario == "all":
     found = {}
-    prune_checkpoint(source, folder / "wanda", config(allocation="owl", target_density=0.6))
+    prune_checkpoint(source, folder / "wanda", config(allocation="owl", method_settings={"target_density": 0.6}))
     assert not dist.is_initialized()
     prune_checkpoint(source, folder / "sparsegpt", config("sparsegpt", true_sequential=True), activation_memory=0)
     with joined() as processes:
@@ -133,7 +133,7 @@ def test_two_processes_give_nearly_the_masks_of_one(together: Any) -> None:
 
 def test_two_processes_choose_one_allocation(together: Any) -> None:
     folder, _ = together
-    expected = alone(folder, "owl-alone", allocation="owl", target_density=0.6)
+    expected = alone(folder, "owl-alone", allocation="owl", method_settings={"target_density": 0.6})
     assert_close(tensors(folder / "wanda"), tensors(expected))
     reports = [SparsityReport.load(path / "sparsity_report.json") for path in (expected, folder / "wanda")]
     assert reports[0].skipped == reports[1].skipped and reports[0].num_left_dense

@@ -621,8 +621,7 @@ def test_an_index_that_leaves_its_folder_is_refused_before_anything_is_read(
     elsewhere: str, tmp_path: Path, make_pruned: Any, source: Path, config: Any
 ) -> None:
     make_pruned().save_pretrained(tmp_path / "sparse", max_shard_size="40KB")
-    make_pruned(storage="dense").save_pretrained(tmp_path / "stored dense", max_shard_size="40KB")
-    for folder, settings in ((tmp_path / "sparse", {}), (tmp_path / "stored dense", {}), (source, config())):
+    for folder, settings in ((tmp_path / "sparse", {}), (source, config())):
         path = folder / "model.safetensors.index.json"
         index = json.loads(path.read_text())
         index["weight_map"]["model.norm.weight"] = elsewhere
