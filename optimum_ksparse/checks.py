@@ -9,9 +9,9 @@ from numbers import Real
 from typing import Any
 
 
-def check_keys(found: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
-    """Raises ValueError for a key of `found` that is not allowed, naming the nearest one that is."""
-    for key in found:
+def check_keys(settings: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+    """Raises ValueError for a key of `settings` that is not allowed, naming the nearest one that is."""
+    for key in settings:
         if key not in allowed:
             near = difflib.get_close_matches(str(key), allowed, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
@@ -47,11 +47,10 @@ def check_number(name: str, value: Any, least: float, most: float) -> float:
 
 def check_share(name: str, value: Any) -> float:
     """A number between 0 and 1, both excluded, as a float."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number between 0 and 1, found {value!r}")
-    if not 0 < float(value) < 1:
+    share = check_number(name, value, 0, 1)
+    if share in (0, 1):
         raise ValueError(f"{name}={value} is out of range, it must be between 0 and 1, both excluded")
-    return float(value)
+    return share
 
 
 def check_boolean(name: str, value: Any) -> bool:

@@ -263,9 +263,9 @@ class SparsityConfig(QuantizationConfigMixin):
         check_allocation(self.allocation, pattern, self.method_setting("target_density"), self.needs_data)
         block_size = self.method_setting("block_size")
         if self.method == "sparsegpt" and block_size % pattern.width:
-            what = f"m={pattern.m}" if pattern.block is None else f"the {pattern.width} columns of a tile"
+            what = f"m={pattern.m}" if pattern.tile is None else f"the {pattern.width} columns of a tile"
             raise ValueError(f"block_size={block_size} is not a multiple of {what} of pattern={self.pattern!r}")
-        if pattern.block is not None and "swaps" in self.refine:
+        if pattern.tile is not None and "swaps" in self.refine:
             raise ValueError(
                 f"refine='swaps' exchanges single weights, and pattern={self.pattern!r} keeps whole tiles: leave it "
                 "out; refine='exact' works on any mask"
@@ -323,7 +323,7 @@ class SparsityConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable settings, those of the method among them. Data that JSON cannot hold, and files, are
-        described by a fingerprint; folders that name a place on this machine are cut to their last part."""
+        described by a checksum; folders that name a place on this machine are cut to their last part."""
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "method_settings"}
         own = {name: self.method_setting(name) for name in self.read_settings}
         settings["dataset"] = self._description
@@ -398,6 +398,7 @@ def _checked_record(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
         raise ValueError(f"{error}{newer}") from None
     build(Annotated[Any, recorded_dataset], settings.get("dataset"), "dataset")
     build(str | None, settings.get("tokenizer"), "tokenizer")
+    build(str, settings.get("method", SparsityConfig.method), "method")
     recorded = {
         "layers": build(dict[str, LayerRecord] | None, settings.pop("layers", None), "layers"),
         "names": _optional(partial(check_one_of, allowed=(MODULE_NAMES,)))("names", settings.pop("names", None)),

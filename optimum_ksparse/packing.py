@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .pattern import Pattern, in_blocks
+from .pattern import Pattern, in_tiles
 
 
 def pack(weight: torch.Tensor, mask: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,26 +22,27 @@ def pack(weight: torch.Tensor, mask: torch.Tensor, pattern: Pattern) -> tuple[to
         `values` and `bits` as in the table above.
 
     Raises:
-        ValueError: the mask's shape is not the weight's, a group of `n:m` does not keep exactly n, or a block is kept
+        ValueError: the mask's shape is not the weight's, a group of `n:m` does not keep exactly n, or a tile is kept
             in part.
     """
     if weight.shape != mask.shape or weight.dim() != 2:
         raise ValueError(f"weight {list(weight.shape)} and mask {list(mask.shape)} must have the same shape [out, in]")
     pattern.check_shape(*weight.shape)
-    if pattern.block is not None and not keeps_whole_blocks(mask, pattern.block):
-        raise ValueError(f"mask keeps blocks in part, which pattern {pattern} does not")
-    if pattern.m is not None and bool((mask.unflatten(-1, (-1, pattern.m)).sum(-1) != pattern.n).any()):
-        raise ValueError(
-            f"mask does not keep exactly {pattern.n} weights in every {pattern.m}, as pattern {pattern} does"
-        )
+    if flaw := _flaw(mask, pattern):
+        raise ValueError(f"mask {flaw}")
     values = weight[mask]
-    return (values.view(weight.shape[0], -1) if pattern.is_structured else values), pack_mask(mask)
+    return (values.view(weight.shape[0], -1) if pattern.is_semi_structured else values), pack_mask(mask)
 
 
-def keeps_whole_blocks(mask: torch.Tensor, block: tuple[int, int]) -> bool:
-    """Whether a mask [out, in] keeps or drops each block whole."""
-    blocks = in_blocks(mask, block)
-    return bool((blocks == blocks[..., :1]).all())
+def _flaw(mask: torch.Tensor, pattern: Pattern) -> str | None:
+    """What keeps a mask [out, in] from being one of the pattern; None where nothing does."""
+    if pattern.tile is not None:
+        tiles = in_tiles(mask, pattern.tile)
+        if bool((tiles != tiles[..., :1]).any()):
+            return f"keeps tiles of pattern {pattern} in part"
+    if pattern.m is not None and bool((mask.unflatten(-1, (-1, pattern.m)).sum(-1) != pattern.n).any()):
+        return f"does not keep exactly {pattern.n} weights in every {pattern.m}"
+    return None
 
 
 def unpack(values: torch.Tensor, bits: torch.Tensor, in_features: int) -> torch.Tensor:
@@ -78,20 +79,17 @@ def values_shape(pattern: Pattern, out_features: int, in_features: int, num_valu
 
 def check_bits(bits: torch.Tensor, pattern: Pattern, in_features: int, num_values: int, name: str) -> None:
     """Checks a mask that was read from a file: padding bits are zero, and it keeps as many weights as there are
-    values, for `n:m` exactly n in every group, and blocks whole.
+    values, for `n:m` exactly n in every group, and tiles whole.
 
     Raises:
         ValueError: names the tensor `name` and says what is wrong.
     """
     mask = unpack_mask(bits, 8 * bits.shape[1])
-    if bool(mask[:, in_features:].any()):
+    mask, padding = mask[:, :in_features], mask[:, in_features:]
+    if bool(padding.any()):
         raise ValueError(f"{name}: padding bits behind input feature {in_features} are set; the file is damaged")
-    found = int(mask.sum())
-    if found != num_values:
-        raise ValueError(f"{name} keeps {found} weights, but there are {num_values} values; the file is damaged")
-    if pattern.block is not None and not keeps_whole_blocks(mask[:, :in_features], pattern.block):
-        raise ValueError(f"{name} keeps blocks of pattern {pattern} in part; the file is damaged")
-    if pattern.m is not None:
-        counts = mask[:, :in_features].unflatten(-1, (-1, pattern.m)).sum(-1)
-        if bool((counts != pattern.n).any()):
-            raise ValueError(f"{name} does not keep exactly {pattern.n} in every {pattern.m}; the file is damaged")
+    count = int(mask.sum())
+    if count != num_values:
+        raise ValueError(f"{name} keeps {count} weights, but there are {num_values} values; the file is damaged")
+    if flaw := _flaw(mask, pattern):
+        raise ValueError(f"{name} {flaw}; the file is damaged")

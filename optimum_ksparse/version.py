@@ -2,6 +2,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
 
 __version__ = "0.1.0"
@@ -15,13 +16,11 @@ _HARMLESS = re.compile(r"(git\+)?https://[\w.:-]+/[\w./@+%#=&-]{1,300}|[\w.-]{1,
 
 def library_versions(*names: str) -> dict[str, str]:
     """Versions of this package, of Python, and of those of the named libraries that are installed."""
-    found = {"optimum-ksparse": __version__, "python": sys.version.split()[0]}
+    versions = {"optimum-ksparse": __version__, "python": sys.version.split()[0]}
     for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def install_command(extra: str | None = None) -> str | None:
@@ -44,8 +43,8 @@ def install_command(extra: str | None = None) -> str | None:
 
 def install_hint(extra: str) -> str:
     """The command that adds what an extra of this package needs; of an installation without metadata, in its clone."""
-    found = _distribution()
-    needed = [line.split(";") for line in (found.requires or [] if found is not None else [])]
+    installed = _distribution()
+    needed = [line.split(";") for line in (installed and installed.requires) or []]
     names = [name.strip() for name, *marker in needed if re.search(rf"extra == ['\"]{extra}['\"]", "".join(marker))]
     return "pip install " + (" ".join(f'"{name}"' for name in names) or f'".[{extra}]"')
 
@@ -59,12 +58,12 @@ def _distribution() -> Distribution | None:
 
 def _recorded_source() -> str | None:
     """Where the installed package came from, where others get it from, too: a repository, or the project's URL."""
-    found = _distribution()
-    if found is None:
+    installed = _distribution()
+    if installed is None:
         return None
-    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
     commit = origin.get("vcs_info", {}).get("commit_id")
-    links = [link.partition(",") for link in found.metadata.get_all("Project-URL") or []]
+    links = [link.partition(",") for link in installed.metadata.get_all("Project-URL") or []]
     url = str(origin["url"]) + f"@{commit}" if commit else next((at.strip() for _, _, at in links), None)
     source = None if url is None else f"git+{url}"
     return source if source is not None and _HARMLESS.fullmatch(source) else None

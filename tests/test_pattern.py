@@ -84,7 +84,7 @@ def test_every_form_is_parsed(given_pattern, n, m, sparsity):
     assert (pattern.n, pattern.m) == (n, m)
     assert pattern.sparsity == Fraction(sparsity)
     assert pattern.density == float(1 - Fraction(sparsity))
-    assert pattern.is_structured == (n is not None)
+    assert pattern.is_semi_structured == (n is not None)
 
 
 @pytest.mark.parametrize("text", ["2:4", "12:64", "50%", "62.5%", "0.5", "1/3"])

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.study import Spread
 from optimum_ksparse.study.benchmark import BenchResults
 
 HERE = Path(__file__).parent
 READMES = {"en": HERE.parents[1] / "README.md", "ko": HERE.parents[1] / "README_ko.md"}
-TABLES = ("quality", "speed")
+TABLES = ("quality", "methods", "speed")
 STUDY = HERE / "results" / "study-gemma-3-270m-methods" / "results.json"
-METHODS = {
+TITLES = {
     "wanda": "Wanda",
     "sparsegpt": "SparseGPT",
     "alps": "ALPS",
@@ -26,6 +27,26 @@ METHODS = {
 WORDS = {
     "en": {"title": "perplexity (dense {dense:.2f})", "seconds": "seconds for 2:4", "then": "ADMM, then blocks"},
     "ko": {"title": "퍼플렉시티 (원본 {dense:.2f})", "seconds": "2:4에 걸린 초", "then": "ADMM과 블록 재구성"},
+}
+
+# Of a layer [out, in]: time, and memory beside weight and Gram matrix in float32.
+COSTS = {
+    "wanda": ("a sort", ""),
+    "sparsegpt": ("a factorisation and a sweep", "4 in², 3 out·in"),
+    "admm": ("an inverse, with n:m three, and 20 products out·in²", "4 in², 11 out·in"),
+    "alps": ("an `eigh` in float64 and up to 600 products", "9 in², 20 out·in"),
+}
+_METHODS_HEAD = {
+    "en": "| `method` | what it does | time of a layer [out, in] | memory beside weight and Gram matrix, float32 |",
+    "ko": "| `method` | 하는 일 | [out, in] 층 하나의 시간 | 가중치와 그람 행렬 밖의 메모리(float32) |",
+}
+# Of each method, in the place of its summary and its time.
+_TRANSLATED = {
+    "magnitude": ("절댓값이 작은 가중치를 지웁니다. 데이터가 필요 없습니다", ""),
+    "wanda": ("|W|·‖X‖가 작은 것을 지웁니다. 남은 가중치는 그대로입니다", "정렬 한 번"),
+    "sparsegpt": ("열을 차례로 훑으며 잘라 낸 만큼을 뒤의 열이 메웁니다", "행렬 분해와 훑기 한 번"),
+    "admm": ("가중치와 마스크를 함께 구하고, 마스크가 움직입니다", "역행렬 하나(n:m은 셋)와 out·in² 곱 20번"),
+    "alps": ("벌점을 키워 가며 ADMM을 하고, 찾은 마스크 위에서 최소제곱을 풉니다", "float64 `eigh`와 곱 최대 600번"),
 }
 
 # Tokens in a product, as people meet them.
@@ -61,7 +82,8 @@ _TEXTS: dict[str, dict[str, Any]] = {
 def filled(text: str, language: str) -> str:
     """A README with the tables as the files have them now."""
     results = [BenchResults.load(path) for path in sorted((HERE / "results").glob("*.json"))]
-    for name, table in zip(TABLES, (quality_table(language), speed_table(results, language)), strict=True):
+    tables = quality_table(language), methods_table(language), speed_table(results, language)
+    for name, table in zip(TABLES, tables, strict=True):
         pattern = f"(?<=<!-- {name} table -->\n).*?(?=<!-- /{name} table -->)"
         text = re.sub(pattern, lambda _, new=table: new, text, count=1, flags=re.DOTALL)
     return text
@@ -79,10 +101,22 @@ def quality_table(language: str) -> str:
     words = WORDS[language]
     title = words["title"].format(dense=found["perplexity", "dense", "dense"]["mean"])
     lines = [f"| {title} | 2:4 | 4:8 | 50 % | {words['seconds']} |", "|---|---|---|---|---|"]
-    for method, name in METHODS.items():
+    for method, name in TITLES.items():
         figures = [figure("perplexity", method, pattern, 1) for pattern in ("2:4", "4:8", "50%")]
         figures.append(figure("pruning_seconds", method, "2:4", 0))
         lines.append(f"| {name.format(then=words['then'])} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def methods_table(language: str) -> str:
+    """A row for each method of the library; in English where nobody has translated it."""
+    lines = [_METHODS_HEAD[language], "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        time, memory = COSTS.get(name, ("", ""))
+        summary, time = _TRANSLATED.get(name, (method.summary, time)) if language == "ko" else (method.summary, time)
+        paper = re.search(r"eprint = {(.*)}", method.citation)
+        link = f" ([{paper[1]}](https://arxiv.org/abs/{paper[1]}))" if paper else ""
+        lines.append(f"| `{name}` | {summary.replace('|', '&#124;')}{link} | {time} | {memory} |")
     return "\n".join(lines) + "\n"
 
 

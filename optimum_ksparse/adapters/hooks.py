@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..nn import SparseLinear
 from .config import with_mask
 from .layers import SPARSE_LAYERS, SparseHiraLinear, SparseLoraLinear
-from .masks import mask_fingerprint, mismatch, read_record, record
+from .masks import mask_digest, mismatch, read_record, record
 from .targets import SPARSE, base_of, check_targets, targets_of_state
 
 logger = logging.get_logger(__name__)
@@ -91,7 +91,7 @@ def save_pretrained(save: Callable[..., None]) -> Callable[..., None]:
         save(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
-        if given.arguments["is_main_process"] and mask_fingerprint(self) is not None:
+        if given.arguments["is_main_process"] and mask_digest(self) is not None:
             for name in given.arguments["selected_adapters"] or list(self.peft_config):
                 folder = Path(given.arguments["save_directory"])
                 record(self, folder if name == "default" else folder / name)

@@ -18,7 +18,7 @@ from ..records import As
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-def mask_fingerprint(model: Any) -> str | None:
+def mask_digest(model: Any) -> str | None:
     """SHA-256 over the masks of all sparse layers by their path in the decoder, adapters or not; None where there is
     none. The values do not count."""
     layers = _plain_layers(_plain_model(model))
@@ -39,7 +39,7 @@ class _MaskRecord(TypedDict):
 
 def record(model: Any, folder: str | os.PathLike[str]) -> None:
     """Writes `ksparse_adapter.json` beside an adapter on a sparse model; nothing for a dense one."""
-    digest = mask_fingerprint(model)
+    digest = mask_digest(model)
     if digest is not None:
         content = {"base_model": describe_model(_plain_model(model)), "mask_sha256": digest}
         write_text(Path(folder) / records.MASKS_NAME, records.to_json(content))
@@ -59,7 +59,7 @@ def read_record(source: str | os.PathLike[str], **hub_arguments: Any) -> dict[st
 def mismatch(model: Any, recorded: dict[str, Any] | None, name: str) -> str | None:
     """Why the adapter `name` cannot be merged into `model`: its record is of other masks. Adapters without a record
     pass."""
-    if recorded is None or recorded["mask_sha256"] == mask_fingerprint(model):
+    if recorded is None or recorded["mask_sha256"] == mask_digest(model):
         return None
     return (
         f"adapter {name!r} was trained over other masks than this base has (that one was called "

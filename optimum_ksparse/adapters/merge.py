@@ -23,7 +23,7 @@ from .blocks import merge_blocks
 from .report import MergeReport
 from .targets import base_of
 
-METHODS = ("masked", "solve")
+MERGE_METHODS = ("masked", "solve")
 
 
 def merge_adapter(
@@ -68,8 +68,8 @@ def merge_adapter(
         TypeError, ValueError: a setting is wrong, or these adapters cannot be merged; nothing has been changed. On
             these and all other errors, and on Ctrl-C, `peft_model` is what it was.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not known; allowed: {', '.join(METHODS)}")
+    if method not in MERGE_METHODS:
+        raise ValueError(f"method={method!r} is not known; allowed: {', '.join(MERGE_METHODS)}")
     if method == "solve" and dataset is None:
         raise ValueError('method="solve" needs calibration text: pass dataset=, or use method="masked"')
     check_integer("batch_size", batch_size, 1)

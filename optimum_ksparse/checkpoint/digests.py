@@ -14,22 +14,22 @@ from ..nn import SparseExperts, SparseLinear
 from .modules import aligned
 
 
-def fingerprint(model: nn.Module, known: Mapping[nn.Module, list[str]] | None = None) -> str:
+def fingerprint(model: nn.Module, digests: Mapping[nn.Module, list[str]] | None = None) -> str:
     """SHA-256 over all tensors of a model, in its order.
 
     Storage (packed or dense), shards, devices and the names of tensors do not change it; another value or dtype of
     any weight does.
 
     Args:
-        known: `tensor_digests` of modules whose tensors are not in memory any more.
+        digests: `tensor_digests` of modules whose tensors are not in memory any more.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    digests: list[str] = []
+    hashed: list[str] = []
     for module in tqdm(list(model.modules()), desc="Fingerprint", unit="module", delay=2, leave=False):
-        found = known[module] if known is not None and module in known else tensor_digests(module)
+        of_module = digests[module] if digests is not None and module in digests else tensor_digests(module)
         # A head that is tied to the embeddings is stored once, and may be one tensor or two when it is loaded.
-        digests += [digest for digest in found if module is not head or digest not in digests]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+        hashed += [digest for digest in of_module if module is not head or digest not in hashed]
+    return hashlib.sha256("".join(hashed).encode()).hexdigest()
 
 
 @torch.no_grad()

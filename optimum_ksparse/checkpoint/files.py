@@ -29,6 +29,7 @@ from ..records import RESULTS_NAME, build
 # Files beside the weights that say what a model is: its config, its tokenizer, its code.
 _SUFFIXES = {".json", ".py", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".spm", ".vocab"}
 DIGESTS = "sha256"  # of each weight file, in the metadata of an index that `prune_checkpoint` wrote
+_AGAIN = "download or copy the checkpoint again"
 _PIECE_BYTES = 1 << 22
 _SHOWN_BYTES = 1 << 30  # reading less is done before anybody has read what a bar says
 
@@ -45,9 +46,10 @@ class WeightFiles:
     def __init__(
         self, paths: dict[str, Path], beside: dict[str, Path] | None = None, commit: str | None = None
     ) -> None:
-        self.paths, self._beside, self._commit = paths, beside or {}, commit
+        self.paths, self._commit = paths, commit
+        self._files = {**(beside or {}), **paths}
         self._digests: dict[str, str] = {}
-        self._read_as: dict[str, tuple[int, ...]] = {}
+        self._states: dict[str, tuple[int, ...]] = {}  # as they were when they were read
 
     @property
     def num_bytes(self) -> int:
@@ -58,46 +60,38 @@ class WeightFiles:
         """SHA-256 of every file, read to its end once, by its name; and the commit. `check` notices a file that was
         written meanwhile."""
         if not self._digests:
-            files = {**self._beside, **self.paths}
+            files = self._files
             size = sum(path.stat().st_size for path in files.values())
             bar = tqdm(None, "Reading the source", size, False, unit="B", unit_scale=True, disable=size < _SHOWN_BYTES)
-            with bar, ThreadPoolExecutor(_readers()) as pool:
-                self._read_as = {name: _state(path) for name, path in files.items()}
-                found = pool.map(lambda path: sha256_of(path, bar), files.values())
-                self._digests = dict(zip(files, found, strict=True))
+            with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                self._states = {name: _state(path) for name, path in files.items()}
+                digests = pool.map(lambda path: sha256_of(path, bar), files.values())
+                self._digests = dict(zip(files, digests, strict=True))
             if self._commit is not None:
                 self._digests["commit"] = self._commit
         return self._digests
 
-    def fingerprint(self) -> str:
+    def sha256(self) -> str:
         """SHA-256 of `digests`: tells whether the files are those of an earlier run."""
         return hashlib.sha256(json.dumps(self.digests(), sort_keys=True).encode()).hexdigest()
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """Raises OSError where a file of these names, or any file, is no longer what `digests` has read. One whose
         times alone have changed is read again."""
-        for name in self._read_as if names is None else names:
-            path = self.paths.get(name, self._beside.get(name))
-            if path is None or name not in self._read_as:
-                continue
-            now = _state(path)
-            if now != self._read_as[name]:
-                if sha256_of(path) != self._digests[name]:
-                    raise OSError(
-                        f"{path} has changed since the run began: let it be what it was and call again, or start over "
-                        "with resume=False"
-                    )
-                self._read_as[name] = now
-
-
-def _readers() -> int:
-    return min(8, os.cpu_count() or 1)
+        for name in self._states if names is None else self._states.keys() & names:
+            state = _state(self._files[name])
+            if state != self._states[name] and sha256_of(self._files[name]) != self._digests[name]:
+                raise OSError(
+                    f"{self._files[name]} has changed since the run began: let it be what it was and call again, or "
+                    "start over with resume=False"
+                )
+            self._states[name] = state
 
 
 def _state(path: Path) -> tuple[int, ...]:
     """What changes with the content of a file: its time of change too, which no copying program sets back."""
-    now = path.stat()
-    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def sha256_of(path: Path, bar: Any = None) -> str:
@@ -125,38 +119,32 @@ def find_weight_files(source: str | os.PathLike[str], **hub_arguments: Any) -> W
     def find(name: str) -> str | None:
         return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
 
-    found, index = find(SAFE_WEIGHTS_NAME), None
-    if found is not None:
-        paths: dict[str, str | None] = {SAFE_WEIGHTS_NAME: found}
-    else:
+    names, index = [SAFE_WEIGHTS_NAME], None
+    if find(SAFE_WEIGHTS_NAME) is None:
         index_path = find(SAFE_WEIGHTS_INDEX_NAME)
         if index_path is None:
             raise _no_weights(source, pickled=find(WEIGHTS_NAME) is not None or find(WEIGHTS_INDEX_NAME) is not None)
         index = read_index(Path(index_path))
-        paths = {name: find(name) for name in sorted(set(index.values()))}
-        missing = [name for name, path in paths.items() if path is None]
-        if missing:
-            raise FileNotFoundError(
-                f"{source} has no {missing[0]}, which its {SAFE_WEIGHTS_INDEX_NAME} names"
-                + (f" ({len(missing)} files are missing)" if len(missing) > 1 else "")
-                + "; download or copy the checkpoint again"
-            )
-    there = {name: Path(path) for name, path in paths.items() if path is not None}
-    _check_headers(there, index)
+        names = sorted(set(index.values()))
+    paths = {}
+    for name in names:
+        if (path := find(name)) is None:
+            raise FileNotFoundError(f"{source} has no {name}, which its {SAFE_WEIGHTS_INDEX_NAME} names; {_AGAIN}")
+        paths[name] = Path(path)
+    _check_headers(paths, index)
     if os.path.isdir(source):
-        return WeightFiles(there, _files_beside(Path(source, hub_arguments.get("subfolder") or "")))
-    return WeightFiles(there, commit=extract_commit_hash(str(next(iter(there.values()))), None))
+        return WeightFiles(paths, _files_beside(Path(source, hub_arguments.get("subfolder") or "")))
+    return WeightFiles(paths, commit=extract_commit_hash(str(paths[names[0]]), None))
 
 
 def _files_beside(folder: Path) -> dict[str, Path]:
     """Files of a folder, and of those in it, that say what a model is; none that is hidden, and no results of ours."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if path.suffix in _SUFFIXES and path.is_file() and path.name != RESULTS_NAME and not hidden:
-            found[name.as_posix()] = path
-    return found
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.suffix in _SUFFIXES}
+    return {
+        name.as_posix(): path
+        for name, path in paths.items()
+        if path.is_file() and path.name != RESULTS_NAME and not any(part.startswith(".") for part in name.parts)
+    }
 
 
 def _no_weights(source: str | os.PathLike[str], pickled: bool) -> Exception:
@@ -218,33 +206,22 @@ def _check_headers(paths: dict[str, Path], index: dict[str, str] | None) -> None
     for name, path in paths.items():
         try:
             with open(path, "rb"), safe_open(path, framework="pt") as file:
-                found = list(file.keys())
+                tensors = list(file.keys())
         except PermissionError:
             raise
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{name} is truncated or damaged: {error}; download or copy it again") from error
-        for tensor in found:
+            raise ValueError(f"{name} is truncated or damaged: {error}; {_AGAIN}") from error
+        for tensor in tensors:
             if holders.setdefault(tensor, name) != name:
                 raise ValueError(
                     f"{tensor} is in {holders[tensor]} and in {name}, and which of the two counts cannot be told: "
-                    "download or copy the checkpoint again, or save it anew"
+                    f"{_AGAIN}, or save it anew"
                 )
-    if index is None:
-        return
-    for name in paths:
-        absent = sorted(tensor for tensor, where in index.items() if where == name and holders.get(tensor) != name)
-        if absent:
-            raise ValueError(
-                f"the index says that {name} holds {absent[0]}, which it does not"
-                + (f" (nor {len(absent) - 1} more)" if len(absent) > 1 else "")
-                + "; download or copy the checkpoint again"
-            )
-    unknown = sorted(holders.keys() - index.keys())
-    if unknown:
+    if index is not None and index != holders:
+        tensor = min(tensor for tensor, _ in index.items() ^ holders.items())
         raise ValueError(
-            f"{holders[unknown[0]]} holds {unknown[0]}, which the index does not name"
-            + (f" (nor {len(unknown) - 1} more)" if len(unknown) > 1 else "")
-            + "; download or copy the checkpoint again"
+            f"{tensor} is in {index.get(tensor, 'no file')} by the index, and in fact in "
+            f"{holders.get(tensor, 'none of the files')}; {_AGAIN}"
         )
 
 

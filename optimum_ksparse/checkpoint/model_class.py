@@ -12,12 +12,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
+_NAMES = [name for name in modeling_auto.__all__ if name.startswith("AutoModel")]
 # The first of them that leads to the class is taken, then any other. A class in two mappings, such as
 # `Gemma3ForConditionalGeneration`, is first of all what it takes besides text.
-_GENERATING = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM")
-_OTHERS = [name for name in modeling_auto.__all__ if name.startswith("AutoModel") and name not in _GENERATING]
+_PREFERRED = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM")
+_GENERATING = {name: getattr(modeling_auto, name) for name in _PREFERRED if name in _NAMES}
 # What `AutoModelForPreTraining` leads to, others do with a name that says more.
-_AUTO_CLASSES = (*_GENERATING, *sorted(_OTHERS, key="AutoModelForPreTraining".__eq__))
+_AUTO_CLASSES = _GENERATING | {
+    name: getattr(modeling_auto, name) for name in sorted(_NAMES, key="AutoModelForPreTraining".__eq__)
+}
 _HUB_ARGUMENTS = ("cache_dir", "token", "revision", "local_files_only", "subfolder")
 
 
@@ -50,15 +53,13 @@ def class_for_config(config: PreTrainedConfig, trust_remote_code: bool = False) 
     name = next((name for name in names if isinstance(name, str)), None)
     if trust_remote_code and (remote := _remote_class(config, name)):
         return remote
-    autos = [getattr(transformers, auto) for auto in _AUTO_CLASSES if hasattr(transformers, auto)]
-    classes = {auto: _classes(auto, config) for auto in autos}
-    if found := next((auto for auto, made in classes.items() if name in made), None):
-        return found
-    own = getattr(transformers, name, None) if name else None
-    if isinstance(own, type) and issubclass(own, PreTrainedModel):
-        return own
-    if found := next((auto for auto in autos[: len(_GENERATING)] if classes[auto]), None):
-        return found
+    if auto := next((auto for auto in _AUTO_CLASSES.values() if name in _classes(auto, config)), None):
+        return auto
+    model_class = getattr(transformers, name, None) if name else None
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        return model_class
+    if auto := next((auto for auto in _GENERATING.values() if _classes(auto, config)), None):
+        return auto
     raise ValueError(
         f"transformers {transformers.__version__} has no class {name or 'of a language model'} for the type "
         f"{config.model_type!r} of {CONFIG_NAME}: upgrade it, or pass trust_remote_code where the model brings its "
@@ -71,8 +72,7 @@ def class_for_model(model: PreTrainedModel) -> Any:
     kind = type(model)
     if isinstance(registered := getattr(kind, "_auto_class", None), str) and hasattr(transformers, registered):
         return getattr(transformers, registered)  # code that came with the model
-    autos = (getattr(transformers, auto) for auto in _AUTO_CLASSES if hasattr(transformers, auto))
-    return next((auto for auto in autos if kind.__name__ in _classes(auto, model.config)), kind)
+    return next((auto for auto in _AUTO_CLASSES.values() if kind.__name__ in _classes(auto, model.config)), kind)
 
 
 def _classes(auto: Any, config: PreTrainedConfig) -> list[str]:
@@ -86,9 +86,9 @@ def _remote_class(config: PreTrainedConfig, name: str | None) -> Any:
     auto_map = getattr(config, "auto_map", None)
     if not isinstance(auto_map, Mapping):
         return None
-    autos = [auto for auto in (*_AUTO_CLASSES, "AutoModel") if auto in auto_map and hasattr(transformers, auto)]
+    autos = [auto for auto in _AUTO_CLASSES if auto in auto_map]
     named = [auto for auto in autos if name is not None and str(auto_map[auto]).rpartition(".")[2] == name]
-    return getattr(transformers, [*named, *autos][0]) if autos else None
+    return _AUTO_CLASSES[[*named, *autos][0]] if autos else None
 
 
 def _with_config(source: str, loading: Mapping[str, Any]) -> str:

@@ -125,7 +125,7 @@ def _kept(weight: torch.Tensor, record: Mapping[str, Any], name: str) -> torch.T
     pattern = Pattern(record["pattern"])
     for matrix in weight if weight.dim() == 3 else [weight]:
         pattern.verify(matrix, f"{name}.weight")
-    if pattern.is_structured or pattern.block is not None:
+    if pattern.is_semi_structured or pattern.tile is not None:
         return pattern.mask(weight.abs())
     mask = weight != 0
     if weight.dim() == 3:

@@ -13,7 +13,7 @@ from .parser import Parser, add_method_settings, add_settings, add_switches, dat
 
 # Settings of SparsityConfig, whose types and defaults they have.
 SETTINGS_TEXTS = {
-    "method": "auto (experimental): the best within --time-budget",
+    "method": "; auto (experimental): the best within --time-budget",  # behind what each method is
     "refine": "what follows the method: swaps (a better mask), exact (the best weights on it) (default: nothing)",
     "reconstruct": "tune each block to its dense outputs; slower, much more accurate (default: do not)",
     "activations": "calibration inputs and targets (default: the measured best)",
@@ -62,6 +62,7 @@ class PruneCommand(Command):
     def add_arguments(cls, parser: Parser) -> None:
         from ..api import prune_checkpoint
         from ..config import CHOICES, METHOD_SETTINGS, SparsityConfig
+        from ..pruners import METHODS
 
         parser.add_argument("model", nargs="?", help="Hub id or folder")
         parser.add_argument("output", nargs="?", help="folder to write the sparse checkpoint to")
@@ -76,7 +77,9 @@ class PruneCommand(Command):
         )
         add_switches(parser, _SWITCHES)
         kinds = {"dataset": dataset}
-        add_settings(parser, SparsityConfig, SETTINGS_TEXTS, choices=CHOICES, kinds=kinds)
+        methods = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+        texts = SETTINGS_TEXTS | {"method": methods + SETTINGS_TEXTS["method"]}
+        add_settings(parser, SparsityConfig, texts, choices=CHOICES, kinds=kinds)
         add_method_settings(parser, METHOD_SETTINGS)
         add_loading(parser, _LOADING_TEXTS)
         add_settings(parser, prune_checkpoint, _STREAM_TEXTS)

@@ -86,7 +86,7 @@ def describe_dataset(dataset: Any) -> Any:
 
 def is_mix(dataset: Any) -> bool:
     """Whether `dataset` is a mix, as a user passes it or as a checkpoint records it."""
-    if not isinstance(dataset, Mapping) or hasattr(dataset, "column_names") or _is_fingerprint(dataset):
+    if not isinstance(dataset, Mapping) or hasattr(dataset, "column_names") or _is_description(dataset):
         return False
     return isinstance(dataset.get(_RECORD_KEY), list) or any(map(_is_number, dataset.values()))
 
@@ -181,7 +181,7 @@ def recorded_dataset(dataset: Any) -> Any:
     return dataset
 
 
-def _is_fingerprint(dataset: Mapping[Any, Any]) -> bool:
+def _is_description(dataset: Mapping[Any, Any]) -> bool:
     """Whether a mapping is what `describe_dataset` gives for data that JSON cannot hold. Among these keys a mix has
     nothing but weights."""
     return any(key in dataset and not _is_number(dataset[key]) for key in ("sha256", "fingerprint"))
@@ -200,11 +200,11 @@ def _check_mapping(dataset: Mapping[Any, Any]) -> None:
             check_dataset(part)
             if not _is_number(weight):
                 raise TypeError(f"dataset: the weight of {_name(part)} must be a number, found {weight!r}")
-    elif _is_fingerprint(dataset):
+    elif _is_description(dataset):
         return
     else:
         raise ValueError(
-            f"dataset is a dict without the fingerprint that a checkpoint records; allowed: {_DATASET_FORMS}"
+            f"dataset is a dict without the checksum that a checkpoint records; allowed: {_DATASET_FORMS}"
         )
     for part, weight in parts:
         if not 0 < weight < math.inf:
@@ -217,7 +217,7 @@ def _check_mapping(dataset: Mapping[Any, Any]) -> None:
 
 def _recorded_part(part: Any) -> tuple[Any, Any]:
     data, weight = (part.get("dataset"), part.get("weight")) if isinstance(part, Mapping) else (None, None)
-    is_data = data in DATASET_NAMES if isinstance(data, str) else isinstance(data, Mapping) and _is_fingerprint(data)
+    is_data = data in DATASET_NAMES if isinstance(data, str) else isinstance(data, Mapping) and _is_description(data)
     if not is_data or not _is_number(weight):
         raise ValueError(f"dataset: {part!r} is no part of a mix as a checkpoint records it")
     return data, weight

@@ -47,7 +47,7 @@ def documents(dataset: Any, seed: int, tokenizer: PreTrainedTokenizerBase) -> It
         rows = _dataset_rows(dataset, seed)
     else:
         raise ValueError(
-            f"dataset is the fingerprint of earlier calibration data, {dataset}, not the data: pass them again to "
+            f"dataset is the record of earlier calibration data, {dataset}, not the data: pass them again to "
             "prune with"
         )
     for row in rows:

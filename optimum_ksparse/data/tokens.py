@@ -45,14 +45,14 @@ def calibration_tokens(
 
     Raises:
         ValueError: `seq_len` is above the model's context, the text gives too few samples, a token is not in the
-            vocabulary, a tokenizer is needed and missing, or a part of a mix is the fingerprint of a file.
+            vocabulary, a tokenizer is needed and missing, or a part of a mix is the record of a file.
     """
     check_context(model, data.seq_len)
     shares = mix_shares(data.dataset, data.num_samples)
     for part, _ in shares:
         if isinstance(part, Mapping) and is_mix(data.dataset):
             raise ValueError(
-                f"dataset is the record of an earlier mix, of whose data {part} is only the fingerprint: pass the mix "
+                f"dataset is the record of an earlier mix, of whose data {part} is only the checksum: pass the mix "
                 'again to prune with, with the files themselves, as {"texts.txt": 0.5, …}'
             )
     drawn = [_draw(replace(data, dataset=part, num_samples=share), model, tokenizer) for part, share in shares]

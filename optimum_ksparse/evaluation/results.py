@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from ..checkpoint.staging import locked, write_text
-from ..records import RESULTS_NAME, As, Count, Positive, Present, Version, build, build_fields, read_record, to_json
+from ..records import RESULTS_NAME, As, Count, Positive, Version, build, build_fields, read_record, to_json
 from .kobest import STUDY_TASKS, mean_f1
 from .tasks import DATA, TASKS, task_of
 
@@ -140,8 +140,8 @@ class EvaluationResults:
     """
 
     fingerprint: str
-    sparse: Annotated[list[Measurement], Present()] = field(default_factory=list)
-    dense: Annotated[list[Measurement], Present()] = field(default_factory=list)
+    sparse: list[Measurement] = field(default_factory=list)
+    dense: list[Measurement] = field(default_factory=list)
     dense_model: str | None = None
     dense_revision: str | None = None
     schema_version: Annotated[int, Version(SCHEMA_VERSION)] = SCHEMA_VERSION

@@ -164,9 +164,9 @@ def _view_of_report(report: SparsityReport, dtype: str) -> dict[str, Any]:
         "report": report,
         "pattern": pattern,
         # Of an unstructured pattern what was asked for, which is the mean of the layers'.
-        "pruned_to": ", ".join(report.patterns) if pattern.is_structured else str(pattern),
-        "zeros": str(pattern).rpartition("/")[0] if pattern.block else str(pattern),
-        "scope_name": "whole layer" if pattern.block and scope == "output row" else scope,
+        "pruned_to": ", ".join(report.patterns) if pattern.is_semi_structured else str(pattern),
+        "zeros": str(pattern).rpartition("/")[0] if pattern.tile else str(pattern),
+        "scope_name": "whole layer" if pattern.tile and scope == "output row" else scope,
         "refine": report.config.get("refine") or [],
         "reconstruction": report.reconstruction_losses,
         "holds": not report.changes,

@@ -253,7 +253,7 @@ def _run_library(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | Non
 
 
 def _run_strips(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    block = Pattern(weight.pattern).block
+    block = Pattern(weight.pattern).tile
     assert block is not None
     return strips_linear(x, weight.values, weight.bits, bias, block[0])
 

@@ -17,7 +17,7 @@ _LEAST_ROWS, STRIP_TOKENS = 32, 16
 
 def why_not_strips(pattern: str, tokens: int, device: torch.device) -> str | None:
     """Why strips cannot, or should not, compute a product; None where they can."""
-    block = Pattern(pattern).block if "x" in pattern else None
+    block = Pattern(pattern).tile if "x" in pattern else None
     if block is None:
         return f"strips are for blocks, such as 50%/32x32, not for {pattern}"
     if device.type != "cpu":

@@ -1,10 +1,11 @@
 """One file a method, pure tensor maths: `(weight, statistics, pattern, **settings) -> (weight, mask)`.
 
 `weight` is [out, in] in any floating dtype and is not changed; the returned weight has its dtype and is zero where the
-returned mask ([out, in], bool, True = kept) is False. A method says by `note` what the user should know, such
-as a raised damping; the block loop writes it into the report. To add a method: its file, its line in `METHODS`, a
-test, a recipe. `sweep` and `sweep_kernel` are the inner loop of SparseGPT, in torch and for a GPU; `scaled` is what
-`admm` and `alps` share; `solve` and `swaps` are what `refine` lets follow on any of them.
+returned mask ([out, in], bool, True = kept) is False. A method says by `note` what the user should know, such as a
+raised damping; the block loop writes it into the report. To add a method: its file, its line in `METHODS`, a test;
+flags, help, checks, the README's table and the card's citation come from these. `sweep` and `sweep_kernel` are the
+inner loop of SparseGPT, in torch and for a GPU; `scaled` is what `admm` and `alps` share; `solve` and `swaps` are what
+`refine` lets follow on any of them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Method:
     def settings(self) -> dict[str, Setting]:
         """The keyword settings that the method takes: keys of `SparsityConfig(method_settings=...)`, and flags."""
         return settings_of(self.prune)
+
+    @property
+    def summary(self) -> str:
+        """What it does: the first sentence of its file, for help texts and tables."""
+        return " ".join(str(inspect.getdoc(inspect.getmodule(self.prune))).split(". ")[0].split())
 
     @property
     def citation(self) -> str:

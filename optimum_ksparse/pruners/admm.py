@@ -1,4 +1,4 @@
-"""ADMM with a moving mask: weights and mask found together. Boža 2024, arXiv 2401.02938, for any pattern."""
+"""ADMM: weights and mask found together, while the mask moves. Boža 2024, arXiv 2401.02938, for any pattern."""
 
 from __future__ import annotations
 
@@ -58,11 +58,9 @@ def prune(
         The updated, pruned weight in the dtype of `weight`, and its mask, both [out, in].
 
     Raises:
-        ValueError: `damping` or `iterations` is out of range, or weights become NaN or Inf.
+        ValueError: weights become NaN or Inf.
         ArithmeticError: the damped Gram matrix has no Cholesky factor.
     """
-    if damping < 0 or iterations < 1:
-        raise ValueError(f"damping={damping} must be at least 0, and iterations={iterations} at least 1")
     problem = scale(weight, statistics, damping)
     moving = max(1, round(_MOVING * iterations))
     updated, mask = _iterate(problem, pattern, moving, iterations)
@@ -103,13 +101,13 @@ def _inverse(gram: torch.Tensor, penalty: float) -> torch.Tensor:
 
 def _penalty(pattern: Pattern, progress: float) -> float:
     """At a share `progress` of the iterations. 1 suits a Gram matrix with a unit diagonal."""
-    if not pattern.is_structured:
+    if not pattern.is_semi_structured:
         return 1.0
     return next(penalty for start, penalty in reversed(_PENALTIES) if progress >= start)
 
 
 def _closing(pattern: Pattern, progress: float) -> Pattern:
     """The pattern at a share `progress` of the way to the final one."""
-    if pattern.is_structured or progress >= 1:
+    if pattern.is_semi_structured or progress >= 1:
         return pattern
     return pattern.with_sparsity(pattern.sparsity * Fraction(1 - (1 - progress) ** 3))

@@ -12,7 +12,6 @@ absolute losses, and 113.7 with 4:8 everywhere.)
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -71,7 +70,7 @@ def check_allocation(allocation: str, pattern: Pattern, target_density: float | 
             'allocation="owl" compares layers by their inputs, and method="magnitude" reads no data: use "admm", '
             '"wanda" or another that reads data, or allocation="uniform"'
         )
-    if not pattern.is_structured:
+    if not pattern.is_semi_structured:
         if target_density is not None and abs(target_density - pattern.density) > 1e-9:
             zeros = float(100 * (1 - Fraction(str(target_density))))
             raise ValueError(
@@ -91,30 +90,40 @@ def check_allocation(allocation: str, pattern: Pattern, target_density: float | 
 
 def allocate(measures: Sequence[LayerMeasure], pattern: Pattern, target_density: float | None) -> Allocation:
     """What each layer gets, for the pattern that was asked for."""
-    if not pattern.is_structured:
-        outliers = {measure.block: measure.outliers or 0.0 for measure in measures}
-        weights = dict.fromkeys(outliers, 0)
-        for measure in measures:
-            weights[measure.block] += measure.num_weights
-        shares = block_sparsities(list(outliers.values()), list(weights.values()), pattern.sparsity)
-        patterns = {block: str(pattern.with_sparsity(share)) for block, share in zip(outliers, shares, strict=True)}
-        return Allocation(
-            {measure.name: patterns[measure.block] for measure in measures},
-            {measure.name: outliers[measure.block] for measure in measures},
-        )
-    choices: list[list[tuple[str | None, int, float]]] = []  # pattern, weights kept, loss
+    if pattern.is_semi_structured:
+        assert target_density is not None
+        patterns = _least_loss(measures, pattern, target_density)
+        return Allocation(patterns, {measure.name: measure.losses[str(pattern)] for measure in measures})
+    outliers = {measure.block: measure.outliers or 0.0 for measure in measures}
+    num_weights = dict.fromkeys(outliers, 0)
     for measure in measures:
-        kept = measure.num_weights - pattern.num_zeros(measure.num_weights)
-        sparse = [(name, kept, loss * measure.num_weights) for name, loss in measure.losses.items()]
-        choices.append([*sparse, (None, measure.num_weights, 0.0)])
-    # Through the text, so that 0.6 is not the binary fraction below it.
-    share = max(Fraction(str(target_density)), 1 - pattern.sparsity)
-    budget = share * sum(measure.num_weights for measure in measures)
-    chosen = spend([[(cost, loss) for _, cost, loss in options] for options in choices], budget)
+        num_weights[measure.block] += measure.num_weights
+    shares = block_sparsities(list(outliers.values()), list(num_weights.values()), pattern.sparsity)
+    of_block = {block: str(pattern.with_sparsity(share)) for block, share in zip(outliers, shares, strict=True)}
     return Allocation(
-        {m.name: options[i][0] for m, options, i in zip(measures, choices, chosen, strict=True)},
-        {measure.name: measure.losses[str(pattern)] for measure in measures},
+        {measure.name: of_block[measure.block] for measure in measures},
+        {measure.name: outliers[measure.block] for measure in measures},
     )
+
+
+def _least_loss(measures: Sequence[LayerMeasure], pattern: Pattern, target_density: float) -> dict[str, str | None]:
+    """Each layer's pattern of least loss; and dense, from the one that loses most for each weight on, those that still
+    fit. Where all layers have one size that is the least sum of losses there is; otherwise it is above it by less than
+    the largest loss."""
+    patterns: dict[str, str | None] = {}
+    zeros = {measure.name: pattern.num_zeros(measure.num_weights) for measure in measures}
+    saved = {}
+    for measure in measures:
+        patterns[measure.name] = best = min(measure.losses, key=measure.losses.__getitem__)
+        saved[measure.name] = measure.losses[best] * measure.num_weights / zeros[measure.name]
+    # Through the text, so that 0.6 is not the binary fraction below it.
+    density = max(Fraction(str(target_density)), 1 - pattern.sparsity)
+    budget = (density - (1 - pattern.sparsity)) * sum(measure.num_weights for measure in measures)
+    for name in sorted(patterns, key=saved.__getitem__, reverse=True):
+        if saved[name] > 0 and zeros[name] <= budget:
+            patterns[name] = None
+            budget -= zeros[name]
+    return patterns
 
 
 def block_sparsities(outliers: Sequence[float], weights: Sequence[int], sparsity: Fraction) -> list[Fraction]:
@@ -150,46 +159,3 @@ def same_density(pattern: Pattern, in_features: int, block_size: int | None = No
     divides = in_features % (2 * pattern.m) == 0 and (block_size or 0) % (2 * pattern.m) == 0
     as_fast = str(pattern) not in GROUPS or str(wider) in GROUPS
     return [pattern, wider] if divides and as_fast else [pattern]
-
-
-def spend(options: Sequence[Sequence[tuple[int, float]]], budget: Fraction | int) -> list[int]:
-    """Chooses one option of each layer for a small sum of losses: from the cheapest on, always the exchange that
-    saves most loss for each unit of cost and still fits. With equal costs that is the least sum there is; otherwise
-    it is above it by less than one exchange saves.
-
-    Args:
-        options: (cost, loss) of each option of each layer.
-        budget: the most that all costs together may be.
-
-    Returns:
-        For each layer the number of the chosen option.
-
-    Raises:
-        ValueError: the cheapest choice is above the budget; says what it costs.
-    """
-    chosen = [min(range(len(layer)), key=lambda i: layer[i]) for layer in options]
-    left = budget - sum(layer[i][0] for layer, i in zip(options, chosen, strict=True))
-    if left < 0:
-        raise ValueError(f"budget={float(budget):g} cannot be met: the least is {float(budget - left):g}")
-    queue: list[tuple[float, int, int]] = []
-
-    def offer(number: int) -> None:
-        layer, (cost, loss) = options[number], options[number][chosen[number]]
-        better = [
-            (-(loss - other) / (price - cost), number, i)
-            for i, (price, other) in enumerate(layer)
-            if cost < price <= cost + left and other < loss
-        ]
-        if better:
-            heapq.heappush(queue, min(better))
-
-    for number in range(len(options)):
-        offer(number)
-    while queue:
-        _, number, option = heapq.heappop(queue)
-        price = options[number][option][0] - options[number][chosen[number]][0]
-        if price <= left:
-            left -= price
-            chosen[number] = option
-        offer(number)
-    return chosen

@@ -55,10 +55,8 @@ def prune(
         The updated, pruned weight in the dtype of `weight`, and its mask, both [out, in].
 
     Raises:
-        ValueError: `damping` or `iterations` is out of range, or weights become NaN or Inf.
+        ValueError: weights become NaN or Inf.
     """
-    if damping < 0 or iterations < 1:
-        raise ValueError(f"damping={damping} must be at least 0, and iterations={iterations} at least 1")
     problem = scale(weight, statistics, damping)
     sparse, mask = _iterate(problem, pattern, iterations)
     solved = solve_on_mask(problem.weight, problem.gram, mask, start=sparse, max_steps=_SOLVING_STEPS)

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go. Han et al. 2015, arXiv 1506.02626."""
+"""Magnitude: the smallest weights go, whatever their inputs are; no data. Han et al. 2015, arXiv 1506.02626."""
 
 from __future__ import annotations
 

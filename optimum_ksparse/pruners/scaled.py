@@ -50,9 +50,9 @@ def restored(updated: torch.Tensor, problem: Scaled, dtype: torch.dtype) -> torc
 
 def finite(updated: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Updated weights in another dtype. Raises ValueError where they hold NaN or Inf then."""
-    found = updated.to(dtype)
-    if bool(found.sum(dtype=torch.float32).isfinite()):
-        return found
+    weight = updated.to(dtype)
+    if bool(weight.sum(dtype=torch.float32).isfinite()):
+        return weight
     if bool(updated.sum().isfinite()):
         raise ValueError(f"the updated weights are too large for {dtype}: load the model in bfloat16 or float32")
     raise ValueError("the updated weights hold NaN or Inf; check the weights and the calibration inputs")
@@ -61,7 +61,7 @@ def finite(updated: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def to_rank(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """Scores by which the nearest weight of the pattern is found: what is cut off is least in the sum of its squares,
     which |W| ranks one by one, but not summed over blocks."""
-    return weight.abs() if pattern.block is None else weight.square()
+    return weight.abs() if pattern.tile is None else weight.square()
 
 
 def cholesky_factor(matrix: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ def switch(text: str, default: bool) -> Setting:
 DAMPING = number(
     "share of the mean diagonal that is added to the diagonal of the Gram matrix (default: the method's own)"
 )
-ITERATIONS = whole("of admm, and at most of alps (default: the method's own)")
+ITERATIONS = whole("iterations, at most (default: the method's own)")
 
 
 def settings_of(function: Callable[..., Any]) -> dict[str, Setting]:

@@ -39,13 +39,7 @@ def solve_on_mask(
     Returns:
         Ŵ [out, in] in the dtype of `gram`. The objective of no row is above that of the start. Weights of inputs that
         are always zero (H_jj = 0) keep their start.
-
-    Raises:
-        ValueError: shapes do not fit, or `damping`, `max_steps` or `tolerance` is out of range.
     """
-    _check(weight, gram, mask, start, cross)
-    if damping < 0 or tolerance < 0 or max_steps < 0:
-        raise ValueError(f"damping={damping}, max_steps={max_steps} and tolerance={tolerance} must not be below zero")
     diagonal = gram.diagonal()
     kept = mask.to(gram.dtype)
     first = (weight if start is None else start).to(gram) * kept
@@ -106,19 +100,3 @@ def _dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """0 where nothing is left to divide by: such a row has reached what its precision allows."""
     return torch.where(denominator > 0, numerator / denominator, 0)
-
-
-def _check(
-    weight: torch.Tensor,
-    gram: torch.Tensor,
-    mask: torch.Tensor,
-    start: torch.Tensor | None,
-    cross: torch.Tensor | None,
-) -> None:
-    if weight.dim() != 2 or gram.shape != (weight.shape[1], weight.shape[1]):
-        raise ValueError(f"weight {list(weight.shape)} and gram {list(gram.shape)} must be [out, in] and [in, in]")
-    for name, tensor in (("mask", mask), ("start", start), ("cross", cross)):
-        if tensor is not None and tensor.shape != weight.shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}, it must be as weight: {list(weight.shape)}")
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask is {mask.dtype}, it must be bool: True where a weight is kept")

@@ -1,4 +1,4 @@
-"""SparseGPT: prune column by column, each error made good by the columns still to come. Frantar and Alistarh 2023,
+"""SparseGPT: column by column, each error made good by the columns still to come. Frantar and Alistarh 2023,
 arXiv 2301.00774, algorithm 1."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import torch
 
-from ..pattern import Pattern, lowest, lowest_blocks
+from ..pattern import Pattern, lowest, lowest_tiles
 from .notes import note
 from .scaled import finite
 from .settings import DAMPING, whole
@@ -51,11 +51,9 @@ def prune(
         The updated, pruned weight in the dtype of `weight`, and its mask, both [out, in].
 
     Raises:
-        ValueError: `m` or `c` does not divide `block_size`, `damping` is out of range, or weights become NaN or Inf.
+        ValueError: `m` or `c` does not divide `block_size`, or weights become NaN or Inf.
         ArithmeticError: H stays singular with a damping of 1.
     """
-    if not 0 <= damping <= 1:
-        raise ValueError(f"damping={damping} is out of range, it must be from 0 to 1")
     if block_size % pattern.width:
         raise ValueError(f"block_size={block_size} is not a multiple of {pattern.width}, as pattern {pattern} needs")
     columns = weight.shape[1]
@@ -69,7 +67,7 @@ def prune(
         stop = min(start + block_size, columns)
         block = updated[start:stop]
         with one_thread(weight.device):
-            if not pattern.is_structured:
+            if not pattern.is_semi_structured:
                 mask[start:stop] = _mask_of_columns(block, pattern, start)
             errors = sweep(block, factor[start:stop, start:stop], pattern, mask[start:stop])
         updated[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
@@ -81,12 +79,12 @@ def prune(
 def _mask_of_columns(values: torch.Tensor, pattern: Pattern, start: int) -> torch.Tensor:
     """The mask of `values` [columns, out], which begin at column `start` of the layer and are in units of U_jj."""
     rows, stop = values.shape[1], start + len(values)
-    high, wide = pattern.block or (1, 1)
+    high, wide = pattern.tile or (1, 1)
     # The difference of two running counts, so that the whole layer has the exact number of zeros.
     before, behind = (pattern.num_zeros(rows // high * (column // wide)) for column in (start, stop))
-    if pattern.block is None:
+    if pattern.tile is None:
         return ~lowest(values.abs().view(1, -1), behind - before).view_as(values)
-    return ~lowest_blocks(values.square(), behind - before, (wide, high))
+    return ~lowest_tiles(values.square(), behind - before, (wide, high))
 
 
 _Factor = tuple[torch.Tensor, torch.Tensor]

@@ -86,9 +86,9 @@ def _best_of_groups(
         change = restore[:, p].unsqueeze(2) + remove.unflatten(1, (-1, m))
         change -= 2 * w[:, p].unsqueeze(2) * v.unflatten(1, (-1, m)) * inside[:, first]
         lowest, at = change.flatten(1).min(1)
-        found = lowest < best
-        best = torch.where(found, lowest, best)
-        place = torch.where(found, at * m + first, place)
+        better = lowest < best
+        best = torch.where(better, lowest, best)
+        place = torch.where(better, at * m + first, place)
     return best, place // m // m * m + place % m, place // m
 
 

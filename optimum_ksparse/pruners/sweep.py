@@ -41,10 +41,10 @@ def sweep(block: torch.Tensor, factor: torch.Tensor, pattern: Pattern, mask: tor
         from . import sweep_kernel
 
         return sweep_kernel.sweep(block, factor, pattern, mask)
-    pruned = torch.empty_like(block) if pattern.is_structured else (~mask).float()
+    pruned = torch.empty_like(block) if pattern.is_semi_structured else (~mask).float()
     tile = _Block(block, factor, torch.empty_like(block), pruned)
     tile.sweep(pattern)
-    if pattern.is_structured:
+    if pattern.is_semi_structured:
         torch.eq(pruned, 0, out=mask)
     return tile.errors
 

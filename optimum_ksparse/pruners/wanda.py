@@ -1,4 +1,4 @@
-"""Wanda: weights and activations. Sun et al. 2023, arXiv 2306.11695, equation 1."""
+"""Wanda: the smallest |W|·‖X‖ go, weights stay as they are. Sun et al. 2023, arXiv 2306.11695, equation 1."""
 
 from __future__ import annotations
 

@@ -75,10 +75,10 @@ def _measure(
 ) -> list[LayerMeasure]:
     paths = {name: blocks.name_in_decoder(index, name) for name in layers}
     pattern = Pattern(config.pattern)
-    share = None if pattern.is_structured else _outliers(layers, statistics, paths)
+    share = None if pattern.is_semi_structured else _outliers(layers, statistics, paths)
     measures = []
     for name, layer in layers.items():
-        losses = _losses(name, layer, statistics, paths[name], config) if pattern.is_structured else {}
+        losses = _losses(name, layer, statistics, paths[name], config) if pattern.is_semi_structured else {}
         num_weights = sum(weight.numel() for weight, _ in _matrices(name, layer, statistics))
         measures.append(LayerMeasure(paths[name], index, num_weights, share, losses))
     return measures

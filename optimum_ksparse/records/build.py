@@ -7,11 +7,11 @@ import functools
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from ..checks import check_keys
-from .kinds import As, Between, Present, Version
+from .kinds import As, Between, Version
 
 _LONGEST = 500
 # Control characters, lone surrogates, and what changes the direction of text or hides it.
@@ -20,6 +20,7 @@ _CONTROL = re.compile(
     "\U000e0000-\U000e007f]"
 )
 _NAMES = {str: "str", bool: "bool", int: "int", float: "int or float", types.NoneType: "null"}
+_TYPES: dict[Any, Any] = {float: (int, float), list: (list, tuple), tuple: (list, tuple)}  # what stands for a kind
 
 
 def build(kind: Any, value: Any, where: str = "") -> Any:
@@ -59,8 +60,8 @@ def build_fields(required: Mapping[str, Any], optional: Mapping[str, Any], value
         raise ValueError(f"{where or 'it'} is {_shown(value)}, must be object")
     kinds, prefix = {**required, **optional}, f"{where}." if where else ""
     for name, kind in required.items():
-        for mark in _marks(kind, Version):
-            mark.check(name, build(Annotated[int, Between(mark.oldest)], value.get(name), prefix + name))
+        if version := _version(kind):
+            version.check(name, build(Annotated[int, Between(version.oldest)], value.get(name), prefix + name))
     check_keys(value, list(kinds), where or "it")
     for name, kind in required.items():
         if name not in value:
@@ -74,37 +75,39 @@ def clean(text: str) -> str:
 
 
 def _annotated(kind: Any, value: Any, where: str) -> Any:
-    inner, *more = get_args(kind)
-    found = build(inner, value, where)
-    for check in more:
+    inner, *checks = get_args(kind)
+    built = build(inner, value, where)
+    for check in checks:
         if isinstance(check, As):
-            known = _fields_of(check.kind)[2] if check.is_open else found
-            part = build(check.kind, {name: found[name] for name in known if name in found}, where)
-            found = {**found, **part} if check.is_open else part
-        elif not isinstance(check, Present):
-            found = _checked(check, found, where)
-    return found
+            names = {**_fields_of(check.kind)[0], **_fields_of(check.kind)[1]} if check.is_open else built
+            fields = build(check.kind, {name: built[name] for name in names if name in built}, where)
+            built = {**built, **fields} if check.is_open else fields
+        elif not isinstance(check, Version):
+            try:
+                built = check(built)
+            except ValueError as error:
+                raise ValueError(f"{where or 'it'} is {_shown(built)}, {error}") from None
+    return built
 
 
 def _object(kind: Any, value: Any, where: str) -> Any:
-    required, optional, _ = _fields_of(kind)
-    found = kind(**build_fields(required, optional, value, where))
-    if hasattr(found, "check_record"):
-        found.check_record(where)
-    return found
+    built = kind(**build_fields(*_fields_of(kind), value, where))
+    if hasattr(built, "check_record"):
+        built.check_record(where)
+    return built
 
 
 @functools.cache
-def _fields_of(kind: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Name → annotation of the fields of a dataclass or a TypedDict that a file must have, that it may, and of all."""
+def _fields_of(kind: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Name → annotation of the fields of a dataclass or a TypedDict that a file must have, and of those it may."""
     hints = get_type_hints(kind, include_extras=True)
     if is_typeddict(kind):
         must = kind.__required_keys__
     else:
-        without = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
-        must = {*without, *(name for name, hint in hints.items() if _marks(hint, Present))}
+        without = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+        must = without | {name for name, hint in hints.items() if _version(hint)}
     required = {name: hint for name, hint in hints.items() if name in must}
-    return required, {name: hint for name, hint in hints.items() if name not in must}, hints
+    return required, {name: hint for name, hint in hints.items() if name not in must}
 
 
 def _mapping(kinds: tuple[Any, ...], value: dict[Any, Any], where: str) -> dict[str, Any]:
@@ -148,41 +151,34 @@ def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     raise errors[0]
 
 
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The kinds of a union, or the one kind, without limits."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    is_union = get_origin(kind) in (Union, types.UnionType)
+    return tuple(member for inner in get_args(kind) for member in _members(inner)) if is_union else (kind,)
+
+
 def _fits(kind: Any, value: Any) -> bool:
     """Whether a value has the type of JSON that a kind needs."""
-    holder = get_origin(kind) or kind
-    if holder is Annotated:
-        return _fits(get_args(kind)[0], value)
-    if holder in (Union, types.UnionType):
-        return any(_fits(inner, value) for inner in get_args(kind))
-    if kind is Any:
-        return True
-    if kind in (int, float):
-        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-    if holder in (list, tuple):
-        return isinstance(value, list | tuple)
-    return isinstance(value, kind if kind in _NAMES else dict)
+    for member in _members(kind):
+        holder = get_origin(member) or member
+        types_of_json = _TYPES.get(holder, holder if holder in _NAMES else dict)
+        if member is Any or (
+            isinstance(value, types_of_json) and (not isinstance(value, bool) or member not in (int, float))
+        ):
+            return True
+    return False
 
 
 def _name(kind: Any) -> str:
     """What messages call a kind."""
-    holder = get_origin(kind) or kind
-    if holder is Annotated:
-        return _name(get_args(kind)[0])
-    if holder in (Union, types.UnionType):
-        return " or ".join(map(_name, get_args(kind)))
-    return _NAMES.get(kind) or ("list" if holder in (list, tuple) else "object")
+    holders = [get_origin(member) or member for member in _members(kind)]
+    return " or ".join(_NAMES.get(holder) or ("list" if holder in _TYPES else "object") for holder in holders)
 
 
-def _marks(kind: Any, mark: type) -> list[Any]:
-    return [more for more in get_args(kind)[1:] if isinstance(more, mark)] if get_origin(kind) is Annotated else []
-
-
-def _checked(check: Callable[[Any], Any], value: Any, where: str) -> Any:
-    try:
-        return check(value)
-    except ValueError as error:
-        raise ValueError(f"{where or 'it'} is {_shown(value)}, {error}") from None
+def _version(kind: Any) -> Version | None:
+    return next((mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Version)), None)
 
 
 def _line(text: str) -> str:

@@ -59,11 +59,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Programs differ in which of two values of one key they take."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    value = dict(pairs)
+    if len(value) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
-    return found
+    return value
 
 
 def check_depth(value: Any, where: str = "it") -> None:

@@ -25,13 +25,10 @@ class Between:
         return value
 
 
-class Present:
-    """Marks a field with a default that must be in the file all the same."""
-
-
 @dataclass(frozen=True)
-class Version(Present):
-    """Versions of a schema that this package reads. The field is read first: a newer schema has other fields."""
+class Version:
+    """Versions of a schema that this package reads. The field must be there, whatever its default, and is read first:
+    a newer schema has other fields."""
 
     newest: int
     oldest: int = 1

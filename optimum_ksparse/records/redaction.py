@@ -18,10 +18,10 @@ _SECRETS = (
 
 def redact(text: str, *secrets: str | None) -> str:
     """A text without what looks like a token or a password in it, and without these secrets."""
-    for known in filter(None, secrets):
-        text = text.replace(known, "…")
-    for secret, instead in _SECRETS:
-        text = secret.sub(instead, text)
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "…")
+    for expression, instead in _SECRETS:
+        text = expression.sub(instead, text)
     return text
 
 

@@ -99,7 +99,7 @@ def _groups(root: nn.Module, inputs: _Inputs) -> list[list[str]]:
         module = root.get_submodule(name)
         assert isinstance(module, SparseLinear)
         offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
-        if len(calls) == 1 and module.pattern.is_structured and not offloaded and not module.weight.is_meta:
+        if len(calls) == 1 and module.pattern.is_semi_structured and not offloaded and not module.weight.is_meta:
             ((x, version),) = calls
             weight = module.weight
             kind = module.in_features, str(module.pattern), weight.dtype, weight.device, module.bias is None

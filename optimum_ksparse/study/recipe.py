@@ -140,7 +140,7 @@ def pattern_label(pattern: Any) -> str:
     if type(pattern) is int:
         raise ValueError(f"patterns: {pattern} is no pattern; YAML reads 2:4 as a number, write it in quotes: '2:4'")
     parsed = Pattern(pattern)
-    tile = f"/{parsed.block[0]}x{parsed.block[1]}" if parsed.block else ""
+    tile = f"/{parsed.tile[0]}x{parsed.tile[1]}" if parsed.tile else ""
     percent = f"{float(100 * parsed.sparsity):.10g}%{tile}"
     return percent if Pattern(percent) == parsed else str(parsed)
 

@@ -97,7 +97,7 @@ def make_record(recipe: Recipe, cells: dict[str, Cell]) -> Record:
     hub = {} if recipe.revision is None else {"revision": recipe.revision}
     job = {
         "model": describe_source(recipe.model),
-        "weights": find_weight_files(recipe.model, **hub).fingerprint(),
+        "weights": find_weight_files(recipe.model, **hub).sha256(),
         "dtype": recipe.dtype,
         "evaluation": None if recipe.protocol is None else describe_protocol(recipe.protocol),
         "korquad": None if recipe.korquad is None else _described(recipe.korquad, KorQuADSettings),

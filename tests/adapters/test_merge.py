@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from optimum_ksparse import SparsityConfig, merge_adapter, sparsify
 from optimum_ksparse.adapters import MergeReport, SparseLoraConfig, blocks
 from optimum_ksparse.adapters.adapted import adapted_layers
-from optimum_ksparse.adapters.masks import mask_fingerprint, mismatch, read_record
+from optimum_ksparse.adapters.masks import mask_digest, mismatch, read_record
 from optimum_ksparse.checkpoint import sparse_layers
 from optimum_ksparse.commands import parse_words
 from optimum_ksparse.evaluation import EvaluationResults
@@ -323,7 +323,7 @@ def test_an_adapter_remembers_its_masks(adapted, make_model, tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path / "adapter")
     record = json.loads((tmp_path / "adapter" / MASKS_NAME).read_text())
-    assert record["mask_sha256"] == mask_fingerprint(model) == mask_fingerprint(adapted(seed=7).unload())
+    assert record["mask_sha256"] == mask_digest(model) == mask_digest(adapted(seed=7).unload())
     assert mismatch(model, read_record(tmp_path / "adapter"), "adapter") is None
     other = make_model("llama")
     sparsify(other, SparsityConfig("wanda", "2:4", dataset=IDS))
@@ -333,7 +333,7 @@ def test_an_adapter_remembers_its_masks(adapted, make_model, tmp_path):
         merge_adapter(loaded)
     (tmp_path / "adapter" / MASKS_NAME).unlink()  # as plain PEFT would save it
     merge_adapter(PeftModel.from_pretrained(loaded.unload(), tmp_path / "adapter"))
-    assert mask_fingerprint(make_model("llama")) is None
+    assert mask_digest(make_model("llama")) is None
 
 
 def run(*arguments):

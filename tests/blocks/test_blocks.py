@@ -47,10 +47,10 @@ def blocks_of(matrix, block):
 def test_the_blocks_with_the_lowest_sums_go(case):
     pattern, scores = case
     mask = pattern.mask(scores)
-    sums = [float(block.sum()) for block in blocks_of(scores, pattern.block)]
+    sums = [float(block.sum()) for block in blocks_of(scores, pattern.tile)]
     order = sorted(range(len(sums)), key=sums.__getitem__)
     pruned = set(order[: pattern.num_zeros(len(sums))])
-    for place, block in enumerate(blocks_of(mask, pattern.block)):
+    for place, block in enumerate(blocks_of(mask, pattern.tile)):
         assert bool((block == (place not in pruned)).all())
     assert torch.equal(pattern.mask(torch.stack([scores, scores.flip(0)]))[0], mask)
     assert torch.equal(pattern.mask_of_layer(scores), mask)
@@ -73,23 +73,23 @@ def test_packed_blocks_come_back(case):
 def test_what_is_read_is_whole_blocks():
     pattern, mask = Pattern("50%/2x4"), torch.zeros(4, 8, dtype=torch.bool)
     mask[:2], mask[0, 0], mask[2, 0] = True, False, True
-    with pytest.raises(ValueError, match="mask keeps blocks in part, which pattern 50%/2x4 does not"):
+    with pytest.raises(ValueError, match="mask keeps tiles of pattern 50%/2x4 in part"):
         pack(torch.ones(4, 8), mask, pattern)
-    with pytest.raises(ValueError, match="layer.weight_mask keeps blocks of pattern 50%/2x4 in part"):
+    with pytest.raises(ValueError, match="layer.weight_mask keeps tiles of pattern 50%/2x4 in part"):
         check_bits(pack_mask(mask), pattern, 8, 16, "layer.weight_mask")
-    with pytest.raises(ValueError, match="w has 3 blocks that are not zero, pattern 50%/2x4 allows 2"):
+    with pytest.raises(ValueError, match="w has 3 tiles that are not zero, pattern 50%/2x4 allows 2"):
         pattern.verify(mask.float(), "w")
 
 
 def test_parsing():
     pattern = Pattern("62.5%/16x32")
-    assert (pattern.block, pattern.sparsity, pattern.width, str(pattern)) == (
+    assert (pattern.tile, pattern.sparsity, pattern.width, str(pattern)) == (
         (16, 32),
         Fraction(5, 8),
         32,
         "62.5%/16x32",
     )
-    assert not pattern.is_structured
+    assert not pattern.is_semi_structured
     assert Pattern("1/2/4x4") == Pattern("0.5/4x4") == Pattern("50%/4x4") != Pattern("50%")
     assert str(pattern.with_sparsity(Fraction(1, 3))) == "33.3333%/16x32"
     assert pattern_label("0.5/4x4") == "50%/4x4"
@@ -98,7 +98,7 @@ def test_parsing():
         with pytest.raises(ValueError, match=r"allowed: .*\"50%/32x32\""):
             Pattern(text)
     message = (
-        r"q_proj is 6 x 9, which the blocks of pattern 50%/2x4 do not fill \(2 must divide the outputs, 4 the inputs"
+        r"q_proj is 6 x 9, which the tiles of pattern 50%/2x4 do not fill \(2 must divide the outputs, 4 the inputs"
     )
     with pytest.raises(ValueError, match=message):
         Pattern("50%/2x4").check_shape(6, 9, "q_proj")
@@ -111,14 +111,14 @@ def test_every_method_keeps_whole_blocks(method):
     pattern = Pattern("50%/4x3")
     more = {"block_size": 12} if method == "sparsegpt" else {}
     pruned, mask = prune_weight(weight, x, method=method, pattern=pattern, **more)
-    kept = [bool(block.any()) for block in blocks_of(mask, pattern.block)]
-    assert all(bool(block.all()) == k for block, k in zip(blocks_of(mask, pattern.block), kept, strict=True))
+    kept = [bool(block.any()) for block in blocks_of(mask, pattern.tile)]
+    assert all(bool(block.all()) == k for block, k in zip(blocks_of(mask, pattern.tile), kept, strict=True))
     assert sum(kept) == 12 and bool((pruned[~mask] == 0).all())
     if method == "sparsegpt":
         assert int(mask[:, :12].sum()) == int(mask[:, 12:].sum()) == 72  # ranked over each block_size columns
     if method == "wanda":
         norms = x.flatten(0, 1).square().sum(0).sqrt()
-        sums = [float(block.sum()) for block in blocks_of(weight.abs() * norms, pattern.block)]
+        sums = [float(block.sum()) for block in blocks_of(weight.abs() * norms, pattern.tile)]
         assert kept == [total >= sorted(sums)[12] for total in sums]
     _, refined = prune_weight(weight, x, method=method, pattern=pattern, refine="exact", **more)
     assert torch.equal(refined, mask)
@@ -128,7 +128,7 @@ def test_the_nearest_weight_of_the_pattern_is_found():
     """ADMM and ALPS project on the pattern: what is cut off has the least sum of squares that there is."""
     torch.manual_seed(0)
     weight, pattern = torch.randn(4, 6), Pattern("50%/2x2")
-    sums = [float(block.square().sum()) for block in blocks_of(weight, pattern.block)]
+    sums = [float(block.square().sum()) for block in blocks_of(weight, pattern.tile)]
     least = min(sum(cut) for cut in itertools.combinations(sums, 3))
     mask = pattern.mask(to_rank(weight, pattern))
     assert float(weight[~mask].square().sum()) == pytest.approx(least)
@@ -151,7 +151,7 @@ def test_settings_that_blocks_cannot_have(config, message):
 
 def test_a_layer_that_blocks_do_not_fill(make_model, token_ids):
     model = make_model()
-    with pytest.raises(ValueError, match=r"layers\.0\..* cannot be pruned: it is .*blocks of pattern 50%/7x7"):
+    with pytest.raises(ValueError, match=r"layers\.0\..* cannot be pruned: it is .*tiles of pattern 50%/7x7"):
         sparsify(model, SparsityConfig("magnitude", "50%/7x7"))
     report = sparsify(model, SparsityConfig("magnitude", "62.5%/64x16", skip_unsupported=True))
     assert {tuple(row.shape) for row in report.layers} == {(64, 32)}  # gate and up alone have 64 outputs

@@ -142,7 +142,7 @@ def test_a_mix_with_text_that_the_model_writes(
         ({"gone.txt": 0.5, "self": 0.5}, FileNotFoundError, "dataset='gone.txt': there is no such file"),
         ({("a", "b"): 0.5, "self": 0.5}, TypeError, "keys of a mix"),
         ({"c4": 0.999, "self": 0.001}, ValueError, "weight 0.001 of 'self' gives no sample .* num_samples=1000, a"),
-        ({}, ValueError, "dataset is a dict without the fingerprint"),
+        ({}, ValueError, "dataset is a dict without the checksum"),
         ({"mix": []}, ValueError, "must sum to one, they sum to 0"),
         ({"mix": "c4"}, ValueError, "'c4' is no part of a mix as a checkpoint records it"),
         ({"mix": [{"dataset": "a.txt", "weight": 1}]}, ValueError, "is no part of a mix as a checkpoint records it"),
@@ -185,7 +185,7 @@ def test_a_recorded_mix_prunes_again_only_where_it_holds_no_file(
     make_model: MakeModel, tokenizer: PreTrainedTokenizerBase, files: tuple[str, str]
 ) -> None:
     record = describe_dataset({files[0]: 0.5, "self": 0.5})
-    with pytest.raises(ValueError, match="record of an earlier mix.* only the fingerprint: pass the mix again"):
+    with pytest.raises(ValueError, match="record of an earlier mix.* only the checksum: pass the mix again"):
         draw(make_model, tokenizer, record)
     names = describe_dataset({"self": 1.0})
     assert torch.equal(draw(make_model, None, names).ids, draw(make_model, None, {"self": 1.0}).ids)

@@ -373,7 +373,7 @@ def test_text_without_a_tokenizer_is_an_error(calibrate: Calibrate) -> None:
 
 def test_fingerprint_of_earlier_data_is_not_data(calibrate: Calibrate, token_ids: torch.Tensor) -> None:
     fingerprint = SparsityConfig(dataset=token_ids).to_dict()["dataset"]
-    with pytest.raises(ValueError, match="fingerprint of earlier calibration data"):
+    with pytest.raises(ValueError, match="record of earlier calibration data"):
         calibrate(fingerprint)
 
 

@@ -182,7 +182,7 @@ def test_a_truncated_file_is_an_error_that_names_it(make_sparse, tmp_path):
         ({"pattern": "2:4", "num_values": 10**9}, "num_values is 1000000000"),
         ({"pattern": "50%", "num_values": -1}, "num_values is -1"),
         ({"pattern": "2:4"}, "layers.0.mlp.up_proj.num_values is missing"),
-        ({"pattern": "9:4", "num_values": 1024}, "not a pattern"),
+        ({"pattern": "9:4", "num_values": 1024}, "pattern='9:4'"),
     ],
 )
 def test_a_record_that_cannot_be_true_is_an_error(make_sparse, tmp_path, record, message):

@@ -222,25 +222,6 @@ def test_dead_inputs_lose_their_weights_first(method):
     assert not bool(mask[:, [0, 5]].any())
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"refine": "exactly"}, ValueError, "refine='exactly' is not known; allowed: exact, swaps"),
-        ({"refine": 3}, TypeError, "refine must be a string or a list of them, found 3"),
-        ({"refine": ["exact", None]}, TypeError, "refine must be a string"),
-        ({"iterations": 0}, ValueError, "iterations=0 is too small"),
-        ({"damping": -1}, ValueError, "damping=-1 is out of range"),
-        ({"reconstruct": "model"}, ValueError, "reconstruct='model' is not known; allowed: block"),
-        ({"reconstruction_epochs": 0}, ValueError, "reconstruction_epochs=0 is too small"),
-        ({"reconstruction_lr": 2}, ValueError, "reconstruction_lr=2 is out of range"),
-        ({"activations": "both"}, ValueError, "activations='both' is not known; allowed: pruned, dense, mixed"),
-    ],
-)
-def test_settings_are_refused(settings, error, message):
-    with pytest.raises(error, match=message.replace("(", r"\(")):
-        SparsityConfig.from_flat("admm", dataset=["text"], **settings)
-
-
 def test_a_refined_method_without_data_needs_data():
     weight = make_problem(4, 16)[0]
     with pytest.raises(ValueError, match="inputs must be"):

@@ -96,7 +96,7 @@ def test_rows_that_are_done_early_do_not_disturb_the_others():
         torch.testing.assert_close(together[row], alone[0])
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     out=st.integers(1, 8),
@@ -115,21 +115,3 @@ def test_the_objective_never_grows(seed, out, groups, tokens, condition, damping
     before, after = (errors(x, w, x @ weight.T) for w in ((start * mask).float(), solved))
     assert (after <= before * (1 + 1e-5) + 1e-9).all()
     assert not solved[~mask].any()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"gram": torch.eye(15)}, "gram"),
-        ({"mask": torch.ones(6, 15, dtype=torch.bool)}, "mask"),
-        ({"mask": torch.ones(6, 16)}, "bool"),
-        ({"start": torch.ones(5, 16)}, "start"),
-        ({"cross": torch.ones(6, 17)}, "cross"),
-        ({"damping": -1.0}, "damping"),
-        ({"tolerance": -1.0}, "tolerance"),
-    ],
-)
-def test_bad_input_is_named(change, message):
-    given = {"weight": torch.ones(6, 16), "gram": torch.eye(16), "mask": torch.ones(6, 16, dtype=torch.bool)}
-    with pytest.raises(ValueError, match=message):
-        solve_on_mask(**{**given, **change})

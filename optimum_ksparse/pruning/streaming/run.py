@@ -72,7 +72,7 @@ class CheckpointRun:
         self.workspace.journal.environment = {**self._environment(), "threads": torch.get_num_threads()}
         finished = None
         if resume and not self.workspace.is_unfinished:
-            finished = _finished_report(self.workspace, self.files.fingerprint(), overwrite)
+            finished = _finished_report(self.workspace, self.files.sha256(), overwrite)
         if finished is None:
             check_places(self.workspace.output)
             self.workspace.open(resume)
@@ -131,7 +131,7 @@ class CheckpointRun:
             report.base_arguments = {"subfolder": self.loading["subfolder"]}
         report.base_card = self.base_card(model)
         self.files.check()
-        report.source_fingerprint = self.files.fingerprint()
+        report.source_fingerprint = self.files.sha256()
         report.fingerprint = self._fingerprint(model, disk)
         place.note_costs([peak_memory()])
         report.seconds = round(self.workspace.journal.seconds, 2)

@@ -20,14 +20,14 @@ class KoAlpacaCommand(Command):
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
         from .. import finetuning
-        from ..finetuning.settings import METHODS
+        from ..finetuning.settings import TUNING_METHODS
 
         parser.add_argument("model", nargs="?", help="folder or Hub id of a sparse (or a dense) model")
         parser.add_argument("output", nargs="?", help="folder for the adapter or the model")
         parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
         settings = getattr(finetuning, cls.SETTINGS)
         texts = {f.name: f.metadata["help"] for f in fields(settings)}
-        add_settings(parser, settings, texts, choices={"method": METHODS})
+        add_settings(parser, settings, texts, choices={"method": TUNING_METHODS})
         text = "go on with an unfinished run, or start over (default: true)"
         parser.add_argument("--resume", type=boolean, metavar="true|false", help=text)
         add_switches(parser, {"overwrite": "replace a finished run in the output", **TRUST})

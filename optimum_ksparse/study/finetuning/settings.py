@@ -18,7 +18,7 @@ from ...records import Between, Count, Positive
 from ...records.build import build_fields
 
 # What is trained: low-rank adapters of three kinds, one whose delta is masked, or the sparse weights themselves.
-METHODS = ("lora", "masked", "dora", "hira", "full")
+TUNING_METHODS = ("lora", "masked", "dora", "hira", "full")
 KOALPACA = "beomi/KoAlpaca-v1.1a"
 _LEAST_ROOM = 8  # paragraph tokens that a window must have room for
 _AboveZero = Annotated[float, Between(1e-12)]
@@ -55,7 +55,7 @@ class FinetuningSettings:
     save_steps: Positive = _set(50, "steps from one checkpoint to the next")
 
     def __post_init__(self) -> None:
-        check_one_of("method", self.method, METHODS)
+        check_one_of("method", self.method, TUNING_METHODS)
         build_fields({}, get_type_hints(type(self), include_extras=True), asdict(self), "")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
