@@ -96,7 +96,6 @@ REFUSED = {
         {"method": "wandb"},
         {"pattern": "4:2"},
         {"pattern": "100%"},
-        {"pattern": None},
         *({"storage": "zip"}, {"refine": "exactly"}, {"reconstruct": "model"}, {"activations": "both"}),
         *({"allocation": "best"}, {"iterations": 0}, {"reconstruct": "block", "reconstruction_epochs": 0}),
         {"num_samples": 0},
@@ -124,6 +123,7 @@ REFUSED = {
     ],
     TypeError: [
         {"method": 3},
+        {"pattern": None},
         {"storage": None},
         {"num_samples": 8.0},
         {"num_samples": True},
