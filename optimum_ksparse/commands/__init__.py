@@ -45,7 +45,7 @@ def _add_commands(parser: Parser, commands: Commands) -> None:
         if isinstance(command, Mapping):
             _add_commands(added, command)
             continue
-        added.fill = command.add_arguments
+        command.add_arguments(added)
         added.add_argument("--token", help="of the Hub (default: HF_TOKEN, or that of `hf auth login`)")
         added.add_argument(
             "--cache-dir", metavar="FOLDER", help="for what is downloaded from the Hub (default: HF_HUB_CACHE)"

@@ -6,18 +6,20 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..checkpoint import facts_of
 from ..checkpoint.model_class import class_for_source
 from ..checkpoint.staging import recover
-from ..records import printable
+from ..evaluation import EvaluationResults, read_tuning
+from ..records import RESULTS_NAME, printable
 from ..records.redaction import check_no_token, redact
 from .errors import UsageError, describe_error
 from .hub import check_source, hub_access
-from .parser import Parser
+from .parser import Parser, add_flags, add_switches
 from .recipes import read_recipe
 
 # Not settings: they say how the command runs, and no recipe holds them.
@@ -39,8 +41,14 @@ class Command:
 
     # Settings that name a model, or a tokenizer: what is neither here nor on the Hub is refused before any work.
     MODELS: ClassVar[tuple[str, ...]] = ("checkpoint", "tokenizer")
-    # Settings without which it cannot begin, and how to write them.
+    # Settings without which it cannot begin.
     REQUIRED: ClassVar[tuple[str, ...]] = ()
+    # Settings that stand before the flags, and flags without a value: name → what it is.
+    WORDS: ClassVar[Mapping[str, str]] = {}
+    SWITCHES: ClassVar[Mapping[str, str]] = {}
+    # Flags with a value: arguments of `add_flags`, and the values of those that have a few.
+    FLAGS: ClassVar[Sequence[tuple[Any, ...]]] = ()
+    CHOICES: ClassVar[Mapping[str, Sequence[Any]]] = {"dtype": DTYPES}
 
     def __init__(self, parser: Parser, args: argparse.Namespace) -> None:
         self.parser, self.args = parser, args
@@ -48,6 +56,14 @@ class Command:
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
         """Adds the words of the command to its parser."""
+        for name, text in cls.WORDS.items():
+            parser.add_argument(name, nargs="?", help=text)
+        if "recipe" not in cls.WORDS:
+            text = "YAML file with any of these settings; flags override"
+            parser.add_argument("--config", metavar="RECIPE", help=text)
+        add_switches(parser, cls.SWITCHES)
+        for texts, *source in cls.FLAGS:
+            add_flags(parser, texts, source[0] if source else None, cls.CHOICES)
 
     def execute(self) -> None:
         raise NotImplementedError
@@ -85,7 +101,7 @@ class Command:
         """The settings of the recipe of `--config`, overridden by the flags that were given; checked."""
         names = [name for name in self.flags if name not in _OF_THE_PROCESS]
         with usage():
-            recipe = read_recipe(self.args.config, names) if getattr(self.args, "config", None) else {}
+            recipe = read_recipe(self.args.config, names) if self.args.config else {}
             settings = self.merged(recipe, self.given(names))
             missing = next((name for name in self.REQUIRED if not settings.get(name)), None)
             if missing:
@@ -134,14 +150,6 @@ def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(inner, name)
 
 
-def add_loading(parser: Parser, texts: Mapping[str, str]) -> None:
-    """Adds what `from_pretrained` is told, as flags."""
-    for name, text in texts.items():
-        allowed = DTYPES if name == "dtype" else None
-        metavar = None if allowed else "VALUE"
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, choices=allowed, metavar=metavar, help=text)
-
-
 def folder_of(checkpoint: str) -> Path:
     """The folder of a checkpoint, which cannot be on the Hub here, put right for whoever reads there. Raises
     FileNotFoundError where there is none."""
@@ -158,10 +166,6 @@ def load_checkpoint(source: str | os.PathLike[str], settings: Mapping[str, Any])
     Raises:
         ValueError: the results in its folder are damaged, which `from_pretrained` merely warns of, or the tuning is.
     """
-    from ..checkpoint import facts_of
-    from ..evaluation import EvaluationResults, read_tuning
-    from ..records import RESULTS_NAME
-
     results = os.path.join(source, RESULTS_NAME)
     known = EvaluationResults.load(results) if os.path.isfile(results) else None
     tuning = read_tuning(source, settings.get("revision"))

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from ..hub import LANGUAGES, check_repository, write_card
 from .base import TRUST, Command, folder_of, load_checkpoint, usage
-from .parser import Parser, add_switches
+
+_TEXTS = {
+    "language": "of the card (default: en)",
+    "repo_id": "user/name under which it is (to be) published",
+    "tags": "further tags",
+}
 
 
 class CardCommand(Command):
     MODELS = ()
-
-    @classmethod
-    def add_arguments(cls, parser: Parser) -> None:
-        from ..hub import LANGUAGES
-
-        parser.add_argument("checkpoint", help="folder of a sparse checkpoint, or of an adapter on one")
-        parser.add_argument("--language", choices=list(LANGUAGES), help="of the card (default: en)")
-        parser.add_argument("--repo-id", metavar="USER/NAME", help="under which it is (to be) published")
-        parser.add_argument("--tags", nargs="+", metavar="TAG", help="further tags")
-        add_switches(parser, TRUST)
+    REQUIRED = ("checkpoint",)
+    WORDS = {"checkpoint": "folder of a sparse checkpoint, or of an adapter on one"}
+    SWITCHES = TRUST
+    FLAGS = ((_TEXTS, write_card),)
+    CHOICES = {"language": LANGUAGES}
 
     def execute(self) -> None:
-        from ..hub import check_repository, write_card
-
         settings = self.settings()
         folder = folder_of(settings.pop("checkpoint"))
         with usage():

@@ -5,73 +5,62 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .base import LOADING_TEXTS, TRUST, Command, add_loading, load_checkpoint
-from .parser import Parser, add_switches
-from .protocol import add_protocol, protocol_of
+from ..checkpoint import facts_of, fingerprint, sparse_modules
+from ..checkpoint.staging import check_output
+from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, results_table
+from ..hub import choose_baseline, choose_tokenizer
+from ..records import RESULTS_NAME
+from .base import LOADING_TEXTS, TRUST, Command, load_checkpoint
+from .parser import Parser
+from .protocol import PROTOCOL, protocol_of
 
 # Folders whose results are taken over: as the dense column, as rows after tuning, and as those before it.
 _TAKEN = {
-    "baseline_results": "take the dense column from the evaluation_results.json of a dense model, tuned as this one "
-    "was, say",
-    "tuned_results": "take rows after tuning from the output of `finetune korquad` on this model",
-    "before_results": "take rows before tuning from the folder of the model that this one was tuned from",
+    "baseline_results": "take the dense column from the evaluation_results.json of the dense model in this folder, "
+    "tuned as this one was, say",
+    "tuned_results": "take rows after tuning from this folder, the output of `finetune korquad` on this model",
+    "before_results": "take rows before tuning from this folder, of the model that this one was tuned from",
 }
+_OUTPUT = {"output": "folder for evaluation_results.json (default: the checkpoint's folder)"}
 
 
 class EvalCommand(Command):
     MODELS = ("checkpoint", "baseline", "tokenizer")
     REQUIRED = ("checkpoint",)
+    WORDS = {"checkpoint": "folder or Hub id of a sparse (or a dense) model"}
+    SWITCHES = {"overwrite": "discard results of other weights, and write into any folder", **TRUST}
+    FLAGS = (({**_TAKEN, **_OUTPUT, **LOADING_TEXTS},), PROTOCOL)
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:
-        parser.add_argument("checkpoint", nargs="?", help="folder or Hub id of a sparse (or a dense) model")
-        parser.add_argument(
-            "--baseline",
-            nargs="?",
-            const=True,
-            metavar="MODEL",
-            help="measure the dense model too: the recorded one, or this folder or Hub id",
-        )
-        for name, text in _TAKEN.items():
-            parser.add_argument(f"--{name.replace('_', '-')}", metavar="FOLDER", help=text)
-        parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
-        parser.add_argument(
-            "--output", metavar="FOLDER", help="for evaluation_results.json (default: the checkpoint's folder)"
-        )
-        add_switches(parser, {"overwrite": "discard results of other weights, and write into any folder", **TRUST})
-        add_loading(parser, LOADING_TEXTS)
-        add_protocol(parser)
+        text = "measure the dense model too: the recorded one, or this folder or Hub id"
+        parser.add_argument("--baseline", nargs="?", const=True, metavar="MODEL", help=text)
+        super().add_arguments(parser)
 
     def execute(self) -> None:
         settings = self.settings()
         protocol = protocol_of(settings)
-
-        from ..checkpoint import facts_of, fingerprint, sparse_modules
-        from ..checkpoint.staging import check_output
-        from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, results_table
-        from ..hub import choose_baseline, choose_tokenizer
-        from ..records import RESULTS_NAME
-
-        checkpoint, baseline = settings["checkpoint"], settings.get("baseline")
-        output = Path(settings.get("output") or _folder_of(checkpoint))
+        checkpoint, overwrite = settings["checkpoint"], settings.get("overwrite", False)
+        # Of a local checkpoint its own folder; for one on the Hub a folder of its name here.
+        own = checkpoint if Path(checkpoint).is_dir() else checkpoint.split("/")[-1]
+        output = Path(settings.get("output") or own)
         if output.resolve() != Path(checkpoint).resolve():
-            check_output(output, ours=(RESULTS_NAME,), overwrite=settings.get("overwrite", False))
-        known = EvaluationResults.load(output / RESULTS_NAME) if (output / RESULTS_NAME).is_file() else None
-        folders = [settings.get(name) for name in _TAKEN]
-        column, tuned, before = (EvaluationResults.load(Path(f) / RESULTS_NAME) if f else None for f in folders)
+            check_output(output, ours=(RESULTS_NAME,), overwrite=overwrite)
+        column, tuned, before = (_results_in(settings[name]) if settings.get(name) else None for name in _TAKEN)
         if column:
             EvaluationResults("").take_baseline(column)  # what cannot be one is refused before the work
+        earlier = _results_in(output) if (output / RESULTS_NAME).is_file() else None
         model = load_checkpoint(checkpoint, settings)
         if tuned:
             EvaluationResults(fingerprint(model)).take_tuned(tuned)
-        if known is not None:
-            if known.fingerprint == fingerprint(model):
-                facts_of(model).results = known
-            elif not settings.get("overwrite"):
-                raise ValueError(
-                    f"{output / RESULTS_NAME} holds results of other weights, or of another dtype: move it away, or "
-                    "discard it with --overwrite"
-                )
+        if earlier is not None and earlier.fingerprint == fingerprint(model):
+            facts_of(model).results = earlier
+        elif earlier is not None and not overwrite:
+            raise ValueError(
+                f"{output / RESULTS_NAME} holds results of other weights, or of another dtype: move it away, or "
+                "discard it with --overwrite"
+            )
+        baseline = settings.get("baseline")
         if baseline and not sparse_modules(model):
             raise ValueError("the model is dense: it is its own baseline, measure it without --baseline")
         dense = choose_baseline(model, None if baseline is True else baseline, None) if baseline else None
@@ -84,12 +73,13 @@ class EvalCommand(Command):
             results.save(output)
 
         results = evaluate_model(model, tokenizer, protocol, on_measured=keep)
-        if before is not None:
-            results.take_before(before)
-        if tuned:
-            results.take_tuned(tuned)
-        if column:
-            results.take_baseline(column)
+        for rows, take in (
+            (before, results.take_before),
+            (tuned, results.take_tuned),
+            (column, results.take_baseline),
+        ):
+            if rows is not None:
+                take(rows)
         if dense is not None:
             how: dict[str, Any] = {
                 "like": type(model),
@@ -104,6 +94,5 @@ class EvalCommand(Command):
         print(f"written to {output / RESULTS_NAME}")
 
 
-def _folder_of(checkpoint: str) -> str:
-    """A local checkpoint's own folder; for one on the Hub a folder of its name here."""
-    return checkpoint if Path(checkpoint).is_dir() else checkpoint.split("/")[-1]
+def _results_in(folder: str | Path) -> EvaluationResults:
+    return EvaluationResults.load(Path(folder) / RESULTS_NAME)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 
+from ..api.inspection import inspect_checkpoint
 from .base import LOADING_TEXTS, TRUST, Command
-from .parser import Parser, add_switches
 
 
 class InfoCommand(Command):
-    @classmethod
-    def add_arguments(cls, parser: Parser) -> None:
-        parser.add_argument("checkpoint", help="folder or Hub id of a sparse checkpoint")
-        parser.add_argument("--revision", metavar="REVISION", help=LOADING_TEXTS["revision"])
-        add_switches(parser, {"json": "for machines", **TRUST})
+    REQUIRED = ("checkpoint",)
+    WORDS = {"checkpoint": "folder or Hub id of a sparse checkpoint"}
+    SWITCHES = {"json": "for machines", **TRUST}
+    FLAGS = (({"revision": LOADING_TEXTS["revision"]},),)
 
     def execute(self) -> None:
-        from ..api.inspection import inspect_checkpoint
-
         settings = self.settings()
         as_json = settings.pop("json", False)
         summary = inspect_checkpoint(settings.pop("checkpoint"), **settings)

@@ -6,8 +6,14 @@ import os
 import shutil
 from typing import Any
 
-from .base import LOADING_TEXTS, OVERWRITE, TRUST, Command, add_loading
-from .parser import Parser, add_settings, add_switches, dataset
+from ..checkpoint import facts_of, sparse_modules
+from ..checkpoint.model_class import class_for_source
+from ..checkpoint.staging import check_output, staged
+from ..config import SparsityConfig
+from ..data import copy_processor, read_tokenizer
+from ..pruners.solve import solve_on_mask
+from ..records import HEAD_NAME, TUNING_NAME, printable, recorded_repository
+from .base import DTYPES, LOADING_TEXTS, OVERWRITE, TRUST, Command
 
 # Settings of merge_adapter. It cannot be asked for them without PEFT: they have the types of what it passes them to.
 _CALIBRATION_TEXTS = {
@@ -25,65 +31,46 @@ _SOLVER_TEXTS = {
     "max_steps": "of solve: at most so many for each layer",
     "tolerance": "of solve: residual at which a row is finished",
 }
-_SETTINGS = ("method", *_CALIBRATION_TEXTS, *_SOLVER_TEXTS)
-_LOADING_TEXTS = {
+_TEXTS = {
+    "method": "solve: the kept weights make up for what the mask discards (default: masked)",
+    "base": "the sparse base model (default: the one on the Hub that the adapter names)",
     "dtype": LOADING_TEXTS["dtype"],
     "revision": "branch, tag or commit of the adapter (default: main)",
     "base_revision": "the same of the base model",
     "max_shard_size": "of the saved files, such as 5GB",
 }
+_SETTINGS = ("method", *_CALIBRATION_TEXTS, *_SOLVER_TEXTS)
 
 
 class MergeCommand(Command):
     MODELS = ("adapter", "base", "tokenizer")
     REQUIRED = ("adapter", "output")
-
-    @classmethod
-    def add_arguments(cls, parser: Parser) -> None:
-        from ..config import SparsityConfig
-        from ..pruners.solve import solve_on_mask
-
-        parser.add_argument("adapter", nargs="?", help="folder or Hub id of an adapter on a sparse model")
-        parser.add_argument("output", nargs="?", help="folder to write the merged checkpoint to")
-        parser.add_argument(
-            "--base", metavar="MODEL", help="the sparse base (default: the one on the Hub that the adapter names)"
-        )
-        parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
-        add_switches(parser, {**OVERWRITE, **TRUST})
-        parser.add_argument(
-            "--method",
-            choices=["masked", "solve"],
-            help="solve: the kept weights make up for what the mask discards (default: masked)",
-        )
-        add_settings(parser, SparsityConfig, _CALIBRATION_TEXTS, kinds={"dataset": dataset})
-        add_settings(parser, solve_on_mask, _SOLVER_TEXTS)
-        add_loading(parser, _LOADING_TEXTS)
+    WORDS = {
+        "adapter": "folder or Hub id of an adapter on a sparse model",
+        "output": "folder to write the merged checkpoint to",
+    }
+    SWITCHES = {**OVERWRITE, **TRUST}
+    FLAGS = ((_TEXTS,), (_CALIBRATION_TEXTS, SparsityConfig), (_SOLVER_TEXTS, solve_on_mask))
+    CHOICES = {"method": ("masked", "solve"), "dtype": DTYPES}
 
     def execute(self) -> None:
         settings = self.settings()
-        output = settings["output"]
-        merging = {name: settings[name] for name in _SETTINGS if name in settings}
+        adapter, output = settings["adapter"], settings["output"]
 
-        from ..adapters import merge_adapter
-        from ..checkpoint import facts_of
-        from ..checkpoint.staging import check_output, staged
-        from ..data import copy_processor
-        from ..records import HEAD_NAME, TUNING_NAME
+        from ..adapters import merge_adapter  # needs PEFT
 
         reads = [settings.get(name) for name in ("adapter", "base", "tokenizer", "dataset")]
         check_output(output, reads=reads, overwrite=settings.get("overwrite", False))
         with staged(output):  # an output that cannot be written to is an error before the work, not after it
             pass
-        adapter = settings["adapter"]
         if os.path.isdir(adapter) and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
             raise FileNotFoundError(f"adapter={adapter!r} holds no adapter_config.json: name the folder of an adapter")
         source = settings.get("base") or _base_of(settings)
         remote = {"trust_remote_code": settings.get("trust_remote_code"), "revision": settings.get("base_revision")}
         base = {name: value for name, value in remote.items() if value is not None}
-        tokenizer, where = _tokenizer(settings, source, base)
-        if tokenizer is not None and "tokenizer" not in merging:
-            merging["tokenizer"] = tokenizer
-        model = merge_adapter(_load(settings, source, base), **merging)
+        tokenizer, missing = _tokenizer(settings, source, base)
+        merging = {name: settings[name] for name in _SETTINGS if name in settings}
+        model = merge_adapter(_load(settings, source, base), **({"tokenizer": tokenizer} | merging))
         save = {"max_shard_size": settings["max_shard_size"]} if "max_shard_size" in settings else {}
         with staged(output) as folder:
             model.save_pretrained(folder, **save)
@@ -95,14 +82,12 @@ class MergeCommand(Command):
                 if os.path.isfile(path):
                     shutil.copy(path, folder)
         print(facts_of(model).merge)
-        print(f"saved in {output}" + ("" if tokenizer is not None else f", without a tokenizer: {where}"))
+        print(f"saved in {output}{missing}")
 
 
 def _base_of(settings: dict[str, Any]) -> str:
     """The model on the Hub that the adapter names as its base; a folder here is the user's to name."""
     from peft import PeftConfig
-
-    from ..records import printable, recorded_repository
 
     name = PeftConfig.from_pretrained(settings["adapter"], revision=settings.get("revision")).base_model_name_or_path
     base = recorded_repository(name)
@@ -118,9 +103,6 @@ def _load(settings: dict[str, Any], source: str, base: dict[str, Any]) -> Any:
     """The adapter on its base."""
     from peft import PeftModel
 
-    from ..checkpoint import sparse_modules
-    from ..checkpoint.model_class import class_for_source
-
     loader = class_for_source(source, **base)
     model: Any = loader.from_pretrained(source, dtype=settings.get("dtype", "auto"), **base)
     if not sparse_modules(model):
@@ -129,19 +111,13 @@ def _load(settings: dict[str, Any], source: str, base: dict[str, Any]) -> Any:
 
 
 def _tokenizer(settings: dict[str, Any], source: str, base: dict[str, Any]) -> tuple[Any, str]:
-    """The tokenizer to save: that beside the adapter, or the base's; or None, and why."""
-    from transformers import AutoTokenizer
-
-    adapter = settings["adapter"]
-    places: list[tuple[str, dict[str, Any]]] = [(source, base)]
-    if os.path.isfile(os.path.join(adapter, "tokenizer_config.json")):
-        places.insert(0, (adapter, {}))
-    if settings.get("tokenizer"):
-        places.insert(0, (settings["tokenizer"], {}))
-    reason = ""
-    for place, arguments in places:
-        try:
-            return AutoTokenizer.from_pretrained(place, **arguments), ""
-        except (OSError, ValueError) as error:
-            reason = f"none could be loaded from {place}: {' '.join(str(error).split())}"
-    return None, reason
+    """The tokenizer to save: the one that was named, that beside the adapter, or the base's; or None, and why."""
+    place, how = settings.get("tokenizer"), {}
+    if place is None and os.path.isfile(os.path.join(settings["adapter"], "tokenizer_config.json")):
+        place = settings["adapter"]
+    elif place is None:
+        place, how = source, base
+    try:
+        return read_tokenizer(place, **how), ""
+    except (OSError, ValueError) as error:
+        return None, f", without a tokenizer: none could be loaded from {place}: {' '.join(str(error).split())}"

@@ -21,16 +21,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
-        # Adds arguments when it is about to parse: what those of the other commands need is not imported.
-        self.fill: Callable[[Parser], None] | None = None
         self._intermixed = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._intermixed:
             return super().parse_known_args(args, namespace)
-        if self.fill is not None:
-            fill, self.fill = self.fill, None
-            fill(self)
         words = [self._spelled(word) for word in (sys.argv[1:] if args is None else args)]
         if self._subparsers is not None:
             return super().parse_known_args(words, namespace)
@@ -71,46 +66,37 @@ def _nearest(name: str, names: Any) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def add_settings(
+def add_flags(
     parser: argparse.ArgumentParser,
-    source: Callable[..., Any],
-    texts: Mapping[str, str],
-    *,
+    texts: Mapping[str, str | Setting],
+    source: Callable[..., Any] | None = None,
     choices: Mapping[str, Sequence[Any]] | None = None,
-    kinds: Mapping[str, Any] | None = None,
 ) -> None:
-    """Adds settings of a function, or of a class, as flags: types and defaults are those of its arguments.
+    """Adds settings as flags.
 
     Args:
-        texts: name → what it is, for the help.
+        texts: name → what it is, for the help; or a `Setting`, which says its type and default too.
+        source: the function, or the class, whose arguments say types and defaults. None: they are texts.
         choices: name → its values, where they are a few.
-        kinds: name → argparse type, where the arguments' own does not do.
     """
-    called: Any = getattr(source, "__init__") if isinstance(source, type) else source  # noqa: B009 (for mypy)
-    hints, parameters = get_type_hints(called), inspect.signature(called).parameters
     for name, text in texts.items():
-        kind, is_list = _kind(hints[name])
-        kind = (kinds or {}).get(name, kind)
-        default = parameters[name].default
+        if isinstance(text, Setting):
+            kind, is_list, default, text = boolean if text.kind is bool else text.kind, False, text.default, text.text
+        else:
+            kind, is_list, default = _argument(source, name)
         allowed = (choices or {}).get(name)
         if default is not None and "(default" not in text:
             shown = str(default).lower() if isinstance(default, bool) else default
             text = f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else shown})"
-        more: dict[str, Any] = {"nargs": "+"} if is_list else {}
-        _add(parser, name, kind, text, choices=allowed, **more)
-
-
-def add_method_settings(parser: argparse.ArgumentParser, settings: Mapping[str, Setting]) -> None:
-    """Adds what one method or step alone reads, as flags."""
-    for name, setting in settings.items():
-        default = "" if setting.default is None else f" (default: {str(setting.default).lower()})"
-        _add(parser, name, boolean if setting.kind is bool else setting.kind, setting.text + default)
-
-
-def _add(parser: argparse.ArgumentParser, name: str, kind: Any, text: str, **more: Any) -> None:
-    metavar = None if more.get("choices") else _METAVARS.get(kind, "VALUE")
-    flag = f"--{name.replace('_', '-')}"
-    parser.add_argument(flag, dest=name, type=kind, metavar=metavar, help=text.replace("%", "%%"), **more)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            type=kind,
+            nargs="+" if is_list else None,
+            choices=allowed,
+            metavar=None if allowed else _METAVARS.get(kind, "VALUE"),
+            help=text.replace("%", "%%"),
+        )
 
 
 def add_switches(parser: argparse.ArgumentParser, texts: Mapping[str, str]) -> None:
@@ -150,12 +136,18 @@ def dataset(text: str) -> str | dict[str, float]:
 _METAVARS: dict[Any, str] = {int: "N", float: "NUMBER", boolean: "true|false"}
 
 
-def _kind(hint: Any) -> tuple[Any, bool]:
-    """argparse type of an annotated argument, and whether it takes several values."""
+def _argument(source: Any, name: str) -> tuple[Any, bool, Any]:
+    """argparse type of a setting, whether it takes several values, and its default."""
+    if name == "dataset":
+        return dataset, False, None
+    if source is None:
+        return str, False, None
+    called: Any = getattr(source, "__init__") if isinstance(source, type) else source  # noqa: B009 (for mypy)
+    hint, default = get_type_hints(called)[name], inspect.signature(called).parameters[name].default
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if str in parts:
-        return str, any(get_origin(part) is list for part in parts)
+        return str, any(get_origin(part) is list for part in parts), default
     lists = [part for part in parts if get_origin(part) in (list, Sequence)]
     kinds = {*parts, *(inner for part in lists for inner in get_args(part))}
     kind = next((read for kind, read in ((bool, boolean), (int, int), (float, float)) if kind in kinds), str)
-    return kind, bool(lists)
+    return kind, bool(lists), default

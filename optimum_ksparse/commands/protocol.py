@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..evaluation import EvaluationProtocol
 from .base import usage
-from .parser import Parser, add_settings
 
 # Settings of EvaluationProtocol, whose defaults and types they have.
-PROTOCOL_TEXTS = {
+_TEXTS = {
     "texts": "for perplexity: kowiki (Korean Wikipedia), a .txt or .jsonl file, or none (default: kowiki)",
     "seq_len": "window positions (default: the model's context, at most 2048)",
     "stride": "tokens from one window to the next (default: windows do not overlap)",
@@ -20,20 +20,10 @@ PROTOCOL_TEXTS = {
     "prepend_bos": "begin windows and items with the beginning token (default: where the tokenizer does)",
     "batch_size": "windows or items in one forward pass",
 }
+PROTOCOL = (_TEXTS, EvaluationProtocol)
 
 
-def add_protocol(parser: Parser) -> None:
-    """Adds the flags of a protocol."""
-    from ..evaluation import EvaluationProtocol
-
-    add_settings(parser, EvaluationProtocol, PROTOCOL_TEXTS)
-
-
-def protocol_of(settings: dict[str, Any]) -> Any:
-    """The `EvaluationProtocol` of a recipe and flags; their settings are taken out of `settings`."""
-    from ..evaluation import EvaluationProtocol
-
+def protocol_of(settings: dict[str, Any]) -> EvaluationProtocol:
+    """The protocol of a recipe and flags; its settings are taken out of `settings`."""
     with usage():
-        return EvaluationProtocol.from_settings(
-            {name: settings.pop(name) for name in PROTOCOL_TEXTS if name in settings}
-        )
+        return EvaluationProtocol.from_settings({name: settings.pop(name) for name in _TEXTS if name in settings})

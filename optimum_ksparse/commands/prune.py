@@ -7,13 +7,23 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from .base import LOADING_TEXTS, OVERWRITE, TRUST, Command, add_loading, usage
+from ..api import prune_checkpoint, sparsify
+from ..checkpoint.model_class import class_for_source
+from ..checkpoint.staging import check_output, staged
+from ..config import CHOICES, FLAT_SETTINGS, METHOD_SETTINGS, SparsityConfig
+from ..data import load_tokenizer, save_tokenizer
+from ..pruners import METHODS
+from ..pruners.settings import whole
+from ..pruning import drop_layers
+from ..pruning.distributed import joined
+from ..pruning.progress import listening
+from .base import DTYPES, LOADING_TEXTS, OVERWRITE, TRUST, Command, usage
 from .errors import UsageError, describe_error
-from .parser import Parser, add_method_settings, add_settings, add_switches, dataset
 
+_METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 # Settings of SparsityConfig, whose types and defaults they have.
 SETTINGS_TEXTS = {
-    "method": "; auto (experimental): the best within --time-budget",  # behind what each method is
+    "method": f"{_METHODS}; auto (experimental): the best within --time-budget",
     "refine": "what follows the method: swaps (a better mask), exact (the best weights on it) (default: nothing)",
     "reconstruct": "tune each block to its dense outputs; slower, much more accurate (default: do not)",
     "activations": "calibration inputs and targets (default: the measured best)",
@@ -46,49 +56,28 @@ _STREAM_TEXTS = {
     "device": "with --stream: where blocks run: cpu, cuda:0, … (default: a GPU where there is one)",
     "activation_memory": "with --stream: calibration activations to keep in memory",
 }
-_SWITCHES = {
-    **TRUST,
-    **OVERWRITE,
-    "stream": "prune block by block from disk to disk: for models beyond memory; can be resumed",
-    "json": "progress and report as a line of JSON each, for machines",
-}
+_DROP_LAYERS = whole("decoder blocks to drop first: those that change the hidden states least (default: none)")
 
 
 class PruneCommand(Command):
     MODELS = ("model", "tokenizer")
     REQUIRED = ("model", "output")
-
-    @classmethod
-    def add_arguments(cls, parser: Parser) -> None:
-        from ..api import prune_checkpoint
-        from ..config import CHOICES, METHOD_SETTINGS, SparsityConfig
-        from ..pruners import METHODS
-
-        parser.add_argument("model", nargs="?", help="Hub id or folder")
-        parser.add_argument("output", nargs="?", help="folder to write the sparse checkpoint to")
-        parser.add_argument(
-            "--config", metavar="RECIPE", help="YAML file with any of these settings; flags override it"
-        )
-        parser.add_argument(
-            "--drop-layers",
-            type=int,
-            metavar="N",
-            help="decoder blocks to drop first: those that change the hidden states least (default: none)",
-        )
-        add_switches(parser, _SWITCHES)
-        kinds = {"dataset": dataset}
-        methods = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
-        texts = SETTINGS_TEXTS | {"method": methods + SETTINGS_TEXTS["method"]}
-        add_settings(parser, SparsityConfig, texts, choices=CHOICES, kinds=kinds)
-        add_method_settings(parser, METHOD_SETTINGS)
-        add_loading(parser, _LOADING_TEXTS)
-        add_settings(parser, prune_checkpoint, _STREAM_TEXTS)
+    WORDS = {"model": "Hub id or folder", "output": "folder to write the sparse checkpoint to"}
+    SWITCHES = {
+        **TRUST,
+        **OVERWRITE,
+        "stream": "prune block by block from disk to disk: for models beyond memory; can be resumed",
+        "json": "progress and report as a line of JSON each, for machines",
+    }
+    FLAGS = (
+        (SETTINGS_TEXTS, SparsityConfig),
+        ({"drop_layers": _DROP_LAYERS, **METHOD_SETTINGS},),
+        (_LOADING_TEXTS,),
+        (_STREAM_TEXTS, prune_checkpoint),
+    )
+    CHOICES = {**CHOICES, "dtype": DTYPES}
 
     def execute(self) -> None:
-        from ..config import FLAT_SETTINGS, SparsityConfig
-        from ..pruning.distributed import joined
-        from ..pruning.progress import listening
-
         settings = self.settings()
         model, output = settings.pop("model"), settings.pop("output")
         stream, as_json = settings.pop("stream", False), settings.pop("json", False)
@@ -110,27 +99,20 @@ class PruneCommand(Command):
                 raise UsageError(f"{name}= has no meaning with{'' if stream else 'out'} --stream; leave it out")
         with usage():
             config = SparsityConfig.from_flat(**settings)
-        prune = self._stream if stream else self._prune
         with joined() as processes:
             shown = processes.is_main
             with listening(_print_json if as_json and shown else None):
-                report = prune(model, output, config, loading, shown)
+                if stream:
+                    report = prune_checkpoint(model, output, config, **loading)
+                else:
+                    report = self._prune(model, output, config, loading, shown)
         if shown:
             rows = {} if report is None else asdict(report)
             if as_json or report is not None:
                 print(json.dumps({"event": "done", "output": output, **rows}) if as_json else report)
             print(f"saved in {output}", file=sys.stderr if as_json else sys.stdout)
 
-    def _stream(self, model: str, output: str, config: Any, loading: dict[str, Any], shown: bool) -> Any:
-        from ..api import prune_checkpoint
-
-        return prune_checkpoint(model, output, config, **loading)
-
     def _prune(self, source: str, output: str, config: Any, loading: dict[str, Any], shown: bool) -> Any:
-        from ..checkpoint.model_class import class_for_source
-        from ..checkpoint.staging import check_output, staged
-        from ..data import save_tokenizer
-
         overwrite = loading.pop("overwrite", False)
         save = {"max_shard_size": loading.pop("max_shard_size")} if "max_shard_size" in loading else {}
         if shown:
@@ -156,10 +138,6 @@ class PruneCommand(Command):
 
     def _drop(self, model: Any, config: Any, where: Any) -> None:
         """Drops blocks, and prunes the others unless that is all."""
-        from ..api import sparsify
-        from ..data import load_tokenizer
-        from ..pruning import drop_layers
-
         tokenizer = load_tokenizer(config.calibration, model.name_or_path, **where)
         names = ("num_samples", "seq_len", "batch_size", "seed", "prepend_bos")
         given = {name: getattr(config, name) for name in names if name in config.given}

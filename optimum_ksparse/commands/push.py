@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import LOADING_TEXTS, TRUST, Command, add_loading, folder_of, load_checkpoint, usage
-from .parser import Parser, add_settings, add_switches
-from .protocol import add_protocol, protocol_of
+from ..checkpoint import facts_of
+from ..hub import CARD_NAME, LANGUAGES, check_target, push_model, read_card
+from ..records import HEAD_NAME
+from .base import DTYPES, LOADING_TEXTS, TRUST, Command, folder_of, load_checkpoint, usage
+from .protocol import PROTOCOL, protocol_of
 
 # Settings of push_model.
 _TEXTS = {
@@ -17,10 +19,9 @@ _TEXTS = {
     "dense_revision": "branch for the same weights with their zeros written out (default: none)",
     "baseline": "the dense base, where the recorded one is not at hand (default: that)",
 }
-_SWITCHES = {
-    "private": "make the repository private",
-    "create_pr": "as a pull request",
-    "evaluate": "measure first, the dense base too, by the flags below",
+_LOADING_TEXTS = {
+    **{name: LOADING_TEXTS[name] for name in ("dtype", "device_map")},
+    "tokenizer": "name or folder, where it is not beside the model; none: without one",
 }
 _OPTIONS = (*_TEXTS, "private", "create_pr", "tokenizer", "trust_remote_code")
 _WITHOUT = ("none", "false")  # how flags and recipes write tokenizer=False
@@ -29,19 +30,18 @@ _WITHOUT = ("none", "false")  # how flags and recipes write tokenizer=False
 class PushCommand(Command):
     MODELS = ("baseline", "tokenizer")
     REQUIRED = ("checkpoint", "repo_id")
-
-    @classmethod
-    def add_arguments(cls, parser: Parser) -> None:
-        from ..hub import LANGUAGES, push_model
-
-        parser.add_argument("checkpoint", nargs="?", help="folder of a sparse checkpoint, or of an adapter on one")
-        parser.add_argument("repo_id", nargs="?", help="user/name on the Hub")
-        parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; flags override")
-        add_settings(parser, push_model, _TEXTS, choices={"language": LANGUAGES})
-        add_switches(parser, {**_SWITCHES, **TRUST})
-        texts = {**LOADING_TEXTS, "tokenizer": "name or folder, where it is not beside the model; none: without one"}
-        add_loading(parser, {name: text for name, text in texts.items() if name != "revision"})
-        add_protocol(parser)
+    WORDS = {
+        "checkpoint": "folder of a sparse checkpoint, or of an adapter on one",
+        "repo_id": "user/name on the Hub",
+    }
+    SWITCHES = {
+        "private": "make the repository private",
+        "create_pr": "as a pull request",
+        "evaluate": "measure first, the dense base too, by the flags below",
+        **TRUST,
+    }
+    FLAGS = ((_TEXTS, push_model), (_LOADING_TEXTS,), PROTOCOL)
+    CHOICES = {"language": LANGUAGES, "dtype": DTYPES}
 
     def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """`--tokenizer none` is `tokenizer=False`: None stands for the model's own."""
@@ -51,11 +51,6 @@ class PushCommand(Command):
     def execute(self) -> None:
         settings = self.settings()
         protocol = protocol_of(settings)
-
-        from ..checkpoint import facts_of
-        from ..hub import CARD_NAME, check_target, push_model, read_card
-        from ..records import HEAD_NAME
-
         with usage():
             check_target(settings["repo_id"], settings.get("revision"), settings.get("dense_revision"))
         folder = folder_of(settings["checkpoint"])

@@ -17,6 +17,7 @@ from ...checkpoint.model_class import class_for_source
 from ...checkpoint.staging import check_output
 from ...checks import check_integer, check_one_of
 from ...kernels import GROUPS, Problem
+from ..settings import setting
 from .figure import FIGURE_NAME, draw_speedup
 from .layers import bench_layers
 from .models import bench_model, random_model
@@ -31,35 +32,23 @@ OPTIMIZE_FOR = ("memory", "speed")
 class BenchSettings:
     """What to measure.
 
-    Args:
-        models: by whose names shapes are measured; None: all, where nothing else is named.
-        shapes: further ones, as `"4096x11008"`, out x in.
-        tokens: in a product.
-        patterns: None: those with kernels; for whole models 2:4; a checkpoint has its own.
-        dtype: of weights; None: bfloat16, or a checkpoint's own.
-        whole_models: by name, to run whole, with random weights; with so many `layers`, None: as many as they have.
-        prompt_tokens, optimize_for: of whole models.
-        device: None: a GPU where there is one.
-        revision, trust_remote_code: of the checkpoint.
-        output: folder for results and figure.
-
     Raises:
         TypeError, ValueError: names the setting, what was found and what is allowed.
     """
 
-    models: Sequence[str] | None = None
-    shapes: Sequence[str] = ()
-    tokens: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
-    patterns: Sequence[str] | None = None
-    dtype: str | None = None
-    whole_models: Sequence[str] = ()
-    layers: int | None = None
-    prompt_tokens: int = 1024
-    optimize_for: str = "memory"
-    device: str | None = None
-    revision: str | None = None
+    models: Sequence[str] | None = setting(None, f"shapes of models by name: {', '.join(MODELS)} (default: all)")
+    shapes: Sequence[str] = setting((), "further shapes as OUTxIN, such as 4096x11008 (default: none)")
+    tokens: Sequence[int] = setting((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096), "in a product")
+    patterns: Sequence[str] | None = setting(None, "2:4 and 4:8 (default: both; a checkpoint's own)")
+    dtype: str | None = setting(None, "of weights (default: bfloat16; a checkpoint's own)")
+    whole_models: Sequence[str] = setting((), "models by name to run whole, with random weights (default: none)")
+    layers: int | None = setting(None, "blocks of a whole model (default: as many as it has)")
+    prompt_tokens: int = setting(1024, "of the prefill of a whole model")
+    optimize_for: str = setting("memory", "of a whole model")
+    device: str | None = setting(None, "where it runs (default: cuda where there is one, otherwise cpu)")
+    revision: str | None = setting(None, "branch, tag or commit of the checkpoint (default: main)")
     trust_remote_code: bool = False
-    output: str = "ksparse-bench"
+    output: str = setting("ksparse-bench", "folder for results.json and speedup.png")
 
     def __post_init__(self) -> None:
         for name in (*(self.models or ()), *self.whole_models):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...commands.base import LOADING_TEXTS, Command, add_loading, usage
-from ...commands.parser import Parser, add_switches, dataset
+from ...commands.base import LOADING_TEXTS, Command, usage
 from ...commands.recipes import read_recipe
-
-if TYPE_CHECKING:
-    from .. import Recipe
+from .. import RECIPE_KEYS, Recipe, list_cells, run_study, tabulate_study
 
 # Keys of the recipe that differ from machine to machine.
 _TEXTS = {
@@ -17,38 +14,34 @@ _TEXTS = {
     "output": "folder for the study",
     "texts": "to measure perplexity on",
     "data_dir": "folder of <task>/<split>.jsonl of KoBEST",
+    "dataset": "calibration text, or a mix as for prune, where the recipe has one alone",
     **{name: LOADING_TEXTS[name] for name in ("device_map", "revision")},
 }
-_KEYS = (*_TEXTS, "dataset", "processes")
+_PROCESSES = {"processes": "cells that run at once"}
 _OF_EVALUATION = ("texts", "data_dir")
 
 
 class StudyCommand(Command):
     MODELS = ("model",)
-
-    @classmethod
-    def add_arguments(cls, parser: Parser) -> None:
-        parser.add_argument("recipe", help="YAML file: model, output, methods, patterns, calibration, seeds, …")
-        add_switches(
-            parser,
-            {
-                "dry_run": "list the cells, and what is done",
-                "tables_only": "write tables and figures of what is done; run nothing",
-            },
-        )
-        add_loading(parser, _TEXTS)
-        text = "calibration text, or a mix as for prune, where the recipe has one alone"
-        parser.add_argument("--dataset", type=dataset, metavar="VALUE", help=text)
-        parser.add_argument("--processes", type=int, metavar="N", help="cells that run at once")
+    WORDS = {"recipe": "YAML file: model, output, methods, patterns, calibration, seeds, …"}
+    SWITCHES = {
+        "dry_run": "list the cells, and what is done",
+        "tables_only": "write tables and figures of what is done; run nothing",
+    }
+    FLAGS = ((_TEXTS,), (_PROCESSES, Recipe))
 
     def execute(self) -> None:
-        from .. import Recipe, run_study, tabulate_study
-
         with usage():
+            if self.args.recipe is None:
+                raise ValueError(f"recipe is missing; see {self.parser.prog} --help")
             settings = self._settings()
             recipe = Recipe.from_dict(settings)
         if self.args.dry_run:
-            return self._list(recipe)
+            cells = list_cells(recipe)
+            for name, (cell, state) in cells.items():
+                print(f"{state:7}  {cell}  [{name}]")
+            print(f"{sum(state == 'done' for _, state in cells.values())} of {len(cells)} cells are done")
+            return
         if self.args.tables_only:  # which needs no model
             results = tabulate_study(recipe)
         else:
@@ -59,23 +52,11 @@ class StudyCommand(Command):
         if results.failed and not self.args.tables_only:
             names = "; ".join(f"{results.record.cells[cell]} (cells/{cell}/log.txt)" for cell in results.failed)
             raise ChildProcessError(f"{len(results.failed)} cells failed: {names}; the same command runs them again")
-        return None
-
-    @staticmethod
-    def _list(recipe: Recipe) -> None:
-        from .. import list_cells
-
-        cells = list_cells(recipe)
-        for name, (cell, state) in cells.items():
-            print(f"{state:7}  {cell}  [{name}]")
-        print(f"{sum(state == 'done' for _, state in cells.values())} of {len(cells)} cells are done")
 
     def _settings(self) -> dict[str, Any]:
         """The recipe, overridden by the flags that were given."""
-        from .. import RECIPE_KEYS
-
         recipe = read_recipe(self.args.recipe, RECIPE_KEYS)
-        given = self.given(_KEYS)
+        given = self.given([*_TEXTS, *_PROCESSES])
         dataset = given.pop("dataset", None)
         if dataset is not None:
             recipe["calibration"] = _with_dataset(recipe.get("calibration") or [{}], dataset)

@@ -1,11 +1,10 @@
 """How to fine-tune: the settings of a run, and the adapter that they stand for. The fields with their help are the
 flags of `optimum-cli ksparse finetune`, the keys of its recipes and those of a study's sections."""
-# ruff: noqa: RUF009 (`_set` is `field`)
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from transformers import PreTrainedModel
@@ -16,16 +15,13 @@ from ...checks import check_keys, check_one_of
 from ...nn import is_linear_map
 from ...records import Between, Count, Positive
 from ...records.build import build_fields
+from ..settings import setting
 
 # What is trained: low-rank adapters of three kinds, one whose delta is masked, or the sparse weights themselves.
 TUNING_METHODS = ("lora", "masked", "dora", "hira", "full")
 KOALPACA = "beomi/KoAlpaca-v1.1a"
 _LEAST_ROOM = 8  # paragraph tokens that a window must have room for
 _AboveZero = Annotated[float, Between(1e-12)]
-
-
-def _set(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -37,22 +33,22 @@ class FinetuningSettings:
         ValueError: names the setting, what was found and what is allowed.
     """
 
-    method: str = _set("lora", "masked: LoRA whose delta keeps the mask; full: the sparse weights")
-    r: Positive = _set(8, "rank of the adapter")
-    alpha: Positive = _set(16, "scale of the adapter: its delta is alpha / r · BA")
-    dropout: Annotated[float, Between(0, 0.99)] = _set(0.05, "of the adapter")
-    target_modules: list[str] | None = _set(None, "linear maps to adapt (default: all of the decoder blocks)")
-    learning_rate: _AboveZero = _set(3e-4, "at its highest, after the warm-up; it falls linearly to zero")
-    warmup_steps: Count = _set(100, "steps over which the learning rate rises")
-    batch_size: Positive = _set(128, "examples a step, over all processes")
-    micro_batch_size: Positive = _set(4, "examples in one forward pass")
-    num_epochs: _AboveZero = _set(3, "passes over the examples")
-    max_steps: Positive | None = _set(None, "ends earlier (default: after the passes)")
-    max_examples: Positive | None = _set(None, "use the first ones alone (default: all)")
-    seed: Count = _set(0, "of the order of examples, of dropout and of new weights")
-    bf16: bool = _set(False, "matrix products in bfloat16, for weights in float32")
-    gradient_checkpointing: bool = _set(False, "less memory for activations, more time")
-    save_steps: Positive = _set(50, "steps from one checkpoint to the next")
+    method: str = setting("lora", "masked: LoRA whose delta keeps the mask; full: the sparse weights")
+    r: Positive = setting(8, "rank of the adapter")
+    alpha: Positive = setting(16, "scale of the adapter: its delta is alpha / r · BA")
+    dropout: Annotated[float, Between(0, 0.99)] = setting(0.05, "of the adapter")
+    target_modules: list[str] | None = setting(None, "linear maps to adapt (default: all of the decoder blocks)")
+    learning_rate: _AboveZero = setting(3e-4, "at its highest, after the warm-up; it falls linearly to zero")
+    warmup_steps: Count = setting(100, "steps over which the learning rate rises")
+    batch_size: Positive = setting(128, "examples a step, over all processes")
+    micro_batch_size: Positive = setting(4, "examples in one forward pass")
+    num_epochs: _AboveZero = setting(3, "passes over the examples")
+    max_steps: Positive | None = setting(None, "ends earlier (default: after the passes)")
+    max_examples: Positive | None = setting(None, "use the first ones alone (default: all)")
+    seed: Count = setting(0, "of the order of examples, of dropout and of new weights")
+    bf16: bool = setting(False, "matrix products in bfloat16, for weights in float32")
+    gradient_checkpointing: bool = setting(False, "less memory for activations, more time")
+    save_steps: Positive = setting(50, "steps from one checkpoint to the next")
 
     def __post_init__(self) -> None:
         check_one_of("method", self.method, TUNING_METHODS)
@@ -71,8 +67,8 @@ class FinetuningSettings:
 class KoAlpacaSettings(FinetuningSettings):
     """Settings of KoAlpaca. `data` may also be a list of rows, each with `instruction` and `output`."""
 
-    data: Any = _set(KOALPACA, "JSON lines with instruction and output, or a Hub id (default: KoAlpaca v1.1a)")
-    max_length: Annotated[int, Between(2)] = _set(512, "tokens; longer answers are cut, and longer prompts left out")
+    data: Any = setting(KOALPACA, "JSON lines with instruction and output, or a Hub id (default: KoAlpaca v1.1a)")
+    max_length: Annotated[int, Between(2)] = setting(512, "tokens; longer answers are cut, longer prompts left out")
 
     def trainer_class(self) -> Any:
         from .koalpaca import KoAlpacaTrainer
@@ -84,17 +80,17 @@ class KoAlpacaSettings(FinetuningSettings):
 class KorQuADSettings(FinetuningSettings):
     """Settings of KorQuAD."""
 
-    train_file: str | None = _set(None, "JSON in the form of SQuAD 1.1 (default: KorQuAD 1.0 on the Hub)")
-    eval_file: str | None = _set(
+    train_file: str | None = setting(None, "JSON in the form of SQuAD 1.1 (default: KorQuAD 1.0 on the Hub)")
+    eval_file: str | None = setting(
         None, "the same, to measure on (default: a fifth of the articles of --train-file, drawn with --seed)"
     )
-    max_eval_questions: Positive | None = _set(None, "measure on the first ones alone (default: on all)")
-    eval_every: Positive | None = _set(None, "steps after which these are measured too (default: at the end alone)")
-    head_only: bool = _set(False, "train the span head without an adapter")
-    seq_len: Positive | None = _set(None, "tokens of a window (default: 512, or the model's context)")
-    max_question_tokens: Positive = _set(96, "of a question at most")
-    stride: Positive = _set(128, "tokens from one window of a long paragraph to the next")
-    prepend_bos: bool | None = _set(None, "begin windows with the beginning token (default: where the tokenizer does)")
+    max_eval_questions: Positive | None = setting(None, "measure on the first ones alone (default: on all)")
+    eval_every: Positive | None = setting(None, "steps after which these are measured too (default: at the end alone)")
+    head_only: bool = setting(False, "train the span head without an adapter")
+    seq_len: Positive | None = setting(None, "tokens of a window (default: 512, or the model's context)")
+    max_question_tokens: Positive = setting(96, "of a question at most")
+    stride: Positive = setting(128, "tokens from one window of a long paragraph to the next")
+    prepend_bos: bool | None = setting(None, "begin with the beginning token (default: where the tokenizer does)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
