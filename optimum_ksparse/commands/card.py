@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from ..hub import LANGUAGES, check_repository, write_card
+from ..hub import LANGUAGES, check_repository, push_model, write_card
 from .base import TRUST, Command, folder_of, load_checkpoint, usage
 
-_TEXTS = {
-    "language": "of the card (default: en)",
-    "repo_id": "user/name under which it is (to be) published",
-    "tags": "further tags",
-}
+_TEXTS = {"language": "of the card", "tags": "further tags (default: none)"}
+_REPO_ID = {"repo_id": "user/name under which it is (to be) published"}
 
 
 class CardCommand(Command):
@@ -17,7 +14,7 @@ class CardCommand(Command):
     REQUIRED = ("checkpoint",)
     WORDS = {"checkpoint": "folder of a sparse checkpoint, or of an adapter on one"}
     SWITCHES = TRUST
-    FLAGS = ((_TEXTS, write_card),)
+    FLAGS = ((_TEXTS, push_model), (_REPO_ID,))
     CHOICES = {"language": LANGUAGES}
 
     def execute(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import inspect
 import re
 import sys
@@ -142,8 +143,7 @@ def _argument(source: Any, name: str) -> tuple[Any, bool, Any]:
         return dataset, False, None
     if source is None:
         return str, False, None
-    called: Any = getattr(source, "__init__") if isinstance(source, type) else source  # noqa: B009 (for mypy)
-    hint, default = get_type_hints(called)[name], inspect.signature(called).parameters[name].default
+    hint, default = _arguments(source)[name]
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if str in parts:
         return str, any(get_origin(part) is list for part in parts), default
@@ -151,3 +151,11 @@ def _argument(source: Any, name: str) -> tuple[Any, bool, Any]:
     kinds = {*parts, *(inner for part in lists for inner in get_args(part))}
     kind = next((read for kind, read in ((bool, boolean), (int, int), (float, float)) if kind in kinds), str)
     return kind, bool(lists), default
+
+
+@functools.cache
+def _arguments(source: Any) -> dict[str, tuple[Any, Any]]:
+    """Name → annotation and default of the arguments of a function or a class."""
+    called: Any = getattr(source, "__init__") if isinstance(source, type) else source  # noqa: B009 (for mypy)
+    hints, parameters = get_type_hints(called), inspect.signature(called).parameters
+    return {name: (hints.get(name), parameter.default) for name, parameter in parameters.items()}

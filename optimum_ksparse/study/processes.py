@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.constants import HF_HOME
-
-from ..checkpoint.staging import write_text
 
 LOG_NAME = "log.txt"
 # -P: the current folder is no place to import from, unless it is one in this process.
@@ -39,11 +35,11 @@ def run_cells(folders: Sequence[Path], processes: int, ended: Callable[[Path, in
             for process in [process for process in running if process.poll() is not None]:
                 folder, slot = running.pop(process)
                 slots.append(slot)
-                _end(process, folder)
+                _end(process)
                 ended(folder, process.returncode)
     finally:
-        for process, (folder, _) in running.items():
-            _end(process, folder)
+        for process in running:
+            _end(process)
 
 
 def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -58,16 +54,13 @@ def _start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]
         )
 
 
-def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Kills a process and what it started, where they are still there, and takes this machine's paths out of the
-    log."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process and what it started, where they are still there."""
     with suppress(ProcessLookupError, PermissionError):  # gone
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert process.stdin is not None
     process.stdin.close()
-    text = (folder / LOG_NAME).read_text(encoding="utf-8", errors="replace")
-    write_text(folder / LOG_NAME, without_places(text, folder.parents[1]))
 
 
 def end_with_parent() -> None:
@@ -100,27 +93,6 @@ def _environment(slot: int, processes: int) -> dict[str, str]:
             names = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
             environment["CUDA_VISIBLE_DEVICES"] = names[slot % count]
     return environment
-
-
-def without_places(text: str, study: Path) -> str:
-    """A log, which is published with the study: paths below the study's folder are relative, and names stand in the
-    place of those folders of this machine that others lie in."""
-    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    names = {
-        os.path.expanduser("~"): "~",
-        tempfile.gettempdir(): "<tmp>",
-        os.getcwd(): "<cwd>",
-        os.path.expanduser(HF_HOME): "<cache>",
-        **dict.fromkeys((sys.prefix, sys.base_prefix), "<python>"),
-        **dict.fromkeys(packages, "<packages>"),
-        os.fspath(Path(__file__).resolve().parents[2]): "<program>",
-        **dict.fromkeys((os.path.abspath(study), os.path.realpath(study)), ""),
-    }
-    for place in sorted(names, key=len, reverse=True):  # those that lie in others first
-        if len(Path(place).parts) > 1:
-            text = text.replace(place + os.sep, f"{names[place]}/" if names[place] else "")
-            text = text.replace(place, names[place] or ".")
-    return text
 
 
 def last_lines(log: Path, count: int = 20) -> list[str]:

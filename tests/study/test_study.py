@@ -15,7 +15,6 @@ import shutil
 import signal
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -581,18 +580,6 @@ def test_cells_that_run_at_once_share_the_machine(monkeypatch):
     assert processes._environment(1, 2)["CUDA_VISIBLE_DEVICES"] == "7"
     assert processes._environment(1, 2)["OMP_NUM_THREADS"] == "3"
     assert processes._environment(0, 1)["CUDA_VISIBLE_DEVICES"] == "5,7"
-
-
-def test_a_log_names_no_folder_of_this_machine(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
-    study = tmp_path / "study"
-    text = f"{study}/cells/a/model.safetensors, {study}, /home/someone/models/x, {torch.__file__}, {os.sep}\n"
-    text += f'File "{processes.__file__}" in {tempfile.gettempdir()}/y'
-    shown = processes.without_places(text, study)
-    assert shown.startswith("cells/a/model.safetensors, ., ~/models/x, <")
-    for place in (str(tmp_path), "someone", tempfile.gettempdir(), str(Path(torch.__file__).parents[2])):
-        assert place not in shown
-    assert "optimum_ksparse/study/processes.py" in shown
 
 
 def test_a_real_process(workplace, monkeypatch):
