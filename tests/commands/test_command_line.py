@@ -286,6 +286,7 @@ def test_settings_are_named_as_flags_and_other_words_stay():
 # Where this package cannot be loaded
 
 
+@pytest.mark.processes
 def test_optimum_cli_works_with_a_transformers_that_does_not_suit(tmp_path):
     paths = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
 

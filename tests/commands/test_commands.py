@@ -162,6 +162,7 @@ def test_recipes_are_short_and_valid():
         SparsityConfig.from_flat(**{name: value for name, value in recipe.items() if name in FLAT_SETTINGS})
 
 
+@pytest.mark.processes
 def test_help_of_optimum_cli_lists_us(tmp_path):
     done = subprocess.run([CLI, "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert "ksparse" in done.stdout

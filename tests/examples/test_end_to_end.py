@@ -16,7 +16,7 @@ from optimum_ksparse.evaluation import KOBEST_TASKS, evaluate_kobest
 
 from ..conftest import REPOSITORY
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.processes]
 
 
 @pytest.fixture(scope="module")

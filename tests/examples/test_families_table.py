@@ -35,6 +35,7 @@ def test_the_table_says_what_works_and_what_is_refused(families, tmp_path, monke
     assert "| llama | LlamaForCausalLM |" in (tmp_path / "families.md").read_text()
 
 
+@pytest.mark.processes
 def test_a_family_that_ends_its_process_fails_and_the_others_go_on(families, tmp_path, monkeypatch):
     parent = os.getpid()
 

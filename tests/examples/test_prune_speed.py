@@ -32,12 +32,12 @@ def make_results(runs):
     }
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_our_side_end_to_end(script, method, make_model, tokenizer, tmp_path):
+@pytest.mark.processes
+def test_our_side_end_to_end(script, make_model, tokenizer, tmp_path):
     model, output = tmp_path / "model", tmp_path / "out/results.json"
     make_model("llama").save_pretrained(model)
     tokenizer.save_pretrained(model)
-    given = {"model": model, "cache": tmp_path / "cache", "output": output, "methods": method, "repeats": 2}
+    given = {"model": model, "cache": tmp_path / "cache", "output": output, "methods": "sparsegpt", "repeats": 2}
     given |= {"samples": 3, "seq-len": CONTEXT, "windows": 2, "threads": 1, "tools": "optimum-ksparse"}
     speed = script("prune_speed")
     speed.main(speed.arguments([part for name, value in given.items() for part in (f"--{name}", str(value))]))
@@ -60,6 +60,7 @@ def test_saved_tokens_are_taken_as_they_are(script, tmp_path, token_ids):
         assert torch.equal(script("prune_speed_worker").read_tokens(str(tmp_path / name)), token_ids)
 
 
+@pytest.mark.processes
 def test_a_failing_run_shows_its_log(script, tmp_path):
     run = {"threads": 1, "model": "no-such-folder", "tokens": str(tmp_path / "none.pt"), "method": "wanda"}
     with pytest.raises(RuntimeError, match=r"optimum-ksparse failed with status 1:(.|\n)*none\.pt"):
@@ -116,6 +117,7 @@ def test_counted_operations(script, method, make_model):
     assert math.isclose(counter.get_total_flops(), products, rel_tol=0.05)
 
 
+@pytest.mark.processes
 def test_scaling(script):
     scaling = script("prune_scaling")
     axes = {"width": (64, 128), "depth": (1, 2), "samples": (2, 4)}

@@ -226,6 +226,7 @@ def test_readmes_hold_the_tables_of_the_committed_files():
         assert script.filled(text, language) == text, "run readme_tables.py"
 
 
+@pytest.mark.processes
 def test_a_step_that_hangs_keeps_what_it_wrote_and_does_not_lose_the_others(tmp_path, monkeypatch):
     hanging = "import os, signal, sys, time\n{}\ntry: os.mkdir(sys.argv[1]), time.sleep(3600)\nfinally: {}"
     stubborn = hanging.format("signal.signal(signal.SIGINT, signal.SIG_IGN)", "pass")

@@ -403,6 +403,7 @@ def test_settings_that_only_round_differently_take_effect_where_a_cell_failed(
     assert found == [False, True, False], "what was begun with these very settings stays"
 
 
+@pytest.mark.processes
 def test_a_changed_recipe_runs_only_what_is_new(faked):
     said: list[str] = []
     run_study(recipe(methods=["wanda"]), said.append)
@@ -419,6 +420,7 @@ def test_a_changed_recipe_runs_only_what_is_new(faked):
     assert said[-1] == "5 of 5 cells are done already"
 
 
+@pytest.mark.processes
 def test_another_model_or_protocol_is_refused_with_the_difference(faked):
     run_study(recipe(methods=["magnitude"]), str)
     before = json.loads(Path("out/study.json").read_bytes())
@@ -440,6 +442,7 @@ def test_another_model_or_protocol_is_refused_with_the_difference(faked):
     assert before["job"]["weights"] == json.loads(Path("out/study.json").read_bytes())["job"]["weights"]
 
 
+@pytest.mark.processes
 def test_a_failed_cell_is_named_the_others_go_on_and_it_runs_again(faked, capsys):
     cells = grid(recipe())
     name, bad = next(
@@ -466,6 +469,7 @@ def test_a_failed_cell_is_named_the_others_go_on_and_it_runs_again(faked, capsys
     assert len(load_study("out").cells) == len(cells) and not load_study("out").failed
 
 
+@pytest.mark.processes
 def test_a_study_over_something_else_is_refused(faked):
     before = sorted(path.name for path in Path("dense").iterdir())
     with pytest.raises(ValueError, match="is the source 'dense'"):
@@ -478,6 +482,7 @@ def test_a_study_over_something_else_is_refused(faked):
     assert [path.name for path in Path("other").iterdir()] == ["results.json"]
 
 
+@pytest.mark.processes
 def test_two_studies_in_one_folder_are_refused(faked):
     chosen = recipe(methods=["magnitude"], patterns=["2:4"])
     Path("out").mkdir()
@@ -502,6 +507,7 @@ def test_two_studies_in_one_folder_are_refused(faked):
         ("result.json", ("seconds",), None, "seconds"),
     ],
 )
+@pytest.mark.processes
 def test_a_damaged_file_is_named_with_its_field(faked, name, place, value, said):
     run_study(recipe(methods=["magnitude"], patterns=["2:4"]), str)
     path = next(path for path in sorted(Path("out").rglob(name)) if path.parent.name != "dense")
@@ -529,6 +535,7 @@ def until(done) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.processes
 def test_a_killed_study_leaves_no_process_and_loses_no_finished_cell(faked, number):
     first, second = [name for name in grid(recipe()) if name != "dense"][:2]
     Path("wait").write_text(second)
@@ -549,6 +556,7 @@ def test_a_killed_study_leaves_no_process_and_loses_no_finished_cell(faked, numb
     assert len(run_study(recipe(), str).cells) == 7
 
 
+@pytest.mark.processes
 def test_a_killed_cell_is_the_only_one_lost(faked):
     cells = grid(recipe())
     name = list(cells)[1]
@@ -582,6 +590,7 @@ def test_cells_that_run_at_once_share_the_machine(monkeypatch):
     assert processes._environment(0, 1)["CUDA_VISIBLE_DEVICES"] == "5,7"
 
 
+@pytest.mark.processes
 def test_a_real_process(workplace, monkeypatch):
     def run_cells(folders, processes, ended):
         cell_module.run_cell(folders[0])  # the dense model, in this process: a real one takes seconds to start
@@ -598,6 +607,7 @@ def test_a_real_process(workplace, monkeypatch):
     assert "Traceback" not in log and "RuntimeWarning" not in log
 
 
+@pytest.mark.processes
 def test_tables_alone_have_the_grid_of_the_recipe_that_is_given(faked, capsys):
     wide = settings(methods=["magnitude", "wanda"], output="there")
     Path("wide.yaml").write_text(yaml.safe_dump(wide), encoding="utf-8")
@@ -613,6 +623,7 @@ def test_tables_alone_have_the_grid_of_the_recipe_that_is_given(faked, capsys):
     assert "3 of 7 cells are done" in Path("there/tables.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.processes
 def test_flags_take_the_place_of_what_differs_from_machine_to_machine(faked, capsys):
     found = settings(model="gone", evaluation={"texts": "gone.txt", "seq_len": 32, "tasks": []})
     found["calibration"] = [{"num_samples": 4, "seq_len": 32}]
