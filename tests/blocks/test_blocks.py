@@ -137,11 +137,8 @@ def test_the_nearest_weight_of_the_pattern_is_found():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            {"method": "sparsegpt", "pattern": "50%/4x24"},
-            "block_size=128 is not a multiple of the 24 columns of a block",
-        ),
-        ({"pattern": "50%/4x4", "refine": "swaps"}, "refine='swaps' exchanges single weights"),
+        ({"method": "sparsegpt", "pattern": "50%/4x24"}, "block_size=128"),
+        ({"pattern": "50%/4x4", "refine": "swaps"}, "refine='swaps'"),
     ],
 )
 def test_settings_that_blocks_cannot_have(config, message):

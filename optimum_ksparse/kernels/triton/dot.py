@@ -20,7 +20,8 @@ def _product(w, x, total, DTYPE: tl.constexpr):
     weight = w.to(tl.int16).to(DTYPE, bitcast=True)
     if INTERPRETED:  # whose bfloat16 products are wrong
         return tl.dot(weight.to(tl.float32), x.to(tl.float32), total)
-    return tl.dot(weight, x, total)
+    else:
+        return tl.dot(weight, x, total)
 
 
 @triton.jit

@@ -31,9 +31,10 @@ def prmt(a, b, selector):
         for k in tl.static_range(1, 4):
             result |= ((data >> ((shifts >> (4 * k)) & 56)) & 0xFF) << (8 * k)
         return result.to(tl.uint32).to(tl.int32, bitcast=True)
-    return tl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1
-    )
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -48,9 +49,10 @@ def load_nibbles(bits_ptr, row, steps, groups, step, lane, place, inside, ALIGNE
         at = bits_ptr + row * steps + step + lane
         word = tl.load(at) if inside is None else tl.load(at, mask=step + lane < steps, other=0)
         return word.to(tl.int32)[:, None], tl.arange(0, 4)[None, :]
-    group = step * 4 + place
-    byte = tl.load(bits_ptr + row * ((groups + 1) // 2) + group // 2, mask=inside, other=0).to(tl.int32)
-    return (byte >> (group % 2 * 4)) & 15, 0
+    else:
+        group = step * 4 + place
+        byte = tl.load(bits_ptr + row * ((groups + 1) // 2) + group // 2, mask=inside, other=0).to(tl.int32)
+        return (byte >> (group % 2 * 4)) & 15, 0
 
 
 @triton.jit
@@ -117,8 +119,9 @@ def widen(pair, DTYPE: tl.constexpr):
     """A pair of bfloat16 or float16 as two float32."""
     if tl.bfloat16 == DTYPE:
         return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-    low = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        low = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return low, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 _tables: dict[torch.device, torch.Tensor] = {}
