@@ -22,6 +22,7 @@ class ModelFacts:
         report: `SparsityReport`. merge: `MergeReport`. results: `EvaluationResults`. tuning: what `finetuning.json`
             says. None where there is none.
         mark: how the weights were when `report` and `results` were last known to be theirs (see `evaluation.ties`).
+        adapted: how they were, an adapter's among them, when their fingerprint was last computed.
         run: the run of `Trainer` that it is, or was, in.
         is_dequantized: it was sparse, and is dense now.
     """
@@ -34,31 +35,31 @@ class ModelFacts:
     results: Any = None
     tuning: dict[str, Any] | None = None
     mark: Any = None
+    adapted: Any = None
     run: Any = None
     is_dequantized: bool = False
 
     def forget(self) -> None:
         """Drops what is known of the weights, which are others now."""
-        self.report = self.merge = self.results = self.mark = self.run = None
+        self.report = self.merge = self.results = self.mark = self.adapted = self.run = None
 
 
-# Folder or Hub id that a model was loaded from, and where there: nothing is set on a model, nor looked up, before
-# somebody asks.
-_ORIGINS: WeakKeyDictionary[Any, tuple[str, str, dict[str, Any]]] = WeakKeyDictionary()
+# Where a model was loaded from, folder or commit: nothing is set on a model before somebody asks.
+_ORIGINS: WeakKeyDictionary[Any, tuple[str | None, str | None]] = WeakKeyDictionary()
 
 
-def note_origin(model: Any, source: Any, file_name: str | None, place: dict[str, Any]) -> None:
+def note_origin(model: Any, source: Any, subfolder: str = "", commit: str | None = None) -> None:
     """Lets `facts_of(model)` say where a model came from.
 
     Args:
         model: that was loaded. source: folder or Hub id; anything else is no place.
-        file_name: of a file that was read there, where it is not the config.
-        place: arguments that say where on the Hub it is.
+        commit: of the Hub's repository that `source` was read at. A later look at the cache might find another one.
     """
-    if isinstance(source, str | os.PathLike):
+    if isinstance(source, str | os.PathLike) and os.path.isdir(source):
         # From elsewhere a relative path reads like a name on the Hub.
-        folder = os.path.join(source, place.get("subfolder") or "") if os.path.isdir(source) else ""
-        _ORIGINS[model] = (os.path.realpath(folder) if folder else str(source), file_name or CONFIG_NAME, place)
+        _ORIGINS[model] = (os.path.realpath(os.path.join(source, subfolder)), None)
+    elif model.name_or_path == source:  # and not the base of an adapter that was named
+        _ORIGINS[model] = (None, commit)
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -67,12 +68,8 @@ def facts_of(model: Any) -> ModelFacts:
     plain = without_peft(model)
     facts: ModelFacts | None = vars(plain).get("ksparse")
     if facts is None:
-        facts = plain.ksparse = ModelFacts()
-        source, file_name, place = _ORIGINS.get(plain, ("", "", {}))
-        if os.path.isabs(source):
-            facts.folder = source
-        elif source:  # what has been loaded is in the cache
-            facts.commit = commit_of(source, file_name, **{**place, "local_files_only": True})
+        folder, commit = _ORIGINS.get(plain, (None, None))
+        facts = plain.ksparse = ModelFacts(folder=folder, commit=commit)
     return facts
 
 

@@ -83,15 +83,15 @@ def is_unchanged(
     if state_dict is not None:
         given = _mark(state_dict).samples
         return all(mark.samples[name] == given[name] for name in mark.samples.keys() & given.keys())
-    found = _mark(_tensors(model))
-    if found.samples != mark.samples:
+    current = _mark(_tensors(model))
+    if current.samples != mark.samples:
         return False
-    if now is None and found.writes == mark.writes:
+    if now is None and current.writes == mark.writes:
         return True
     if mark.fingerprint is not None and not (dist.is_available() and dist.is_initialized()):
         return (now or fingerprint(model)) == mark.fingerprint
     # A tensor that lies elsewhere was moved; one that was written to where it lies may have changed anywhere.
-    return all(found.writes[name] == (at, n) for name, (at, n) in mark.writes.items() if found.writes[name][0] == at)
+    return all(current.writes[name] == (at, n) for name, (at, n) in mark.writes.items() if current.writes[name][0] == at)
 
 
 def settle_records(model: PreTrainedModel, *, now: str | None = None) -> None:
@@ -104,7 +104,7 @@ def settle_records(model: PreTrainedModel, *, now: str | None = None) -> None:
     facts = facts_of(model)
     mark, results = facts.mark, facts.results
     if getattr(model, "peft_config", None):  # report and mark are of the model that the adapter was added to
-        known = now or (None if results is None else fingerprint(model))
+        known = None if now is None and results is None else adapted_fingerprint(model, now)
     else:
         unchanged = is_unchanged(model, now=now)
         known = now or (mark.fingerprint if mark is not None and unchanged else None)
@@ -116,6 +116,17 @@ def settle_records(model: PreTrainedModel, *, now: str | None = None) -> None:
     if results is not None and results.fingerprint != known:
         logger.warning(_OTHER_WEIGHTS)
         facts.results = None
+
+
+def adapted_fingerprint(model: PreTrainedModel, now: str | None = None) -> str | None:
+    """The fingerprint of a model with its adapter: `now`, or the last one where nothing was written since."""
+    facts, current = facts_of(model), _mark(_tensors(model))
+    mark: WeightsMark | None = facts.adapted
+    if now is None and mark is not None and (mark.samples, mark.writes) == (current.samples, current.writes):
+        return mark.fingerprint
+    current.fingerprint = now or fingerprint(model)
+    facts.adapted = current
+    return current.fingerprint
 
 
 def settled_records(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None = None) -> list[Any]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import ModelFacts, describe_model, facts_of, fingerprint, made_with, sparse_modules, without_peft
 from ..config import SparsityConfig
-from ..evaluation import EvaluationResults, settle_records
+from ..evaluation import EvaluationResults, adapted_fingerprint, settle_records
 from ..records import RESULTS_NAME, names_repository
 
 
@@ -57,15 +57,12 @@ class Subject:
         """
         results: EvaluationResults | None = self.facts.results
         report = self.facts.report
-        if results is None and (self.is_adapter or report is None or not (report.fingerprint or report.changes)):
-            if not self.is_adapter:
-                settle_records(self.plain)
-            return None
-        now = fingerprint(self.plain)
-        is_theirs = results is not None and results.fingerprint == now
         if self.is_adapter:  # the base's own, from before the adapter, are of other weights
-            return results if is_theirs else None
-        if results is not None and not is_theirs:
+            theirs = results is not None and adapted_fingerprint(self.plain, fingerprint(self.plain))
+            return results if results is not None and results.fingerprint == theirs else None
+        is_known = results is not None or (report is not None and (report.fingerprint or report.changes))
+        now = fingerprint(self.plain) if is_known else None
+        if results is not None and results.fingerprint != now:
             raise ValueError(
                 f"{RESULTS_NAME} (model.ksparse.results) was measured on other weights, or in another dtype: measure "
                 "again with evaluate=True or `optimum-cli ksparse eval`, or delete the results"

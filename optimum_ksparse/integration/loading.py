@@ -54,7 +54,7 @@ def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(cls: type[PreTrainedModel], name: Any = None, *args: Any, **kwargs: Any) -> Any:
         name = kwargs.pop("pretrained_model_name_or_path", name)
         config, runtime = _take_config(kwargs), _take_runtime(kwargs)
-        source = Source(name, dict(kwargs))
+        source = Source.read(name, kwargs)
         recorded = None if config is None else _prepare(config, source, kwargs)
         with loading_from(source):
             result = original(cls, name, *args, **kwargs)

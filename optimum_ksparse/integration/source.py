@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file, hub
 
 from ..api import sparsify
 from ..blocks import find_blocks
@@ -19,6 +19,7 @@ from ..config import SparsityConfig
 from ..hub import card_of_source
 from ..pruning import load_tokenizer
 
+_resolve_revision = getattr(hub, "resolve_revision", None)
 # Arguments that say where on the Hub something is read.
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision", "subfolder", "proxies")
 
@@ -29,6 +30,19 @@ class Source:
 
     name: Any = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, name: Any, arguments: dict[str, Any]) -> Source:
+        """`arguments` then have the commit that `revision` stands for now, so that all is read from that one.
+        transformers would ask for it next, and does not keep it; versions that do not ask keep it in the config."""
+        source = cls(name, arguments)
+        if _resolve_revision is not None and isinstance(name, str) and not source.is_folder:
+            places = ("token", "local_files_only", "cache_dir")
+            place = {key: arguments[key] for key in places if arguments.get(key) is not None}
+            revision = _resolve_revision(name, arguments.get("revision"), **place)
+            if revision is not None:
+                arguments["revision"] = revision
+        return cls(name, dict(arguments))
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -53,8 +67,10 @@ class Source:
 
     def note(self, model: PreTrainedModel) -> None:
         """Lets `facts_of(model)` say where it came from."""
-        place = {name: value for name, value in self.hub.items() if name != "token"}
-        note_origin(model, self.name, self.arguments.get("gguf_file"), place)
+        commit, config = getattr(self.arguments.get("revision"), "resolved", None), self.arguments.get("config")
+        if not isinstance(config, PreTrainedConfig) or config.name_or_path == self.name:
+            commit = commit or getattr(model.config, "_commit_hash", None)
+        note_origin(model, self.name, self.arguments.get("subfolder") or "", commit)
 
     def check_loaded(self, model: PreTrainedModel) -> None:
         """Raises ValueError where weights of the model are random that should have been read."""

@@ -22,10 +22,12 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertModel,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -134,14 +136,14 @@ def metadata(hub: LoopbackHub, name: str = NAME) -> dict[str, Any]:
 # --- One commit ------------------------------------------------------------------------------------------------------
 
 
-def test_everything_is_one_commit_for_which_the_weights_are_read_once(
-    hub: LoopbackHub, model: PreTrainedModel, base: Path, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: Counter[str] = Counter()
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the weights, and what is known of a model, are read."""
+    counts: Counter[str] = Counter()
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            calls[function.__name__] += 1
+            counts[function.__name__] += 1
             return function(*args, **kwargs)
 
         return wrapper
@@ -151,6 +153,12 @@ def test_everything_is_one_commit_for_which_the_weights_are_read_once(
             if name.startswith("optimum_ksparse") and vars(module).get(function.__name__) is function:
                 monkeypatch.setattr(module, function.__name__, counted(function))
     monkeypatch.setattr(Subject, "read", counted(Subject.read))
+    return counts
+
+
+def test_everything_is_one_commit_for_which_the_weights_are_read_once(
+    hub: LoopbackHub, model: PreTrainedModel, base: Path, token_ids: torch.Tensor, calls: Counter[str]
+) -> None:
     info = model.push_to_hub(NAME, evaluate=TEXT_ONLY, baseline=base)
     assert (calls["fingerprint"], calls["read"]) == (1, 1)
     assert calls["facts_of"] < 40, "what is known of a model is passed on"
@@ -463,6 +471,18 @@ def test_the_tokenizer(given: str, hub: LoopbackHub, base: Path, tokenizer: Toke
     assert (content is None) == (given == "none") and (content is None or b"<other>" in content)
 
 
+def test_the_commit_of_a_model_is_the_one_that_was_loaded(hub: LoopbackHub, base: Path, tmp_path: Path) -> None:
+    """And not the one that the cached branch is at when somebody asks."""
+    hub.add_repo("org/tiny-base", read(base))
+    models = [cls.from_pretrained("org/tiny-base") for cls in (LlamaForCausalLM, AutoModelForCausalLM)]
+    make_dense(seed=1, num_hidden_layers=2).save_pretrained(tmp_path / "newer")
+    hub.commit("org/tiny-base", read(tmp_path / "newer"), "Other weights")
+    AutoConfig.from_pretrained("org/tiny-base")
+    first, newest = (commit.id for commit in pushed(hub, "org/tiny-base"))
+    assert [facts_of(model).commit for model in models] == [first, first]
+    assert facts_of(LlamaForCausalLM.from_pretrained("org/tiny-base")).commit == newest
+
+
 def test_the_tokenizer_of_the_base_is_that_of_the_recorded_commit(
     hub: LoopbackHub, base: Path, token_ids: torch.Tensor, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -686,7 +706,9 @@ def lora(model: PreTrainedModel, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["peft", "transformers"])
-def test_an_adapter(kind: str, hub: LoopbackHub, simple: Path, base: Path, token_ids: torch.Tensor) -> None:
+def test_an_adapter(
+    kind: str, hub: LoopbackHub, simple: Path, base: Path, token_ids: torch.Tensor, calls: Counter[str]
+) -> None:
     """The base's own results are not the adapter's, and the adapter's are measured with it."""
     AutoModelForCausalLM.from_pretrained(simple).push_to_hub("user/sparse", evaluate=TEXT_ONLY, baseline=base)
     plain = AutoModelForCausalLM.from_pretrained("user/sparse")
@@ -694,7 +716,9 @@ def test_an_adapter(kind: str, hub: LoopbackHub, simple: Path, base: Path, token
     model = lora(plain, kind)
     expected = logits(model, token_ids)
     for _ in range(2):
+        calls.clear()
         model.push_to_hub("user/adapter")
+        assert calls["fingerprint"] <= 1  # the base's results might be the adapter's
     (commit,) = pushed(hub, "user/adapter")
     files = {"adapter_config.json", "adapter_model.safetensors", "ksparse_adapter.json", "finetuning.json"}
     assert set(commit.files) - {"generation_config.json"} == files | TOKENIZER_FILES | {"README.md"}
@@ -705,7 +729,9 @@ def test_an_adapter(kind: str, hub: LoopbackHub, simple: Path, base: Path, token
     assert read_tuning("user/adapter") == {**plain.ksparse.tuning, "base": "tiny-simple"}
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("user/adapter").eval(), token_ids), expected)
     plain.ksparse.tuning = None
+    calls.clear()
     model.push_to_hub("user/adapter", evaluate=TEXT_ONLY, baseline=base)
+    assert calls["fingerprint"] == 1
     results, of_base = (
         json.loads(hub.files(name)["evaluation_results.json"]) for name in ("user/adapter", "user/sparse")
     )
