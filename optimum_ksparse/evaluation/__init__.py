@@ -11,7 +11,16 @@ from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
 from .table import MEAN_TITLE, result_rows, results_table
 from .tasks import TASKS, HubEntry, Task, add_task, task_of
-from .ties import RECORDS, TrainingRun, adapted_fingerprint, is_unchanged, mark_weights, note_merge, settle_records, settled_records
+from .ties import (
+    RECORDS,
+    TrainingRun,
+    adapted_fingerprint,
+    is_unchanged,
+    mark_weights,
+    note_merge,
+    settle_records,
+    settled_records,
+)
 from .tuning import read_tuning, tuning_of, tuning_settings, tuning_title
 
 __all__ = [

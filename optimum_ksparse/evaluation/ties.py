@@ -91,7 +91,9 @@ def is_unchanged(
     if mark.fingerprint is not None and not (dist.is_available() and dist.is_initialized()):
         return (now or fingerprint(model)) == mark.fingerprint
     # A tensor that lies elsewhere was moved; one that was written to where it lies may have changed anywhere.
-    return all(current.writes[name] == (at, n) for name, (at, n) in mark.writes.items() if current.writes[name][0] == at)
+    return all(
+        current.writes[name] == (at, n) for name, (at, n) in mark.writes.items() if current.writes[name][0] == at
+    )
 
 
 def settle_records(model: PreTrainedModel, *, now: str | None = None) -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCardData
 
-from ..adapters import MergeReport
 from ..evaluation import KOBEST_TASKS, TASKS, EvaluationResults, Measurement, result_rows, task_of, tuning_title
 from ..kernels import GROUPS, STRIP_TOKENS, why_not_strips
 from ..pattern import Pattern
@@ -24,54 +21,8 @@ from ..report import SparsityReport
 from ..version import __version__, install_command
 from .existing import BEGIN, END, has_section, insert_section, is_unfilled_form, split_card
 from .markdown import environment, phrases
-from .metadata import merge_metadata
-
-
-@dataclass
-class AdapterFacts:
-    """What a card says of an adapter: its kind (`"LORA"`), its settings by name, its trained parameters."""
-
-    kind: str
-    settings: dict[str, Any]
-    num_parameters: int
-
-
-@dataclass
-class CardSubject:
-    """What a card is about.
-
-    Attributes:
-        name: title; `repo_id`: where it is published, None while it is not.
-        base_model: Hub id of what was pruned, or of an adapter's sparse base; None for a local folder, whose name is
-            then `base_name`. base_revision: its commit.
-        storage: "packed" or "dense". dtype: of the weights. file_bytes: of all their files.
-        dense_revision: branch that holds the dense variant, or None.
-        figures: file → whether it was drawn.
-        adapter: None for a model of its own.
-        auto_class: name of the class of transformers that loads it.
-        merge: of the adapters that became part of the weights, where nothing has changed them since.
-        tuning: how it was tuned: `title`, and settings by name.
-        local_source: the folder that it was loaded from, which the card does not name.
-    """
-
-    name: str
-    report: SparsityReport | None
-    results: EvaluationResults | None
-    metadata: ModelCardData
-    storage: str
-    dtype: str
-    file_bytes: int
-    repo_id: str | None = None
-    base_model: str | None = None
-    base_name: str | None = None
-    base_revision: str | None = None
-    dense_revision: str | None = None
-    figures: dict[str, bool] = field(default_factory=dict)
-    adapter: AdapterFacts | None = None
-    auto_class: str = "AutoModelForCausalLM"
-    merge: MergeReport | None = None
-    tuning: dict[str, Any] | None = None
-    local_source: str | None = None
+from .metadata import build_metadata, merge_metadata
+from .subject import CardSubject
 
 
 def render_card(subject: CardSubject, language: str = "en", existing: str | None = None) -> str:
@@ -92,7 +43,7 @@ def render_card(subject: CardSubject, language: str = "en", existing: str | None
     template = environment().get_template("card.md.jinja")
     view = {**_view(subject), "begin": BEGIN, "end": END, "say": phrases(language)}
     section = re.sub(r"\n{3,}", "\n\n", template.render(**view).strip())
-    metadata = merge_metadata(front, subject.metadata.to_dict(), again=has_section(body))
+    metadata = merge_metadata(front, build_metadata(subject).to_dict(), again=has_section(body))
     block = yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     ours = [part.replace("\n", line_break) for part in (f"---\n{block}---\n\n", section, "\n")]
     return ours[0] + insert_section(body, ours[1], line_break) + ours[2]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..adapters import MergeReport
 from ..checkpoint import ModelFacts, describe_model, facts_of, fingerprint, made_with, sparse_modules, without_peft
 from ..config import SparsityConfig
 from ..evaluation import EvaluationResults, adapted_fingerprint, settle_records
 from ..records import RESULTS_NAME, names_repository
+from ..report import SparsityReport
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,55 @@ class Subject:
             )
         settle_records(self.plain, now=now)
         return results
+
+
+@dataclass
+class AdapterFacts:
+    """What a card says of an adapter: its kind (`"LORA"`), its settings by name, its trained parameters."""
+
+    kind: str
+    settings: dict[str, Any]
+    num_parameters: int
+
+
+@dataclass
+class CardSubject:
+    """What a card is about.
+
+    Attributes:
+        name: title, also of the model index; `repo_id`: where it is published, None while it is not.
+        base_model: Hub id of what was pruned, or of an adapter's sparse base; None for a local folder, whose name is
+            then `base_name`. base_revision: its commit.
+        storage: "packed" or "dense". dtype: of the weights. file_bytes: of all their files.
+        dense_revision: branch that holds the dense variant, or None.
+        figures: file → whether it was drawn.
+        adapter: None for a model of its own.
+        auto_class: name of the class of transformers that loads it.
+        merge: of the adapters that became part of the weights, where nothing has changed them since.
+        tuning: how it was tuned: `title`, and settings by name.
+        local_source: the folder that it was loaded from, which the card does not name.
+        inherited: of the base model's card: license, language, pipeline tag. tags: further ones.
+    """
+
+    name: str
+    report: SparsityReport | None
+    results: EvaluationResults | None
+    storage: str
+    dtype: str
+    file_bytes: int
+    repo_id: str | None = None
+    base_model: str | None = None
+    base_name: str | None = None
+    base_revision: str | None = None
+    dense_revision: str | None = None
+    figures: dict[str, bool] = field(default_factory=dict)
+    adapter: AdapterFacts | None = None
+    auto_class: str = "AutoModelForCausalLM"
+    merge: MergeReport | None = None
+    tuning: dict[str, Any] | None = None
+    local_source: str | None = None
+    inherited: dict[str, Any] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
 
 
 def is_adapter(model: Any) -> bool:

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..adapters import MergeReport
 from ..checkpoint.model_class import class_for_model
 from ..checkpoint.staging import write_text
 from ..evaluation import EvaluationResults, settle_records, tuning_title
-from .card import AdapterFacts, CardSubject, render_card
+from .card import render_card
 from .figures import draw_figures
-from .metadata import build_metadata, card_of_source
+from .metadata import card_of_source
 from .names import LANGUAGES, check_branch, check_language, check_repository
-from .subject import Subject
+from .subject import AdapterFacts, CardSubject, Subject
 
 CARD_NAME = "README.md"
 
@@ -113,23 +112,13 @@ def write_card_of(
     plain, facts = subject.plain, subject.facts
     report, (base_model, base_name, base_revision) = facts.report, subject.base()
     adapter = _adapter_facts(subject.model, directory) if subject.is_adapter else None
-    name = (options.repo_id or directory.resolve().name).split("/")[-1]
-    auto_class = class_for_model(plain).__name__
     inherited = report.base_card if report is not None and adapter is None else {}
+    # An adapter may have been merged before the weights became others.
+    changes = [] if report is None else report.changes
     card = CardSubject(
-        name=name,
+        name=(options.repo_id or directory.resolve().name).split("/")[-1],
         report=report,
         results=results,
-        metadata=build_metadata(
-            report,
-            results,
-            name=name,
-            base_model=base_model,
-            inherited=inherited or card_of_source(plain, options.token),
-            is_adapter=adapter is not None,
-            auto_class=auto_class,
-            tags=[*(plain.model_tags or []), *options.tags],
-        ),
         storage=subject.settings.storage,
         dtype=str(plain.dtype).removeprefix("torch."),
         file_bytes=sum(file.stat().st_size for file in Path(weights or directory).glob("*.safetensors")),
@@ -140,20 +129,15 @@ def write_card_of(
         dense_revision=options.dense_revision,
         figures=draw_figures(directory, None if adapter is not None else report, results, options.language),
         adapter=adapter,
-        auto_class=auto_class,
-        merge=_merge(subject),
+        auto_class=class_for_model(plain).__name__,
+        merge=facts.merge if not changes or changes[-1].kind == "merged" else None,
         tuning=_tuning(facts.tuning),
         local_source=None if facts.folder is None else plain.name_or_path,
+        inherited=inherited or card_of_source(plain, options.token),
+        tags=[*(plain.model_tags or []), *options.tags],
     )
     write_text(path, render_card(card, options.language, existing))
     return path
-
-
-def _merge(subject: Subject) -> MergeReport | None:
-    """The report of the merging that the weights are from; None where something has changed them since."""
-    merge: MergeReport | None = subject.facts.merge
-    changes = [] if subject.facts.report is None else subject.facts.report.changes
-    return merge if not changes or changes[-1].kind == "merged" else None
 
 
 def _tuning(tuning: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -276,7 +276,7 @@ def test_metadata_of_the_card(mix: dict[str, float], repositories: Any, language
     config = SparsityConfig(dataset=mix)
     parts = [{"dataset": part, "num_samples": share} for part, share in mix_shares(mix, 128)]
     report = SparsityReport(config.to_dict(), {"dataset": config.to_dict()["dataset"], "parts": parts})
-    found = build_metadata(report, None, name="x", base_model=None, inherited={}).to_dict()
+    found = build_metadata(make_subject(report, None, inherited={})).to_dict()
     assert found.get("datasets") == repositories and found.get("language") == language
 
 

@@ -12,9 +12,9 @@ from markdown_it import MarkdownIt
 
 from optimum_ksparse.adapters import MergedLayer, MergeReport
 from optimum_ksparse.evaluation import KOBEST_TASKS, EvaluationResults, Measurement
-from optimum_ksparse.hub.card import BEGIN, END, AdapterFacts, CardSubject
+from optimum_ksparse.hub.card import BEGIN, END
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE
-from optimum_ksparse.hub.metadata import build_metadata
+from optimum_ksparse.hub.subject import AdapterFacts, CardSubject
 from optimum_ksparse.report import BlockReport, Change, LayerReport, MethodChoice, SparsityReport, Trial
 from optimum_ksparse.study import tasks  # noqa: F401 - their titles
 
@@ -86,20 +86,12 @@ def make_subject(report: Any = "default", results: Any = "default", **more: Any)
     report = make_report() if isinstance(report, str) else report
     results = make_results() if isinstance(results, str) else results
     base = more.get("base_model", "EleutherAI/polyglot-ko-1.3b")
-    adapter, name = more.get("adapter"), more.pop("name", "polyglot-2of4")
-    metadata = build_metadata(
-        report,
-        results,
-        name=name,
-        base_model=base,
-        inherited=more.pop("inherited", {"license": "apache-2.0", "language": ["ko"]}),
-        is_adapter=adapter is not None,
-        tags=more.pop("tags", None),
-    )
-    usual = {"storage": "packed", "dtype": "bfloat16", "file_bytes": 1_862_345_678, "repo_id": "user/polyglot-2of4"}
+    usual = {"name": "polyglot-2of4", "repo_id": "user/polyglot-2of4", "storage": "packed", "dtype": "bfloat16"}
+    usual |= {"file_bytes": 1_862_345_678, "inherited": {"license": "apache-2.0", "language": ["ko"]}}
     usual |= {"base_model": base, "base_name": base, "base_revision": COMMIT if base else None}
-    usual["figures"] = {ERROR_FIGURE: report is not None and adapter is None, RESULTS_FIGURE: results is not None}
-    return CardSubject(name=name, report=report, results=results, metadata=metadata, **{**usual, **more})
+    drawn = report is not None and more.get("adapter") is None
+    usual["figures"] = {ERROR_FIGURE: drawn, RESULTS_FIGURE: results is not None}
+    return CardSubject(report=report, results=results, **{**usual, **more})
 
 
 def make_adapter(**more: Any) -> CardSubject:

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from optimum_ksparse.evaluation import EvaluationResults
 from optimum_ksparse.hub import LANGUAGES
 from optimum_ksparse.hub import card as card_module
-from optimum_ksparse.hub.card import BEGIN, END, AdapterFacts, CardSubject, render_card
+from optimum_ksparse.hub.card import BEGIN, END, render_card
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE
 from optimum_ksparse.hub.metadata import build_metadata
+from optimum_ksparse.hub.subject import AdapterFacts, CardSubject
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.pruners.allocation import LEFT_DENSE
 from optimum_ksparse.records import is_repo_id
@@ -66,7 +67,6 @@ def test_the_cards_of_the_repository_are_what_the_template_makes(language: str, 
         name=folder.name,
         report=report,
         results=results,
-        metadata=build_metadata(report, results, name=folder.name, base_model=None, inherited={}),
         storage="packed",
         dtype="bfloat16",
         file_bytes=int(file_bytes[1].replace(",", "")),
@@ -250,7 +250,7 @@ def check_contained(value: str, language: str, adapter: bool) -> None:
     assert parts == expected_parts
     assert text == " ".join(expected_text.replace(HARMLESS, shown(value)).split())
     assert body(card).count(BEGIN) == body(card).count(END) == 1
-    assert front(card) == subject.metadata.to_dict()
+    assert front(card) == build_metadata(subject).to_dict()
     assert render_card(subject, language, existing=card) == card
 
 

@@ -400,7 +400,7 @@ def test_the_card(language: str, pattern: str, make_model: MakeModel, owl: Any) 
         assert "4:8" in card.split("## ")[0] and "2:4" not in card.split("## ")[0]
         left_dense = {"en": LEFT_DENSE, "ko": "target_density에 따라 그대로 둠"}[language]
         assert "0.6" in card and left_dense in card.replace("\\", "")
-        assert "4of8" in build_metadata(report, None, name="x", base_model=None, inherited={}).tags
+        assert "4of8" in build_metadata(make_subject(report)).tags
     else:
         assert "50%" in card.split("## ")[0] and "% … " in card
 
