@@ -45,7 +45,7 @@ ENCODER = {
 @pytest.fixture
 def prune(token_ids: torch.Tensor) -> Callable[..., SparsityReport]:
     def run(model: PreTrainedModel, method: str = "wanda", pattern: str = "2:4", **settings: object) -> SparsityReport:
-        defaults = {"dataset": token_ids, "batch_size": 4, "block_size": 16}
+        defaults = {"dataset": token_ids, "batch_size": 4, **({"block_size": 16} if method == "sparsegpt" else {})}
         return sparsify(model, SparsityConfig.from_flat(method=method, pattern=pattern, **{**defaults, **settings}))
 
     return run

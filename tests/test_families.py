@@ -81,7 +81,7 @@ def test_the_dense_outputs_of_shared_keys_and_values_are_the_models_own(gemma4, 
 @pytest.mark.parametrize("activations", ["dense", "pruned", "mixed"])
 def test_shared_keys_and_values_with_reconstruction(gemma4, activations):
     settings = {"reconstruct": "block", "reconstruction_epochs": 1, "activations": activations}
-    report = sparsify(gemma4, SparsityConfig("wanda", "2:4", dataset=IDS, batch_size=2, **settings))
+    report = sparsify(gemma4, SparsityConfig.from_flat("wanda", "2:4", dataset=IDS, batch_size=2, **settings))
     assert all(row.loss_after <= row.loss_before < 10 for row in report.reconstruction)
 
 
