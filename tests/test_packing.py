@@ -12,7 +12,7 @@ from optimum_ksparse.packing import check_bits, pack, pack_mask, unpack, unpack_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = {4: torch.int32, 2: torch.int16}
-quick = settings(max_examples=80)
+quick = settings(max_examples=40)
 
 
 def same_bits(a, b):
@@ -157,16 +157,10 @@ def test_check_bits_refuses_padding_bits():
         check_bits(bits, Pattern("50%"), 10, 21, "q_proj.weight_mask")
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "50%"])
-@pytest.mark.parametrize("num_values", [7, 9])
-def test_check_bits_refuses_another_population(pattern, num_values):
-    bits = pack_mask(torch.tensor([[True, True, False, False] * 2] * 2))
-    with pytest.raises(ValueError, match=f"q_proj.weight_mask keeps 8 weights, but there are {num_values} values"):
-        check_bits(bits, Pattern(pattern), 8, num_values, "q_proj.weight_mask")
-
-
-def test_check_bits_refuses_a_group_of_another_count():
+def test_check_bits_refuses_another_population_or_count_in_a_group():
     bits = pack_mask(torch.tensor([[True, True, True, False, True, False, False, False]]))
     check_bits(bits, Pattern("50%"), 8, 4, "q_proj.weight_mask")
-    with pytest.raises(ValueError, match="q_proj.weight_mask does not keep exactly 2 weights in every 4"):
+    with pytest.raises(ValueError, match="q_proj.weight_mask keeps 4 weights, but there are 5 values"):
+        check_bits(bits, Pattern("50%"), 8, 5, "q_proj.weight_mask")
+    with pytest.raises(ValueError, match="q_proj.weight_mask does not keep exactly 2"):
         check_bits(bits, Pattern("2:4"), 8, 4, "q_proj.weight_mask")

@@ -41,8 +41,9 @@ class Method:
 
     @property
     def summary(self) -> str:
-        """What it does: the first sentence of its file, for help texts and tables."""
-        return " ".join(str(inspect.getdoc(inspect.getmodule(self.prune))).split(". ")[0].split())
+        """What it does, for help texts and tables: the first sentence of its file, behind the method's name."""
+        sentence = str(inspect.getdoc(inspect.getmodule(self.prune))).split(". ")[0]
+        return " ".join(sentence.partition(": ")[2].split())
 
     @property
     def citation(self) -> str:

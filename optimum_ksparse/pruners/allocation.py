@@ -67,8 +67,8 @@ def check_allocation(allocation: str, pattern: Pattern, target_density: float | 
         return
     if not reads_data:
         raise ValueError(
-            'allocation="owl" compares layers by their inputs, and method="magnitude" reads no data: use "admm", '
-            '"wanda" or another that reads data, or allocation="uniform"'
+            'allocation="owl" compares layers by their inputs, and this method reads no data: use "wanda" or another '
+            'that reads data, or allocation="uniform"'
         )
     if not pattern.is_semi_structured:
         if target_density is not None and abs(target_density - pattern.density) > 1e-9:

@@ -175,7 +175,7 @@ def test_the_layers_that_lose_most_stay_dense() -> None:
         ({"allocation": "owl", "target_density": 1}, ValueError, "target_density=1"),
         ({"allocation": "owl", "target_density": "0.6"}, TypeError, "target_density"),
         ({"allocation": "owl", "pattern": "50%", "target_density": 0.6}, ValueError, 'use pattern="40%"'),
-        ({"allocation": "owl", "method": "magnitude", "target_density": 0.6}, ValueError, "magnitude.*reads no data"),
+        ({"allocation": "owl", "method": "magnitude", "target_density": 0.6}, ValueError, "this method reads no data"),
     ],
 )
 def test_bad_settings(given: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -196,8 +196,7 @@ def test_good_settings_survive_json() -> None:
 # Models
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+@pytest.mark.parametrize(("method", "pattern"), [("wanda", "50%"), ("sparsegpt", "2:4")])
 def test_in_memory_and_on_disk_the_same(
     method: str, pattern: str, make_model: MakeModel, owl: Any, tmp_path: Path
 ) -> None:
@@ -264,7 +263,7 @@ def test_mixed_patterns_and_dense_layers_load_again(
 
 def test_the_whole_budget_that_fits_is_spent(make_model: MakeModel, owl: Any) -> None:
     densities = []
-    for target in (0.5, 0.55, 0.7, 0.95):
+    for target in (0.5, 0.7, 0.95):
         report = sparsify(make_model("llama"), owl("2:4", target_density=target))
         total = sum(p.numel() for n, p in make_model("llama").named_parameters() if "proj" in n)
         densities.append((total - sum(row.num_values for row in report.layers)) / total)
@@ -299,11 +298,10 @@ def test_what_the_dense_pass_measures(make_model: MakeModel, owl: Any, token_ids
         assert found.sensitivities == {"layers.0.mlp.down_proj": pytest.approx(expected, rel=1e-3)}
 
 
-@pytest.mark.parametrize("storage", ["packed", "dense"])
-def test_experts_in_a_stack(storage: str, owl: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
+def test_experts_in_a_stack(owl: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
-    for pattern in ("50%", "2:4"):
+    for pattern, storage in (("50%", "packed"), ("2:4", "dense")):
         config = MixtralConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, **sizes)
         model = AutoModelForCausalLM.from_config(config).eval()
         model.save_pretrained(tmp_path / "dense")
@@ -322,9 +320,8 @@ def test_experts_in_a_stack(storage: str, owl: Any, token_ids: torch.Tensor, tmp
         assert_same_tensors(tensors(tmp_path / f"disk-{pattern[0]}"), tensors(tmp_path / "sparse"))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gemma3"])
-def test_other_architectures(name: str, make_model: MakeModel, owl: Any) -> None:
-    for pattern in ("60%", "2:4"):
+def test_other_architectures(make_model: MakeModel, owl: Any) -> None:
+    for name, pattern in (("gpt2", "60%"), ("gpt_neox", "2:4"), ("gemma3", "2:4")):
         report = sparsify(make_model(name, torch.bfloat16), owl(pattern))
         assert report.layers and all(row.sensitivity is not None for row in report.layers)
 

@@ -11,7 +11,7 @@ from optimum_ksparse.pruners.statistics import SAMPLE_ROWS, ColumnNorms, GramMat
 from optimum_ksparse.pruning import relative_output_error
 
 KINDS = (ColumnNorms, GramMatrix)
-quick = settings(max_examples=30)
+quick = settings(max_examples=15)
 
 
 def inputs(rows, columns=12, seed=0):

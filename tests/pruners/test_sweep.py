@@ -16,7 +16,7 @@ from optimum_ksparse.pruners import sweep as plain
 GPU = runs_kernels(torch.device("cuda")) if torch.cuda.is_available() else False
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 FORMS = [pytest.param("torch"), pytest.param("kernel", marks=[needs_triton, *([pytest.mark.gpu] if GPU else [])])]
-PATTERNS = ["2:4", "4:8", "1:4", "3:4", "2:8", "3:5", "8:16", "50%"]
+PATTERNS = ["2:4", "3:5", "2:8", "50%"]
 
 
 def run(form, block, factor, pattern, mask):
@@ -67,35 +67,25 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize(("groups", "out"), [(1, 1), (5, 33)])
-def test_sweep_equals_the_slow_one(form, pattern, groups, out):
+def test_sweep_equals_the_slow_one(form, pattern):
     pattern = Pattern(pattern)
-    block, factor, mask = make_block(groups * (pattern.m or 7), out)
+    block, factor, mask = make_block(5 * (pattern.m or 7), 33)
     assert_same(run(form, block, factor, pattern, mask), slow_sweep(block, factor, pattern, mask))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("pattern", ["2:4", "50%"])
-def test_sweep_of_a_whole_block(form, pattern):
-    block, factor, mask = make_block(128, 5)
-    factor = factor * 0.2
-    assert_same(run(form, block, factor, Pattern(pattern), mask), slow_sweep(block, factor, Pattern(pattern), mask))
-
-
-@pytest.mark.parametrize("pattern", ["20:40", "9:18"])
-def test_groups_that_no_kernel_takes(pattern):
-    pattern = Pattern(pattern)
-    block, factor, mask = make_block(3 * pattern.m, 9)
-    factor = factor * 0.2
+@pytest.mark.parametrize(("pattern", "columns"), [("2:4", 128), ("50%", 128), ("20:40", 120), ("8:16", 48)])
+def test_sweep_of_a_whole_block_in_torch(pattern, columns):
+    block, factor, mask = make_block(columns, 9)
+    factor, pattern = factor * 0.2, Pattern(pattern)
     assert_same(run("torch", block, factor, pattern, mask), slow_sweep(block, factor, pattern, mask))
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:5"])
+@pytest.mark.parametrize("pattern", ["2:4", "3:5"])
 def test_the_earlier_of_equal_scores_is_pruned(form, pattern):
     """Small whole numbers of both signs, and a factor that keeps them whole: nothing is rounded, most scores tie."""
     pattern = Pattern(pattern)
-    block, factor, mask = make_block(4 * pattern.m, 35)
+    block, factor, mask = make_block(2 * pattern.m, 35)
     block, factor = block.round(), (factor * 4).round().clamp(-1, 1) * (torch.rand(factor.shape) < 0.1)
     found, expected = run(form, block, factor, pattern, mask), slow_sweep(block, factor, pattern, mask)
     assert torch.equal(found[1], expected[1])
