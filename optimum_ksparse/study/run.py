@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..adapters import require_peft
 from ..checkpoint.staging import check_output, claimed, write_text
+from ..data.dataset import holds
 from ..data.texts import evaluation_texts
 from ..evaluation.harness import import_lm_eval
 from ..records import to_json
@@ -112,8 +113,7 @@ def _checked(recipe: Recipe) -> dict[str, Cell]:
     check_output(recipe.output, reads=(recipe.model,), ours=(RECORD_NAME, CELLS), overwrite=None)
     cells = grid(recipe)
     for cell in cells.values() if recipe.stream else ():
-        dataset = (cell.settings or {}).get("dataset")
-        if "dataset" in cell.identity and (dataset == "self" or (isinstance(dataset, dict) and "self" in dataset)):
+        if "dataset" in cell.identity and holds((cell.settings or {}).get("dataset"), "self"):
             raise ValueError(f'cell {cell}: with stream: true no model is there to write the text of dataset "self"')
     return cells
 

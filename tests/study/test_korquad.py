@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_the_official_scripts_figures(shared):
     oracle = json.loads((shared / "oracles/korquad_predictions.json").read_text(encoding="utf-8"))
     data = read_korquad(shared / "data/korquad/public.json")
     assert len(oracle["predictions"]) < len(data.questions) == 4051  # some are missing, which count 0
-    scores = korquad_scores(oracle["predictions"], [(question.id, question.answers) for question in data.questions])
+    scores = korquad_scores(oracle["predictions"], {question.id: question.answers for question in data.questions})
     assert scores == pytest.approx({name: oracle["official"][name] for name in ("exact_match", "f1")}, abs=1e-9)
 
 
@@ -89,15 +90,7 @@ def test_properties_of_the_metric(one, two):
 
 def test_scores():
     assert f1("가나다", "가나") == pytest.approx(2 * (2 / 3) / (2 / 3 + 1))
-    assert korquad_scores({"a": "나"}, [("a", ["가", "나"]), ("b", ["가"])]) == {"exact_match": 50, "f1": 50}
-    for predictions, answers, named in (
-        ({"b": "가"}, [("a", ["가"])], "'b'"),
-        ({}, [("a", ["가"])] * 2, "'a' comes twice"),
-        ({}, [("a", [])], "'a' has no answer"),
-        ({}, [], "empty"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            korquad_scores(predictions, answers)
+    assert korquad_scores({"a": "나"}, {"a": ["가", "나"], "b": ["가"]}) == {"exact_match": 50, "f1": 50}
 
 
 # The data
@@ -161,8 +154,9 @@ def test_articles_are_split_whole(shared):
     assert list(map(len, articles)) == [80, 20] and not articles[0] & articles[1]
     assert len(train.questions) + len(test.questions) == len(data.questions)
     assert split_by_article(data, seed=1)[0].questions == train.questions
-    with pytest.raises(ValueError, match="share"):
-        split_by_article(data, 1.0)
+    few = [question for question in data.questions if question.article == data.questions[0].article]
+    with pytest.raises(ValueError, match="eval_file"):
+        split_by_article(replace(data, questions=few), seed=1)
 
 
 # The windows
@@ -299,11 +293,11 @@ def test_the_head_reads_the_decoder_with_its_norm(make_model, tokenizer, data_fi
 
 def test_a_model_learns_saves_and_loads(make_model, tokenizer, data_file, tmp_path):
     base, output = base_folder(make_model, tokenizer, tmp_path), tmp_path / "out"
-    settings = on(data_file, dropout=0.0, batch_size=8, micro_batch_size=8, max_steps=80, eval_every=40, r=8)
+    settings = on(data_file, dropout=0.0, batch_size=8, micro_batch_size=8, max_steps=50, eval_every=25, r=8)
     record = finetune(base, None, settings, output)
-    assert record["loss"][0] > 2 and sum(record["loss"][-5:]) / 5 < 1.3
+    assert record["loss"][0] > 2 and sum(record["loss"][-5:]) / 5 < 1.6
     assert record["results"]["exact_match"] > 10 < record["results"]["f1"], record["results"]
-    assert [row["step"] for row in record["history"]] == [40, 80]
+    assert [row["step"] for row in record["history"]] == [25, 50]
     assert json.loads((output / "finetuning.json").read_text(encoding="utf-8")) == record
     assert (output / "adapter_model.safetensors").stat().st_size < 60_000  # no embeddings in it
     loaded, its_tokenizer = load_korquad_model(output, AutoModelForCausalLM.from_pretrained(base))
@@ -317,7 +311,7 @@ def test_a_model_learns_saves_and_loads(make_model, tokenizer, data_file, tmp_pa
         load_korquad_model(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["masked", "hira", "full", "head_only"])
+@pytest.mark.parametrize("method", ["hira", "full", "head_only"])
 def test_every_method_saves_and_loads(make_model, tokenizer, data_file, tmp_path, method):
     base, output = base_folder(make_model, tokenizer, tmp_path, "gpt_neox"), tmp_path / "out"
     head_only = method == "head_only"
@@ -336,13 +330,13 @@ def test_every_method_saves_and_loads(make_model, tokenizer, data_file, tmp_path
 
 def test_a_run_that_is_cut_off_goes_on_with_the_same_losses(make_model, tokenizer, data_file, tmp_path, monkeypatch):
     base = base_folder(make_model, tokenizer, tmp_path)
-    settings = on(data_file, batch_size=4, micro_batch_size=2, max_steps=10, save_steps=4)  # 6 steps an epoch
+    settings = on(data_file, batch_size=4, micro_batch_size=2, max_steps=8, save_steps=4)  # 6 steps an epoch
     whole = finetune(base, None, settings, tmp_path / "whole")
     step, calls = TaskTrainer.training_step, []
 
     def killed(self, *args, **kwargs):
         calls.append(0)
-        if len(calls) == 19:  # in the second epoch, between two checkpoints
+        if len(calls) == 15:  # in the second epoch, between two checkpoints
             raise SystemExit
         return step(self, *args, **kwargs)
 
@@ -354,7 +348,7 @@ def test_a_run_that_is_cut_off_goes_on_with_the_same_losses(make_model, tokenize
     assert sum(path.stat().st_size for path in kept[0].iterdir()) < 200_000  # the backbone is not in it
     with pytest.raises(ValueError, match="max_examples"):
         finetune(base, None, on(data_file, max_examples=3), tmp_path / "cut")
-    assert finetune(base, None, settings, tmp_path / "cut") == whole and len(whole["loss"]) == 10
+    assert finetune(base, None, settings, tmp_path / "cut") == whole and len(whole["loss"]) == 8
 
 
 def test_like_lengths_come_together_and_every_epoch_is_another():

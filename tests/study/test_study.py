@@ -153,47 +153,47 @@ def recipe(**changes: Any) -> Recipe:
 # The recipe
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"metods": ["wanda"]}, "'methods'"),
-        ({"settings": {"dampng": 0.1}}, "settings .*'damping'"),
-        ({"settings": {"seed": 1}}, "settings .*'seed'"),
-        ({"methods": [{"method": "wanda", "blok_size": 8}]}, r"methods\[0\] .*'block_size'"),
-        ({"methods": [{"method": "wanda", "dataset": "c4"}]}, r"methods\[0\] .*'dataset'"),
-        ({"calibration": [{"num_sample": 3}]}, r"calibration\[0\] .*'num_samples'"),
-        ({"evaluation": {"text": "held.txt"}}, "evaluation .*'texts'"),
-        ({"korquad": {"train_fil": "x"}}, "korquad .*'train_file'"),
-        ({"nsmc": {"koalpaca": {"max_len": 3}}}, "nsmc.koalpaca .*'max_length'"),
-        ({"published": {"perplexty": {}}}, "published .*'perplexity'"),
-        ({"model": None}, "model is missing"),
-        ({"methods": []}, "methods is empty"),
-        ({"methods": "wanda"}, "methods"),
-        ({"methods": [{"name": "dense", "method": "wanda"}]}, "methods: 'dense'"),
-        ({"methods": [{"name": "x"}]}, r"methods\[0\] has no method"),
-        ({"methods": ["wanda", {"name": "wanda", "method": "sparsegpt"}]}, "methods: 'wanda' comes twice"),
-        ({"patterns": ["50%", 0.5]}, "patterns: '50%' comes twice"),
-        ({"patterns": yaml.safe_load("[2:4]")}, "write it in quotes"),
-        ({"patterns": ["5:4"]}, "pattern='5:4'"),
-        ({"seeds": ["0"]}, r"seeds\[0\]"),
-        ({"processes": 0}, "processes"),
-        ({"stream": "no"}, "stream"),
-        ({"evaluation": None}, "nothing to measure"),
-        ({"evaluation": {"texts": "nowhere.txt"}}, "nowhere.txt"),
-        ({"korquad": {"r": 0}}, "korquad.r is 0"),
-        ({"korquad": {"method": "masked"}}, "masked"),
-        ({"korquad": {"seq_len": 8}}, "seq_len=8"),
-        ({"korquad": {"max_examples": "many"}}, "korquad.max_examples"),
-        ({"nsmc": {"koalpaca": {"max_length": 1}}}, "nsmc.koalpaca.max_length"),
-        ({"nsmc": {"koalpaca": {"data": "nowhere.json"}}}, "nowhere.json"),
-        ({"nsmc": {"limit": 3}}, "nsmc.koalpaca"),
-        ({"dtype": "foo"}, "dtype='foo'"),
-        ({"published": {"perplexity": {"2:4": "9"}}}, "published.perplexity.2:4"),
-    ],
-)
-def test_what_a_recipe_cannot_hold_is_named(workplace, changes, said):
-    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=said):
-        recipe(**changes)
+REFUSED = [
+    ({"metods": ["wanda"]}, "'methods'"),
+    ({"settings": {"dampng": 0.1}}, "settings .*'damping'"),
+    ({"settings": {"seed": 1}}, "settings .*'seed'"),
+    ({"methods": [{"method": "wanda", "blok_size": 8}]}, r"methods\[0\] .*'block_size'"),
+    ({"methods": [{"method": "wanda", "dataset": "c4"}]}, r"methods\[0\] .*'dataset'"),
+    ({"calibration": [{"num_sample": 3}]}, r"calibration\[0\] .*'num_samples'"),
+    ({"evaluation": {"text": "held.txt"}}, "evaluation .*'texts'"),
+    ({"korquad": {"train_fil": "x"}}, "korquad .*'train_file'"),
+    ({"nsmc": {"koalpaca": {"max_len": 3}}}, "nsmc.koalpaca .*'max_length'"),
+    ({"published": {"perplexty": {}}}, "published .*'perplexity'"),
+    ({"model": None}, "model is missing"),
+    ({"methods": []}, "methods is empty"),
+    ({"methods": "wanda"}, "methods"),
+    ({"methods": [{"name": "dense", "method": "wanda"}]}, "methods: 'dense'"),
+    ({"methods": [{"name": "x"}]}, r"methods\[0\] has no method"),
+    ({"methods": ["wanda", {"name": "wanda", "method": "sparsegpt"}]}, "methods: 'wanda' comes twice"),
+    ({"patterns": ["50%", 0.5]}, "patterns: '50%' comes twice"),
+    ({"patterns": yaml.safe_load("[2:4]")}, "write it in quotes"),
+    ({"patterns": ["5:4"]}, "pattern='5:4'"),
+    ({"seeds": ["0"]}, r"seeds\[0\]"),
+    ({"processes": 0}, "processes"),
+    ({"stream": "no"}, "stream"),
+    ({"evaluation": None}, "nothing to measure"),
+    ({"evaluation": {"texts": "nowhere.txt"}}, "nowhere.txt"),
+    ({"korquad": {"r": 0}}, "korquad.r is 0"),
+    ({"korquad": {"method": "masked"}}, "masked"),
+    ({"korquad": {"seq_len": 8}}, "seq_len=8"),
+    ({"korquad": {"max_examples": "many"}}, "korquad.max_examples"),
+    ({"nsmc": {"koalpaca": {"max_length": 1}}}, "nsmc.koalpaca.max_length"),
+    ({"nsmc": {"koalpaca": {"data": "nowhere.json"}}}, "nowhere.json"),
+    ({"nsmc": {"limit": 3}}, "nsmc.koalpaca"),
+    ({"dtype": "foo"}, "dtype='foo'"),
+    ({"published": {"perplexity": {"2:4": "9"}}}, "published.perplexity.2:4"),
+]
+
+
+def test_what_a_recipe_cannot_hold_is_named(workplace):
+    for changes, said in REFUSED:
+        with pytest.raises((ValueError, TypeError, FileNotFoundError), match=said):
+            recipe(**changes)
 
 
 def test_a_section_without_settings_is_not_taken_for_none(workplace):

@@ -14,28 +14,15 @@ import platform
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import torch
 
 from ...checkpoint.staging import write_text
-from ...records import As, Count, Positive, read_record, to_json
+from ...records import read_record, to_json
 from ...version import library_versions
 
 RESULTS_NAME = "results.json"
-
-
-class _Row(TypedDict):
-    shape: list[Positive]
-    tokens: Positive
-    dtype: str
-    pattern: str
-    kernel: str
-    dense_us: float
-    sparse_us: float
-    speedup: float
-    dense_bytes: Count
-    speed_us: float
 
 
 @dataclass
@@ -44,7 +31,7 @@ class BenchResults:
 
     hardware: dict[str, Any]
     versions: dict[str, str]
-    rows: list[Annotated[dict[str, Any], As(_Row, is_open=True)]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod

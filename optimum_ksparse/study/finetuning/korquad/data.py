@@ -19,6 +19,7 @@ from ..settings import KorQuADSettings
 logger = logging.get_logger(__name__)
 
 KORQUAD_DATASET = "KorQuAD/squad_kor_v1"
+_TRAIN_SHARE = 0.8  # of the articles of a file that is split
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def korquad_data(settings: KorQuADSettings) -> tuple[KorQuADData, KorQuADData]:
     if settings.train_file is None:
         return read_korquad(split="train"), read_korquad(split="validation")
     if settings.eval_file is None:
-        return split_by_article(read_korquad(settings.train_file), seed=settings.seed)
+        return split_by_article(read_korquad(settings.train_file), settings.seed)
     return read_korquad(settings.train_file, "train"), read_korquad(settings.eval_file, "test")
 
 
@@ -110,22 +111,18 @@ def read_korquad(source: str | os.PathLike[str] = KORQUAD_DATASET, split: str | 
     return KorQuADData(list(questions.values()), description, split)
 
 
-def split_by_article(data: KorQuADData, share: float = 0.8, seed: int = 0) -> tuple[KorQuADData, KorQuADData]:
-    """Splits data into "train" and "test" with no article in both.
-
-    Args:
-        share: of the articles that train. seed: draws them.
-
-    Raises:
-        ValueError: `share` leaves one of the two empty.
-    """
+def split_by_article(data: KorQuADData, seed: int) -> tuple[KorQuADData, KorQuADData]:
+    """Splits data into "train", four fifths of the articles, and "test". Raises ValueError where one of them would be
+    empty."""
     articles = list(dict.fromkeys(question.article for question in data.questions))
     random.Random(seed).shuffle(articles)
-    count = round(share * len(articles)) if 0 < share < 1 else 0
-    if not 0 < count < len(articles):
-        raise ValueError(f"share={share} of {len(articles)} articles leaves no articles to train, or none to test")
+    count = round(_TRAIN_SHARE * len(articles))
+    if count == len(articles):
+        raise ValueError(
+            f"train_file holds {len(articles)} articles, too few to leave some to measure on: pass eval_file"
+        )
+    name = f"{_TRAIN_SHARE:g} of the articles, seed {seed}"
     chosen = set(articles[:count])
-    name = f"{share:g} of the articles, seed {seed}"
     train = [question for question in data.questions if question.article in chosen]
     test = [question for question in data.questions if question.article not in chosen]
     return (

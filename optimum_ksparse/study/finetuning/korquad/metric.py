@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 _TO_SPACE = str.maketrans(dict.fromkeys("'\"《》<>〈〉()‘’", " "))
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation))
@@ -34,33 +34,22 @@ def f1(prediction: str, answer: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def korquad_scores(predictions: Mapping[str, str], answers: Iterable[tuple[str, Iterable[str]]]) -> dict[str, float]:
+def korquad_scores(predictions: Mapping[str, str], answers: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """Exact match and F1 over all questions, the best over the answers of each.
 
     Args:
         predictions: id of a question → text. A question without one counts 0.
-        answers: for each question its id and its right answers.
+        answers: id of each question → its right answers, at least one.
 
     Returns:
         `exact_match` and `f1`, in per cent.
-
-    Raises:
-        ValueError: there are no questions, an id comes twice or is predicted and not asked, or a question has no
-            answer; names it.
     """
-    scores: dict[str, tuple[float, float]] = {}
-    for name, texts in answers:
-        if name in scores:
-            raise ValueError(f"answers: the id {name!r} comes twice")
-        if not (texts := list(texts)):
-            raise ValueError(f"answers: the question {name!r} has no answer")
-        text = predictions.get(name)
-        scores[name] = (
-            (0.0, 0.0) if text is None else (max(exact_match(text, t) for t in texts), max(f1(text, t) for t in texts))
+    scores = [
+        tuple(
+            max(score(predictions[name], text) for text in texts) if name in predictions else 0.0
+            for score in (exact_match, f1)
         )
-    if not scores:
-        raise ValueError("answers is empty: there is nothing to score")
-    if unknown := predictions.keys() - scores.keys():
-        raise ValueError(f"predictions: {min(unknown)!r} is not the id of a question")
-    means = [100 * math.fsum(column) / len(scores) for column in zip(*scores.values(), strict=True)]
+        for name, texts in answers.items()
+    ]
+    means = [100 * math.fsum(column) / len(scores) for column in zip(*scores, strict=True)]
     return dict(zip(("exact_match", "f1"), means, strict=True))

@@ -41,7 +41,7 @@ def evaluate_korquad(
     if settings.bf16 and measured["dtype"] == "float32":
         measured["dtype"] = "float32, products in bfloat16"
     return {
-        **korquad_scores(answers, [(question.id, question.answers) for question in questions]),
+        **korquad_scores(answers, {question.id: question.answers for question in questions}),
         "data": data.description,
         "split": data.split,
         "num_samples": len(questions),
