@@ -128,43 +128,43 @@ def test_a_token_and_a_cache_serve_every_request_of_the_command_alone(hub: Loopb
 # Recipes
 
 
-@pytest.mark.parametrize(
-    ("written", "value"),
-    [
-        ("2:4", "2:4"), ("190:20:30", "190:20:30"), ("on", "on"), ("no", "no"), ("yes", "yes"), ("true", True),
-        ("False", False), ("1e-4", 1e-4), ("1E5", 1e5), (".5", 0.5), ("010", 10), ("0o10", 8), ("0x1F", 31),
-        ("-3", -3),
-        ("2026-11-29", "2026-11-29"), ("1_000", "1_000"), ("~", None), ("", None), ("null", None),
-        (".inf", float("inf")),
-        ("'010'", "010"), ("50%", "50%"), ("<<", "<<"), ("=", "="), ("[2:4, 4:8]", ["2:4", "4:8"]),
-        ("{mc4-ko: 0.5, self: 0.5}", {"mc4-ko": 0.5, "self": 0.5}),
-    ],
-)  # fmt: skip
-def test_a_recipe_has_the_values_of_yaml_1_2(tmp_path, written, value):
-    (tmp_path / "r.yaml").write_text(f"pattern: {written}\n", encoding="utf-8")
-    found = read_recipe(str(tmp_path / "r.yaml"), ["pattern"])["pattern"]
-    assert (found, type(found)) == (value, type(value))
+YAML_VALUES = [
+    ("2:4", "2:4"), ("190:20:30", "190:20:30"), ("on", "on"), ("no", "no"), ("yes", "yes"), ("true", True),
+    ("False", False), ("1e-4", 1e-4), ("1E5", 1e5), (".5", 0.5), ("010", 10), ("0o10", 8), ("0x1F", 31),
+    ("-3", -3),
+    ("2026-11-29", "2026-11-29"), ("1_000", "1_000"), ("~", None), ("", None), ("null", None),
+    (".inf", float("inf")),
+    ("'010'", "010"), ("50%", "50%"), ("<<", "<<"), ("=", "="), ("[2:4, 4:8]", ["2:4", "4:8"]),
+    ("{mc4-ko: 0.5, self: 0.5}", {"mc4-ko": 0.5, "self": 0.5}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("seed: 1\nseed: 2\n", "'seed' is there twice"),
-        ("dataset: {a.txt: 0.5, a.txt: 0.5}\n", "'a.txt' is there twice"),
-        ("- seed\n", "found list"),
-        ("7\n", "found int"),
-        ("sed: 1\n", "did you mean 'seed'"),
-        (f"token: {TOKEN}\n", "recipes are kept and shared"),
-        ("seed: [1\n", "is not YAML"),
-        ("? [a]\n: 1\n", "is not YAML"),
-        ("seed: !!python/name:os.system\n", "is not YAML"),
-        ("[" * 1200 + "]" * 1200, "is not YAML"),
-    ],
-)
-def test_what_is_no_recipe_is_refused_in_one_line(tmp_path, capsys, text, message):
-    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
-    status, line, shown = said(capsys, "prune", "a", "b", "--config", tmp_path / "r.yaml")
-    assert (status, message in line, TOKEN in shown) == (2, True, False), line
+def test_a_recipe_has_the_values_of_yaml_1_2(tmp_path):
+    for written, value in YAML_VALUES:
+        (tmp_path / "r.yaml").write_text(f"pattern: {written}\n", encoding="utf-8")
+        read = read_recipe(str(tmp_path / "r.yaml"), ["pattern"])["pattern"]
+        assert (read, type(read)) == (value, type(value)), written
+
+
+NO_RECIPES = [
+    ("seed: 1\nseed: 2\n", "'seed' is there twice"),
+    ("dataset: {a.txt: 0.5, a.txt: 0.5}\n", "'a.txt' is there twice"),
+    ("- seed\n", "found list"),
+    ("7\n", "found int"),
+    ("sed: 1\n", "did you mean 'seed'"),
+    (f"token: {TOKEN}\n", "recipes are kept and shared"),
+    ("seed: [1\n", "is not YAML"),
+    ("? [a]\n: 1\n", "is not YAML"),
+    ("seed: !!python/name:os.system\n", "is not YAML"),
+    ("[" * 400 + "]" * 400, "is not YAML"),
+]
+
+
+def test_what_is_no_recipe_is_refused_in_one_line(tmp_path, capsys):
+    for text, message in NO_RECIPES:
+        (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+        status, line, shown = said(capsys, "prune", "a", "b", "--config", tmp_path / "r.yaml")
+        assert (status, message in line, TOKEN in shown) == (2, True, False), line
 
 
 # What is missing
@@ -236,36 +236,31 @@ class Failing(Command):
         raise self.args.error
 
 
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
-        (KeyError("weight"), "KeyError: 'weight'"),
-        (RuntimeError("size mismatch"), "RuntimeError: size mismatch"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "memory does not suffice"),
-        (MemoryError(), "MemoryError"),
-        (EOFError(), "EOFError"),
-        (ValueError("Unrecognized configuration class. " + "FooConfig, " * 300), "FooConfig"),
-        (
-            ValueError("seq_len=512 is above num_samples; resume=False, pattern=None"),
-            "--seq-len 512 is above --num-samples",
-        ),
-        (FileNotFoundError(2, "No such file or directory", "x.yaml"), "x.yaml: No such file or directory"),
-        (OSError(f"401 for https://hub.io/?token=abc and {TOKEN}"), "token=… and hf_…"),
-        (RecursionError("maximum recursion depth exceeded"), "RecursionError"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_any_error_is_one_line_with_status_1(error, text, capsys):
+ERRORS = [
+    (KeyError("weight"), "KeyError: 'weight'"),
+    (RuntimeError("size mismatch"), "RuntimeError: size mismatch"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "memory does not suffice"),
+    (MemoryError(), "MemoryError"),
+    (EOFError(), "EOFError"),
+    (ValueError("Unrecognized configuration class. " + "FooConfig, " * 300), "FooConfig"),
+    (
+        ValueError("seq_len=512 is above num_samples; resume=False, pattern=None"),
+        "--seq-len 512 is above --num-samples",
+    ),
+    (FileNotFoundError(2, "No such file or directory", "x.yaml"), "x.yaml: No such file or directory"),
+    (OSError(f"401 for https://hub.io/?token=abc and {TOKEN}"), "token=… and hf_…"),
+    (RecursionError("maximum recursion depth exceeded"), "RecursionError"),
+]
+
+
+def test_any_error_is_one_line_with_status_1(capsys):
     parsed = parse_words(["prune", "a", "b"])
-    parsed.args.error = error
-    assert Failing(parsed.parser, parsed.args).run() == 1
-    shown = capsys.readouterr().err
-    assert (shown.count("\n"), shown.startswith("error: "), text in shown, len(shown) < 800) == (
-        1,
-        True,
-        True,
-        True,
-    ), shown
+    for error, text in ERRORS:
+        parsed.args.error = error
+        assert Failing(parsed.parser, parsed.args).run() == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ") and text in shown, shown
+        assert shown.count("\n") == 1 and len(shown) < 800, shown
 
 
 def test_settings_are_named_as_flags_and_other_words_stay():
