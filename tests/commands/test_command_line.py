@@ -156,7 +156,7 @@ NO_RECIPES = [
     ("seed: [1\n", "is not YAML"),
     ("? [a]\n: 1\n", "is not YAML"),
     ("seed: !!python/name:os.system\n", "is not YAML"),
-    ("[" * 400 + "]" * 400, "is not YAML"),
+    ("[" * 1200 + "]" * 1200, "is not YAML"),
 ]
 
 
