@@ -139,8 +139,7 @@ def remove_blocks(blocks: DecoderBlocks, dropped: Sequence[int]) -> None:
     model = blocks.model
     kept = [index for index in range(len(blocks.blocks)) if index not in dropped]
     changes, attributes = _plan(blocks, kept)
-    modules = blocks.decoder.get_submodule(blocks.list_names[0])
-    modules._modules = {str(new): blocks.blocks[old] for new, old in enumerate(kept)}
+    _keep(model, blocks, kept)
     text_config = model.config.get_text_config(decoder=True)
     configs = [getattr(module, "config", None) for module in model.modules()]
     for config in [text_config, *(config for config in configs if isinstance(config, type(text_config)))]:
@@ -165,22 +164,31 @@ def _plan(blocks: DecoderBlocks, kept: list[int]) -> tuple[dict[str, Any], list[
         before, after = _skeleton(model, {}), _skeleton(model, changes)
     except (TypeError, ValueError, KeyError, IndexError, StrictDataclassError) as error:
         raise _refusal(blocks, f"no config of {len(kept)} blocks can be made of its own: {error}") from error
-    paths = {f"{prefix}{old}": f"{prefix}{new}" for new, old in enumerate(kept)}
-    expected = {name: tensor.shape for name, tensor in after.state_dict().items()}
-    if {n: t.shape for name, t in model.state_dict().items() if (n := _moved(name, prefix, paths))} != expected:
+    if _shapes(model) != _shapes(before):
+        raise _refusal(blocks, "its tensors are not those that its config describes")
+    _keep(before, blocks, kept)
+    if _shapes(before) != _shapes(after):
         raise _refusal(blocks, f"its tensors are not those of a model of {len(kept)} blocks")
     modules, attributes = dict(after.named_modules()), []
     for path, module in before.named_modules():
-        if (new := _moved(path, prefix, paths)) is None:
-            continue
-        other = modules.get(new)
+        other = modules.get(path)
         if other is None or type(module) is not type(other):
             raise _refusal(blocks, f"{path} would be {type(other).__name__}")
         for name, old, value in _differences(module, other):
             if path.startswith(prefix) and name not in _NUMBERS and not (value and value == changes.get(name)):
                 raise _refusal(blocks, f"{name} of {path} would change from {old!r} to {value!r}, by its place alone")
-            attributes.append((new, name, value))
+            attributes.append((path, name, value))
     return changes, attributes
+
+
+def _keep(model: PreTrainedModel, blocks: DecoderBlocks, kept: Sequence[int]) -> None:
+    """Takes all other blocks out of a model in which they lie as in that of `blocks`."""
+    modules = model.get_submodule(blocks.prefixes[0].removesuffix("."))
+    modules._modules = {str(new): modules._modules[str(old)] for new, old in enumerate(kept)}
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def smaller(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
@@ -215,15 +223,6 @@ def _skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTrainedM
     with torch.device("meta"):
         built: PreTrainedModel = type(model)._from_config(config)
     return built
-
-
-def _moved(name: str, prefix: str, paths: Mapping[str, str]) -> str | None:
-    """The path of a module or tensor in the smaller model; None where it goes with a dropped block."""
-    if not name.startswith(prefix):
-        return name
-    number, dot, rest = name.removeprefix(prefix).partition(".")
-    path = paths.get(f"{prefix}{number}")
-    return None if path is None else f"{path}{dot}{rest}"
 
 
 def _differences(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, Any, Any]]:

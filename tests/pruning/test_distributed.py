@@ -33,7 +33,7 @@ from optimum_ksparse.pruning.distributed import joined
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
-source, folder, scenario = sys.argv[1:]
+source, folder = sys.argv[1:]
 folder, rank = Path(folder), int(os.environ["RANK"])
 ids = torch.load(folder / "ids.pt")
 def config(method="wanda", **settings):
@@ -43,74 +43,61 @@ def message(call):
         call()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-if scenario == "all":
-    found = {}
-    prune_checkpoint(source, folder / "wanda", config(allocation="owl", method_settings={"target_density": 0.6}))
-    assert not dist.is_initialized()
-    prune_checkpoint(source, folder / "sparsegpt", config("sparsegpt", true_sequential=True), activation_memory=0)
-    with joined() as processes:
-        model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config(dataset=ids[:3]))
-        torch.save(model.state_dict(), folder / f"memory-{rank}.pt")
-        found["settings"] = message(lambda: sparsify(model.dequantize(), config(seed=rank)))
-        found["samples"] = message(lambda: prune_checkpoint(source, folder / "few", config(dataset=ids[:1])))
-        from optimum_ksparse.pruning import block
-        original = block.prune_layer
-        def fails(path, *rest):
-            if path.endswith("up_proj") and rank == 1 or "v_proj" in path:
-                raise ArithmeticError(f"{path}: singular")
-            return original(path, *rest)
-        block.prune_layer = fails
-        found["layer"] = message(lambda: prune_checkpoint(source, folder / "error", config("sparsegpt")))
-        block.prune_layer = original
-    (folder / f"found-{rank}.json").write_text(json.dumps(found))
-else:
-    from optimum_ksparse.pruning.streaming import place
-    from optimum_ksparse.blocks import BlockReplay
-    place._SNAPSHOT_SECONDS = -1.0
-    if rank == 1:
-        advance = BlockReplay.advance
-        def dying(self, index, block):
-            if index == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            advance(self, index, block)
-        BlockReplay.advance = dying
-    prune_checkpoint(source, folder / "killed", config())
+found = {}
+prune_checkpoint(source, folder / "wanda", config(allocation="owl", method_settings={"target_density": 0.6}))
+assert not dist.is_initialized()
+prune_checkpoint(source, folder / "sparsegpt", config("sparsegpt", true_sequential=True), activation_memory=0)
+with joined() as processes:
+    model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config(dataset=ids[:3]))
+    torch.save(model.state_dict(), folder / f"memory-{rank}.pt")
+    found["settings"] = message(lambda: sparsify(model.dequantize(), config(seed=rank)))
+    found["samples"] = message(lambda: prune_checkpoint(source, folder / "few", config(dataset=ids[:1])))
+    from optimum_ksparse.pruning import block
+    original = block.prune_layer
+    def fails(path, *rest):
+        if path.endswith("up_proj") and rank == 1 or "v_proj" in path:
+            raise ArithmeticError(f"{path}: singular")
+        return original(path, *rest)
+    block.prune_layer = fails
+    found["layer"] = message(lambda: prune_checkpoint(source, folder / "error", config("sparsegpt")))
+    block.prune_layer = original
+(folder / f"found-{rank}.json").write_text(json.dumps(found))
+# In the last run the second process is killed.
+from optimum_ksparse.pruning.streaming import place
+from optimum_ksparse.blocks import BlockReplay
+place._SNAPSHOT_SECONDS = -1.0
+if rank == 1:
+    advance = BlockReplay.advance
+    def dying(self, index, block):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        advance(self, index, block)
+    BlockReplay.advance = dying
+prune_checkpoint(source, folder / "killed", config())
 """
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory, token_ids: torch.Tensor) -> Any:
-    """A Llama of four blocks, and a function that runs a scenario of the worker in two processes."""
-    from ..conftest import make_config
-
+def scene(tmp_path_factory: pytest.TempPathFactory, source: Path, token_ids: torch.Tensor) -> Any:
+    """The folder with everything that two processes did, what each says of its errors, and how they ended: the second
+    was killed in the last run."""
     folder = tmp_path_factory.mktemp("distributed")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(make_config("llama", num_hidden_layers=4)).save_pretrained(folder / "source")
     torch.save(token_ids, folder / "ids.pt")
-
-    def run(scenario: str) -> subprocess.CompletedProcess[str]:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        (folder / "worker.py").write_text(_WORKER)
-        arguments = [str(folder / "worker.py"), str(folder / "source"), str(folder), scenario]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, cwd=folder)
-
-    return folder, run
-
-
-@pytest.fixture(scope="module")
-def together(scene: Any) -> tuple[Path, list[dict[str, str]]]:
-    """The folder with everything that two processes did, and what each says of its errors."""
-    folder, run = scene
-    done = run("all")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
+    (folder / "worker.py").write_text(_WORKER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*launch, "worker.py", str(source), str(folder)], capture_output=True, text=True, env=environment, cwd=folder
+    )
+    files = [folder / f"found-{rank}.json" for rank in range(2)]
+    assert all(file.exists() for file in files), done.stderr[-3000:]
+    return folder, [json.loads(file.read_text()) for file in files], done
 
 
-def alone(folder: Path, name: str, method: str = "wanda", **settings: Any) -> Path:
+def alone(source: Path, folder: Path, name: str, method: str = "wanda", **settings: Any) -> Path:
     ids = torch.load(folder / "ids.pt")
     config = SparsityConfig.from_flat(method, **{"dataset": ids, "batch_size": 2, **settings})
-    prune_checkpoint(folder / "source", folder / name, config)
+    prune_checkpoint(source, folder / name, config)
     return folder / name
 
 
@@ -125,15 +112,17 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert same / total >= 0.999
 
 
-def test_two_processes_give_nearly_the_masks_of_one(together: Any) -> None:
-    folder, _ = together
-    expected = alone(folder, "sparsegpt-alone", "sparsegpt", true_sequential=True)
+@pytest.mark.processes
+def test_two_processes_give_nearly_the_masks_of_one(scene: Any, source: Path) -> None:
+    folder, *_ = scene
+    expected = alone(source, folder, "sparsegpt-alone", "sparsegpt", true_sequential=True)
     assert_close(tensors(folder / "sparsegpt"), tensors(expected))
 
 
-def test_two_processes_choose_one_allocation(together: Any) -> None:
-    folder, _ = together
-    expected = alone(folder, "owl-alone", allocation="owl", method_settings={"target_density": 0.6})
+@pytest.mark.processes
+def test_two_processes_choose_one_allocation(scene: Any, source: Path) -> None:
+    folder, *_ = scene
+    expected = alone(source, folder, "owl-alone", allocation="owl", method_settings={"target_density": 0.6})
     assert_close(tensors(folder / "wanda"), tensors(expected))
     reports = [SparsityReport.load(path / "sparsity_report.json") for path in (expected, folder / "wanda")]
     assert reports[0].skipped == reports[1].skipped and reports[0].num_left_dense
@@ -142,16 +131,18 @@ def test_two_processes_choose_one_allocation(together: Any) -> None:
     assert all(a == pytest.approx(b, rel=0.2) for a, b in pairs)
 
 
-def test_a_model_in_memory_ends_the_same_in_all_processes(together: Any) -> None:
+@pytest.mark.processes
+def test_a_model_in_memory_ends_the_same_in_all_processes(scene: Any, source: Path) -> None:
     """Of samples that do not divide evenly."""
-    folder, _ = together
+    folder, *_ = scene
     states = [torch.load(folder / f"memory-{rank}.pt") for rank in range(2)]
     assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
-    model = AutoModelForCausalLM.from_pretrained(folder / "source")
+    model = AutoModelForCausalLM.from_pretrained(source)
     sparsify(model, SparsityConfig("wanda", dataset=torch.load(folder / "ids.pt")[:3], batch_size=2))
     assert_close(states[0], model.state_dict())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -160,21 +151,21 @@ def test_a_model_in_memory_ends_the_same_in_all_processes(together: Any) -> None
         ("layer", "ArithmeticError: layers.0."),
     ],
 )
-def test_an_error_is_told_to_all(what: str, message: str, together: Any) -> None:
-    _, found = together
+def test_an_error_is_told_to_all(what: str, message: str, scene: Any) -> None:
+    _, found, _ = scene
     assert found[0][what] == found[1][what]
     assert found[0][what].startswith(message)
 
 
-def test_when_one_dies_all_stop_and_another_number_of_processes_goes_on(scene: Any) -> None:
-    folder, run = scene
-    done = run("kill")
+@pytest.mark.processes
+def test_when_one_dies_all_stop_and_another_number_of_processes_goes_on(scene: Any, source: Path) -> None:
+    folder, _, done = scene
     assert done.returncode != 0
     assert "Signal 9" in done.stderr or "SIGKILL" in done.stderr
     journal = json.loads((folder / "killed" / ".ksparse-pruning" / "journal.json").read_text())
-    assert len(journal["blocks"]) == 2
+    assert len(journal["blocks"]) == 1
     assert not (folder / "killed" / "config.json").exists()
-    assert_close(tensors(alone(folder, "killed")), tensors(alone(folder, "killed-alone")))
+    assert_close(tensors(alone(source, folder, "killed")), tensors(alone(source, folder, "killed-alone")))
 
 
 # ---- parts, in one process
