@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from functools import partial
-from typing import Annotated, Any, TypedDict
+from functools import partial, wraps
+from typing import Annotated, Any, TypedDict, TypeVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -57,6 +57,7 @@ RUN_TIME_SETTINGS = ("batch_size", "storage")
 # What a checkpoint records of its tensors, beside what was asked for.
 RECORDED = ("layers", "names")
 MODULE_NAMES = "modules"
+_Config = TypeVar("_Config")
 _MOVED = ("kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
 
 
@@ -123,6 +124,29 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+def _noting_what_is_given(cls: type[_Config]) -> type[_Config]:
+    """Keeps which settings are passed: for a checkpoint that is sparse already they alone must agree with what it was
+    pruned with."""
+    initialise = cls.__init__
+
+    @wraps(initialise)  # `help` and editors show its signature
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        for name in kwargs:
+            if name in _MOVED:
+                raise TypeError(
+                    f"{name} says how a loaded model runs, which is not saved: pass "
+                    f"runtime_config=RuntimeConfig({name}=...) to from_pretrained, or to configure(model, ...)"
+                )
+            if name in METHOD_SETTINGS:
+                raise TypeError(f"{name} is read by one method or step: pass method_settings={{{name!r}: ...}}")
+        self._given = {*SETTINGS[: len(args)], *kwargs}
+        initialise(self, *args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_noting_what_is_given
 @dataclass(eq=False, repr=False)
 class SparsityConfig(QuantizationConfigMixin):
     """What to prune, and how.
@@ -210,20 +234,6 @@ class SparsityConfig(QuantizationConfigMixin):
     method_settings: Mapping[str, Any] = field(default_factory=dict)
     layers: dict[str, Any] | None = field(default=None, init=False)
     names: str | None = field(default=None, init=False)
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> SparsityConfig:
-        for name in kwargs:
-            if name in _MOVED:
-                raise TypeError(
-                    f"{name} says how a loaded model runs, which is not saved: pass "
-                    f"runtime_config=RuntimeConfig({name}=...) to from_pretrained, or to configure(model, ...)"
-                )
-            if name in METHOD_SETTINGS:
-                raise TypeError(f"{name} is read by one method or step: pass method_settings={{{name!r}: ...}}")
-        config = super().__new__(cls)
-        # For a checkpoint that is sparse already only what was given must agree with what it was pruned with.
-        config._given = {*SETTINGS[: len(args)], *kwargs}  # type: ignore[attr-defined]
-        return config
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -353,6 +363,11 @@ class SparsityConfig(QuantizationConfigMixin):
             raise ValueError(f"the settings that the checkpoint records cannot be right: {printable(error)}") from None
         config.layers, config.names = recorded["layers"], recorded["names"]
         return (config, unused) if return_unused_kwargs else config
+
+    def __repr__(self) -> str:
+        if "_description" not in vars(self):  # debuggers and tracebacks show what has been refused
+            return f"{type(self).__name__} ({', '.join(sorted(self.given))})"
+        return str(super().__repr__())
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
+import pydoc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -352,3 +354,21 @@ def test_arguments_are_copied_where_they_could_change_later():
     own["damping"] = 0.7
     assert config.modules_to_not_convert == ["lm_head"]
     assert config.method_settings == {"damping": 0.5}
+
+
+def test_help_and_signature_show_the_settings():
+    signature = inspect.signature(SparsityConfig)
+    assert tuple(signature.parameters) == SETTINGS
+    assert signature.parameters["method"].default == "admm"
+    assert {parameter.kind.name for parameter in list(signature.parameters.values())[2:]} == {"KEYWORD_ONLY"}
+    assert "seq_len: 'int' = 2048" in pydoc.render_doc(SparsityConfig, renderer=pydoc.plaintext)
+    assert SparsityConfig("wanda", seed=1).given == {"method", "seed"}
+    assert SparsityConfig.from_flat(damping=0.1).given == {"method_settings"}
+
+
+def test_settings_that_are_refused_can_be_shown():
+    """As debuggers and tracebacks do, which hold the object whose construction has failed."""
+    with pytest.raises(ValueError, match="seq_len") as raised:
+        SparsityConfig(seq_len=1)
+    refused = [frame.frame.f_locals.get("self") for frame in raised.traceback]
+    assert {repr(value) for value in refused if isinstance(value, SparsityConfig)} == {"SparsityConfig (seq_len)"}
