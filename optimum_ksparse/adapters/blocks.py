@@ -3,10 +3,10 @@ that run through the model as it is merged and, beside it, as it was."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,87 +24,12 @@ from .report import MergedLayer
 
 @dataclass
 class _Inputs:
-    """What is known of a layer's inputs: in the merged model, in the unmerged one, and of both together; that is None
+    """Statistics of a layer's inputs: in the merged model, in the unmerged one, and of both together; that is None
     where they are not those of the same tokens."""
 
     gram: GramMatrix
     unmerged: ColumnNorms
     cross: CrossMatrix | None
-
-
-@dataclass
-class _BlockMerge:
-    """The layers of one block while it is merged. Until all of them are done each keeps its packed weight, and a dense
-    stand-in computes what the merged layer will.
-
-    Attributes:
-        layers: PEFT's sparse layers by name. adapters: of each those to merge.
-        solver: settings of `solve_on_mask`; None: what the mask discards is lost.
-    """
-
-    layers: dict[str, Any]
-    adapters: dict[str, list[str]]
-    solver: Mapping[str, Any] | None
-    stand_ins: dict[str, nn.Linear] = field(default_factory=dict)
-    solved: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @contextmanager
-    def as_merged(self) -> Iterator[None]:
-        """Within it the layers that are done compute as merged ones."""
-        bases = {name: self.layers[name].get_base_layer() for name in self.stand_ins}
-        try:
-            for name, stand_in in self.stand_ins.items():
-                self.layers[name].base_layer = stand_in
-                self.layers[name].merged_adapters[:] = self.adapters[name]
-            yield
-        finally:
-            for name, base in bases.items():
-                self.layers[name].base_layer = base
-                self.layers[name].merged_adapters.clear()
-
-    def merge(self, path: str, name: str, inputs: _Inputs | None) -> MergedLayer:
-        """Finds the merged weight of a layer, puts its stand-in up where there are inputs, and describes it."""
-        started, layer, error = time.perf_counter(), self.layers[name], None
-        base: SparseLinear = layer.get_base_layer()
-        mask = unpack_mask(base.weight_mask, base.in_features)
-        effective = layer.effective_weight(self.adapters[name])
-        change = effective - base.to_dense_weight()
-        size, lost = torch.linalg.norm(change), torch.linalg.norm(change.masked_fill(mask, 0))
-        weight, how = effective * mask, "masked" if lost > 0 else "exact"
-        if inputs is not None:
-            original = None if inputs.cross is None else inputs.unmerged.sample
-            if self.solver is not None and lost > 0:
-                cross = None if inputs.cross is None else effective @ inputs.cross.matrix.to(effective.device)
-                gram = inputs.gram.gram.to(effective.device)
-                weight = solve_on_mask(effective, gram, mask, start=weight, cross=cross, **self.solver)
-                how, self.solved[name] = "solved", weight[mask].view_as(base.weight).to(base.weight.dtype)
-            self.stand_ins[name] = self._stand_in(name, base, weight)
-            error = relative_output_error(inputs.gram.sample, effective, self.stand_ins[name].weight, original)
-        return MergedLayer(
-            name=path,
-            shape=(base.out_features, base.in_features),
-            num_values=base.weight.numel(),
-            how=how,
-            relative_output_error=error,
-            discarded=float(lost / size) if size > 0 else 0.0,
-            seconds=round(time.perf_counter() - started, 4),
-        )
-
-    def _stand_in(self, name: str, base: SparseLinear, weight: torch.Tensor) -> nn.Linear:
-        """A dense layer with `weight` [out, in], rounded as the packed one will be, and the bias as it will be."""
-        dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
-        bias = self.layers[name]._merged_bias(base.bias, self.adapters[name])
-        if bias is not None:
-            dense.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
-        return dense
-
-    def finish(self) -> None:
-        """Merges the packed weights for good."""
-        for name, layer in self.layers.items():
-            layer.merge_kept(self.adapters[name])
-            if name in self.solved:
-                layer.get_base_layer().replace_values(self.solved[name])
 
 
 @torch.no_grad()
@@ -127,41 +52,75 @@ def merge_blocks(
 
     def step(index: int, block: nn.Module) -> list[MergedLayer]:
         layers = {name: layer for name, layer in adapted_layers(block, names).items() if is_sparse(layer)}
-        merge = _BlockMerge(layers, {name: adapters_of(layer, names) for name, layer in layers.items()}, solver)
-        rows = []
-        with densified(block):
+        if replay is None or unmerged is None:
+            return [merge_layer(index, name, layer, None) for name, layer in layers.items()]
+        rows, original = [], copy.deepcopy(block)
+        with densified(original):
             # A layer is merged when all that it reads from is.
-            groups = [list(layers)] if replay is None else replay.input_groups(index, block, layers)
+            groups = unmerged.input_groups(index, original, {name: original.get_submodule(name) for name in layers})
             reached = {name for group in groups for name in group}
             for group in [*groups, *([name] for name in layers if name not in reached)]:
-                inputs = {}
-                if replay is not None and unmerged is not None:
-                    inputs = _collect(index, block, merge, group, replay, unmerged)
-                for name in group:
-                    rows.append(merge.merge(blocks.name_in_decoder(index, name), name, inputs.get(name)))
-            if replay is not None and unmerged is not None and index < len(blocks.blocks) - 1:
-                with merge.as_merged():
+                with densified(block):
+                    inputs = _collect(index, block, original, group, replay, unmerged)
+                rows += [merge_layer(index, name, layers[name], inputs.get(name)) for name in group]
+            if index < len(blocks.blocks) - 1:
+                unmerged.advance(index, original)
+                with densified(block):
                     replay.advance(index, block)
-                unmerged.advance(index, block)
-        merge.finish()
         return rows
+
+    def merge_layer(index: int, name: str, layer: Any, inputs: _Inputs | None) -> MergedLayer:
+        return _merge(blocks.name_in_decoder(index, name), layer, adapters_of(layer, names), inputs, solver)
 
     how = "masked" if solver is None else "solve"
     return each_block(f"Merging ({how})", blocks, step, tokens=0 if replay is None else replay.tokens.numel())
 
 
+def _merge(
+    path: str, layer: Any, names: list[str], inputs: _Inputs | None, solver: Mapping[str, Any] | None
+) -> MergedLayer:
+    """Merges adapters into a layer and describes it."""
+    started, error = time.perf_counter(), None
+    base: SparseLinear = layer.get_base_layer()
+    mask = unpack_mask(base.weight_mask, base.in_features)
+    effective = layer.effective_weight(names)
+    change = effective - base.to_dense_weight()
+    size, lost = torch.linalg.norm(change), torch.linalg.norm(change.masked_fill(mask, 0))
+    how = "masked" if lost > 0 else "exact"
+    layer.merge_kept(names)
+    if inputs is not None and solver is not None and lost > 0:
+        cross = None if inputs.cross is None else effective @ inputs.cross.matrix.to(effective.device)
+        gram = inputs.gram.gram.to(effective.device)
+        weight = solve_on_mask(effective, gram, mask, start=effective * mask, cross=cross, **solver)
+        base.replace_values(weight[mask].view_as(base.weight).to(base.weight.dtype))
+        how = "solved"
+    if inputs is not None:
+        original = None if inputs.cross is None else inputs.unmerged.sample
+        error = relative_output_error(inputs.gram.sample, effective, base.to_dense_weight(), original)
+    return MergedLayer(
+        name=path,
+        shape=(base.out_features, base.in_features),
+        num_values=base.weight.numel(),
+        how=how,
+        relative_output_error=error,
+        discarded=float(lost / size) if size > 0 else 0.0,
+        seconds=round(time.perf_counter() - started, 4),
+    )
+
+
 def _collect(
-    index: int, block: nn.Module, merge: _BlockMerge, group: list[str], replay: BlockReplay, unmerged: BlockReplay
+    index: int, block: nn.Module, original: nn.Module, names: list[str], replay: BlockReplay, unmerged: BlockReplay
 ) -> dict[str, _Inputs]:
-    """Statistics of the inputs of a group by layer; a layer that no token reached is missing."""
-    layers = {name: merge.layers[name] for name in group}
+    """Statistics of the inputs of a group of layers, by layer, in a block and in the `original` one; a layer that no
+    token reached is missing."""
     leaders: dict[str, str] = {}
     inputs: dict[str, _Inputs] = {}
-    here, there = replay.inputs(index, block, layers, leaders), unmerged.inputs(index, block, layers, {})
-    for hidden in replay.hidden:
-        others = next(there)
-        with merge.as_merged():
-            batch = next(here)
+
+    def batches(replay: BlockReplay, block: nn.Module, leaders: dict[str, str]) -> Iterator[dict[str, torch.Tensor]]:
+        return replay.inputs(index, block, {name: block.get_submodule(name) for name in names}, leaders)
+
+    pairs = zip(batches(replay, block, leaders), batches(unmerged, original, {}), strict=True)
+    for hidden, (batch, others) in zip(replay.hidden, pairs, strict=True):
         rows = hidden.shape[0] * (hidden.shape[1] - replay.skip_first)
         for name, x in batch.items():
             if name not in inputs:

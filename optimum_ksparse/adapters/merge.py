@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..blocks import BlockReplay, evaluation_mode, find_blocks
 from ..checkpoint import facts_of
-from ..checks import check_integer, check_number
+from ..checks import check_integer, check_keys, check_number, check_one_of
 from ..data import CalibrationData, calibration_tokens, load_tokenizer
 from ..evaluation import note_merge
 from ..version import library_versions
@@ -24,6 +24,12 @@ from .report import MergeReport
 from .targets import base_of
 
 MERGE_METHODS = ("masked", "solve")
+_share = partial(check_number, least=0, most=1)
+_SOLVER_SETTINGS: dict[str, Callable[[str, Any], Any]] = {
+    "damping": _share,
+    "max_steps": partial(check_integer, least=1),
+    "tolerance": _share,
+}
 
 
 def merge_adapter(
@@ -32,15 +38,8 @@ def merge_adapter(
     method: str = "masked",
     adapter_names: list[str] | None = None,
     dataset: Any = None,
-    tokenizer: Any = None,
-    num_samples: int = 128,
-    seq_len: int = 512,
     batch_size: int = 1,
-    seed: int = 0,
-    prepend_bos: bool | None = None,
-    damping: float = 0.0,
-    max_steps: int = 100,
-    tolerance: float = 1e-3,
+    method_settings: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Merges adapters into a sparse model: their masks, and so their densities and packed sizes, stay as they are to
     the bit. What PEFT's own merging does with them is the method "masked".
@@ -54,10 +53,10 @@ def merge_adapter(
         peft_model: a PEFT model on a sparse transformers model; it is used up, as by `merge_and_unload`.
         method: "masked", or "solve", which needs `dataset`.
         adapter_names: those to merge; None: the active ones.
-        dataset: calibration text or token ids, as in `SparsityConfig`; with "masked" it serves to measure the error.
-        tokenizer: name, folder or object, for text; None: that of the model.
-        num_samples, seq_len, batch_size, seed, prepend_bos: of the calibration samples, as in `SparsityConfig`.
-        damping, max_steps, tolerance: of the solver, see `pruners.solve.solve_on_mask`.
+        dataset: calibration text or token ids, as in `SparsityConfig`, in 128 samples of 512 tokens; or
+            `CalibrationData`, which says how they are drawn. With "masked" it serves to measure the error.
+        batch_size: calibration samples in one forward pass.
+        method_settings: of the solver: `damping`, `max_steps`, `tolerance`, see `pruners.solve.solve_on_mask`.
 
     Returns:
         The model without PEFT. `model.ksparse.merge` says what happened; it is saved with the model. Results measured
@@ -68,20 +67,17 @@ def merge_adapter(
         TypeError, ValueError: a setting is wrong, or these adapters cannot be merged; nothing has been changed. On
             these and all other errors, and on Ctrl-C, `peft_model` is what it was.
     """
-    if method not in MERGE_METHODS:
-        raise ValueError(f"method={method!r} is not known; allowed: {', '.join(MERGE_METHODS)}")
+    check_one_of("method", method, MERGE_METHODS)
     if method == "solve" and dataset is None:
         raise ValueError('method="solve" needs calibration text: pass dataset=, or use method="masked"')
     check_integer("batch_size", batch_size, 1)
-    check_integer("max_steps", max_steps, 1)
-    damping, tolerance = check_number("damping", damping, 0, 1), check_number("tolerance", tolerance, 0, 1)
-    solver = {"damping": damping, "max_steps": max_steps, "tolerance": tolerance} if method == "solve" else None
+    settings = _checked_settings(method_settings or {})
     names = check_mergeable(peft_model, adapter_names)
     model: Any = peft_model.get_base_model()
     started = time.perf_counter()
     data = None
     if dataset is not None:
-        drawn = CalibrationData(dataset, tokenizer, num_samples, seq_len, seed, prepend_bos)
+        drawn = dataset if isinstance(dataset, CalibrationData) else CalibrationData(dataset, seq_len=512)
         with evaluation_mode(model), active(model, names):
             data = calibration_tokens(drawn, model, load_tokenizer(drawn, model.name_or_path))
     report = MergeReport(method, describe_adapters(peft_model, names), {} if data is None else data.description)
@@ -97,7 +93,7 @@ def merge_adapter(
                         f"{type(model).__name__} does not run its blocks one after another, which merging with a "
                         "dataset needs: take method='masked' without one"
                     )
-                report.layers = merge_blocks(blocks, names, replay, solver)
+                report.layers = merge_blocks(blocks, names, replay, settings if method == "solve" else None)
             tied = _is_tied(model)
             report.dense_layers = _merge_dense(model, names, undo)
             _unload(peft_model, model, undo)
@@ -108,6 +104,11 @@ def merge_adapter(
         for take_back in reversed(undo):
             take_back()
         raise
+
+
+def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    check_keys(settings, tuple(_SOLVER_SETTINGS), "method_settings")
+    return {name: _SOLVER_SETTINGS[name](name, value) for name, value in settings.items()}
 
 
 def _unmerge(layer: Any) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from ..checkpoint import facts_of, sparse_modules
 from ..checkpoint.model_class import class_for_source
 from ..checkpoint.staging import check_output, staged
 from ..config import SparsityConfig
-from ..data import copy_processor, read_tokenizer
+from ..data import CalibrationData, copy_processor, read_tokenizer
 from ..pruners.solve import solve_on_mask
 from ..records import HEAD_NAME, TUNING_NAME, printable, recorded_repository
 from .base import DTYPES, LOADING_TEXTS, OVERWRITE, TRUST, Command
@@ -39,7 +39,6 @@ _TEXTS = {
     "base_revision": "the same of the base model",
     "max_shard_size": "of the saved files, such as 5GB",
 }
-_SETTINGS = ("method", *_CALIBRATION_TEXTS, *_SOLVER_TEXTS)
 
 
 class MergeCommand(Command):
@@ -69,8 +68,12 @@ class MergeCommand(Command):
         remote = {"trust_remote_code": settings.get("trust_remote_code"), "revision": settings.get("base_revision")}
         base = {name: value for name, value in remote.items() if value is not None}
         tokenizer, missing = _tokenizer(settings, source, base)
-        merging = {name: settings[name] for name in _SETTINGS if name in settings}
-        model = merge_adapter(_load(settings, source, base), **({"tokenizer": tokenizer} | merging))
+        merging: dict[str, Any] = {name: settings[name] for name in ("method", "batch_size") if name in settings}
+        merging["method_settings"] = {name: settings[name] for name in _SOLVER_TEXTS if name in settings}
+        if settings.get("dataset") is not None:
+            drawn = {name: settings[name] for name in _CALIBRATION_TEXTS if name in settings and name != "batch_size"}
+            merging["dataset"] = CalibrationData(**({"tokenizer": tokenizer, "seq_len": 512} | drawn))
+        model = merge_adapter(_load(settings, source, base), **merging)
         save = {"max_shard_size": settings["max_shard_size"]} if "max_shard_size" in settings else {}
         with staged(output) as folder:
             model.save_pretrained(folder, **save)

@@ -272,6 +272,7 @@ print(type(layer).__name__, layer.is_masked("default"))
 """
 
 
+@pytest.mark.processes
 def test_a_masked_adapter_in_a_fresh_process(folder, tmp_path):
     """`AutoPeftModel` reads the adapter's settings before a sparse layer is made."""
     adapted(AutoModelForCausalLM.from_pretrained(folder), "masked").save_pretrained(tmp_path)

@@ -127,7 +127,7 @@ def test_a_random_decoder_is_an_error(tmp_path, make_model, config):
     weights = load_file(tmp_path / "gpt2" / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if "mlp.c_fc.weight" not in name}
     save_file(kept, tmp_path / "gpt2" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="2 weights of GPT2LMHeadModel.*h.0.mlp.c_fc.weight"):
+    with pytest.raises(ValueError, match="h.0.mlp.c_fc.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2", sparsity_config=config)
 
 
@@ -249,8 +249,8 @@ def test_a_sparse_model_with_a_block_on_the_disk(tmp_path, packed, token_ids):
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(again, token_ids), logits(reference, token_ids))
-    model.dequantize()
-    assert torch.allclose(logits(model, token_ids), logits(reference, token_ids), atol=1e-6)
+    with pytest.raises(ValueError, match="offloaded"):
+        model.dequantize()
 
 
 def multimodal():
