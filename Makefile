@@ -1,5 +1,6 @@
 # make demo   sets everything up, prunes a real model, shows what it cost and gained
 # make test   sets everything up, checks and tests
+# make test-fast  the tests that start no process and run no real model
 #
 # The demo with another model: make demo MODEL=<Hub id or folder> PATTERN=4:8 METHOD=sparsegpt
 
@@ -13,7 +14,7 @@ PATTERN ?= 2:4
 METHOD ?= admm
 DEMO_DIR ?= .demo
 
-.PHONY: demo test check clean
+.PHONY: demo test test-fast check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py "$(MODEL)" "$(PATTERN)" "$(METHOD)" "$(DEMO_DIR)"
@@ -22,6 +23,9 @@ demo: $(VENV)/.demo
 # many tests wait for processes of their own: 15 to 17 minutes, where two took 20.
 test: $(VENV)/.dev check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+test-fast: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not processes and not end_to_end"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

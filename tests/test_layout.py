@@ -75,6 +75,7 @@ def test_the_check_above_can_fail():
     assert imported_rooms(PACKAGE / "config.py") == {"checks", "data", "pattern", "pruners", "records"}
 
 
+@pytest.mark.processes
 def test_importing_needs_torch_and_transformers_alone():
     script = """
 import sys

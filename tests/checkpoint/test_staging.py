@@ -101,6 +101,7 @@ def number_of_steps(folder: Path, save: Callable[[Path], Any]) -> int:
     return steps.count
 
 
+@pytest.mark.processes
 def test_killed_at_any_step(tmp_path: Path) -> None:
     total = number_of_steps(write(tmp_path / "counted", OLD), save_new)
     found = []
@@ -177,6 +178,7 @@ def models(make_pruned: Any, token_ids: torch.Tensor) -> Iterator[tuple[Any, Any
         yield *models, [model(token_ids).logits for model in models]
 
 
+@pytest.mark.processes
 def test_a_model_loads_after_a_kill_at_any_step(
     tmp_path: Path, models: Any, token_ids: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -191,6 +193,7 @@ def test_a_model_loads_after_a_kill_at_any_step(
         assert not [path.name for path in folder.iterdir() if path.name.startswith(".")], number
 
 
+@pytest.mark.processes
 def test_a_published_run_that_is_killed_at_any_step(
     tmp_path: Path, models: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +330,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
 # ---- several at once
 
 
+@pytest.mark.processes
 def test_locks(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with locked(path), pytest.raises(BlockingIOError, match="already"), locked(path):
@@ -347,6 +351,7 @@ def test_locks(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.processes
 def test_texts_written_at_once(tmp_path: Path) -> None:
     path, children = tmp_path / "text", []
     for number in range(4):
@@ -363,6 +368,7 @@ def test_texts_written_at_once(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["text"]
 
 
+@pytest.mark.processes
 def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path) -> None:
     for number in range(1, 4):
         killed_at(number, lambda: write_text(tmp_path / "text", "new"))

@@ -501,6 +501,7 @@ def test_nothing_is_half_written(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == found
 
 
+@pytest.mark.processes
 def test_processes_that_write_different_rows_lose_none(tmp_path: Path) -> None:
     children = []
     for name in range(2):

@@ -426,6 +426,7 @@ def test_a_folder_that_cannot_be_written_warns_and_goes_on(clock, monkeypatch, t
         assert not [path for path in (tmp_path / "speeds").iterdir() if path.suffix != ".lock"]  # nothing half done
 
 
+@pytest.mark.processes
 def test_processes_that_write_at_once_or_are_killed_lose_nothing(caplog):
     cache.write_timings(CPU, known("before"))
     script = """

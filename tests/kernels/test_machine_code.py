@@ -67,6 +67,7 @@ def spilled(code):
     return code.spilled, code.count("STL", "LDL")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("product", GEMV, ids=str)
 def test_gemv_reads_weights_once_and_wide_and_spills_nothing(product, compiled):
     code = compiled[str(product)]
@@ -78,6 +79,7 @@ def test_gemv_reads_weights_once_and_wide_and_spills_nothing(product, compiled):
     assert code.count_in_loop("LDG.E.U16") == rows
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("product", GEMV, ids=str)
 def test_lanes_of_gemv_meet_only_in_the_end(product, compiled):
     code = compiled[str(product)]
@@ -91,6 +93,7 @@ def test_lanes_of_gemv_meet_only_in_the_end(product, compiled):
         assert code.count("BAR") <= 4 * sums
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("product", [p for p in GEMV if p.tokens == 1 and p.pattern == "2:4"], ids=str)
 def test_gemv_takes_few_instructions_for_a_group_of_four(product, compiled):
     """Two fused multiply-adds, and what it takes to find their operands: a step has four groups a row and lane."""
@@ -100,6 +103,7 @@ def test_gemv_takes_few_instructions_for_a_group_of_four(product, compiled):
     assert code.loop.total() <= 16 * groups
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("product", WIDTHS, ids=str)
 def test_gemv_reads_wide_at_any_width(product, compiled):
     code = compiled[str(product)]
@@ -107,6 +111,7 @@ def test_gemv_reads_wide_at_any_width(product, compiled):
     assert code.count_in_loop("LDG.E.EF.128") == code.count("LDG.E.EF") == product.config["rows"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("product", [*DOT, *FIRST], ids=str)
 def test_dot_runs_on_tensor_cores_and_fits_the_shared_memory(product, compiled):
     code = compiled[str(product)]
@@ -115,6 +120,7 @@ def test_dot_runs_on_tensor_cores_and_fits_the_shared_memory(product, compiled):
     assert 0 < code.shared <= SHARED_MEMORY[product.capability]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("product", DOT, ids=str)
 def test_dot_spills_nothing(product, compiled):
     code = compiled[str(product)]
@@ -122,6 +128,7 @@ def test_dot_spills_nothing(product, compiled):
     assert code.count("STL", "LDL") == 0
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("product", SWEEP, ids=str)
 def test_threads_of_the_sweep_share_nothing_and_spill_nothing(product, compiled):
     code = compiled[str(product)]
@@ -133,6 +140,7 @@ def test_threads_of_the_sweep_share_nothing_and_spill_nothing(product, compiled)
     assert code.count("FFMA") + code.count("FFMA2") >= panel * (panel + 1) // 2
 
 
+@pytest.mark.processes
 def test_spills_and_large_tiles_show(compiled):
     """The reader of machine code finds what the tests above look for, where it is there."""
     code = compiled[str(TOO_LARGE)]
@@ -140,6 +148,7 @@ def test_spills_and_large_tiles_show(compiled):
     assert code.shared > SHARED_MEMORY[86]
 
 
+@pytest.mark.processes
 def test_a_kernel_that_does_not_compile_is_an_error():
     with pytest.raises(RuntimeError, match="power of 2"):
         compile_products([Product("gemv", {"warps": 3, "rows": 1}, 1)])

@@ -177,6 +177,7 @@ def test_stacks_are_pruned_saved_and_loaded_in_both_storages(kind: str, tmp_path
         assert packed[f"{name}.weight_mask"].shape == (experts, out, width // 8)
 
 
+@pytest.mark.processes
 def test_dense_storage_is_the_ordinary_format_and_loads_without_the_plugin(tmp_path: Path) -> None:
     kinds = ["mixtral", "granitemoe"]
     expected = {}
