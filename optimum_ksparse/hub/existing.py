@@ -59,8 +59,8 @@ def has_section(body: str) -> bool:
 
 def is_unfilled_form(body: str) -> bool:
     """The form that transformers and PEFT write beside a checkpoint, as long as nobody has filled it in."""
+    if body.count("[More Information Needed]") <= 20:
+        return False
     form = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
     lines = [line.strip() for line in _PEFT_SETTINGS.sub("", body).splitlines()]
-    return body.count("[More Information Needed]") > 20 and all(
-        line in form or _GENERATED.fullmatch(line) for line in lines
-    )
+    return all(line in form or _GENERATED.fullmatch(line) for line in lines)

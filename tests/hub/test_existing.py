@@ -55,7 +55,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(texts=st.lists(values, min_size=4, max_size=4), person=st.dictionaries(values, json_values, max_size=3))
 def test_any_metadata_come_back_as_they_were(texts: list[str], person: dict[str, Any]) -> None:
     name, tag, license_name, language = texts
@@ -183,7 +183,7 @@ def test_text_around_the_section_stays(text: str, metadata: str) -> None:
         assert SECTION.split(body(render_card(subject, "ko", existing=card))) == SECTION.split(body(card))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     parts=st.lists(st.sampled_from([BEGIN, END, OLD, "A person", "B person", "C person", "---", " text "]), max_size=8)
 )
