@@ -156,7 +156,7 @@ TYPES = {
     "versions": "object",
 }
 VALUES: dict[str, Any] = {"null": None, "bool": True, "int": 1, "float": 0.5, "str": "글", "list": [], "object": {}}
-OPTIONAL = ("dense_model", "dense_revision", "acc_norm", "tuning")
+OPTIONAL = ("sparse", "dense", "dense_model", "dense_revision", "acc_norm", "tuning")
 
 
 def places() -> Iterator[tuple[str, str]]:

@@ -130,7 +130,7 @@ def test_a_damaged_file_is_refused(report, tmp_path):
         b"[]",
         b"null",
         b"{}",
-        b'{"schema_version": "1", "layers": []}',
+        b'{"schema_version": "1"}',
         b"\xff\xfe\x00",
         whole[:-40],
     ]
