@@ -2,31 +2,26 @@
 
 from ..checkpoint.digests import fingerprint, tensor_digests
 from .baseline import Baseline, recorded_baseline, set_aside
-from .environment import has_head
 from .harness import HarnessTask
 from .kobest import KOBEST_TASKS, STUDY_TASKS
 from .measure import evaluate_baseline, evaluate_kobest, evaluate_model
 from .perplexity import evaluate_perplexity
 from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
-from .table import MEAN_TITLE, result_rows, results_table
+from .table import result_rows, results_table
 from .tasks import TASKS, HubEntry, Task, add_task, task_of
 from .ties import (
-    RECORDS,
     TrainingRun,
     adapted_fingerprint,
-    is_unchanged,
     mark_weights,
     note_merge,
     settle_records,
     settled_records,
 )
-from .tuning import read_tuning, tuning_of, tuning_settings, tuning_title
+from .tuning import read_tuning, tuning_settings, tuning_title
 
 __all__ = [
     "KOBEST_TASKS",
-    "MEAN_TITLE",
-    "RECORDS",
     "STUDY_TASKS",
     "TASKS",
     "Baseline",
@@ -45,8 +40,6 @@ __all__ = [
     "evaluate_model",
     "evaluate_perplexity",
     "fingerprint",
-    "has_head",
-    "is_unchanged",
     "mark_weights",
     "note_merge",
     "read_tuning",
@@ -58,7 +51,6 @@ __all__ = [
     "settled_records",
     "task_of",
     "tensor_digests",
-    "tuning_of",
     "tuning_settings",
     "tuning_title",
 ]

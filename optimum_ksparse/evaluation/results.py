@@ -69,9 +69,7 @@ class Measurement:
         self.environment = build_fields(_ENVIRONMENT, {}, self.environment, f"{where}.environment")
         if self.name not in TASKS:
             self.metrics = build(dict[str, float | None], self.metrics, f"{where}.metrics")
-            self.protocol = build(
-                Annotated[dict[str, Any], As(_Row, is_open=True)], self.protocol, f"{where}.protocol"
-            )
+            self.protocol = build(_ANY_PROTOCOL, self.protocol, f"{where}.protocol")
             return
         task = TASKS[self.name]
         metrics = {key: kind for key, kind in task.metrics.items() if key not in task.optional}

@@ -25,7 +25,8 @@ def choose_tokenizer(
     can_lack: bool = False,
     **arguments: Any,
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that is given or named; for None the model's own, for False none.
+    """The tokenizer that is given or named, for False none. For None the one that the model was calibrated with in
+    this process or came with, or that of `base`; what the model's files name is not read: nobody here has named it.
 
     Args:
         base: the dense model that the user asked for; its tokenizer will do where the model has none.
@@ -33,7 +34,7 @@ def choose_tokenizer(
         arguments: `token`, `trust_remote_code`, as the user passed them.
 
     Raises:
-        TypeError, OSError, ValueError: it cannot be one, or cannot be loaded.
+        TypeError, OSError, ValueError: it cannot be one, or cannot be loaded, or the model has none.
     """
     if given is False:
         return None
@@ -44,18 +45,6 @@ def choose_tokenizer(
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if given is not None:
         return read_tokenizer(os.fspath(given), **arguments)
-    return own_tokenizer(model, base, can_lack, **arguments)
-
-
-def own_tokenizer(
-    model: PreTrainedModel, base: Baseline | None = None, can_lack: bool = False, **arguments: Any
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that a sparse model was calibrated with in this process or came with, or that of `base`. What its
-    files name is not read: nobody here has named it.
-
-    Raises:
-        ValueError: none of them can be loaded.
-    """
     facts = facts_of(model)
     live = facts.tokenizer
     if isinstance(live, PreTrainedTokenizerBase):

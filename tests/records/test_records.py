@@ -20,7 +20,7 @@ from optimum_ksparse.api.inspection import inspect_checkpoint
 from optimum_ksparse.evaluation import EvaluationResults, recorded_baseline, results_table
 from optimum_ksparse.hub.card import render_card
 from optimum_ksparse.hub.figures import draw_figures
-from optimum_ksparse.hub.sources import own_tokenizer
+from optimum_ksparse.hub.sources import choose_tokenizer
 from optimum_ksparse.records import (
     REPORT_NAME,
     RESULTS_NAME,
@@ -259,7 +259,7 @@ def test_code_of_a_checkpoint_does_not_run(saved: Path, tmp_path: Path) -> None:
     )
     model = AutoModelForCausalLM.from_pretrained(saved)
     try:
-        own_tokenizer(model)
+        choose_tokenizer(model, None)
     except ValueError:
         pass
     assert not ran.exists()
@@ -299,7 +299,7 @@ def test_a_tokenizer_that_files_name_is_not_looked_for(where: str, saved: Path, 
     asked: list[str] = []
     monkeypatch.setattr("optimum_ksparse.hub.sources.read_tokenizer", lambda name, **_: asked.append(name) or fail())
     with pytest.raises(ValueError, match=r"no tokenizer was found.*the checkpoint names 'org/tokenizer'\)$"):
-        own_tokenizer(AutoModelForCausalLM.from_pretrained(saved))
+        choose_tokenizer(AutoModelForCausalLM.from_pretrained(saved), None)
     assert asked == [str(saved)]
 
 
