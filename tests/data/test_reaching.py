@@ -78,14 +78,14 @@ def test_a_hub_that_stumbles_is_asked_again(hub: LoopbackHub, naps: list[float])
     assert instruction_rows("org/stumbling")[1] == [{"instruction": "1 + 1?", "output": "2"}]
 
 
-def test_a_push_to_a_hub_that_cannot_be_reached_is_tried_once_more(
+def test_a_push_to_a_hub_that_cannot_be_reached_says_so_at_once(
     make_pruned: Callable[..., PreTrainedModel], naps: list[float], dead: Callable[[], None], tmp_path: Path
 ) -> None:
     model = make_pruned()
     dead()
     with pytest.raises(ConnectionError, match="broke off .* push again"):
         model.push_to_hub("user/name", tokenizer=False)
-    assert naps == [1]
+    assert naps == []
 
 
 def test_pruning_does_not_wait_for_the_card_of_the_base(
