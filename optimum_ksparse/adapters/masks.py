@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 
 from .. import records
 from ..blocks import decoder_of
-from ..checkpoint import SparseModule, aligned, describe_model, sparse_modules
+from ..checkpoint import SparseModule, aligned, describe_model, sparse_modules, without_peft
 from ..checkpoint.staging import write_text
 from ..records import As
 
@@ -21,7 +21,7 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "r
 def mask_digest(model: Any) -> str | None:
     """SHA-256 over the masks of all sparse layers by their path in the decoder, adapters or not; None where there is
     none. The values do not count."""
-    layers = _plain_layers(_plain_model(model))
+    layers = _plain_layers(without_peft(model))
     if not layers:
         return None
     hashed = hashlib.sha256()
@@ -41,7 +41,7 @@ def record(model: Any, folder: str | os.PathLike[str]) -> None:
     """Writes `ksparse_adapter.json` beside an adapter on a sparse model; nothing for a dense one."""
     digest = mask_digest(model)
     if digest is not None:
-        content = {"base_model": describe_model(_plain_model(model)), "mask_sha256": digest}
+        content = {"base_model": describe_model(without_peft(model)), "mask_sha256": digest}
         write_text(Path(folder) / records.MASKS_NAME, records.to_json(content))
 
 
@@ -65,10 +65,6 @@ def mismatch(model: Any, recorded: dict[str, Any] | None, name: str) -> str | No
         f"adapter {name!r} was trained over other masks than this base has (that one was called "
         f"{recorded.get('base_model')!r}): merge it into the sparse model that it was trained on, or train it anew"
     )
-
-
-def _plain_model(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _plain_layers(model: Any) -> dict[str, SparseModule]:

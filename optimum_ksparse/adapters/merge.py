@@ -71,7 +71,8 @@ def merge_adapter(
     if method == "solve" and dataset is None:
         raise ValueError('method="solve" needs calibration text: pass dataset=, or use method="masked"')
     check_integer("batch_size", batch_size, 1)
-    settings = _checked_settings(method_settings or {})
+    check_keys(method_settings or {}, tuple(_SOLVER_SETTINGS), "method_settings")
+    settings = {name: _SOLVER_SETTINGS[name](name, value) for name, value in (method_settings or {}).items()}
     names = check_mergeable(peft_model, adapter_names)
     model: Any = peft_model.get_base_model()
     started = time.perf_counter()
@@ -99,16 +100,16 @@ def merge_adapter(
             _unload(peft_model, model, undo)
             if tied and not _is_tied(model):
                 model.config.tie_word_embeddings = False
-        return _finish(model, report, started)
+        report.versions = library_versions("torch", "transformers", "peft")
+        report.seconds = round(time.perf_counter() - started, 2)
+        facts = facts_of(model)
+        facts.results, facts.merge = None, report
+        note_merge(model, report.change())
+        return model
     except BaseException:
         for take_back in reversed(undo):
             take_back()
         raise
-
-
-def _checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    check_keys(settings, tuple(_SOLVER_SETTINGS), "method_settings")
-    return {name: _SOLVER_SETTINGS[name](name, value) for name, value in settings.items()}
 
 
 def _unmerge(layer: Any) -> Callable[[], None]:
@@ -156,12 +157,3 @@ def _unload(peft_model: Any, model: Any, undo: list[Callable[[], None]]) -> None
 def _is_tied(model: PreTrainedModel) -> bool:
     head, embeddings = (base_of(module) for module in (model.get_output_embeddings(), model.get_input_embeddings()))
     return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", 0)
-
-
-def _finish(model: PreTrainedModel, report: MergeReport, started: float) -> PreTrainedModel:
-    report.versions = library_versions("torch", "transformers", "peft")
-    report.seconds = round(time.perf_counter() - started, 2)
-    facts = facts_of(model)
-    facts.results, facts.merge = None, report
-    note_merge(model, report.change())
-    return model

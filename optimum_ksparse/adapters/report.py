@@ -48,9 +48,9 @@ class MergedLayer:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if not (is_finite(self.relative_output_error) and is_finite(self.discarded)):
-            self.relative_output_error = self.relative_output_error if is_finite(self.relative_output_error) else None
-            self.discarded = self.discarded if is_finite(self.discarded) else None
+        figures = (self.relative_output_error, self.discarded)
+        if not all(map(is_finite, figures)):
+            self.relative_output_error, self.discarded = (value if is_finite(value) else None for value in figures)
             self.note = with_note(self.note, OVERFLOWED)
 
     def check_record(self, where: str) -> None:
@@ -115,23 +115,19 @@ class MergeReport:
 
     def __str__(self) -> str:
         """The layers with the largest errors, and the totals."""
-        measured = any(row.relative_output_error is not None for row in self.layers)
-        worst = sorted(
-            self.layers, key=lambda row: (row.relative_output_error or 0.0, row.discarded or 0.0), reverse=True
-        )
-        lines = [f"{'worst layers':<40}  {'how':<7}  {'density':>7}  {'output error':>12}  {'discarded':>9}"]
-        for row in worst[:_WORST]:
-            error = "not measured" if row.relative_output_error is None else f"{row.relative_output_error:.2e}"
-            lines.append(
-                f"{row.name:<40}  {row.how:<7}  {row.density:>7.4f}  {error:>12}  {row.discarded or 0.0:>9.4f}"
-            )
         totals = self.totals()
+        lines = [f"{'worst layers':<40}  {'how':<7}  {'density':>7}  {'output error':>12}  {'discarded':>9}"]
+        for row in sorted(self.layers, key=lambda row: (-(row.relative_output_error or 0), -(row.discarded or 0)))[
+            :_WORST
+        ]:
+            error = "not measured" if row.relative_output_error is None else f"{row.relative_output_error:.2e}"
+            figures = f"{row.density:>7.4f}  {error:>12}  {row.discarded or 0.0:>9.4f}"
+            lines.append(f"{row.name:<40}  {row.how:<7}  {figures}")
         counts = ", ".join(f"{count} {how}" for how, count in totals["layers"].items() if count)
         lines.append(f"{len(self.layers)} sparse layers ({counts}), density {totals['density']:.4f} as before")
-        if measured:
-            lines.append(
-                f"output error: mean {totals['mean_output_error']:.2e}, worst {totals['worst_output_error']:.2e}"
-            )
+        if totals["worst_output_error"] is not None:
+            errors = (totals["mean_output_error"], totals["worst_output_error"])
+            lines.append("output error: mean {:.2e}, worst {:.2e}".format(*errors))
         if self.layers and totals["layers"]["exact"] == len(self.layers):
             lines.append("the adapter changes kept weights alone: merging is exact, there is nothing to solve")
         if self.dense_layers:

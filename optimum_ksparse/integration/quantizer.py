@@ -33,6 +33,7 @@ class SparsityQuantizer(HfQuantizer):
     """Prunes dense models when they are loaded; loads, saves and undoes packed sparse ones."""
 
     requires_calibration = False
+    is_trainable = is_qat_trainable = is_compileable = True
     quantization_config: SparsityConfig
     # What `save_pretrained(state_dict=...)` was given: transformers asks here, and forgets it.
     state_dict: dict[str, torch.Tensor] | None = None
@@ -114,16 +115,4 @@ class SparsityQuantizer(HfQuantizer):
         return given, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True

@@ -46,11 +46,6 @@ def test_prepare_for_training(make_pruned, token_ids, name="gpt2"):
     assert all(bool(grad.any()) for grad in trained(model).values())
 
 
-def test_prepare_for_training_without_checkpointing(make_pruned):
-    model = prepare_for_training(make_pruned(), gradient_checkpointing=False)
-    assert not model.is_gradient_checkpointing
-
-
 def test_what_cannot_be_prepared(make_pruned):
     model = make_pruned()
     with pytest.raises(TypeError, match="model must be a model of transformers, found PeftModelForCausalLM"):
@@ -60,6 +55,7 @@ def test_what_cannot_be_prepared(make_pruned):
     model.supports_gradient_checkpointing = False
     with pytest.raises(ValueError, match="pass gradient_checkpointing=False"):
         prepare_for_training(model)
+    assert not prepare_for_training(model, gradient_checkpointing=False).is_gradient_checkpointing
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="has adapters already"):
         prepare_for_training(model)
@@ -71,8 +67,6 @@ def test_what_cannot_be_prepared(make_pruned):
 @pytest.mark.parametrize(
     ("method", "dtype", "settings"),
     [
-        ("lora", torch.float32, {"bf16": True}),
-        ("rslora", torch.bfloat16, {"gradient_checkpointing": True}),
         ("dora", torch.bfloat16, {"bf16": True, "gradient_checkpointing": True}),
         ("masked", torch.bfloat16, {"gradient_checkpointing": True}),
         ("hira", torch.float32, {"bf16": True}),
@@ -93,7 +87,7 @@ def test_trainer_trains_adapters(make_pruned, token_ids, tmp_path, method, dtype
 
 
 def test_gradient_checkpointing_changes_no_gradient(make_pruned, token_ids):
-    for method in METHODS:
+    for method in ("dora", "masked", "hira"):
         plain = adapted(make_pruned(), method).train()
         again = adapted(prepare_for_training(make_pruned()), method).train()
         for model in (plain, again):
@@ -140,7 +134,7 @@ def test_sft_trainer(make_pruned, tokenizer, tmp_path):
 # --- The packed weights ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "pattern"), [("llama", "2:4"), ("gpt_neox", "4:8"), ("gpt2", "50%")])
+@pytest.mark.parametrize(("name", "pattern"), [("gpt_neox", "4:8"), ("gpt2", "50%")])
 def test_full_training_keeps_the_masks(make_pruned, token_ids, tmp_path, name, pattern):
     model = make_pruned(name, pattern)
     before, density = state(model), [layer.density for layer in sparse_modules(model).values()]
@@ -157,18 +151,10 @@ def test_full_training_keeps_the_masks(make_pruned, token_ids, tmp_path, name, p
         )
 
 
-@pytest.mark.parametrize(
-    ("dtype", "settings"),
-    [
-        (torch.bfloat16, {"optim": "adafactor", "bf16": True}),
-        (torch.float32, {"optim": "sgd", "learning_rate": 1.0, "gradient_checkpointing": True}),
-    ],
-    ids=["adafactor", "sgd"],
-)
-def test_full_training_by_other_optimizers(make_pruned, token_ids, tmp_path, dtype, settings):
-    model = make_pruned(dtype=dtype)
+def test_full_training_by_another_optimizer(make_pruned, token_ids, tmp_path):
+    model = make_pruned(dtype=torch.bfloat16)
     before = state(model)
-    train(model, token_ids, tmp_path, weight_decay=0.1, **settings)
+    train(model, token_ids, tmp_path, weight_decay=0.1, optim="adafactor", bf16=True, gradient_checkpointing=True)
     for (values, bits), (old, kept) in zip(state(model), before, strict=True):
         assert torch.equal(bits, kept)
         assert not torch.equal(values, old)

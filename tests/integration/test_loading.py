@@ -60,26 +60,16 @@ def logits(model, token_ids):
         return model(token_ids).logits
 
 
-@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, LlamaForCausalLM])
-@pytest.mark.parametrize("argument", ["sparsity_config", "quantization_config"])
-def test_one_argument_prunes(dense, config, auto_class, argument):
-    model = auto_class.from_pretrained(dense, **{argument: config})
-    assert len(sparse_modules(model)) == 14
-    assert model.sparsity_report.density == 0.5
-
-
-def test_settings_as_a_dict(dense):
-    model = AutoModelForCausalLM.from_pretrained(dense, sparsity_config={"method": "magnitude", "pattern": "1:4"})
-    assert model.sparsity_report.density == 0.25
-
-
-def test_both_arguments_are_an_error(dense, config):
+def test_one_argument_prunes(dense, config):
+    as_dict = {"method": "magnitude", "pattern": "1:4"}
+    arguments = {"sparsity_config": config, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(dense, **arguments)
+    assert not info["missing_keys"] and model.sparsity_report.density == 0.5
+    assert len(sparse_modules(LlamaForCausalLM.from_pretrained(dense, quantization_config=config))) == 14
+    assert AutoModelForCausalLM.from_pretrained(dense, sparsity_config=as_dict).sparsity_report.density == 0.25
     with pytest.raises(ValueError, match="pass one of them"):
         AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config, quantization_config=config)
-
-
-def test_another_type_is_an_error(dense):
-    with pytest.raises(TypeError, match="sparsity_config must be a SparsityConfig"):
+    with pytest.raises(TypeError, match="sparsity_config"):
         AutoModelForCausalLM.from_pretrained(dense, sparsity_config="2:4")
 
 
@@ -97,9 +87,7 @@ def test_without_a_tokenizer_the_error_says_what_to_pass(tmp_path, make_model):
         AutoModelForCausalLM.from_pretrained(tmp_path, sparsity_config=config)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "device_map"), [(torch.float32, None), (torch.bfloat16, "auto"), (torch.float16, "cpu")]
-)
+@pytest.mark.parametrize(("dtype", "device_map"), [(torch.bfloat16, "auto"), (torch.float16, "cpu")])
 def test_dtypes_and_device_maps(dense, config, dtype, device_map, token_ids, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config, dtype=dtype, device_map=device_map)
     assert next(iter(sparse_modules(model).values())).weight.dtype == dtype
@@ -107,12 +95,6 @@ def test_dtypes_and_device_maps(dense, config, dtype, device_map, token_ids, tmp
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map=device_map)
     assert again.dtype == dtype
     assert torch.equal(logits(model, token_ids), logits(again, token_ids))
-
-
-def test_loading_info_is_given_only_when_asked_for(dense, config):
-    model, info = AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config, output_loading_info=True)
-    assert sparse_modules(model)
-    assert not info["missing_keys"]
 
 
 def test_a_head_over_the_loaded_decoder_is_pruned(dense, config):
@@ -168,13 +150,18 @@ def test_run_time_settings_may_change(packed, token_ids, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "dense_again" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("storage", ["packed", "dense"])
-def test_other_settings_for_a_sparse_checkpoint_are_an_error(dense, tmp_path, token_ids, storage):
-    config = SparsityConfig(dataset=token_ids, storage=storage)
+def test_other_settings_for_a_sparse_checkpoint_are_an_error(dense, packed, tmp_path, token_ids):
+    config = SparsityConfig(dataset=token_ids, storage="dense")
     AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config).save_pretrained(tmp_path / "sparse")
     other = SparsityConfig("sparsegpt", "4:8", dataset=token_ids)
-    with pytest.raises(ValueError, match="sparse already.*method: passed 'sparsegpt', recorded 'admm'.*pattern"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", sparsity_config=other)
+    for folder in (packed, tmp_path / "sparse"):
+        with pytest.raises(ValueError, match="method: passed 'sparsegpt', recorded 'admm'.*pattern"):
+            AutoModelForCausalLM.from_pretrained(folder, sparsity_config=other)
+    weights = load_file(tmp_path / "sparse" / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 1  # its zeros are lost
+    save_file(weights, tmp_path / "sparse" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", sparsity_config=config)
 
 
 def test_quantized_and_sharded_loading_are_refused(dense, config, monkeypatch):
@@ -203,14 +190,6 @@ def test_the_wrappers_keep_signature_and_docstring_and_wrap_once():
         original = inspect.unwrap(wrapped)
         assert original is not wrapped
         assert inspect.signature(original).parameters.keys() >= {"kwargs"}
-
-
-def test_other_models_load_and_save_as_before(dense, tmp_path, token_ids):
-    model = AutoModelForCausalLM.from_pretrained(dense)
-    assert not hasattr(model, "sparsity_report")
-    model.save_pretrained(tmp_path / "plain")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    assert torch.equal(logits(model, token_ids), logits(again, token_ids))
 
 
 def test_other_models_load_from_a_folder_without_a_config(dense, token_ids):
@@ -280,16 +259,6 @@ def test_the_text_decoder_of_a_multimodal_model(tmp_path, token_ids, storage):
             Gemma3ForCausalLM.from_pretrained(tmp_path)
 
 
-def test_settings_for_a_dense_stored_checkpoint_that_lost_its_zeros_are_an_error(dense, tmp_path, token_ids):
-    config = SparsityConfig(dataset=token_ids, storage="dense")
-    AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config).save_pretrained(tmp_path / "sparse")
-    weights = load_file(tmp_path / "sparse" / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"] += 1
-    save_file(weights, tmp_path / "sparse" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="says that it is sparse, but layers.0.mlp.up_proj.weight"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", sparsity_config=config)
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
 def test_an_interrupted_sparsify_gives_the_dense_model_back(
     make_model, config, token_ids, monkeypatch, tmp_path, error
@@ -350,8 +319,7 @@ def test_inference_mode_is_refused_before_any_work(make_model, config):
         sparsify(model, config)
 
 
-@pytest.mark.parametrize("error", [ValueError, ArithmeticError])
-def test_an_error_of_a_method_names_the_layer(make_model, config, monkeypatch, error):
+def test_an_error_of_a_method_names_the_layer(make_model, config, monkeypatch, error=ArithmeticError):
     def fails(*_, **__):
         raise error("the updated weights are too large for torch.float16")
 
@@ -379,9 +347,9 @@ def test_a_local_folder_is_not_named_in_full(packed, dense):
         assert str(dense.parent) not in (packed / file).read_text()
 
 
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+@pytest.mark.parametrize("cast", ["half", "double"])
 def test_the_casts_of_torch_modules_are_those_of_to(packed, token_ids, cast):
-    dtype = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "double": torch.float64}[cast]
+    dtype = {"half": torch.float16, "double": torch.float64}[cast]
     first, second = (AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16) for _ in range(2))
     model, expected = getattr(first, cast)(), second.to(dtype)
     assert model is first and {parameter.dtype for parameter in model.parameters()} == {dtype}

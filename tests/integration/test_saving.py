@@ -58,10 +58,11 @@ VALUES = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("pattern", "storage"), [("2:4", "dense"), ("1:4", "packed"), ("50%", "dense"), ("62.5%", "packed")]
+    ("name", "pattern", "storage"),
+    [("gpt2", "2:4", "dense"), ("llama", "1:4", "packed"), ("llama", "50%", "dense"), ("llama", "62.5%", "packed")],
 )
-def test_round_trip(make_sparse, tmp_path, token_ids, pattern, storage):
-    model = make_sparse(pattern, storage)
+def test_round_trip(make_sparse, tmp_path, token_ids, name, pattern, storage):
+    model = make_sparse(pattern, storage, name)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert sparse_modules(again).keys() == sparse_modules(model).keys()
@@ -70,6 +71,8 @@ def test_round_trip(make_sparse, tmp_path, token_ids, pattern, storage):
     again.save_pretrained(tmp_path / "again")
     first, second = header(tmp_path), header(tmp_path / "again")
     assert first.keys() == second.keys()
+    if name == "gpt2":
+        assert first["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)  # as it stores it
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -99,13 +102,6 @@ def test_config_of_packed_storage(make_sparse, tmp_path):
     assert settings["quant_method"] == "optimum-ksparse"
     assert settings["layers"]["layers.0.self_attn.q_proj"] == {"pattern": "2:4", "num_values": 512}
     assert SparsityReport.load(tmp_path / "sparsity_report.json").density == 0.5
-
-
-def test_gpt2_keeps_its_transposed_layout_in_dense_storage(make_sparse, tmp_path, token_ids):
-    model = make_sparse(storage="dense", name="gpt2")
-    model.save_pretrained(tmp_path)
-    assert header(tmp_path)["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), token_ids), logits(model, token_ids))
 
 
 PLAIN = """
@@ -337,8 +333,7 @@ def test_sparse_modules_of_unknown_origin_are_not_saved(make_sparse, tmp_path):
         model.save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("storage", ["packed"])
-def test_trainer_trains_saves_and_resumes(make_sparse, tmp_path, token_ids, storage):
+def test_trainer_trains_saves_and_resumes(make_sparse, tmp_path, token_ids):
     from transformers import Trainer, TrainingArguments
 
     data = [{"input_ids": ids, "labels": ids} for ids in token_ids]
@@ -349,11 +344,11 @@ def test_trainer_trains_saves_and_resumes(make_sparse, tmp_path, token_ids, stor
         )
         return Trainer(model, arguments, train_dataset=data)
 
-    straight = make_sparse(storage=storage)
+    straight = make_sparse()
     zeros = {name: module.weight_mask.clone() for name, module in sparse_modules(straight).items()}
     trainer(straight, 4).train()
     assert all(torch.equal(module.weight_mask, zeros[name]) for name, module in sparse_modules(straight).items())
-    resumed = make_sparse(storage=storage)
+    resumed = make_sparse()
     trainer(resumed, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert torch.allclose(logits(resumed.eval(), token_ids), logits(straight.eval(), token_ids), atol=1e-5)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")

@@ -54,7 +54,7 @@ def fp8(make_model, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("storage", ["packed", "dense", "dequantized"])
+@pytest.mark.parametrize("storage", ["dense", "dequantized"])
 def test_a_model_that_came_through_another_quantizer_is_saved_as_it_is_now(fp8, tmp_path, token_ids, storage):
     arguments = {"dtype": torch.float32, "quantization_config": FineGrainedFP8Config(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(fp8, **arguments)
