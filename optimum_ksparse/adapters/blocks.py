@@ -17,7 +17,7 @@ from ..nn import SparseLinear, densified
 from ..packing import unpack_mask
 from ..pruners.solve import solve_on_mask
 from ..pruners.statistics import ColumnNorms, CrossMatrix, GramMatrix
-from ..pruning import each_block, relative_output_error
+from ..pruning import blocks_with_progress, relative_output_error
 from .adapted import adapted_layers, adapters_of, is_sparse
 from .report import MergedLayer
 
@@ -73,7 +73,9 @@ def merge_blocks(
         return _merge(blocks.name_in_decoder(index, name), layer, adapters_of(layer, names), inputs, solver)
 
     how = "masked" if solver is None else "solve"
-    return each_block(f"Merging ({how})", blocks, step, tokens=0 if replay is None else replay.tokens.numel())
+    tokens = 0 if replay is None else replay.tokens.numel()
+    numbers = blocks_with_progress(f"Merging ({how})", len(blocks.blocks), tokens=tokens)
+    return [row for index in numbers for row in step(index, blocks.blocks[index])]
 
 
 def _merge(

@@ -20,6 +20,7 @@ from ..hub import card_of_source
 from ..pruning.distributed import joined
 from ..pruning.model import settings_of
 from ..pruning.streaming import OURS, Workspace
+from ..pruning.streaming.loading import Source
 from ..pruning.streaming.run import CheckpointRun
 from ..report import SparsityReport
 
@@ -102,9 +103,8 @@ def prune_checkpoint(
         how = {"output": os.path.basename(output), "resume": resume, "activation_memory": limit}
         processes.agree({**job, **job["source"], **job["settings"], **how, "source": None, "settings": None})
         card = partial(card_of_source, token=loading.get("token"))
-        run = CheckpointRun(
-            source, config, Workspace(output, job), files, processes, dtype, place, limit, model_class, loading, card
-        )
+        dense = Source(source, files, model_class, dtype, loading)
+        run = CheckpointRun(dense, config, Workspace(output, job), processes, place, limit, card)
         return run(resume, overwrite)
 
 

@@ -4,7 +4,7 @@ from .activations import Activations
 from .experts import ExpertStack, eager_experts, use_eager_experts
 from .find import DecoderBlocks, decoder_of, find_blocks
 from .reading import find_read
-from .replay import BlockReplay, always_there
+from .replay import BlockReplay
 from .routers import find_routers
 from .running import evaluation_mode
 
@@ -13,7 +13,6 @@ __all__ = [
     "BlockReplay",
     "DecoderBlocks",
     "ExpertStack",
-    "always_there",
     "decoder_of",
     "eager_experts",
     "evaluation_mode",

@@ -31,7 +31,7 @@ class _StopForward(Exception):  # noqa: N818 (not an error)
     """Raised by a hook that has seen what it needed."""
 
 
-def always_there(index: int) -> AbstractContextManager[None]:
+def _always_there(index: int) -> AbstractContextManager[None]:
     """The blocks of a model that is in memory are."""
     return nullcontext()
 
@@ -62,7 +62,7 @@ class BlockReplay:
         tokens: torch.Tensor,
         batch_size: int,
         skip_first: bool = False,
-        resident: Callable[[int], AbstractContextManager[None]] = always_there,
+        resident: Callable[[int], AbstractContextManager[None]] = _always_there,
         hidden: Activations | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -132,7 +132,7 @@ class BlockReplay:
                         raise ValueError(f"{name} shares states with other calls: its blocks cannot be calibrated")
                     hidden_states.append(hidden.clone())  # a block may write into its input
                     calls.append(call.pooled(pool))
-                here = always_there if number == there else self._resident
+                here = _always_there if number == there else self._resident
                 with here(number), autocast(device_of(block), self.dtype):
                     return original(*args, **kwargs)
 

@@ -2,12 +2,13 @@
 
 from .layer import relative_output_error
 from .layer_dropping import drop_layers
-from .loop import each_block, prune_blocks
+from .loop import prune_blocks
+from .progress import blocks_with_progress
 from .tokens import load_tokenizer
 
 __all__ = [
+    "blocks_with_progress",
     "drop_layers",
-    "each_block",
     "load_tokenizer",
     "prune_blocks",
     "relative_output_error",

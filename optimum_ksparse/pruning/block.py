@@ -31,11 +31,7 @@ def prune_one_block(job: Job, index: int, replay: BlockReplay | None, dense: Act
     """
     pruned = PrunedBlock(_prune_layers(job, index, replay))
     if job.config.reconstruct is not None and replay is not None and dense is not None and replay.times(index):
-        tuned = None if job.replaced is None else job.replaced.tuned
-        others = [block for i, block in enumerate(job.blocks.blocks) if i != index]
-        elsewhere = {id(parameter) for block in others for parameter in block.parameters()}
-        block, processes = job.blocks.blocks[index], job.processes
-        pruned.reconstruction = reconstruct_block(index, block, replay, dense, job.config, processes, tuned, elsewhere)
+        pruned.reconstruction = reconstruct_block(job, index, replay, dense)
     return pruned
 
 

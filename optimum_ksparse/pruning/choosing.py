@@ -21,7 +21,7 @@ from ..report import MethodChoice, Trial
 from .block import prune_one_block
 from .job import Job, Replaced
 from .loop import check_replay
-from .reconstruction import OutputLoss, held_out
+from .loss import OutputLoss, held_out
 from .targets import Layer, weight_of
 
 # In the order in which they are tried, the cheap ones first: a method, and what follows.

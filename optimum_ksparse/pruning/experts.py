@@ -14,10 +14,10 @@ from ..config import SparsityConfig
 from ..nn import SparseExperts
 from ..packing import pack
 from ..pattern import Pattern
-from ..pruners import collected_notes, prune
+from ..pruners import collected_notes
 from ..pruners.statistics import ColumnNorms
 from ..report import LayerReport
-from .layer import overflow_advice
+from .layer import make_row, prune_matrix
 
 
 def own_statistics(
@@ -49,17 +49,8 @@ def prune_stack(
     started, run = time.perf_counter(), _Run(path, statistics, config)
     weight, pattern = stack.weight, Pattern(config.pattern)
     sparse = SparseExperts.from_packed(run.packed(weight), weight.shape[-1], pattern, weight.requires_grad)
-    row = LayerReport(
-        name=path,
-        shape=(sparse.num_experts * sparse.out_features, sparse.in_features),
-        pattern=str(pattern),
-        num_values=sparse.weight.numel(),
-        dense_bytes=sparse.dense_bytes,
-        packed_bytes=sparse.packed_bytes,
-        relative_output_error=run.relative_output_error,
-        seconds=round(time.perf_counter() - started, 4),
-        note="; ".join(f"experts {', '.join(map(str, experts))}: {note}" for note, experts in run.notes.items()),
-    )
+    note = "; ".join(f"experts {', '.join(map(str, experts))}: {note}" for note, experts in run.notes.items())
+    row = make_row(path, sparse, run.relative_output_error, started, note)
     return sparse.train(stack.owner.training), row
 
 
@@ -88,25 +79,14 @@ class _Run:
         for expert, matrix in enumerate(weight.detach()):
             own = self._statistics[expert]
             with collected_notes() as notes:
-                pruned, mask = self._prune(expert, matrix, self._shared if expert in self._few else own)
+                seen = self._shared if expert in self._few else own
+                pruned, mask = prune_matrix(matrix_name(self._path, expert), matrix, seen, self._config)
             for message in notes:
                 self.notes.setdefault(message, []).append(expert)
             if own is not None:
                 self._measure(own.sample, matrix, pruned)
             self._statistics[expert] = own = None
             yield pack(pruned, mask, Pattern(self._config.pattern))
-
-    def _prune(
-        self, expert: int, matrix: torch.Tensor, statistics: ColumnNorms | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        name = matrix_name(self._path, expert)
-        if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
-            raise ValueError(f"{name}: its inputs hold NaN or Inf; {overflow_advice(self._config)}")
-        pattern, config = Pattern(self._config.pattern), self._config
-        try:
-            return prune(config.method, matrix, statistics, pattern, **config.pruner_settings)
-        except (ArithmeticError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
 
     def _measure(self, inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor) -> None:
         x = inputs.to(weight.device, torch.float32)

@@ -19,7 +19,7 @@ from ..data import CalibrationTokens
 from ..pruners.allocation import Allocation
 from ..report import MethodChoice, PrunedBlock
 from .distributed import Processes
-from .reconstruction import HELD_OUT
+from .loss import HELD_OUT
 from .targets import Layer
 
 T = TypeVar("T")

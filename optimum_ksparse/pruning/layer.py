@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..config import SparsityConfig
-from ..nn import SparseLinear, dense_weight
+from ..nn import SparseExperts, SparseLinear, dense_weight
 from ..pattern import Pattern
 from ..pruners import collected_notes, prune
 from ..pruners.statistics import ColumnNorms
@@ -19,17 +19,33 @@ from .memory import trim_heap
 _LARGE = 2**23
 
 
-def overflow_advice(config: SparsityConfig) -> str:
-    """What to do where calibration has overflowed."""
-    if config.calibration_dtype == "float16":
-        return "take calibration_dtype='bfloat16', or leave it out"
-    return "load the model in float32 or bfloat16"
+def prune_matrix(
+    name: str, weight: torch.Tensor, statistics: ColumnNorms | None, config: SparsityConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pruned weight [out, in] and its mask; errors name the matrix.
+
+    Raises:
+        ValueError: inputs or weights are NaN or Inf, or the updated weights have no room in their dtype.
+        ArithmeticError: the Gram matrix stays singular.
+    """
+    if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
+        float16 = config.calibration_dtype == "float16"
+        advice = "take calibration_dtype='bfloat16', or leave it out"
+        raise ValueError(
+            f"{name}: its inputs hold NaN or Inf; {advice if float16 else 'load the model in float32 or bfloat16'}"
+        )
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{name}: its weight holds NaN or Inf; prune a checkpoint whose weights are whole")
+    try:
+        return prune(config.method, weight, statistics, Pattern(config.pattern), **config.pruner_settings)
+    except (ArithmeticError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def prune_layer(
     path: str, linear: nn.Module, statistics: ColumnNorms | None, config: SparsityConfig
 ) -> tuple[SparseLinear, LayerReport]:
-    """Prunes a linear map.
+    """Prunes a linear map; raises as `prune_matrix` does.
 
     Args:
         path: in the decoder.
@@ -39,41 +55,34 @@ def prune_layer(
 
     Returns:
         The packed layer, and its row.
-
-    Raises:
-        ValueError: inputs or weights are NaN or Inf, or the updated weights have no room in their dtype; names the
-            layer.
-        ArithmeticError: a Gram matrix stays singular; names the layer.
     """
-    if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
-        raise ValueError(f"{path}: its inputs hold NaN or Inf; {overflow_advice(config)}")
-    pattern = Pattern(config.pattern)
     started = time.perf_counter()
     with collected_notes() as notes:
         weight = dense_weight(linear)
-        if not bool(weight.isfinite().all()):
-            raise ValueError(f"{path}: its weight holds NaN or Inf; prune a checkpoint whose weights are whole")
-        try:
-            pruned, mask = prune(config.method, weight, statistics, pattern, **config.pruner_settings)
-        except (ArithmeticError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from error
-        sparse = SparseLinear.from_dense(linear, mask, pattern, pruned)
+        pruned, mask = prune_matrix(path, weight, statistics, config)
+        sparse = SparseLinear.from_dense(linear, mask, Pattern(config.pattern), pruned)
         output_error = None if statistics is None else relative_output_error(statistics.sample, weight, pruned)
     if sparse.dense_bytes >= _LARGE:
         del weight, pruned, mask
         trim_heap()
-    row = LayerReport(
+    return sparse, make_row(path, sparse, output_error, started, "; ".join(notes))
+
+
+def make_row(
+    path: str, sparse: SparseLinear | SparseExperts, output_error: float | None, started: float, note: str
+) -> LayerReport:
+    """The row of a layer, or of a stack, whose matrices are reported as one, below each other."""
+    return LayerReport(
         name=path,
-        shape=(sparse.out_features, sparse.in_features),
-        pattern=str(pattern),
+        shape=(getattr(sparse, "num_experts", 1) * sparse.out_features, sparse.in_features),
+        pattern=str(sparse.pattern),
         num_values=sparse.weight.numel(),
         dense_bytes=sparse.dense_bytes,
         packed_bytes=sparse.packed_bytes,
         relative_output_error=output_error,
         seconds=round(time.perf_counter() - started, 4),
-        note="; ".join(notes),
+        note=note,
     )
-    return sparse, row
 
 
 def relative_output_error(

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ..blocks import BlockReplay, DecoderBlocks, always_there
+from ..blocks import BlockReplay
 from ..config import SparsityConfig
 from ..nn import densified
 from ..report import PrunedBlock
 from .block import prune_one_block
 from .job import Job
-from .progress import block_progress
+from .progress import blocks_with_progress
 
 _Row = TypeVar("_Row")
 
@@ -48,29 +47,6 @@ def check_replay(job: Job, replay: BlockReplay) -> None:
         )
 
 
-def each_block(
-    description: str,
-    blocks: DecoderBlocks,
-    step: Callable[[int, nn.Module], list[_Row]],
-    *,
-    resident: Callable[[int], AbstractContextManager[None]] = always_there,
-    start: int = 0,
-    tokens: int = 0,
-    show: bool = True,
-) -> list[_Row]:
-    """Calls `step(index, block)` for each block from `start` on, while it is resident, and shows the progress. Gives
-    the rows of all steps."""
-    rows: list[_Row] = []
-    total = len(blocks.blocks)
-    with block_progress(description, total, start, tokens, show=show) as advance:
-        for index in range(start, total):
-            with resident(index):
-                done = step(index, blocks.blocks[index])
-            rows += done
-            advance()
-    return rows
-
-
 def over_blocks(
     description: str,
     job: Job,
@@ -78,12 +54,17 @@ def over_blocks(
     step: Callable[[int, nn.Module], list[_Row]],
     start: int = 0,
 ) -> list[_Row]:
-    """`each_block` of a job, with its number of tokens over all processes."""
+    """Calls `step(index, block)` for each block from `start` on, while it is resident, and shows the progress. Gives
+    the rows of all steps."""
     if replay is not None:
         check_replay(job, replay)
-    tokens = 0 if replay is None else sum(job.processes.gather(replay.tokens.numel()))
-    where = {"resident": job.place.resident, "start": start, "tokens": tokens, "show": job.processes.is_main}
-    return each_block(description, job.blocks, step, **where)  # type: ignore[arg-type]
+    processes, blocks = job.processes, job.blocks.blocks
+    tokens = 0 if replay is None else sum(processes.gather(replay.tokens.numel()))
+    rows: list[_Row] = []
+    for index in blocks_with_progress(description, len(blocks), start, tokens, processes.is_main):
+        with job.place.resident(index):
+            rows += step(index, blocks[index])
+    return rows
 
 
 @torch.no_grad()

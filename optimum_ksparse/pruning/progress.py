@@ -49,35 +49,22 @@ def listening(listener: Callable[[BlockDone], None] | None) -> Iterator[None]:
         _LISTENER.reset(token)
 
 
-@contextmanager
-def block_progress(description: str, total: int, start: int, tokens: int, show: bool) -> Iterator[Callable[[], None]]:
-    """A bar over the blocks from `start` on, of which `show` says whether it is seen; gives the function to call after
-    each. `tokens` run through each block."""
+def blocks_with_progress(
+    description: str, total: int, start: int = 0, tokens: int = 0, show: bool = True
+) -> Iterator[int]:
+    """The numbers of the blocks from `start` on, one at a time, under a bar, of which `show` says whether it is seen;
+    the next one is asked for when one is done. `tokens` run through each block."""
     began = last = time.perf_counter()
-    done = start
-
-    def advance() -> None:
-        nonlocal last, done
-        now = time.perf_counter()
-        done += 1
-        pace = (now - began) / (done - start)
-        memory, peak = memory_in_use()
-        speed = tokens / max(now - last, 1e-9)
-        last = now
-        if bar is not None:
+    with tqdm(total=total, initial=start, desc=description, unit="block", disable=not show) as bar:
+        for index in range(start, total):
+            yield index
+            now, (memory, peak) = time.perf_counter(), memory_in_use()
+            speed, done = tokens / max(now - last, 1e-9), index + 1
+            left = (now - began) / (done - start) * (total - done)
+            last = now
             text = f"memory {memory / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB"
             bar.set_postfix_str(f"{text}, {speed:,.0f} tokens/s" if tokens else text, refresh=False)
             bar.update()
-        listener = _LISTENER.get()
-        if listener is not None:
-            left = pace * (total - done)
-            listener(
-                BlockDone(done, total, start, round(now - began, 2), round(left, 2), memory, peak, round(speed, 1))
-            )
-
-    bar = tqdm(total=total, initial=start, desc=description, unit="block") if show else None
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.close()
+            if (listener := _LISTENER.get()) is not None:
+                times = round(now - began, 2), round(left, 2)
+                listener(BlockDone(done, total, start, *times, memory, peak, round(speed, 1)))

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, Mamba2Config, PreTrainedModel
 from optimum_ksparse import SparsityConfig, SparsityReport, drop_layers, sparsify
 from optimum_ksparse.blocks import find_blocks
 from optimum_ksparse.checkpoint import sparse_modules
-from optimum_ksparse.pruning.layer_dropping import block_influence, smaller
+from optimum_ksparse.pruning.layer_dropping import block_influence
+from optimum_ksparse.pruning.smaller_model import smaller
 
 from ..conftest import VOCABULARY, make_config
 from .test_streaming import assert_same_tensors, tensors

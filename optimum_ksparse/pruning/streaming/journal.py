@@ -16,7 +16,7 @@ from ...records import Amount, As, Count, RelativePath, Version, build, printabl
 from ...report import BlockReport, LayerReport
 
 _NAME = "journal.json"
-_VERSION = 4
+_VERSION = 5
 _REMEDY = "; start over with resume=False"
 FINAL = "final"  # the folder of the finished checkpoint's files
 
@@ -29,17 +29,16 @@ class FinishedBlock:
         file: its state, in the workspace.
         sha256: of that file.
         layers: its sparse layers, as in the model's config.
+        digests: of the tensors of each of its modules, in the order of `block.modules()`.
         rows: of the report, one for each layer; reconstruction: and one of the block, where it was reconstructed.
-        digests: of the tensors of each of its modules, in the order of `block.modules()`; none in the journals of
-            earlier versions.
     """
 
     file: RelativePath
     sha256: str
     layers: dict[str, Annotated[dict[str, Any], As(LayerRecord)]]
+    digests: list[list[str]]
     rows: list[LayerReport]
     reconstruction: BlockReport | None = None
-    digests: list[list[str]] = field(default_factory=list)
 
 
 @dataclass

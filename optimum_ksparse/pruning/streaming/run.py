@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ...checkpoint import WeightFiles, changed_files, facts_of, find_weight_files, fingerprint
+from ...checkpoint import changed_files, facts_of, find_weight_files, fingerprint
 from ...checkpoint.staging import check_places
 from ...config import SparsityConfig
 from ...data import save_tokenizer
@@ -27,7 +26,7 @@ from ..memory import peak_memory
 from ..model import attach, check_model, make_report, record_settings
 from ..plan import run
 from ..tokens import load_tokenizer
-from .blocks import DiskBlocks, open_checkpoint
+from .loading import Source, open_checkpoint
 from .place import DiskPlace
 from .workspace import Workspace
 
@@ -39,16 +38,12 @@ class CheckpointRun:
     """One call of `prune_checkpoint`, after its arguments have been checked. `base_card` says what the card of the
     dense model says of its license and language."""
 
-    source: str | os.PathLike[str]
+    source: Source
     config: SparsityConfig
     workspace: Workspace
-    files: WeightFiles
     processes: Processes
-    dtype: torch.dtype | str
     device: torch.device
     activation_memory: int
-    model_class: Any
-    loading: dict[str, Any]
     base_card: Callable[[PreTrainedModel], dict[str, Any]]
 
     def __call__(self, resume: bool, overwrite: bool = False) -> SparsityReport:
@@ -72,7 +67,7 @@ class CheckpointRun:
         self.workspace.journal.environment = {**self._environment(), "threads": torch.get_num_threads()}
         finished = None
         if resume and not self.workspace.is_unfinished:
-            finished = _finished_report(self.workspace, self.files.sha256(), overwrite)
+            finished = _finished_report(self.workspace, self.source.files.sha256(), overwrite)
         if finished is None:
             check_places(self.workspace.output)
             self.workspace.open(resume)
@@ -108,18 +103,10 @@ class CheckpointRun:
 
     def _prune(self) -> None:
         config, workspace, processes = self.config, self.workspace, self.processes
-        model, disk = open_checkpoint(
-            self.source,
-            self.model_class,
-            self.files,
-            dtype=self.dtype,
-            device=self.device,
-            offload_folder=workspace.folder(f"offload-{processes.rank}"),
-            offload_space=self.files.num_bytes * processes.size,
-            **self.loading,
-        )
+        folder, space = workspace.folder(f"offload-{processes.rank}"), self.source.files.num_bytes * processes.size
+        model, disk = open_checkpoint(self.source, self.device, folder, space)
         check_model(model, config)
-        load = partial(load_tokenizer, config, self.source, **self.loading)
+        load = partial(load_tokenizer, config, self.source.path, **self.source.loading)
         place = DiskPlace(model, disk, config, workspace, processes, self.activation_memory, load)
         report = make_report(run(place, config), record_settings(config))
         processes.once(lambda: self._finish(place, report))
@@ -127,32 +114,24 @@ class CheckpointRun:
     def _finish(self, place: DiskPlace, report: SparsityReport) -> None:
         model, disk = place.model, place.disk
         attach(model, record_settings(self.config))
-        if self.loading.get("subfolder"):
-            report.base_arguments = {"subfolder": self.loading["subfolder"]}
+        if subfolder := self.source.loading.get("subfolder"):
+            report.base_arguments = {"subfolder": subfolder}
         report.base_card = self.base_card(model)
-        self.files.check()
-        report.source_fingerprint = self.files.sha256()
-        report.fingerprint = self._fingerprint(model, disk)
+        self.source.files.check()
+        report.source_fingerprint = self.source.files.sha256()
+        blocks = zip(disk.blocks.blocks, self.workspace.journal.blocks, strict=True)
+        pairs = (zip(block.modules(), done.digests, strict=True) for block, done in blocks)
+        report.fingerprint = fingerprint(model, dict(itertools.chain.from_iterable(pairs)))
         place.note_costs([peak_memory()])
         report.seconds = round(self.workspace.journal.seconds, 2)
         report.peak_memory_bytes = self.workspace.journal.peak_memory_bytes
         facts_of(model).report = report
         self.workspace.finish(model, disk, self._save_tokenizer)
 
-    def _fingerprint(self, model: PreTrainedModel, disk: DiskBlocks) -> str | None:
-        """Of the pruned weights, whose blocks are on the disk; None where an earlier version pruned some of them."""
-        known: dict[nn.Module, list[str]] = {}
-        for block, done in zip(disk.blocks.blocks, self.workspace.journal.blocks, strict=True):
-            modules = list(block.modules())
-            if len(done.digests) != len(modules):
-                return None
-            known |= zip(modules, done.digests, strict=True)
-        return fingerprint(model, known)
-
     def _save_tokenizer(self, folder: Path) -> None:
-        if (error := save_tokenizer(self.source, folder, **self.loading)) is not None:
+        if (error := save_tokenizer(self.source.path, folder, **self.source.loading)) is not None:
             reason = " ".join(str(error).split())
-            logger.warning(f"The checkpoint has no tokenizer: none could be loaded from {self.source}: {reason}")
+            logger.warning(f"The checkpoint has no tokenizer: none could be loaded from {self.source.path}: {reason}")
 
 
 def _finished_report(workspace: Workspace, fingerprint: str, overwrite: bool) -> SparsityReport | None:

@@ -151,7 +151,7 @@ class Workspace:
         path = self.path / name
         save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, path)
         rows = pruned.layers, pruned.reconstruction
-        self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, *rows, digests))
+        self.journal.blocks.append(FinishedBlock(name, sha256_of(path), layers, digests, *rows))
 
     def written_bytes(self) -> int:
         """Bytes that an earlier run has left to go on with."""

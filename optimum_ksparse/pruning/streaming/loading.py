@@ -1,0 +1,89 @@
+"""Loading a dense checkpoint with everything but its decoder blocks, which stay on the disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...blocks import DecoderBlocks, find_blocks
+from ...blocks.experts import find_stacks
+from ...checkpoint import check_loaded
+from ...checkpoint.files import WeightFiles, check_space
+from .blocks import DiskBlocks
+
+
+@dataclass
+class Source:
+    """A dense checkpoint.
+
+    Attributes:
+        path: folder or Hub id.
+        files: those of its weights; that they stay as they are is checked whenever they are read.
+        model_class: `AutoModelForCausalLM`, another Auto class, or a model's class.
+        dtype: as in `from_pretrained`.
+        loading: further arguments of `from_pretrained` that say where the files are.
+    """
+
+    path: str | os.PathLike[str]
+    files: WeightFiles
+    model_class: Any
+    dtype: torch.dtype | str
+    loading: dict[str, Any]
+
+
+def open_checkpoint(
+    source: Source, device: torch.device, offload_folder: Path, offload_space: int
+) -> tuple[PreTrainedModel, DiskBlocks]:
+    """Loads a checkpoint with everything but its decoder blocks, which stay on the disk.
+
+    transformers itself loads it, with accelerate's offloading to the disk, so that names, dtypes, ties and conversions
+    are those of any other load. What is stored in another form than the model's (most experts) it writes out into
+    `offload_folder`; everything else is read from the checkpoint's own files.
+
+    Args:
+        device: where the blocks run.
+        offload_folder: an empty folder, for as long as the model is used.
+        offload_space: bytes that its disk must have free, where the model may store weights in another form.
+
+    Raises:
+        ValueError: the model has no decoder blocks, or the checkpoint lacks weights of it.
+    """
+    arguments = {"dtype": source.dtype, "use_safetensors": True, "output_loading_info": True, **source.loading}
+    load = partial(source.model_class.from_pretrained, source.path, **arguments)
+    # Reads no weights: it tells where the blocks are, which dtype each weight gets, which are one and the same, and
+    # whether all are there.
+    skeleton, info = load(device_map={"": "meta"})
+    empty = find_blocks(skeleton)
+    check_loaded(empty, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
+    if any(find_stacks(block) for block in empty.blocks):
+        check_space(offload_folder, offload_space, "weights that are stored in another form than the model's")
+    model, _ = load(device_map=_device_map(empty, device), offload_folder=offload_folder)
+    source.files.check()
+    return model, DiskBlocks(empty.of(model), device, empty, source.files)
+
+
+def _device_map(blocks: DecoderBlocks, device: torch.device) -> dict[str, str]:
+    """Every block on the disk, everything else on `device`: module by module down to the lists of blocks, because an
+    entry for the whole model would win over theirs."""
+    places: dict[str, str] = {}
+
+    def place(module: nn.Module, prefix: str) -> None:
+        if prefix in blocks.prefixes:
+            return
+        if not any(inside.startswith(prefix) for inside in blocks.prefixes):
+            places[prefix.removesuffix(".")] = str(device)
+            return
+        tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        places.update({f"{prefix}{name}": str(device) for name, _ in tensors})
+        for name, child in module.named_children():
+            place(child, f"{prefix}{name}.")
+
+    place(blocks.model, "")
+    return places | {blocks.name_in_model(index): "disk" for index in range(len(blocks.blocks))}
