@@ -104,8 +104,7 @@ def prune_checkpoint(
         processes.agree({**job, **job["source"], **job["settings"], **how, "source": None, "settings": None})
         card = partial(card_of_source, token=loading.get("token"))
         dense = Source(source, files, model_class, dtype, loading)
-        run = CheckpointRun(dense, config, Workspace(output, job), processes, place, limit, card)
-        return run(resume, overwrite)
+        return CheckpointRun(dense, config, Workspace(output, job), processes, place, limit, card)(resume, overwrite)
 
 
 def _hub(loading: dict[str, Any]) -> dict[str, Any]:
