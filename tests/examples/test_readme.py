@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 import optimum_ksparse
 from optimum_ksparse.__main__ import main
 from optimum_ksparse.__main__ import parse as parse_words
+from optimum_ksparse.data import CalibrationData
 
 from ..conftest import CONTEXT, REPOSITORY, sample_texts
 
@@ -41,7 +42,7 @@ RUN = ("optimum-cli ksparse study recipe.yaml --dry-run",)
 # What is smaller here than in README, and where no GPU and no KoBEST is.
 IN_PLACE = {
     "SparsityConfig(": f"SparsityConfig(num_samples=8, seq_len={CONTEXT}, ",
-    "method='solve'": f"method='solve', num_samples=8, seq_len={CONTEXT}",
+    "dataset='kowiki')": f"dataset=CalibrationData('kowiki', num_samples=8, seq_len={CONTEXT}))",
     "seq_len=2048": f"seq_len={CONTEXT}",
     "device_map='cuda'": "device_map='cpu'",
     "drop_layers(dense, 4)": f"drop_layers(dense, 1, num_samples=8, seq_len={CONTEXT})",
@@ -116,6 +117,7 @@ def test_readme_examples_run(hub: Any, workplace: Path, tokenizer: Any, monkeypa
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
     inputs = tokenizer("한국어", return_tensors="pt", return_token_type_ids=False)
     names = {"tokenizer": tokenizer, "inputs": inputs, "EvaluationProtocol": optimum_ksparse.EvaluationProtocol}
+    names["CalibrationData"] = CalibrationData
     unused = set(NOT_RUN)
     for language, text in blocks("README.md"):
         if language == "yaml":
