@@ -68,7 +68,7 @@ def test_kobest_is_that_of_the_harness(gguf, shared, tmp_path):
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     data_dir = shared / "data/kobest"
-    items = int(os.environ.get("KOBEST_ITEMS", "1"))  # 50 take some ten minutes on 2 cores
+    items = int(os.environ.get("KOBEST_ITEMS", "2"))  # 50 take some ten minutes on 2 cores
     found = evaluate_kobest(model, tokenizer, limit=items, batch_size=4, data_dir=data_dir)
     assert_equal(found, harness(model, tokenizer, data_dir, tmp_path, limit=items))
     assert [found[task]["num_samples"] for task in KOBEST_TASKS] == [items] * 5
