@@ -199,3 +199,19 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     seconds: list[float] = []
     monkeypatch.setattr("time.sleep", seconds.append)
     return seconds
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is measured, in its order."""
+    from optimum_ksparse import EvaluationProtocol
+
+    names: list[str] = []
+    original = EvaluationProtocol.measure
+
+    def measure(self: object, name: str, *args: object) -> object:
+        names.append(name)
+        return original(self, name, *args)
+
+    monkeypatch.setattr(EvaluationProtocol, "measure", measure)
+    return names

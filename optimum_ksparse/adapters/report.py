@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from ..checkpoint.staging import write_text
 from ..records import MERGE_REPORT_NAME, Amount, Count, Positive, Version, read_record, to_json
 from ..report import Change
-from ..report.rows import OVERFLOWED, is_finite, with_note
+from ..report.rows import OVERFLOWED, KeptWeights, is_finite, with_note
 
 SCHEMA_VERSION = 1
 _WORST = 5
@@ -23,7 +23,7 @@ def _named(adapter: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass
-class MergedLayer:
+class MergedLayer(KeptWeights):
     """One sparse layer into which adapters were merged.
 
     Attributes:
@@ -52,15 +52,6 @@ class MergedLayer:
         if not all(map(is_finite, figures)):
             self.relative_output_error, self.discarded = (value if is_finite(value) else None for value in figures)
             self.note = with_note(self.note, OVERFLOWED)
-
-    def check_record(self, where: str) -> None:
-        """Raises ValueError where more is kept than there is."""
-        if self.num_values > self.shape[0] * self.shape[1]:
-            raise ValueError(f"{where}.num_values is {self.num_values}, more than shape {list(self.shape)} has")
-
-    @property
-    def density(self) -> float:
-        return self.num_values / (self.shape[0] * self.shape[1])
 
 
 @dataclass

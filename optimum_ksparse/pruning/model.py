@@ -29,8 +29,8 @@ from .memory import peak_memory
 
 def record_settings(config: SparsityConfig) -> SparsityConfig:
     """The settings as they are saved with the model: the data may be gone by then."""
-    recorded: SparsityConfig = SparsityConfig.from_dict(config.to_dict())
-    return recorded
+    described = config.to_dict()
+    return config.changed(dataset=described["dataset"], tokenizer=described["tokenizer"])
 
 
 def settings_of(config: SparsityConfig) -> dict[str, Any]:

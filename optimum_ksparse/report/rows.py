@@ -79,8 +79,24 @@ class Nothing(TypedDict):
     """An object without fields."""
 
 
+class KeptWeights:
+    """What rows of layers have in common: `num_values` weights of `shape` [out, in] are kept."""
+
+    shape: tuple[int, int]
+    num_values: int
+
+    def check_record(self, where: str) -> None:
+        """Raises ValueError where more is kept than there is."""
+        if self.num_values > self.shape[0] * self.shape[1]:
+            raise ValueError(f"{where}.num_values is {self.num_values}, more than shape {list(self.shape)} has")
+
+    @property
+    def density(self) -> float:
+        return self.num_values / (self.shape[0] * self.shape[1])
+
+
 @dataclass
-class LayerReport:
+class LayerReport(KeptWeights):
     """One pruned layer. `shape` is [out, in]; `relative_output_error` is ‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F on a sample of the
     calibration tokens, None where the method read no data; `note` is what the method warned of; `sensitivity` is what
     `allocation="owl"` measured: the share of outliers in the layer's block, or, for `n:m`, its predicted squared
@@ -100,15 +116,6 @@ class LayerReport:
     def __post_init__(self) -> None:
         if not is_finite(self.relative_output_error):
             self.relative_output_error, self.note = None, with_note(self.note, OVERFLOWED)
-
-    def check_record(self, where: str) -> None:
-        """Raises ValueError where more is kept than there is."""
-        if self.num_values > self.shape[0] * self.shape[1]:
-            raise ValueError(f"{where}.num_values is {self.num_values}, more than shape {list(self.shape)} has")
-
-    @property
-    def density(self) -> float:
-        return self.num_values / (self.shape[0] * self.shape[1])
 
 
 @dataclass

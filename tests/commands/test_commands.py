@@ -27,7 +27,7 @@ from optimum_ksparse.commands.prune import _LOADING_TEXTS, SETTINGS_TEXTS
 from optimum_ksparse.commands.recipes import read_recipe
 from optimum_ksparse.config import FLAT_SETTINGS, METHOD_SETTINGS
 from optimum_ksparse.data import documents, tell_default_text
-from optimum_ksparse.evaluation import Baseline, EvaluationProtocol, EvaluationResults, Measurement
+from optimum_ksparse.evaluation import Baseline, EvaluationResults, Measurement
 
 from ..conftest import REPOSITORY, make_config, sample_texts
 from ..loopback_hub import LoopbackHub
@@ -219,20 +219,6 @@ def cli(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
         return subprocess.CompletedProcess(words, status, *capsys.readouterr())
 
     return call
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is measured, in its order."""
-    names: list[str] = []
-    original = EvaluationProtocol.measure
-
-    def measure(self: EvaluationProtocol, name: str, *args: Any) -> Any:
-        names.append(name)
-        return original(self, name, *args)
-
-    monkeypatch.setattr(EvaluationProtocol, "measure", measure)
-    return names
 
 
 def results_in(folder: str | Path) -> EvaluationResults:

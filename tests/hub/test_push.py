@@ -337,20 +337,6 @@ def test_arguments_that_cannot_be_right(hub: LoopbackHub, quick: PreTrainedModel
 # --- Measuring before the push ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is measured, in its order."""
-    names: list[str] = []
-    original = EvaluationProtocol.measure
-
-    def measure(self: EvaluationProtocol, name: str, *args: Any) -> Any:
-        names.append(name)
-        return original(self, name, *args)
-
-    monkeypatch.setattr(EvaluationProtocol, "measure", measure)
-    return names
-
-
 def prune_from_hub(hub: LoopbackHub, base: Path, token_ids: torch.Tensor, tmp_path: Path) -> PreTrainedModel:
     """A model that was pruned from the Hub, where a newer commit has come since."""
     hub.add_repo("org/tiny-base", read(base))
