@@ -17,8 +17,9 @@ class RuntimeConfig:
     or to `configure(model, RuntimeConfig())`, and never saved.
 
     Args:
-        kernel: what computes the sparse layers: `"auto"` (what is measured to be fastest), or one by name (see
-            `optimum-cli ksparse bench`); the environment variable `KSPARSE_KERNEL` wins over it.
+        kernel: what computes the sparse layers: `"auto"` (by a rule of thumb, or what `autotune_kernels` measured to
+            be fastest), or one by name (see `optimum-cli ksparse bench`); the environment variable `KSPARSE_KERNEL`
+            wins over it.
         densify: `"lazy"` keeps every layer dense in memory from its first forward pass on, which is the right choice
             where there are no kernels (CPUs, older GPUs) and memory is no concern; `"never"` does not.
         optimize_for: `"memory"` keeps at most 0.65 of a layer's dense bytes on the GPU; `"speed"` (experimental) may

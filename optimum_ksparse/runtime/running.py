@@ -15,14 +15,14 @@ from ..blocks import decoder_of, evaluation_mode
 from ..checkpoint import sparse_layers, sparse_modules
 from ..kernels import BUCKETS
 from .config import RuntimeConfig
-from .fusing import fuse_shared_inputs
+from .fusing import fuse_shared_inputs, unfuse
 from .tuning import KernelReport, autotune
 
 logger = logging.get_logger(__name__)
 
 
 def configure(model: PreTrainedModel, config: RuntimeConfig) -> None:
-    """Makes a loaded sparse model compute as `config` says.
+    """Makes a loaded sparse model compute as `config` says, however it did before.
 
     Raises:
         TypeError: `config` is none.
@@ -33,7 +33,9 @@ def configure(model: PreTrainedModel, config: RuntimeConfig) -> None:
     layers = sparse_modules(model)
     if not layers:
         raise ValueError(f"runtime_config says how sparse layers compute, and {type(model).__name__} has none")
+    unfuse(model)
     for layer in layers.values():
+        layer.drop_forms()
         layer.kernel, layer.densify = config.kernel, config.densify
     if config.fuse:
         fuse_model(model)

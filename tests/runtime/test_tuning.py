@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_ksparse import SparseLinear, SparsityConfig, kernels, sparsify
+from optimum_ksparse.checkpoint import sparse_layers
 from optimum_ksparse.kernels import dispatch, hardware
 from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.runtime import RuntimeConfig, autotune, configure
@@ -410,6 +411,19 @@ def test_bad_settings(settings, error, message):
 def test_sparsity_config_says_where_the_settings_of_running_went(name):
     with pytest.raises(TypeError, match=rf"runtime_config=RuntimeConfig\({name}="):
         SparsityConfig(**{name: getattr(RuntimeConfig(), name)})
+
+
+def test_a_model_can_be_configured_back(make_model, token_ids):
+    model = make_model("llama", torch.bfloat16)
+    sparsify(model, SparsityConfig("magnitude"))
+    layers = sparse_layers(model).values()
+    configure(model, RuntimeConfig(densify="lazy", fuse=True))
+    with torch.no_grad():
+        model(token_ids)
+    assert any(layer._dense_weight is not None for layer in layers)
+    assert any(layer._group is not None for layer in layers)
+    configure(model, RuntimeConfig())
+    assert all(layer._dense_weight is None and layer._group is None for layer in layers)
 
 
 def test_a_runtime_config_needs_sparse_layers(make_model, tmp_path):
