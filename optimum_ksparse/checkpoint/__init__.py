@@ -3,7 +3,7 @@
 from .digests import fingerprint, tensor_digests
 from .facts import ModelFacts, commit_of, facts_of, note_origin, sparsity_report, without_peft
 from .files import WeightFiles, changed_files, check_index, check_space, find_weight_files, sha256_of
-from .loading import NONFINITE_VARIABLE, check_finite, check_headers, check_loaded, random_weights, read_headers
+from .loading import check_finite, check_headers, check_loaded, random_weights, read_headers
 from .modules import (
     MASK_SUFFIX,
     SparseModule,
@@ -34,7 +34,6 @@ from .storage import dense_shapes, dense_state_dict, sparsify_dense, storage_sta
 
 __all__ = [
     "MASK_SUFFIX",
-    "NONFINITE_VARIABLE",
     "ModelFacts",
     "SparseModule",
     "WeightFiles",

@@ -53,4 +53,4 @@ def _add_commands(parser: Parser, commands: Commands) -> None:
         added.set_defaults(command=partial(command, added))
 
 
-__all__ = ["COMMANDS", "PROGRAM", "Command", "Commands", "parse_words"]
+__all__ = ["COMMANDS", "PROGRAM", "Command", "parse_words"]

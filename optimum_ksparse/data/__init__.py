@@ -2,7 +2,7 @@
 
 from .calibration import CalibrationData, load_tokenizer
 from .language import tell_default_text
-from .reaching import is_unreachable, reached_or_cached
+from .reaching import reached_or_cached
 from .tokenizer import copy_processor, read_tokenizer, save_tokenizer
 from .tokens import CalibrationTokens, calibration_tokens, prepends_bos, usual_context
 
@@ -11,7 +11,6 @@ __all__ = [
     "CalibrationTokens",
     "calibration_tokens",
     "copy_processor",
-    "is_unreachable",
     "load_tokenizer",
     "prepends_bos",
     "reached_or_cached",

@@ -8,18 +8,16 @@ from .candidates import GROUPS, KEPT_FORMS, KERNELS, Candidate, PackedWeight, Pr
 from .dispatch import (
     BUCKETS,
     bucket,
-    check_kernel,
     choose,
     choose_fused,
     forget,
     measure,
     measured,
     prepare,
-    rule_of_thumb,
 )
 from .fused import below_each_other, compute_fused, fused_linear
 from .hardware import describe_device, why_no_kernels
-from .library import library_form, shared_values, why_not_library
+from .library import library_form, shared_values
 from .operators import apply, compute, decompress, gather, linear, runs_plainly
 from .sample import sample_weights
 from .strips import STRIP_TOKENS, why_not_strips
@@ -37,7 +35,6 @@ __all__ = [
     "apply",
     "below_each_other",
     "bucket",
-    "check_kernel",
     "choose",
     "choose_fused",
     "compute",
@@ -54,12 +51,10 @@ __all__ = [
     "measured",
     "prepare",
     "rotations",
-    "rule_of_thumb",
     "runs_plainly",
     "sample_weights",
     "shared_values",
     "time_calls",
     "why_no_kernels",
-    "why_not_library",
     "why_not_strips",
 ]

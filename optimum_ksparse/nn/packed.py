@@ -21,7 +21,7 @@ class PackedModule(nn.Module):
     """Base class of modules whose `weight` is the kept values of a sparse weight, and `weight_mask` where they are.
 
     Attributes:
-        kernel: how to compute: "auto" (what was measured to be fastest), or one of `kernels.KERNELS`.
+        kernel: how to compute: "auto" (what was measured to be fastest, or a rule of thumb), or one of `KERNELS`.
         densify: "never", or "lazy": the first forward pass without gradients of the weight keeps it dense in memory,
             and the passes after it run as those of a dense module. What is written into the weight is noticed; on
             other devices than the CPU not what is written through `weight.data`, after which call `drop_forms()`.

@@ -64,7 +64,7 @@ class Mixed(TypedDict, total=False):
 
 
 class Calibration(Mixed):
-    """The description of `calibration.CalibrationTokens`."""
+    """The description of `data.CalibrationTokens`."""
 
     dataset: str | dict[str, Any]
     form: str

@@ -3,10 +3,9 @@ together. Nothing here changes what the model is or what is saved."""
 
 from .config import RuntimeConfig
 from .running import autotune_kernels, configure, fuse_model, tell_cost_on_cpu
-from .tuning import KernelReport, autotune
+from .tuning import autotune
 
 __all__ = [
-    "KernelReport",
     "RuntimeConfig",
     "autotune",
     "autotune_kernels",

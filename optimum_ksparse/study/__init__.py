@@ -2,8 +2,8 @@
 own, and the tables and figures of what came of it. An application of the library: nothing in it imports this."""
 
 from .figures import write_figures
-from .grid import Cell, Place, grid
-from .quantities import QUANTITIES, TABLES, Spread, spread
+from .grid import Place, grid
+from .quantities import TABLES, Spread, spread
 from .recipe import RECIPE_KEYS, Recipe
 from .results import CellResult, Row, StudyResults, load_study
 from .run import list_cells, run_study, tabulate_study
@@ -12,10 +12,8 @@ from .tasks import NSMC_TASKS
 
 __all__ = [
     "NSMC_TASKS",
-    "QUANTITIES",
     "RECIPE_KEYS",
     "TABLES",
-    "Cell",
     "CellResult",
     "Place",
     "Recipe",
