@@ -134,7 +134,7 @@ class CheckpointRun:
             logger.warning(f"The checkpoint has no tokenizer: none could be loaded from {self.source.path}: {reason}")
 
 
-def _finished_report(workspace: Workspace, fingerprint: str, overwrite: bool) -> SparsityReport | None:
+def _finished_report(workspace: Workspace, source_sha256: str, overwrite: bool) -> SparsityReport | None:
     """The report of a checkpoint that the same job has made already; None where there is none, or another job's may be
     replaced.
 
@@ -148,7 +148,7 @@ def _finished_report(workspace: Workspace, fingerprint: str, overwrite: bool) ->
     values, _ = PreTrainedConfig.get_config_dict(workspace.output)
     job = workspace.journal.job
     same_dtype = job["dtype"] in ("auto", values.get("dtype"))
-    if report.source_fingerprint == fingerprint and report.config == job["settings"] and same_dtype:
+    if report.source_fingerprint == source_sha256 and report.config == job["settings"] and same_dtype:
         try:
             find_weight_files(workspace.output)
             if changed := changed_files(workspace.output):
