@@ -17,15 +17,6 @@ if TYPE_CHECKING:
 
 _WITH_PEFT = {"SparseLoraConfig": "config", "merge_adapter": "merge"}  # name → its module, which imports PEFT
 
-__all__ = [
-    "MergeReport",
-    "MergedLayer",
-    "SparseLoraConfig",
-    "merge_adapter",
-    "prepare_for_training",
-    "require_peft",
-]
-
 
 def require_peft() -> None:
     """Raises ImportError, which names the extra to install, where PEFT is missing."""

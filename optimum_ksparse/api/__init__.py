@@ -4,5 +4,3 @@ from ..pruning.tokens import load_tokenizer
 from .checkpoint import prune_checkpoint
 from .layer import prune_weight
 from .model import sparsify
-
-__all__ = ["load_tokenizer", "prune_checkpoint", "prune_weight", "sparsify"]

@@ -7,17 +7,3 @@ from .reading import find_read
 from .replay import BlockReplay
 from .routers import find_routers
 from .running import evaluation_mode
-
-__all__ = [
-    "Activations",
-    "BlockReplay",
-    "DecoderBlocks",
-    "ExpertStack",
-    "decoder_of",
-    "eager_experts",
-    "evaluation_mode",
-    "find_blocks",
-    "find_read",
-    "find_routers",
-    "use_eager_experts",
-]

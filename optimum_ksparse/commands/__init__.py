@@ -51,6 +51,3 @@ def _add_commands(parser: Parser, commands: Commands) -> None:
             "--cache-dir", metavar="FOLDER", help="for what is downloaded from the Hub (default: HF_HUB_CACHE)"
         )
         added.set_defaults(command=partial(command, added))
-
-
-__all__ = ["COMMANDS", "PROGRAM", "Command", "parse_words"]

@@ -5,17 +5,3 @@ from .language import tell_default_text
 from .reaching import reached_or_cached
 from .tokenizer import copy_processor, read_tokenizer, save_tokenizer
 from .tokens import CalibrationTokens, calibration_tokens, prepends_bos, usual_context
-
-__all__ = [
-    "CalibrationData",
-    "CalibrationTokens",
-    "calibration_tokens",
-    "copy_processor",
-    "load_tokenizer",
-    "prepends_bos",
-    "reached_or_cached",
-    "read_tokenizer",
-    "save_tokenizer",
-    "tell_default_text",
-    "usual_context",
-]

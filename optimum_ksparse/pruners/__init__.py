@@ -91,6 +91,3 @@ def prune(
     for name in refine:
         pruned, mask = REFINEMENTS[name](weight, statistics, pattern, pruned, mask)
     return pruned, mask
-
-
-__all__ = ["METHODS", "REFINEMENTS", "Method", "Setting", "collected_notes", "prune", "statistics_of"]

@@ -10,33 +10,3 @@ from .files import check_depth, printable, read_json, read_record, to_json
 from .kinds import Amount, As, Between, Count, PatternText, Positive, RelativePath, Revision, Share, Version
 from .names import HEAD_NAME, MASKS_NAME, MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, TUNING_NAME
 from .sources import describe_source, is_repo_id, names_repository, recorded_repository
-
-__all__ = [
-    "HEAD_NAME",
-    "MASKS_NAME",
-    "MERGE_REPORT_NAME",
-    "REPORT_NAME",
-    "RESULTS_NAME",
-    "TUNING_NAME",
-    "Amount",
-    "As",
-    "Between",
-    "Count",
-    "PatternText",
-    "Positive",
-    "RelativePath",
-    "Revision",
-    "Share",
-    "Version",
-    "build",
-    "build_fields",
-    "check_depth",
-    "describe_source",
-    "is_repo_id",
-    "names_repository",
-    "printable",
-    "read_json",
-    "read_record",
-    "recorded_repository",
-    "to_json",
-]

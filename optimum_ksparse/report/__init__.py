@@ -2,16 +2,3 @@
 
 from .report import SCHEMA_VERSION, SparsityReport
 from .rows import BASE_ARGUMENTS, BaseCard, BlockReport, Change, LayerReport, MethodChoice, PrunedBlock, Trial
-
-__all__ = [
-    "BASE_ARGUMENTS",
-    "SCHEMA_VERSION",
-    "BaseCard",
-    "BlockReport",
-    "Change",
-    "LayerReport",
-    "MethodChoice",
-    "PrunedBlock",
-    "SparsityReport",
-    "Trial",
-]

@@ -9,24 +9,3 @@ from .results import CellResult, Row, StudyResults, load_study
 from .run import list_cells, run_study, tabulate_study
 from .tables import markdown, write_tables
 from .tasks import NSMC_TASKS
-
-__all__ = [
-    "NSMC_TASKS",
-    "RECIPE_KEYS",
-    "TABLES",
-    "CellResult",
-    "Place",
-    "Recipe",
-    "Row",
-    "Spread",
-    "StudyResults",
-    "grid",
-    "list_cells",
-    "load_study",
-    "markdown",
-    "run_study",
-    "spread",
-    "tabulate_study",
-    "write_figures",
-    "write_tables",
-]

@@ -5,21 +5,3 @@ from .lock import claimed, locked
 from .outdated import check_places, drop_records, outdated
 from .outputs import check_apart, check_output
 from .swap import publish, recover, staged
-
-__all__ = [
-    "check_apart",
-    "check_output",
-    "check_places",
-    "claimed",
-    "drop_records",
-    "locked",
-    "outdated",
-    "publish",
-    "recover",
-    "remove",
-    "save_tensors",
-    "staged",
-    "sync",
-    "sync_tree",
-    "write_text",
-]

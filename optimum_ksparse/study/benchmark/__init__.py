@@ -9,16 +9,3 @@ from .models import bench_model
 from .results import RESULTS_NAME, BenchResults
 from .run import BenchSettings, run
 from .shapes import MODELS, layer_shapes
-
-__all__ = [
-    "FIGURE_NAME",
-    "MODELS",
-    "RESULTS_NAME",
-    "BenchResults",
-    "BenchSettings",
-    "bench_layers",
-    "bench_model",
-    "draw_speedup",
-    "layer_shapes",
-    "run",
-]

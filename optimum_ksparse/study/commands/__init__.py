@@ -19,5 +19,3 @@ COMMANDS: dict[str, tuple[str, Any]] = {
     "study": ("Compare methods, patterns, data.", StudyCommand),
     "bench": ("Measure speed beside dense.", BenchCommand),
 }
-
-__all__ = ["COMMANDS"]

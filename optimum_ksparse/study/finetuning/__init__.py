@@ -3,12 +3,3 @@ does both, and imports what it needs of them."""
 
 from .instructions import koalpaca_prompt
 from .settings import FinetuningSettings, KoAlpacaSettings, KorQuADSettings, linear_targets, study_settings
-
-__all__ = [
-    "FinetuningSettings",
-    "KoAlpacaSettings",
-    "KorQuADSettings",
-    "koalpaca_prompt",
-    "linear_targets",
-    "study_settings",
-]
