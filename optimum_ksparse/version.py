@@ -3,6 +3,7 @@ import os
 import re
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
 
 __version__ = "0.1.0"
@@ -19,8 +20,11 @@ def library_versions(*names: str) -> dict[str, str]:
     versions = {"optimum-ksparse": __version__, "python": sys.version.split()[0]}
     for name in names:
         with suppress(PackageNotFoundError):
-            versions[name] = version(name)
+            versions[name] = _installed(name)
     return versions
+
+
+_installed = cache(version)  # to parse the metadata of torch takes 20 ms
 
 
 def install_command(extra: str | None = None) -> str | None:

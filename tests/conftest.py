@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import gc
 import os
 import shutil
 import signal
@@ -31,6 +32,9 @@ for name in ("NO_PROXY", "no_proxy"):
 
 # A machine with much other work answers late, and no test fails for that.
 os.environ |= {"HF_HUB_ETAG_TIMEOUT": "3600", "HF_HUB_DOWNLOAD_TIMEOUT": "3600"}
+
+# Nobody waits for the disk: only where the power fails would a test see it.
+os.fsync = lambda descriptor: None
 
 # What a shell starts in the background has SIGINT ignored, and so would every process that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -112,6 +116,13 @@ def make_config(name: str, **overrides: object) -> transformers.PretrainedConfig
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: a process that takes one of them last is waited for."""
     items.sort(key=lambda item: item.path.stem not in ("test_end_to_end", "test_machine_code", "test_wheel"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage looks through it again, half a second each time."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture
