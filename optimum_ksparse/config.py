@@ -58,7 +58,20 @@ RUN_TIME_SETTINGS = ("batch_size", "storage")
 RECORDED = ("layers", "names")
 MODULE_NAMES = "modules"
 _Config = TypeVar("_Config")
-_MOVED = ("kernel", "optimize_for", "max_extra_bytes", "densify", "fuse")
+# Settings that there were, of how a loaded model runs: why they are gone, and what to do.
+_REMOVED = {
+    "fuse": "one product of q, k and v was not measured to be faster: leave it out",
+    "densify": "where packed layers are too slow, model.dequantize() makes them dense",
+    "optimize_for": "layers keep no more memory than model.autotune_kernels() says: leave it out",
+    "max_extra_bytes": "layers keep no more memory than model.autotune_kernels() says: leave it out",
+}
+
+
+def check_not_removed(names: Iterable[str]) -> None:
+    """Raises TypeError for a setting of earlier versions that says what to do instead."""
+    for name in names:
+        if name in _REMOVED:
+            raise TypeError(f"there is no setting {name} any more: {_REMOVED[name]}")
 
 
 class LayerRecord(TypedDict):
@@ -131,11 +144,12 @@ def _noting_what_is_given(cls: type[_Config]) -> type[_Config]:
 
     @wraps(initialise)  # `help` and editors show its signature
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        check_not_removed(kwargs)
         for name in kwargs:
-            if name in _MOVED:
+            if name == "kernel":
                 raise TypeError(
-                    f"{name} says how a loaded model runs, which is not saved: pass "
-                    f"runtime_config=RuntimeConfig({name}=...) to from_pretrained, or to configure(model, ...)"
+                    "kernel says how a loaded model runs, which is not saved: pass "
+                    "runtime_config=RuntimeConfig(kernel=...) to from_pretrained, or to configure(model, ...)"
                 )
             if name in METHOD_SETTINGS:
                 raise TypeError(f"{name} is read by one method or step: pass method_settings={{{name!r}: ...}}")
@@ -402,7 +416,8 @@ def _checked_record(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     versions recorded the settings of all methods."""
     check_depth(found)
     settings: dict[str, Any] = build(dict[str, Any], found)
-    settings.pop("drop_layers", None)  # of earlier versions, which dropped blocks before they pruned the others
+    for name in ("drop_layers", "kernel", *_REMOVED):  # of earlier versions
+        settings.pop(name, None)
     method = settings.pop("quant_method", QUANT_METHOD)
     if method != QUANT_METHOD:
         raise ValueError(f"quant_method={method!r} is not {QUANT_METHOD!r}")

@@ -32,8 +32,7 @@ config = model_config("polyglot-ko-5.8b")
 config.num_hidden_layers = 1
 model = random_model(config, torch.bfloat16, torch.device("cuda"))
 sparsify(model, SparsityConfig("magnitude", "2:4"))
-for mode in ("memory", "speed"):
-    print(autotune_kernels(model, optimize_for=mode))
+print(autotune_kernels(model))
 """
 # Also of runs that were killed before they drew.
 FIGURES = """

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity, merge_adapter
 from optimum_ksparse.data import prepends_bos
+from optimum_ksparse.nn import densified
 
 
 def read(path: str) -> list[str]:
@@ -39,11 +40,7 @@ def pruned(args, tokenizer, samples: torch.Tensor):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, sparsity_config=config)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for module in model.modules():
-        if hasattr(module, "densify"):
-            module.densify = "lazy"
-    return model, folder
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder
 
 
 def trained(args, tokenizer, texts: list[str]):
@@ -114,9 +111,10 @@ def main() -> None:
             model = merge_adapter(model, method=run, dataset=samples)
             figures = model.ksparse.merge.totals()
         seconds = round(time.perf_counter() - started, 1)
-        result = evaluate_perplexity(
-            model, tokenizer, read(args.evaluation), seq_len=512, max_tokens=args.windows * 512
-        )
+        with densified(model):
+            result = evaluate_perplexity(
+                model, tokenizer, read(args.evaluation), seq_len=512, max_tokens=args.windows * 512
+            )
         print(json.dumps({"run": run, "merge_seconds": seconds, **figures, **result}), flush=True)
 
 

@@ -55,7 +55,7 @@ _RANGES = ((1, 1), (2, 32), (64, 256), (512, 4096))
 _AMPERE = ("8.0", "8.6", "8.7")
 _TEXTS: dict[str, dict[str, Any]] = {
     "en": {
-        "head": "| hardware | pattern, dtype | tokens | speed-up, memory mode | speed mode | kernels taken |",
+        "head": "| hardware | pattern, dtype | tokens | speed-up | kernels taken |",
         "models": "| hardware | whole model | pattern, dtype | prefill | decoding | CUDA graphs |",
         "to": "{:.2f} to {:.2f}",
         "yes": ("no", "yes"),
@@ -66,7 +66,7 @@ _TEXTS: dict[str, dict[str, Any]] = {
         "shapes": "Ranges are over {} shapes of {:,} to {:,} dense bytes.",
     },
     "ko": {
-        "head": "| 하드웨어 | 패턴, dtype | 토큰 | 밀집 대비 속도: memory 모드 | speed 모드 | 쓰인 커널 |",
+        "head": "| 하드웨어 | 패턴, dtype | 토큰 | 밀집 대비 속도 | 쓰인 커널 |",
         "models": "| 하드웨어 | 모델 전체 | 패턴, dtype | 프리필 | 디코딩 | CUDA 그래프 |",
         "to": "{:.2f}~{:.2f}",
         "yes": ("아니요", "예"),
@@ -131,7 +131,7 @@ def speed_table(results: Sequence[BenchResults], language: str = "en") -> str:
     lines: list[str] = []
     rows = [row for one in results for row in _rows(one, texts)]
     if rows:
-        lines += [texts["head"], "|---|---|---|---|---|---|", *rows, ""]
+        lines += [texts["head"], "|---|---|---|---|---|", *rows, ""]
         every = [row for one in results for row in one.chosen()]
         sizes = sorted({row["dense_bytes"] for row in every})
         shapes = len({tuple(row["shape"]) for row in every})
@@ -159,11 +159,10 @@ def _rows(results: BenchResults, texts: dict[str, Any]) -> list[str]:
             if rows:
                 numbers = sorted({row["tokens"] for row in rows})
                 tokens = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
-                memory = _span([row["speedup"] for row in rows], texts)
-                speed = _span([row["dense_us"] / row["speed_us"] for row in rows], texts)
+                speed = _span([row["speedup"] for row in rows], texts)
                 names = ", ".join(dict.fromkeys(row["kernel"] for row in rows))
                 machine = _name(results, texts)
-                lines.append(f"| {machine} | {pattern}, {dtype} | {tokens} | {memory} | {speed} | {names} |")
+                lines.append(f"| {machine} | {pattern}, {dtype} | {tokens} | {speed} | {names} |")
     return lines
 
 

@@ -15,8 +15,8 @@ from pydoc_data.topics import topics
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-import optimum_ksparse
 from optimum_ksparse import evaluate_perplexity
+from optimum_ksparse.nn import densified
 from optimum_ksparse.study import StudyResults, load_study, spread
 
 LENGTH = 512
@@ -41,13 +41,12 @@ def main() -> None:
         missing = [name for name in texts if (cell, name) not in {(row["cell"], row["text"]) for row in rows}]
         if not missing or not (folder / "config.json").is_file():
             continue
-        # Every pass on the CPU would decompress the packed weights anew.
-        how = {} if cell == "dense" else {"runtime_config": optimum_ksparse.RuntimeConfig(densify="lazy")}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **how)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         for name in missing:
-            found = evaluate_perplexity(
-                model, tokenizer, texts[name], seq_len=LENGTH, max_tokens=args.windows * LENGTH, batch_size=4
-            )
+            with densified(model):  # every pass on the CPU would decompress the packed weights anew
+                found = evaluate_perplexity(
+                    model, tokenizer, texts[name], seq_len=LENGTH, max_tokens=args.windows * LENGTH, batch_size=4
+                )
             rows.append({"cell": cell, "text": name, **found})
             with args.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import CONFIG_NAME, logging
@@ -35,7 +34,7 @@ from ..pattern import Pattern
 from ..pruning.model import attach
 from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 from ..report import SparsityReport
-from ..runtime import RuntimeConfig, configure, tell_cost_on_cpu
+from ..runtime import RuntimeConfig, configure
 from .describing import describe_from_pretrained
 from .recovering import recover_source
 from .source import Source, loading_from
@@ -66,8 +65,7 @@ def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         elif not _finish(model, config, source):
             return result
         if runtime is not None:
-            _configure(model, runtime)
-        tell_cost_on_cpu(model)
+            configure(model, runtime)
         experts = kwargs.get("experts_implementation")
         if experts not in (None, "eager") and sparse_experts(model):
             logger.warning(f'Sparse experts run with experts_implementation="eager" only, not with {experts!r}.')
@@ -103,14 +101,6 @@ def _take_runtime(kwargs: dict[str, Any]) -> RuntimeConfig | None:
     if runtime is not None and not isinstance(runtime, RuntimeConfig):
         raise TypeError(f"runtime_config must be a RuntimeConfig, found {type(runtime).__name__}")
     return runtime
-
-
-def _configure(model: PreTrainedModel, runtime: RuntimeConfig) -> None:
-    """How sparse layers run. What has no room for it is a model all the same, which may have taken hours to prune."""
-    try:
-        configure(model, runtime)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        logger.warning(f"The model is loaded, but the memory does not suffice for all of {runtime}: {error}")
 
 
 def _prepare(config: SparsityConfig, source: Source, kwargs: dict[str, Any]) -> SparsityConfig | None:

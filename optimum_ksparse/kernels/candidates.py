@@ -6,7 +6,6 @@
 | dot | any | decompresses tiles in registers, multiplies on tensor cores |
 | decompress | any | decompresses rows of W to scratch memory, multiplies with cuBLAS |
 | library | any | torch's semi-structured tensor, where a layer keeps that form |
-| dense | any | a dense weight, where a layer keeps one |
 | strips | 1 to 16 | on a CPU, whole blocks of a weight as small dense products |
 | reference | any | decompresses in plain PyTorch: every pattern, dtype and device |
 """
@@ -24,13 +23,10 @@ import torch.nn.functional as F
 from ..packing import unpack
 from ..pattern import Pattern
 from . import hardware
-from .hardware import on_device_of
-from .library import library_form, library_linear, why_not_library
+from .library import library_linear, why_not_library
 from .strips import strips_linear, why_not_strips
 
 GROUPS = {"2:4": 4, "4:8": 8}  # m of the patterns that kernels take
-# Kernels that need a form of the weight which a layer may keep beside the packed one.
-KEPT_FORMS = ("library", "dense")
 # Scratch of `decompress`: a chunk of W that stays in the L2 cache of large GPUs, and the most that is ever taken.
 _CHUNK_BYTES = (32 << 20, 256 << 20)
 
@@ -38,13 +34,13 @@ Config = dict[str, Any]
 
 
 class PackedWeight(NamedTuple):
-    """A packed weight (table in `packing`), and the forms of it that a layer keeps beside."""
+    """A packed weight (table in `packing`), and torch's semi-structured form of it, where a layer keeps that: the
+    `values` then are a view of it, and it counts for nothing where they are not."""
 
     values: torch.Tensor
     bits: torch.Tensor
     in_features: int
     pattern: str
-    dense: torch.Tensor | None = None
     library: torch.Tensor | None = None
 
     @property
@@ -57,11 +53,10 @@ class PackedWeight(NamedTuple):
             self.out_features, self.in_features, tokens, self.pattern, self.values.dtype, self.values.device
         )
 
-    def with_form(self, name: str) -> PackedWeight:
-        """The same with a form of it kept beside: "dense" or "library"."""
-        make = unpack if name == "dense" else library_form
-        form = make(self.values, self.bits, self.in_features)
-        return self._replace(dense=form) if name == "dense" else self._replace(library=form)
+    @property
+    def has_library(self) -> bool:
+        """Whether `library` holds these values."""
+        return self.library is not None and self.library.data_ptr() == self.values.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -93,14 +88,11 @@ class Kernel:
         run: (x [tokens, in], weight, bias, **config) → y [tokens, out].
         why_not: why it cannot take a problem; None where it can.
         configs: what to try, the first where nothing was measured.
-        order: what of a configuration decides in which order a row is summed: of two configurations that agree in it
-            the results are the same to the bit, whatever else is in the product.
     """
 
     run: Callable[..., torch.Tensor]
     why_not: Callable[[Problem], str | None] = lambda problem: None
     configs: Callable[[Problem], list[Config]] = lambda problem: [{}]
-    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,13 +102,12 @@ class Candidate:
     kernel: str
     config: Config = field(default_factory=dict)
 
-    @property
-    def order(self) -> tuple[Any, ...]:
-        return self.kernel, *(self.config.get(name) for name in KERNELS[self.kernel].order)
-
     def run(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-        with on_device_of(x):
-            return KERNELS[self.kernel].run(x, weight, bias, **self.config)
+        run = KERNELS[self.kernel].run
+        if not x.is_cuda:
+            return run(x, weight, bias, **self.config)
+        with torch.cuda.device(x.device):  # Triton, unlike torch, launches on the current device
+            return run(x, weight, bias, **self.config)
 
     def __str__(self) -> str:
         config = ", ".join(f"{name}={value}" for name, value in self.config.items())
@@ -124,7 +115,7 @@ class Candidate:
 
 
 def has_kernels(problem: Problem) -> bool:
-    """Whether there is a choice for this problem: elsewhere `reference` or a kept dense weight computes it."""
+    """Whether there is a choice for this problem: elsewhere `strips` or `reference` computes it."""
     return hardware.runs_kernels(problem.device) and _why_not_packed(problem) is None
 
 
@@ -221,10 +212,17 @@ def _decompress_configs(problem: Problem) -> list[Config]:
     return [{"scratch": most}, *([{"scratch": cached}] if cached < problem.dense_bytes else [])]
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous and beginning at a multiple of 16 bytes, as the kernels' loads need it."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def _triton(name: str) -> Callable[..., torch.Tensor]:
     def run(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, **config: Any) -> torch.Tensor:
         kernel = getattr(import_module(f".triton.{name}", __package__), name)
-        return kernel(x, weight.values, weight.bits, bias, GROUPS[weight.pattern], **config)
+        values, bits = aligned(weight.values), aligned(weight.bits)
+        return kernel(aligned(x), values, bits, bias, GROUPS[weight.pattern], **config)
 
     return run
 
@@ -233,13 +231,13 @@ def _run_decompress(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | 
     from .triton.dense import decompress
 
     rows = max(1, scratch // (weight.in_features * weight.values.element_size()))
-    group = GROUPS[weight.pattern]
+    x, values, bits, group = aligned(x), aligned(weight.values), aligned(weight.bits), GROUPS[weight.pattern]
     if rows >= weight.out_features:
-        return F.linear(x, decompress(weight.values, weight.bits, weight.in_features, group), bias)
+        return F.linear(x, decompress(values, bits, weight.in_features, group), bias)
     y = x.new_empty(x.shape[0], weight.out_features)
     for start in range(0, weight.out_features, rows):
         part = slice(start, start + rows)
-        dense = decompress(weight.values[part], weight.bits[part], weight.in_features, group)
+        dense = decompress(values[part], bits[part], weight.in_features, group)
         if bias is None:
             torch.mm(x, dense.T, out=y[:, part])
         else:
@@ -249,17 +247,13 @@ def _run_decompress(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | 
 
 def _run_library(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     assert weight.library is not None
-    return library_linear(x, weight.library, bias, weight.out_features)
+    return library_linear(aligned(x), weight.library, bias, weight.out_features)
 
 
 def _run_strips(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     block = Pattern(weight.pattern).tile
     assert block is not None
-    return strips_linear(x, weight.values, weight.bits, bias, block[0])
-
-
-def _run_dense(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, weight.dense, bias)  # type: ignore[arg-type]
+    return strips_linear(x, weight.values.contiguous(), weight.bits, bias, block[0])
 
 
 def _run_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -267,11 +261,10 @@ def _run_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | N
 
 
 KERNELS: dict[str, Kernel] = {
-    "gemv": Kernel(_triton("gemv"), _why_not_gemv, _gemv_configs, ("warps",)),
-    "dot": Kernel(_triton("dot"), _why_not_dot, _dot_configs, ("rows", "tokens", "bytes", "warps", "splits")),
+    "gemv": Kernel(_triton("gemv"), _why_not_gemv, _gemv_configs),
+    "dot": Kernel(_triton("dot"), _why_not_dot, _dot_configs),
     "decompress": Kernel(_run_decompress, _why_not_packed, _decompress_configs),
     "library": Kernel(_run_library, _why_not_library),
     "strips": Kernel(_run_strips, lambda problem: why_not_strips(problem.pattern, problem.tokens, problem.device)),
-    "dense": Kernel(_run_dense),
     "reference": Kernel(_run_reference),
 }

@@ -6,13 +6,17 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers.utils import logging
 
+from ..packing import unpack
 from .cache import Timings, read_timings, write_timings
-from .candidates import KEPT_FORMS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
+from .candidates import KERNELS, Candidate, Config, PackedWeight, Problem, has_kernels
+from .library import library_form
 from .sample import sample_weights
 from .timing import rotations, time_calls
 
@@ -20,13 +24,13 @@ logger = logging.get_logger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 KERNEL_VARIABLE = "KSPARSE_KERNEL"
+DENSE = "dense"  # what is measured beside the kernels: `F.linear` with a dense weight
 # A configuration that is not the first must be so much faster: noise must not choose.
 _MARGIN = 0.98
 
-_lock = threading.RLock()  # of the three
+_lock = threading.RLock()  # of the two
 _timings: dict[str, Timings] = {}  # by GPU, then by problem
-_choices: dict[tuple[Problem, bool, bool], Candidate] = {}
-_fused: dict[tuple[object, ...], Candidate | None] = {}
+_choices: dict[tuple[object, ...], Candidate] = {}
 
 
 def bucket(tokens: int) -> int:
@@ -48,29 +52,17 @@ def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate
     Raises:
         ValueError: the forced kernel is unknown or cannot take the product; says why.
     """
-    kernel = check_kernel(os.environ.get(KERNEL_VARIABLE) or kernel)
+    kernel = os.environ.get(KERNEL_VARIABLE) or kernel
     if kernel != "auto":
-        return _forced(kernel, weight, weight.problem(tokens))
-    key = weight.problem(bucket(tokens)), weight.dense is not None, weight.library is not None
-    with _lock:
-        if key not in _choices:
-            _choices[key] = _fastest(*key)
-        return _choices[key]
-
-
-def choose_fused(weight: PackedWeight, parts: Sequence[int], tokens: int, kernel: str = "auto") -> Candidate | None:
-    """The candidate for a weight whose rows are those of several layers; None where each alone would be summed in
-    another order, and so be rounded in another way."""
-    key = weight.problem(bucket(tokens)), tuple(parts), kernel, os.environ.get(KERNEL_VARIABLE)
-    with _lock:
-        if key not in _fused:
-            whole = choose(weight, tokens, kernel)
-            rows = zip(weight.values.split(list(parts)), weight.bits.split(list(parts)), strict=True)
-            alone = [weight._replace(values=values, bits=bits) for values, bits in rows]
-            same = all(choose(one, tokens, kernel).order == whole.order for one in alone)
-            # Libraries choose the order by the shape, and do not tell.
-            _fused[key] = whole if same and whole.kernel in ("gemv", "dot") else None
-        return _fused[key]
+        return _forced(check_kernel(kernel), weight, weight.problem(tokens))
+    values, bits, in_features, pattern, _ = weight
+    # Of tuples, and looked up without the lock: every forward pass of every layer comes here.
+    key = bits.shape[0], in_features, bucket(tokens), pattern, values.dtype, values.device, weight.has_library
+    candidate = _choices.get(key)
+    if candidate is None:
+        with _lock:
+            candidate = _choices[key] = _fastest(Problem(*key[:6]), weight.has_library)
+    return candidate
 
 
 def prepare(weight: PackedWeight) -> None:
@@ -90,20 +82,35 @@ def rule_of_thumb(problem: Problem) -> Candidate:
 
 
 def measured(problem: Problem) -> dict[str, tuple[Candidate, float]]:
-    """What is known of a problem: for each kernel its fastest candidate and the microseconds that it takes."""
+    """What is known of a problem: for each kernel, and `DENSE`, its fastest candidate and the microseconds that it
+    takes."""
     with _lock:
         rows = _known(problem.device).get(str(problem), {})
     return {
         name: (Candidate(name, row["config"]), float(row["us"]))
         for name, row in rows.items()
-        if name in KERNELS and row["config"] in KERNELS[name].configs(problem)
+        if name in (DENSE, *KERNELS) and row["config"] in _configs(name, problem)
     }
 
 
 def measure(problem: Problem) -> dict[str, tuple[Candidate, float]]:
-    """Times the candidates for a problem on random weights, each under a CUDA graph and with copies of the weight that
-    the cache cannot hold; remembers the fastest of each kernel, in memory and on disk. Candidates that fail (too
-    little memory) are left out."""
+    """`time_kernels`, remembered in memory and on disk."""
+    results = time_kernels(problem)
+    rows = {name: {"config": c.config, "us": round(us, 3)} for name, (c, us) in results.items()}
+    with _lock:
+        _known(problem.device)[str(problem)] = rows
+        _choices.clear()
+    if rows:
+        write_timings(problem.device, {str(problem): rows})
+    else:
+        logger.warning(f"No kernel could be measured for {problem}, for want of memory most likely.")
+    return results
+
+
+def time_kernels(problem: Problem) -> dict[str, tuple[Candidate, float]]:
+    """Times `F.linear` with a dense weight, as `DENSE`, and the candidates for a problem on random weights: on a GPU
+    under CUDA graphs, with copies of the weight that the cache cannot hold. The fastest candidate of each kernel, and
+    its microseconds; those that fail (too little memory) are left out."""
     plain = torch.autocast(problem.device.type, enabled=False)  # whatever the caller is in
     results: dict[str, tuple[Candidate, float]] = {}
     with torch.no_grad(), torch.inference_mode(False), plain:
@@ -111,15 +118,6 @@ def measure(problem: Problem) -> dict[str, tuple[Candidate, float]]:
             best = results.get(candidate.kernel)
             if best is None or microseconds < _MARGIN * best[1]:
                 results[candidate.kernel] = candidate, microseconds
-    rows = {name: {"config": c.config, "us": round(us, 3)} for name, (c, us) in results.items()}
-    with _lock:
-        _known(problem.device)[str(problem)] = rows
-        _choices.clear()
-        _fused.clear()
-    if rows:
-        write_timings(problem.device, {str(problem): rows})
-    else:
-        logger.warning(f"No kernel could be measured for {problem}, for want of memory most likely.")
     return results
 
 
@@ -128,7 +126,6 @@ def forget() -> None:
     with _lock:
         _timings.clear()
         _choices.clear()
-        _fused.clear()
 
 
 def _known(device: torch.device) -> Timings:
@@ -138,19 +135,22 @@ def _known(device: torch.device) -> Timings:
     return _timings[name]
 
 
-def _fastest(problem: Problem, has_dense: bool, has_library: bool) -> Candidate:
+def _configs(name: str, problem: Problem) -> list[Config]:
+    return [{}] if name == DENSE else KERNELS[name].configs(problem)
+
+
+def _fastest(problem: Problem, has_library: bool) -> Candidate:
     if not has_kernels(problem):
-        packed = "strips" if KERNELS["strips"].why_not(problem) is None else "reference"
-        return Candidate("dense" if has_dense else packed)
-    usable = {"dense": has_dense, "library": has_library}
-    rows = [row for name, row in measured(problem).items() if usable.get(name, True)]
+        return Candidate("strips" if KERNELS["strips"].why_not(problem) is None else "reference")
+    unusable = (DENSE,) if has_library else (DENSE, "library")
+    rows = [row for name, row in measured(problem).items() if name not in unusable]
     return min(rows, key=lambda row: row[1])[0] if rows else rule_of_thumb(problem)
 
 
 def _forced(kernel: str, weight: PackedWeight, problem: Problem) -> Candidate:
     reason = KERNELS[kernel].why_not(problem)
-    if reason is None and kernel in KEPT_FORMS and getattr(weight, kernel) is None:
-        reason = f"the layer keeps no {kernel} form; load with optimize_for='speed'"
+    if reason is None and kernel == "library" and not weight.has_library:
+        reason = "the layer does not keep the library's form; model.autotune_kernels() keeps it where it pays"
     if reason is not None:
         raise ValueError(f"kernel={kernel!r} cannot compute {problem}: {reason}")
     if problem.device.type == "cuda":
@@ -170,19 +170,32 @@ def _time_candidates(problem: Problem) -> Iterator[tuple[Candidate, float]]:
         weights = sample_weights(problem, rotations(problem.dense_bytes * 9 // 16, device))
     except torch.OutOfMemoryError:
         return
-    for name in KERNELS:
-        if name == "reference" or KERNELS[name].why_not(problem) is not None:
+    for name in (*KERNELS, DENSE):
+        if name in KERNELS and KERNELS[name].why_not(problem) is not None:
+            continue
+        if name == "reference" and has_kernels(problem):
             continue
         try:
-            own = weights
-            if name in KEPT_FORMS:
-                own = [weight.with_form(name) for weight in weights[: rotations(problem.dense_bytes, device)]]
-            for config in KERNELS[name].configs(problem):
+            own = [_form(name, weight) for weight in weights[: _copies(name, problem)]]
+            for config in _configs(name, problem):
                 candidate = Candidate(name, config)
-                calls = [functools.partial(candidate.run, x, weight, None) for weight in own]
+                run = F.linear if name == DENSE else candidate.run
                 try:
-                    yield candidate, time_calls(calls, device)
+                    yield candidate, time_calls([functools.partial(run, x, weight, None) for weight in own], device)
                 except Exception as error:  # Triton raises many kinds, as for too large a tile
                     logger.debug(f"{candidate} was left out for {problem}: {error}")
         except RuntimeError as error:
             logger.debug(f"{name} was left out for {problem}: {error}")
+
+
+def _copies(name: str, problem: Problem) -> int | None:
+    return rotations(problem.dense_bytes, problem.device) if name in (DENSE, "library") else None
+
+
+def _form(name: str, weight: PackedWeight) -> Any:
+    """What a kernel reads."""
+    if name not in (DENSE, "library"):
+        return weight
+    make = unpack if name == DENSE else library_form
+    form = make(weight.values, weight.bits, weight.in_features)
+    return form if name == DENSE else weight._replace(library=form)

@@ -45,18 +45,12 @@ def describe_device(device: torch.device, patterns: Iterable[str] = ()) -> str:
     if any(why_not_strips(pattern, STRIP_TOKENS, device) is None for pattern in patterns):
         return (
             f"{reason}: up to {STRIP_TOKENS} tokens are computed from the packed blocks, which is still slower than "
-            "dense; everything else decompresses its layers at each forward pass, or with densify='lazy' at the first "
-            "alone, which keeps them dense in memory"
+            "dense; everything else decompresses its layers at each forward pass. model.dequantize() makes them dense"
         )
     return (
-        f"{reason}: sparse layers compute the same here but not faster; each forward pass decompresses them, or with "
-        "densify='lazy' the first alone, which keeps them dense in memory"
+        f"{reason}: sparse layers compute the same here but not faster, because each forward pass decompresses them; "
+        "model.dequantize() makes them dense"
     )
-
-
-def on_device_of(tensor: torch.Tensor) -> torch.cuda.device:
-    """A context in which kernels are launched where `tensor` is: Triton, unlike torch, takes the current device."""
-    return torch.cuda.device(tensor.get_device())  # -1, which changes nothing, on the CPU
 
 
 def is_interpreted() -> bool:

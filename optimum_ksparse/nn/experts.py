@@ -30,7 +30,7 @@ class SparseExperts(PackedModule):
     Attributes:
         weight: kept values, n:m: [experts, out, in·n/m], otherwise: [experts, nnz of a matrix].
         weight_mask: [experts, out, ceil(in/8)] uint8.
-        kernel, densify: as in `PackedModule`.
+        kernel: as in `PackedModule`.
     """
 
     def __init__(
@@ -91,9 +91,8 @@ class SparseExperts(PackedModule):
         if not isinstance(expert, int) and getattr(expert, "shape", None) != ():
             raise TypeError(f"sparse experts are read one by one, by a number; {_EAGER}")
         expert = int(expert)
-        dense_weight = self._usable_dense_weight()
-        if dense_weight is not None:
-            return dense_weight[expert]
+        if self._dense_weight is not None:
+            return self._dense_weight[expert]
         return PackedMatrix(
             self._packed(self._tensor("weight")[expert], self._tensor("weight_mask")[expert]), self.kernel
         )

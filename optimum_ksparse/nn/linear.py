@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,6 @@ from .. import kernels
 from ..packing import check_bits, pack, unpack_mask
 from ..pattern import Pattern
 from .packed import PackedModule
-
-if TYPE_CHECKING:
-    from .group import FusedGroup
 
 
 def is_linear_map(module: nn.Module) -> bool:
@@ -60,17 +57,12 @@ class SparseLinear(PackedModule, nn.Linear):
         weight: kept values, n:m: [out, in·n/m], otherwise: [nnz].
         weight_mask: [out, ceil(in/8)] uint8.
         bias: [out] or None.
-        kernel, densify: as in `PackedModule`.
+        kernel: as in `PackedModule`.
     """
 
-    # Other forms of the weight, for the dispatch to choose; set by `keep_form`.
-    _dense_form: torch.Tensor | None = None
+    # torch's semi-structured form of the weight, which is a view of it then; set by `keep_library_form`.
     _library_form: torch.Tensor | None = None
-    # Layers that read the same input and run as one product, and the number of this one; set by `fusing`. The first of
-    # them knows the others, which do not know it: a circle would keep a deleted model in memory.
-    _group: tuple[FusedGroup, int] | None = None
-    _followers: tuple[SparseLinear, ...] = ()
-    _run_time = (*PackedModule._run_time, "_dense_form", "_library_form", "_group", "_followers")
+    _run_time = (*PackedModule._run_time, "_library_form")
 
     def __init__(
         self,
@@ -169,40 +161,33 @@ class SparseLinear(PackedModule, nn.Linear):
         return sparse.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dense_weight = self._usable_dense_weight()
-        if dense_weight is not None:
-            return F.linear(x, dense_weight, self.bias)
-        if self._group is not None and not torch.is_grad_enabled() and self._formed is None:
-            group, index = self._group
-            y = group.output(index, x, (self, *self._followers))
-            if y is not None:
-                return y
+        if self._dense_weight is not None:
+            return F.linear(x, self._dense_weight, self.bias)
         x, values, bias = in_autocast_dtype(x, self.weight, self.bias)
-        forms = self._dense_form, self._library_form
-        if values.dtype != self.weight.dtype or (torch.is_grad_enabled() and self.weight.requires_grad):
-            forms = None, None  # they would swallow the gradient
-        weight = kernels.PackedWeight(values, self.weight_mask, self.in_features, str(self.pattern), *forms)
+        weight = kernels.PackedWeight(
+            values, self.weight_mask, self.in_features, self.pattern.text, self._library_form
+        )
         return kernels.apply(x, weight, bias, self.kernel)
 
-    def keep_form(self, name: str, form: torch.Tensor, shared: torch.Tensor | None = None) -> None:
-        """Keeps another form of the weight for the kernel of that name: "dense" [out, in], or "library", of which
-        `shared` may be a view that equals the packed values and takes their place. Forms go when the weight changes,
-        or moves, or loads."""
-        if shared is not None:
-            self.weight.data = shared
-        setattr(self, f"_{name}_form", form)
-        self._formed = self._state()
-
     def packed(self) -> kernels.PackedWeight:
-        """The packed weight with the forms that are kept beside it, for the dispatch."""
-        pattern, forms = str(self.pattern), (self._dense_form, self._library_form)
-        return kernels.PackedWeight(self.weight.detach(), self.weight_mask, self.in_features, pattern, *forms)
+        """The packed weight with the form that is kept beside it, for the dispatch."""
+        pattern = self.pattern.text
+        return kernels.PackedWeight(
+            self.weight.detach(), self.weight_mask, self.in_features, pattern, self._library_form
+        )
 
-    def drop_forms(self) -> None:
-        if self._library_form is not None and self._shares_storage(self._library_form):
+    def keep_library_form(self, form: torch.Tensor, shared: torch.Tensor) -> None:
+        """Keeps torch's semi-structured form of the weight for the kernel of that name. `shared` is a view of it that
+        equals the packed values and takes their place, so that it follows what is written into them. It goes when the
+        module moves or loads, and is not used where the weight is replaced."""
+        self.weight.data = shared
+        self._library_form = form
+
+    def drop_library_form(self) -> None:
+        """Gives back the memory of the form that `keep_library_form` keeps."""
+        if self.packed().has_library:
             self.weight.data = self.weight.data.clone()
-        self._dense_form = self._library_form = None
-        super().drop_forms()
+        self._library_form = None
 
     def replace_values(self, values: torch.Tensor) -> None:
         """Takes other packed values, of the shape, dtype and device of the present ones, for the same mask; the
@@ -212,21 +197,17 @@ class SparseLinear(PackedModule, nn.Linear):
 
     def _part(self) -> None:
         super()._part()
-        if self._group is not None:
-            self._group[0].part()
+        self.drop_library_form()
 
     @property
     def extra_bytes(self) -> int:
-        forms = [form for form in (self._dense_form, self._library_form) if form is not None]
-        shared = self._library_form is not None and self._shares_storage(self._library_form)
-        return super().extra_bytes + sum(form.nbytes for form in forms) - shared * self.weight.nbytes
-
-    def _shares_storage(self, form: torch.Tensor) -> bool:
-        return form.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+        """Bytes of the form of the weight that is kept beside the packed one, without the values that it shares."""
+        form = self._library_form
+        return 0 if form is None else form.nbytes - self.packed().has_library * self.weight.nbytes
 
     def to_dense_weight(self) -> torch.Tensor:
         """The weight [out, in] with its zeros."""
-        return kernels.decompress(self.weight.detach(), self.weight_mask, self.in_features, str(self.pattern))
+        return kernels.decompress(self.weight.detach(), self.weight_mask, self.in_features, self.pattern.text)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:

@@ -13,18 +13,12 @@ from torch import nn
 from ..packing import values_shape
 from ..pattern import Pattern
 
-# Values of a weight, evenly spread, that tell whether it was written to behind autograd's back.
-_SAMPLE = 1024
-
 
 class PackedModule(nn.Module):
     """Base class of modules whose `weight` is the kept values of a sparse weight, and `weight_mask` where they are.
 
     Attributes:
         kernel: how to compute: "auto" (what was measured to be fastest, or a rule of thumb), or one of `KERNELS`.
-        densify: "never", or "lazy": the first forward pass without gradients of the weight keeps it dense in memory,
-            and the passes after it run as those of a dense module. What is written into the weight is noticed; on
-            other devices than the CPU not what is written through `weight.data`, after which call `drop_forms()`.
     """
 
     weight: torch.Tensor
@@ -33,14 +27,10 @@ class PackedModule(nn.Module):
     in_features: int
     out_features: int
     kernel: str = "auto"
-    densify: str = "never"
-    # The dense weight, which the forward pass uses as it is: set by `densified` for a while, by `densify="lazy"` to
-    # stay.
+    # The dense weight, which the forward pass uses as it is; set by `densified` for a while.
     _dense_weight: torch.Tensor | None = None
-    # The state of the packed weight of which other forms were made.
-    _formed: tuple[int, int, torch.Tensor | None] | None = None
     # What is not copied or pickled.
-    _run_time: tuple[str, ...] = ("_dense_weight", "_formed")
+    _run_time: tuple[str, ...] = ("_dense_weight",)
 
     def _make_tensors(self, stack: tuple[int, ...], num_values: int | None, **options: Any) -> None:
         """Makes `weight` and `weight_mask`, uninitialised, for a stack of matrices of that shape."""
@@ -67,41 +57,9 @@ class PackedModule(nn.Module):
         """Makes what the kernels keep in memory, where the weight now is."""
         raise NotImplementedError
 
-    def _usable_dense_weight(self) -> torch.Tensor | None:
-        """The dense weight to compute with; None where none is kept, or where it would swallow a gradient."""
-        compiles = torch.compiler.is_compiling()
-        if self._formed is not None and not compiles and self._has_changed():
-            self.drop_forms()  # the weight has been trained or loaded since
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            return None
-        if self.densify == "lazy" and self._dense_weight is None and not compiles and not self._is_offloaded():
-            self._dense_weight, self._formed = self.to_dense_weight(), self._state()
-        return self._dense_weight
-
-    def _is_offloaded(self) -> bool:
-        """Whether accelerate brings the weight in for a forward pass only."""
-        return self.weight.is_meta or getattr(getattr(self, "_hf_hook", None), "offload", False)
-
-    def _state(self) -> tuple[int, int, torch.Tensor | None]:
-        """What changes when the packed weight is replaced or written to; `.data` leaves the version as it is, and on a
-        GPU to look at values would make every layer wait."""
-        weight, sample = self.weight.detach(), None
-        if weight.device.type == "cpu":
-            sample = weight.reshape(-1)[:: max(1, weight.numel() // _SAMPLE)].clone()
-        return weight.data_ptr(), 0 if weight.is_inference() else self.weight._version, sample
-
-    def _has_changed(self) -> bool:
-        assert self._formed is not None
-        (*before, old), (*now, new) = self._formed, self._state()
-        return before != now or (old is not None and new is not None and not torch.equal(old, new))
-
-    def drop_forms(self) -> None:
-        """Forgets all other forms of the weight than the packed one."""
-        self._dense_weight = self._formed = None
-
     def _part(self) -> None:
-        """Forgets what other tensors the weight shares its memory with."""
-        self.drop_forms()
+        """Forgets what was made of the weight as it is, and what shares memory with it."""
+        self._dense_weight = None
 
     @property
     def shape(self) -> torch.Size:
@@ -122,11 +80,6 @@ class PackedModule(nn.Module):
     def packed_bytes(self) -> int:
         """Bytes of values and mask."""
         return self.weight.nbytes + self.weight_mask.nbytes
-
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes of other forms of the weight that are kept beside the packed one."""
-        return 0 if self._dense_weight is None else self._dense_weight.nbytes
 
     def check_mask(self, name: str) -> None:
         """Raises ValueError, naming the module `name`, where the mask does not fit the values or the pattern."""
@@ -191,8 +144,8 @@ class PackedModule(nn.Module):
 @contextmanager
 def densified(root: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within it, sparse modules under `root` keep their weights dense instead of decompressing them in each forward
-    pass; for many passes without gradients, under autocast to `dtype`, where one is given. Modules that accelerate has
-    offloaded are left as they are."""
+    pass; for many passes without gradients of the weights, under autocast to `dtype`, where one is given. Modules that
+    accelerate has offloaded are left as they are."""
     packed = [module for module in root.modules() if isinstance(module, PackedModule)]
     modules = [module for module in packed if not module.weight.is_meta and module._dense_weight is None]
     try:

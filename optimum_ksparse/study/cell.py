@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from ..data import read_tokenizer
 from ..evaluation import EvaluationProtocol, EvaluationResults, Measurement, evaluate_model
 from ..kernels import GROUPS
 from ..kernels.hardware import runs_kernels
+from ..nn import densified
 from ..pruning.memory import peak_memory
 from ..records import RESULTS_NAME, build, read_record, to_json
 from ..report import SparsityReport
@@ -88,6 +90,7 @@ class _Run:
         self.stages = read_stages(folder)
         self.loading = {name: value for name, value in self.job["loading"].items() if value is not None}
         self.device = torch.device("cpu")
+        self.during_stage = ExitStack()
 
     def __call__(self) -> None:
         if self.settings is not None:
@@ -116,7 +119,8 @@ class _Run:
         if name in self.stages:
             return
         started = time.perf_counter()
-        done = task()
+        with self.during_stage:
+            done = task()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -182,13 +186,15 @@ class _Run:
         return {"dtype": "auto", **kept}
 
     def _speed_up(self, model: Any) -> None:
-        """Sparse layers run as the settings say; where there are no kernels for them they are dense from their first
-        forward pass on, instead of being decompressed in each."""
+        """Sparse layers run as the settings say; where these name no kernel, and there are none for them, they are
+        dense for the stage, instead of being decompressed in each forward pass."""
         if self.settings is None:
             return
+        config = RuntimeConfig(**split_settings(self.settings)[1])
+        configure(model, config)
         kernels = runs_kernels(model.device) and model.dtype in (torch.bfloat16, torch.float16)
-        how: dict[str, Any] = {"densify": "never" if kernels and self.settings["pattern"] in GROUPS else "lazy"}
-        configure(model, RuntimeConfig(**{**how, **split_settings(self.settings)[1]}))
+        if config.kernel == "auto" and not (kernels and self.settings["pattern"] in GROUPS):
+            self.during_stage.enter_context(densified(model))
 
 
 def _summary(report: SparsityReport) -> dict[str, Any]:

@@ -230,20 +230,6 @@ def test_safe_merge_changes_nothing_where_a_value_is_not_finite(make_pruned, met
     assert not any(layer.merged for layer in wrapped(model))
 
 
-@pytest.mark.parametrize("method", ["lora", "hira"])
-def test_no_other_form_of_the_weight_is_stale(make_pruned, token_ids, method):
-    model = adapted(make_pruned(), method).eval()
-    for layer in wrapped(model):
-        layer.get_base_layer().densify = "lazy"
-    plain = adapted(make_pruned(), method).eval()
-    for step in ("merge_adapter", "unmerge_adapter", "merge_adapter"):
-        logits(model, token_ids)
-        assert all(layer.get_base_layer()._dense_weight is not None for layer in wrapped(model))
-        for each in (model, plain):
-            getattr(each, step)()
-        torch.testing.assert_close(logits(model, token_ids), logits(plain, token_ids), rtol=1e-5, atol=1e-6)
-
-
 def test_merging_offloaded_weights(make_pruned, token_ids):
     from accelerate import cpu_offload
 

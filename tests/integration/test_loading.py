@@ -31,7 +31,6 @@ from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.integration import register
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.pruning import prune_blocks
-from optimum_ksparse.runtime import RuntimeConfig, running
 
 from ..conftest import sample_texts
 
@@ -362,19 +361,3 @@ def test_other_quantized_models_are_cast_as_before(make_model):
     model.is_quantized = True
     with pytest.raises(ValueError, match="not supported for quantized model"):
         model.half()
-
-
-def test_on_a_cpu_a_model_says_what_it_costs_unless_it_is_set(packed, dense, config, monkeypatch):
-    told = []
-    monkeypatch.setattr(running.logger, "warning_once", told.append)
-    AutoModelForCausalLM.from_pretrained(dense)
-    lazy = RuntimeConfig(densify="lazy")
-    AutoModelForCausalLM.from_pretrained(packed, runtime_config=lazy)
-    AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config, runtime_config=lazy)
-    monkeypatch.setenv("RANK", "1")
-    AutoModelForCausalLM.from_pretrained(packed)
-    assert not told
-    monkeypatch.delenv("RANK")
-    AutoModelForCausalLM.from_pretrained(packed)
-    AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config)
-    assert len(set(told)) == 1 and 'densify="lazy"' in told[0]

@@ -48,8 +48,10 @@ class Clock:
         self.asked = []
 
     def __call__(self, calls, device):
-        candidate, (x, weight, bias) = calls[0].func.__self__, calls[0].args
-        assert x.shape == (self.tokens, weight.in_features) and bias is None
+        x, weight, bias = calls[0].args
+        is_dense = isinstance(weight, torch.Tensor)
+        candidate = kernels.Candidate(kernels.DENSE) if is_dense else calls[0].func.__self__
+        assert x.shape == (self.tokens, weight.shape[1] if is_dense else weight.in_features) and bias is None
         self.asked.append(str(candidate))
         if str(candidate) in self.times:
             return self.times[str(candidate)]
@@ -96,8 +98,8 @@ def choose_by(by, monkeypatch, weight, tokens, name):
 
 @pytest.mark.parametrize("by", ["argument", "environment"])
 def test_a_forced_kernel_is_taken(gpu, monkeypatch, by):
-    weight = make_weight().with_form("dense")
-    for name, tokens in (("gemv", 4), ("dot", 5), ("decompress", 5), ("reference", 5), ("dense", 5)):
+    weight = make_weight()
+    for name, tokens in (("gemv", 4), ("dot", 5), ("decompress", 5), ("reference", 5)):
         assert choose_by(by, monkeypatch, weight, tokens, name) == first(name, weight.problem(tokens))
 
 
@@ -115,7 +117,7 @@ REFUSALS = [
     ("dot", 5, {"in_features": 20}, "in_features that 8 divides, not 20"),
     ("decompress", 5, {"dtype": torch.float32}, "bfloat16 and float16, not torch.float32"),
     ("gemv", 1, {"pattern": "1:4"}, "for 2:4 and 4:8, not for 1:4"),
-    ("dense", 5, {}, "the layer keeps no dense form"),
+    ("dense", 5, {}, "allowed: auto, gemv"),
     ("library", 5, {}, "need a CUDA device"),
 ]
 
@@ -168,7 +170,6 @@ def test_a_rule_of_thumb_decides_where_nothing_was_measured(clock):
 def test_what_kernels_do_not_take_is_computed_in_pytorch(gpu, changes):
     weight = make_weight(**{**changes, "pattern": "2:4"})._replace(pattern=changes.get("pattern", "2:4"))
     assert kernels.choose(weight, 1) == kernels.Candidate("reference")
-    assert kernels.choose(weight._replace(dense=torch.empty(0)), 1) == kernels.Candidate("dense")
 
 
 def test_the_fastest_kernel_that_the_layer_has_is_taken(clock):
@@ -178,15 +179,12 @@ def test_the_fastest_kernel_that_the_layer_has_is_taken(clock):
         clock.times = {"gemv": 30.0, "dot": 30.0, "decompress": 30.0, "dense": 20.0, fastest: 25.0}
         kernels.measure(make_problem(1))
         assert kernels.choose(weight, 1) == first(fastest, make_problem(1))
-        assert kernels.choose(weight.with_form("dense"), 1).kernel == "dense"
-    clock.times = {"gemv": 30.0, "dense": 31.0}
-    kernels.measure(make_problem(1))
-    assert kernels.choose(weight.with_form("dense"), 1).kernel == "gemv"
 
 
 def test_all_configurations_are_measured_and_the_fastest_of_each_kernel_is_known(clock):
     problem = make_problem(1)
-    configs = {name: kernels.KERNELS[name].configs(problem) for name in ("gemv", "dot", "decompress", "dense")}
+    configs = {name: kernels.KERNELS[name].configs(problem) for name in ("gemv", "dot", "decompress")}
+    configs[kernels.DENSE] = [{}]
     clock.times = {"gemv": 30.0, "dot": 50.0, "decompress": 70.0, "dense": 20.0}
     best = kernels.Candidate("gemv", configs["gemv"][3])
     clock.times[str(best)] = 25.0
@@ -211,13 +209,13 @@ def test_noise_does_not_choose_a_configuration(clock, share, wins):
 
 
 def test_candidates_and_forms_that_fail_are_left_out(clock, monkeypatch):
-    def fail(self, name):
+    def fail(*arguments):
         raise torch.OutOfMemoryError("there is no memory left")
 
     problem = make_problem(1)
     runs = kernels.Candidate("dot", kernels.KERNELS["dot"].configs(problem)[2])
     clock.times = {str(runs): 10.0, "dense": 5.0}
-    monkeypatch.setattr(kernels.PackedWeight, "with_form", fail)
+    monkeypatch.setattr(dispatch, "unpack", fail)
     assert kernels.measure(problem) == {"dot": (runs, 10.0)}
     assert kernels.choose(make_weight(), 1) == runs
 
@@ -267,7 +265,6 @@ def test_threads_choose_while_another_measures(clock):
             while not stop.is_set():
                 for weight in weights:
                     kernels.choose(weight, 1)
-                    kernels.choose_fused(weight, [8, 8], 1)
         except Exception as error:
             errors.append(error)
 
@@ -391,7 +388,7 @@ def test_kernels_and_configurations_that_are_not_offered_are_ignored(clock):
         },
     )
     assert kernels.measured(problem) == {"gemv": (kernels.Candidate("gemv", config), 20.0)}
-    assert kernels.choose(make_weight().with_form("dense"), 1) == kernels.Candidate("gemv", config)
+    assert kernels.choose(make_weight(), 1) == kernels.Candidate("gemv", config)
 
 
 def deny(*arguments, **options):

@@ -276,10 +276,10 @@ def test_calibration_sets_are_named_by_what_they_are(workplace):
 def test_a_setting_makes_another_cell_where_the_method_reads_it_and_another_value_is_its_default(workplace):
     with pytest.raises(ValueError, match="cell damped.*damping"):
         grid(recipe(methods=[{"name": "damped", "method": "wanda", "damping": 0.1}]))
-    same = [{"name": "same", "method": "sparsegpt", "damping": 0.01, "densify": "lazy"}]
+    same = [{"name": "same", "method": "sparsegpt", "damping": 0.01, "kernel": "reference"}]
     assert len(grid(recipe(methods=["sparsegpt", *same], seeds=[0]))) == 1 + 2
-    with pytest.raises(ValueError, match="densify"):
-        grid(recipe(methods=[{"name": "wrong", "method": "wanda", "densify": "never ever"}]))
+    with pytest.raises(ValueError, match="kernel"):
+        grid(recipe(methods=[{"name": "wrong", "method": "wanda", "kernel": "any"}]))
     read = [{"name": "damped", "method": "sparsegpt", "damping": 0.1}]
     read.append({"name": "tuned", "method": "sparsegpt", "reconstruct": "block", "reconstruction_epochs": 7})
     assert len(grid(recipe(methods=["sparsegpt", *read], seeds=[0]))) == 1 + 3 * 2

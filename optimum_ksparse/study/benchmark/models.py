@@ -34,7 +34,6 @@ def bench_model(
     prompt_tokens: int = 1024,
     new_tokens: int = 32,
     batch: int = 1,
-    optimize_for: str = "memory",
 ) -> dict[str, Any]:
     """A row of results for a model; it is left sparse if it was, and pruned by magnitude to `pattern` otherwise.
 
@@ -58,7 +57,6 @@ def bench_model(
         "pattern": pattern,
         "batch": batch,
         "prompt_tokens": prompt_tokens,
-        "optimize_for": optimize_for,
     }
     for kind in order:
         if kind == "sparse" and not sparse_modules(model):
@@ -66,7 +64,7 @@ def bench_model(
         if kind == "dense" and sparse_modules(model):
             model.dequantize()
         if kind == "sparse":
-            autotune_kernels(model, optimize_for=optimize_for)
+            autotune_kernels(model)
         prefill, decode, graphs = _speeds(model, batch, prompt_tokens, new_tokens)
         row[f"{kind}_prefill_tokens_per_s"] = round(prefill, 2)
         row[f"{kind}_decode_tokens_per_s"] = round(decode, 2)

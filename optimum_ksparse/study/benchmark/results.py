@@ -62,7 +62,7 @@ class BenchResults:
         """Tables of what the dispatch takes, and of the models."""
         lines = [", ".join(str(value) for value in self.hardware.values())]
         if self.rows:
-            head = ["shape", "pattern", "dtype", "tokens", "dense us", "sparse us", "speed-up", "speed mode", "kernel"]
+            head = ["shape", "pattern", "dtype", "tokens", "dense us", "sparse us", "speed-up", "kernel"]
             lines += ["", *_aligned([head, *map(_layer_cells, self.chosen())])]
         if self.models:
             head = ["model", "pattern", "dtype", "batch", "phase", "dense tokens/s", "sparse tokens/s", "speed-up"]
@@ -74,8 +74,7 @@ class BenchResults:
 def _layer_cells(row: dict[str, Any]) -> list[str]:
     shape = f"{row['shape'][0]} x {row['shape'][1]}"
     numbers = [f"{row['dense_us']:.1f}", f"{row['sparse_us']:.1f}", f"{row['speedup']:.2f}"]
-    speed_mode = f"{row['dense_us'] / row['speed_us']:.2f}"
-    return [shape, row["pattern"], row["dtype"], str(row["tokens"]), *numbers, speed_mode, row["kernel"]]
+    return [shape, row["pattern"], row["dtype"], str(row["tokens"]), *numbers, row["kernel"]]
 
 
 def _model_cells(row: dict[str, Any], phase: str) -> list[str]:

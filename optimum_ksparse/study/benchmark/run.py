@@ -25,7 +25,6 @@ from .results import RESULTS_NAME, BenchResults
 from .shapes import MODELS, layer_shapes, model_config, parse_shape
 
 DTYPES = ("bfloat16", "float16", "float32")
-OPTIMIZE_FOR = ("memory", "speed")
 
 
 @dataclass
@@ -44,7 +43,6 @@ class BenchSettings:
     whole_models: Sequence[str] = setting((), "models by name to run whole, with random weights (default: none)")
     layers: int | None = setting(None, "blocks of a whole model (default: as many as it has)")
     prompt_tokens: int = setting(1024, "of the prefill of a whole model")
-    optimize_for: str = setting("memory", "of a whole model")
     device: str | None = setting(None, "where it runs (default: cuda where there is one, otherwise cpu)")
     revision: str | None = setting(None, "branch, tag or commit of the checkpoint (default: main)")
     trust_remote_code: bool = False
@@ -64,7 +62,6 @@ class BenchSettings:
             check_integer("layers", self.layers, 1)
         if self.dtype is not None:
             check_one_of("dtype", self.dtype, DTYPES)
-        check_one_of("optimize_for", self.optimize_for, OPTIMIZE_FOR)
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         kind, _, index = self.device.partition(":")
         if kind not in ("cuda", "cpu") or not (index or "0").isdigit():
@@ -137,7 +134,7 @@ def _problems(settings: BenchSettings, model: Any) -> list[Problem]:
 def _whole_models(
     results: BenchResults, settings: BenchSettings, output: Path, model: Any, checkpoint: str | None
 ) -> None:
-    how: dict[str, Any] = {"prompt_tokens": settings.prompt_tokens, "optimize_for": settings.optimize_for}
+    how: dict[str, Any] = {"prompt_tokens": settings.prompt_tokens}
     if model is not None:
         results.models.append(bench_model(model, os.path.basename(os.path.normpath(str(checkpoint))), **how))
     dtype = getattr(torch, settings.dtype or "bfloat16")

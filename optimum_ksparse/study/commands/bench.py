@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...commands.base import TRUST, Command
 from ..benchmark import BenchSettings, run
-from ..benchmark.run import DTYPES, OPTIMIZE_FOR
+from ..benchmark.run import DTYPES
 from ..settings import help_texts
 
 
@@ -12,7 +12,7 @@ class BenchCommand(Command):
     WORDS = {"checkpoint": "folder or Hub id of a sparse model"}
     SWITCHES = TRUST
     FLAGS = ((help_texts(BenchSettings), BenchSettings),)
-    CHOICES = {"dtype": DTYPES, "optimize_for": OPTIMIZE_FOR}
+    CHOICES = {"dtype": DTYPES}
 
     def execute(self) -> None:
         settings = self.settings()
