@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from ..packing import unpack
 from ..pattern import Pattern
 from . import hardware
+from .hardware import on_device_of
 from .library import library_linear, why_not_library
 from .strips import strips_linear, why_not_strips
 
@@ -106,7 +107,7 @@ class Candidate:
         run = KERNELS[self.kernel].run
         if not x.is_cuda:
             return run(x, weight, bias, **self.config)
-        with torch.cuda.device(x.device):  # Triton, unlike torch, launches on the current device
+        with on_device_of(x):
             return run(x, weight, bias, **self.config)
 
     def __str__(self) -> str:

@@ -53,6 +53,11 @@ def describe_device(device: torch.device, patterns: Iterable[str] = ()) -> str:
     )
 
 
+def on_device_of(tensor: torch.Tensor) -> torch.cuda.device:
+    """A context in which kernels are launched where `tensor` is: Triton, unlike torch, takes the current device."""
+    return torch.cuda.device(tensor.get_device())  # -1, which changes nothing, on the CPU
+
+
 def is_interpreted() -> bool:
     """Whether Triton runs kernels on the CPU, for tests (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None

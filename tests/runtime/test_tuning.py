@@ -52,7 +52,7 @@ def know(shape, speeds=SPEEDS, pattern="2:4"):
     for i, tokens in enumerate(TOKENS):
         problem = kernels.Problem(*shape, tokens, pattern, torch.bfloat16, torch.device("cpu"))
         rows = {
-            name: {"config": kernels.KERNELS[name].configs(problem)[0], "us": times[i]}
+            name: {"config": dispatch._configs(name, problem)[0], "us": times[i]}
             for name, times in speeds.items()
             if times[i] is not None
         }
