@@ -17,17 +17,16 @@ from .pattern import Pattern
 from .pruners import METHODS, REFINEMENTS, Setting, statistics_of
 from .pruners.allocation import ALLOCATIONS, check_allocation
 from .pruners.settings import number, share, switch, whole
-from .pruners.statistics import ColumnNorms, GramMatrix
+from .pruners.statistics import ColumnNorms
 from .records import Count, PatternText, build, check_depth, describe_source, printable
 
 QUANT_METHOD = "optimum-ksparse"
 # Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes
 # would choke on the keyword argument of that name.
 DENSE_CONFIG_KEY = "ksparse"
-AUTO = "auto"  # a method that stands for the best of all within a time
 # Setting → its values, where they are a few.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "method": (*METHODS, AUTO),
+    "method": tuple(METHODS),
     "refine": tuple(REFINEMENTS),
     "reconstruct": ("block",),
     "activations": ("pruned", "dense", "mixed"),
@@ -38,7 +37,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Which `method_settings` there are: by what reads them.
 READERS: dict[str, dict[str, Setting]] = {
     **{f"method={name!r}": method.settings for name, method in METHODS.items()},
-    f"method={AUTO!r}": {"time_budget": number("with auto: seconds that pruning may take here (default: any)", 1e9)},
     "reconstruct='block'": {
         "reconstruction_epochs": whole("passes of reconstruction over the calibration samples", default=4),
         "reconstruction_lr": number(
@@ -96,9 +94,9 @@ METHOD_SETTINGS = _merged(READERS.values())
 def _read_with(settings: Mapping[str, Any]) -> dict[str, Setting]:
     """The `method_settings` that are read with these other settings, which need not have been checked."""
     method, reconstruct = settings.get("method"), settings.get("reconstruct")
-    is_auto, has_data = method == AUTO, method not in METHODS or METHODS[method].statistics is not None
-    readers = [f"method={name!r}" for name in (*METHODS, AUTO) if is_auto or name == method]
-    readers += ["reconstruct='block'"] if is_auto or reconstruct else []
+    has_data = method not in METHODS or METHODS[method].statistics is not None
+    readers = [f"method={name!r}" for name in METHODS if name == method]
+    readers += ["reconstruct='block'"] if reconstruct else []
     readers += ["allocation='owl'"] if settings.get("allocation") == "owl" else []
     readers += ["calibration data"] if has_data or settings.get("refine") or reconstruct else []
     return _merged(READERS[reader] for reader in readers)
@@ -167,9 +165,8 @@ class SparsityConfig(QuantizationConfigMixin):
 
     Args:
         method: `"admm"` (weights and mask together: more accurate than SparseGPT, in up to 1.5 times its time),
-            `"sparsegpt"`, `"alps"` (slow), `"wanda"` (fast; weights stay as they are), `"magnitude"` (which reads no
-            data), or `"auto"` (experimental): all are tried on one block, and what does best on calibration samples
-            that it has not seen, and fits `time_budget`, is taken.
+            `"sparsegpt"`, `"alps"` (slow), `"wanda"` (fast; weights stay as they are) or `"magnitude"` (which reads
+            no data).
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), a fraction of zeros (`"50%"`, `0.5`), or
             that fraction of whole tiles of r outputs x c inputs (`"50%/32x32"`), by the sum of the method's scores in
             each, over the layer (`sparsegpt`: over each `block_size` columns).
@@ -209,9 +206,9 @@ class SparsityConfig(QuantizationConfigMixin):
         storage: `"packed"` (0.5625 of the dense bytes at 50 % in 16 bit; needs this plugin to load) or `"dense"`
             (zeros written out; loads everywhere).
         method_settings: what one method or step alone reads, such as `{"damping": 0.1}`; the table `READERS` has all:
-            `block_size` (sparsegpt), `damping` (sparsegpt, admm, alps), `iterations` (admm, alps), `time_budget`
-            (auto), `reconstruction_epochs` and `reconstruction_lr` (reconstruct), `target_density` (owl),
-            `bos_in_statistics`. In `config.json`, recipes and flags they stand among the others.
+            `block_size` (sparsegpt), `damping` (sparsegpt, admm, alps), `iterations` (admm, alps),
+            `reconstruction_epochs` and `reconstruction_lr` (reconstruct), `target_density` (owl), `bos_in_statistics`.
+            In `config.json`, recipes and flags they stand among the others.
 
     Attributes:
         layers: of a model that has been pruned: for each sparse layer its path in the decoder, pattern and number of
@@ -253,7 +250,7 @@ class SparsityConfig(QuantizationConfigMixin):
         for name, check in _CHECKS.items():
             setattr(self, name, check(name, getattr(self, name)))
         self.method_settings = self._checked_method_settings()
-        if self.activations == "mixed" and self.reconstruct is None and self.method != AUTO:
+        if self.activations == "mixed" and self.reconstruct is None:
             raise ValueError(
                 "activations='mixed' gives a block the inputs of the pruned model and the outputs of the dense one to "
                 "aim at, which reconstruct='block' alone does: add it, or pass 'pruned' or 'dense'"
@@ -313,7 +310,7 @@ class SparsityConfig(QuantizationConfigMixin):
     @property
     def statistics(self) -> type[ColumnNorms] | None:
         """What is to be collected of each layer's inputs; None where the method reads no data."""
-        return GramMatrix if self.method == AUTO else statistics_of(self.method, self.refine)
+        return statistics_of(self.method, self.refine)
 
     @property
     def calibration(self) -> CalibrationData:
@@ -335,7 +332,7 @@ class SparsityConfig(QuantizationConfigMixin):
         return self.statistics is not None or self.reconstruct is not None
 
     def changed(self, **settings: Any) -> SparsityConfig:
-        """A copy with other settings, which are not checked: a layer's own pattern, or what `method="auto"` chose."""
+        """A copy with other settings, which are not checked, such as a layer's own pattern."""
         changed = copy.copy(self)
         vars(changed).update(settings)
         return changed
@@ -416,8 +413,10 @@ def _checked_record(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     versions recorded the settings of all methods."""
     check_depth(found)
     settings: dict[str, Any] = build(dict[str, Any], found)
-    for name in ("drop_layers", "kernel", *_REMOVED):  # of earlier versions
+    for name in ("drop_layers", "kernel", "time_budget", *_REMOVED):  # of earlier versions
         settings.pop(name, None)
+    if settings.get("method") == "auto":  # they chose one, usually the default
+        settings["method"] = SparsityConfig.method
     method = settings.pop("quant_method", QUANT_METHOD)
     if method != QUANT_METHOD:
         raise ValueError(f"quant_method={method!r} is not {QUANT_METHOD!r}")

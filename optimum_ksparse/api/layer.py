@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..config import AUTO, SparsityConfig
+from ..config import SparsityConfig
 from ..pattern import Pattern
-from ..pruners import METHODS, prune
+from ..pruners import prune
 
 
 @torch.no_grad()
@@ -30,8 +30,6 @@ def prune_weight(
         ValueError: an unknown method, pattern or setting, shapes that do not fit, NaN or Inf.
         ArithmeticError: the Gram matrix stays singular.
     """
-    if method == AUTO:
-        raise ValueError(f"method={AUTO!r} tries methods on a block of a model; one layer takes {', '.join(METHODS)}")
     refine = settings.pop("refine", ())
     config, parsed = SparsityConfig(method, pattern, refine=refine, method_settings=settings), Pattern(pattern)
     for name, tensor in {"weight": weight, "inputs": inputs}.items():

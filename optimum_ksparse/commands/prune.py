@@ -20,10 +20,9 @@ from ..pruning.progress import listening
 from .base import DTYPES, LOADING_TEXTS, OVERWRITE, TRUST, Command, usage
 from .errors import UsageError, describe_error
 
-_METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
 # Settings of SparsityConfig, whose types and defaults they have.
 SETTINGS_TEXTS = {
-    "method": f"{_METHODS}; auto (experimental): the best within --time-budget",
+    "method": "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()),
     "refine": "what follows the method: swaps (a better mask), exact (the best weights on it) (default: nothing)",
     "reconstruct": "tune each block to its dense outputs; slower, much more accurate (default: do not)",
     "activations": "calibration inputs and targets (default: the measured best)",

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..blocks import Activations, BlockReplay, DecoderBlocks, ExpertStack
 from ..checkpoint import put
-from ..config import AUTO, SparsityConfig
+from ..config import SparsityConfig
 from ..data import CalibrationTokens
 from ..pruners.allocation import Allocation
-from ..report import MethodChoice, PrunedBlock
+from ..report import PrunedBlock
 from .distributed import Processes
 from .loss import HELD_OUT
 from .targets import Layer
@@ -101,7 +101,7 @@ class Job:
         targets: for each block its layers to prune, by name; emptied on the way.
         skipped: layers that stay dense → reason.
         data: calibration samples; None where none are read.
-        allocation, choice: what was measured and decided, where that was asked for.
+        allocation: what was measured and decided, where that was asked for.
         num_parameters: before anything is packed.
         pruned: what there is to report of each block.
     """
@@ -113,7 +113,6 @@ class Job:
     skipped: dict[str, str] = field(default_factory=dict)
     data: CalibrationTokens | None = None
     allocation: Allocation | None = None
-    choice: MethodChoice | None = None
     num_parameters: int = 0
     pruned: list[PrunedBlock] = field(default_factory=list)
 
@@ -139,7 +138,7 @@ class Job:
     def batch_size(self) -> int:
         """Samples in a batch: `config.batch_size`, or less where some batches are to be held out."""
         config = self.config
-        if config.reconstruct is None and config.method != AUTO:
+        if config.reconstruct is None:
             return config.batch_size
         return max(1, min(config.batch_size, config.num_samples // HELD_OUT))
 

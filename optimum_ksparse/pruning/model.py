@@ -50,7 +50,6 @@ def make_report(job: Job, config: SparsityConfig) -> SparsityReport:
         layers=[row for block in job.pruned for row in block.layers],
         reconstruction=[block.reconstruction for block in job.pruned if block.reconstruction is not None],
         skipped=job.skipped,
-        choice=job.choice,
         base_model=describe_model(model),
         base_revision=facts_of(model).commit,
         num_parameters=job.num_parameters,

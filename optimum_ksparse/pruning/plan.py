@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 
 from ..blocks import eager_experts, evaluation_mode
-from ..config import AUTO, SparsityConfig
+from ..config import SparsityConfig
 from ..pruners.allocation import Allocation
-from ..report import MethodChoice
-from .choosing import choose_method
 from .job import Job, Place, Replaced
 from .loop import needs_original, prune_blocks
 from .sensitivity import leave_dense, measure_allocation
@@ -45,28 +42,19 @@ def allocate(job: Job) -> None:
         job.skipped |= leave_dense(job.blocks, job.targets, job.allocation)
 
 
-def choose(job: Job) -> None:
-    """The method, where any is allowed."""
-    if job.config.method == AUTO:
-        job.choice = job.measure("choice", MethodChoice, choose_method)
-
-
 def prune(job: Job) -> None:
     """Block by block, from the first that is not done."""
-    place, choice = job.place, job.choice
-    config = job.config if choice is None else job.config.changed(method=choice.method, reconstruct=choice.reconstruct)
-    chosen = replace(job, config=config)
+    place, config = job.place, job.config
     unfinished = len(place.done) < len(job.blocks.blocks)
-    # The batches are those of what was asked for.
     replay = job.replay() if config.needs_data and unfinished else None
     original = replay.fork("original") if replay is not None and needs_original(config, replay) else None
     place.resume(replay, original, config)
-    job.pruned = [*place.done, *prune_blocks(chosen, replay, original)]
+    job.pruned = [*place.done, *prune_blocks(job, replay, original)]
     for row in (row for block in job.pruned for row in block.layers):
         row.sensitivity = None if job.allocation is None else job.allocation.sensitivities[row.name]
 
 
-STAGES: tuple[Callable[[Job], None], ...] = (find, draw, allocate, choose, prune)
+STAGES: tuple[Callable[[Job], None], ...] = (find, draw, allocate, prune)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 from .build import build, clean
@@ -81,13 +82,17 @@ def check_depth(value: Any, where: str = "it") -> None:
 
 
 def read_record(
-    kind: Any, path: str | os.PathLike[str], what: str, remedy: str = "", without: tuple[str, ...] = ()
+    kind: Any,
+    path: str | os.PathLike[str],
+    what: str,
+    remedy: str = "",
+    earlier: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Any:
     """What a JSON file holds, as `kind` (see `build`).
 
     Args:
         what: what messages say of a file that is none, as "is no report of optimum-ksparse". remedy: what to do then.
-        without: fields that earlier versions wrote, and that are passed over.
+        earlier: makes what this version reads of what earlier ones wrote.
 
     Raises:
         OSError: it cannot be read.
@@ -95,8 +100,6 @@ def read_record(
     """
     try:
         value = read_json(path)
-        if isinstance(value, dict):
-            value = {name: item for name, item in value.items() if name not in without}
-        return build(kind, value)
+        return build(kind, earlier(value) if isinstance(value, dict) else value)
     except ValueError as error:  # those of JSON and of the encoding are too
         raise ValueError(printable(f"{os.path.basename(path)} {what}: {error}{remedy}")) from None

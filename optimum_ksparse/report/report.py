@@ -20,7 +20,6 @@ from .rows import (
     Change,
     LayerKind,
     LayerReport,
-    MethodChoice,
     Nothing,
 )
 from .text import in_words
@@ -38,7 +37,6 @@ class SparsityReport:
         layers: one `LayerReport` for each sparse layer, in the order of the model.
         reconstruction: one `BlockReport` for each block that was reconstructed. The output errors of its layers are
             those before.
-        choice: what `method="auto"` chose, and why.
         skipped: linear maps left dense, each with the reason.
         base_model: what was pruned, as it was named (a local folder by its last part).
         base_revision: commit of the Hub's repository that `from_pretrained` loaded; None for a local folder.
@@ -59,7 +57,6 @@ class SparsityReport:
     calibration: Annotated[dict[str, Any], As(Calibration | Nothing)] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     reconstruction: list[BlockReport] = field(default_factory=list)
-    choice: MethodChoice | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     base_revision: Revision | None = None
@@ -77,14 +74,13 @@ class SparsityReport:
     @property
     def method(self) -> str:
         """The method and what followed it, as a card or a table names them: such as "admm + block"."""
-        reconstruct = self.config.get("reconstruct") if self.choice is None else self.choice.reconstruct
-        steps = [self.pruner, *(self.config.get("refine") or ()), reconstruct]
+        steps = [self.pruner, *(self.config.get("refine") or ()), self.config.get("reconstruct")]
         return " + ".join(str(step) for step in steps if step)
 
     @property
     def pruner(self) -> str | None:
-        """The method that chose the masks; what `method="auto"` has chosen."""
-        return self.config.get("method") if self.choice is None else self.choice.method
+        """The method that chose the masks."""
+        return self.config.get("method")
 
     @property
     def reconstruction_losses(self) -> tuple[float, float] | None:
@@ -147,7 +143,7 @@ class SparsityReport:
     def load(cls, path: str | os.PathLike[str]) -> SparsityReport:
         """Reads a report from its file. Raises ValueError, which names the field, where it is damaged or of a newer
         schema."""
-        return read_record(cls, path, "is not a report of optimum-ksparse", without=("dropped",))
+        return read_record(cls, path, "is not a report of optimum-ksparse", earlier=_earlier)
 
     def check_record(self, where: str) -> None:
         """Raises ValueError where what was read from a file could not be printed, or contradicts itself."""
@@ -162,3 +158,12 @@ class SparsityReport:
     def __str__(self) -> str:
         """A table with a row for each kind of layer (same path but for the block's number), and the totals."""
         return in_words(self)
+
+
+def _earlier(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what earlier versions wrote: dropped blocks, and which method was chosen of several."""
+    record = {name: value for name, value in record.items() if name != "dropped"}
+    choice, config = record.pop("choice", None), record.get("config")
+    if isinstance(choice, dict) and isinstance(config, dict):
+        record["config"] = {**config, **{key: choice[key] for key in ("method", "reconstruct") if key in choice}}
+    return record

@@ -138,56 +138,6 @@ class BlockReport:
 
 
 @dataclass
-class Trial:
-    """What `method="auto"` found of one method: the loss of a pruned block on calibration tokens that it had not seen
-    (1 is the energy of the outputs; None where the method failed, and `note` says how), and about how many seconds the
-    whole model would take, the trials included."""
-
-    method: str
-    reconstruct: str | None
-    loss: float | None
-    seconds: Amount
-    fits: bool
-    note: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.method if self.reconstruct is None else f"{self.method} + {self.reconstruct}"
-
-
-@dataclass
-class MethodChoice:
-    """What `method="auto"` has chosen.
-
-    Attributes:
-        method, reconstruct: the settings taken.
-        block: the number of the block on which they were tried.
-        time_budget: seconds allowed; None for any.
-        trials: all that was tried.
-    """
-
-    method: str
-    reconstruct: str | None
-    block: Count
-    time_budget: Amount | None
-    trials: list[Trial]
-
-    def __str__(self) -> str:
-        def words(trial: Trial) -> str:
-            if trial.loss is None:
-                return f"{trial.name} failed ({trial.note})"
-            return f"{trial.name} {trial.loss:.4f} ({trial.seconds:.0f} s{'' if trial.fits else ', too long'})"
-
-        name = self.method if self.reconstruct is None else f"{self.method} + {self.reconstruct}"
-        allowed = "any time" if self.time_budget is None else f"{self.time_budget:g} s"
-        if any(trial.fits for trial in self.trials):
-            why = f"the least loss on unseen tokens in block {self.block} within {allowed}"
-        else:
-            why = f"the fastest, because the trials on block {self.block} left too little of {allowed} for any"
-        return f"chosen by auto: {name}, {why}: {', '.join(words(trial) for trial in self.trials)}"
-
-
-@dataclass
 class PrunedBlock:
     """What there is to report of a block: a row for each layer, and one of its reconstruction, where there was one."""
 

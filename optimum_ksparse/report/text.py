@@ -32,8 +32,6 @@ def _table(report: SparsityReport) -> list[str]:
         f"{report.num_parameters:,} parameters; packed {report.packed_bytes:,} of {report.dense_bytes:,} bytes "
         f"({report.packed_ratio:.4f})"
     )
-    if report.choice is not None:
-        lines.append(str(report.choice))
     if report.reconstruction_losses is not None:
         seconds = sum(row.seconds for row in report.reconstruction)
         before, after = report.reconstruction_losses

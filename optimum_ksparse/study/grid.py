@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import AUTO, SETTINGS, SparsityConfig
+from ..config import SETTINGS, SparsityConfig
 from ..runtime import RuntimeConfig
 from .recipe import CALIBRATION, DENSE, RUNTIME, Recipe
 
@@ -97,7 +97,7 @@ def identity_of(config: SparsityConfig) -> dict[str, Any]:
     defaults |= {name: setting.default for name, setting in config.read_settings.items()}
     counted = {*SETTINGS, *config.method_settings} - {"batch_size", "storage", "method_settings"}
     # The batches are what reconstruction steps by, and what is held out.
-    counted |= {"batch_size"} if config.reconstruct is not None or config.method == AUTO else set()
+    counted |= {"batch_size"} if config.reconstruct is not None else set()
     identity = {name: settings[name] for name in _ALWAYS}
     identity |= {name: settings[name] for name in sorted(counted) if settings[name] != defaults[name]}
     return {name: value for name, value in identity.items() if config.needs_data or name not in _OF_DATA}
@@ -108,9 +108,3 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[SparsityConfig, dict[st
     runtime = {name: value for name, value in settings.items() if name in RUNTIME}
     RuntimeConfig(**runtime)  # checks them
     return SparsityConfig.from_flat(**{k: v for k, v in settings.items() if k not in runtime}), runtime
-
-
-def settings_in_words(identity: Mapping[str, Any]) -> str:
-    """What the settings of a method add to its name and to the grid's, for the text of a table."""
-    more = {name: value for name, value in identity.items() if name not in (*_ALWAYS, *CALIBRATION)}
-    return ", ".join([str(identity["method"]), *(f"{name}={value}" for name, value in more.items())])

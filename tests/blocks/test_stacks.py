@@ -199,13 +199,6 @@ def test_a_looped_checkpoint_is_pruned_on_disk_as_in_memory(kind, settings, requ
         assert torch.equal(value, streamed[path]), path
 
 
-def test_the_best_method_is_chosen_for_a_looped_model(looped):
-    report = sparsify(
-        looped, SparsityConfig("auto", "2:4", dataset=IDS, batch_size=2, method_settings={"time_budget": 1e6})
-    )
-    assert report.choice is not None and all(trial.loss is not None for trial in report.choice.trials)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

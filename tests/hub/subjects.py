@@ -15,7 +15,7 @@ from optimum_ksparse.evaluation import KOBEST_TASKS, EvaluationResults, Measurem
 from optimum_ksparse.hub.card import BEGIN, END
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE
 from optimum_ksparse.hub.subject import AdapterFacts, CardSubject
-from optimum_ksparse.report import BlockReport, Change, LayerReport, MethodChoice, SparsityReport, Trial
+from optimum_ksparse.report import BlockReport, Change, LayerReport, SparsityReport
 from optimum_ksparse.study import tasks  # noqa: F401 - their titles
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -102,8 +102,7 @@ def make_adapter(**more: Any) -> CardSubject:
 
 def make_changed(results: Any = None, **more: Any) -> CardSubject:
     """Of a model that was trained and merged after pruning, by every step that a card tells of."""
-    report = make_report("auto", refine=["swaps", "exact"], allocation="owl", target_density=0.6)
-    report.choice = MethodChoice("admm", "block", 1, 60.0, [Trial("admm", "block", 0.2, 30.0, True)] * 3)
+    report = make_report("admm", reconstruct="block", refine=["swaps", "exact"], allocation="owl", target_density=0.6)
     report.reconstruction = [BlockReport(0, 0.5, 0.25, 1.0)]
     trained = Change("trained", "SFTTrainer", "beomi/KoAlpaca-v1.1a", 300, 1.5)
     report.changes = [Change("unknown"), trained, Change("merged", "solve", adapters=["LORA"], steps=20)]

@@ -32,7 +32,7 @@ from optimum_ksparse.records import (
     to_json,
 )
 from optimum_ksparse.records.files import read_json
-from optimum_ksparse.report import BlockReport, Change, LayerReport, MethodChoice, Trial
+from optimum_ksparse.report import BlockReport, Change, LayerReport
 
 from ..hub.subjects import make_report, make_results, make_subject
 
@@ -48,7 +48,6 @@ def full_report() -> SparsityReport:
     report = make_report("sparsegpt", refine=["swaps"], reconstruct="block", allocation="owl", target_density=0.6)
     report.layers[0].note, report.layers[0].sensitivity = "damping raised", 0.25
     report.reconstruction = [BlockReport(0, 0.5, 0.25, 1.0, "overfitted")]
-    report.choice = MethodChoice("sparsegpt", "block", 1, 9.0, [Trial("sparsegpt", "block", 0.5, 1.0, True)])
     report.base_arguments = {"gguf_file": "model.gguf", "subfolder": "a/b"}
     report.changes = [Change("merged", "solve", "kowiki", 3, 0.5, ["LORA"])]
     report.source_fingerprint, report.peak_memory_bytes = "00", {"process": 10**9}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from ...checkpoint import check_space
-from ...config import AUTO, SparsityConfig
+from ...config import SparsityConfig
 from ...pattern import Pattern
 from ..targets import Layer, weight_of
 from .workspace import Workspace
@@ -26,7 +26,7 @@ def check_run_space(
     if config.needs_data and workspace.journal.phase == "pruning":
         hidden = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0))
         needed += (
-            (4 if config.reconstruct is not None or config.method == AUTO else 2)
+            (2 if config.reconstruct is None else 4)
             * config.num_samples
             * config.seq_len
             * hidden
