@@ -1,7 +1,7 @@
 """One cell, in a process of its own, in a folder that holds `job.json`.
 
-What the cell comes to is `result.json`, written whole or not at all. A cell that was cut off goes on: what is done
-stands in `stages.json`, what was measured in `evaluation_results.json`.
+What the cell comes to is `result.json`, written whole or not at all. A cell that was cut off goes on from what lies in
+its folder: a pruned checkpoint, results, a tuning.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import CONFIG_NAME
@@ -30,7 +29,7 @@ from ..kernels import GROUPS
 from ..kernels.hardware import runs_kernels
 from ..nn import densified
 from ..pruning.memory import peak_memory
-from ..records import RESULTS_NAME, build, read_record, to_json
+from ..records import REPORT_NAME, RESULTS_NAME, read_record, to_json
 from ..report import SparsityReport
 from ..runtime import RuntimeConfig, configure
 from ..version import library_versions
@@ -40,28 +39,26 @@ from .processes import end_with_parent
 from .results import FAILURE_NAME, RESULT_NAME, CellResult
 from .tuning import run_korquad, run_nsmc
 
-JOB_NAME, STAGES_NAME = "job.json", "stages.json"
-# Stage → where what it has begun lies.
-BEGUN = {"pruning": "checkpoint", "evaluation": RESULTS_NAME, "korquad": "korquad", "nsmc": "koalpaca"}
+JOB_NAME = "job.json"
+_CHECKPOINT = "checkpoint"
+_TUNINGS = {"korquad": "korquad", "nsmc": "koalpaca"}  # section of the recipe → folder of its tuning
+# Parts of a job by which nothing that lies in the folder becomes another.
+_FREE = ("evaluation", *_TUNINGS, "processes", "keep_checkpoints", "study")
+T = TypeVar("T")
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "lm-eval", "peft")
-Stages = dict[str, dict[str, Any]]
-
-
-def read_stages(folder: Path) -> Stages:
-    """The stages of a cell that are done, by name; of one that was cut off."""
-    path = folder / STAGES_NAME
-    return read_record(Stages, path, f"of cell {folder.name} is damaged") if path.is_file() else {}
 
 
 def prepare_cell(folder: Path, job: dict[str, Any]) -> None:
-    """Writes the job of a cell. What stages have begun by another job goes: they would go on with its settings."""
+    """Writes the job of a cell. What an unfinished one has begun with other settings goes: it would go on with them.
+    Results say themselves what they are of."""
     folder.mkdir(parents=True, exist_ok=True)
     path, job = folder / JOB_NAME, json.loads(json.dumps(job))
     earlier = read_record(dict[str, Any], path, "is damaged") if path.is_file() else job
-    if {**earlier, "processes": 0, "keep_checkpoints": 0} != {**job, "processes": 0, "keep_checkpoints": 0}:
-        for name in BEGUN.keys() - read_stages(folder).keys():
-            shutil.rmtree(folder / BEGUN[name], ignore_errors=True)
-            (folder / BEGUN[name]).unlink(missing_ok=True)
+    changed = any(earlier.get(name) != job[name] for name in job.keys() - _FREE)
+    changed |= earlier["study"]["weights"] != job["study"]["weights"]
+    gone = [name for section, name in _TUNINGS.items() if changed or earlier.get(section) != job[section]]
+    for name in [*gone, *([_CHECKPOINT] if changed else [])]:
+        shutil.rmtree(folder / name, ignore_errors=True)
     write_text(path, to_json(job))
 
 
@@ -71,7 +68,7 @@ def clean_cell(folder: Path, keep_checkpoints: bool) -> None:
     for path in [] if keep_checkpoints else folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-    for name in (FAILURE_NAME, STAGES_NAME, RESULTS_NAME, JOB_NAME):
+    for name in (FAILURE_NAME, RESULTS_NAME, JOB_NAME):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -84,30 +81,25 @@ class _Run:
     """The stages of a cell. Each loads what it needs, and leaves the memory to the next."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.checkpoint = folder, folder / BEGUN["pruning"]
+        self.folder, self.checkpoint = folder, folder / _CHECKPOINT
         self.job: dict[str, Any] = read_record(dict[str, Any], folder / JOB_NAME, "is damaged")
         self.settings: dict[str, Any] | None = self.job["settings"]
-        self.stages = read_stages(folder)
         self.loading = {name: value for name, value in self.job["loading"].items() if value is not None}
+        self.seconds: dict[str, float] = {}
         self.device = torch.device("cpu")
         self.during_stage = ExitStack()
 
     def __call__(self) -> None:
-        if self.settings is not None:
-            if not (self.checkpoint / CONFIG_NAME).is_file():
-                self.stages.pop("pruning", None)
-            self._stage("pruning", self._prune)
+        pruning = None if self.settings is None else self._stage("pruning", self._prune)
         tasks = {"evaluation": self._evaluate, "korquad": self._korquad, "nsmc": self._nsmc}
-        measured = [name for name in tasks if self.job[name] is not None]
-        for name in measured:
-            self._stage(name, tasks[name])
+        rows = [self._stage(name, task) for name, task in tasks.items() if self.job[name] is not None]
         shared = {"cells at once": self.job["processes"]} if self.job["processes"] > 1 else {}
         result = CellResult(
             id=self.job["id"],
             identity=self.job["identity"],
-            measurements=build(list[Measurement], [row for name in measured for row in self.stages[name]["rows"]]),
-            pruning=self.stages.get("pruning"),
-            seconds={name: stage["seconds"] for name, stage in self.stages.items()},
+            measurements=[row for part in rows for row in part],
+            pruning=pruning,
+            seconds=self.seconds,
             peak_memory_bytes=peak_memory(),
             hardware={**BenchResults.here(self.device).hardware, **shared},
             versions=library_versions(*_LIBRARIES),
@@ -115,30 +107,28 @@ class _Run:
         write_text(self.folder / RESULT_NAME, to_json(result, indent=1))
         clean_cell(self.folder, self.job["keep_checkpoints"])
 
-    def _stage(self, name: str, task: Callable[[], dict[str, Any]]) -> None:
-        if name in self.stages:
-            return
+    def _stage(self, name: str, task: Callable[[], T]) -> T:
         started = time.perf_counter()
         with self.during_stage:
             done = task()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.stages[name] = {"seconds": round(time.perf_counter() - started, 2), **done}
-        write_text(self.folder / STAGES_NAME, to_json(self.stages, indent=1))
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+        return done
 
     def _prune(self) -> dict[str, Any]:
         assert self.settings is not None
-        config, _ = split_settings(self.settings)
-        source, loading = self.job["model"], dict(self.loading)
-        if self.job["stream"]:
-            loading.pop("device_map", None)
-            report = prune_checkpoint(source, self.checkpoint, config, **loading)
-        else:
-            shutil.rmtree(self.checkpoint, ignore_errors=True)
-            model = self._load_from(source, {**loading, "sparsity_config": config})
-            model.save_pretrained(self.checkpoint)
-            report = cast(SparsityReport, model.sparsity_report)
+        if not (self.checkpoint / CONFIG_NAME).is_file():
+            config, _ = split_settings(self.settings)
+            source, loading = self.job["model"], dict(self.loading)
+            if self.job["stream"]:
+                loading.pop("device_map", None)
+                prune_checkpoint(source, self.checkpoint, config, **loading)
+            else:
+                shutil.rmtree(self.checkpoint, ignore_errors=True)
+                self._load_from(source, {**loading, "sparsity_config": config}).save_pretrained(self.checkpoint)
+        report = SparsityReport.load(self.checkpoint / REPORT_NAME)
         return {
             "seconds": report.seconds,
             "peak_memory_bytes": report.peak_memory_bytes,
@@ -146,19 +136,19 @@ class _Run:
             "report": _summary(report),
         }
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self) -> list[Measurement]:
         model, tokenizer = self._load(measure=True)
         if (self.folder / RESULTS_NAME).is_file():
             facts_of(model).results = EvaluationResults.load(self.folder / RESULTS_NAME)
         protocol = EvaluationProtocol.from_settings(self.job["evaluation"])
         results = evaluate_model(model, tokenizer, protocol, on_measured=lambda results: results.save(self.folder))
-        return {"rows": [asdict(row) for row in (*results.sparse, *results.dense)]}
+        return [*results.sparse, *results.dense]
 
-    def _korquad(self) -> dict[str, Any]:
-        return {"rows": run_korquad(self._load, self.job["korquad"], self.folder / BEGUN["korquad"])}
+    def _korquad(self) -> list[Measurement]:
+        return run_korquad(self._load, self.job["korquad"], self.folder / _TUNINGS["korquad"])
 
-    def _nsmc(self) -> dict[str, Any]:
-        return {"rows": run_nsmc(self._load, self._load_tuned, self.job["nsmc"], self.folder / BEGUN["nsmc"])}
+    def _nsmc(self) -> list[Measurement]:
+        return run_nsmc(self._load, self._load_tuned, self.job["nsmc"], self.folder / _TUNINGS["nsmc"])
 
     def _load(self, measure: bool = False) -> tuple[Any, Any]:
         """The dense or the pruned model, and its tokenizer; for measuring as the cell says that it is to run."""
@@ -200,8 +190,6 @@ class _Run:
 def _summary(report: SparsityReport) -> dict[str, Any]:
     errors = [row.relative_output_error for row in report.layers if row.relative_output_error is not None]
     more: dict[str, Any] = {}
-    if report.choice is not None:
-        more["choice"] = report.method
     if report.reconstruction_losses is not None:
         more["reconstruction"] = dict(zip(("loss_before", "loss_after"), report.reconstruction_losses, strict=True))
         more["reconstruction"]["notes"] = [f"{row.block}: {row.note}" for row in report.reconstruction if row.note]

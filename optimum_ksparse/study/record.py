@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -64,14 +64,10 @@ class Record:
         except FileNotFoundError:
             return None
 
-    def check(self, earlier: Record, measured: Collection[str]) -> None:
-        """Raises ValueError, naming the differences, where an earlier study measured another model or in another way.
-
-        Args:
-            measured: sections of the recipe of which the earlier study has figures. The others may differ.
-        """
-        ours = self.job
-        theirs = earlier.job | {name: ours[name] for name in SECTIONS if name not in measured}
+    def check(self, earlier: Record) -> None:
+        """Raises ValueError, naming the differences, where an earlier study, of which cells are done, measured another
+        model or in another way."""
+        ours, theirs = self.job, dict(earlier.job)
         more = [name for name in SECTIONS if (ours[name] is None) != (theirs.get(name) is None)]
         if more:
             raise ValueError(

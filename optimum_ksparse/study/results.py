@@ -3,10 +3,10 @@
 | path | what |
 |---|---|
 | `study.json` | what was asked for (`Record`) |
-| `tables.md`, `tables.csv`, `results.json`, `*.png` | what came of it |
+| `tables.md`, `results.json`, `*.png` | what came of it |
 | `cells/<id>/result.json` | a finished cell (`CellResult`) |
 | `cells/<id>/failure.json`, `log.txt` | how one failed, and what it said |
-| `cells/<id>/job.json`, `stages.json`, `checkpoint/`, … | what one that was cut off goes on from |
+| `cells/<id>/job.json`, `checkpoint/`, … | what one that was cut off goes on from |
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class CellResult:
         id, identity: of the cell.
         measurements: rows as `EvaluationResults` holds them.
         pruning: `seconds`, `peak_memory_bytes`, `calibration` and a summary of the `report`; None for the dense model.
-        seconds: of each stage, in the process that ended it.
+        seconds: of each stage, in the process that ended the cell.
         peak_memory_bytes: of the process that ended the cell. hardware, versions: what it ran on.
     """
 

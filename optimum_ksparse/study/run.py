@@ -16,7 +16,7 @@ from ..data.dataset import holds
 from ..data.texts import evaluation_texts
 from ..evaluation.harness import import_lm_eval
 from ..records import to_json
-from .cell import JOB_NAME, clean_cell, prepare_cell, read_stages
+from .cell import JOB_NAME, clean_cell, prepare_cell
 from .figures import write_figures
 from .grid import Cell, grid
 from .processes import LOG_NAME, last_lines, run_cells
@@ -46,8 +46,8 @@ def run_study(recipe: Recipe, say: Say = print) -> StudyResults:
     record = make_record(recipe, cells)
     with _locked(output):
         earlier = Record.load(output)
-        if earlier is not None:
-            record.check(earlier, _measured_sections(output))
+        if earlier is not None and any((output / CELLS).glob(f"*/{RESULT_NAME}")):
+            record.check(earlier)
         record.save(output)
         results = read_cells(record, output)
         if earlier is not None:
@@ -116,15 +116,6 @@ def _checked(recipe: Recipe) -> dict[str, Cell]:
         if "dataset" in cell.identity and holds((cell.settings or {}).get("dataset"), "self"):
             raise ValueError(f'cell {cell}: with stream: true no model is there to write the text of dataset "self"')
     return cells
-
-
-def _measured_sections(output: Path) -> set[str]:
-    """Sections of the recipe of which any cell in the folder of a study has figures; a finished cell is measured
-    wholly."""
-    cells = list((output / CELLS).glob("*"))
-    if any((cell / RESULT_NAME).is_file() for cell in cells):
-        return set(SECTIONS)
-    return {stage for cell in cells for stage in read_stages(cell)} & SECTIONS.keys()
 
 
 def _run(recipe: Recipe, cells: dict[str, Cell], results: StudyResults, say: Say) -> None:

@@ -1,28 +1,27 @@
-"""The study's tables: Markdown, CSV and JSON."""
+"""The study's tables: Markdown and JSON."""
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..checkpoint.staging import write_text
 from ..records import to_json
-from .method import how_it_was_measured
 from .quantities import QUANTITIES, TABLES
-from .recipe import DENSE
+from .recipe import CALIBRATION, DENSE
 from .results import Row, StudyResults
 
 
 def write_tables(results: StudyResults, output: Path) -> None:
-    """Writes `tables.md`, `tables.csv` and `results.json`, in which an infinite figure is null."""
+    """Writes `tables.md`, and `results.json`, in which an infinite figure is null."""
     rows = [_record_of(results, row) for row in results.rows()]
     write_text(output / "tables.md", markdown(results))
-    write_text(output / "tables.csv", _csv(rows))
     cells = [
         {**asdict(result), "places": results.record.cells[cell].places, "figures": result.figures}
         for cell, result in results.cells.items()
@@ -53,15 +52,6 @@ def _record_of(results: StudyResults, row: Row) -> dict[str, Any]:
     }
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.10g}" if isinstance(value, float) else value for key, value in row.items()})
-    return text.getvalue()
-
-
 def markdown(results: StudyResults) -> str:
     """All tables that there are figures for, and how they were measured."""
     job = results.record.job
@@ -72,8 +62,36 @@ def markdown(results: StudyResults) -> str:
         if rows:
             title = title.format(text=texts.get("name") or texts.get("file") or "texts")
             lines += [f"## {title}", "", *_table(results, table, rows), ""]
-    lines += ["## How it was measured", "", *how_it_was_measured(results)]
+    lines += ["## How it was measured", "", "```yaml", how_it_was_measured(results), "```"]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def how_it_was_measured(results: StudyResults) -> str:
+    """Model, data, settings of the methods, protocols, hardware and versions as YAML, without paths and names of
+    machines. Of what differs between cells there is an entry each."""
+    record, cells = results.record, list(results.cells.values())
+    identities = {place: cell.identity for cell in record.cells.values() for place in cell.places}
+    data = {place.calibration: identity for place, identity in identities.items() if place.calibration is not None}
+    grid = ("pattern", "seed", *CALIBRATION)
+    told = {
+        "model": record.job["model"],
+        "weight files": record.job["weights"],
+        "calibration": {n: {key: made[key] for key in CALIBRATION if key in made} for n, made in data.items()},
+        "methods": {
+            name: {key: value for key, value in results.identity_of(name).items() if key not in grid}
+            for name in record.grid["methods"]
+        },
+        "measurements": _distinct([{row.name: row.protocol} for cell in cells for row in cell.measurements]),
+        "seconds of pruning": "from the loaded to the pruned model; peak memory is that of the process until then",
+        "hardware": _distinct([cell.hardware for cell in cells]),
+        "versions": _distinct([cell.versions for cell in cells]),
+    }
+    text: str = yaml.safe_dump(json.loads(to_json(told)), sort_keys=False, allow_unicode=True, width=110)
+    return text.rstrip()
+
+
+def _distinct(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for number, entry in enumerate(entries) if entry not in entries[:number]]
 
 
 def _state(results: StudyResults) -> str:

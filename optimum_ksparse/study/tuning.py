@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import facts_of
-from ..evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, read_tuning
+from ..evaluation import EvaluationProtocol, EvaluationResults, Measurement, evaluate_model, read_tuning
 from ..records import RESULTS_NAME
 from .finetuning import KoAlpacaSettings, KorQuADSettings, study_settings
 from .finetuning.instructions import instruction_rows, is_file
@@ -48,8 +48,8 @@ def nsmc_protocol(settings: Mapping[str, Any]) -> EvaluationProtocol:
     return EvaluationProtocol(texts=None, tasks=("nsmc",), **chosen)
 
 
-def run_korquad(load: Load, settings: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Trains an adapter and a span head in `folder`, and gives the measurement as JSON holds it."""
+def run_korquad(load: Load, settings: Mapping[str, Any], folder: Path) -> list[Measurement]:
+    """Trains an adapter and a span head in `folder`, and gives the measurement."""
     from .finetuning.run import finetune
 
     finetune(*load(), KorQuADSettings(**settings), folder)
@@ -58,9 +58,9 @@ def run_korquad(load: Load, settings: Mapping[str, Any], folder: Path) -> list[d
 
 def run_nsmc(
     load: Load, load_tuned: Callable[[Path], tuple[Any, Any]], settings: Mapping[str, Any], folder: Path
-) -> list[dict[str, Any]]:
-    """Tunes a model on KoAlpaca in `folder`, measures NSMC, and gives the measurements as JSON holds them.
-    `load_tuned` loads what was saved in a folder."""
+) -> list[Measurement]:
+    """Tunes a model on KoAlpaca in `folder`, measures NSMC, and gives the measurements. `load_tuned` loads what was
+    saved in a folder."""
     from .finetuning.run import finetune
 
     finetune(*load(), KoAlpacaSettings(**settings["koalpaca"]), folder)
@@ -72,6 +72,6 @@ def run_nsmc(
     return _rows(evaluate_model(model, tokenizer, nsmc_protocol(settings), on_measured=keep), "nsmc_")
 
 
-def _rows(results: EvaluationResults, name: str) -> list[dict[str, Any]]:
+def _rows(results: EvaluationResults, name: str) -> list[Measurement]:
     rows = [*results.sparse, *results.dense]
-    return [asdict(row) for row in rows if row.name.startswith(name) and row.tuning is not None]
+    return [row for row in rows if row.name.startswith(name) and row.tuning is not None]

@@ -48,7 +48,7 @@ class StudyCommand(Command):
             self.check(settings)
             results = run_study(recipe)
         done = f"{len(results.cells)} of {len(results.record.cells)} cells"
-        print(f"written to {recipe.output}: tables.md, tables.csv, results.json and figures of {done}")
+        print(f"written to {recipe.output}: tables.md, results.json and figures of {done}")
         if results.failed and not self.args.tables_only:
             names = "; ".join(f"{results.record.cells[cell]} (cells/{cell}/log.txt)" for cell in results.failed)
             raise ChildProcessError(f"{len(results.failed)} cells failed: {names}; the same command runs them again")
