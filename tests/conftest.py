@@ -125,7 +125,7 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., PreTrainedModel]:
     """Makes a tiny random causal LM: `make_model("llama", dtype=torch.bfloat16, num_hidden_layers=3)`."""
 
@@ -136,7 +136,7 @@ def make_model() -> Callable[..., PreTrainedModel]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_pruned(make_model: Callable[..., PreTrainedModel], token_ids: torch.Tensor) -> Callable[..., PreTrainedModel]:
     """Makes a tiny sparse causal LM: `make_pruned("llama", "4:8", dtype=torch.bfloat16)`."""
     from optimum_ksparse import SparsityConfig, sparsify

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,10 @@ torch.set_num_threads(1)
 
 MakeModel = Callable[..., PreTrainedModel]
 METHODS = [("sparsegpt", "2:4"), ("wanda", "50%")]
+# Each kind of decoder with one of the methods in turn; those with other linear maps (transposed, joined) with both.
+PAIRS = [(name, *pair) for name, pair in zip(ARCHITECTURES, itertools.cycle(METHODS))]
+PAIRS += [(name, *pair) for name in ("llama", "gpt2", "falcon_alibi") for pair in METHODS]
+PAIRS = list(dict.fromkeys(PAIRS))
 ENCODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -42,7 +48,7 @@ ENCODER = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def prune(token_ids: torch.Tensor) -> Callable[..., SparsityReport]:
     def run(model: PreTrainedModel, method: str = "wanda", pattern: str = "2:4", **settings: object) -> SparsityReport:
         defaults = {"dataset": token_ids, "batch_size": 4, **({"block_size": 16} if method == "sparsegpt" else {})}
@@ -85,87 +91,64 @@ def embedding_addresses(model: PreTrainedModel) -> tuple[int, int]:
     return model.get_input_embeddings().weight.data_ptr(), model.get_output_embeddings().weight.data_ptr()
 
 
-@pytest.mark.parametrize(("method", "pattern"), METHODS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_all_linear_maps_of_the_blocks_and_no_others_become_sparse(
-    name: str, method: str, pattern: str, make_model: MakeModel, prune: Callable[..., SparsityReport]
-) -> None:
-    model = make_model(name)
-    expected = block_linear_names(model)
+@dataclass
+class Pruned:
+    """A model before and after; nobody changes either."""
+
+    dense: PreTrainedModel
+    model: PreTrainedModel
+    report: SparsityReport
+    embeddings: tuple[int, int]  # where they were before
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def pruned(request: pytest.FixtureRequest, make_model: MakeModel, prune: Callable[..., SparsityReport]) -> Pruned:
+    name, method, pattern = request.param
+    dense, model = make_model(name), make_model(name)
+    before = embedding_addresses(model)
+    return Pruned(dense, model, prune(model, method, pattern), before)
+
+
+def test_all_linear_maps_of_the_blocks_and_no_others_become_sparse(pruned: Pruned) -> None:
+    expected = block_linear_names(pruned.dense)
     assert expected
-    report = prune(model, method, pattern)
-    assert sparse_names(model) == expected
-    assert {f"{find_blocks(model).decoder_name}.{row.name}" for row in report.layers} == expected
-    for module in model.modules():
+    assert sparse_names(pruned.model) == expected
+    decoder = find_blocks(pruned.model).decoder_name
+    assert {f"{decoder}.{row.name}" for row in pruned.report.layers} == expected
+    for module in pruned.model.modules():
         if isinstance(module, SparseLinear):
             dense = module.to_dense_weight()
             assert 2 * module.weight.numel() == 2 * int(dense.count_nonzero()) == dense.numel()
 
 
-@pytest.mark.parametrize(("method", "pattern"), METHODS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_pruning_changes_every_layers_outputs_by_less_than_themselves(
-    name: str,
-    method: str,
-    pattern: str,
-    make_model: MakeModel,
-    prune: Callable[..., SparsityReport],
-    token_ids: torch.Tensor,
-) -> None:
-    model = make_model(name)
-    before = logits(model, token_ids)
-    report = prune(model, method, pattern)
-    assert all(0 < row.relative_output_error < 1 for row in report.layers)
-    after = logits(model, token_ids)
+def test_pruning_changes_every_layers_outputs_by_less_than_themselves(pruned: Pruned, token_ids: torch.Tensor) -> None:
+    assert all(0 < row.relative_output_error < 1 for row in pruned.report.layers)
+    after = logits(pruned.model, token_ids)
     assert after.isfinite().all()
-    assert not torch.allclose(after, before)
+    assert not torch.allclose(after, logits(pruned.dense, token_ids))
 
 
-@pytest.mark.parametrize(("method", "pattern"), METHODS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_saved_model_loads_with_equal_logits(
-    name: str,
-    method: str,
-    pattern: str,
-    make_model: MakeModel,
-    prune: Callable[..., SparsityReport],
-    token_ids: torch.Tensor,
-    tmp_path: Path,
+def test_saved_model_loads_with_equal_logits_and_embeddings_as_they_were_tied(
+    pruned: Pruned, token_ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    model = make_model(name)
-    prune(model, method, pattern)
+    model = pruned.model
+    tied = pruned.embeddings[0] == pruned.embeddings[1]
+    assert tied == model.config.tie_word_embeddings
+    assert embedding_addresses(model) == pruned.embeddings
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert sparse_names(loaded) == sparse_names(model)
     assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_embeddings_stay_tied_or_untied(
-    name: str, make_model: MakeModel, prune: Callable[..., SparsityReport], tmp_path: Path
-) -> None:
-    model = make_model(name)
-    before = embedding_addresses(model)
-    tied = before[0] == before[1]
-    assert tied == model.config.tie_word_embeddings
-    prune(model)
-    assert embedding_addresses(model) == before
-    model.save_pretrained(tmp_path)
-    first, second = embedding_addresses(AutoModelForCausalLM.from_pretrained(tmp_path))
+    first, second = embedding_addresses(loaded)
     assert (first == second) == tied
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_dequantize_gives_the_original_classes_and_the_same_logits(
-    name: str, make_model: MakeModel, prune: Callable[..., SparsityReport], token_ids: torch.Tensor
-) -> None:
-    model = make_model(name)
-    classes = {path: type(module) for path, module in model.named_modules()}
-    prune(model, "sparsegpt")
-    sparse = logits(model, token_ids)
+def test_dequantize_gives_the_original_classes_and_the_same_logits(pruned: Pruned, token_ids: torch.Tensor) -> None:
+    model = copy.deepcopy(pruned.model)
     model.dequantize()
-    assert {path: type(module) for path, module in model.named_modules()} == classes
-    torch.testing.assert_close(logits(model, token_ids), sparse, rtol=1e-5, atol=1e-5)
+    classes = [{path: type(module) for path, module in each.named_modules()} for each in (model, pruned.dense)]
+    assert classes[0] == classes[1]
+    torch.testing.assert_close(logits(model, token_ids), logits(pruned.model, token_ids), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -183,9 +166,15 @@ def test_a_model_that_changes_its_weights_when_it_runs_is_refused(
     assert prune(model).density == 0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("method", "pattern"), METHODS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon_alibi"])
+@pytest.mark.parametrize(
+    ("name", "method", "pattern", "dtype"),
+    [
+        ("llama", "sparsegpt", "2:4", torch.bfloat16),
+        ("opt", "sparsegpt", "2:4", torch.float16),
+        ("gpt2", "wanda", "50%", torch.float16),
+        ("falcon_alibi", "wanda", "50%", torch.bfloat16),
+    ],
+)
 def test_half_precision_models_are_pruned_saved_and_loaded(
     name: str,
     method: str,
@@ -343,8 +332,9 @@ def test_weight_that_is_not_finite_is_refused_by_name(
         prune(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("wanda", torch.float32), ("sparsegpt", torch.bfloat16), ("wanda", torch.float16)]
+)
 def test_infinite_embedding_is_refused(
     method: str,
     dtype: torch.dtype,

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint
-from optimum_ksparse.pruning.streaming import place
+from optimum_ksparse.pruning.streaming import Workspace, place
 
 from ..conftest import make_config
-from .test_streaming import contents
+from .test_streaming import contents, fails
 
 
 @pytest.fixture(scope="session")
@@ -45,11 +45,35 @@ def own_source(source: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(source: Path, config: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes | dict]:
-    """What a run with `config()` that nothing cuts off makes of `source`."""
+def finished(source: Path, config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run with `config()` that nothing cuts off makes of `source`. Nobody writes into it."""
     output = tmp_path_factory.mktemp("whole") / "disk"
     prune_checkpoint(source, output, config())
-    return contents(output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def whole(finished: Path) -> dict[str, bytes | dict]:
+    """What `finished` holds."""
+    return contents(finished)
+
+
+@pytest.fixture(scope="session")
+def cut_off(source: Path, config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run that was cut off after two of three blocks. Nobody writes into it."""
+    output = tmp_path_factory.mktemp("cut") / "disk"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "_SNAPSHOT_SECONDS", -1.0)
+        patch.setattr(Workspace, "add_block", fails(Workspace.add_block, 2, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, output, config())
+    return output
+
+
+@pytest.fixture
+def unfinished(cut_off: Path, tmp_path: Path, always_snapshot: None) -> Path:
+    """A copy of `cut_off` to go on with."""
+    return shutil.copytree(cut_off, tmp_path / "disk")
 
 
 @pytest.fixture

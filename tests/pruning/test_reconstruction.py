@@ -21,13 +21,13 @@ from optimum_ksparse.pruning.loss import HELD_OUT
 from optimum_ksparse.pruning.targets import find_targets
 from optimum_ksparse.report import SparsityReport
 
-TOKENS = torch.randint(0, 384, (16, 24), generator=torch.Generator().manual_seed(3))
+TOKENS = torch.randint(0, 384, (16, 16), generator=torch.Generator().manual_seed(3))
 
 
 def make_settings(**changes):
-    settings = {"method": "wanda", "dataset": TOKENS, "batch_size": 2, "reconstruct": "block", **changes}
+    settings = {"method": "wanda", "dataset": TOKENS, "batch_size": 4, "reconstruct": "block", **changes}
     if settings["reconstruct"] is not None:
-        settings.setdefault("reconstruction_epochs", 4)
+        settings.setdefault("reconstruction_epochs", 3)
     return SparsityConfig.from_flat(**settings)
 
 
@@ -38,7 +38,7 @@ def block_error(dense, sparse):
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "llama", "gemma3", "opt", "gpt2", "phi3", "rwkv"])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "gemma3", "gpt2", "rwkv"])
 def test_every_architecture_comes_nearer_to_the_dense_model(make_model, name):
     dense = make_model(name)
     plain, tuned = copy.deepcopy(dense), copy.deepcopy(dense)
@@ -201,14 +201,14 @@ def test_an_error_gives_the_model_back(make_model, monkeypatch):
 
 @pytest.mark.parametrize(
     ("activations", "activation_memory", "is_cut"),
-    [(None, "4GB", False), (None, "4GB", True), ("pruned", 0, True), ("dense", 0, True)],
+    [(None, "4GB", False), ("pruned", 0, True), ("dense", "4GB", True)],
 )
 def test_disk_to_disk_gives_the_same_bits_cut_off_or_not(
     make_model, tmp_path, monkeypatch, activations, activation_memory, is_cut
 ):
     model = make_model("gemma3")
     model.save_pretrained(tmp_path / "dense")
-    settings = make_settings(activations=activations)
+    settings = make_settings(activations=activations, reconstruction_epochs=2)
 
     def run():
         return prune_checkpoint(tmp_path / "dense", tmp_path / "disk", settings, activation_memory=activation_memory)

@@ -71,7 +71,6 @@ def test_every_file_of_an_unfinished_run_may_be_damaged(
 ) -> None:
     """Damage to any file is found before anything is done. What is left then is whole, so that one run from each that
     can be left shows how all end."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power fails here
     asked = SparsityConfig("wanda", "50%", allocation="owl", dataset=token_ids, batch_size=2, storage=storage)
     prune_checkpoint(source, tmp_path / "whole", asked)
     expected, output, tried = contents(tmp_path / "whole"), tmp_path / "damaged", set()
