@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .loopback_hub import LoopbackHub
 
@@ -52,6 +53,8 @@ if not torch.cuda.is_available():
 
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).parent.parent
@@ -226,3 +229,34 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(EvaluationProtocol, "measure", measure)
     return names
+
+
+class SlowProducts(TorchDispatchMode):
+    """Notes in `seen` what reaches torch that a CPU without bfloat16 is slow in, inside of our operators too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, tensors = func.name(), [value for value in args if isinstance(value, torch.Tensor)]
+        if name.startswith("ksparse::"):
+            with self:
+                return OPDEFS[name]._init_fn(*args, **(kwargs or {}))
+        kind = name.partition("::")[2].partition(".")[0]
+        if any(word in kind for word in ("mm", "convolution", "attention", "linear", "matmul")):
+            slow = any(tensor.dtype in (torch.bfloat16, torch.float16) and tensor.is_cpu for tensor in tensors)
+            rows = tensors[-2].shape[-2] if kind in ("mm", "bmm", "addmm", "baddbmm") else 2
+            if slow and rows > 1:
+                self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def slow_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowProducts]:
+    """A CPU without instructions for bfloat16 and float16, on any machine, and what it is slow in."""
+    monkeypatch.setattr("optimum_ksparse.kernels.products._multiplies", lambda dtype: False)
+    with SlowProducts() as mode:
+        yield mode

@@ -17,6 +17,7 @@ from ..checkpoint import facts_of
 from ..checks import check_integer, check_keys, check_number, check_one_of
 from ..data import CalibrationData, calibration_tokens, load_tokenizer
 from ..evaluation import note_merge
+from ..kernels import fast_products
 from ..version import library_versions
 from .adapted import active, adapted_layers, adapters_of, check_mergeable, describe_adapters, is_sparse
 from .blocks import merge_blocks
@@ -86,7 +87,7 @@ def merge_adapter(
     try:
         with active(model, names):
             undo += [_unmerge(layer) for layer in adapted_layers(model, names).values() if is_sparse(layer)]
-            with evaluation_mode(model), torch.no_grad():
+            with evaluation_mode(model), torch.no_grad(), fast_products(model):
                 blocks = find_blocks(model)
                 replay = None if data is None else BlockReplay(blocks, data.ids, batch_size)
                 if replay is not None and not replay.in_line:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .calls import Call, split_call
 from .find import DecoderBlocks
-from .running import device_of, replaced_forward, run_decoder
+from .running import device_of, products, replaced_forward, run_decoder
 
 
 @dataclass
@@ -58,7 +58,7 @@ def probe(
                 returned = hidden_of(output)
                 found.in_line &= index > before and (hidden is returned or torch.equal(hidden, returned))
                 found.in_line &= not _hands_on(output, call)
-            with resident(index), autocast(device_of(block), dtype):
+            with resident(index), products(block, device_of(block), dtype):
                 output = original(*args, **kwargs)
                 _check_output(decoder_blocks, index, hidden_of(output), dtype)
             found.times[index] += 1
@@ -98,11 +98,6 @@ def _hands_on(output: Any, call: Call) -> bool:
         isinstance(value, torch.Tensor) and value.shape == hidden.shape and any(value is other for other in others)
         for value in rest
     )
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Within it matrix products on the device are in `dtype`; None changes nothing."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def _check_output(decoder_blocks: DecoderBlocks, index: int, hidden: Any, dtype: torch.dtype | None) -> None:

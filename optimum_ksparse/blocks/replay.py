@@ -21,8 +21,8 @@ from .activations import Activations
 from .calls import Call, Pool, split_call
 from .experts import ExpertMatrix, observed_matrices
 from .find import DecoderBlocks
-from .probe import autocast, hidden_of, probe
-from .running import device_of, replaced_forward, run_decoder
+from .probe import hidden_of, probe
+from .running import device_of, products, replaced_forward, run_decoder
 
 Layer = nn.Module | ExpertMatrix
 
@@ -133,7 +133,7 @@ class BlockReplay:
                     hidden_states.append(hidden.clone())  # a block may write into its input
                     calls.append(call.pooled(pool))
                 here = _always_there if number == there else self._resident
-                with here(number), autocast(device_of(block), self.dtype):
+                with here(number), products(block, device_of(block), self.dtype):
                     return original(*args, **kwargs)
 
             return forward
@@ -157,7 +157,7 @@ class BlockReplay:
         """Runs one batch through `block`, the one at `index`: its hidden states [batch, seq_len, hidden]. Products are
         in `dtype`; without `in_dtype` in what the caller has set."""
         hidden = self.hidden[batch]
-        with autocast(hidden.device, self.dtype if in_dtype else None):
+        with products(block, hidden.device, self.dtype if in_dtype else None):
             output: torch.Tensor = hidden_of(self._calls[index][batch].run(block, hidden))
         return output
 
@@ -293,7 +293,7 @@ class BlockReplay:
         with (
             _hooks(modules, record),
             observed_matrices(matrices, record) if matrices else nullcontext(),
-            autocast(self.hidden.device, self.dtype),
+            products(block, self.hidden.device, self.dtype),
         ):
             for batch in batches:
                 hidden, call = self.hidden[batch], self._calls[index][batch]

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..kernels import fast_products
 
 
 def run_decoder(decoder: nn.Module, tokens: torch.Tensor) -> None:
     """Calls a decoder with token ids [batch, seq_len], without a cache."""
     parameters = inspect.signature(decoder.forward).parameters
     use_cache = {"use_cache": False} if "use_cache" in parameters or "kwargs" in parameters else {}
-    decoder(input_ids=tokens if tokens.is_meta else tokens.to(device_of(decoder)), **use_cache)
+    with fast_products(decoder):
+        decoder(input_ids=tokens if tokens.is_meta else tokens.to(device_of(decoder)), **use_cache)
 
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module runs, as far as its weights tell."""
     return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+@contextmanager
+def products(block: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Within it, matrix products of passes through a block on a device are in `dtype`, by autocast; None: in that of
+    the weights. Where a CPU is slow in it, they are widened (`kernels.products`)."""
+    with fast_products(block, dtype), nullcontext() if dtype is None else torch.autocast(device.type, dtype):
+        yield
 
 
 @contextmanager

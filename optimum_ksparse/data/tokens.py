@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..kernels import fast_products
 from .calibration import CalibrationData
 from .dataset import describe_dataset, is_mix, is_token_ids, mix_shares
 from .documents import documents
@@ -199,7 +200,7 @@ def _generate(
     )
     samples = []
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), fast_products(model):
         torch.manual_seed(data.seed)
         for start in tqdm(range(0, data.num_samples, 32), desc="Calibration text written by the model"):
             count = min(32, data.num_samples - start)

@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..blocks.running import device_of
+from ..kernels import product_dtype
 from ..version import library_versions
 
 
 def environment(model: PreTrainedModel, *libraries: str) -> dict[str, Any]:
-    """`dtype` and `device` of a model, and the `versions` of what computes with it."""
+    """`dtype` and `device` of a model, `product_dtype`, in which its products run there, and the `versions` of what
+    computes with it."""
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
+        "product_dtype": str(product_dtype(model.dtype, device_of(model))).removeprefix("torch."),
         "device": _device(model),
         "versions": library_versions("torch", "transformers", *libraries),
     }

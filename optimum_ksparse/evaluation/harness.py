@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..blocks import evaluation_mode
 from ..data import prepends_bos, reached_or_cached
+from ..kernels import fast_products
 from ..records import Count, Positive, Share
 from ..version import install_hint
 from .environment import environment
@@ -190,7 +191,8 @@ def _run(
         # The harness can ask a tokenizer for its special tokens only, and this one adds none by itself.
         lm.tok_encode = functools.partial(_encode_with_bos, lm.tok_encode, tokenizer.bos_token_id)
     try:
-        outcome = lm_eval.evaluate(lm, {name: built}, limit=protocol.limit, bootstrap_iters=0)
+        with fast_products(model):
+            outcome = lm_eval.evaluate(lm, {name: built}, limit=protocol.limit, bootstrap_iters=0)
     except AssertionError as error:  # the harness asserts that the longest answer fits
         raise ValueError(
             f"the model's context of {lm.max_length} tokens is too short for an answer of {name}"

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..blocks import decoder_of
+from ..kernels import fast_products
 
 # Logits held at a time: a vocabulary of 262,144 words and 512 positions would take half a gigabyte in float32.
 _LOGITS_BYTES = 128 * 2**20
@@ -26,7 +27,8 @@ def run_base(model: PreTrainedModel, ids: torch.Tensor, attention_mask: torch.Te
     arguments: dict[str, Any] = {"use_cache": False} if taken & {"use_cache", "kwargs"} else {}
     if attention_mask is not None and taken & {"attention_mask", "kwargs"}:
         arguments["attention_mask"] = attention_mask
-    return model.base_model(input_ids=ids, **arguments)
+    with fast_products(model):
+        return model.base_model(input_ids=ids, **arguments)
 
 
 def map_logits(
@@ -47,7 +49,7 @@ def map_logits(
     vocabulary = model.get_output_embeddings().weight.shape[0]
     chunk = max(1, _LOGITS_BYTES // (4 * vocabulary * len(ids)))
     found = []
-    with frozen_base(model, type(output)) as set_hidden:
+    with fast_products(model), frozen_base(model, type(output)) as set_hidden:
         for start in range(0, ids.shape[1], chunk):
             part = slice(start, start + chunk)
             set_hidden(hidden[:, part])

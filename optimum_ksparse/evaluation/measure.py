@@ -154,8 +154,8 @@ def evaluate_kobest(
         For each task a dict of `acc`, `acc_stderr` (standard error of the accuracy), `f1` (macro), for HellaSwag
         `acc_norm` (choices by likelihood per character) as well, `num_samples`, and how they were measured:
         `task_version`, `num_fewshot`, `limit`, `data`, `split`, `items_sha256` (of the prompts), `prepend_bos`,
-        `dtype`, `batch_size`, `device`, `versions`. Beside the tasks `mean_f1` over COPA, HellaSwag, BoolQ and
-        SentiNeg, None where not all four were measured.
+        `dtype`, `product_dtype`, `batch_size`, `device`, `versions`. Beside the tasks `mean_f1` over COPA, HellaSwag,
+        BoolQ and SentiNeg, None where not all four were measured.
 
     Raises:
         ImportError: lm-eval is not installed.

@@ -138,7 +138,8 @@ def evaluate_perplexity(
     Returns:
         `perplexity`, `bits_per_byte` (bits per UTF-8 byte of the scored text, comparable over tokenizers),
         `num_tokens` (scored), `num_bytes`, `num_windows`, and how it was measured: `texts` (name, or number and
-        SHA-256), `seq_len`, `stride`, `max_tokens`, `prepend_bos`, `dtype`, `batch_size`, `device`, `versions`.
+        SHA-256), `seq_len`, `stride`, `max_tokens`, `prepend_bos`, `dtype`, `product_dtype` (in which products
+        ran: float32 on a CPU that is slow in `dtype`), `batch_size`, `device`, `versions`.
 
     Raises:
         TypeError: the model has no language model head.

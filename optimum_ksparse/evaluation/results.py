@@ -21,6 +21,7 @@ from .tasks import DATA, TASKS, task_of
 SCHEMA_VERSION = 2
 _PARTS = ("sparse", "dense")
 _ENVIRONMENT = {"device": str, "batch_size": Positive, "versions": dict[str, str]}
+_LATER_ENVIRONMENT = {"product_dtype": str}  # which files of earlier versions lack
 
 
 class _Row(TypedDict, total=False):
@@ -44,7 +45,8 @@ class Measurement:
         protocol: what must be equal for two measurements to be comparable: the data, the number of items or tokens,
             shots, limit, version of the task, windows, dtype; `tuning`: task and settings of the tuning that the model
             went through, missing or None before tuning.
-        environment: device, batch size and versions of libraries, which move a figure by rounding only.
+        environment: device, batch size, `product_dtype` (in which products ran: float32 on a CPU that is slow in the
+            model's dtype) and versions of libraries, which move a figure by rounding only.
     """
 
     name: str
@@ -55,18 +57,18 @@ class Measurement:
     @classmethod
     def from_row(cls, name: str, row: Mapping[str, Any]) -> Measurement:
         """Sorts what measuring a task returned into its three parts."""
-        metrics = task_of(name).metrics
+        metrics, environment = task_of(name).metrics, {**_ENVIRONMENT, **_LATER_ENVIRONMENT}
         return cls(
             name,
             {key: None if row[key] == math.inf else row[key] for key in metrics if key in row},
-            {key: value for key, value in row.items() if key not in metrics and key not in _ENVIRONMENT},
-            {key: row[key] for key in _ENVIRONMENT},
+            {key: value for key, value in row.items() if key not in metrics and key not in environment},
+            {key: row[key] for key in environment if key in row},
         )
 
     def check_record(self, where: str) -> None:
         """Raises ValueError where a row from a file is not what its task has; what another package's task has is not
         known where that is not imported."""
-        self.environment = build_fields(_ENVIRONMENT, {}, self.environment, f"{where}.environment")
+        self.environment = build_fields(_ENVIRONMENT, _LATER_ENVIRONMENT, self.environment, f"{where}.environment")
         if self.name not in TASKS:
             self.metrics = build(dict[str, float | None], self.metrics, f"{where}.metrics")
             self.protocol = build(_ANY_PROTOCOL, self.protocol, f"{where}.protocol")

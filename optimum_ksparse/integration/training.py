@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer_callback import TrainerCallback
 
 from ..checkpoint import facts_of
 from ..evaluation import TrainingRun, settle_records
 from ..hub import CARD_NAME, is_adapter, is_ours, write_trained_card
+from ..kernels import fast_products
 from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 
 # Builders of `datasets` that read files, of which they say nothing.
@@ -29,6 +31,8 @@ def recording(original: Callable[..., None]) -> Callable[..., None]:
         if is_ours(self.model):
             self.add_callback(_Provenance(self))
             self.create_model_card = _with_section(self, self.create_model_card)
+            self.training_step = _with_fast_products(self, self.training_step)
+            self.prediction_step = _with_fast_products(self, self.prediction_step)
 
     return __init__
 
@@ -44,6 +48,17 @@ def _with_section(trainer: Any, original: Any) -> Any:
             write_trained_card(trainer.model, trainer.args.output_dir, **options)
 
     return create_model_card
+
+
+def _with_fast_products(trainer: Any, original: Any) -> Any:
+    """A step of `trainer`, gradients included, without products that this CPU is slow in."""
+
+    @functools.wraps(original)
+    def step(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with fast_products(model, torch.bfloat16 if trainer.args.bf16 else None):
+            return original(model, *args, **kwargs)
+
+    return step
 
 
 class _Provenance(TrainerCallback):

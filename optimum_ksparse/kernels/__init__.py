@@ -1,7 +1,8 @@
 """How a sparse linear map is computed: the operators, the kernels behind them, and the choice among these.
 
-`operators` is what the module calls; `candidates` the table of kernels; `dispatch` measures and chooses. `triton`
-holds the Triton kernels; they are imported when they first run.
+`operators` is what the module calls; `candidates` the table of kernels; `dispatch` measures and chooses. `products`
+decides in which dtype dense products run on a CPU. `triton` holds the Triton kernels; they are imported when they
+first run.
 """
 
 from .candidates import GROUPS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
@@ -9,6 +10,7 @@ from .dispatch import BUCKETS, DENSE, bucket, choose, forget, measure, measured,
 from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values
 from .operators import apply, decompress, gather, linear
+from .products import fast_products, mm, product_dtype
 from .sample import sample_weights
 from .strips import STRIP_TOKENS, why_not_strips
 from .timing import time_calls
@@ -27,6 +29,7 @@ __all__ = [
     "choose",
     "decompress",
     "describe_device",
+    "fast_products",
     "forget",
     "gather",
     "has_kernels",
@@ -34,7 +37,9 @@ __all__ = [
     "linear",
     "measure",
     "measured",
+    "mm",
     "prepare",
+    "product_dtype",
     "sample_weights",
     "shared_values",
     "time_calls",

@@ -25,6 +25,7 @@ from ..pattern import Pattern
 from . import hardware
 from .hardware import on_device_of
 from .library import library_linear, why_not_library
+from .products import linear
 from .strips import strips_linear, why_not_strips
 
 GROUPS = {"2:4": 4, "4:8": 8}  # m of the patterns that kernels take
@@ -258,7 +259,7 @@ def _run_strips(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 
 
 def _run_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, unpack(weight.values, weight.bits, weight.in_features), bias)
+    return linear(x, unpack(weight.values, weight.bits, weight.in_features), bias)
 
 
 KERNELS: dict[str, Kernel] = {

@@ -10,6 +10,7 @@ import torch
 from ..packing import unpack, unpack_mask
 from .candidates import GROUPS, KERNELS, PackedWeight, Problem, aligned
 from .dispatch import choose
+from .products import mm
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -131,9 +132,10 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, values, bits = ctx.saved_tensors
     grad_x = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ decompress(values, bits, ctx.in_features, ctx.pattern)
+        weight = decompress(values, bits, ctx.in_features, ctx.pattern)
+        grad_x = mm(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], ctx.in_features)
     if ctx.needs_input_grad[1]:
-        full = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, ctx.in_features)
+        full = mm(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, ctx.in_features))
         grad_values = gather(full, bits, ctx.values_shape, ctx.pattern)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)

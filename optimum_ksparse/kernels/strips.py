@@ -7,6 +7,7 @@ import torch
 
 from ..packing import unpack_mask
 from ..pattern import Pattern
+from .products import product_dtype
 
 # Lower strips, and more tokens, take longer than decompressing (2 threads of an Intel Xeon with AVX-512, float32, 50 %
 # of 640 x 2048 to 4096 x 4096: one token is 2.7 to 20 times as fast, sixteen 1.6 to 7 times). The BSR product of torch
@@ -38,7 +39,8 @@ def strips_linear(
     numbers = kept.sum(1).tolist()
     places = kept.nonzero()[:, 1].split(numbers)
     strips = values.split([rows * number for number in numbers])
-    y = x.new_empty(x.shape[0], len(bits))
+    dtype, fast = x.dtype, x.dtype if len(x) == 1 else product_dtype(x.dtype, x.device)
+    x, y = x.to(fast), x.new_empty(x.shape[0], len(bits), dtype=fast)
     for strip, columns, out in zip(strips, places, y.split(rows, dim=1), strict=True):
-        torch.mm(x[:, columns], strip.view(rows, -1).T, out=out)
-    return y if bias is None else y.add_(bias)
+        torch.mm(x[:, columns], strip.view(rows, -1).T.to(fast), out=out)
+    return (y if bias is None else y.add_(bias)).to(dtype)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..kernels import decompress
+from ..kernels import decompress, mm, product_dtype
 from ..packing import unpack_mask
 
 # Bytes of what a step needs beside its inputs and outputs.
@@ -114,9 +114,9 @@ def _masked_linear(
     tokens = x.reshape(-1, in_features)
     y = x.new_empty(tokens.shape[0], b.shape[0])
     for rows in _rows(bits, in_features, x.element_size(), None if values is None else values.shape):
-        product = (b[rows.part] * scale) @ a
+        product = mm(b[rows.part] * scale, a)
         product *= rows.dense(values, x.dtype)
-        y[:, rows.part] = tokens @ product.T
+        y[:, rows.part] = mm(tokens, product.T)
     return y.view(*x.shape[:-1], b.shape[0])
 
 
@@ -148,13 +148,13 @@ def _masked_linear_backward(
     for rows in _rows(bits, in_features, x.element_size(), None if values is None else values.shape):
         weight, own, factor = rows.dense(values, x.dtype), grad[:, rows.part], b[rows.part] * scale
         if needs[0]:
-            grad_x += own @ ((factor @ a) * weight)
-        full = own.T @ tokens
+            grad_x += mm(own, mm(factor, a) * weight)
+        full = mm(own.T, tokens)
         if needs[3] and values is not None:
-            grad_values.view(-1)[rows.own] = ((factor @ a) * full)[rows.mask()].to(values.dtype)
+            grad_values.view(-1)[rows.own] = (mm(factor, a) * full)[rows.mask()].to(values.dtype)
         full *= weight
-        grad_a += factor.T @ full
-        grad_b[rows.part] = (full @ a.T) * scale
+        grad_a += mm(factor.T, full)
+        grad_b[rows.part] = mm(full, a.T) * scale
     return grad_x.to(x.dtype).view(x.shape if needs[0] else 0), grad_a.to(a.dtype), grad_b, grad_values
 
 
@@ -195,8 +195,9 @@ def row_norms(
     values: torch.Tensor, bits: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """‖W + scale·B·A‖₂ of each row, [out], in the dtype of A and B; not masked. A few rows are dense at a time."""
-    norms = a.new_empty(b.shape[0])
+    norms, dtype = a.new_empty(b.shape[0]), product_dtype(a.dtype, a.device)
+    a, b = a.to(dtype), b.to(dtype)
     for rows in _rows(bits, a.shape[1], a.element_size(), values.shape):
-        weight = rows.dense(values, a.dtype)
+        weight = rows.dense(values, dtype)
         norms[rows.part] = torch.linalg.vector_norm(weight.addmm_(b[rows.part], a, alpha=scale), dim=1)
     return norms

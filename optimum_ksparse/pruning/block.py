@@ -8,6 +8,7 @@ from ..blocks import Activations, BlockReplay, ExpertStack
 from ..blocks.experts import ExpertMatrix, layer_of, observable
 from ..checkpoint import SparseModule, empty_like, replace_module
 from ..config import SparsityConfig
+from ..kernels import fast_products
 from ..nn import dense_weight
 from ..pattern import Pattern
 from ..pruners.statistics import ColumnNorms, GramMatrix
@@ -31,7 +32,8 @@ def prune_one_block(job: Job, index: int, replay: BlockReplay | None, dense: Act
     """
     pruned = PrunedBlock(_prune_layers(job, index, replay))
     if job.config.reconstruct is not None and replay is not None and dense is not None and replay.times(index):
-        pruned.reconstruction = reconstruct_block(job, index, replay, dense)
+        with fast_products(job.blocks.blocks[index], replay.dtype):  # of its gradients too
+            pruned.reconstruction = reconstruct_block(job, index, replay, dense)
     return pruned
 
 

@@ -10,6 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..blocks import use_eager_experts
+from ..blocks.running import device_of
 from ..checkpoint import (
     check_reversible,
     describe_model,
@@ -21,6 +22,7 @@ from ..checkpoint import (
     sparse_modules,
 )
 from ..config import QUANT_METHOD, RECORDED, SparsityConfig
+from ..kernels import product_dtype
 from ..report import SparsityReport
 from ..version import library_versions
 from .job import Job
@@ -44,6 +46,8 @@ def settings_of(config: SparsityConfig) -> dict[str, Any]:
 def make_report(job: Job, config: SparsityConfig) -> SparsityReport:
     """The report on a model that has just been pruned with `config`, as `record_settings` gave it."""
     model = job.place.model
+    dtype = getattr(torch, config.calibration_dtype) if config.calibration_dtype else model.dtype
+    products = str(product_dtype(dtype, device_of(model))).removeprefix("torch.")
     return SparsityReport(
         config=settings_of(config),
         calibration={} if job.data is None else job.data.description,
@@ -54,6 +58,7 @@ def make_report(job: Job, config: SparsityConfig) -> SparsityReport:
         base_revision=facts_of(model).commit,
         num_parameters=job.num_parameters,
         peak_memory_bytes=peak_memory(),
+        product_dtype=None if job.data is None else products,
         versions=library_versions("torch", "transformers", "accelerate", "datasets"),
     )
 

@@ -50,6 +50,8 @@ class SparsityReport:
             reconstruction are those of weights that are gone.
         num_parameters: logical parameters of the whole model, zeros included.
         seconds: from the loaded to the pruned model. peak_memory_bytes: of the process (and of the GPU, where used).
+        product_dtype: in which products of the calibration passes ran: float32 on a CPU that is slow in the model's
+            dtype. None for a method without data, or by an earlier version.
         versions: of the libraries that did it.
     """
 
@@ -68,6 +70,7 @@ class SparsityReport:
     num_parameters: Count = 0
     seconds: Amount = 0.0
     peak_memory_bytes: dict[str, Count] = field(default_factory=dict)
+    product_dtype: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: Annotated[int, Version(SCHEMA_VERSION)] = SCHEMA_VERSION
 

@@ -23,7 +23,7 @@ from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.evaluation import KOBEST_TASKS, STUDY_TASKS, evaluate_kobest
 from optimum_ksparse.evaluation.kobest import KOBEST_DATASET
 
-from ..conftest import VOCABULARY, sample_texts
+from ..conftest import VOCABULARY, SlowProducts, sample_texts
 from ..loopback_hub import LoopbackHub
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -199,7 +199,10 @@ def test_equals_the_harness_on_items_made_here(
     assert [found[task]["num_samples"] for task in KOBEST_TASKS] == [5] * 5
 
 
-def test_row_says_how_it_was_measured(model: PreTrainedModel, answering: Tokenizer, data_dir: Path) -> None:
+def test_row_says_how_it_was_measured(
+    model: PreTrainedModel, answering: Tokenizer, data_dir: Path, slow_products: SlowProducts
+) -> None:
+    model = model.bfloat16()
     row = evaluate_kobest(model, answering, tasks=["wic"], num_fewshot=1, limit=3, batch_size=2, data_dir=data_dir)
     row = row["wic"]
     versions = row.pop("versions")
@@ -216,9 +219,11 @@ def test_row_says_how_it_was_measured(model: PreTrainedModel, answering: Tokeniz
         "split": "validation",
         "prepend_bos": False,
         "batch_size": 2,
-        "dtype": "float32",
+        "dtype": "bfloat16",
+        "product_dtype": "float32",
         "device": "cpu",
     }
+    assert slow_products.seen == []
 
 
 def test_sparse_model_gives_the_same_as_its_dense_twin(

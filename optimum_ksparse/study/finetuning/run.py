@@ -23,6 +23,7 @@ from ...checkpoint.staging import check_apart, check_output, claimed, staged, wr
 from ...data import read_tokenizer
 from ...evaluation import EvaluationResults, Measurement, tuning_settings
 from ...evaluation.environment import check_causal_lm
+from ...kernels import fast_products
 from ...records import RESULTS_NAME, TUNING_NAME, read_record, to_json
 from .settings import FinetuningSettings, adapter_config
 
@@ -214,7 +215,8 @@ def _train(trainer: TaskTrainer, job: dict[str, Any], *, resume: bool) -> list[d
         return list(state.log_history)
     if last is not None:
         logger.warning(f"Going on from step {state.global_step}.")
-    trainer.train(resume_from_checkpoint=last)
+    with fast_products(trainer.model, torch.bfloat16 if trainer.args.bf16 else None):  # type: ignore[arg-type]
+        trainer.train(resume_from_checkpoint=last)
     return list(trainer.state.log_history)
 
 

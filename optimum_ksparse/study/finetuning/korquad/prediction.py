@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ....blocks import evaluation_mode
 from ....evaluation.environment import environment
+from ....kernels import fast_products, product_dtype
 from ..settings import KorQuADSettings
 from .data import KorQuADData, Question
 from .metric import korquad_scores
@@ -32,14 +33,15 @@ def evaluate_korquad(
 
     Returns:
         `exact_match` and `f1` in per cent, and how they were measured: `data`, `split`, `num_samples`, `seq_len`,
-        `max_question_tokens`, `stride`, `max_answer_tokens`, `num_best`, `prepend_bos`, `dtype`, `batch_size`,
-        `device`, `versions`.
+        `max_question_tokens`, `stride`, `max_answer_tokens`, `num_best`, `prepend_bos`, `dtype`,
+        `product_dtype`, `batch_size`, `device`, `versions`.
     """
     questions = data.questions[: settings.max_eval_questions]
     answers = predict(model, tokenizer, questions, settings)
     measured = environment(model.language_model, "peft")
     if settings.bf16 and measured["dtype"] == "float32":
         measured["dtype"] = "float32, products in bfloat16"
+        measured["product_dtype"] = str(product_dtype(torch.bfloat16, model.head.weight.device)).removeprefix("torch.")
     return {
         **korquad_scores(answers, {question.id: question.answers for question in questions}),
         "data": data.description,
@@ -68,6 +70,7 @@ def predict(
     best: dict[int, tuple[float, int, int]] = {}
     with (
         evaluation_mode(model),
+        fast_products(model, torch.bfloat16 if settings.bf16 else None),
         torch.autocast(device.type, torch.bfloat16) if settings.bf16 else nullcontext(),
         tqdm(total=len(windows), desc="KorQuAD", unit="window") as bar,
     ):
