@@ -67,6 +67,10 @@ class Activations:
     def in_files(self) -> bool:
         return self._file is not None
 
+    def has_room(self, num_bytes: float) -> bool:
+        """Whether as many bytes may be in memory at a time."""
+        return self._file is None and (self._limit is None or num_bytes <= self._limit)
+
     def append(self, hidden: torch.Tensor) -> None:
         """Adds the next batch. With the first one it is decided where all of them go."""
         if not len(self):

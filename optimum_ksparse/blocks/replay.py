@@ -75,6 +75,7 @@ class BlockReplay:
         self._times, self.in_line, self._reruns = found.times, found.in_line, not found.in_line
         self.batches = list(range(self.hidden.num_batches))
         self._empty = self.hidden
+        self._outputs: dict[int, Sequence[torch.Tensor]] = {}  # of the current block, where they are there already
         if found.in_line:
             self._capture(found.rests)
         else:
@@ -166,6 +167,10 @@ class BlockReplay:
         """Rows that all calls of the current block bring: as many as there are tokens, for each call with them."""
         return self.tokens.numel() * len(self.batches) // len(set(self.batches))
 
+    def tell_outputs(self, index: int, outputs: Sequence[torch.Tensor]) -> None:
+        """Says what the block at `index` gives for each batch, so that `advance` need not run it."""
+        self._outputs[index] = outputs
+
     def advance(self, index: int, block: nn.Module) -> None:
         """Makes the outputs of the block at `index`, which is resident, the inputs of the next one. Its arguments are
         dropped."""
@@ -173,7 +178,7 @@ class BlockReplay:
             if index + 1 < len(self._calls):
                 self.enter(index + 1, index)
         elif self._calls[index]:  # text may pass a block by
-            self.hidden.replace(self.outputs(index, block))
+            self.hidden.replace(self._outputs.pop(index, None) or self.outputs(index, block))
         self._calls[index] = []
 
     def take(self, other: BlockReplay) -> None:
@@ -189,6 +194,7 @@ class BlockReplay:
         other.hidden = self.hidden.sibling(name, len(batches))
         for batch in batches:
             other.hidden.append(self.hidden[batch])
+        other._outputs = {}
         copies: list[dict[int, Any]] = [{} for _ in batches]
         other._calls = [
             [calls[batch].with_own_states(own) for batch, own in zip(batches, copies, strict=True)] if calls else []
@@ -275,11 +281,11 @@ class BlockReplay:
                 if not x.numel():  # an expert that is called without tokens
                     return
                 calls[name] += 1
-                key = (x.data_ptr(), x.shape, x.stride(), x._version)
+                key = identity(x)
                 if key not in seen:
                     seen[key] = leaders.get(name, name)
                     alive.append(x)
-                    update(seen[key], x if name in matrices else self._counted(x, batch_shape))
+                    update(seen[key], x if name in matrices else self.counted(batch, x))
                 leaders.setdefault(name, seen[key])
                 if calls.total() == expected:
                     raise _StopForward
@@ -296,11 +302,9 @@ class BlockReplay:
             products(block, self.hidden.device, self.dtype),
         ):
             for batch in batches:
-                hidden, call = self.hidden[batch], self._calls[index][batch]
-                batch_shape = hidden.shape[-3:-1]
                 calls.clear()
                 try:
-                    call.run(block, hidden)
+                    self._calls[index][batch].run(block, self.hidden[batch])
                 except _StopForward:
                     pass
                 # Routed experts are called for some batches and not for others: then nothing can be cut short.
@@ -310,12 +314,19 @@ class BlockReplay:
                 alive.clear()
         return expected
 
-    def _counted(self, x: torch.Tensor, batch_shape: torch.Size) -> torch.Tensor:
-        """The rows of a layer's input that count in the statistics. Some models flatten samples and positions; tokens
-        routed to experts have lost their positions, and all count."""
-        if self.skip_first and len(batch_shape) == 2 and x.numel() == batch_shape.numel() * x.shape[-1]:
-            return x.reshape(*batch_shape, x.shape[-1])[:, 1:]
+    def counted(self, batch: int, x: torch.Tensor) -> torch.Tensor:
+        """The rows of a layer's input in a batch that count in the statistics. Some models flatten samples and
+        positions; tokens routed to experts have lost their positions, and all count."""
+        if self.skip_first:
+            shape = self.hidden[batch].shape[-3:-1]
+            if len(shape) == 2 and x.numel() == shape.numel() * x.shape[-1]:
+                return x.reshape(*shape, x.shape[-1])[:, 1:]
         return x
+
+
+def identity(x: torch.Tensor) -> tuple[Any, ...]:
+    """What tells an input of a layer from all others that are alive."""
+    return x.data_ptr(), x.shape, x.stride(), x._version
 
 
 @contextmanager

@@ -1,33 +1,32 @@
-"""Pruning one decoder block, which is resident: its layers, shared out over processes, and its reconstruction."""
+"""Pruning one decoder block, which is resident: its layers, in one pass or in several, and its reconstruction."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 from torch import nn
 
-from ..blocks import Activations, BlockReplay, ExpertStack
+from ..blocks import Activations, BlockReplay
 from ..blocks.experts import ExpertMatrix, layer_of, observable
-from ..checkpoint import SparseModule, empty_like, replace_module
-from ..config import SparsityConfig
+from ..blocks.in_step import InStep, OutOfStepError
+from ..checkpoint import put
 from ..kernels import fast_products
 from ..nn import dense_weight
-from ..pattern import Pattern
-from ..pruners.statistics import ColumnNorms, GramMatrix
+from ..pruners.statistics import ColumnNorms
 from ..report import LayerReport, PrunedBlock
-from .distributed import Processes
-from .experts import own_statistics, prune_stack
-from .job import Job
-from .layer import prune_layer
+from .group import prune_group
+from .job import SIDE_BY_SIDE, Job
 from .reconstruction import reconstruct_block
 from .targets import Layer, weight_of
-
-_Pruned = tuple[SparseModule, LayerReport]
 
 
 def prune_one_block(job: Job, index: int, replay: BlockReplay | None, dense: Activations | None) -> PrunedBlock:
     """Prunes the layers of a block, and reconstructs it where the job's settings say so.
 
     Args:
-        replay: the calibration activations at the block; None for a method without data.
+        replay: the calibration activations at the block; None for a method without data. Is told the block's outputs,
+            where they are there already.
         dense: the outputs that it is to give.
     """
     pruned = PrunedBlock(_prune_layers(job, index, replay))
@@ -38,97 +37,105 @@ def prune_one_block(job: Job, index: int, replay: BlockReplay | None, dense: Act
 
 
 def _prune_layers(job: Job, index: int, replay: BlockReplay | None) -> list[LayerReport]:
-    rows, processes = [], job.processes
-    paths = {name: job.blocks.name_in_decoder(index, name) for name in job.targets[index]}
-    for layers in _rounds(job, index, replay):
-        statistics = collect_statistics(job, index, layers, job.config.statistics, replay)
-        owners = dict(
-            zip(layers, processes.owners([_cost(layer, job.config) for layer in layers.values()]), strict=True)
-        )
-        done: dict[str, _Pruned | Exception] = {}
-        for name, layer in layers.items():
-            if owners[name] != processes.rank:
-                continue
-            path = paths[name]
-            try:
-                if isinstance(layer, ExpertStack):
-                    own = own_statistics(name, layer, statistics)
-                    done[name] = prune_stack(path, layer, own, job.config_of(path))
-                else:
-                    done[name] = prune_layer(path, layer, statistics.get(name), job.config_of(path))
-            except Exception as error:  # the others wait for this layer: they are told
-                done[name] = error
-                break
-        for name, layer in layers.items():
-            path = paths[name]
-            sparse, row = _receive(done.get(name), layer, owners[name], job.config_of(path), processes)
-            if job.replaced is not None:
-                job.replaced.layers[path] = layer.weight if isinstance(layer, ExpertStack) else layer
-            replace_module(job.blocks.decoder, path, sparse)
-            rows.append(row)
-    return rows
-
-
-def _cost(layer: Layer, config: SparsityConfig) -> float:
-    """About how long a layer takes to prune: a sweep and a factorisation, where the method has them."""
-    weight = weight_of(layer)
-    number, in_features = weight.shape[0] if weight.dim() == 3 else 1, weight.shape[-1]
-    if config.statistics is GramMatrix:
-        return float(weight.numel() * in_features + number * in_features**3)
-    return float(weight.numel())
-
-
-def _receive(
-    done: _Pruned | Exception | None, layer: Layer, owner: int, config: SparsityConfig, processes: Processes
-) -> _Pruned:
-    """A pruned layer and its row, from the process that pruned it; raises its error in all of them."""
-
-    def header() -> tuple[LayerReport, int]:
-        if isinstance(done, tuple):
-            return done[1], done[0].weight.numel()
-        raise done or RuntimeError("a layer before this one could not be pruned")
-
-    row, num_values = processes.once(header, owner)
-    if isinstance(done, tuple):
-        sparse = done[0]
-    else:
-        dense = layer.weight if isinstance(layer, ExpertStack) else layer
-        sparse = empty_like(dense, Pattern(config.pattern), num_values)
-    processes.broadcast(sparse.weight.data, owner)
-    processes.broadcast(sparse.weight_mask, owner)
-    return sparse, row
-
-
-def _rounds(job: Job, index: int, replay: BlockReplay | None) -> list[dict[str, Layer]]:
-    """The layers to prune from one collection of statistics: all of a block, or group by group."""
-    layers = job.targets[index]
-    if replay is None or not job.config.true_sequential or not layers:
-        return [layers]
+    layers, names = job.targets[index], tuple(job.targets[index])
+    if replay is None or job.config.statistics is None or not job.config.true_sequential or not layers:
+        return _prune_together(job, index, layers, replay)
+    groups = _groups(job, index, replay)
+    if job.groups[names] is not None and all(job.processes.gather(_has_room(layers, replay))):
+        try:
+            return _prune_in_step(job, index, groups, replay)
+        except OutOfStepError:
+            for name in names:
+                put(job.blocks.decoder, job.blocks.name_in_decoder(index, name), layers[name])
+            job.groups[names] = None
+            groups = _groups(job, index, replay)
     rounds: dict[str, int] = {}  # a stack goes with the first of its matrices
-    block = job.blocks.blocks[index]
-    groups = job.processes.once(lambda: replay.input_groups(index, block, observable(layers)))
     for number, group in enumerate(groups):
         for name in group:
             rounds.setdefault(layer_of(name), number)
-    groups = [[name for name in rounds if rounds[name] == number] for number in dict.fromkeys(rounds.values())]
-    groups += [[name] for name in layers if name not in rounds]
-    return [{name: layers[name] for name in group} for group in groups]
+    numbers = dict.fromkeys(rounds.values())
+    together = [{name: layers[name] for name in rounds if rounds[name] == number} for number in numbers]
+    together += [{name: layers[name]} for name in layers if name not in rounds]
+    return [row for some in together for row in _prune_together(job, index, some, replay)]
+
+
+def _groups(job: Job, index: int, replay: BlockReplay) -> list[list[str]]:
+    """Names of layers, and of matrices of stacks, that one batch calls, by the tensor that feeds them, in their order.
+    `job.groups` keeps those of blocks alike, which hold until one is out of step; None where a batch may pass a layer
+    by."""
+    layers, names, block = job.targets[index], tuple(job.targets[index]), job.blocks.blocks[index]
+    groups = job.groups.get(names)
+    if groups is None:
+        groups = job.processes.once(lambda: replay.input_groups(index, block, observable(layers)))
+        reached = {name for group in groups for name in group}
+        job.groups.setdefault(names, groups if reached == layers.keys() else None)
+    return groups
+
+
+def _prune_together(job: Job, index: int, layers: dict[str, Layer], replay: BlockReplay | None) -> list[LayerReport]:
+    """Prunes layers with the statistics of one pass through the block as it is."""
+    return prune_group(job, index, layers, collect_statistics(job, index, layers, job.config.statistics, replay))
+
+
+def _prune_in_step(job: Job, index: int, groups: list[list[str]], replay: BlockReplay) -> list[LayerReport]:
+    """Prunes the layers, none of them a stack, in one pass through the block, whose outputs `replay` is told where the
+    block is finished with it.
+
+    Raises:
+        OutOfStepError: in all processes, where a layer was called with inputs that its statistics lack.
+    """
+    config, processes, layers = job.config, job.processes, job.targets[index]
+    assert config.statistics is not None
+    make, rows = partial(_empty, job, config.statistics, replay), []
+    with InStep(replay, index, job.blocks.blocks[index], layers, groups) as batches:
+        for group in groups:
+            some = {name: layers[name] for name in group}
+            statistics = _added_up(job, index, some, processes.each(lambda: batches.collect(make)), make)
+            rows += prune_group(job, index, some, statistics)
+            batches.is_pruned()
+        if config.reconstruct is None and config.activations != "dense" and index + 1 < len(job.blocks.blocks):
+            replay.tell_outputs(index, processes.each(batches.finish))
+    return rows
+
+
+def _has_room(layers: Mapping[str, Layer], replay: BlockReplay) -> bool:
+    """Whether all batches of this process can be inside the block at a time: then its inputs live, what has been added
+    to them, and the inputs of its widest layer."""
+    hidden, widest = replay.hidden[0], max(weight_of(layer).shape[-1] for layer in layers.values())
+    live = len(replay.hidden) * hidden.nbytes * (2 + widest / hidden.shape[-1])
+    is_there = not any(weight_of(layer).is_meta for layer in layers.values())
+    return is_there and replay.in_line and len(replay.hidden) <= SIDE_BY_SIDE and replay.hidden.has_room(live)
 
 
 def collect_statistics(
     job: Job, index: int, layers: dict[str, Layer], kind: type[ColumnNorms] | None, replay: BlockReplay | None
 ) -> dict[str, ColumnNorms]:
     """Statistics of the inputs of linear maps by name, and of each matrix of a stack by `matrix_name`, over the
-    samples of all processes. Raises ValueError where no token reached a layer; names it."""
+    samples of all processes, from one pass through the block as it is. Raises ValueError where no token reached a
+    layer; names it."""
     if replay is None or kind is None or not layers:
         return {}
+    make = partial(_empty, job, kind, replay)
+    return _added_up(
+        job, index, layers, replay.collect(index, job.blocks.blocks[index], observable(layers), make), make
+    )
 
-    def make(layer: nn.Module | ExpertMatrix) -> ColumnNorms:
-        weight = layer.stack.weight if isinstance(layer, ExpertMatrix) else dense_weight(layer)
-        return kind(weight.shape[-1], replay.hidden.device, replay.num_rows * job.processes.size)
 
+def _empty(job: Job, kind: type[ColumnNorms], replay: BlockReplay, layer: nn.Module | ExpertMatrix) -> ColumnNorms:
+    """Statistics of a layer, without inputs so far."""
+    weight = layer.stack.weight if isinstance(layer, ExpertMatrix) else dense_weight(layer)
+    return kind(weight.shape[-1], replay.hidden.device, replay.num_rows * job.processes.size)
+
+
+def _added_up(
+    job: Job,
+    index: int,
+    layers: Mapping[str, Layer],
+    mine: dict[str, ColumnNorms],
+    make: Callable[[nn.Module | ExpertMatrix], ColumnNorms],
+) -> dict[str, ColumnNorms]:
+    """Statistics over the samples of all processes. Raises ValueError where no token reached a layer; names it."""
     observed = observable(layers)
-    mine = replay.collect(index, job.blocks.blocks[index], observed, make)
     statistics = job.processes.add_up(mine, lambda name: make(observed[name]))
     reached = {layer_of(name) for name in statistics}
     for name in layers:

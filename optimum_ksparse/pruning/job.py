@@ -24,6 +24,10 @@ from .targets import Layer
 
 T = TypeVar("T")
 
+# Batches of a process that may be inside a block at a time, with `true_sequential`. Each has a thread, to which others
+# belong that share its products: as many as there are processors.
+SIDE_BY_SIDE = 16
+
 
 @dataclass
 class Replaced:
@@ -104,6 +108,7 @@ class Job:
         allocation: what was measured and decided, where that was asked for.
         num_parameters: before anything is packed.
         pruned: what there is to report of each block.
+        groups: what one tensor feeds in blocks of these layers; None where they cannot be pruned in one pass.
     """
 
     place: Place
@@ -115,6 +120,7 @@ class Job:
     allocation: Allocation | None = None
     num_parameters: int = 0
     pruned: list[PrunedBlock] = field(default_factory=list)
+    groups: dict[tuple[str, ...], list[list[str]] | None] = field(default_factory=dict)
 
     @property
     def blocks(self) -> DecoderBlocks:
@@ -156,13 +162,16 @@ class Job:
                 f"{len(ids)} processes, or use more samples"
             )
         ids = ids[self.processes.share(len(ids))]
+        batch_size = self.batch_size
+        if config.true_sequential and config.reconstruct is None and config.method != AUTO:
+            batch_size = max(batch_size, -(-len(ids) // SIDE_BY_SIDE))
         return BlockReplay(
             place.blocks,
             ids,
-            self.batch_size,
+            batch_size,
             self.data.begins_with_bos and config.method_setting("bos_in_statistics") is False,
             place.resident,
-            place.activations(-(-len(ids) // self.batch_size), folder),
+            place.activations(-(-len(ids) // batch_size), folder),
             None if config.calibration_dtype is None else getattr(torch, config.calibration_dtype),
         )
 

@@ -1,0 +1,108 @@
+"""A function that may stop in the middle and go on later, however deep in other code it is.
+
+Python's own coroutines stop only in code that was written for it, which the forward of a decoder block was not. So
+each function gets a thread, which runs while its owner waits, and waits while its owner runs: there is never more than
+one at work, and nothing needs a lock.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+
+class _Ended(BaseException):
+    """Raised where a coroutine waits that is no longer wanted. No error, so that no `except Exception` takes it."""
+
+
+class Coroutine:
+    """A function in a thread of its own, which finds PyTorch's settings as they are where it is made.
+
+    Args:
+        function: without arguments.
+        device: on which it computes.
+
+    Attributes:
+        result: what the function returned; None before.
+    """
+
+    def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
+        self.result: Any = None
+        self._function, self._enter_settings = function, _settings_of_this_thread(device)
+        self._mine, self._owners = threading.Semaphore(0), threading.Semaphore(0)  # whose turn it is
+        self._error: BaseException | None = None
+        self._is_unwanted = self._is_done = False
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._run,), daemon=True)
+        self._thread.start()
+
+    def resume(self) -> bool:
+        """Lets the function go on: True when it pauses, False when it has returned. Raises its error."""
+        if not self._is_done:
+            self._mine.release()
+            self._owners.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error  # which holds this frame, and all that the function had
+        return not self._is_done
+
+    def pause(self) -> None:
+        """Called by the function: goes on with the next `resume`."""
+        self._owners.release()
+        self._mine.acquire()
+        if self._is_unwanted:
+            raise _Ended
+
+    def end(self) -> None:
+        """Ends the function where it waits; at its next pause where it still runs, because its owner was
+        interrupted."""
+        self._is_unwanted = True
+        self._mine.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        self._mine.acquire()
+        try:
+            if not self._is_unwanted:
+                with ExitStack() as stack:
+                    self._enter_settings(stack)
+                    self.result = self._function()
+        except _Ended:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            del self._function  # with all that it holds
+            self._is_done = True
+            self._owners.release()
+
+
+def _settings_of_this_thread(device: torch.device) -> Callable[[ExitStack], None]:
+    """Gives what makes another thread compute as this one: by settings that PyTorch keeps for each thread. (Dtypes by
+    default, deterministic algorithms and backends' flags are the process's.)"""
+    grad, inference, threads = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads()
+    default, cached = torch.get_default_device(), torch.is_autocast_cache_enabled()
+    kinds = {"cpu", device.type}
+    casts = {kind: (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds}
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def enter(stack: ExitStack) -> None:
+        torch.set_num_threads(threads)
+        stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        for kind, (dtype, enabled) in casts.items():
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cached))
+        if default != torch.device("cpu"):
+            stack.enter_context(default)
+        if stream is not None:
+            stack.enter_context(torch.cuda.stream(stream))
+
+    return enter
