@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -52,7 +53,7 @@ class InStep:
         with self._stack:
             names = list(self._group_of)
             modules = [self._layers[name] for name in names]
-            self._stack.enter_context(replaced_forward(modules, lambda i: self._forward(names[i], modules[i])))
+            self._stack.enter_context(replaced_forward(modules, lambda i: self._waiting(names[i], modules[i])))
             for number in range(len(self._replay.hidden)):
                 coroutine = Coroutine(self._run(number), self._replay.hidden.device)
                 self._stack.callback(coroutine.end)
@@ -82,7 +83,9 @@ class InStep:
     def is_pruned(self) -> None:
         """Says that the layers of that group are in their places."""
         for name in self._groups[self._pruned]:
-            self._stack.enter_context(densified(self._block.get_submodule(name), self._replay.dtype))
+            module = self._block.get_submodule(name)
+            self._stack.enter_context(densified(module, self._replay.dtype))
+            self._stack.callback(module.register_forward_pre_hook(partial(self._check, name)).remove)
         self._pruned += 1
 
     def finish(self) -> list[torch.Tensor]:
@@ -97,32 +100,34 @@ class InStep:
             if not batch.coroutine.resume():
                 batch.waits_at = len(self._groups)
 
-    def _forward(self, name: str, layer: nn.Module) -> Callable[..., Any]:
-        original = layer.forward
+    def _waiting(self, name: str, layer: nn.Module) -> Callable[..., Any]:
+        """The forward of a layer: waits until another is in its place, and calls that."""
+        original, group = layer.forward, self._group_of[name]
 
         def forward(x: torch.Tensor) -> Any:
-            if x.numel():  # none for an expert that is called without tokens
-                self._arrive(name, x)
-            module = self._block.get_submodule(name)
-            return original(x) if module is layer else module(x)
+            batch = self._running
+            if not x.numel():  # an expert that is called without tokens
+                return original(x)
+            assert batch is not None
+            if group >= self._pruned:
+                batch.waits_at, batch.x = group, x
+                batch.fed[group] = _Fed(x, identity(x), set(self._groups[group]))
+                batch.coroutine.pause()
+            return self._block.get_submodule(name)(x)
 
         return forward
 
-    def _arrive(self, name: str, x: torch.Tensor) -> None:
-        """Waits where the layer is not pruned yet. Otherwise its inputs must have been counted, when another layer of
-        the group got the same tensor."""
-        batch, group = self._running, self._group_of[name]
-        assert batch is not None
-        if group >= self._pruned:
-            batch.waits_at, batch.x = group, x
-            batch.fed[group] = _Fed(x, identity(x), set(self._groups[group]))
-            batch.coroutine.pause()
-        fed = batch.fed.get(group)
-        if fed is None or fed.identity != identity(x):
-            raise OutOfStepError(name)
-        fed.layers.discard(name)
-        if not fed.layers:
-            del batch.fed[group]
+    def _check(self, name: str, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Before a pruned layer runs: its input must be one that was counted, with which a layer of the group
+        waited."""
+        group, x = self._group_of[name], args[0]
+        if x.numel() and self._running is not None:
+            fed = self._running.fed.get(group)
+            if fed is None or fed.identity != identity(x):
+                raise OutOfStepError(name)
+            fed.layers.discard(name)
+            if not fed.layers:
+                del self._running.fed[group]
 
 
 class _Batch:

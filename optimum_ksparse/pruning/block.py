@@ -93,8 +93,9 @@ def _prune_in_step(job: Job, index: int, groups: list[list[str]], replay: BlockR
             statistics = _added_up(job, index, some, processes.each(lambda: batches.collect(make)), make)
             rows += prune_group(job, index, some, statistics)
             batches.is_pruned()
-        if config.reconstruct is None and config.activations != "dense" and index + 1 < len(job.blocks.blocks):
-            replay.tell_outputs(index, processes.each(batches.finish))
+        outputs = processes.each(batches.finish)
+    if config.reconstruct is None and config.activations != "dense" and index + 1 < len(job.blocks.blocks):
+        replay.tell_outputs(index, outputs)
     return rows
 
 
