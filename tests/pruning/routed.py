@@ -69,5 +69,5 @@ def routed_ids() -> torch.Tensor:
     """[6, 24]: the first sample reaches both experts, others one of them alone, or mostly."""
     generator = torch.Generator().manual_seed(0)
     low = torch.randint(3, MARKED, (6, 24), generator=generator)
-    shares = torch.tensor([0.3, 1.0, 0.0, 0.8, 0.0, 0.0])
+    shares = torch.tensor([0.3, 1.0, 0.8, 0.0, 0.0, 0.0])
     return low + MARKED * (torch.rand(6, 24, generator=generator) < shares[:, None]) - 2

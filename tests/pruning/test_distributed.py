@@ -18,6 +18,7 @@ from optimum_ksparse.packing import unpack_mask
 from optimum_ksparse.pruning.distributed import Processes, current, joined
 
 from ..conftest import REPOSITORY
+from .routed import make_routed, routed_ids
 from .test_streaming import tensors
 
 torch.set_num_threads(1)
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, logging
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.pruning.distributed import joined
+from tests.pruning.routed import make_routed, routed_ids
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -43,24 +45,38 @@ def message(call):
         call()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+def unlucky(rank):
+    model, calls = make_routed("experts"), []
+    def fails(*arguments):
+        calls.append(rank)
+        if calls.count(1) > 2:
+            raise ArithmeticError("on purpose")
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(fails)
+    return model
 found = {}
 prune_checkpoint(source, folder / "wanda", config(allocation="owl", method_settings={"target_density": 0.6}))
 assert not dist.is_initialized()
-prune_checkpoint(source, folder / "sparsegpt", config("sparsegpt", true_sequential=True), activation_memory=0)
+prune_checkpoint(source, folder / "sparsegpt", config("sparsegpt"), activation_memory=0)
+prune_checkpoint(source, folder / "in-step", config("sparsegpt", true_sequential=True))
 with joined() as processes:
+    for kind in ("experts", "sorted"):
+        model = make_routed(kind)
+        sparsify(model, config("sparsegpt", true_sequential=True, dataset=routed_ids(), batch_size=1))
+        torch.save(model.state_dict(), folder / f"{kind}-{rank}.pt")
+    found["in step"] = message(lambda: sparsify(unlucky(rank), config(true_sequential=True)))
     model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config(dataset=ids[:3]))
     torch.save(model.state_dict(), folder / f"memory-{rank}.pt")
     found["settings"] = message(lambda: sparsify(model.dequantize(), config(seed=rank)))
     found["samples"] = message(lambda: prune_checkpoint(source, folder / "few", config(dataset=ids[:1])))
-    from optimum_ksparse.pruning import block
-    original = block.prune_layer
+    from optimum_ksparse.pruning import group
+    original = group.prune_layer
     def fails(path, *rest):
         if path.endswith("up_proj") and rank == 1 or "v_proj" in path:
             raise ArithmeticError(f"{path}: singular")
         return original(path, *rest)
-    block.prune_layer = fails
+    group.prune_layer = fails
     found["layer"] = message(lambda: prune_checkpoint(source, folder / "error", config("sparsegpt")))
-    block.prune_layer = original
+    group.prune_layer = original
 (folder / f"found-{rank}.json").write_text(json.dumps(found))
 # In the last run the second process is killed.
 from optimum_ksparse.pruning.streaming import place
@@ -115,8 +131,21 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.processes
 def test_two_processes_give_nearly_the_masks_of_one(scene: Any, source: Path) -> None:
     folder, *_ = scene
-    expected = alone(source, folder, "sparsegpt-alone", "sparsegpt", true_sequential=True)
-    assert_close(tensors(folder / "sparsegpt"), tensors(expected))
+    for name, true_sequential in {"sparsegpt": False, "in-step": True}.items():
+        expected = alone(source, folder, f"{name}-alone", "sparsegpt", true_sequential=true_sequential)
+        assert_close(tensors(folder / name), tensors(expected))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["experts", "sorted"])
+def test_a_layer_that_one_process_never_calls(kind: str, scene: Any) -> None:
+    """The tokens of the second process reach one expert alone, or both in another order."""
+    folder, *_ = scene
+    states = [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(2)]
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
+    model = make_routed(kind)
+    sparsify(model, SparsityConfig("sparsegpt", dataset=routed_ids(), true_sequential=True))
+    assert_close(states[0], model.state_dict())
 
 
 @pytest.mark.processes
@@ -149,6 +178,7 @@ def test_a_model_in_memory_ends_the_same_in_all_processes(scene: Any, source: Pa
         ("settings", "ValueError: the processes were started with different settings: seed is 0 in rank 0 and 1 in"),
         ("samples", "ValueError: 2 processes share num_samples=1 calibration samples"),
         ("layer", "ArithmeticError: layers.0."),
+        ("in step", "ArithmeticError: on purpose"),
     ],
 )
 def test_an_error_is_told_to_all(what: str, message: str, scene: Any) -> None:
