@@ -198,8 +198,11 @@ class SparsityConfig(QuantizationConfigMixin):
             calibration data through the dense model measures (the time of one more forward pass): with a fraction of
             zeros each decoder block its own, with the same mean (OWL); with `n:m` some layers stay dense, and `2n:2m`
             takes the place of `n:m`, which has the same size and loses less, unless that has no kernels.
-        true_sequential: collect statistics anew for each group of layers inside a block (q, k, v, then o, …), with the
-            groups before it pruned. Slower: one forward pass of the block for each group.
+        true_sequential: prune each layer (q, k and v together, then o, …) with the inputs that it has when those
+            before it in its block are pruned. One pass through the block where all samples can wait for each other
+            inside it, in at most 16 batches (larger ones than `batch_size`, where needed): memory then holds four to
+            six times the hidden states of all samples. Otherwise, and with `activation_memory` too small for that,
+            the same result takes a pass for each group of layers.
         modules_to_not_convert: names, suffixes or regular expressions of linear maps in the blocks to leave dense.
         skip_unsupported: leave what cannot be pruned dense and list it in the report, instead of raising.
         prune_routers: prune the layers that route tokens to experts as well, which otherwise stay dense.

@@ -178,7 +178,8 @@ class BlockReplay:
             if index + 1 < len(self._calls):
                 self.enter(index + 1, index)
         elif self._calls[index]:  # text may pass a block by
-            self.hidden.replace(self._outputs.pop(index, None) or self.outputs(index, block))
+            told = self._outputs.pop(index, ())
+            self.hidden.replace(told or self.outputs(index, block))
         self._calls[index] = []
 
     def take(self, other: BlockReplay) -> None:

@@ -37,7 +37,7 @@ SETTINGS_TEXTS = {
     "batch_size": "sequences in one forward pass",
     "calibration_dtype": "of matrix products while calibrating (default: the weights')",
     "seed": "draws documents and crops",
-    "true_sequential": "collect statistics anew for each group of layers in a block",
+    "true_sequential": "prune each layer with the inputs that the pruned layers before it in its block give",
     "modules_to_not_convert": "linear maps to leave dense (default: none)",
     "skip_unsupported": "leave what cannot be pruned dense, instead of an error",
     "prune_routers": "prune the layers that route tokens to experts as well",

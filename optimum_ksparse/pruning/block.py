@@ -45,8 +45,8 @@ def _prune_layers(job: Job, index: int, replay: BlockReplay | None) -> list[Laye
         try:
             return _prune_in_step(job, index, groups, replay)
         except OutOfStepError:
-            for name in names:
-                put(job.blocks.decoder, job.blocks.name_in_decoder(index, name), layers[name])
+            for name, layer in _modules(layers).items():
+                put(job.blocks.decoder, job.blocks.name_in_decoder(index, name), layer)
             job.groups[names] = None
             groups = _groups(job, index, replay)
     rounds: dict[str, int] = {}  # a stack goes with the first of its matrices
@@ -84,12 +84,12 @@ def _prune_in_step(job: Job, index: int, groups: list[list[str]], replay: BlockR
     Raises:
         OutOfStepError: in all processes, where a layer was called with inputs that its statistics lack.
     """
-    config, processes, layers = job.config, job.processes, job.targets[index]
+    config, processes, layers = job.config, job.processes, _modules(job.targets[index])
     assert config.statistics is not None
     make, rows = partial(_empty, job, config.statistics, replay), []
     with InStep(replay, index, job.blocks.blocks[index], layers, groups) as batches:
         for group in groups:
-            some = {name: layers[name] for name in group}
+            some: dict[str, Layer] = {name: layers[name] for name in group}
             statistics = _added_up(job, index, some, processes.each(lambda: batches.collect(make)), make)
             rows += prune_group(job, index, some, statistics)
             batches.is_pruned()
@@ -97,6 +97,10 @@ def _prune_in_step(job: Job, index: int, groups: list[list[str]], replay: BlockR
     if config.reconstruct is None and config.activations != "dense" and index + 1 < len(job.blocks.blocks):
         replay.tell_outputs(index, outputs)
     return rows
+
+
+def _modules(layers: Mapping[str, Layer]) -> dict[str, nn.Module]:
+    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
 
 
 def _has_room(layers: Mapping[str, Layer], replay: BlockReplay) -> bool:

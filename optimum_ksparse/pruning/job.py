@@ -163,7 +163,7 @@ class Job:
             )
         ids = ids[self.processes.share(len(ids))]
         batch_size = self.batch_size
-        if config.true_sequential and config.reconstruct is None and config.method != AUTO:
+        if config.true_sequential and config.reconstruct is None:
             batch_size = max(batch_size, -(-len(ids) // SIDE_BY_SIDE))
         return BlockReplay(
             place.blocks,
