@@ -88,9 +88,7 @@ def inspect_checkpoint(
     num_parameters = (
         report.num_parameters if report is not None else _count_parameters(source, revision, trust_remote_code)
     )
-    device = describe_device(
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"), {layer["pattern"] for layer in layers.values()}
-    )
+    device = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return CheckpointSummary(source, settings, layers, num_parameters, _file_bytes(source, revision), report, device)
 
 

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
-import torch
 import yaml
 
 from ..evaluation import KOBEST_TASKS, TASKS, EvaluationResults, Measurement, result_rows, task_of, tuning_title
-from ..kernels import GROUPS, STRIP_TOKENS, why_not_strips
+from ..kernels import GROUPS
 from ..pattern import Pattern
 from ..pruners import METHODS
 from ..pruners.allocation import LEFT_DENSE
@@ -100,7 +99,6 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "install": install_command("finetune" if subject.adapter is not None else None),
         "citations": _citations(subject),
         "has_kernels": False,
-        "strip_tokens": None,
         "version": __version__,
     }
     return view if report is None else view | _view_of_report(report, subject.dtype)
@@ -109,7 +107,6 @@ def _view(subject: CardSubject) -> dict[str, Any]:
 def _view_of_report(report: SparsityReport, dtype: str) -> dict[str, Any]:
     pattern, pruner = Pattern(str(report.config["pattern"])), report.pruner
     scope = METHODS[pruner].scope if pruner in METHODS else ""
-    strips = why_not_strips(str(pattern), STRIP_TOKENS, torch.device("cpu")) is None
     measured = any(row.relative_output_error is not None for row in report.layers)
     return {
         "report": report,
@@ -125,7 +122,6 @@ def _view_of_report(report: SparsityReport, dtype: str) -> dict[str, Any]:
         "shows_errors": measured and not report.changes,
         "left_dense": LEFT_DENSE,
         "has_kernels": all(name in GROUPS for name in report.patterns) and dtype in ("bfloat16", "float16"),
-        "strip_tokens": STRIP_TOKENS if strips else None,  # up to as many a CPU computes without decompressing
     }
 
 

@@ -6,13 +6,13 @@ first run.
 """
 
 from .candidates import GROUPS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
+from .cpu import NativeWeight, why_not_native
 from .dispatch import BUCKETS, DENSE, bucket, choose, forget, measure, measured, prepare, time_kernels
 from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values
-from .operators import apply, decompress, gather, linear
+from .operators import apply, decompress, linear, native_weight, runs_plainly
 from .products import fast_products, mm, product_dtype
 from .sample import sample_weights
-from .strips import STRIP_TOKENS, why_not_strips
 from .timing import time_calls
 
 __all__ = [
@@ -20,8 +20,8 @@ __all__ = [
     "DENSE",
     "GROUPS",
     "KERNELS",
-    "STRIP_TOKENS",
     "Candidate",
+    "NativeWeight",
     "PackedWeight",
     "Problem",
     "apply",
@@ -31,19 +31,20 @@ __all__ = [
     "describe_device",
     "fast_products",
     "forget",
-    "gather",
     "has_kernels",
     "library_form",
     "linear",
     "measure",
     "measured",
     "mm",
+    "native_weight",
     "prepare",
     "product_dtype",
+    "runs_plainly",
     "sample_weights",
     "shared_values",
     "time_calls",
     "time_kernels",
     "why_no_kernels",
-    "why_not_strips",
+    "why_not_native",
 ]

@@ -28,7 +28,7 @@ def cache_path(device: torch.device) -> Path:
     """The file for a device; of another GPU, or with other versions, there is another."""
     identity = _identity(device)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return _folder() / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity['gpu']).strip('-')}-{digest}.json"
+    return cache_folder() / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity['gpu']).strip('-')}-{digest}.json"
 
 
 def read_timings(device: torch.device) -> Timings:
@@ -72,7 +72,7 @@ def write_timings(device: torch.device, timings: Timings) -> None:
         logger.warning_once(f"Measured speeds of kernels cannot be kept in {path.parent}: {error}")
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
     from huggingface_hub.constants import HF_HOME
 
     return Path(os.environ.get("KSPARSE_CACHE") or Path(HF_HOME) / "ksparse")

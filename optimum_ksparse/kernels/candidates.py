@@ -6,7 +6,7 @@
 | dot | any | decompresses tiles in registers, multiplies on tensor cores |
 | decompress | any | decompresses rows of W to scratch memory, multiplies with cuBLAS |
 | library | any | torch's semi-structured tensor, where a layer keeps that form |
-| strips | 1 to 16 | on a CPU, whole blocks of a weight as small dense products |
+| native | any | on a CPU, native code that reads packed weights and multiplies the kept ones |
 | reference | any | decompresses in plain PyTorch: every pattern, dtype and device |
 """
 
@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 
 from ..packing import unpack
-from ..pattern import Pattern
 from . import hardware
+from .cpu import DTYPES, NativeWeight, why_not_native
 from .hardware import on_device_of
 from .library import library_linear, why_not_library
 from .products import linear
-from .strips import strips_linear, why_not_strips
 
 GROUPS = {"2:4": 4, "4:8": 8}  # m of the patterns that kernels take
 # Scratch of `decompress`: a chunk of W that stays in the L2 cache of large GPUs, and the most that is ever taken.
@@ -117,7 +116,7 @@ class Candidate:
 
 
 def has_kernels(problem: Problem) -> bool:
-    """Whether there is a choice for this problem: elsewhere `strips` or `reference` computes it."""
+    """Whether there is a choice for this problem: elsewhere `native` or `reference` computes it."""
     return hardware.runs_kernels(problem.device) and _why_not_packed(problem) is None
 
 
@@ -252,10 +251,17 @@ def _run_library(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | Non
     return library_linear(aligned(x), weight.library, bias, weight.out_features)
 
 
-def _run_strips(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    block = Pattern(weight.pattern).tile
-    assert block is not None
-    return strips_linear(x, weight.values.contiguous(), weight.bits, bias, block[0])
+def _why_not_native(problem: Problem) -> str | None:
+    if problem.device.type != "cpu":
+        return f"native code is for CPUs, not for {problem.device.type}"
+    if problem.dtype not in DTYPES:
+        return f"native code takes float32, bfloat16 and float16, not {problem.dtype}"
+    return why_not_native()
+
+
+def _run_native(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    values, bits = weight.values.contiguous(), weight.bits.contiguous()
+    return NativeWeight(values, bits, weight.in_features).linear(x, bias)
 
 
 def _run_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -267,6 +273,6 @@ KERNELS: dict[str, Kernel] = {
     "dot": Kernel(_triton("dot"), _why_not_dot, _dot_configs),
     "decompress": Kernel(_run_decompress, _why_not_packed, _decompress_configs),
     "library": Kernel(_run_library, _why_not_library),
-    "strips": Kernel(_run_strips, lambda problem: why_not_strips(problem.pattern, problem.tokens, problem.device)),
+    "native": Kernel(_run_native, _why_not_native),
     "reference": Kernel(_run_reference),
 }

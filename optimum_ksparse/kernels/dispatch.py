@@ -141,7 +141,7 @@ def _configs(name: str, problem: Problem) -> list[Config]:
 
 def _fastest(problem: Problem, has_library: bool) -> Candidate:
     if not has_kernels(problem):
-        return Candidate("strips" if KERNELS["strips"].why_not(problem) is None else "reference")
+        return Candidate("native" if KERNELS["native"].why_not(problem) is None else "reference")
     unusable = (DENSE,) if has_library else (DENSE, "library")
     rows = [row for name, row in measured(problem).items() if name not in unusable]
     return min(rows, key=lambda row: row[1])[0] if rows else rule_of_thumb(problem)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Iterable
 
 import torch
 
 from ..version import library_versions
-from .strips import STRIP_TOKENS, why_not_strips
+from .cpu import unit_name, why_not_native
 
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_TRITON = (3, 6)
@@ -35,20 +34,20 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and why_no_kernels(device) is None
 
 
-def describe_device(device: torch.device, patterns: Iterable[str] = ()) -> str:
-    """What sparse layers of these patterns do on `device`, in a sentence."""
-    reason = why_no_kernels(device) if device.type == "cuda" else f"{device.type}, no NVIDIA GPU"
-    if reason is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-        return f"2:4 and 4:8 layers in bfloat16 and float16 run on their packed weights ({name})"
-    if any(why_not_strips(pattern, STRIP_TOKENS, device) is None for pattern in patterns):
-        return (
-            f"{reason}: up to {STRIP_TOKENS} tokens are computed from the packed blocks, which is still slower than "
-            "dense; everything else decompresses its layers at each forward pass. model.dequantize() makes them dense"
-        )
+def describe_device(device: torch.device) -> str:
+    """What sparse layers do on `device`, in a sentence."""
+    if device.type == "cpu":
+        reason = why_not_native()
+        if reason is None:
+            return f"packed layers of every pattern run on their packed weights, by native code for {unit_name()}"
+    else:
+        reason = why_no_kernels(device)
+        if reason is None:
+            major, minor = torch.cuda.get_device_capability(device)
+            name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+            return f"2:4 and 4:8 layers in bfloat16 and float16 run on their packed weights ({name})"
     return (
-        f"{reason}: sparse layers compute the same here but not faster, because each forward pass decompresses them; "
+        f"sparse layers compute the same here but not faster, because each forward pass decompresses them: {reason}; "
         "model.dequantize() makes them dense"
     )
 

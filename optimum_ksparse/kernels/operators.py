@@ -9,6 +9,7 @@ import torch
 
 from ..packing import unpack, unpack_mask
 from .candidates import GROUPS, KERNELS, PackedWeight, Problem, aligned
+from .cpu import NativeWeight
 from .dispatch import choose
 from .products import mm
 
@@ -22,6 +23,9 @@ def decompress(values: torch.Tensor, bits: torch.Tensor, in_features: int, patte
         from .triton.dense import decompress
 
         return decompress(aligned(values), aligned(bits), in_features, GROUPS[pattern])
+    if _is_native(values, values):
+        values, bits = values.contiguous(), bits.contiguous()
+        return NativeWeight(values, bits, in_features).dense()
     return unpack(values, bits, in_features)
 
 
@@ -30,19 +34,44 @@ def _(values: torch.Tensor, bits: torch.Tensor, in_features: int, pattern: str =
     return values.new_empty(bits.shape[0], in_features)
 
 
-@torch.library.custom_op("ksparse::gather", mutates_args=())
-def gather(dense: torch.Tensor, bits: torch.Tensor, values_shape: list[int], pattern: str = "") -> torch.Tensor:
-    """The entries of `dense` [out, in] at the mask, in the shape of the values."""
-    if _has_kernel(dense, bits, dense.shape[1], pattern):
+@torch.library.custom_op("ksparse::grad_input", mutates_args=())
+def grad_input(
+    grad: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, in_features: int, pattern: str
+) -> torch.Tensor:
+    """grad·W: grad [..., out] to [..., in_features]."""
+    if _is_native(grad, values):
+        values, bits = values.contiguous(), bits.contiguous()
+        return NativeWeight(values, bits, in_features).grad_input(grad)
+    weight = decompress(values, bits, in_features, pattern)
+    return mm(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], in_features)
+
+
+@grad_input.register_fake
+def _(grad: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, in_features: int, pattern: str) -> torch.Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+@torch.library.custom_op("ksparse::grad_values", mutates_args=())
+def grad_values(
+    grad: torch.Tensor, x: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, pattern: str
+) -> torch.Tensor:
+    """gradᵀ·x at the mask, in the shape of the values; grad [..., out], x [..., in]."""
+    in_features = x.shape[-1]
+    if _is_native(grad, values):
+        values, bits = values.contiguous(), bits.contiguous()
+        sums = NativeWeight(values, bits, in_features).grad_values(grad, x)
+        return sums.view(values.shape).to(values.dtype)
+    full = mm(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, in_features))
+    if _has_kernel(full, bits, in_features, pattern):
         from .triton.dense import gather
 
-        return gather(aligned(dense), aligned(bits), GROUPS[pattern])
-    return dense[unpack_mask(bits, dense.shape[1])].view(values_shape)
+        return gather(aligned(full), aligned(bits), GROUPS[pattern])
+    return full[unpack_mask(bits, in_features)].view(values.shape)
 
 
-@gather.register_fake
-def _(dense: torch.Tensor, bits: torch.Tensor, values_shape: list[int], pattern: str = "") -> torch.Tensor:
-    return dense.new_empty(values_shape)
+@grad_values.register_fake
+def _(grad: torch.Tensor, x: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, pattern: str) -> torch.Tensor:
+    return torch.empty_like(values)
 
 
 @torch.library.custom_op("ksparse::linear", mutates_args=())
@@ -84,20 +113,34 @@ def _(
     return x.new_empty(*x.shape[:-1], bits.shape[0])
 
 
-def apply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kernel: str = "auto") -> torch.Tensor:
-    """`linear`; without the operator, which costs some 20 microseconds, where nothing differentiates, traces or
-    compiles."""
-    if (
+def runs_plainly(x: torch.Tensor) -> bool:
+    """Whether nothing differentiates, traces or compiles: then the operator, which costs some 20 microseconds, is
+    not needed."""
+    return (
         type(x) is torch.Tensor
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not x.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
-    ):
+    )
+
+
+def apply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kernel: str = "auto") -> torch.Tensor:
+    """`linear`, without the operator where there is no need of it."""
+    if runs_plainly(x):
         return _compute(x, weight, bias, kernel)
     values, bits, in_features, pattern, library = weight
     return linear(x, values, bits, bias, in_features, pattern, kernel, library)
+
+
+def native_weight(weight: PackedWeight, kernel: str) -> NativeWeight | None:
+    """The weight for native code on the CPU, to be kept for one call after the other; None where something else
+    computes it."""
+    values, bits = weight.values, weight.bits
+    if not values.is_cpu or not values.is_contiguous() or not bits.is_contiguous() or not values.numel():
+        return None
+    return NativeWeight(values, bits, weight.in_features) if choose(weight, 1, kernel).kernel == "native" else None
 
 
 def _compute(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kernel: str) -> torch.Tensor:
@@ -120,26 +163,28 @@ def _has_kernel(values: torch.Tensor, bits: torch.Tensor, in_features: int, patt
     return values.is_cuda and values.numel() > 0 and KERNELS["decompress"].why_not(problem) is None
 
 
+def _is_native(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether native code takes the place of products with a decompressed weight."""
+    problem = Problem(1, 1, 1, "", values.dtype, values.device)
+    return tensor.dtype == values.dtype and values.numel() > 0 and KERNELS["native"].why_not(problem) is None
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, values, bits, _, ctx.in_features, ctx.pattern, _, _ = inputs
-    ctx.values_shape = list(values.shape)
     # The input is needed for the gradient of the weight only: LoRA on frozen weights does not keep it.
-    needed = x if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None
-    ctx.save_for_backward(*needed, bits)
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, bits)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, values, bits = ctx.saved_tensors
-    grad_x = grad_values = grad_bias = None
+    grad_x = grad_kept = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = decompress(values, bits, ctx.in_features, ctx.pattern)
-        grad_x = mm(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], ctx.in_features)
+        grad_x = grad_input(grad, values, bits, ctx.in_features, ctx.pattern)
     if ctx.needs_input_grad[1]:
-        full = mm(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, ctx.in_features))
-        grad_values = gather(full, bits, ctx.values_shape, ctx.pattern)
+        grad_kept = grad_values(grad, x, values, bits, ctx.pattern)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, grad_values, None, grad_bias, None, None, None, None
+    return grad_x, grad_kept, None, grad_bias, None, None, None, None
 
 
 linear.register_autograd(_backward, setup_context=_save)

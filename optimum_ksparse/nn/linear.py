@@ -163,6 +163,12 @@ class SparseLinear(PackedModule, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._dense_weight is not None:
             return F.linear(x, self._dense_weight, self.bias)
+        if x.is_cpu and self.kernel == "auto" and kernels.runs_plainly(x) and not torch.is_autocast_enabled("cpu"):
+            native = self._native
+            if native is None or not native.is_of(self.weight, self.weight_mask):
+                native = self._native = kernels.native_weight(self.packed(), self.kernel)
+            if native is not None:
+                return native.linear(x, self.bias)
         x, values, bias = in_autocast_dtype(x, self.weight, self.bias)
         weight = kernels.PackedWeight(
             values, self.weight_mask, self.in_features, self.pattern.text, self._library_form

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import kernels
 from ..packing import values_shape
 from ..pattern import Pattern
 
@@ -29,8 +30,10 @@ class PackedModule(nn.Module):
     kernel: str = "auto"
     # The dense weight, which the forward pass uses as it is; set by `densified` for a while.
     _dense_weight: torch.Tensor | None = None
+    # The packed weight for native code, kept from one forward pass to the next.
+    _native: kernels.NativeWeight | None = None
     # What is not copied or pickled.
-    _run_time: tuple[str, ...] = ("_dense_weight",)
+    _run_time: tuple[str, ...] = ("_dense_weight", "_native")
 
     def _make_tensors(self, stack: tuple[int, ...], num_values: int | None, **options: Any) -> None:
         """Makes `weight` and `weight_mask`, uninitialised, for a stack of matrices of that shape."""
@@ -59,7 +62,7 @@ class PackedModule(nn.Module):
 
     def _part(self) -> None:
         """Forgets what was made of the weight as it is, and what shares memory with it."""
-        self._dense_weight = None
+        self._dense_weight = self._native = None
 
     @property
     def shape(self) -> torch.Size:

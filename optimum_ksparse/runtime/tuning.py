@@ -71,7 +71,7 @@ def autotune(layers: dict[str, SparseLinear], tokens: Sequence[int] = kernels.BU
     """
     groups = _groups(layers)
     device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
-    report = KernelReport(kernels.describe_device(device, {layer.pattern.text for layer in layers.values()}))
+    report = KernelReport(kernels.describe_device(device))
     problems = [_problems(group[0][1], tokens) for group in groups]
     every = dict.fromkeys(problem for row in problems for problem in row)
     missing = [problem for problem in every if kernels.DENSE not in kernels.measured(problem)]

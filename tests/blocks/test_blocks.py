@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint, prune_weight, sparsify
-from optimum_ksparse.api.inspection import inspect_checkpoint
 from optimum_ksparse.checkpoint import sparse_modules
-from optimum_ksparse.kernels import KERNELS, PackedWeight, Problem, apply, choose, describe_device
-from optimum_ksparse.nn import SparseExperts, SparseLinear
+from optimum_ksparse.kernels import PackedWeight, apply
+from optimum_ksparse.nn import SparseExperts
 from optimum_ksparse.packing import check_bits, pack, pack_mask, unpack
 from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.pruners import METHODS
@@ -66,7 +65,7 @@ def test_packed_blocks_come_back(case):
     check_bits(bits, pattern, weight.shape[1], int(mask.sum()), "weight_mask")
     pattern.verify(weight * mask)
     x = torch.randn(3, weight.shape[1])
-    y = KERNELS["strips"].run(x, PackedWeight(values, bits, weight.shape[1], str(pattern)), None)
+    y = apply(x, PackedWeight(values, bits, weight.shape[1], str(pattern)), None)
     torch.testing.assert_close(y, x @ (weight * mask).T)
 
 
@@ -205,48 +204,3 @@ def test_owl_and_blocks(make_model, token_ids):
     report = sparsify(model, SparsityConfig("wanda", "50%/4x4", dataset=token_ids, allocation="owl"))
     assert all(row.pattern.endswith("%/4x4") for row in report.layers)
     assert abs(report.density - 0.5) < 0.01
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strips_compute_few_tokens(bias, dtype):
-    torch.manual_seed(0)
-    linear, pattern = torch.nn.Linear(64, 96, bias=bias, dtype=dtype), Pattern("50%/32x8")
-    sparse = SparseLinear.from_dense(linear, pattern.mask(linear.weight.abs()), pattern)
-    x = torch.randn(2, 3, 64, dtype=dtype)
-    assert choose(sparse.packed(), 6).kernel == "strips"
-    assert choose(sparse.packed(), 17).kernel == "reference"
-    expected = torch.nn.functional.linear(x, sparse.to_dense_weight(), sparse.bias)
-    with torch.no_grad():
-        torch.testing.assert_close(apply(x, sparse.packed(), sparse.bias), expected, rtol=0.02, atol=2e-3)
-    x.requires_grad_(True)
-    sparse(x).square().sum().backward()  # through the operator
-    assert x.grad is not None and sparse.weight.grad.shape == sparse.weight.shape
-
-
-def test_strips_say_where_they_do_not_pay():
-    def why_not(pattern, tokens=1, device="cpu"):
-        return KERNELS["strips"].why_not(Problem(64, 64, tokens, pattern, torch.float32, torch.device(device)))
-
-    assert why_not("50%/32x1") is None
-    assert "strips are for blocks" in why_not("2:4")
-    assert "not with 8 rows and 1 tokens" in why_not("50%/8x8")
-    assert "32 rows and 17 tokens" in why_not("50%/32x16", 17)
-    assert "not on meta" in why_not("50%/32x16", 1, "meta")
-
-
-def test_a_device_is_described_for_the_patterns_of_a_model():
-    described = {
-        pattern: describe_device(torch.device("cpu"), [pattern]) for pattern in ("2:4", "50%/8x8", "50%/32x8")
-    }
-    assert described["2:4"] == described["50%/8x8"] == describe_device(torch.device("cpu"))
-    assert "up to 16 tokens are computed from the packed blocks" in described["50%/32x8"]
-
-
-def test_info_knows_what_blocks_do_on_a_cpu(make_model, tmp_path):
-    model = make_model()
-    sparsify(model, SparsityConfig("magnitude", "50%/32x8", skip_unsupported=True))
-    model.save_pretrained(tmp_path)
-    assert inspect_checkpoint(tmp_path).device == describe_device(
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"), ["50%/32x8"]
-    )

@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from optimum_ksparse import kernels
-from optimum_ksparse.kernels import cache, dispatch, hardware
+from optimum_ksparse.kernels import cache, dispatch, hardware, why_not_native
 
 from ..conftest import REPOSITORY
 
 CPU = torch.device("cpu")
+
+# What a CPU takes by itself.
+NATIVE = "native" if why_not_native() is None else "reference"
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +141,7 @@ def test_where_there_is_no_gpu_kernels_run_in_the_interpreter_or_not_at_all(monk
     if hardware.is_interpreted():  # Triton is there
         assert kernels.choose(weight, 2, "gemv").kernel == "gemv"
     # Only what is forced runs there.
-    assert kernels.choose(weight, 2) == kernels.Candidate("reference")
+    assert kernels.choose(weight, 2) == kernels.Candidate(NATIVE)
 
 
 def test_the_operator_refuses_what_a_forced_kernel_cannot_take(gpu):

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from optimum_ksparse import kernels
 from optimum_ksparse.kernels import operators
+from optimum_ksparse.kernels.candidates import aligned
 from optimum_ksparse.kernels.triton import permute
 from optimum_ksparse.kernels.triton.dense import decompress, gather
 from optimum_ksparse.kernels.triton.dot import dot
@@ -312,7 +313,7 @@ def test_weights_that_lie_badly(pattern, lie, monkeypatch):
     monkeypatch.setattr(operators, "_has_kernel", lambda *arguments: True)
     mask = unpack_mask(weight.bits, 48)
     assert_same_bits(kernels.decompress(values, bits, 48, pattern), dense(weight))
-    assert_same_bits(kernels.gather(full, bits, [5, 24], pattern), full[mask].view(5, 24))
+    assert_same_bits(gather(aligned(full), aligned(bits), GROUPS[pattern]), full[mask].view(5, 24))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,243 @@
+"""Calls the library of `source/`: y = x·Wᵀ + b and its gradients from the packed weight, on torch's own threads.
+
+By ctypes, with the address of torch's `parallel_for`: no header of torch is needed to compile, and one library serves
+every Python and every torch from 2.11 on. A call takes 2 microseconds more than `F.linear`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers.utils import logging
+
+from . import build
+
+logger = logging.get_logger(__name__)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_VERSION = 1  # of ksparse.c
+
+_pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+class _Weight(ctypes.Structure):
+    """`struct weight` of ksparse.h."""
+
+    _fields_ = (
+        ("values", _pointer),
+        ("bits", _pointer),
+        ("starts", _pointer),
+        ("num_values", _int64),
+        ("per_row", _int64),
+        ("out_features", _int64),
+        ("in_features", _int64),
+        ("row_bytes", _int64),
+        ("dtype", _int32),
+    )
+
+
+class _Library(NamedTuple):
+    """The loaded library, torch's `parallel_for`, and the number and the name of the unit that this CPU runs best."""
+
+    functions: ctypes.CDLL
+    parallel_for: int
+    unit: int
+    name: str
+
+
+_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "ksparse_linear": (_pointer, _int32, _pointer, _pointer, _int64, _pointer, _pointer),
+    "ksparse_grad_input": (_pointer, _int32, _pointer, _pointer, _int64, _pointer),
+    "ksparse_grad_values": (_pointer, _int32, _pointer, _pointer, _pointer, _int64, _pointer),
+    "ksparse_row_starts": (_pointer, _int64, _int64, _pointer),
+    "ksparse_expand": (_pointer, _int32, _pointer, _int64, _int64, _int32, _pointer),
+}
+
+
+def why_not_native() -> str | None:
+    """Why packed weights are not computed natively on this machine's CPU; None where they are."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def unit_name() -> str:
+    """The instruction set that the library runs on, such as "avx2"."""
+    return _loaded().name
+
+
+class NativeWeight:
+    """A packed weight (table in `packing`) as the library takes it. It holds addresses, not tensors: good as long as
+    the tensors are there, and `is_of` says that they are the same.
+
+    Args:
+        values, bits: contiguous, on the CPU. in_features: of the weight.
+    """
+
+    __slots__ = (
+        "_bits",
+        "_linear",
+        "_starts",
+        "_struct",
+        "_values",
+        "address",
+        "dtype",
+        "in_features",
+        "out_features",
+    )
+
+    def __init__(self, values: torch.Tensor, bits: torch.Tensor, in_features: int) -> None:
+        library = _loaded()
+        self.out_features, row_bytes = bits.shape
+        if row_bytes != -(-in_features // 8) or bits.dtype is not torch.uint8 or not bits.is_cpu or not values.is_cpu:
+            raise ValueError(
+                f"bits are {bits.dtype} {list(bits.shape)} on {bits.device}, not of {in_features} columns"
+            )
+        self.in_features, self.dtype = in_features, values.dtype
+        # A row of n:m has as many values as every other one.
+        self._starts = None if values.ndim == 2 else _row_starts(bits)
+        per_row = values.shape[1] if values.ndim == 2 else 0
+        self._values, self._bits = _identity(values), _identity(bits)
+        self._struct = _Weight(
+            values.data_ptr(),
+            bits.data_ptr(),
+            None if self._starts is None else self._starts.data_ptr(),
+            values.numel(),
+            per_row,
+            self.out_features,
+            in_features,
+            row_bytes,
+            DTYPES[values.dtype],
+        )
+        self.address = ctypes.addressof(self._struct)
+        self._linear = functools.partial(
+            library.functions.ksparse_linear, library.parallel_for, library.unit, self.address
+        )
+
+    def is_of(self, values: torch.Tensor, bits: torch.Tensor) -> bool:
+        """Whether these are still the tensors that it was made of; values may have been written to."""
+        same = values.data_ptr() == self._values[0] and bits.data_ptr() == self._bits[0] and values.dtype is self.dtype
+        return same and (self._starts is None or _identity(bits) == self._bits)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """y [..., out] = x [..., in]·Wᵀ + b; all of the weight's dtype.
+
+        Raises:
+            RuntimeError: x has another width or dtype, as in `F.linear`.
+            MemoryError: there is no memory for x as floats.
+        """
+        *batch, width = x.shape
+        if width != self.in_features or x.dtype is not self.dtype:
+            raise RuntimeError(
+                f"x is {x.dtype} {list(x.shape)}, this layer takes {self.dtype} [..., {self.in_features}]"
+            )
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = x.new_empty((*batch, self.out_features))
+        pointer = None
+        if bias is not None:
+            if bias.dtype is not self.dtype or not bias.is_cpu:
+                raise RuntimeError(f"bias is {bias.dtype} on {bias.device}, the weight is {self.dtype} on the CPU")
+            bias = bias.contiguous()
+            pointer = bias.data_ptr()
+        _check(self._linear(x.data_ptr(), x.numel() // width if width else 0, pointer, y.data_ptr()))
+        return y
+
+    def grad_input(self, grad: torch.Tensor) -> torch.Tensor:
+        """grad [..., out]·W: [..., in], of the weight's dtype."""
+        grad = grad.contiguous()
+        grad_x = grad.new_empty((*grad.shape[:-1], self.in_features))
+        tokens = grad.shape[:-1].numel()
+        self._call("ksparse_grad_input", grad.data_ptr(), tokens, grad_x.data_ptr())
+        return grad_x
+
+    def grad_values(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """gradᵀ·x at the mask, float32 [number of values]; grad [..., out], x [..., in] of the weight's dtype."""
+        grad, x = grad.contiguous(), x.contiguous()
+        sums = torch.zeros(self._struct.num_values, dtype=torch.float32)
+        self._call("ksparse_grad_values", grad.data_ptr(), x.data_ptr(), grad.shape[:-1].numel(), sums.data_ptr())
+        return sums
+
+    def dense(self, rows: slice | None = None) -> torch.Tensor:
+        """The dense weight [out, in], or some rows of it, in its dtype."""
+        rows = rows or slice(0, self.out_features)
+        weight = torch.empty(rows.stop - rows.start, self.in_features, dtype=self.dtype)
+        self._call("ksparse_expand", rows.start, rows.stop, False, weight.data_ptr())
+        return weight
+
+    def _call(self, name: str, *arguments: int) -> None:
+        functions, parallel_for, unit, _ = _loaded()
+        _check(getattr(functions, name)(parallel_for, unit, self.address, *arguments))
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, int]:
+    """What changes where a tensor is replaced, or written to by other ways than `.data`."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+# Of masks, by where they lie: the mask's storage, its version, and where the rows of values begin.
+_starts: dict[tuple[object, ...], tuple[StorageWeakRef, int, torch.Tensor]] = {}
+
+
+def _row_starts(bits: torch.Tensor) -> torch.Tensor:
+    """Where each row's values begin, [out] int64; counted once for a mask that stays as it is."""
+    storage, (_, version) = bits.untyped_storage(), _identity(bits)
+    key = storage._cdata, bits.storage_offset(), bits.shape[0]
+    kept = _starts.get(key)  # a reference to a storage, though weak, keeps another one from having its address
+    if kept is not None and kept[1] == version and not kept[0].expired():
+        return kept[2]
+    starts = torch.empty(bits.shape[0], dtype=torch.int64)
+    _loaded().functions.ksparse_row_starts(bits.data_ptr(), *bits.shape, starts.data_ptr())
+    for other in [other for other, (reference, *_) in list(_starts.items()) if reference.expired()]:
+        _starts.pop(other, None)
+    _starts[key] = StorageWeakRef(storage), version, starts
+    return starts
+
+
+def _check(error: int) -> None:
+    if error:
+        raise MemoryError("out of memory in a product of a sparse layer on the CPU: give fewer tokens at a time")
+
+
+def _loaded() -> _Library:
+    library = _library()
+    assert not isinstance(library, str), library
+    return library
+
+
+@functools.cache
+def _library() -> _Library | str:
+    """The library, or why there is none, which is warned of once."""
+    try:
+        return _load()
+    except subprocess.CalledProcessError as error:
+        reason = f"the compiler failed: {' '.join(error.stderr.split()[-40:])}"
+    except (OSError, AttributeError, ValueError) as error:
+        reason = str(error)
+    logger.warning(f"Sparse layers run without native code on this CPU, which is slow: {reason}")
+    return reason
+
+
+def _load() -> _Library:
+    functions = ctypes.CDLL(str(build.library_path()))
+    if (version := functions.ksparse_version()) != _VERSION:
+        raise ValueError(f"the library is of version {version}, this package needs {_VERSION}")
+    for name, arguments in _SIGNATURES.items():
+        getattr(functions, name).argtypes = arguments
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+    parallel_for = ctypes.cast(torch_cpu.torch_parallel_for, _pointer).value
+    assert parallel_for is not None
+    functions.ksparse_unit.restype = ctypes.c_char_p
+    runs = _int32()
+    for unit in range(8):
+        name = functions.ksparse_unit(unit, ctypes.byref(runs))
+        if name is not None and runs.value:
+            return _Library(functions, parallel_for, unit, name.decode())
+    raise ValueError("the library has no unit for this CPU")

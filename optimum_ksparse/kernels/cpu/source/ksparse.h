@@ -1,0 +1,64 @@
+/* The products of packed sparse weights on a CPU: what `ksparse.c` offers, and what each unit gives it. */
+#ifndef KSPARSE_H
+#define KSPARSE_H
+
+#include <stdint.h>
+
+enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
+
+/* torch_parallel_for of libtorch_cpu: splits a range over torch's own threads. */
+typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void *),
+                                void *context);
+
+/* A packed weight (table in `packing.py`): values, row-major; bits [out, row_bytes], little-endian; row r begins at
+ * value starts[r], or at r * per_row where starts is NULL. Nothing is read beyond values[num_values], whatever the
+ * bits say. */
+struct weight {
+    const void *values;
+    const uint8_t *bits;
+    const int64_t *starts;
+    int64_t num_values, per_row, out_features, in_features, row_bytes;
+    int32_t dtype;
+};
+
+/* y [tokens, out] = x · Wᵀ + bias. x: floats [tokens, stride], zero from in_features on, stride a multiple of 64; bias
+ * and y of the weight's dtype. */
+struct product {
+    struct weight w;
+    const float *x;
+    int64_t tokens, stride;
+    const void *bias;
+    void *y;
+    int32_t *failed; /* set to 1 where memory runs out */
+};
+
+/* A unit: the same functions compiled for one instruction set. All take rows [begin, end). */
+struct unit {
+    const char *name;
+    /* Up to FEW tokens: each row's packed weights are read once, straight into the sums. */
+    void (*few)(const struct product *, int64_t begin, int64_t end);
+    /* More: small tiles are expanded once for all tokens. */
+    void (*some)(const struct product *, int64_t begin, int64_t end);
+    /* Many: x lies transposed, [blocks of BLOCK tokens][in][BLOCK] (the last block BLOCK, / 2 or / 4 wide, whichever
+     * holds it), and only kept weights are multiplied. */
+    void (*many)(const struct product *, int64_t begin, int64_t end);
+    /* Backward, over blocks of 64 columns: y [tokens, in] = x · W, x [tokens, out] transposed as for `many`. */
+    void (*grad_input)(const struct product *, int64_t begin, int64_t end);
+    /* Backward, over rows: y, floats in the places of the values, += gradientᵀ · x at the mask, both transposed. */
+    void (*grad_values)(const struct product *, const float *gradient, int64_t begin, int64_t end);
+    /* Rows of the dense weight, as floats or in the weight's own dtype: out [end - begin, in_features]. */
+    void (*expand)(const struct weight *, int64_t begin, int64_t end, int32_t as_float, void *out);
+    /* count numbers of a dtype to floats. */
+    void (*widen)(int32_t dtype, const void *from, int64_t count, float *to);
+};
+
+enum { FEW = 4, BLOCK = 64 };
+
+extern const struct unit unit_portable;
+#if defined(__x86_64__)
+extern const struct unit unit_avx2;
+#elif defined(__aarch64__)
+extern const struct unit unit_neon;
+#endif
+
+#endif

@@ -1,0 +1,46 @@
+/* Plain C: any CPU. */
+#include "ksparse.h"
+
+#define UNIT portable
+#define LANES 8
+#define STEP 8
+#define BLOCK_TOKENS 1
+
+typedef struct { float lane[8]; } vec;
+typedef uint8_t mask_t;
+
+static inline vec v_zero(void) { return (vec){{0}}; }
+static inline vec v_load(const float *from) { vec v; for (int i = 0; i < 8; i++) v.lane[i] = from[i]; return v; }
+static inline void v_store(float *to, vec v) { for (int i = 0; i < 8; i++) to[i] = v.lane[i]; }
+static inline vec v_fma(vec a, vec b, vec sum) {
+    for (int i = 0; i < 8; i++) sum.lane[i] += a.lane[i] * b.lane[i];
+    return sum;
+}
+static inline vec v_add(vec a, vec b) { for (int i = 0; i < 8; i++) a.lane[i] += b.lane[i]; return a; }
+static inline float v_sum(vec v) {
+    return v.lane[0] + v.lane[1] + v.lane[2] + v.lane[3] + v.lane[4] + v.lane[5] + v.lane[6] + v.lane[7];
+}
+static inline vec v_splat(float value) { vec v; for (int i = 0; i < 8; i++) v.lane[i] = value; return v; }
+#define count_bits(mask) __builtin_popcount(mask)
+
+static inline float load_number(int32_t dtype, const void *from, int64_t index);
+
+static inline void expand_any(int32_t dtype, const void *values, mask_t mask, vec *weights) {
+    for (int lane = 0, kept = 0; lane < 8; lane++) {
+        weights[0].lane[lane] = mask >> lane & 1 ? load_number(dtype, values, kept) : 0;
+        kept += mask >> lane & 1;
+    }
+}
+
+#define expand_32(values, mask, weights) expand_any(FLOAT32, values, mask, weights)
+#define expand_bf16(values, mask, weights) expand_any(BFLOAT16, values, mask, weights)
+#define expand_16(values, mask, weights) expand_any(FLOAT16, values, mask, weights)
+
+static inline void expand_2_bytes(const void *values, mask_t mask, uint16_t *out) {
+    for (int lane = 0, kept = 0; lane < 8; lane++) {
+        out[lane] = mask >> lane & 1 ? ((const uint16_t *)values)[kept] : 0;
+        kept += mask >> lane & 1;
+    }
+}
+
+#include "product.h"

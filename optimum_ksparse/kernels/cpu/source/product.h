@@ -1,0 +1,521 @@
+/* The algorithms, written once over the primitives of an instruction set. A unit defines, then includes this file:
+ *
+ *   UNIT            its name
+ *   LANES           floats in a vector `vec`: v_zero, v_load, v_store, v_fma(a, b, sum), v_sum
+ *   STEP            weights that are expanded together, 8 or more, with their mask in a `mask_t`
+ *   BLOCK_TOKENS    tokens of the inner product of `some`: 4 * BLOCK_TOKENS sums must fit the registers
+ *   expand_32, expand_bf16, expand_16(values, mask, vec weights[STEP / LANES]): the kept values, of which as many as
+ *                   STEP may be read, at their places, zeros between them
+ *   expand_2_bytes(values, mask, out): the same for 16-bit values, as they are
+ */
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+
+enum { PARTS = STEP / LANES, COLUMNS = 256, ROWS = 8, VECTORS = BLOCK / LANES, PANEL = 256, AHEAD = 4 };
+
+INLINE float half_to_float(uint16_t half) {
+    /* Exponents are rebased by a multiplication, which is exact; infinities and NaN keep their exponent of ones. */
+    union { uint32_t bits; float value; } wide = {(uint32_t)(half & 0x7fff) << 13}, scale = {0x77800000};
+    wide.value *= scale.value; /* 2^112 */
+    if ((half & 0x7c00) == 0x7c00) wide.bits |= 0x7f800000;
+    wide.bits |= (uint32_t)(half & 0x8000) << 16;
+    return wide.value;
+}
+
+INLINE uint16_t float_to_half(float value) {
+    /* Round to nearest, ties to even: Fabian Giesen's conversion. */
+    union { uint32_t bits; float value; } wide = {0}, magic = {0x3f000000};
+    wide.value = value;
+    uint16_t sign = (uint16_t)(wide.bits >> 16 & 0x8000);
+    wide.bits &= 0x7fffffff;
+    if (wide.bits > 0x7f800000) return sign | 0x7e00;
+    if (wide.bits >= 0x477ff000) return sign | 0x7c00;
+    if (wide.bits < 0x38800000) { /* subnormal: the adder rounds */
+        wide.value += magic.value;
+        return sign | (uint16_t)(wide.bits - magic.bits);
+    }
+    wide.bits += 0xc8000fff + (wide.bits >> 13 & 1);
+    return sign | (uint16_t)(wide.bits >> 13);
+}
+
+INLINE float load_number(int32_t dtype, const void *from, int64_t index) {
+    union { uint32_t bits; float value; } wide = {0};
+    if (dtype == FLOAT32) return ((const float *)from)[index];
+    if (dtype == FLOAT16) return half_to_float(((const uint16_t *)from)[index]);
+    wide.bits = (uint32_t)((const uint16_t *)from)[index] << 16;
+    return wide.value;
+}
+
+INLINE void store_number(int32_t dtype, void *to, int64_t index, float value) {
+    union { uint32_t bits; float value; } wide = {0};
+    wide.value = value;
+    if (dtype == FLOAT32) ((float *)to)[index] = value;
+    else if (dtype == FLOAT16) ((uint16_t *)to)[index] = float_to_half(value);
+    else if (value != value) ((uint16_t *)to)[index] = 0x7fc0;
+    else ((uint16_t *)to)[index] = (uint16_t)((wide.bits + 0x7fff + (wide.bits >> 16 & 1)) >> 16);
+}
+
+INLINE int64_t size_of(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+INLINE int64_t row_start(const struct weight *w, int64_t row) { return w->starts ? w->starts[row] : row * w->per_row; }
+
+INLINE void expand(int32_t dtype, const char *values, mask_t mask, vec *weights) {
+    if (dtype == FLOAT32) expand_32(values, mask, weights);
+    else if (dtype == BFLOAT16) expand_bf16(values, mask, weights);
+    else expand_16(values, mask, weights);
+}
+
+/* Up to 8 bytes of a row's mask; those behind its end are zero. */
+INLINE uint64_t load_bits(const uint8_t *bits, int64_t bytes) {
+    uint64_t word = 0;
+    memcpy(&word, bits, bytes < 8 ? bytes : 8);
+    return word;
+}
+
+/* Where the values from `offset` on may be read STEP at a time: in place, or, near the end of them, a copy. */
+INLINE const char *readable(const struct weight *w, int32_t dtype, int64_t offset, char *copy) {
+    const int64_t size = size_of(dtype), left = w->num_values - offset;
+    if (left >= STEP) return (const char *)w->values + offset * size;
+    if (left > 0) memcpy(copy, (const char *)w->values + offset * size, left * size);
+    return copy;
+}
+
+INLINE void multiply(int tokens, const float *x, int64_t stride, const vec *weights, vec *sums) {
+    for (int part = 0; part < PARTS; part++)
+        for (int token = 0; token < tokens; token++)
+            sums[token] = v_fma(weights[part], v_load(x + token * stride + part * LANES), sums[token]);
+}
+
+/* sums[rows][tokens] of a few rows, whose steps alternate, so that each load of x serves them all. */
+INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *p, const float *x, int64_t row,
+                     float *out) {
+    enum { CHAINS = 4 }; /* independent sums of a row and token */
+    const struct weight *w = &p->w;
+    const int64_t size = size_of(dtype);
+    const char *values = w->values;
+    int64_t offset[4];
+    const uint8_t *bits[4];
+    vec sums[4 * CHAINS * FEW];
+    const int chains = rows * tokens > 2 ? 1 : CHAINS;
+    for (int i = 0; i < rows * tokens * chains; i++) sums[i] = v_zero();
+    for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r), bits[r] = w->bits + (row + r) * w->row_bytes;
+    int64_t column = 0;
+    for (; column + 64 <= w->in_features && offset[rows - 1] + 64 <= w->num_values; column += 64) {
+        for (int r = 0; r < rows; r++) {
+            __builtin_prefetch(values + offset[r] * size + 1024);
+            uint64_t word = load_bits(bits[r] + column / 8, 8);
+            for (int step = 0; step < 64 / STEP; step++) {
+                mask_t mask = (mask_t)(word >> step * STEP);
+                vec weights[PARTS];
+                expand(dtype, values + offset[r] * size, mask, weights);
+                offset[r] += count_bits(mask);
+                multiply(tokens, x + column + step * STEP, p->stride, weights,
+                         sums + (r * chains + step % chains) * tokens);
+            }
+        }
+    }
+    for (; column < w->in_features; column += STEP)
+        for (int r = 0; r < rows; r++) {
+            char copy[STEP * 4] = {0};
+            vec weights[PARTS];
+            mask_t mask = (mask_t)(load_bits(bits[r] + column / 8, w->row_bytes - column / 8));
+            expand(dtype, readable(w, dtype, offset[r], copy), mask, weights);
+            offset[r] += count_bits(mask);
+            multiply(tokens, x + column, p->stride, weights, sums + r * chains * tokens);
+        }
+    for (int r = 0; r < rows; r++)
+        for (int token = 0; token < tokens; token++) {
+            vec sum = sums[r * chains * tokens + token];
+            for (int chain = 1; chain < chains; chain++)
+                sum = v_add(sum, sums[(r * chains + chain) * tokens + token]);
+            out[r * tokens + token] = v_sum(sum);
+        }
+}
+
+INLINE void finish(int32_t dtype, const struct product *p, int64_t row, int64_t token, float sum) {
+    if (p->bias) sum += load_number(dtype, p->bias, row);
+    store_number(dtype, p->y, token * p->w.out_features + row, sum);
+}
+
+INLINE void few_of(int32_t dtype, int tokens, const struct product *p, int64_t begin, int64_t end) {
+    /* Rows alternate where x does not stay in the first cache. */
+    const int together = tokens == 1 && p->w.in_features > 6144 ? 4 : 1;
+    float sums[4 * FEW];
+    int64_t row = begin;
+    while (row < end) {
+        int rows = 1;
+        if (together == 4 && row + 4 <= end && row_start(&p->w, row + 3) <= p->w.num_values) {
+            few_rows(dtype, 4, 1, p, p->x, row, sums);
+            rows = 4;
+        } else few_rows(dtype, 1, tokens, p, p->x, row, sums);
+        for (int r = 0; r < rows; r++)
+            for (int token = 0; token < tokens; token++) finish(dtype, p, row + r, token, sums[r * tokens + token]);
+        row += rows;
+    }
+}
+
+#define FEW_TOKENS(dtype)                                                                                              \
+    if (p->tokens == 1) few_of(dtype, 1, p, begin, end);                                                               \
+    else if (p->tokens == 2) few_of(dtype, 2, p, begin, end);                                                          \
+    else if (p->tokens == 3) few_of(dtype, 3, p, begin, end);                                                          \
+    else few_of(dtype, 4, p, begin, end);
+
+static void few(const struct product *p, int64_t begin, int64_t end) {
+    if (p->w.dtype == FLOAT32) { FEW_TOKENS(FLOAT32) }
+    else if (p->w.dtype == BFLOAT16) { FEW_TOKENS(BFLOAT16) }
+    else { FEW_TOKENS(FLOAT16) }
+}
+
+/* The weights of one row from `column` on, as floats; gives the offset behind them. */
+INLINE int64_t expand_row(int32_t dtype, const struct weight *w, int64_t row, int64_t column, int64_t columns,
+                          int64_t offset, float *out) {
+    const uint8_t *bits = w->bits + row * w->row_bytes;
+    const int64_t end = column + columns, size = size_of(dtype);
+    vec weights[PARTS];
+    for (; column + 64 <= end && offset + 64 <= w->num_values && column + 64 <= w->in_features; column += 64) {
+        const uint64_t word = load_bits(bits + column / 8, 8);
+        for (int step = 0; step < 64 / STEP; step++) {
+            mask_t mask = (mask_t)(word >> step * STEP);
+            expand(dtype, (const char *)w->values + offset * size, mask, weights);
+            offset += count_bits(mask);
+            for (int part = 0; part < PARTS; part++, out += LANES) v_store(out, weights[part]);
+        }
+    }
+    for (; column < end; column += STEP) {
+        char copy[STEP * 4] = {0};
+        mask_t mask = (mask_t)load_bits(bits + column / 8, w->row_bytes - column / 8);
+        expand(dtype, readable(w, dtype, offset, copy), mask, weights);
+        offset += count_bits(mask);
+        for (int part = 0; part < PARTS; part++, out += LANES) v_store(out, weights[part]);
+    }
+    return offset;
+}
+
+/* sums[4 rows][tokens] += tile · x over `columns` columns. */
+INLINE void inner(int tokens, const float *tile, const float *x, int64_t stride, int64_t columns, float *sums,
+                  int64_t next_row) {
+    vec sum[4 * BLOCK_TOKENS];
+    for (int r = 0; r < 4; r++)
+        for (int token = 0; token < tokens; token++)
+            sum[r * tokens + token] = v_load(sums + r * next_row + token * LANES);
+    for (int64_t column = 0; column < columns; column += LANES) {
+        vec one[BLOCK_TOKENS];
+        for (int token = 0; token < tokens; token++) one[token] = v_load(x + token * stride + column);
+        for (int r = 0; r < 4; r++) {
+            const vec weights = v_load(tile + r * COLUMNS + column);
+            for (int token = 0; token < tokens; token++)
+                sum[r * tokens + token] = v_fma(weights, one[token], sum[r * tokens + token]);
+        }
+    }
+    for (int r = 0; r < 4; r++)
+        for (int token = 0; token < tokens; token++)
+            v_store(sums + r * next_row + token * LANES, sum[r * tokens + token]);
+}
+
+INLINE void some_rows(int32_t dtype, const struct product *p, int64_t begin, int64_t end, float *sums) {
+    const struct weight *w = &p->w;
+    const int64_t next_row = p->tokens * LANES;
+    float tile[ROWS * COLUMNS] __attribute__((aligned(64)));
+    for (int64_t row = begin; row < end; row += ROWS) {
+        const int rows = end - row < ROWS ? (int)(end - row) : ROWS;
+        int64_t offset[ROWS];
+        memset(sums, 0, ROWS * next_row * sizeof(float));
+        if (rows < ROWS) memset(tile, 0, sizeof(tile));
+        for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r);
+        for (int64_t column = 0; column < w->in_features; column += COLUMNS) {
+            int64_t columns = w->in_features - column;
+            columns = columns < COLUMNS ? (columns + STEP - 1) / STEP * STEP : COLUMNS;
+            for (int r = 0; r < rows; r++)
+                offset[r] = expand_row(dtype, w, row + r, column, columns, offset[r], tile + r * COLUMNS);
+            for (int r = 0; r < rows; r += 4) {
+                int64_t token = 0;
+                for (; token + BLOCK_TOKENS <= p->tokens; token += BLOCK_TOKENS)
+                    inner(BLOCK_TOKENS, tile + r * COLUMNS, p->x + token * p->stride + column, p->stride, columns,
+                          sums + r * next_row + token * LANES, next_row);
+                for (; token < p->tokens; token++)
+                    inner(1, tile + r * COLUMNS, p->x + token * p->stride + column, p->stride, columns,
+                          sums + r * next_row + token * LANES, next_row);
+            }
+        }
+        for (int64_t token = 0; token < p->tokens; token++)
+            for (int r = 0; r < rows; r++)
+                finish(dtype, p, row + r, token, v_sum(v_load(sums + r * next_row + token * LANES)));
+    }
+}
+
+static void some(const struct product *p, int64_t begin, int64_t end) {
+    float *sums = NULL;
+    if (posix_memalign((void **)&sums, 64, ROWS * p->tokens * LANES * sizeof(float))) {
+        *p->failed = 1;
+        return;
+    }
+    if (p->w.dtype == FLOAT32) some_rows(FLOAT32, p, begin, end, sums);
+    else if (p->w.dtype == BFLOAT16) some_rows(BFLOAT16, p, begin, end, sums);
+    else some_rows(FLOAT16, p, begin, end, sums);
+    free(sums);
+}
+
+/* sums[vectors] += the kept weights of 64 columns, whose mask is `word`, times their rows of xt [64][vectors]. */
+INLINE void kept_columns(int32_t dtype, int vectors, const void *values, uint64_t word, const float *xt, float *sums) {
+    vec sum[VECTORS];
+    for (int v = 0; v < vectors; v++) sum[v] = v_load(sums + v * LANES);
+    for (int64_t index = 0; word; index++, word &= word - 1) {
+        const float *x = xt + __builtin_ctzll(word) * (vectors * LANES);
+        __asm__("" : "+r"(x)); /* one address, not one for each load */
+        const vec weight = v_splat(load_number(dtype, values, index));
+        for (int v = 0; v < vectors; v++) sum[v] = v_fma(weight, v_load(x + v * LANES), sum[v]);
+    }
+    for (int v = 0; v < vectors; v++) v_store(sums + v * LANES, sum[v]);
+}
+
+/* Rows of one block of tokens, xt [in][vectors * LANES]: 64 columns of x stay in the first cache for PANEL rows. */
+INLINE void many_rows(int32_t dtype, int vectors, const struct product *p, int64_t begin, int64_t end, const float *xt,
+                      int64_t token, int64_t tokens, float *sums) {
+    const struct weight *w = &p->w;
+    const int width = vectors * LANES;
+    const char *values = w->values;
+    const int64_t size = size_of(dtype);
+    int64_t offset[PANEL + AHEAD] = {0};
+    for (int64_t row = begin; row < end; row += PANEL) {
+        const int rows = end - row < PANEL ? (int)(end - row) : PANEL;
+        for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r);
+        memset(sums, 0, rows * width * sizeof(float));
+        for (int64_t column = 0; column < w->in_features; column += 64)
+            for (int r = 0; r < rows; r++) {
+                const uint8_t *bits = w->bits + (row + r) * w->row_bytes + column / 8;
+                const uint64_t word = load_bits(bits, w->row_bytes - column / 8);
+                __builtin_prefetch(values + offset[r + AHEAD] * size);
+                __builtin_prefetch(values + offset[r + AHEAD] * size + 64);
+                __builtin_prefetch(bits + AHEAD * w->row_bytes);
+                const int count = __builtin_popcountll(word);
+                if (offset[r] + count > w->num_values) continue; /* a mask that lies */
+                kept_columns(dtype, vectors, values + offset[r] * size, word, xt + column * width, sums + r * width);
+                offset[r] += count;
+            }
+        for (int t = 0; t < tokens; t++)
+            for (int r = 0; r < rows; r++) finish(dtype, p, row + r, token + t, sums[r * width + t]);
+    }
+}
+
+/* `body` for each block of transposed tokens, whose width is known when this is compiled. */
+#define FOR_BLOCKS_OF(dtype, body, ...)                                                                                \
+    for (int64_t token = 0; token < p->tokens; token += BLOCK) {                                                       \
+        const int64_t left = p->tokens - token, tokens = left < BLOCK ? left : BLOCK;                                  \
+        const float *block = p->x + token * p->stride;                                                                 \
+        if (tokens > BLOCK / 2) body(dtype, VECTORS, p, begin, end, block, token, tokens, __VA_ARGS__);                \
+        else if (tokens > BLOCK / 4) body(dtype, VECTORS / 2, p, begin, end, block, token, tokens, __VA_ARGS__);       \
+        else body(dtype, VECTORS / 4, p, begin, end, block, token, tokens, __VA_ARGS__);                               \
+    }
+#define FOR_BLOCKS(body, ...)                                                                                          \
+    if (p->w.dtype == FLOAT32) { FOR_BLOCKS_OF(FLOAT32, body, __VA_ARGS__) }                                           \
+    else if (p->w.dtype == BFLOAT16) { FOR_BLOCKS_OF(BFLOAT16, body, __VA_ARGS__) }                                    \
+    else { FOR_BLOCKS_OF(FLOAT16, body, __VA_ARGS__) }
+
+static void many(const struct product *p, int64_t begin, int64_t end) {
+    float *sums = NULL;
+    if (posix_memalign((void **)&sums, 64, PANEL * BLOCK * sizeof(float))) {
+        *p->failed = 1;
+        return;
+    }
+    FOR_BLOCKS(many_rows, sums)
+    free(sums);
+}
+
+/* The values of a row panel that begin at the first column of a thread: those of the columns before are counted. */
+INLINE void start_rows(const struct weight *w, int64_t column, int64_t *offset) {
+    for (int64_t row = 0; row < w->out_features; row++) {
+        const uint8_t *bits = w->bits + row * w->row_bytes;
+        offset[row] = row_start(w, row);
+        for (int64_t byte = 0; byte < column / 8; byte += 8) offset[row] += __builtin_popcountll(load_bits(bits + byte, 8));
+    }
+}
+
+/* The transpose of 64 x 64 bits (Hacker's Delight, 7-3): bit r of word c is bit c of word r. */
+INLINE void transpose_bits(uint64_t *words) {
+    uint64_t mask = 0x00000000ffffffff;
+    for (int half = 32; half; half >>= 1, mask ^= mask << half)
+        for (int row = 0; row < 64; row = ((row | half) + 1) & ~half) {
+            const uint64_t swap = ((words[row] >> half) ^ words[row | half]) & mask;
+            words[row] ^= swap << half;
+            words[row | half] ^= swap;
+        }
+}
+
+/* A tile of 64 x 64 weights by column: bits [column], and the kept values of a column after those of the one before. */
+INLINE void transpose_tile(int32_t dtype, const struct weight *w, int64_t row, int64_t column, int64_t *offset,
+                           uint64_t *words, float *values) {
+    uint64_t rows[64] = {0};
+    const int64_t size = size_of(dtype);
+    for (int r = 0; r < 64 && row + r < w->out_features; r++) {
+        const uint8_t *bits = w->bits + (row + r) * w->row_bytes + column / 8;
+        rows[r] = load_bits(bits, w->row_bytes - column / 8);
+        if (offset[row + r] + __builtin_popcountll(rows[r]) > w->num_values) rows[r] = 0; /* a mask that lies */
+        __builtin_prefetch((const char *)w->values + offset[row + r] * size);
+        __builtin_prefetch((const char *)w->values + offset[row + r] * size + 64);
+    }
+    memcpy(words, rows, sizeof(rows));
+    transpose_bits(words);
+    float *next[64];
+    for (int c = 0, kept = 0; c < 64; c++) {
+        next[c] = values + kept;
+        kept += __builtin_popcountll(words[c]);
+    }
+    for (int r = 0; r < 64 && row + r < w->out_features; r++) {
+        const void *from = (const char *)w->values + offset[row + r] * size;
+        int64_t index = 0;
+        for (uint64_t word = rows[r]; word; word &= word - 1) {
+            float **place = next + __builtin_ctzll(word);
+            *(*place)++ = load_number(dtype, from, index++);
+        }
+        offset[row + r] += index;
+    }
+}
+
+/* sums [64 columns][vectors] += a transposed tile times the gradient of its rows, gt [64 rows][vectors]. */
+INLINE void tile_columns(int vectors, const uint64_t *words, const float *values, const float *gt, float *sums) {
+    for (int c = 0; c < 64; c++) {
+        kept_columns(FLOAT32, vectors, values, words[c], gt, sums + c * vectors * LANES);
+        values += __builtin_popcountll(words[c]);
+    }
+}
+
+INLINE int block_vectors(int64_t tokens) { return tokens > BLOCK / 2 ? VECTORS : tokens > BLOCK / 4 ? VECTORS / 2 : VECTORS / 4; }
+
+INLINE void input_columns(int32_t dtype, const struct product *p, int64_t column, int64_t *offset, float *sums) {
+    const struct weight *w = &p->w;
+    float values[64 * 64];
+    uint64_t words[64];
+    memset(sums, 0, (p->tokens + BLOCK - 1) / BLOCK * BLOCK * 64 * sizeof(float));
+    for (int64_t row = 0; row < w->out_features; row += 64) {
+        transpose_tile(dtype, w, row, column, offset, words, values);
+        for (int64_t token = 0; token < p->tokens; token += BLOCK) {
+            const int vectors = block_vectors(p->tokens - token);
+            const float *gt = p->x + token * p->stride + row * vectors * LANES;
+            float *sum = sums + token * 64;
+            if (vectors == VECTORS) tile_columns(VECTORS, words, values, gt, sum);
+            else if (vectors == VECTORS / 2) tile_columns(VECTORS / 2, words, values, gt, sum);
+            else tile_columns(VECTORS / 4, words, values, gt, sum);
+        }
+    }
+    const int64_t left = w->in_features - column, columns = left < 64 ? left : 64;
+    for (int64_t token = 0; token < p->tokens; token++) {
+        const int64_t block = token / BLOCK * BLOCK;
+        const float *sum = sums + block * 64 + token % BLOCK;
+        const int width = block_vectors(p->tokens - block) * LANES;
+        for (int64_t c = 0; c < columns; c++)
+            store_number(dtype, p->y, token * w->in_features + column + c, sum[c * width]);
+    }
+}
+
+/* Blocks of 64 columns [begin, end) of grad_x [tokens, in] = grad · W; p->x is the transposed gradient, p->y grad_x. */
+static void grad_input(const struct product *p, int64_t begin, int64_t end) {
+    const int32_t dtype = p->w.dtype;
+    int64_t *offset = calloc(p->w.out_features, sizeof(int64_t));
+    float *sums = NULL;
+    if (offset && !posix_memalign((void **)&sums, 64, (p->tokens + BLOCK) * 64 * sizeof(float))) {
+        start_rows(&p->w, begin * 64, offset);
+        for (int64_t column = begin * 64; column < end * 64 && column < p->w.in_features; column += 64)
+            if (dtype == FLOAT32) input_columns(FLOAT32, p, column, offset, sums);
+            else if (dtype == BFLOAT16) input_columns(BFLOAT16, p, column, offset, sums);
+            else input_columns(FLOAT16, p, column, offset, sums);
+    } else *p->failed = 1;
+    free(offset);
+    free(sums);
+}
+
+/* grads[index] += the products of one row's gradient, gt [vectors], and its kept columns of xt [64][vectors]. */
+INLINE void kept_products(int vectors, uint64_t word, const float *gt, const float *xt, float *grads) {
+    vec gradient[VECTORS];
+    for (int v = 0; v < vectors; v++) gradient[v] = v_load(gt + v * LANES);
+    for (int64_t index = 0; word; index++, word &= word - 1) {
+        const float *x = xt + __builtin_ctzll(word) * (vectors * LANES);
+        __asm__("" : "+r"(x));
+        vec even = v_zero(), odd = v_zero();
+        for (int v = 0; v < vectors; v += 2) {
+            even = v_fma(gradient[v], v_load(x + v * LANES), even);
+            odd = v_fma(gradient[v + 1], v_load(x + (v + 1) * LANES), odd);
+        }
+        grads[index] += v_sum(v_add(even, odd));
+    }
+}
+
+INLINE void correlate(int32_t dtype, int vectors, const struct product *p, int64_t begin, int64_t end, const float *xt,
+                      int64_t token, int64_t tokens, const float *gradient) {
+    const struct weight *w = &p->w;
+    const int width = vectors * LANES;
+    const float *gt = gradient + token * ((w->out_features + 63) / 64 * 64);
+    int64_t offset[PANEL + AHEAD] = {0};
+    (void)tokens, (void)dtype;
+    for (int64_t row = begin; row < end; row += PANEL) {
+        const int rows = end - row < PANEL ? (int)(end - row) : PANEL;
+        for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r);
+        for (int64_t column = 0; column < w->in_features; column += 64)
+            for (int r = 0; r < rows; r++) {
+                const uint8_t *bits = w->bits + (row + r) * w->row_bytes + column / 8;
+                const uint64_t word = load_bits(bits, w->row_bytes - column / 8);
+                const int count = __builtin_popcountll(word);
+                __builtin_prefetch((float *)p->y + offset[r + AHEAD]);
+                __builtin_prefetch((float *)p->y + offset[r + AHEAD] + 16);
+                __builtin_prefetch(bits + AHEAD * w->row_bytes);
+                if (offset[r] + count > w->num_values) continue; /* a mask that lies */
+                kept_products(vectors, word, gt + (row + r) * width, xt + column * width, (float *)p->y + offset[r]);
+                offset[r] += count;
+            }
+    }
+}
+
+/* Rows [begin, end) of the gradient of the values, added to p->y, floats: grad^T · x at the mask. p->x is x transposed,
+ * `gradient` grad transposed. */
+static void grad_values(const struct product *p, const float *gradient, int64_t begin, int64_t end) {
+    FOR_BLOCKS_OF(FLOAT32, correlate, gradient)
+}
+
+INLINE void expand_floats(int32_t dtype, const struct weight *w, int64_t row, float *out) {
+    const int64_t whole = w->in_features / STEP * STEP;
+    int64_t offset = expand_row(dtype, w, row, 0, whole, row_start(w, row), out);
+    float rest[STEP];
+    if (whole == w->in_features) return;
+    expand_row(dtype, w, row, whole, STEP, offset, rest);
+    memcpy(out + whole, rest, (w->in_features - whole) * sizeof(float));
+}
+
+INLINE void expand_halves(const struct weight *w, int64_t row, uint16_t *out) {
+    const uint8_t *bits = w->bits + row * w->row_bytes;
+    int64_t offset = row_start(w, row);
+    for (int64_t column = 0; column < w->in_features; column += STEP) {
+        char copy[STEP * 2] = {0};
+        uint16_t rest[STEP];
+        const int64_t left = w->in_features - column;
+        mask_t mask = (mask_t)(load_bits(bits + column / 8, w->row_bytes - column / 8));
+        expand_2_bytes(readable(w, BFLOAT16, offset, copy), mask, left < STEP ? rest : out + column);
+        if (left < STEP) memcpy(out + column, rest, left * sizeof(uint16_t));
+        offset += count_bits(mask);
+    }
+}
+
+static void expand_rows(const struct weight *w, int64_t begin, int64_t end, int32_t as_float, void *out) {
+    for (int64_t row = begin; row < end; row++) {
+        const int64_t place = (row - begin) * w->in_features;
+        if (w->dtype == FLOAT32) expand_floats(FLOAT32, w, row, (float *)out + place);
+        else if (!as_float) expand_halves(w, row, (uint16_t *)out + place);
+        else if (w->dtype == BFLOAT16) expand_floats(BFLOAT16, w, row, (float *)out + place);
+        else expand_floats(FLOAT16, w, row, (float *)out + place);
+    }
+}
+
+static void widen(int32_t dtype, const void *from, int64_t count, float *to) {
+    if (dtype == FLOAT32) memcpy(to, from, count * sizeof(float));
+    else if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) to[i] = load_number(BFLOAT16, from, i);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = load_number(FLOAT16, from, i);
+}
+
+#define NAME_(unit) #unit
+#define NAME(unit) NAME_(unit)
+const struct unit JOIN(unit, UNIT) = {NAME(UNIT), few, some, many, grad_input, grad_values, expand_rows, widen};
