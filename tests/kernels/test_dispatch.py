@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from optimum_ksparse import kernels
-from optimum_ksparse.kernels import cache, dispatch, hardware, why_not_native
+from optimum_ksparse.kernels import cache, candidates, dispatch, hardware, why_not_native
 
 from ..conftest import REPOSITORY
 
@@ -41,6 +41,7 @@ def gpu(monkeypatch):
     """The CPU counts as a GPU that has kernels; none is run."""
     monkeypatch.setattr(hardware, "runs_kernels", lambda device: True)
     monkeypatch.setattr(hardware, "why_no_kernels", lambda device: None)
+    monkeypatch.setattr(candidates, "why_not_native", lambda: "this is a GPU")
 
 
 class Clock:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_ksparse import SparseLinear, SparsityConfig, kernels, sparsify
 from optimum_ksparse.checkpoint import sparse_layers
-from optimum_ksparse.kernels import dispatch, hardware
+from optimum_ksparse.kernels import candidates, dispatch, hardware
 from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.runtime import RuntimeConfig, autotune, configure
 
@@ -35,6 +35,7 @@ def gpu(monkeypatch, tmp_path):
     pytest.importorskip("triton")
     monkeypatch.setattr(hardware, "runs_kernels", lambda device: True)
     monkeypatch.setattr(hardware, "why_no_kernels", lambda device: None)
+    monkeypatch.setattr(candidates, "why_not_native", lambda: "this is a GPU")
     monkeypatch.setenv("KSPARSE_CACHE", str(tmp_path / "speeds"))
     monkeypatch.delenv("KSPARSE_KERNEL", raising=False)
 

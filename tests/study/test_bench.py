@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from optimum_ksparse import SparsityConfig, kernels, sparsify
-from optimum_ksparse.kernels import hardware
+from optimum_ksparse.kernels import candidates, hardware
 from optimum_ksparse.study.benchmark import (
     FIGURE_NAME,
     MODELS,
@@ -67,14 +67,11 @@ def test_a_run_on_shapes(tmp_path):
     run(shapes=["32x64"], tokens=[1, 3], dtype="float32", output=str(tmp_path), device="cpu")
     data = json.loads((tmp_path / RESULTS_NAME).read_text())
     assert set(data) == {"hardware", "versions", "rows", "models"}
-    assert [(row["pattern"], row["tokens"]) for row in data["rows"]] == [
-        ("2:4", 1),
-        ("2:4", 3),
-        ("4:8", 1),
-        ("4:8", 3),
-    ]
+    products = [("2:4", 1), ("2:4", 3), ("4:8", 1), ("4:8", 3)]
+    assert [(row["pattern"], row["tokens"]) for row in data["rows"] if row["chosen"]] == products
+    assert {row["kernel"] for row in data["rows"]} <= {"native", "reference"}
     for row in data["rows"]:
-        assert row.keys() >= KEYS and row["chosen"] is True and row["kernel"] == "reference"
+        assert row.keys() >= KEYS
         assert row["shape"] == [32, 64] and row["dense_bytes"] == 32 * 64 * 4
         assert row["speedup"] == pytest.approx(row["dense_us"] / row["sparse_us"], rel=1e-2)
     assert data["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
@@ -86,6 +83,7 @@ def test_every_kernel_has_a_row_and_the_dispatch_takes_the_chosen_one(monkeypatc
     pytest.importorskip("triton")
     monkeypatch.setattr(hardware, "runs_kernels", lambda device: True)
     monkeypatch.setattr(hardware, "why_no_kernels", lambda device: None)
+    monkeypatch.setattr(candidates, "why_not_native", lambda: "this is a GPU")
     monkeypatch.setenv("KSPARSE_CACHE", str(tmp_path))
     speeds = {"gemv": 7.0, "dot": 6.0, "decompress": 9.0, "dense": 8.0}
     monkeypatch.setattr(
@@ -158,12 +156,12 @@ def test_what_was_measured_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "bench_layers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(shapes=["32x64"], tokens=[1, 2], dtype="float32", output=str(tmp_path), device="cpu")
-    assert len(BenchResults.load(tmp_path / RESULTS_NAME).rows) == 1
+    assert {row["tokens"] for row in BenchResults.load(tmp_path / RESULTS_NAME).rows} == {1}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([RESULTS_NAME, FIGURE_NAME])
     calls[:] = calls[:1]  # interrupted in the first product: the earlier results stay
     with pytest.raises(KeyboardInterrupt):
         run(shapes=["32x64"], tokens=[1, 2], dtype="float32", output=str(tmp_path), device="cpu")
-    assert len(BenchResults.load(tmp_path / RESULTS_NAME).rows) == 1
+    assert {row["tokens"] for row in BenchResults.load(tmp_path / RESULTS_NAME).rows} == {1}
 
 
 @pytest.mark.parametrize(
