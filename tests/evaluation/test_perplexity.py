@@ -179,8 +179,7 @@ def test_half_precision_models_are_measured_in_float32(
 
 
 @pytest.mark.parametrize("max_tokens", [2, 16, 17, 40, 10_000])
-@pytest.mark.parametrize("stride", [None, 6])
-@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(("stride", "bos"), [(None, True), (6, False)])
 def test_max_tokens_limits_the_positions_used(
     bos: bool, stride: int | None, max_tokens: int, make_model: MakeModel, tokenizer: Tokenizer
 ) -> None:
@@ -228,9 +227,17 @@ def test_beginning_token_is_the_tokenizers_own_choice(
     check(model, tokenizer, TEXTS[:2], found, seq_len=16, bos=adds_bos)
 
 
-@pytest.mark.parametrize("texts", [TEXTS, RARE_TEXTS])
-@pytest.mark.parametrize(("seq_len", "stride"), [(3, None), (5, 2), (8, None), (CONTEXT, None)])
-@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(
+    ("bos", "seq_len", "stride", "texts"),
+    [
+        (True, 3, None, RARE_TEXTS),
+        (False, 3, None, TEXTS[:2]),
+        (True, 5, 2, TEXTS[:2]),
+        (False, 5, 2, RARE_TEXTS),
+        (False, 8, None, RARE_TEXTS),
+        (True, CONTEXT, None, TEXTS),
+    ],
+)
 def test_bytes_of_characters_split_over_tokens_count_once(
     bos: bool, seq_len: int, stride: int | None, texts: list[str], make_model: MakeModel, tokenizer: Tokenizer
 ) -> None:
@@ -246,8 +253,7 @@ def test_bytes_of_characters_split_over_tokens_count_once(
 
 
 @pytest.mark.parametrize("texts", [TEXTS[:2], RARE_TEXTS])
-@pytest.mark.parametrize(("seq_len", "stride"), [(8, None), (8, 3), (CONTEXT, None)])
-@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(("bos", "seq_len", "stride"), [(True, 8, None), (False, 8, 3), (False, CONTEXT, None)])
 def test_tokenizer_without_offsets_gives_the_same_to_a_character_a_gap(
     bos: bool, seq_len: int, stride: int | None, texts: list[str], make_model: MakeModel, tokenizer: Tokenizer
 ) -> None:

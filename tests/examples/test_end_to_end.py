@@ -68,20 +68,23 @@ def test_kobest_is_that_of_the_harness(gguf, shared, tmp_path):
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     data_dir = shared / "data/kobest"
-    items = int(os.environ.get("KOBEST_ITEMS", "2"))  # 50 take some ten minutes on 2 cores
-    found = evaluate_kobest(model, tokenizer, limit=items, batch_size=4, data_dir=data_dir)
-    assert_equal(found, harness(model, tokenizer, data_dir, tmp_path, limit=items))
-    assert [found[task]["num_samples"] for task in KOBEST_TASKS] == [items] * 5
-    assert items < 4 or all(0 < found[task]["f1"] < 1 for task in KOBEST_TASKS)
+    # 50 items of all tasks take some ten minutes on 2 cores.
+    items = int(os.environ.get("KOBEST_ITEMS", "2"))
+    tasks = KOBEST_TASKS if items > 2 else ("copa", "hellaswag")
+    found = evaluate_kobest(model, tokenizer, tasks=tasks, limit=items, batch_size=4, data_dir=data_dir)
+    assert_equal(found, harness(model, tokenizer, data_dir, tmp_path, tasks, limit=items))
+    assert [found[task]["num_samples"] for task in tasks] == [items] * len(tasks)
+    assert items < 4 or all(0 < found[task]["f1"] < 1 for task in tasks)
 
 
-def test_memory_of_pruning_a_checkpoint_of_a_gigabyte_from_disk_to_disk(monkeypatch):
-    """The script measures 2.3 GB, and the same in memory as well: 3.8 GB where this is 0.5 GB."""
+def test_memory_of_pruning_a_large_checkpoint_from_disk_to_disk(monkeypatch):
+    """The script measures 2.3 GB, and the same in memory as well: 3.8 GB where this is 0.5 GB. In memory, what is
+    pruned here would take 1 GB."""
     monkeypatch.syspath_prepend(REPOSITORY / "examples/benchmarks")
     from streaming_memory import measure
 
-    found = measure(1.0, "wanda", samples=1, seq_len=32, ways=["streaming"])
-    assert found["checkpoint"] >= 10**9
+    found = measure(0.6, "wanda", samples=1, seq_len=32, ways=["streaming"])
+    assert found["checkpoint"] >= 6 * 10**8
     over = found["streaming"] - found["importing"] - found["embeddings"] - found["activations"]
     print(f"peak over a process that only imports, embeddings and activations: {over / 1e9:.2f} GB")
     assert over < 0.6 * 10**9

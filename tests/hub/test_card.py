@@ -260,7 +260,7 @@ def test_nasty_values_are_plain_text(part: int) -> None:
         check_contained(value, LANGUAGES[number % 2], number % 4 > 1)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(value=values, language=st.sampled_from(LANGUAGES), adapter=st.booleans())
 def test_any_value_is_plain_text(value: str, language: str, adapter: bool) -> None:
     check_contained(value, language, adapter)
