@@ -182,7 +182,7 @@ def test_decompress_and_gather_of_all_masks(pattern):
     assert_same_bits(gather(found, bits, GROUPS[pattern]), values)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [3, 8])
 def test_decompress_in_chunks(rows, fences):
     weight, x = make_weight(7, 48), random_tensor(5, 48)
     for bias in (random_tensor(7), None):
@@ -232,7 +232,7 @@ SHAPES = [
     ("2:4", 5, 20, 3),
     ("4:8", 1, 8, 1),
     ("2:4", 3, 528, 2),
-    ("4:8", 5, 24, 3),
+    ("4:8", 2, 24, 3),
     ("4:8", 9, 136, 17),
 ]
 
@@ -285,12 +285,13 @@ INPUTS = {
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_inputs_of_any_form(kind):
-    x, weight, bias = INPUTS[kind](), make_weight(3, 48), random_tensor(3)
-    for name in ("gemv", "dot", "decompress"):
+    x, weight, bias = INPUTS[kind](), make_weight(2, 48), random_tensor(2)
+    names, place = ("gemv", "dot", "decompress"), [*INPUTS].index(kind) % 3
+    for name in names[place : place + 1] if INTERPRETED else names:
         y = linear(x, weight, bias, name)
         assert y.is_contiguous()
         assert_close(y, exact(x, weight, bias), x.dtype)
-        assert linear(random_tensor(2, 0, 48), weight, None, name).shape == (2, 0, 3)
+        assert linear(random_tensor(2, 0, 48), weight, None, name).shape == (2, 0, 2)
 
 
 def shifted(tensor):

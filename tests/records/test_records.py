@@ -95,13 +95,18 @@ def test_a_report_with_any_field_changed_is_refused_by_name_or_printed_and_shown
             if report is not None:
                 taken += 1
                 assert harmless(str(report)), (place, value)
-                language = ("en", "ko")[taken % 2]
-                assert harmless(render_card(make_subject(report), language)), (place, value)
+                if taken % 3 == 0:  # which takes ten times as long
+                    assert harmless(render_card(make_subject(report), ("en", "ko")[taken % 2])), (place, value)
     assert taken > 20
 
 
-@pytest.mark.parametrize("name", ["", "$x_{$", "layers." + "9" * 5000 + ".q", "layers." + "9" * 400 + ".q", "가\n나"])
-@pytest.mark.parametrize("error", [0, 1e300, 5e-324])
+NINES = [f"layers.{'9' * digits}.q" for digits in (5000, 400)]
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("", 0), ("$x_{$", 1e300), (NINES[0], 5e-324), (NINES[1], 0), ("가\n나", 1e300), ("", 5e-324)],
+)
 def test_figures_of_anything_that_is_read(name: str, error: float, tmp_path: Path) -> None:
     report = make_report()
     report.layers[0].name, report.layers[0].relative_output_error = name, error
@@ -110,14 +115,18 @@ def test_figures_of_anything_that_is_read(name: str, error: float, tmp_path: Pat
 
 
 def test_results_with_any_field_changed_are_refused_by_name_or_shown(tmp_path: Path) -> None:
-    good = asdict(make_results())
+    results = make_results()
+    del results.sparse[2:], results.dense[2:]
+    good, taken = asdict(results), 0
     for place in places(good):
         for value in HOSTILE:
             results = reads(EvaluationResults, tmp_path / RESULTS_NAME, with_value(good, place, value), place)
             if results is not None:
                 assert harmless(results_table(results)), (place, value)
-                if not isinstance(value, int | float):
+                taken += 1
+                if taken % 3 == 0:
                     assert harmless(render_card(make_subject(results=results))), (place, value)
+    assert taken > 20
 
 
 def test_a_report_of_merging_with_any_field_changed(tmp_path: Path) -> None:
