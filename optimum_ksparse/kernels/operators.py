@@ -9,7 +9,7 @@ import torch
 
 from ..packing import unpack, unpack_mask
 from .candidates import GROUPS, KERNELS, PackedWeight, Problem, aligned
-from .cpu import NativeWeight
+from .cpu import NativeWeight, multiplies_in
 from .dispatch import choose
 from .products import mm
 
@@ -23,7 +23,7 @@ def decompress(values: torch.Tensor, bits: torch.Tensor, in_features: int, patte
         from .triton.dense import decompress
 
         return decompress(aligned(values), aligned(bits), in_features, GROUPS[pattern])
-    if _is_native(values, values):
+    if _is_native(values):
         values, bits = values.contiguous(), bits.contiguous()
         return NativeWeight(values, bits, in_features).dense()
     return unpack(values, bits, in_features)
@@ -39,7 +39,7 @@ def grad_input(
     grad: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, in_features: int, pattern: str
 ) -> torch.Tensor:
     """grad·W: grad [..., out] to [..., in_features]."""
-    if _is_native(grad, values):
+    if _has_native_gradients(grad, values):
         values, bits = values.contiguous(), bits.contiguous()
         return NativeWeight(values, bits, in_features).grad_input(grad)
     weight = decompress(values, bits, in_features, pattern)
@@ -57,7 +57,7 @@ def grad_values(
 ) -> torch.Tensor:
     """gradᵀ·x at the mask, in the shape of the values; grad [..., out], x [..., in]."""
     in_features = x.shape[-1]
-    if _is_native(grad, values):
+    if _has_native_gradients(grad, values):
         values, bits = values.contiguous(), bits.contiguous()
         sums = NativeWeight(values, bits, in_features).grad_values(grad, x)
         return sums.view(values.shape).to(values.dtype)
@@ -163,10 +163,13 @@ def _has_kernel(values: torch.Tensor, bits: torch.Tensor, in_features: int, patt
     return values.is_cuda and values.numel() > 0 and KERNELS["decompress"].why_not(problem) is None
 
 
-def _is_native(tensor: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether native code takes the place of products with a decompressed weight."""
+def _is_native(values: torch.Tensor) -> bool:
     problem = Problem(1, 1, 1, "", values.dtype, values.device)
-    return tensor.dtype == values.dtype and values.numel() > 0 and KERNELS["native"].why_not(problem) is None
+    return values.numel() > 0 and KERNELS["native"].why_not(problem) is None
+
+
+def _has_native_gradients(grad: torch.Tensor, values: torch.Tensor) -> bool:
+    return grad.dtype == values.dtype and _is_native(values) and not multiplies_in(values.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_ksparse.kernels import PackedWeight, choose
+from optimum_ksparse.kernels import PackedWeight, choose, operators
 from optimum_ksparse.kernels.cpu import NativeWeight, native, why_not_native
 from optimum_ksparse.nn import SparseLinear
 from optimum_ksparse.packing import pack_mask
@@ -208,6 +208,20 @@ def test_gradients_of_a_layer_are_the_dense_ones():
     kept = dense.grad[sparse.to_dense_weight() != 0]
     for gradient, reference in zip(grads, (x.grad, kept, bias.grad), strict=True):
         torch.testing.assert_close(gradient, reference)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_on_a_cpu_with_products_in_16_bit_many_tokens_take_those(monkeypatch, bias):
+    for module in (native, operators):
+        monkeypatch.setattr(module, "multiplies_in", lambda dtype: dtype is torch.bfloat16)
+    monkeypatch.setattr(native, "_PANEL_BYTES", 7 * 64 * 2)
+    sparse, x = layer(bias=bias), torch.randn(2, 20, 64).bfloat16().requires_grad_()
+    expected = F.linear(x, sparse.to_dense_weight(), sparse.bias)
+    with torch.no_grad():
+        assert torch.equal(sparse(x), expected)
+        torch.testing.assert_close(sparse(x[:1, :1]), expected[:1, :1], rtol=2e-2, atol=2e-2)
+    sparse(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(expected) @ sparse.to_dense_weight())
 
 
 @torch.no_grad()
