@@ -31,6 +31,21 @@ os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_U
 for name in ("NO_PROXY", "no_proxy"):
     os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
 
+# Native code is compiled once for all runs: the name of a library tells of its sources.
+COMPILED = Path(__file__).parent.parent / ".pytest_cache/compiled"
+COMPILED.mkdir(parents=True, exist_ok=True)
+(HF_HOME / "ksparse").mkdir()
+for library in COMPILED.glob("*.so"):
+    (HF_HOME / "ksparse" / library.name).symlink_to(library)
+
+
+@atexit.register
+def _keep_compiled() -> None:
+    for library in (HF_HOME / "ksparse").glob("*.so"):
+        if not library.is_symlink():
+            os.replace(shutil.copy(library, COMPILED / f"{os.getpid()}.part"), COMPILED / library.name)
+
+
 # A machine with much other work answers late, and no test fails for that.
 os.environ |= {"HF_HUB_ETAG_TIMEOUT": "3600", "HF_HUB_DOWNLOAD_TIMEOUT": "3600"}
 
