@@ -435,12 +435,9 @@ INLINE void kept_products(int vectors, uint64_t word, const float *gt, const flo
     for (int64_t index = 0; word; index++, word &= word - 1) {
         const float *x = xt + __builtin_ctzll(word) * (vectors * LANES);
         __asm__("" : "+r"(x));
-        vec even = v_zero(), odd = v_zero();
-        for (int v = 0; v < vectors; v += 2) {
-            even = v_fma(gradient[v], v_load(x + v * LANES), even);
-            odd = v_fma(gradient[v + 1], v_load(x + (v + 1) * LANES), odd);
-        }
-        grads[index] += v_sum(v_add(even, odd));
+        vec sums[2] = {v_zero(), v_zero()};
+        for (int v = 0; v < vectors; v++) sums[v % 2] = v_fma(gradient[v], v_load(x + v * LANES), sums[v % 2]);
+        grads[index] += v_sum(v_add(sums[0], sums[1]));
     }
 }
 

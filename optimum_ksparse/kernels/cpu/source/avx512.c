@@ -1,0 +1,74 @@
+/* AVX-512 F, BW, VL, VBMI and VBMI2: Intel since 2019 (Ice Lake), AMD since 2022 (Zen 4).
+ *
+ * 32 weights at a time: `vpexpandw` puts the kept 16-bit values at their places (from a register: from memory it is
+ * slow on Zen 4), then two vectors of 16 floats are made of them. A bfloat16 value goes into the upper half of its lane,
+ * which makes a float of it. */
+#include <immintrin.h>
+
+#include "ksparse.h"
+
+#define UNIT avx512
+#define LANES 16
+#define STEP 32
+#define BLOCK_TOKENS 4
+
+typedef __m512 vec;
+typedef uint32_t mask_t;
+
+#define v_zero() _mm512_setzero_ps()
+#define v_load(from) _mm512_loadu_ps(from)
+#define v_store(to, value) _mm512_storeu_ps(to, value)
+#define v_fma(a, b, sum) _mm512_fmadd_ps(a, b, sum)
+#define v_add(a, b) _mm512_add_ps(a, b)
+#define v_sum(value) _mm512_reduce_add_ps(value)
+#define v_splat(value) _mm512_set1_ps(value)
+#define count_bits(mask) __builtin_popcount(mask)
+
+/* For each byte of 16 lanes of 32 bits the byte of 16-bit value `lane` that `vpermb` puts there; the lower half of a
+ * lane is masked away. The other 16 values lie 32 bytes behind. */
+static uint8_t upper_halves[2][64] __attribute__((aligned(64)));
+
+__attribute__((constructor)) static void fill_tables(void) {
+    for (int part = 0; part < 2; part++)
+        for (int byte = 0; byte < 64; byte++) upper_halves[part][byte] = 32 * part + byte / 4 * 2 + byte % 2;
+}
+
+/* The barriers keep compilers from making one instruction of a load and an expansion. */
+static inline __m512i expand_32_halves(const void *values, mask_t mask) {
+    __m512i kept = _mm512_loadu_si512(values);
+    __asm__("" : "+v"(kept));
+    return _mm512_maskz_expand_epi16(mask, kept);
+}
+
+static inline vec expand_16_floats(const float *values, __mmask16 mask) {
+    vec kept = _mm512_loadu_ps(values);
+    __asm__("" : "+v"(kept));
+    return _mm512_maskz_expand_ps(mask, kept);
+}
+
+static inline void expand_bf16(const void *values, mask_t mask, vec *weights) {
+    const __mmask64 upper = 0xcccccccccccccccc;
+    const __m512i halves = expand_32_halves(values, mask);
+    for (int part = 0; part < 2; part++) {
+        const __m512i places = _mm512_load_si512(upper_halves[part]);
+        weights[part] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(upper, places, halves));
+    }
+}
+
+static inline void expand_16(const void *values, mask_t mask, vec *weights) {
+    const __m512i halves = expand_32_halves(values, mask);
+    weights[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    weights[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+}
+
+static inline void expand_2_bytes(const void *values, mask_t mask, uint16_t *out) {
+    _mm512_storeu_si512(out, expand_32_halves(values, mask));
+}
+
+static inline void expand_32(const void *values, mask_t mask, vec *weights) {
+    const __mmask16 low = (__mmask16)mask;
+    weights[0] = expand_16_floats(values, low);
+    weights[1] = expand_16_floats((const float *)values + count_bits(low), (__mmask16)(mask >> 16));
+}
+
+#include "product.h"

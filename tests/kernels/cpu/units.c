@@ -1,0 +1,196 @@
+/* Every function of one unit on random weights, compared with sums in double precision.
+ *
+ * `units NAME ROUNDS`: prints nothing and gives 0, or says what differs and gives 1. Each array ends where a page begins
+ * that may not be touched, and behind a byte that must not change. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "ksparse.h"
+
+const char *ksparse_unit(int32_t, int32_t *);
+int32_t ksparse_linear(parallel_for, int32_t, const struct weight *, const void *, int64_t, const void *, void *);
+int32_t ksparse_grad_input(parallel_for, int32_t, const struct weight *, const void *, int64_t, void *);
+int32_t ksparse_grad_values(parallel_for, int32_t, const struct weight *, const void *, const void *, int64_t, float *);
+int32_t ksparse_expand(parallel_for, int32_t, const struct weight *, int64_t, int64_t, int32_t, void *);
+
+enum { PAGE = 1 << 16, ARRAYS = 64 };
+
+static struct { char *base; size_t size, used; } arrays[ARRAYS];
+static int count, failures;
+static uint64_t state = 88172645463325252u;
+
+static uint64_t random_bits(void) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return state;
+}
+
+static int64_t below(int64_t limit) { return (int64_t)(random_bits() >> 20) % limit; }
+
+/* Memory in front of a page that may not be touched; freed by `release`. */
+static void *array(size_t bytes) {
+    const size_t size = (bytes + 64 + PAGE - 1) / PAGE * PAGE;
+    char *base = mmap(NULL, size + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED || mprotect(base + size, PAGE, PROT_NONE) || count == ARRAYS) abort();
+    memset(base, 0xa5, size);
+    arrays[count].base = base, arrays[count].size = size, arrays[count++].used = bytes;
+    return base + size - bytes;
+}
+
+static void fail(const char *what, double is, double should) {
+    if (failures++ < 20) printf("%s: %.9g, not %.9g\n", what, is, should);
+}
+
+static void release(void) {
+    for (; count; count--) {
+        const char *base = arrays[count - 1].base;
+        const size_t size = arrays[count - 1].size, before = size - arrays[count - 1].used;
+        for (size_t i = before - 64; i < before; i++)
+            if (base[i] != (char)0xa5) fail("a byte in front of an array changed", base[i], 0xa5);
+        munmap((void *)base, size + PAGE);
+    }
+}
+
+static double number(int32_t dtype, const void *from, int64_t index) {
+    if (dtype == FLOAT32) return ((const float *)from)[index];
+    const int bits = ((const uint16_t *)from)[index], fraction_bits = dtype == FLOAT16 ? 10 : 7;
+    const int exponent = (bits & 0x7fff) >> fraction_bits, fraction = bits & ((1 << fraction_bits) - 1);
+    const int highest = dtype == FLOAT16 ? 31 : 255, bias = highest / 2 + fraction_bits;
+    double size = ldexp(fraction + (exponent ? 1 << fraction_bits : 0), (exponent ? exponent : 1) - bias);
+    if (exponent == highest) size = fraction ? NAN : INFINITY;
+    return bits & 0x8000 ? -size : size;
+}
+
+/* Random numbers from 1/16 to 1, some of them zero or tiny, of either sign. */
+static void *numbers(int32_t dtype, int64_t length) {
+    void *to = array(length * (dtype == FLOAT32 ? 4 : 2));
+    for (int64_t i = 0; i < length; i++) {
+        const float value = (float)ldexp(1 + below(128) / 128.0, -(int)below(5)) * (below(2) ? 0.5f : -0.5f);
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        if (dtype == FLOAT32) ((float *)to)[i] = below(20) ? value : 0;
+        else if (dtype == BFLOAT16) ((uint16_t *)to)[i] = below(20) ? bits >> 16 : below(2);
+        else ((uint16_t *)to)[i] = below(20) ? (bits >> 16 & 0x8000) | ((bits >> 13 & 0x3ffff) - (112 << 10)) : below(2);
+    }
+    return to;
+}
+
+static int32_t serial(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void *), void *context) {
+    /* In uneven parts, as threads would. */
+    for (int64_t part; begin < end; begin += part) {
+        part = grain * (1 + below(3));
+        if (part > end - begin) part = end - begin;
+        body(begin, begin + part, context);
+    }
+    return 0;
+}
+
+static void compare(const char *what, int32_t dtype, double is, double should, double size) {
+    const double epsilon = dtype == FLOAT32 ? 0 : dtype == BFLOAT16 ? 0x1p-8 : 0x1p-11;
+    const double allowed = epsilon * fabs(should) * 1.001 + 1e-6 * size + (dtype == FLOAT16 ? 0x1p-25 : 0x1p-126);
+    if (!(fabs(is - should) <= allowed)) fail(what, is, should);
+}
+
+/* A weight with a random mask of `kind`: n:m (0), any (1), any with empty and full rows (2), one that lies (3, 4). */
+static struct weight make_weight(int kind, int32_t dtype, int64_t out, int64_t in) {
+    struct weight w = {.out_features = out, .in_features = in, .row_bytes = (in + 7) / 8, .dtype = dtype};
+    uint8_t *bits = array(out * w.row_bytes);
+    int64_t *starts = array(out * 8), kept = 0;
+    const int64_t density = 1 + below(8);
+    w.per_row = kind == 0 || kind == 3 ? in / 4 * 2 : 0;
+    memset(bits, 0, out * w.row_bytes);
+    for (int64_t row = 0; row < out; row++) {
+        const int64_t all = kind == 2 ? below(3) : 1;
+        starts[row] = kept;
+        for (int64_t column = 0, left = 0; column < in; column++) {
+            if (column % 4 == 0) left = in - column >= 4 ? 2 : 0;
+            int keep = w.per_row ? below(4 - column % 4) < left : all == 0 ? 0 : all == 2 ? 1 : below(8) < density;
+            left -= keep, kept += keep;
+            bits[row * w.row_bytes + column / 8] |= keep << column % 8;
+        }
+    }
+    if (kind == 3) /* more bits than values, in the padding too */
+        for (int64_t i = 0; i < out * w.row_bytes; i++) bits[i] = below(3) ? 255 : 0;
+    w.num_values = kind == 3 ? out * w.per_row / 2 : kind == 4 ? below(kept + 1) : kept;
+    if (kind == 3) w.per_row /= 2;
+    w.starts = kind == 0 || kind == 3 ? NULL : starts;
+    w.values = numbers(dtype, w.num_values), w.bits = bits;
+    return w;
+}
+
+static void check_round(int32_t unit, int kind, int32_t dtype, int64_t out, int64_t in, int64_t tokens) {
+    const struct weight w = make_weight(kind, dtype, out, in);
+    const int64_t size = dtype == FLOAT32 ? 4 : 2;
+    const void *x = numbers(dtype, tokens * in), *grad = numbers(dtype, tokens * out);
+    const void *bias = below(2) ? numbers(dtype, out) : NULL;
+    void *y = array(tokens * out * size), *grad_x = array(tokens * in * size), *same = array(out * in * size);
+    float *grads = array(w.num_values * 4), *floats = array(out * in * 4);
+    memset(grads, 0, w.num_values * 4);
+    if (ksparse_linear(serial, unit, &w, x, tokens, bias, y)) fail("linear", 1, 0);
+    if (ksparse_grad_input(serial, unit, &w, grad, tokens, grad_x)) fail("grad_input", 1, 0);
+    if (ksparse_grad_values(serial, unit, &w, grad, x, tokens, grads)) fail("grad_values", 1, 0);
+    if (ksparse_expand(serial, unit, &w, 0, out, 0, same)) fail("expand", 1, 0);
+    if (ksparse_expand(serial, unit, &w, out / 2, out, 1, floats + out / 2 * in)) fail("expand", 1, 0);
+    double *sum = calloc(3 * tokens * (out + in), sizeof(double)), *size_of_sum = sum + tokens * (out + in);
+    for (int64_t row = 0, index = 0; row < out && kind < 3; row++)
+        for (int64_t column = 0; column < in; column++) {
+            const int keep = w.bits[row * w.row_bytes + column / 8] >> column % 8 & 1;
+            const double weight = keep ? number(dtype, w.values, index) : 0;
+            double gradient = 0, gradient_size = 0;
+            compare("expand", FLOAT32, number(dtype, same, row * in + column), weight, 0);
+            if (row >= out / 2) compare("expand as floats", FLOAT32, floats[row * in + column], weight, 0);
+            if (!keep) continue;
+            for (int64_t t = 0; t < tokens; t++) {
+                const double g = number(dtype, grad, t * out + row), one = number(dtype, x, t * in + column);
+                sum[t * out + row] += weight * one, size_of_sum[t * out + row] += fabs(weight * one);
+                sum[tokens * out + t * in + column] += weight * g;
+                size_of_sum[tokens * out + t * in + column] += fabs(weight * g);
+                gradient += g * one, gradient_size += fabs(g * one);
+            }
+            compare("grad_values", FLOAT32, grads[index++], gradient, gradient_size);
+        }
+    for (int64_t i = 0; i < tokens * out && kind < 3; i++) {
+        const double added = bias ? number(dtype, bias, i % out) : 0;
+        compare("linear", dtype, number(dtype, y, i), sum[i] + added, size_of_sum[i] + fabs(added));
+    }
+    for (int64_t i = 0; i < tokens * in && kind < 3; i++)
+        compare("grad_input", dtype, number(dtype, grad_x, i), sum[tokens * out + i], size_of_sum[tokens * out + i]);
+    free(sum);
+    release();
+    if (failures) printf("^ mask %d, dtype %d, %d x %d, tokens %d\n", kind, dtype, (int)out, (int)in, (int)tokens);
+}
+
+/* All numbers of 16 bits as floats: a row of 65536 kept values. */
+static void check_numbers(int32_t unit, int32_t dtype) {
+    uint16_t *values = array(65536 * 2);
+    uint8_t *bits = array(8192);
+    float *floats = array(65536 * 4);
+    for (int i = 0; i < 65536; i++) values[i] = i;
+    memset(bits, 255, 8192);
+    const struct weight w = {values, bits, NULL, 65536, 65536, 1, 65536, 8192, dtype};
+    if (ksparse_expand(serial, unit, &w, 0, 1, 1, floats)) fail("expand", 1, 0);
+    for (int i = 0; i < 65536; i++) {
+        const double should = number(dtype, values, i);
+        if (isnan(should) ? !isnan(floats[i]) : floats[i] != should) fail("a number as float", floats[i], should);
+    }
+    release();
+}
+
+int main(int argc, char **argv) {
+    static const int64_t few[] = {1, 2, 3, 4, 5, 6, 9, 16, 23, 24, 33, 48, 64, 70, 130, 513};
+    int32_t unit = 0, runs;
+    const int rounds = argc > 2 ? atoi(argv[2]) : 0;
+    while (ksparse_unit(unit, &runs) && strcmp(ksparse_unit(unit, &runs), argv[1])) unit++;
+    if (!rounds || !ksparse_unit(unit, &runs)) return printf("there is no unit %s\n", argv[1]), 2;
+    check_numbers(unit, BFLOAT16);
+    check_numbers(unit, FLOAT16);
+    for (int round = 0; round < rounds; round++) {
+        const int long_rows = round % 16 == 15;
+        const int64_t tokens = long_rows ? 1 + below(2) : few[below(round % 8 ? 13 : 16)];
+        const int64_t in = long_rows ? 6145 + below(300) : 1 + below(round % 3 ? 150 : 600);
+        check_round(unit, round % 5, round / 5 % 3, 1 + below(round % 8 == 7 ? 12 : tokens > 64 ? 20 : 70), in, tokens);
+    }
+    return failures != 0;
+}
