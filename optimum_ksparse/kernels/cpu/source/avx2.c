@@ -15,12 +15,12 @@ typedef __m256 vec;
 typedef uint8_t mask_t;
 
 /* By mask: places in bytes of the values in 32-bit lanes, upper half; in 16-bit lanes; and numbers of the values,
- * negative for none. Filled when the library is loaded. */
+ * negative for none. Filled by `start`. */
 static uint8_t upper_halves[256][32] __attribute__((aligned(64)));
 static uint8_t halves[256][16] __attribute__((aligned(64)));
 static int8_t words[256][8] __attribute__((aligned(64)));
 
-__attribute__((constructor)) static void fill_tables(void) {
+static void start(void) {
     for (int mask = 0; mask < 256; mask++)
         for (int lane = 0, kept = 0; lane < 8; lane++) {
             const int keep = mask >> lane & 1;

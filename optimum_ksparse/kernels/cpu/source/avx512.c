@@ -28,7 +28,7 @@ typedef uint32_t mask_t;
  * lane is masked away. The other 16 values lie 32 bytes behind. */
 static uint8_t upper_halves[2][64] __attribute__((aligned(64)));
 
-__attribute__((constructor)) static void fill_tables(void) {
+static void start(void) {
     for (int part = 0; part < 2; part++)
         for (int byte = 0; byte < 64; byte++) upper_halves[part][byte] = 32 * part + byte / 4 * 2 + byte % 2;
 }

@@ -24,14 +24,15 @@ static int runs_avx2(void) {
     const uint32_t fma = 1u << 12, popcnt = 1u << 23, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
     const uint32_t needed = fma | popcnt | osxsave | avx | f16c;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & needed) != needed || !keeps(6)) return 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 5 & 1);
+    const uint32_t bmi = 1u << 3, avx2 = 1u << 5, bmi2 = 1u << 8;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bmi) && (b & avx2) && (b & bmi2);
 }
 
 static int runs_avx512(void) {
     uint32_t a, b, c, d;
-    const uint32_t f = 1u << 16, bw = 1u << 30, vl = 1u << 31, vbmi2 = 1u << 6;
+    const uint32_t f = 1u << 16, bw = 1u << 30, vl = 1u << 31, vbmi = 1u << 1, vbmi2 = 1u << 6;
     if (!runs_avx2() || !keeps(0xe6) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    return (b & f) && (b & bw) && (b & vl) && (c & vbmi2);
+    return (b & f) && (b & bw) && (b & vl) && (c & vbmi) && (c & vbmi2);
 }
 #endif
 
@@ -40,6 +41,7 @@ static int always(void) { return 1; }
 /* The fastest first. */
 static const struct { const struct unit *unit; int (*runs)(void); } units[] = {
 #if defined(__x86_64__)
+    {&unit_avx512, runs_avx512},
     {&unit_avx2, runs_avx2},
 #elif defined(__aarch64__)
     {&unit_neon, always},
@@ -47,10 +49,11 @@ static const struct { const struct unit *unit; int (*runs)(void); } units[] = {
     {&unit_portable, always},
 };
 
-/* The name of unit `index`, NULL behind the last one; whether this CPU runs it. */
+/* The name of unit `index`, NULL behind the last one; whether this CPU runs it, which then is ready. */
 EXPORT const char *ksparse_unit(int32_t index, int32_t *runs) {
     if (index < 0 || (size_t)index >= sizeof(units) / sizeof(units[0])) return NULL;
     *runs = units[index].runs();
+    if (*runs) units[index].unit->start();
     return units[index].unit->name;
 }
 

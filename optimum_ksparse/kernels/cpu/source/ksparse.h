@@ -35,6 +35,8 @@ struct product {
 /* A unit: the same functions compiled for one instruction set. All take rows [begin, end). */
 struct unit {
     const char *name;
+    /* Once, before the others. Nothing of a unit may run before the CPU was asked, so no constructors. */
+    void (*start)(void);
     /* Up to FEW tokens: each row's packed weights are read once, straight into the sums. */
     void (*few)(const struct product *, int64_t begin, int64_t end);
     /* More: small tiles are expanded once for all tokens. */
@@ -56,7 +58,7 @@ enum { FEW = 4, BLOCK = 64 };
 
 extern const struct unit unit_portable;
 #if defined(__x86_64__)
-extern const struct unit unit_avx2;
+extern const struct unit unit_avx2, unit_avx512;
 #elif defined(__aarch64__)
 extern const struct unit unit_neon;
 #endif

@@ -15,12 +15,12 @@ typedef float32x4_t vec;
 typedef uint8_t mask_t;
 
 /* By mask: the places in bytes of the values in lanes of 16 and of 32 bits, 255 for none, which gives zero; and how
- * many there are, which one load gives faster than NEON counts. Filled when the library is loaded. */
+ * many there are, which one load gives faster than NEON counts. Filled by `start`. */
 static uint8_t halves[256][16] __attribute__((aligned(64)));
 static uint8_t words[256][32] __attribute__((aligned(64)));
 static uint8_t counts[256] __attribute__((aligned(64)));
 
-__attribute__((constructor)) static void fill_tables(void) {
+static void start(void) {
     for (int mask = 0; mask < 256; mask++)
         for (int lane = 0; lane < 8; lane++) {
             const int keep = mask >> lane & 1, kept = counts[mask];

@@ -9,6 +9,8 @@
 typedef struct { float lane[8]; } vec;
 typedef uint8_t mask_t;
 
+static void start(void) {}
+
 static inline vec v_zero(void) { return (vec){{0}}; }
 static inline vec v_load(const float *from) { vec v; for (int i = 0; i < 8; i++) v.lane[i] = from[i]; return v; }
 static inline void v_store(float *to, vec v) { for (int i = 0; i < 8; i++) to[i] = v.lane[i]; }

@@ -1,6 +1,7 @@
 /* The algorithms, written once over the primitives of an instruction set. A unit defines, then includes this file:
  *
  *   UNIT            its name
+ *   start           fills its tables
  *   LANES           floats in a vector `vec`: v_zero, v_load, v_store, v_fma(a, b, sum), v_sum
  *   STEP            weights that are expanded together, 8 or more, with their mask in a `mask_t`
  *   BLOCK_TOKENS    tokens of the inner product of `some`: 4 * BLOCK_TOKENS sums must fit the registers
@@ -91,6 +92,13 @@ INLINE void multiply(int tokens, const float *x, int64_t stride, const vec *weig
             sums[token] = v_fma(weights[part], v_load(x + token * stride + part * LANES), sums[token]);
 }
 
+/* The last of the offsets: that of the last row, unless a mask lies. */
+INLINE int64_t last_of(const int64_t *offset, int rows) {
+    int64_t last = offset[0];
+    for (int r = 1; r < rows; r++) last = offset[r] > last ? offset[r] : last;
+    return last;
+}
+
 /* sums[rows][tokens] of a few rows, whose steps alternate, so that each load of x serves them all. */
 INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *p, const float *x, int64_t row,
                      float *out) {
@@ -105,7 +113,7 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
     for (int i = 0; i < rows * tokens * chains; i++) sums[i] = v_zero();
     for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r), bits[r] = w->bits + (row + r) * w->row_bytes;
     int64_t column = 0;
-    for (; column + 64 <= w->in_features && offset[rows - 1] + 64 <= w->num_values; column += 64) {
+    for (; column + 64 <= w->in_features && last_of(offset, rows) + 64 <= w->num_values; column += 64) {
         for (int r = 0; r < rows; r++) {
             __builtin_prefetch(values + offset[r] * size + 1024);
             uint64_t word = load_bits(bits[r] + column / 8, 8);
@@ -515,4 +523,4 @@ static void widen(int32_t dtype, const void *from, int64_t count, float *to) {
 
 #define NAME_(unit) #unit
 #define NAME(unit) NAME_(unit)
-const struct unit JOIN(unit, UNIT) = {NAME(UNIT), few, some, many, grad_input, grad_values, expand_rows, widen};
+const struct unit JOIN(unit, UNIT) = {NAME(UNIT), start, few, some, many, grad_input, grad_values, expand_rows, widen};
