@@ -1,55 +1,80 @@
-"""Compiles `source/`: each instruction set is a unit with flags of its own; the library asks the CPU which it runs."""
+"""Compiles `source/`: each instruction set is a unit with flags of its own; the library asks the CPU which it runs.
+
+The standard library alone, for `hatch_build.py` builds the library into a wheel before anything is installed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "source"
-_FLAGS = ("-O3", "-fPIC", "-fvisibility=hidden", "-std=gnu11")
-_UNITS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"avx2.c": ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2")},
-}
+LIBRARY = "libksparse.dylib" if sys.platform == "darwin" else "libksparse.so"
+_FLAGS = ("-O2", "-fPIC", "-fvisibility=hidden", "-std=gnu11")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi", "-mavx512vbmi2")
+_X86 = {"avx2.c": _AVX2, "avx512.c": _AVX2 + _AVX512}
+_UNITS: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": _X86, "aarch64": {"neon.c": ()}, "arm64": {"neon.c": ()}}
+_LINES = 8  # of the compiler's last words that an error repeats
+
+
+class CompilerError(OSError):
+    """There is no compiler, or it fails; says why."""
 
 
 def compile_library(library: Path) -> None:
     """Compiles the library for this kind of machine; `library` appears whole or not at all.
 
     Raises:
-        OSError: there is no compiler, or the folder cannot be written.
-        subprocess.CalledProcessError: the compiler failed.
+        CompilerError: there is no compiler, or it fails.
+        OSError: the folder cannot be written.
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    units = {"ksparse.c": (), "portable.c": (), **_UNITS.get(platform.machine(), {})}
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        objects = []
-        for name, flags in units.items():
-            objects.append(str(Path(folder, f"{name}.o")))
-            _run([*compiler, *_FLAGS, *flags, "-c", str(SOURCE / name), "-o", objects[-1]])
         result = Path(folder, library.name)
-        _run([*compiler, "-shared", *objects, "-o", str(result)])
+        commands = {name: [*_compiler(), *flags, "-c", str(SOURCE / name)] for name, flags in _sources().items()}
+        _run_all([[*command, "-o", f"{Path(folder, name)}.o"] for name, command in commands.items()])
+        objects = [f"{Path(folder, name)}.o" for name in commands]
+        _run_all([[*_compiler(), "-shared", *objects, "-lm", "-o", str(result)]])
         os.replace(result, library)
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-def library_path() -> Path:
-    """The library for this machine, compiled where there is none yet. Raises as `compile_library` does."""
-    import hashlib
-
-    from ..cache import cache_folder
-
-    digest = hashlib.sha256(repr((_FLAGS, _UNITS, platform.machine())).encode())
+def source_digest() -> str:
+    """Of all that a library is made from: another one has another name."""
+    digest = hashlib.sha256(repr((_compiler(), _sources(), platform.machine())).encode())
     for source in sorted(SOURCE.iterdir()):
         digest.update(source.read_bytes())
-    library = cache_folder() / f"libksparse-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        compile_library(library)
-    return library
+    return digest.hexdigest()[:16]
+
+
+def _compiler() -> list[str]:
+    return [*shlex.split(os.environ.get("CC") or "cc"), *_FLAGS]
+
+
+def _sources() -> dict[str, tuple[str, ...]]:
+    return {"ksparse.c": (), "check.c": (), "portable.c": (), **_UNITS.get(platform.machine(), {})}
+
+
+def _run_all(commands: list[list[str]]) -> None:
+    """Runs commands at the same time; raises for the first that fails, when all have ended."""
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for command in commands:
+            pipe = subprocess.PIPE
+            started.append(
+                subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace")
+            )
+    except OSError as error:
+        name = commands[0][0]
+        raise CompilerError(f"there is no C compiler {name!r} ({error.strerror}); CC may name another") from error
+    finally:
+        outputs = [process.communicate()[0] for process in started]
+    for command, process, output in zip(commands, started, outputs, strict=True):
+        if process.returncode:
+            words = "\n".join(output.strip().splitlines()[-_LINES:])
+            raise CompilerError(f"{shlex.join(command)} gave {process.returncode}:\n{words}")

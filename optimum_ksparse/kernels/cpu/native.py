@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +18,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import logging
 
 from ..products import product_dtype
-from . import build
+from .loading import UNIT_VARIABLE, choose_unit, load_library
 
 logger = logging.get_logger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_VERSION = 1  # of ksparse.c
 # On a CPU with fast products in 16 bit, from so many tokens on those take less time; of a panel of dense rows.
 _PANEL_TOKENS, _PANEL_BYTES = 32, 4 << 20
 
@@ -226,31 +225,30 @@ def _loaded() -> _Library:
 
 @functools.cache
 def _library() -> _Library | str:
-    """The library, or why there is none, which is warned of once."""
+    """The library, or why there is none, which is warned of once.
+
+    Raises:
+        ValueError: the environment variable `KSPARSE_CPU` names a unit that cannot run.
+        RuntimeError: it names one, and there is no library.
+    """
+    if os.environ.get("KSPARSE_NATIVE") == "0":
+        return "KSPARSE_NATIVE=0 turns native code off"
     try:
         return _load()
-    except subprocess.CalledProcessError as error:
-        reason = f"the compiler failed: {' '.join(error.stderr.split()[-40:])}"
-    except (OSError, AttributeError, ValueError) as error:
+    except (OSError, AttributeError) as error:  # the latter of a torch that cannot be called
         reason = str(error)
+    if forced := os.environ.get(UNIT_VARIABLE):
+        raise RuntimeError(f"{UNIT_VARIABLE}={forced!r} cannot be used: {reason}")
     logger.warning(f"Sparse layers run without native code on this CPU, which is slow: {reason}")
     return reason
 
 
 def _load() -> _Library:
-    functions = ctypes.CDLL(str(build.library_path()))
-    if (version := functions.ksparse_version()) != _VERSION:
-        raise ValueError(f"the library is of version {version}, this package needs {_VERSION}")
+    functions = load_library()
     for name, arguments in _SIGNATURES.items():
         getattr(functions, name).argtypes = arguments
     suffix = "dylib" if sys.platform == "darwin" else "so"
     torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
     parallel_for = ctypes.cast(torch_cpu.torch_parallel_for, _pointer).value
     assert parallel_for is not None
-    functions.ksparse_unit.restype = ctypes.c_char_p
-    runs = _int32()
-    for unit in range(8):
-        name = functions.ksparse_unit(unit, ctypes.byref(runs))
-        if name is not None and runs.value:
-            return _Library(functions, parallel_for, unit, name.decode())
-    raise ValueError("the library has no unit for this CPU")
+    return _Library(functions, parallel_for, *choose_unit(functions))

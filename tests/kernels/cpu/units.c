@@ -10,12 +10,6 @@
 
 #include "ksparse.h"
 
-const char *ksparse_unit(int32_t, int32_t *);
-int32_t ksparse_linear(parallel_for, int32_t, const struct weight *, const void *, int64_t, const void *, void *);
-int32_t ksparse_grad_input(parallel_for, int32_t, const struct weight *, const void *, int64_t, void *);
-int32_t ksparse_grad_values(parallel_for, int32_t, const struct weight *, const void *, const void *, int64_t, float *);
-int32_t ksparse_expand(parallel_for, int32_t, const struct weight *, int64_t, int64_t, int32_t, void *);
-
 enum { PAGE = 1 << 16, ARRAYS = 64 };
 
 static struct { char *base; size_t size, used; } arrays[ARRAYS];
@@ -184,7 +178,8 @@ int main(int argc, char **argv) {
     const int rounds = argc > 2 ? atoi(argv[2]) : 0;
     while (ksparse_unit(unit, &runs) && strcmp(ksparse_unit(unit, &runs), argv[1])) unit++;
     if (!rounds || !ksparse_unit(unit, &runs)) return printf("there is no unit %s\n", argv[1]), 2;
-    setvbuf(stdout, NULL, _IOLBF, 0);
+    setvbuf(stdout, NULL, _IOLBF, 0); /* what was said stays, should this crash */
+    if (!ksparse_check(unit)) fail("ksparse_check", 0, 1);
     check_numbers(unit, BFLOAT16);
     check_numbers(unit, FLOAT16);
     for (int round = 0; round < rounds && !failures; round++) {

@@ -4,8 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define EXPORT __attribute__((visibility("default")))
-
 /* What the Python side was written for: it refuses another number. */
 EXPORT int32_t ksparse_version(void) { return 1; }
 

@@ -63,4 +63,18 @@ extern const struct unit unit_avx2, unit_avx512;
 extern const struct unit unit_neon;
 #endif
 
+#define EXPORT __attribute__((visibility("default")))
+
+EXPORT const char *ksparse_unit(int32_t index, int32_t *runs);
+EXPORT int32_t ksparse_check(int32_t index);
+EXPORT int32_t ksparse_linear(parallel_for, int32_t unit, const struct weight *, const void *x, int64_t tokens,
+                              const void *bias, void *y);
+EXPORT int32_t ksparse_grad_input(parallel_for, int32_t unit, const struct weight *, const void *grad, int64_t tokens,
+                                  void *grad_x);
+EXPORT int32_t ksparse_grad_values(parallel_for, int32_t unit, const struct weight *, const void *grad, const void *x,
+                                   int64_t tokens, float *grads);
+EXPORT void ksparse_row_starts(const uint8_t *bits, int64_t out_features, int64_t row_bytes, int64_t *starts);
+EXPORT int32_t ksparse_expand(parallel_for, int32_t unit, const struct weight *, int64_t begin, int64_t end,
+                              int32_t as_float, void *out);
+
 #endif

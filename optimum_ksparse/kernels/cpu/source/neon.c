@@ -21,13 +21,16 @@ static uint8_t words[256][32] __attribute__((aligned(64)));
 static uint8_t counts[256] __attribute__((aligned(64)));
 
 static void start(void) {
-    for (int mask = 0; mask < 256; mask++)
+    for (int mask = 0; mask < 256; mask++) {
+        int kept = 0;
         for (int lane = 0; lane < 8; lane++) {
-            const int keep = mask >> lane & 1, kept = counts[mask];
+            const int keep = mask >> lane & 1;
             for (int byte = 0; byte < 2; byte++) halves[mask][2 * lane + byte] = keep ? 2 * kept + byte : 255;
             for (int byte = 0; byte < 4; byte++) words[mask][4 * lane + byte] = keep ? 4 * kept + byte : 255;
-            counts[mask] += keep;
+            kept += keep;
         }
+        counts[mask] = kept;
+    }
 }
 
 #define v_zero() vdupq_n_f32(0)
