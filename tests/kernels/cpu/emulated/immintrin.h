@@ -1,0 +1,88 @@
+/* What `avx512.c` takes of AVX-512, in plain C after the pseudocode of Intel's manual: for machines without it. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define __asm__(...) ((void)0) /* the barriers, which name registers */
+
+typedef uint16_t __mmask16;
+typedef uint32_t __mmask32;
+typedef uint64_t __mmask64;
+typedef struct { float lane[16]; } __m512;
+typedef struct { uint8_t byte[64]; } __m512i;
+typedef struct { uint8_t byte[32]; } __m256i;
+
+#define EMULATED static inline __attribute__((unused))
+
+EMULATED __m512 _mm512_loadu_ps(const void *from) { __m512 v; memcpy(&v, from, 64); return v; }
+EMULATED void _mm512_storeu_ps(void *to, __m512 v) { memcpy(to, &v, 64); }
+EMULATED __m512i _mm512_loadu_si512(const void *from) { __m512i v; memcpy(&v, from, 64); return v; }
+EMULATED void _mm512_storeu_si512(void *to, __m512i v) { memcpy(to, &v, 64); }
+EMULATED __m512i _mm512_load_si512(const void *from) {
+    if ((uintptr_t)from % 64) abort();
+    return _mm512_loadu_si512(from);
+}
+EMULATED __m512 _mm512_castsi512_ps(__m512i v) { __m512 result; memcpy(&result, &v, 64); return result; }
+EMULATED __m256i _mm512_castsi512_si256(__m512i v) { __m256i half; memcpy(&half, &v, 32); return half; }
+EMULATED __m256i _mm512_extracti64x4_epi64(__m512i v, int half) {
+    __m256i result;
+    memcpy(&result, v.byte + 32 * (half & 1), 32);
+    return result;
+}
+
+EMULATED __m512 _mm512_set1_ps(float value) {
+    __m512 v;
+    for (int i = 0; i < 16; i++) v.lane[i] = value;
+    return v;
+}
+EMULATED __m512 _mm512_setzero_ps(void) { return _mm512_set1_ps(0); }
+EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) {
+    for (int i = 0; i < 16; i++) a.lane[i] += b.lane[i];
+    return a;
+}
+EMULATED __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+    for (int i = 0; i < 16; i++) c.lane[i] = (float)((double)a.lane[i] * b.lane[i] + c.lane[i]);
+    return c;
+}
+EMULATED float _mm512_reduce_add_ps(__m512 v) {
+    for (int step = 8; step; step /= 2)
+        for (int i = 0; i < step; i++) v.lane[i] += v.lane[i + step];
+    return v.lane[0];
+}
+
+/* VEXPANDPS, VPEXPANDW: where a bit of the mask is set, the next element; zero elsewhere. */
+EMULATED __m512 _mm512_maskz_expand_ps(__mmask16 mask, __m512 a) {
+    __m512 v = _mm512_setzero_ps();
+    for (int j = 0, k = 0; j < 16; j++)
+        if (mask >> j & 1) v.lane[j] = a.lane[k++];
+    return v;
+}
+EMULATED __m512i _mm512_maskz_expand_epi16(__mmask32 mask, __m512i a) {
+    __m512i v = {{0}};
+    for (int j = 0, k = 0; j < 32; j++)
+        if (mask >> j & 1) memcpy(v.byte + 2 * j, a.byte + 2 * k++, 2);
+    return v;
+}
+
+/* VPERMB: byte j is byte index[j] (6 bits) of a; zero where the mask's bit is. */
+EMULATED __m512i _mm512_maskz_permutexvar_epi8(__mmask64 mask, __m512i index, __m512i a) {
+    __m512i v = {{0}};
+    for (int j = 0; j < 64; j++)
+        if (mask >> j & 1) v.byte[j] = a.byte[index.byte[j] & 63];
+    return v;
+}
+
+/* VCVTPH2PS. */
+EMULATED __m512 _mm512_cvtph_ps(__m256i a) {
+    __m512 v;
+    for (int j = 0; j < 16; j++) {
+        uint16_t half;
+        memcpy(&half, a.byte + 2 * j, 2);
+        const int exponent = half >> 10 & 31, fraction = half & 1023;
+        float size = ldexpf((float)(fraction + (exponent ? 1024 : 0)), (exponent ? exponent : 1) - 25);
+        if (exponent == 31) size = fraction ? NAN : INFINITY;
+        v.lane[j] = half & 0x8000 ? -size : size;
+    }
+    return v;
+}
