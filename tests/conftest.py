@@ -19,6 +19,11 @@ from .loopback_hub import LoopbackHub
 
 HUB = LoopbackHub().start()
 HF_HOME = Path(tempfile.mkdtemp(prefix="ksparse-hf-home-"))
+# What is compiled of C stays from session to session: its name says what it was made from.
+NATIVE = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "ksparse" / f"native-{os.geteuid()}"
+NATIVE.mkdir(mode=0o700, parents=True, exist_ok=True)
+(HF_HOME / "ksparse").mkdir()
+(HF_HOME / "ksparse" / NATIVE.name).symlink_to(NATIVE)
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(name, None)

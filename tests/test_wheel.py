@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,23 +17,15 @@ import yaml
 from .conftest import REPOSITORY, sample_texts
 
 
+def build_wheel(folder: Path, **environment: str) -> Path:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder]
+    subprocess.run([*command, REPOSITORY], check=True, env=os.environ | environment)
+    return next(folder.glob("*.whl"))
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        REPOSITORY,
-    ]
-    subprocess.run(command, check=True)
-    return next(folder.glob("*.whl"))
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +50,12 @@ def environment(wheel, tmp_path_factory) -> Path:
 # In one process: each takes eight seconds to import what it needs.
 SCRIPT = """
 import optimum_ksparse
+import torch
 from optimum_ksparse.__main__ import main
+from optimum_ksparse.kernels import describe_device
 from transformers import AutoModelForCausalLM
 
-print(optimum_ksparse.__file__)
+print(optimum_ksparse.__file__, describe_device(torch.device("cpu")))
 how = "--texts text.txt --seq-len 32 --max-tokens 96 --tasks none"
 for words in ("info sparse", f"eval sparse --baseline dense {how}", "card sparse --language ko"):
     assert main(words.split()) == 0
@@ -78,6 +73,20 @@ def test_the_wheel_holds_the_package_and_the_command(wheel):
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"optimum_ksparse", "optimum"}
 
 
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no compiler")
+def test_a_wheel_with_native_code_is_of_this_platform(wheel):
+    library = "optimum_ksparse/kernels/cpu/" + ("libksparse.dylib" if sys.platform == "darwin" else "libksparse.so")
+    assert library in zipfile.ZipFile(wheel).namelist()
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+
+
+@pytest.mark.processes
+def test_without_a_compiler_the_wheel_is_pure(tmp_path):
+    wheel = build_wheel(tmp_path, CC="false")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".so", ".dylib"))]
+
+
 @pytest.mark.end_to_end
 def test_prune_and_load_from_an_empty_folder(environment, tmp_path, make_model, tokenizer):
     make_model("llama").save_pretrained(tmp_path / "dense")
@@ -87,6 +96,7 @@ def test_prune_and_load_from_an_empty_folder(environment, tmp_path, make_model, 
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     python = environment / "bin" / "python"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    clean["CC"] = "false"  # what was compiled is in the wheel
 
     def run(*arguments):
         done = subprocess.run([python, *arguments], capture_output=True, text=True, cwd=tmp_path, env=clean)
@@ -97,6 +107,7 @@ def test_prune_and_load_from_an_empty_folder(environment, tmp_path, make_model, 
     assert "14 sparse layers" in run(*cli, "prune", "dense", "sparse", "--config", "recipe.yaml")
     said = run("-c", SCRIPT)
     assert str(environment) in said.split("\n")[0]
+    assert ("by native code" in said.split("\n")[0]) == bool(shutil.which("cc"))
     assert "pattern: 2:4" in said and "perplexity" in said
     assert "# sparse" in (tmp_path / "sparse" / "README.md").read_text(encoding="utf-8")
     assert said.strip().split("\n")[-1] == "0.5"

@@ -16,7 +16,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent / "source"
 LIBRARY = "libksparse.dylib" if sys.platform == "darwin" else "libksparse.so"
-_FLAGS = ("-O3", "-fPIC", "-fvisibility=hidden", "-std=gnu11")
+_MACOS = ("-mmacosx-version-min=11.0",) if sys.platform == "darwin" else ()
+_FLAGS = ("-O3", "-fPIC", "-fvisibility=hidden", "-std=gnu11", *_MACOS)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi", "-mavx512vbmi2")
 _X86 = {"avx2.c": _AVX2, "avx512.c": _AVX2 + _AVX512}
@@ -40,7 +41,7 @@ def compile_library(library: Path) -> None:
         commands = {name: [*_compiler(), *flags, "-c", str(SOURCE / name)] for name, flags in _sources().items()}
         _run_all([[*command, "-o", f"{Path(folder, name)}.o"] for name, command in commands.items()])
         objects = [f"{Path(folder, name)}.o" for name in commands]
-        _run_all([[*_compiler(), "-shared", *objects, "-lm", "-o", str(result)]])
+        _run_all([[*_compiler(), "-shared", *objects, "-o", str(result)]])
         os.replace(result, library)
 
 
