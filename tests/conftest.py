@@ -19,11 +19,6 @@ from .loopback_hub import LoopbackHub
 
 HUB = LoopbackHub().start()
 HF_HOME = Path(tempfile.mkdtemp(prefix="ksparse-hf-home-"))
-# What is compiled of C stays from session to session: its name says what it was made from.
-NATIVE = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "ksparse" / f"native-{os.geteuid()}"
-NATIVE.mkdir(mode=0o700, parents=True, exist_ok=True)
-(HF_HOME / "ksparse").mkdir()
-(HF_HOME / "ksparse" / NATIVE.name).symlink_to(NATIVE)
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(name, None)
@@ -38,18 +33,9 @@ for name in ("NO_PROXY", "no_proxy"):
 
 # Native code is compiled once for all runs: the name of a library tells of its sources.
 COMPILED = Path(__file__).parent.parent / ".pytest_cache/compiled"
-COMPILED.mkdir(parents=True, exist_ok=True)
+COMPILED.mkdir(mode=0o700, parents=True, exist_ok=True)
 (HF_HOME / "ksparse").mkdir()
-for library in COMPILED.glob("*.so"):
-    (HF_HOME / "ksparse" / library.name).symlink_to(library)
-
-
-@atexit.register
-def _keep_compiled() -> None:
-    for library in (HF_HOME / "ksparse").glob("*.so"):
-        if not library.is_symlink():
-            os.replace(shutil.copy(library, COMPILED / f"{os.getpid()}.part"), COMPILED / library.name)
-
+(HF_HOME / "ksparse" / f"native-{os.geteuid()}").symlink_to(COMPILED)
 
 # A machine with much other work answers late, and no test fails for that.
 os.environ |= {"HF_HUB_ETAG_TIMEOUT": "3600", "HF_HUB_DOWNLOAD_TIMEOUT": "3600"}
