@@ -33,7 +33,6 @@ def documents(dataset: Any, seed: int, tokenizer: PreTrainedTokenizerBase) -> It
     the tokenizer's chat template.
 
     Raises:
-        ImportError: a name was given and `datasets` is not installed.
         ConnectionError: a name was given and cannot be read.
         ValueError: a file or a dataset has no text; names line and field.
     """
@@ -57,7 +56,7 @@ def documents(dataset: Any, seed: int, tokenizer: PreTrainedTokenizerBase) -> It
 
 
 def _calibration_stream(name: str, seed: int) -> Iterator[Any]:
-    rows = stream(name, lambda found: found.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
+    rows = stream(name, prepare=lambda data: data.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
     return (row for row in rows if name != "kowiki" or not is_held_out(row))
 
 
@@ -66,32 +65,39 @@ def is_held_out(row: Any) -> bool:
     return int(row["id"]) % HELD_OUT_EVERY == 0
 
 
-def stream(
-    name: str, prepare: Callable[[Any], Any] = lambda found: found, offline: str = _OFFLINE_FORMS
+def hub_rows(
+    what: str,
+    repository: str,
+    *configuration: str,
+    offline: str = _OFFLINE_FORMS,
+    prepare: Callable[[Any], Any] = lambda rows: rows,
+    **how: Any,
 ) -> Iterator[Any]:
-    """Rows of the training split of one of `HUB_DATASETS`, streamed; `prepare` may shuffle the stream,
-    `offline` tells the user what works without a network.
+    """Rows of a data set on the Hub, or of what was downloaded of it before.
+
+    Args:
+        what: messages call the data. offline: tells the user what works without a network.
+        prepare: may shuffle the data set. how: arguments of `load_dataset`.
 
     Raises:
-        ImportError: `datasets` is not installed.
         ConnectionError: the Hub cannot be reached, or does not have it.
     """
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            f"dataset={name!r} needs the package datasets: pip install datasets; or {offline}"
-        ) from error
-    repository, configuration = HUB_DATASETS[name]
+    from datasets import load_dataset
+
     try:
         with reached_or_cached(repository):
-            rows = prepare(load_dataset(repository, configuration, split="train", streaming=True))
+            rows = prepare(load_dataset(repository, *configuration, **how))
         yield from rows
     except Exception as error:  # the libraries between here and the network raise their own kinds
         raise ConnectionError(
-            f"dataset={name!r} ({repository}, {configuration}) cannot be read from the Hub: "
-            f"{type(error).__name__}: {error}; {offline}"
+            f"{what} cannot be read from the Hub: {type(error).__name__}: {error}; {offline}"
         ) from error
+
+
+def stream(name: str, **how: Any) -> Iterator[Any]:
+    """Rows of the training split of one of `HUB_DATASETS`, streamed; `how` as in `hub_rows`."""
+    place = HUB_DATASETS[name]
+    return hub_rows(f"dataset={name!r} ({', '.join(place)})", *place, split="train", streaming=True, **how)
 
 
 def _shuffled(rows: list[Any], seed: int) -> list[Any]:
@@ -101,24 +107,30 @@ def _shuffled(rows: list[Any], seed: int) -> list[Any]:
 
 def read_file(path: str) -> list[Any]:
     """Paragraphs of a .txt file (apart by blank lines), or rows of a .jsonl file."""
+    if path.endswith(".txt"):
+        return re.split(r"\n\s*\n", read_text(path))
+    return [_checked_row(row, where) for where, row in json_lines(path)]
+
+
+def read_text(path: str | os.PathLike[str], name: str | None = None) -> str:
+    """The text of a file, which messages call `name`. Raises ValueError where it is not UTF-8."""
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
+            return file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{os.path.basename(path)} is not UTF-8: {error}; convert it first") from None
-    if path.endswith(".txt"):
-        return re.split(r"\n\s*\n", text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{os.path.basename(path)}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
-        rows.append(_checked_row(row, where))
-    return rows
+        raise ValueError(f"{name or os.path.basename(path)} is not UTF-8: {error}; convert it first") from None
+
+
+def json_lines(path: str | os.PathLike[str], name: str | None = None) -> Iterator[tuple[str, Any]]:
+    """The place, such as "file.jsonl, line 3", and the value of each line that is not blank. Raises ValueError for
+    what is not JSON, or not UTF-8."""
+    for number, line in enumerate(read_text(path, name).split("\n"), start=1):
+        where = f"{name or os.path.basename(path)}, line {number}"
+        if line.strip():
+            try:
+                yield where, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{where} is not JSON: {error}") from None
 
 
 def _checked_row(row: Any, where: str) -> Any:

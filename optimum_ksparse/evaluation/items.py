@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..data.documents import json_lines
 
 if TYPE_CHECKING:
     from .harness import HarnessTask
@@ -56,22 +57,14 @@ def _files(task: HarnessTask, data_dir: str | os.PathLike[str], num_fewshot: int
 
 
 def _read_file(task: HarnessTask, path: Path) -> list[dict[str, Any]]:
-    where = f"{task.word}/{path.name}"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8: {error}; convert it first") from None
-    items = [_read_item(task, line, f"{where}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
+    name = f"{task.word}/{path.name}"
+    items = [_checked(task, item, where) for where, item in json_lines(path, name)]
     if not items:
-        raise ValueError(f"{where} has no items")
+        raise ValueError(f"{name} has no items")
     return items
 
 
-def _read_item(task: HarnessTask, line: str, where: str) -> dict[str, Any]:
-    try:
-        item = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
+def _checked(task: HarnessTask, item: Any, where: str) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise ValueError(f"{where} is {type(item).__name__}, not an object")
     for field in task.fields:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.utils import logging
 
-from ...data import reached_or_cached
-from ...version import install_hint
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from ...data.documents import hub_rows, json_lines
 
 logger = logging.get_logger(__name__)
 
@@ -38,16 +33,17 @@ def instruction_rows(
     Raises:
         FileNotFoundError, ValueError: the file is missing or no JSON lines, or a row has not the two texts; names the
             row and the field.
-        ImportError, ConnectionError: `datasets` is missing, or the Hub's data cannot be read.
+        ConnectionError: the Hub's data cannot be read.
     """
     if not isinstance(data, str | os.PathLike):
         name, read = "rows", data
     elif is_file(data):
         name = os.path.basename(data)
-        read = _file_rows(data)
+        read = (row for _, row in json_lines(data))
     else:
         name = os.fspath(data)
-        read = hub_dataset(name, "train", "data, a file of JSON lines with instruction and output")
+        offline = "without a network pass data, a file of JSON lines with instruction and output"
+        read = hub_rows(f"{name}, train,", name, split="train", offline=offline)
     rows: list[dict[str, str]] = []
     empty = 0
     for number, row in enumerate(read):
@@ -71,34 +67,3 @@ def is_file(data: Any) -> bool:
     return isinstance(data, str | os.PathLike) and (
         os.path.exists(data) or os.fspath(data).endswith((".jsonl", ".json"))
     )
-
-
-def _file_rows(path: str | os.PathLike[str]) -> Iterable[Any]:
-    with open(path, encoding="utf-8") as file:
-        try:
-            yield from (json.loads(line) for line in file if line.strip())
-        except ValueError as error:  # of JSON and of the encoding
-            raise ValueError(f"{os.path.basename(path)} is not JSON lines in UTF-8: {error}") from None
-
-
-def hub_dataset(name: str, split: str, instead: str) -> Dataset:
-    """A split of a data set on the Hub, or of what was downloaded of it before.
-
-    Args:
-        instead: what the message names that may be passed instead.
-
-    Raises:
-        ImportError, ConnectionError: `datasets` is missing, or the data cannot be read.
-    """
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(f"data on the Hub need datasets: {install_hint('finetune')}") from error
-    try:
-        with reached_or_cached(name):
-            return load_dataset(name, split=split)
-    except Exception as error:  # the libraries between here and the network raise their own kinds
-        raise ConnectionError(
-            f"{name}, {split}, cannot be read from the Hub: {type(error).__name__}: {error}; without a network pass "
-            f"{instead}"
-        ) from error

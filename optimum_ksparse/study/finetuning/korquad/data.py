@@ -13,7 +13,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ....data.dataset import describe_dataset
-from ..instructions import hub_dataset
+from ....data.documents import hub_rows
 from ..settings import KorQuADSettings
 
 logger = logging.get_logger(__name__)
@@ -75,15 +75,16 @@ def read_korquad(source: str | os.PathLike[str] = KORQUAD_DATASET, split: str | 
     Raises:
         FileNotFoundError: `source` ends in `.json`, and there is no such file.
         ValueError: the data are not in that form, or an id comes twice.
-        ImportError, ConnectionError: the Hub's data cannot be read.
+        ConnectionError: the Hub's data cannot be read.
     """
     if os.path.isfile(source) or os.fspath(source).endswith(".json") or isinstance(source, os.PathLike):
         description, rows, split = describe_dataset(Path(source)), _file_rows(Path(source)), split or "all"
     else:
         split = split or "validation"
-        read = list(hub_dataset(os.fspath(source), split, "train_file, JSON in the form of SQuAD 1.1"))
+        name, offline = os.fspath(source), "without a network pass train_file, JSON in the form of SQuAD 1.1"
+        read = list(hub_rows(f"{name}, {split},", name, split=split, offline=offline))
         hashed = describe_dataset([json.dumps(row, ensure_ascii=False, sort_keys=True) for row in read])
-        description = {"name": os.fspath(source), "sha256": hashed["sha256"]}
+        description = {"name": name, "sha256": hashed["sha256"]}
         rows = ((row["title"], row["context"], row) for row in read)
     questions: dict[str, Question] = {}
     moved = 0
