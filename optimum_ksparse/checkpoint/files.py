@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
@@ -32,6 +32,14 @@ DIGESTS = "sha256"  # of each weight file, in the metadata of an index that `pru
 _AGAIN = "download or copy the checkpoint again"
 _PIECE_BYTES = 1 << 22
 _SHOWN_BYTES = 1 << 30  # reading less is done before anybody has read what a bar says
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor; `file` is its name."""
+
+    shape: list[int]
+    dtype: str
+    file: str
 
 
 class WeightFiles:
@@ -131,7 +139,9 @@ def find_weight_files(source: str | os.PathLike[str], **hub_arguments: Any) -> W
         if (path := find(name)) is None:
             raise FileNotFoundError(f"{source} has no {name}, which its {SAFE_WEIGHTS_INDEX_NAME} names; {_AGAIN}")
         paths[name] = Path(path)
-    _check_headers(paths, index)
+    headers = read_headers(paths.values())
+    if index is not None:
+        _check_index(index, headers)
     if os.path.isdir(source):
         return WeightFiles(paths, _files_beside(Path(source, hub_arguments.get("subfolder") or "")))
     return WeightFiles(paths, commit=extract_commit_hash(str(paths[names[0]]), None))
@@ -201,23 +211,37 @@ def read_index(path: Path, endings: tuple[str, ...] = (".safetensors",)) -> dict
     return names
 
 
-def _check_headers(paths: dict[str, Path], index: dict[str, str] | None) -> None:
-    holders: dict[str, str] = {}
-    for name, path in paths.items():
+def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, Header]:
+    """Shape, dtype and file of each tensor in safetensors files, by name.
+
+    Raises:
+        PermissionError: a file may not be read.
+        ValueError: a file is truncated, or a tensor is in two of them.
+    """
+    headers: dict[str, Header] = {}
+    for path in files:
+        name = os.path.basename(path)
         try:
             with open(path, "rb"), safe_open(path, framework="pt") as file:
-                tensors = list(file.keys())
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    if key in headers:
+                        raise ValueError(
+                            f"{key} is in {headers[key].file} and in {name}, and which of the two counts cannot be "
+                            f"told: {_AGAIN}, or save it anew"
+                        )
+                    view = file.get_slice(key)
+                    headers[key] = Header(view.get_shape(), view.get_dtype(), name)
         except PermissionError:
             raise
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{name} is truncated or damaged: {error}; {_AGAIN}") from error
-        for tensor in tensors:
-            if holders.setdefault(tensor, name) != name:
-                raise ValueError(
-                    f"{tensor} is in {holders[tensor]} and in {name}, and which of the two counts cannot be told: "
-                    f"{_AGAIN}, or save it anew"
-                )
-    if index is not None and index != holders:
+    return headers
+
+
+def _check_index(index: dict[str, str], headers: dict[str, Header]) -> None:
+    """Raises ValueError where the index and the files do not hold the same tensors."""
+    holders = {tensor: header.file for tensor, header in headers.items()}
+    if index != holders:
         tensor = min(tensor for tensor, _ in index.items() ^ holders.items())
         raise ValueError(
             f"{tensor} is in {index.get(tensor, 'no file')} by the index, and in fact in "

@@ -7,33 +7,14 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from ..blocks import DecoderBlocks
+from .files import Header
 from .modules import MASK_SUFFIX, SparseModule, stored_tensors
 
 # Set to "1", a sparse model whose weights hold NaN or infinity is loaded all the same.
 NONFINITE_VARIABLE = "KSPARSE_ALLOW_NONFINITE"
-Header = tuple[list[int], str]
-
-
-def read_headers(files: Iterable[str | os.PathLike[str]]) -> dict[str, Header]:
-    """Shape and dtype of each tensor in safetensors files, by name. Raises ValueError where a file is truncated."""
-    headers: dict[str, Header] = {}
-    for path in files:
-        try:
-            with open(path, "rb"), safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    if key in headers:
-                        raise ValueError(f"tensor {key} is in two files, one of them {os.path.basename(path)}")
-                    view = file.get_slice(key)
-                    headers[key] = (view.get_shape(), view.get_dtype())
-        except PermissionError:
-            raise
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{os.path.basename(path)} is truncated or damaged: {error}") from error
-    return headers
 
 
 def check_headers(headers: Mapping[str, Header], modules: Mapping[str, SparseModule]) -> None:
@@ -59,7 +40,7 @@ def check_headers(headers: Mapping[str, Header], modules: Mapping[str, SparseMod
                 raise ValueError(
                     f"tensor {tensor} is missing from the checkpoint, whose config records a sparse layer {name}"
                 )
-            shape, dtype = headers[tensor]
+            shape, dtype, _ = headers[tensor]
             if shape != list(expected.shape) or dtype not in dtypes:
                 raise ValueError(
                     f"tensor {tensor} is {dtype} {shape}, the checkpoint's config and model need "

@@ -40,6 +40,13 @@ def class_for_source(source: str | os.PathLike[str], **loading: Any) -> Any:
     return class_for_config(config, bool(how.get("trust_remote_code")))
 
 
+def load_model(source: str | os.PathLike[str], **loading: Any) -> Any:
+    """The model of a folder or a repository on the Hub, with an adapter on its base, by `class_for_source`; in its own
+    dtype unless `loading`, arguments of `from_pretrained`, say otherwise. Those that are None count as left out."""
+    how = {"dtype": "auto", **{name: value for name, value in loading.items() if value is not None}}
+    return class_for_source(source, **how).from_pretrained(os.fspath(source), **how)
+
+
 def class_for_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
     """The Auto class that makes the class which a config names in `architectures`, and that class where none does. No
     other Auto class will do: that for causal LMs makes the text model alone of many vision-language models.

@@ -20,7 +20,8 @@ from transformers.core_model_loading import (
 )
 
 from ..blocks import decoder_of
-from .loading import check_headers, read_headers
+from .files import read_headers
+from .loading import check_headers
 from .modules import dense_layer, install_layers, sparse_modules, stored_tensors
 from .records import layer_records
 
@@ -85,7 +86,7 @@ def check_saved(model: PreTrainedModel, folder: Path, packed: bool) -> None:
     conversions = [] if packed else get_model_conversion_mapping(anew)
     lost = _unfilled(anew, tensors, headers, conversions)
     if not any(isinstance(entry, WeightConverter) for entry in conversions):  # else they may be stored transposed
-        lost += [name for name in tensors if name in headers and list(tensors[name].shape) != headers[name][0]]
+        lost += [name for name in tensors if name in headers and list(tensors[name].shape) != headers[name].shape]
     if lost:
         raise ValueError(
             f"{len(lost)} tensors of {type(model).__name__} are not in what was to be saved, or have another shape "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..checkpoint import facts_of
-from ..checkpoint.model_class import class_for_source
+from ..checkpoint.model_class import load_model
 from ..checkpoint.staging import recover
 from ..evaluation import EvaluationResults, read_tuning
 from ..records import RESULTS_NAME, printable
@@ -169,9 +169,8 @@ def load_checkpoint(source: str | os.PathLike[str], settings: Mapping[str, Any])
     results = os.path.join(source, RESULTS_NAME)
     known = EvaluationResults.load(results) if os.path.isfile(results) else None
     tuning = read_tuning(source, settings.get("revision"))
-    where = {name: settings[name] for name in ("revision", "trust_remote_code") if settings.get(name) is not None}
-    how = {name: settings[name] for name in ("dtype", "device_map") if settings.get(name) is not None}
-    model = class_for_source(source, **where).from_pretrained(source, **{"dtype": "auto", **how, **where})
+    names = ("revision", "trust_remote_code", "dtype", "device_map")
+    model = load_model(source, **{name: settings.get(name) for name in names})
     if known is not None:
         facts_of(model).results = known  # an adapter's own, instead of its base's
     if tuning is not None:

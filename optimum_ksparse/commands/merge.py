@@ -7,7 +7,7 @@ import shutil
 from typing import Any
 
 from ..checkpoint import facts_of, sparse_modules
-from ..checkpoint.model_class import class_for_source
+from ..checkpoint.model_class import load_model
 from ..checkpoint.staging import check_output, staged
 from ..config import SparsityConfig
 from ..data import CalibrationData, copy_processor, read_tokenizer
@@ -106,8 +106,7 @@ def _load(settings: dict[str, Any], source: str, base: dict[str, Any]) -> Any:
     """The adapter on its base."""
     from peft import PeftModel
 
-    loader = class_for_source(source, **base)
-    model: Any = loader.from_pretrained(source, dtype=settings.get("dtype", "auto"), **base)
+    model = load_model(source, dtype=settings.get("dtype"), **base)
     if not sparse_modules(model):
         raise ValueError(f"{source} is no sparse model: name the one that the adapter was trained on with --base")
     return PeftModel.from_pretrained(model, settings["adapter"], revision=settings.get("revision"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..records import aligned
 from .kobest import KOBEST_TASKS, STUDY_TASKS
 from .results import EvaluationResults, Measurement
 from .tasks import TASKS, task_of
@@ -118,7 +119,4 @@ def results_table(results: EvaluationResults) -> str:
         differences = f"not comparable: {', '.join(row.differences)}" if row.differences else recovered
         tuning = f", after {row.tuning} tuning" if row.tuning is not None else ""
         rows.append((row.title + shots + tuning, row.metric, *figures, differences))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join(aligned(rows))

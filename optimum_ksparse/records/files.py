@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .build import build, clean
@@ -20,6 +20,12 @@ _MOST_CHARACTERS = 2**17  # of one text
 def printable(text: Any) -> str:
     """Foreign text for a terminal, as one line: without control characters, tokens and passwords."""
     return redact(" ".join(clean(str(text)).split()))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table for a terminal, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from ..records import aligned
+
 if TYPE_CHECKING:
     from .report import SparsityReport
 
@@ -24,9 +26,7 @@ def _table(report: SparsityReport) -> list[str]:
         error = "not measured" if kind.relative_output_error is None else f"{kind.relative_output_error:.4f}"
         shape, density = f"{kind.shape[0]} x {kind.shape[1]}", f"{kind.density:.4f}"
         rows.append((kind.name, str(len(kind.layers)), shape, kind.pattern, density, error, f"{seconds:.1f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = aligned(rows)
     lines.append(
         f"{len(report.layers)} sparse layers, density {report.density:.4f}; {report.num_weights:,} of "
         f"{report.num_parameters:,} parameters; packed {report.packed_bytes:,} of {report.dense_bytes:,} bytes "

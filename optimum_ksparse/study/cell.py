@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..api import prune_checkpoint
 from ..checkpoint import facts_of
-from ..checkpoint.model_class import class_for_source
+from ..checkpoint.model_class import load_model
 from ..checkpoint.staging import write_text
 from ..data import read_tokenizer
 from ..evaluation import EvaluationProtocol, EvaluationResults, Measurement, evaluate_model
@@ -127,7 +127,7 @@ class _Run:
                 prune_checkpoint(source, self.checkpoint, config, **loading)
             else:
                 shutil.rmtree(self.checkpoint, ignore_errors=True)
-                self._load_from(source, {**loading, "sparsity_config": config}).save_pretrained(self.checkpoint)
+                load_model(source, **loading, sparsity_config=config).save_pretrained(self.checkpoint)
         report = SparsityReport.load(self.checkpoint / REPORT_NAME)
         return {
             "seconds": report.seconds,
@@ -152,7 +152,7 @@ class _Run:
 
     def _load(self, measure: bool = False) -> tuple[Any, Any]:
         """The dense or the pruned model, and its tokenizer; for measuring as the cell says that it is to run."""
-        model = self._load_from(self.job["model"] if self.settings is None else self.checkpoint, self._how())
+        model = load_model(self.job["model"] if self.settings is None else self.checkpoint, **self._how())
         self.device = model.device
         if measure:
             self._speed_up(model)
@@ -160,20 +160,15 @@ class _Run:
         return model, read_tokenizer(self.job["model"], **{name: self.loading[name] for name in names})
 
     def _load_tuned(self, folder: Path) -> tuple[Any, Any]:
-        model = self._load_from(folder, self._how())
+        model = load_model(folder, **self._how())
         self._speed_up(model)
         return model, read_tokenizer(str(folder))
-
-    def _load_from(self, source: str | Path, how: dict[str, Any]) -> Any:
-        loader = class_for_source(source, **{name: how[name] for name in how if name != "sparsity_config"})
-        return loader.from_pretrained(source, **how)
 
     def _how(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`; a pruned checkpoint has the dtype already, and no revision."""
         if self.settings is None:
             return self.loading
-        kept = {name: self.loading[name] for name in ("device_map", "trust_remote_code") if name in self.loading}
-        return {"dtype": "auto", **kept}
+        return {name: self.loading[name] for name in ("device_map", "trust_remote_code") if name in self.loading}
 
     def _speed_up(self, model: Any) -> None:
         """Sparse layers run as the settings say; where these name no kernel, and there are none for them, they are

@@ -221,7 +221,7 @@ def test_a_second_start_and_foreign_folders_are_refused_before_the_model_is_read
     def fail(*args, **kwargs):
         pytest.fail("loaded")
 
-    monkeypatch.setattr("optimum_ksparse.study.finetuning.run.class_for_source", fail)
+    monkeypatch.setattr("optimum_ksparse.study.finetuning.run.load_model", fail)
     (tmp_path / "busy").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")

@@ -338,13 +338,13 @@ def test_a_cell_that_was_cut_off_goes_on_from_its_last_stage(in_process, monkeyp
         run_study(chosen, str)
     assert list(load_study("out").cells) == ["dense"], "the dense model stays measured"
     monkeypatch.setattr(cell_module, "evaluate_model", measure)
-    pruned, load = [], cell_module._Run._load_from
+    pruned, load = [], cell_module.load_model
 
-    def watched(run, source, how):
-        pruned.extend([run.folder] if "sparsity_config" in how else [])
-        return load(run, source, how)
+    def watched(source, **how):
+        pruned.extend([source] if "sparsity_config" in how else [])
+        return load(source, **how)
 
-    monkeypatch.setattr(cell_module._Run, "_load_from", watched)
+    monkeypatch.setattr(cell_module, "load_model", watched)
     assert len(run_study(chosen, str).cells) == 2
     assert not pruned, "it was pruned already"
     assert in_process == ["dense", in_process[1], in_process[1]]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ...checkpoint.staging import write_text
-from ...records import read_record, to_json
+from ...records import aligned, read_record, to_json
 from ...version import library_versions
 
 RESULTS_NAME = "results.json"
@@ -63,11 +63,11 @@ class BenchResults:
         lines = [", ".join(str(value) for value in self.hardware.values())]
         if self.rows:
             head = ["shape", "pattern", "dtype", "tokens", "dense us", "sparse us", "speed-up", "kernel"]
-            lines += ["", *_aligned([head, *map(_layer_cells, self.chosen())])]
+            lines += ["", *aligned([head, *map(_layer_cells, self.chosen())])]
         if self.models:
             head = ["model", "pattern", "dtype", "batch", "phase", "dense tokens/s", "sparse tokens/s", "speed-up"]
             cells = [_model_cells(row, phase) for row in self.models for phase in ("prefill", "decode")]
-            lines += ["", *_aligned([head, *cells])]
+            lines += ["", *aligned([head, *cells])]
         return "\n".join(lines)
 
 
@@ -81,11 +81,6 @@ def _model_cells(row: dict[str, Any], phase: str) -> list[str]:
     rates = [f"{row[f'{kind}_{phase}_tokens_per_s']:.1f}" for kind in ("dense", "sparse")]
     names = [row["model"], row["pattern"], row["dtype"], str(row["batch"]), phase]
     return [*names, *rates, f"{row[f'{phase}_speedup']:.2f}"]
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:

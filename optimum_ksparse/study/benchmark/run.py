@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...checkpoint import sparse_modules
-from ...checkpoint.model_class import class_for_source
+from ...checkpoint.model_class import load_model
 from ...checkpoint.staging import check_output
 from ...checks import check_integer, check_one_of
 from ...kernels import GROUPS, Problem
@@ -101,9 +101,7 @@ def run(checkpoint: str | None = None, **settings: Any) -> BenchResults:
 
 def _load(checkpoint: str, settings: BenchSettings) -> Any:
     how = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code or None}
-    how = {name: value for name, value in how.items() if value is not None}
-    loader = class_for_source(checkpoint, **how)
-    model = loader.from_pretrained(checkpoint, dtype=settings.dtype or "auto", **how).to(settings.device)
+    model = load_model(checkpoint, dtype=settings.dtype, **how).to(settings.device)
     if not sparse_modules(model):
         raise ValueError(f"{checkpoint} is a dense checkpoint: prune it, or name shapes with --models")
     return model

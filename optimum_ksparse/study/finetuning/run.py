@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ...adapters.prepare import prepare_for_training
 from ...checkpoint import describe_model, facts_of, fingerprint, sparse_modules
-from ...checkpoint.model_class import class_for_source
+from ...checkpoint.model_class import load_model
 from ...checkpoint.staging import check_apart, check_output, claimed, staged, write_text
 from ...data import read_tokenizer
 from ...evaluation import EvaluationResults, Measurement, tuning_settings
@@ -101,8 +101,7 @@ def finetune(
     reads = [getattr(model, "name_or_path", model), tokenizer, *(getattr(settings, name, None) for name in _PATHS)]
     with _claimed(output, reads, overwrite=overwrite):
         if not isinstance(model, PreTrainedModel):
-            how = {"dtype": "auto", **loading}
-            model = cast(PreTrainedModel, class_for_source(model, **loading).from_pretrained(os.fspath(model), **how))
+            model = cast(PreTrainedModel, load_model(model, **loading))
         check_causal_lm(model)
         results = EvaluationResults(fingerprint(model))
         part = "sparse" if sparse_modules(model) else "dense"

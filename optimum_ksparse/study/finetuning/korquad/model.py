@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ....blocks import decoder_of
-from ....checkpoint.model_class import class_for_source
+from ....checkpoint.model_class import load_model
 from ....checkpoint.staging import recover, save_tensors
 from ....records import HEAD_NAME
 
@@ -145,7 +145,7 @@ def load_korquad_model(
     if is_whole != (base is None):
         what = "holds a whole model: leave base out" if is_whole else "holds no whole model: pass base, what was tuned"
         raise ValueError(f"{folder} {what}")
-    backbone: Any = class_for_source(folder).from_pretrained(folder, dtype="auto") if is_whole else base
+    backbone: Any = load_model(folder) if is_whole else base
     if not is_whole:
         from peft import PeftModel
 
