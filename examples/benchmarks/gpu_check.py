@@ -26,7 +26,7 @@ AUTOTUNE = """
 import torch
 from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.study.benchmark.models import random_model
-from optimum_ksparse.study.benchmark.shapes import model_config
+from optimum_ksparse.study.benchmark.models import model_config
 from optimum_ksparse.runtime import autotune_kernels
 config = model_config("polyglot-ko-5.8b")
 config.num_hidden_layers = 1

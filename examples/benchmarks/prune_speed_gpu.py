@@ -18,8 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.study.benchmark import BenchResults
-from optimum_ksparse.study.benchmark.models import random_model
-from optimum_ksparse.study.benchmark.shapes import model_config
+from optimum_ksparse.study.benchmark.models import model_config, random_model
 
 
 def prune(config: Any, method: str, args: argparse.Namespace) -> Any:

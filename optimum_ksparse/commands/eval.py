@@ -10,9 +10,8 @@ from ..checkpoint.staging import check_output
 from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, results_table
 from ..hub import choose_baseline, choose_tokenizer
 from ..records import RESULTS_NAME
-from .base import LOADING_TEXTS, TRUST, Command, load_checkpoint
+from .base import LOADING_TEXTS, PROTOCOL, TRUST, Command, load_checkpoint, protocol_of
 from .parser import Parser
-from .protocol import PROTOCOL, protocol_of
 
 # Folders whose results are taken over: as the dense column, as rows after tuning, and as those before it.
 _TAKEN = {

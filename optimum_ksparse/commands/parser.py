@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ..pruners import Setting
-from ..records.redaction import redact
+from ..records.sources import redact
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,8 +7,7 @@ from typing import Any
 from ..checkpoint import facts_of
 from ..hub import CARD_NAME, LANGUAGES, check_target, push_model, read_card
 from ..records import HEAD_NAME
-from .base import DTYPES, LOADING_TEXTS, TRUST, Command, folder_of, load_checkpoint, usage
-from .protocol import PROTOCOL, protocol_of
+from .base import DTYPES, LOADING_TEXTS, PROTOCOL, TRUST, Command, folder_of, load_checkpoint, protocol_of, usage
 
 # Settings of push_model.
 _TEXTS = {

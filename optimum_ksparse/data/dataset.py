@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..records.redaction import check_no_token
+from ..records.sources import check_no_token
 
 DATASET_NAMES = ("mc4-ko", "c4", "kowiki", "self")
 TEXT_SUFFIXES = (".txt", ".jsonl")

@@ -9,9 +9,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from ..checkpoint import sparsity_report
 from ..config import QUANT_METHOD, SparsityConfig
 from ..runtime import autotune_kernels
-from .describing import describe_auto_classes
+from .describing import describe_auto_classes, describe_push_to_hub
 from .patches import apply_patches
-from .publishing import describe_push_to_hub
 from .quantizer import SparsityQuantizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from types import MethodType
@@ -11,6 +12,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from ..config import SparsityConfig
+from ..hub import is_ours, push_model
 from ..runtime import RuntimeConfig
 
 _FROM_PRETRAINED = """With optimum-ksparse:
@@ -51,3 +53,26 @@ def describe(function: Any, parameters: Iterable[inspect.Parameter], text: str) 
     place = len(known) - (known[-1].kind is inspect.Parameter.VAR_KEYWORD)
     function.__signature__ = signature.replace(parameters=[*known[:place], *more, *known[place:]])
     function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{text}"
+
+
+_OF_PUSH = dict(list(inspect.signature(push_model).parameters.items())[1:])  # but the model
+
+
+def push_to_hub(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a model; signature and docstring tell what it takes more for a sparse model. Other models, tokenizers and
+    configs pass through."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_ours(self):
+            return original(self, *args, **kwargs)
+        return push_model(self, *args, **kwargs)
+
+    describe_push_to_hub(wrapper)
+    return wrapper
+
+
+def describe_push_to_hub(function: Callable[..., Any]) -> None:
+    """Adds what `push_model` takes to signature and docstring of a `push_to_hub`."""
+    text = f"Of a sparse model, or an adapter on one, with optimum-ksparse:\n\n{inspect.getdoc(push_model)}\n"
+    describe(function, _OF_PUSH.values(), text)

@@ -36,8 +36,7 @@ from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 from ..report import SparsityReport
 from ..runtime import RuntimeConfig, configure
 from .describing import describe_from_pretrained
-from .recovering import recover_source
-from .source import Source, loading_from
+from .source import Source, loading_from, recover_source
 
 logger = logging.get_logger(__name__)
 

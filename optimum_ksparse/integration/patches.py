@@ -44,11 +44,11 @@ PATCHES = (
     ),
     Patch(
         "transformers.utils.hub:PushToHubMixin.push_to_hub",
-        "integration.publishing:push_to_hub",
+        "integration.describing:push_to_hub",
         "transformers writes a card of its own after save_pretrained; that of PEFT's models ends here too",
     ),
     *(
-        Patch(target, "integration.recovering:reading", "a save that was cut off is put right before files are read")
+        Patch(target, "integration.source:reading", "a save that was cut off is put right before files are read")
         for target in (
             "transformers.configuration_utils:PreTrainedConfig.get_config_dict",
             "transformers.models.auto.tokenization_auto:AutoTokenizer.from_pretrained",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from transformers.utils import cached_file, hub
 from ..api import sparsify
 from ..blocks import find_blocks
 from ..checkpoint import check_index, check_loaded, note_origin, random_weights
+from ..checkpoint.staging import recover
 from ..config import SparsityConfig
 from ..hub import card_of_source
 from ..pruning import load_tokenizer
@@ -105,3 +107,21 @@ def loading_from(source: Source) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def recover_source(source: Any, subfolder: str | None = None) -> None:
+    """Of what `from_pretrained` is asked to read, where it is a folder."""
+    if isinstance(source, str | os.PathLike) and os.path.isdir(source):
+        recover(os.path.join(source, subfolder or ""))
+
+
+def reading(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a class method that reads a folder: configs, with which models begin, tokenizers, settings of adapters."""
+
+    @functools.wraps(original)
+    def read(cls: type, source: Any = None, *args: Any, **kwargs: Any) -> Any:
+        source = kwargs.pop("pretrained_model_name_or_path", source)
+        recover_source(source, kwargs.get("subfolder"))
+        return original(cls, source, *args, **kwargs)
+
+    return read

@@ -6,7 +6,19 @@ field, as `layers[3].shape[1]`. Numbers are finite, and texts hold no control ch
 """
 
 from .build import build, build_fields
-from .files import aligned, check_depth, printable, read_json, read_record, to_json
+from .files import (
+    HEAD_NAME,
+    MASKS_NAME,
+    MERGE_REPORT_NAME,
+    REPORT_NAME,
+    RESULTS_NAME,
+    TUNING_NAME,
+    aligned,
+    check_depth,
+    printable,
+    read_json,
+    read_record,
+    to_json,
+)
 from .kinds import Amount, As, Between, Count, PatternText, Positive, RelativePath, Revision, Share, Version
-from .names import HEAD_NAME, MASKS_NAME, MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME, TUNING_NAME
 from .sources import describe_source, is_repo_id, names_repository, recorded_repository

@@ -1,4 +1,5 @@
-"""Names of models and tokenizers, as a file may hold them."""
+"""Names of models and tokenizers, as a file may hold them; and access tokens: what looks like one is never shown, and
+never taken for a name."""
 
 from __future__ import annotations
 
@@ -41,3 +42,32 @@ def recorded_repository(described: str | None, commit: str | None = None) -> str
     """The repository on the Hub that a file names, where it may be read without the user having named it: never a
     path, nor a name that would be read from a folder here. None otherwise."""
     return described if names_repository(described, commit) and not os.path.exists(str(described)) else None
+
+
+# Tokens of users and of organisations: 34 letters and digits on the Hub. hf_quantizer and hf_llama3 are none.
+_TOKEN = r"(?:hf|api_org)_(?:(?=[A-Za-z0-9]*[A-Z])(?=[A-Za-z]*[0-9])[A-Za-z0-9]{8,}|[A-Za-z0-9]{16,})"
+_SECRETS = (
+    (re.compile(_TOKEN), "hf_…"),
+    (re.compile(r"(?i)(\bbearer\s+)[^\s'\"]+"), r"\1…"),
+    (re.compile(r"(?i)\b((?:access_?|hf_?)?token=['\"]?)(?!None|True|False|…)[^\s'\"&,;)<…]+"), r"\1…"),
+    (re.compile(r"(\w://)[^\s/@]+@"), r"\1…@"),  # user and password in a URL
+)
+
+
+def redact(text: str, *secrets: str | None) -> str:
+    """A text without what looks like a token or a password in it, and without these secrets."""
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "…")
+    for expression, instead in _SECRETS:
+        text = expression.sub(instead, text)
+    return text
+
+
+def check_no_token(name: str, value: Any) -> None:
+    """Raises ValueError, which does not show it, where a name or a path holds what looks like an access token: it
+    would be sent as the name of a repository, and kept in reports and cards."""
+    if isinstance(value, str) and redact(value) != value and not os.path.exists(value):
+        raise ValueError(
+            f"{name} looks like an access token, or holds one, and is not used: pass it with token= alone, or log in "
+            "with `hf auth login`; if it was shown or saved anywhere, revoke it"
+        )

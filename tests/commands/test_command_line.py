@@ -18,7 +18,7 @@ from optimum_ksparse.commands.base import Command
 from optimum_ksparse.commands.errors import describe_error
 from optimum_ksparse.commands.recipes import read_recipe
 from optimum_ksparse.config import SETTINGS
-from optimum_ksparse.records.redaction import check_no_token, redact
+from optimum_ksparse.records.sources import check_no_token, redact
 
 from ..conftest import REPOSITORY
 from ..loopback_hub import LoopbackHub

@@ -27,7 +27,7 @@ from optimum_ksparse.study.benchmark import (
 )
 from optimum_ksparse.study.benchmark import run as bench
 from optimum_ksparse.study.benchmark.layers import _library_shares, bench_layers
-from optimum_ksparse.study.benchmark.shapes import model_config
+from optimum_ksparse.study.benchmark.models import model_config
 
 from ..conftest import REPOSITORY
 

@@ -18,9 +18,16 @@ from optimum_ksparse.__main__ import parse as parse_words
 from optimum_ksparse.checkpoint import fingerprint
 from optimum_ksparse.study.finetuning import KorQuADSettings
 from optimum_ksparse.study.finetuning.korquad.data import read_korquad, split_by_article
-from optimum_ksparse.study.finetuning.korquad.metric import exact_match, f1, korquad_scores, normalize_answer
 from optimum_ksparse.study.finetuning.korquad.model import SpanModel, load_korquad_model
-from optimum_ksparse.study.finetuning.korquad.prediction import best_span, evaluate_korquad, predict
+from optimum_ksparse.study.finetuning.korquad.prediction import (
+    best_span,
+    evaluate_korquad,
+    exact_match,
+    f1,
+    korquad_scores,
+    normalize_answer,
+    predict,
+)
 from optimum_ksparse.study.finetuning.korquad.windows import END, SEPARATOR, collate, fitted, make_windows
 
 pytest.importorskip("peft", reason="needs the extra finetune")

@@ -2,6 +2,5 @@
 
 from .disk import remove, save_tensors, sync, sync_tree, write_text
 from .lock import claimed, locked
-from .outdated import check_places, drop_records, outdated
-from .outputs import check_apart, check_output
+from .outputs import check_apart, check_output, check_places, drop_records, outdated
 from .swap import publish, recover, staged

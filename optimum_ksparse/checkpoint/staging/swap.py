@@ -31,7 +31,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .disk import sync, sync_tree, system_errors, write_text
 from .lock import locked
-from .outdated import outdated
+from .outputs import outdated
 
 logger = logging.get_logger(__name__)
 

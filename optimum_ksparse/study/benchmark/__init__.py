@@ -3,9 +3,7 @@
 `optimum-cli ksparse bench`, or `python -m optimum_ksparse bench` where optimum is not installed.
 """
 
-from .figure import FIGURE_NAME, draw_speedup
 from .layers import bench_layers
-from .models import bench_model
-from .results import RESULTS_NAME, BenchResults
+from .models import MODELS, bench_model, layer_shapes
+from .results import FIGURE_NAME, RESULTS_NAME, BenchResults, draw_speedup
 from .run import BenchSettings, run
-from .shapes import MODELS, layer_shapes

@@ -18,11 +18,9 @@ from ...checkpoint.staging import check_output
 from ...checks import check_integer, check_one_of
 from ...kernels import GROUPS, Problem
 from ..settings import setting
-from .figure import FIGURE_NAME, draw_speedup
 from .layers import bench_layers
-from .models import bench_model, random_model
-from .results import RESULTS_NAME, BenchResults
-from .shapes import MODELS, layer_shapes, model_config, parse_shape
+from .models import MODELS, bench_model, layer_shapes, model_config, parse_shape, random_model
+from .results import FIGURE_NAME, RESULTS_NAME, BenchResults, draw_speedup
 
 DTYPES = ("bfloat16", "float16", "float32")
 

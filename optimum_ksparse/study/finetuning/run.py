@@ -16,7 +16,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState, set_seed
 from transformers.utils import logging
 
-from ...adapters.prepare import prepare_for_training
+from ...adapters import prepare_for_training
 from ...checkpoint import describe_model, facts_of, fingerprint, sparse_modules
 from ...checkpoint.model_class import load_model
 from ...checkpoint.staging import check_apart, check_output, claimed, staged, write_text

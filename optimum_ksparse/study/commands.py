@@ -1,12 +1,70 @@
-"""`optimum-cli ksparse study`."""
+"""The commands of the study, beside those of the library: `optimum_ksparse.__main__` has both."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import fields
 from typing import Any
 
-from ...commands.base import LOADING_TEXTS, Command, usage
-from ...commands.recipes import read_recipe
-from .. import RECIPE_KEYS, Recipe, list_cells, run_study, tabulate_study
+from ..adapters import require_peft
+from ..commands.base import DTYPES, LOADING_TEXTS, TRUST, Command, usage
+from ..commands.recipes import read_recipe
+from ..pruners.settings import switch
+from . import RECIPE_KEYS, Recipe, list_cells, run_study, tabulate_study
+from .benchmark import BenchSettings, run
+from .benchmark.run import DTYPES as BENCH_DTYPES
+from .finetuning import FinetuningSettings, KoAlpacaSettings, KorQuADSettings
+from .finetuning.settings import TUNING_METHODS
+from .settings import help_texts
+
+
+class BenchCommand(Command):
+    WORDS = {"checkpoint": "folder or Hub id of a sparse model"}
+    SWITCHES = TRUST
+    FLAGS = ((help_texts(BenchSettings), BenchSettings),)
+    CHOICES = {"dtype": BENCH_DTYPES}
+
+    def execute(self) -> None:
+        settings = self.settings()
+        print(run(settings.pop("checkpoint", None), **settings))
+        print(f"written to {settings.get('output', BenchSettings.output)}")
+
+
+_RESUME = {"resume": switch("go on with an unfinished run, or start over", default=True)}
+_LOADING_TEXTS = {name: LOADING_TEXTS[name] for name in ("tokenizer", "dtype", "revision")}
+
+
+class KoAlpacaCommand(Command):
+    SETTINGS: type[FinetuningSettings] = KoAlpacaSettings
+    MODELS = ("model", "tokenizer")
+    REQUIRED = ("model", "output")
+    WORDS = {
+        "model": "folder or Hub id of a sparse (or a dense) model",
+        "output": "folder for the adapter or the model",
+    }
+    SWITCHES = {"overwrite": "replace a finished run in the output", **TRUST}
+    FLAGS = ((help_texts(SETTINGS), SETTINGS), (_RESUME,), (_LOADING_TEXTS,))
+    CHOICES = {"method": TUNING_METHODS, "dtype": DTYPES}
+
+    def execute(self) -> None:
+        given = self.settings()
+        with usage():
+            settings = self.SETTINGS(**{f.name: given.pop(f.name) for f in fields(self.SETTINGS) if f.name in given})
+        require_peft()
+        from .finetuning.run import finetune  # needs PEFT
+
+        model, tokenizer, output = given.pop("model"), given.pop("tokenizer", None), given.pop("output")
+        results = finetune(model, tokenizer, settings, output, **given).get("results")
+        if results:
+            print(f"exact match {results['exact_match']:.2f}, F1 {results['f1']:.2f} of {results['num_samples']}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"saved in {output}")
+
+
+class KorQuADCommand(KoAlpacaCommand):
+    SETTINGS = KorQuADSettings
+    FLAGS = ((help_texts(SETTINGS), SETTINGS), *KoAlpacaCommand.FLAGS[1:])
+
 
 # Keys of the recipe that differ from machine to machine.
 _TEXTS = {
@@ -75,3 +133,16 @@ def _with_dataset(sets: Any, dataset: str) -> Any:
     if len({str(entry.get("dataset")) for entry in sets}) > 1:
         raise ValueError("dataset= has no meaning: the recipe compares calibration texts; name them there")
     return [{**entry, "dataset": dataset} for entry in sets]
+
+
+COMMANDS: dict[str, tuple[str, Any]] = {
+    "finetune": (
+        "Fine-tune on a task.",
+        {
+            "koalpaca": ("Answer instructions in Korean.", KoAlpacaCommand),
+            "korquad": ("Find answers in Korean texts.", KorQuADCommand),
+        },
+    ),
+    "study": ("Compare methods, patterns, data.", StudyCommand),
+    "bench": ("Measure speed beside dense.", BenchCommand),
+}
