@@ -106,7 +106,7 @@ def test_the_default_calibration_text_and_a_missing_tokenizer_are_told(
     logger = logging.getLogger("optimum_ksparse")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(documents, "stream", lambda *args: ({"text": text} for text in sample_texts("calibration")))
+    monkeypatch.setattr(documents, "stream", lambda *_, **__: ({"text": text} for text in sample_texts("calibration")))
     logging_of_transformers.get_logger("optimum_ksparse").warning_once.cache_clear()
     told = lambda: [record.getMessage() for record in caplog.records]  # noqa: E731
     settings = {"method": "wanda", "num_samples": 2, "seq_len": 16}
