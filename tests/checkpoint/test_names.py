@@ -70,7 +70,7 @@ def test_what_is_saved_is_loaded(kind, storage, tmp_path: Path):
             {"save_original_format": False, "max_shard_size": "20KB"},
             {"variant": "half"},
             {"state_dict": model.state_dict()},
-        )
+        )[: 4 if storage == "packed" else 2]
     ):
         model.save_pretrained(tmp_path / str(number), **settings)
         check_loads(tmp_path / str(number), model, variant=settings.get("variant"))

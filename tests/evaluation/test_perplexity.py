@@ -204,8 +204,7 @@ def test_last_window_may_be_short(bos: bool, rest: int, sharp_model: PreTrainedM
     assert found["num_tokens"] == (count if bos else 30 + max(0, rest - 1))
 
 
-@pytest.mark.parametrize("stride", [1, 5, 11])
-@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize(("stride", "bos"), [(1, True), (5, False), (11, True), (11, False)])
 def test_every_token_is_scored_once_with_a_stride(
     bos: bool, stride: int, make_model: MakeModel, tokenizer: Tokenizer
 ) -> None:
