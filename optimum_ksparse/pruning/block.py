@@ -12,7 +12,7 @@ from ..blocks.experts import ExpertMatrix, layer_of, observable
 from ..blocks.in_step import InStep, OutOfStepError
 from ..checkpoint import put
 from ..kernels import fast_products
-from ..nn import dense_weight
+from ..nn import dense_weight, densified
 from ..pruners.statistics import ColumnNorms
 from ..report import LayerReport, PrunedBlock
 from .group import prune_group
@@ -120,10 +120,10 @@ def collect_statistics(
     layer; names it."""
     if replay is None or kind is None or not layers:
         return {}
-    make = partial(_empty, job, kind, replay)
-    return _added_up(
-        job, index, layers, replay.collect(index, job.blocks.blocks[index], observable(layers), make), make
-    )
+    block, make = job.blocks.blocks[index], partial(_empty, job, kind, replay)
+    with densified(block, replay.dtype):  # by the kernel that the finished block's outputs come from
+        mine = replay.collect(index, block, observable(layers), make)
+    return _added_up(job, index, layers, mine, make)
 
 
 def _empty(job: Job, kind: type[ColumnNorms], replay: BlockReplay, layer: nn.Module | ExpertMatrix) -> ColumnNorms:

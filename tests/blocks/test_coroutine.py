@@ -157,3 +157,36 @@ def test_settings_of_its_own_stay_its_own() -> None:
         coroutine.resume()
     assert coroutine.result is False
     coroutine.end()
+
+
+def test_its_owner_computes_for_it() -> None:
+    """Not where the function has settings of its own."""
+    threads: list[threading.Thread] = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            threads.append(threading.current_thread())
+            return super().__torch_function__(func, types, args, kwargs)
+
+    x = torch.ones(2).as_subclass(Watched)
+
+    def function() -> torch.Tensor:
+        y = torch.stack([x, x])
+        with torch.no_grad():
+            return y + 1
+
+    assert run(function).sum() == 8
+    assert threads[0] is threading.main_thread()
+    assert threads[1] is not threading.main_thread()
+
+
+def test_an_error_of_the_owner_on_its_behalf_is_its_own() -> None:
+    def function() -> str:
+        try:
+            torch.ones(2, 3) @ torch.ones(2, 3)
+        except RuntimeError:
+            return "caught"
+        return ""
+
+    assert run(function) == "caught"
