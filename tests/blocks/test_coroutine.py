@@ -80,9 +80,10 @@ def test_its_error_is_raised_by_its_owner_once(error: BaseException) -> None:
 
 
 def test_an_owner_that_is_interrupted_while_it_runs_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    goes_on, steps = threading.Event(), []
+    started, goes_on, steps = threading.Event(), threading.Event(), []
 
     def function() -> None:
+        started.set()
         goes_on.wait()
         steps.append("works")
         coroutine.pause()
@@ -92,6 +93,7 @@ def test_an_owner_that_is_interrupted_while_it_runs_ends_it(monkeypatch: pytest.
 
     class Interrupted:
         def acquire(self) -> None:
+            started.wait()
             raise KeyboardInterrupt
 
         def release(self) -> None:
@@ -100,8 +102,10 @@ def test_an_owner_that_is_interrupted_while_it_runs_ends_it(monkeypatch: pytest.
     monkeypatch.setattr(coroutine, "_owners", Interrupted())
     with pytest.raises(KeyboardInterrupt):
         coroutine.resume()
-    threading.Timer(0.05, goes_on.set).start()
+    timer = threading.Timer(0.05, goes_on.set)
+    timer.start()
     coroutine.end()
+    timer.join()
     assert steps == ["works"]
 
 
