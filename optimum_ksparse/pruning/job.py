@@ -24,8 +24,8 @@ from .targets import Layer
 
 T = TypeVar("T")
 
-# Batches of a process that may be inside a block at a time, with `true_sequential`. Each has a thread, and with that, on
-# a GPU, a workspace of cuBLAS.
+# Batches of a process that may be inside a block at a time, with `true_sequential`. Each has a thread, and with that,
+# on a GPU, a workspace of cuBLAS.
 SIDE_BY_SIDE = 16
 
 
