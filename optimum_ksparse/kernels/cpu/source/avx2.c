@@ -12,7 +12,10 @@
 #define BLOCK_TOKENS 3
 
 typedef __m256 vec;
-typedef uint8_t mask_t;
+/* A byte of the mask times 32: where its row begins in a table of rows of 32 bytes. That is two instructions, and has as
+ * many bits. */
+typedef uint64_t mask_t;
+#define step_mask(word, step) ((step) ? (word) >> (8 * (step) - 5) & 0x1fe0 : (word) << 5 & 0x1fe0)
 
 /* By mask: places in bytes of the values in 32-bit lanes, upper half; in 16-bit lanes; and numbers of the values,
  * negative for none. Filled by `start`. */
@@ -40,7 +43,7 @@ static void start(void) {
 #define v_fma(a, b, sum) _mm256_fmadd_ps(a, b, sum)
 #define v_add(a, b) _mm256_add_ps(a, b)
 #define v_splat(value) _mm256_set1_ps(value)
-#define count_bits(mask) __builtin_popcount(mask)
+#define count_bits(mask) __builtin_popcountll(mask)
 
 static inline float v_sum(vec v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -50,11 +53,11 @@ static inline float v_sum(vec v) {
 
 static inline void expand_bf16(const void *values, mask_t mask, vec *weights) {
     __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(values));
-    weights[0] = _mm256_castsi256_ps(_mm256_shuffle_epi8(both, *(const __m256i *)upper_halves[mask]));
+    weights[0] = _mm256_castsi256_ps(_mm256_shuffle_epi8(both, *(const __m256i *)((const char *)upper_halves + mask)));
 }
 
 static inline __m128i expand_8_halves(const void *values, mask_t mask) {
-    return _mm_shuffle_epi8(_mm_loadu_si128(values), *(const __m128i *)halves[mask]);
+    return _mm_shuffle_epi8(_mm_loadu_si128(values), *(const __m128i *)((const char *)halves + mask / 2));
 }
 
 static inline void expand_16(const void *values, mask_t mask, vec *weights) {
@@ -66,7 +69,7 @@ static inline void expand_2_bytes(const void *values, mask_t mask, uint16_t *out
 }
 
 static inline void expand_32(const void *values, mask_t mask, vec *weights) {
-    __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)words[mask]));
+    __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)((const char *)words + mask / 4)));
     __m256 kept = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
     weights[0] = _mm256_blendv_ps(kept, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
 }

@@ -14,6 +14,7 @@
 
 typedef __m512 vec;
 typedef uint32_t mask_t;
+#define step_mask(word, step) (mask_t)((word) >> (step) * STEP)
 
 #define v_zero() _mm512_setzero_ps()
 #define v_load(from) _mm512_loadu_ps(from)

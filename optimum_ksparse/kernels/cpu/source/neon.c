@@ -13,6 +13,7 @@
 
 typedef float32x4_t vec;
 typedef uint8_t mask_t;
+#define step_mask(word, step) (mask_t)((word) >> (step) * STEP)
 
 /* By mask: the places in bytes of the values in lanes of 16 and of 32 bits, 255 for none, which gives zero; and how
  * many there are, which one load gives faster than NEON counts. Filled by `start`. */

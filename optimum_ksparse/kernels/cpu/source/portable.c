@@ -8,6 +8,7 @@
 
 typedef struct { float lane[8]; } vec;
 typedef uint8_t mask_t;
+#define step_mask(word, step) (mask_t)((word) >> (step) * STEP)
 
 static void start(void) {}
 

@@ -3,7 +3,8 @@
  *   UNIT            its name
  *   start           fills its tables
  *   LANES           floats in a vector `vec`: v_zero, v_load, v_store, v_fma(a, b, sum), v_sum
- *   STEP            weights that are expanded together, 8 or more, with their mask in a `mask_t`
+ *   STEP            weights that are expanded together, 8 or more; `step_mask` takes their mask, a `mask_t`, out of 64
+ *                   bits, `count_bits` counts what it keeps
  *   BLOCK_TOKENS    tokens of the inner product of `some`: 4 * BLOCK_TOKENS sums must fit the registers
  *   expand_32, expand_bf16, expand_16(values, mask, vec weights[STEP / LANES]): the kept values, of which as many as
  *                   STEP may be read, at their places, zeros between them
@@ -118,7 +119,7 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
             __builtin_prefetch(values + offset[r] * size + 1024);
             uint64_t word = load_bits(bits[r] + column / 8, 8);
             for (int step = 0; step < 64 / STEP; step++) {
-                mask_t mask = (mask_t)(word >> step * STEP);
+                mask_t mask = step_mask(word, step);
                 vec weights[PARTS];
                 expand(dtype, values + offset[r] * size, mask, weights);
                 offset[r] += count_bits(mask);
@@ -131,7 +132,7 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
         for (int r = 0; r < rows; r++) {
             char copy[STEP * 4] = {0};
             vec weights[PARTS];
-            mask_t mask = (mask_t)(load_bits(bits[r] + column / 8, w->row_bytes - column / 8));
+            mask_t mask = step_mask(load_bits(bits[r] + column / 8, w->row_bytes - column / 8), 0);
             expand(dtype, readable(w, dtype, offset[r], copy), mask, weights);
             offset[r] += count_bits(mask);
             multiply(tokens, x + column, p->stride, weights, sums + r * chains * tokens);
@@ -188,7 +189,7 @@ INLINE int64_t expand_row(int32_t dtype, const struct weight *w, int64_t row, in
     for (; column + 64 <= end && offset + 64 <= w->num_values && column + 64 <= w->in_features; column += 64) {
         const uint64_t word = load_bits(bits + column / 8, 8);
         for (int step = 0; step < 64 / STEP; step++) {
-            mask_t mask = (mask_t)(word >> step * STEP);
+            mask_t mask = step_mask(word, step);
             expand(dtype, (const char *)w->values + offset * size, mask, weights);
             offset += count_bits(mask);
             for (int part = 0; part < PARTS; part++, out += LANES) v_store(out, weights[part]);
@@ -196,7 +197,7 @@ INLINE int64_t expand_row(int32_t dtype, const struct weight *w, int64_t row, in
     }
     for (; column < end; column += STEP) {
         char copy[STEP * 4] = {0};
-        mask_t mask = (mask_t)load_bits(bits + column / 8, w->row_bytes - column / 8);
+        mask_t mask = step_mask(load_bits(bits + column / 8, w->row_bytes - column / 8), 0);
         expand(dtype, readable(w, dtype, offset, copy), mask, weights);
         offset += count_bits(mask);
         for (int part = 0; part < PARTS; part++, out += LANES) v_store(out, weights[part]);
@@ -496,7 +497,7 @@ INLINE void expand_halves(const struct weight *w, int64_t row, uint16_t *out) {
         char copy[STEP * 2] = {0};
         uint16_t rest[STEP];
         const int64_t left = w->in_features - column;
-        mask_t mask = (mask_t)(load_bits(bits + column / 8, w->row_bytes - column / 8));
+        mask_t mask = step_mask(load_bits(bits + column / 8, w->row_bytes - column / 8), 0);
         expand_2_bytes(readable(w, BFLOAT16, offset, copy), mask, left < STEP ? rest : out + column);
         if (left < STEP) memcpy(out + column, rest, left * sizeof(uint16_t));
         offset += count_bits(mask);
