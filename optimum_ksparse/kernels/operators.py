@@ -121,6 +121,8 @@ def runs_plainly(x: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not x.is_meta
+        and not x.is_neg()  # views whose numbers are not what lies in memory
+        and not x._is_zerotensor()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
     )

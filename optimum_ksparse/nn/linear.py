@@ -165,15 +165,17 @@ class SparseLinear(PackedModule, nn.Linear):
             return F.linear(x, self._dense_weight, self.bias)
         if x.is_cpu and self.kernel == "auto" and kernels.runs_plainly(x) and not torch.is_autocast_enabled("cpu"):
             native = self._native
-            if native is None or not native.is_of(self.weight, self.weight_mask):
+            # Held while it computes: another thread may replace them.
+            weight, bits = self.weight, self.weight_mask
+            if native is None or not native.is_of(weight, bits):
                 native = self._native = kernels.native_weight(self.packed(), self.kernel)
             if native is not None:
                 return native.linear(x, self.bias)
         x, values, bias = in_autocast_dtype(x, self.weight, self.bias)
-        weight = kernels.PackedWeight(
+        packed = kernels.PackedWeight(
             values, self.weight_mask, self.in_features, self.pattern.text, self._library_form
         )
-        return kernels.apply(x, weight, bias, self.kernel)
+        return kernels.apply(x, packed, bias, self.kernel)
 
     def packed(self) -> kernels.PackedWeight:
         """The packed weight with the form that is kept beside it, for the dispatch."""

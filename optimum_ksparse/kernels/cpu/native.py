@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -120,6 +121,7 @@ class NativeWeight:
     def is_of(self, values: torch.Tensor, bits: torch.Tensor) -> bool:
         """Whether these are still the tensors that it was made of; values may have been written to."""
         same = values.data_ptr() == self._values[0] and bits.data_ptr() == self._bits[0] and values.dtype is self.dtype
+        same = same and values.numel() == self._struct.num_values and len(bits) == self.out_features
         return same and (self._starts is None or _identity(bits) == self._bits)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -136,17 +138,24 @@ class NativeWeight:
             )
         if not x.is_contiguous():
             x = x.contiguous()
-        if self.in_panels and x.numel() >= _PANEL_TOKENS * width:
+        if bias is not None:
+            bias = self._checked(bias)
+        if self.in_panels and width and x.numel() >= _PANEL_TOKENS * width:
             return self._linear_in_panels(x.view(-1, width), bias).view(*batch, -1)
         y = x.new_empty((*batch, self.out_features))
         pointer = None
         if bias is not None:
-            if bias.dtype is not self.dtype or not bias.is_cpu:
-                raise RuntimeError(f"bias is {bias.dtype} on {bias.device}, the weight is {self.dtype} on the CPU")
-            bias = bias.contiguous()
             pointer = bias.data_ptr()
-        _check(self._linear(x.data_ptr(), x.numel() // width if width else 0, pointer, y.data_ptr()))
+        _check(self._linear(x.data_ptr(), math.prod(batch), pointer, y.data_ptr()))
         return y
+
+    def _checked(self, bias: torch.Tensor) -> torch.Tensor:
+        if bias.dtype is not self.dtype or not bias.is_cpu or bias.shape != (self.out_features,):
+            raise RuntimeError(
+                f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}, "
+                f"this layer takes {self.dtype} [{self.out_features}] on the CPU"
+            )
+        return bias.contiguous()
 
     def _linear_in_panels(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`linear` of x [tokens, in] by torch's product in 16 bit, of a few rows at a time that are made dense."""
@@ -172,14 +181,14 @@ class NativeWeight:
     def grad_values(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """gradᵀ·x at the mask, float32 [number of values]; grad [..., out], x [..., in] of the weight's dtype."""
         grad, x = grad.contiguous(), x.contiguous()
-        sums = torch.zeros(self._struct.num_values, dtype=torch.float32)
+        sums = torch.zeros(self._struct.num_values, dtype=torch.float32, device="cpu")
         self._call("ksparse_grad_values", grad.data_ptr(), x.data_ptr(), grad.shape[:-1].numel(), sums.data_ptr())
         return sums
 
     def dense(self, rows: slice | None = None) -> torch.Tensor:
         """The dense weight [out, in], or some rows of it, in its dtype."""
         rows = rows or slice(0, self.out_features)
-        weight = torch.empty(rows.stop - rows.start, self.in_features, dtype=self.dtype)
+        weight = torch.empty(rows.stop - rows.start, self.in_features, dtype=self.dtype, device="cpu")
         self._call("ksparse_expand", rows.start, rows.stop, False, weight.data_ptr())
         return weight
 
@@ -202,9 +211,10 @@ def _row_starts(bits: torch.Tensor) -> torch.Tensor:
     storage, (_, version) = bits.untyped_storage(), _identity(bits)
     key = storage._cdata, bits.storage_offset(), bits.shape[0]
     kept = _starts.get(key)  # a reference to a storage, though weak, keeps another one from having its address
-    if kept is not None and kept[1] == version and not kept[0].expired():
+    # What is written into a tensor of inference mode leaves no trace.
+    if kept is not None and kept[1] == version and not bits.is_inference() and not kept[0].expired():
         return kept[2]
-    starts = torch.empty(bits.shape[0], dtype=torch.int64)
+    starts = torch.empty(bits.shape[0], dtype=torch.int64, device="cpu")  # not the default device
     _loaded().functions.ksparse_row_starts(bits.data_ptr(), *bits.shape, starts.data_ptr())
     for other in [other for other, (reference, *_) in list(_starts.items()) if reference.expired()]:
         _starts.pop(other, None)
