@@ -39,7 +39,7 @@ from optimum_ksparse.study.benchmark import BenchResults
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-OURS, OURS_BFLOAT16, THEIRS = TOOLS
+OURS, *_, THEIRS = TOOLS
 
 
 def run_once(tool: str, python: Path | str, run: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def table(results: dict[str, Any]) -> str:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Runs everything; the results are written after each run, so that Ctrl-C loses one at most."""
     args.cache.mkdir(parents=True, exist_ok=True)
-    pythons: dict[str, Any] = dict.fromkeys((OURS, OURS_BFLOAT16), sys.executable)
+    pythons: dict[str, Any] = dict.fromkeys(TOOLS, sys.executable)
     if THEIRS in args.tools:
         pythons[THEIRS] = build_environment(args.cache)
     model = args.model or embedded_model(args.cache, args.dtype)

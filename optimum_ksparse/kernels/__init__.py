@@ -10,7 +10,7 @@ from .cpu import NativeWeight, why_not_native
 from .dispatch import BUCKETS, DENSE, bucket, choose, forget, measure, measured, prepare, time_kernels
 from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values
-from .operators import apply, decompress, linear, native_weight, runs_plainly
+from .operators import apply, decompress, gains_natively, linear, native_weight, runs_plainly
 from .products import fast_products, mm, product_dtype
 from .sample import sample_weights
 from .timing import time_calls
@@ -31,6 +31,7 @@ __all__ = [
     "describe_device",
     "fast_products",
     "forget",
+    "gains_natively",
     "has_kernels",
     "library_form",
     "linear",

@@ -148,9 +148,13 @@ class PackedModule(nn.Module):
 def densified(root: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within it, sparse modules under `root` keep their weights dense instead of decompressing them in each forward
     pass; for many passes without gradients of the weights, under autocast to `dtype`, where one is given. Modules that
-    accelerate has offloaded are left as they are."""
-    packed = [module for module in root.modules() if isinstance(module, PackedModule)]
-    modules = [module for module in packed if not module.weight.is_meta and module._dense_weight is None]
+    accelerate has offloaded are left as they are, and so are those that native code computes in less time."""
+    packed = [module for module in root.modules() if isinstance(module, PackedModule) and not module.weight.is_meta]
+    modules = [
+        module
+        for module in packed
+        if module._dense_weight is None and not kernels.gains_natively(module.weight, dtype or module.weight.dtype)
+    ]
     try:
         for module in modules:
             module._dense_weight = module.to_dense_weight().to(dtype)

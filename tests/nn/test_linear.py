@@ -329,7 +329,8 @@ def test_runs_on_the_meta_device():
     assert y.shape == (2, 5, 6)
 
 
-def test_densified_modules_give_the_same_and_are_packed_again():
+def test_densified_modules_give_the_same_and_are_packed_again(monkeypatch):
+    monkeypatch.setattr(kernels, "gains_natively", lambda values, dtype: False)
     sparse, _, _ = make_sparse()
     parent = nn.Sequential(nn.Linear(12, 12), sparse)
     x = torch.randn(3, 12)
@@ -340,6 +341,12 @@ def test_densified_modules_give_the_same_and_are_packed_again():
         raise KeyError
     assert sparse._dense_weight is None
     assert "_dense_weight" not in sparse.state_dict()
+
+
+def test_what_native_code_computes_in_less_time_stays_packed():
+    sparse, _, _ = make_sparse("2:4")
+    with densified(sparse):
+        assert (sparse._dense_weight is None) == kernels.gains_natively(sparse.weight, torch.float32)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
