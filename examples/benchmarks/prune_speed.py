@@ -39,7 +39,7 @@ from optimum_ksparse.study.benchmark import BenchResults
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-OURS, *_, THEIRS = TOOLS
+THEIRS = "llm-compressor"
 
 
 def run_once(tool: str, python: Path | str, run: dict[str, Any], folder: Path) -> dict[str, Any]:
