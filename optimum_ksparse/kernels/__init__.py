@@ -7,7 +7,7 @@ first run.
 
 from .candidates import GROUPS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
 from .cpu import NativeWeight, why_not_native
-from .dispatch import BUCKETS, DENSE, bucket, choose, forget, measure, measured, prepare, time_kernels
+from .dispatch import BUCKETS, DENSE, bucket, choose, forget, measure, measured, prepare, time_dense, time_kernels
 from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values
 from .operators import apply, decompress, gains_natively, linear, native_weight, runs_plainly
@@ -45,6 +45,7 @@ __all__ = [
     "sample_weights",
     "shared_values",
     "time_calls",
+    "time_dense",
     "time_kernels",
     "why_no_kernels",
     "why_not_native",

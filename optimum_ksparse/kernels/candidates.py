@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from ..packing import unpack
+from ..pattern import Pattern
 from . import hardware
 from .cpu import DTYPES, NativeWeight, why_not_native
 from .hardware import on_device_of
@@ -75,6 +76,12 @@ class Problem:
     def dense_bytes(self) -> int:
         """Bytes of W, were it dense."""
         return self.out_features * self.in_features * self.dtype.itemsize
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of W packed: kept values, and a bit for each weight."""
+        weights = self.out_features * self.in_features
+        return int(weights * (Pattern(self.pattern).density * self.dtype.itemsize + 1 / 8))
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -3,19 +3,19 @@ tokens and dtype, now or in an earlier process; where there are none, by a rule 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from ..packing import unpack
 from .cache import Timings, read_timings, write_timings
 from .candidates import KERNELS, Candidate, Config, PackedWeight, Problem, has_kernels
+from .cpu import NativeWeight
 from .library import library_form
 from .sample import sample_weights
 from .timing import rotations, time_calls
@@ -94,8 +94,10 @@ def measured(problem: Problem) -> dict[str, tuple[Candidate, float]]:
 
 
 def measure(problem: Problem) -> dict[str, tuple[Candidate, float]]:
-    """`time_kernels`, remembered in memory and on disk."""
-    results = time_kernels(problem)
+    """`time_kernels`, and `time_dense` as `DENSE`, remembered in memory and on disk."""
+    results, dense = time_kernels(problem), time_dense(problem)
+    if dense is not None:
+        results[DENSE] = Candidate(DENSE), dense
     rows = {name: {"config": c.config, "us": round(us, 3)} for name, (c, us) in results.items()}
     with _lock:
         _known(problem.device)[str(problem)] = rows
@@ -108,17 +110,31 @@ def measure(problem: Problem) -> dict[str, tuple[Candidate, float]]:
 
 
 def time_kernels(problem: Problem) -> dict[str, tuple[Candidate, float]]:
-    """Times `F.linear` with a dense weight, as `DENSE`, and the candidates for a problem on random weights: on a GPU
-    under CUDA graphs, with copies of the weight that the cache cannot hold. The fastest candidate of each kernel, and
-    its microseconds; those that fail (too little memory) are left out."""
-    plain = torch.autocast(problem.device.type, enabled=False)  # whatever the caller is in
+    """Times the candidates for a problem on random weights, with copies of the weight that the cache cannot hold; on a
+    GPU under CUDA graphs. The fastest candidate of each kernel, and its microseconds; those that fail (too little
+    memory) are left out."""
     results: dict[str, tuple[Candidate, float]] = {}
-    with torch.no_grad(), torch.inference_mode(False), plain:
+    with _plain(problem.device):
         for candidate, microseconds in _time_candidates(problem):
             best = results.get(candidate.kernel)
             if best is None or microseconds < _MARGIN * best[1]:
                 results[candidate.kernel] = candidate, microseconds
     return results
+
+
+def time_dense(problem: Problem) -> float | None:
+    """Microseconds of `F.linear` with a dense weight of a problem's shape and dtype, timed as in `time_kernels`; None
+    where it does not fit into memory."""
+    with _plain(problem.device):
+        try:
+            x = _sample_input(problem)
+            drawn = torch.empty(problem.out_features, problem.in_features, dtype=problem.dtype, device=x.device)
+            drawn.copy_(x[:1])  # what the values are does not matter
+            weights = [drawn.clone() for _ in range(rotations(problem.dense_bytes, x.device))]
+            return time_calls([functools.partial(F.linear, x, weight, None) for weight in weights], x.device)
+        except Exception as error:
+            logger.debug(f"The dense product was left out for {problem}: {error}")
+            return None
 
 
 def forget() -> None:
@@ -135,13 +151,20 @@ def _known(device: torch.device) -> Timings:
     return _timings[name]
 
 
+@contextlib.contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
+    """Without autograd and autocast, whatever the caller is in."""
+    with torch.no_grad(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def _configs(name: str, problem: Problem) -> list[Config]:
     return [{}] if name == DENSE else KERNELS[name].configs(problem)
 
 
 def _fastest(problem: Problem, has_library: bool) -> Candidate:
     if not has_kernels(problem):
-        return Candidate("native" if KERNELS["native"].why_not(problem) is None else "reference")
+        return Candidate("reference" if _is_last_resort(problem) else "native")
     unusable = (DENSE,) if has_library else (DENSE, "library")
     rows = [row for name, row in measured(problem).items() if name not in unusable]
     return min(rows, key=lambda row: row[1])[0] if rows else rule_of_thumb(problem)
@@ -164,38 +187,42 @@ def _forced(kernel: str, weight: PackedWeight, problem: Problem) -> Candidate:
 def _time_candidates(problem: Problem) -> Iterator[tuple[Candidate, float]]:
     device = problem.device
     try:
-        # A generator of its own: what a model samples must not depend on what was measured.
-        generator = torch.Generator(device).manual_seed(0)
-        x = torch.randn(problem.tokens, problem.in_features, device=device, generator=generator).to(problem.dtype)
-        weights = sample_weights(problem, rotations(problem.dense_bytes * 9 // 16, device))
+        x, weights = _sample_input(problem), sample_weights(problem, rotations(problem.packed_bytes, device))
     except torch.OutOfMemoryError:
         return
-    for name in (*KERNELS, DENSE):
-        if name in KERNELS and KERNELS[name].why_not(problem) is not None:
-            continue
-        if name == "reference" and has_kernels(problem):
+    for name, kernel in KERNELS.items():
+        if kernel.why_not(problem) is not None or (name == "reference" and not _is_last_resort(problem)):
             continue
         try:
-            own = [_form(name, weight) for weight in weights[: _copies(name, problem)]]
-            for config in _configs(name, problem):
+            forms = [_library(weight) for weight in weights] if name == "library" else weights
+            for config in kernel.configs(problem):
                 candidate = Candidate(name, config)
-                run = F.linear if name == DENSE else candidate.run
                 try:
-                    yield candidate, time_calls([functools.partial(run, x, weight, None) for weight in own], device)
+                    yield candidate, time_calls([_call(candidate, x, weight) for weight in forms], device)
                 except Exception as error:  # Triton raises many kinds, as for too large a tile
                     logger.debug(f"{candidate} was left out for {problem}: {error}")
         except RuntimeError as error:
             logger.debug(f"{name} was left out for {problem}: {error}")
 
 
-def _copies(name: str, problem: Problem) -> int | None:
-    return rotations(problem.dense_bytes, problem.device) if name in (DENSE, "library") else None
+def _sample_input(problem: Problem) -> torch.Tensor:
+    # A generator of its own: what a model samples must not depend on what was measured.
+    generator = torch.Generator(problem.device).manual_seed(0)
+    x = torch.randn(problem.tokens, problem.in_features, device=problem.device, generator=generator)
+    return x.to(problem.dtype)
 
 
-def _form(name: str, weight: PackedWeight) -> Any:
-    """What a kernel reads."""
-    if name not in (DENSE, "library"):
-        return weight
-    make = unpack if name == DENSE else library_form
-    form = make(weight.values, weight.bits, weight.in_features)
-    return form if name == DENSE else weight._replace(library=form)
+def _is_last_resort(problem: Problem) -> bool:
+    """Whether nothing but `reference` takes a problem by itself."""
+    return not has_kernels(problem) and KERNELS["native"].why_not(problem) is not None
+
+
+def _call(candidate: Candidate, x: torch.Tensor, weight: PackedWeight) -> Callable[[], torch.Tensor]:
+    """What a layer calls: one that runs natively keeps its weight as native code takes it."""
+    if candidate.kernel == "native":
+        return functools.partial(NativeWeight(weight.values, weight.bits, weight.in_features).linear, x, None)
+    return functools.partial(candidate.run, x, weight, None)
+
+
+def _library(weight: PackedWeight) -> PackedWeight:
+    return weight._replace(library=library_form(weight.values, weight.bits, weight.in_features))

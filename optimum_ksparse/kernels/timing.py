@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 _REPEATS = 11
-# Seconds of a round on a processor, whose scheduler spoils shorter ones.
-_LEAST_ROUND = 0.005
+# Seconds of a round on a processor, whose scheduler spoils shorter ones; and of all rounds of a slow call.
+_ROUND, _ROUNDS = 0.01, 0.5
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_LARGE_CACHE = 64 << 20  # where a CPU does not tell the size of its caches
 
 
 def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = _REPEATS) -> float:
-    """Microseconds of one call: the median, over `repeats` rounds, of a round of all `calls` divided by their number.
+    """Microseconds of one call: the median over `repeats` rounds, which on a CPU are fewer where a call is slow.
 
-    On a GPU a round is one CUDA graph, as it is in a decoder that runs under graphs. Give calls that read different
-    memory where one alone would stay in the cache.
+    On a GPU a round is one CUDA graph of all calls, as it is in a decoder that runs under graphs; on a CPU some 10 ms
+    of calls, each the next one in turn. Give calls that read different memory where one alone would stay in the cache.
 
     Raises:
         RuntimeError: a call fails, or cannot be captured.
@@ -29,10 +34,18 @@ def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, repeats
 
 def rotations(nbytes: int, device: torch.device) -> int:
     """How many copies of `nbytes` it takes to be sure that a round finds none of them in the cache."""
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(64, -(-2 * cache // max(1, nbytes)) + 1))
+    if device.type == "cuda":
+        cache, most = torch.cuda.get_device_properties(device).L2_cache_size, 64  # that one graph holds
+    else:
+        cache, most = _last_level_cache(), 256
+    return max(2, min(most, -(-2 * cache // max(1, nbytes)) + 1))
+
+
+@functools.cache
+def _last_level_cache() -> int:
+    """Bytes of the largest cache of this machine's CPU."""
+    sizes = [re.fullmatch(r"(\d+)([KM])", path.read_text().strip()) for path in _CACHES.glob("index*/size")]
+    return max((int(size[1]) << {"K": 10, "M": 20}[size[2]] for size in sizes if size), default=_LARGE_CACHE)
 
 
 def _time_graph(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> float:
@@ -63,13 +76,18 @@ def _time_graph(calls: Sequence[Callable[[], Any]], device: torch.device, repeat
 
 
 def _time_wall(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
+    turns = itertools.cycle(calls)
+
     def round_of(times: int) -> float:
         started = time.perf_counter()
-        for _ in range(times):
-            for call in calls:
-                call()
+        for call in itertools.islice(turns, times):
+            call()
         return (time.perf_counter() - started) / times
 
-    round_of(1)
-    times = max(1, int(_LEAST_ROUND / max(1e-9, round_of(1))))
-    return statistics.median(round_of(times) for _ in range(repeats)) * 1e6 / len(calls)
+    seconds = round_of(1)
+    if seconds < _ROUNDS:
+        seconds = max(1e-9, round_of(1))
+        times = max(1, int(_ROUND / seconds))
+        repeats = max(3, min(repeats, int(_ROUNDS / (times * seconds))))
+        seconds = statistics.median(round_of(times) for _ in range(repeats))
+    return seconds * 1e6

@@ -16,6 +16,7 @@ import torch
 
 from optimum_ksparse import kernels
 from optimum_ksparse.kernels import cache, candidates, dispatch, hardware, why_not_native
+from optimum_ksparse.pattern import Pattern
 
 from ..conftest import REPOSITORY
 
@@ -214,12 +215,12 @@ def test_noise_does_not_choose_a_configuration(clock, share, wins):
 
 def test_candidates_and_forms_that_fail_are_left_out(clock, monkeypatch):
     def fail(*arguments):
-        raise torch.OutOfMemoryError("there is no memory left")
+        raise torch.OutOfMemoryError("there is no memory left")  # of the dense weight's copies
 
     problem = make_problem(1)
     runs = kernels.Candidate("dot", kernels.KERNELS["dot"].configs(problem)[2])
     clock.times = {str(runs): 10.0, "dense": 5.0}
-    monkeypatch.setattr(dispatch, "unpack", fail)
+    monkeypatch.setattr(torch, "empty", fail)
     assert kernels.measure(problem) == {"dot": (runs, 10.0)}
     assert kernels.choose(make_weight(), 1) == runs
 
@@ -468,3 +469,44 @@ assert all(writer.exitcode == 0 for writer in writers)
         found = set(cache.read_timings(CPU))
     assert found == {"before"} | {f"{number}-{i}" for number in range(4) for i in range(25)}
     assert caplog.text == ""
+
+
+# What is timed, and on what.
+
+
+def test_a_cpu_is_timed_on_more_copies_than_its_caches_hold(monkeypatch, tmp_path):
+    timing = sys.modules[kernels.time_calls.__module__]
+    for name, size in (("index0", "32K"), ("index3", "8M")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "size").write_text(f"{size}\n")
+    for folder, cache_bytes in ((tmp_path, 8 << 20), (tmp_path / "none", 64 << 20)):
+        monkeypatch.setattr(timing, "_CACHES", folder)
+        timing._last_level_cache.cache_clear()
+        assert timing.rotations(1 << 20, CPU) << 20 > 2 * cache_bytes
+    timing._last_level_cache.cache_clear()
+    assert timing.rotations(1 << 40, CPU) == 2 and timing.rotations(0, CPU) < 1000
+
+
+def test_calls_are_timed_in_turn():
+    called = []
+    assert kernels.time_calls([lambda i=i: called.append(i) for i in range(3)], CPU, repeats=3) > 0
+    assert called == [i % 3 for i in range(len(called))] and len(called) > 9
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:10", "50%", "25%", "50%/16x8"])
+@pytest.mark.parametrize("rows", [512, 64])
+def test_random_weights_have_the_pattern_and_the_bytes(pattern, rows):
+    problem = make_problem(1, rows, 40, pattern)
+    first, second = kernels.sample_weights(problem, 2)
+    assert problem.packed_bytes == first.values.nbytes + first.bits.nbytes
+    assert first.values.data_ptr() != second.values.data_ptr()
+    dense = kernels.decompress(first.values, first.bits, 40)
+    Pattern(pattern).verify(dense)
+    assert torch.equal(dense, kernels.decompress(second.values, second.bits, 40))
+
+
+def test_products_of_a_cpu_are_timed_as_layers_compute_them():
+    for pattern in ("2:4", "50%"):
+        problem = make_problem(2, pattern=pattern)
+        assert set(kernels.time_kernels(problem)) == {NATIVE}
+        assert kernels.time_dense(problem) > 0

@@ -45,10 +45,12 @@ def make_results(**hardware_facts):
     """Results as a GPU might give them: three kernels for each product."""
     rows = []
     for shape, pattern in itertools.product(([4096, 4096], [12288, 4096]), ("2:4", "4:8")):
-        product = {"shape": shape, "pattern": pattern, "dtype": "bfloat16", "dense_bytes": shape[0] * shape[1] * 2}
+        size = shape[0] * shape[1] * 2
+        product = {"shape": shape, "pattern": pattern, "dtype": "bfloat16", "dense_bytes": size}
         for tokens, dense, sparse in ((1, 12.0, 8.0), (16, 14.0, 10.0), (128, 20.0, 21.0), (1024, 90.0, 95.0)):
             for kernel, us in (("gemv", sparse), ("dot", sparse + 1), ("decompress", sparse + 30)):
-                times = {"dense_us": dense, "sparse_us": us, "speedup": dense / us}
+                times = {"dense_us": dense, "sparse_us": us, "speedup": dense / us, "packed_bytes": size * 9 // 16}
+                times["rivals_us"] = {"bfloat16": dense}
                 chosen = {"tokens": tokens, "kernel": kernel, "config": {}, "chosen": kernel == "gemv"}
                 rows.append({**product, **times, **chosen})
     return BenchResults({"device": "Some GPU", **hardware_facts}, {"torch": "2.13.0"}, rows)
@@ -67,12 +69,14 @@ def test_a_run_on_shapes(tmp_path):
     run(shapes=["32x64"], tokens=[1, 3], dtype="float32", output=str(tmp_path), device="cpu")
     data = json.loads((tmp_path / RESULTS_NAME).read_text())
     assert set(data) == {"hardware", "versions", "rows", "models"}
-    products = [("2:4", 1), ("2:4", 3), ("4:8", 1), ("4:8", 3)]
+    products = [(pattern, tokens) for pattern in ("2:4", "4:8", "50%") for tokens in (1, 3)]
     assert [(row["pattern"], row["tokens"]) for row in data["rows"] if row["chosen"]] == products
     assert {row["kernel"] for row in data["rows"]} <= {"native", "reference"}
     for row in data["rows"]:
         assert row.keys() >= KEYS
         assert row["shape"] == [32, 64] and row["dense_bytes"] == 32 * 64 * 4
+        assert row["packed_bytes"] == 32 * 64 * (2 + 1 / 8)
+        assert set(row["rivals_us"]) == {"float32", "bfloat16"} and row["dense_us"] == min(row["rivals_us"].values())
         assert row["speedup"] == pytest.approx(row["dense_us"] / row["sparse_us"], rel=1e-2)
     assert data["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
     assert (tmp_path / FIGURE_NAME).read_bytes().startswith(b"\x89PNG")
@@ -171,7 +175,7 @@ def test_what_was_measured_stays(tmp_path, monkeypatch):
         ({"whole_models": ["gpt2"]}, "'gpt2'"),
         ({"shapes": ["32"]}, "'32' is not OUTxIN"),
         ({"shapes": ["32x63"]}, "63 input features"),
-        ({"patterns": ["50%"]}, "patterns='50%'"),
+        ({"patterns": ["5:4"]}, "pattern='5:4'"),
         ({"tokens": [0]}, "tokens=0"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"layers": 0}, "layers=0"),

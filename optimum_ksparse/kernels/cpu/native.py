@@ -216,8 +216,9 @@ def _row_starts(bits: torch.Tensor) -> torch.Tensor:
         return kept[2]
     starts = torch.empty(bits.shape[0], dtype=torch.int64, device="cpu")  # not the default device
     _loaded().functions.ksparse_row_starts(bits.data_ptr(), *bits.shape, starts.data_ptr())
-    for other in [other for other, (reference, *_) in list(_starts.items()) if reference.expired()]:
-        _starts.pop(other, None)
+    if len(_starts).bit_count() == 1:  # a power of two: each time that there are twice as many
+        for other in [other for other, (reference, *_) in list(_starts.items()) if reference.expired()]:
+            _starts.pop(other, None)
     _starts[key] = StorageWeakRef(storage), version, starts
     return starts
 

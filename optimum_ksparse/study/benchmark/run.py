@@ -17,6 +17,7 @@ from ...checkpoint.model_class import load_model
 from ...checkpoint.staging import check_output
 from ...checks import check_integer, check_one_of
 from ...kernels import GROUPS, Problem
+from ...pattern import Pattern
 from ..settings import setting
 from .layers import bench_layers
 from .models import MODELS, bench_model, layer_shapes, model_config, parse_shape, random_model
@@ -36,7 +37,9 @@ class BenchSettings:
     models: Sequence[str] | None = setting(None, f"shapes of models by name: {', '.join(MODELS)} (default: all)")
     shapes: Sequence[str] = setting((), "further shapes as OUTxIN, such as 4096x11008 (default: none)")
     tokens: Sequence[int] = setting((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096), "in a product")
-    patterns: Sequence[str] | None = setting(None, "2:4 and 4:8 (default: both; a checkpoint's own)")
+    patterns: Sequence[str] | None = setting(
+        None, "2:4, 4:8 or any other (default: both, on a CPU 0.5 too; a checkpoint's own)"
+    )
     dtype: str | None = setting(None, "of weights (default: bfloat16; a checkpoint's own)")
     whole_models: Sequence[str] = setting((), "models by name to run whole, with random weights (default: none)")
     layers: int | None = setting(None, "blocks of a whole model (default: as many as it has)")
@@ -50,9 +53,11 @@ class BenchSettings:
         for name in (*(self.models or ()), *self.whole_models):
             model_config(name)
         for shape in self.shapes:
-            parse_shape(shape)
+            misfits = [Pattern(pattern).misfit(*parse_shape(shape)) for pattern in self.patterns or GROUPS]
+            if all(misfits):
+                raise ValueError(f"shapes: {shape!r} {misfits[0]}")
         for pattern in self.patterns or ():
-            check_one_of("patterns", pattern, GROUPS)
+            Pattern(pattern)
         for name, numbers in (("tokens", self.tokens), ("prompt_tokens", [self.prompt_tokens])):
             for number in numbers:
                 check_integer(name, number, 1)
@@ -108,14 +113,14 @@ def _load(checkpoint: str, settings: BenchSettings) -> Any:
 def _problems(settings: BenchSettings, model: Any) -> list[Problem]:
     """Products to measure: of a checkpoint, of models and shapes by name; where none is named, of all models. None
     where whole models alone are asked for."""
-    patterns: Sequence[str] = settings.patterns or tuple(GROUPS)
+    patterns: Sequence[str] = settings.patterns or (*GROUPS, *(["50%"] if settings.device == "cpu" else []))
     dtype = getattr(torch, settings.dtype or "bfloat16")
     shapes = [parse_shape(shape) for shape in settings.shapes]
     names = settings.models
     if model is not None:
         modules = sparse_modules(model).values()
         shapes += [(module.out_features, module.in_features) for module in modules]
-        patterns = [pattern for pattern in dict.fromkeys(str(m.pattern) for m in modules) if pattern in GROUPS]
+        patterns = list(dict.fromkeys(str(module.pattern) for module in modules))
         dtype = model.dtype
     elif names is None and not shapes and not settings.whole_models:
         names = list(MODELS)
@@ -123,8 +128,8 @@ def _problems(settings: BenchSettings, model: Any) -> list[Problem]:
         shapes += layer_shapes(model_config(name))
     products = itertools.product(dict.fromkeys(shapes), patterns, settings.tokens)
     device = torch.empty(0, device=settings.device).device  # with its number, as tensors name it
-    problems = [Problem(out, in_, tokens, p, dtype, device) for (out, in_), p, tokens in products]
-    return [problem for problem in problems if problem.in_features % GROUPS[problem.pattern] == 0]
+    fits = ((shape, pattern, tokens) for shape, pattern, tokens in products if not Pattern(pattern).misfit(*shape))
+    return [Problem(out, in_, tokens, pattern, dtype, device) for (out, in_), pattern, tokens in fits]
 
 
 def _whole_models(
