@@ -1,0 +1,153 @@
+"""The table and the figure of `cpu_speed.py`, and README's short form of them, from its results.json."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Rows = list[dict[str, Any]]
+DENSE = ("float32", "bfloat16")
+TILES = "50%/32x32"
+WORDS = {
+    "en": {
+        "layers": "| packed weights of a layer, {threads} threads | tokens | × dense float32 | × dense bfloat16 |",
+        "models": "| whole model, tokens per second | MB | prefill | decoding | decoding, 1 thread |",
+        "to": "{:.1f} to {:.1f}",
+        "any": "{dtype}, any pattern",
+        "dense": "dense {dtype}",
+        "packed": "**packed 2:4 {dtype}**",
+        "llama.cpp": "llama.cpp {dtype}",
+    },
+    "ko": {
+        "layers": "| 층의 압축 가중치, 스레드 {threads}개 | 토큰 | 밀집 float32의 몇 배 | 밀집 bfloat16의 몇 배 |",
+        "models": "| 모델 전체, 초당 토큰 | MB | 프리필 | 디코딩 | 디코딩, 스레드 1개 |",
+        "to": "{:.1f}~{:.1f}",
+        "any": "{dtype}, 어떤 패턴이든",
+        "dense": "밀집 {dtype}",
+        "packed": "**압축 2:4 {dtype}**",
+        "llama.cpp": "llama.cpp {dtype}",
+    },
+}
+
+
+def ratios(rows: Iterable[dict[str, Any]], dense: str) -> list[float]:
+    """How many times as fast as a dense product in this dtype, where that was measured."""
+    return [row["rivals_us"][dense] / row["sparse_us"] for row in rows if dense in row["rivals_us"]]
+
+
+def span(values: list[float], form: str) -> str:
+    """The least and the greatest value."""
+    if not values:
+        return ""
+    least, most = f"{min(values):.1f}", f"{max(values):.1f}"
+    return least if least == most else form.format(min(values), max(values))
+
+
+def readme_table(results: dict[str, Any], language: str) -> str:
+    """Layers at 1, 16 and 256 tokens over all shapes, and whole models."""
+    words, layers = WORDS[language], results["layers"]
+    lines = [words["layers"].format(threads=max(row["threads"] for row in layers)), "|---|---|---|---|"]
+    for dtype in ("bfloat16", "float32", "float16"):
+        for tokens in (1, 16, 256):
+            rows = [row for row in layers if (row["dtype"], row["tokens"]) == (dtype, tokens)]
+            cells = [words["any"].format(dtype=dtype), str(tokens)]
+            lines.append(f"| {' | '.join([*cells, *(span(ratios(rows, dense), words['to']) for dense in DENSE)])} |")
+    lines += ["", words["models"], "|---|---|---|---|---|"]
+    for row in models(results):
+        name = f"{row['model']}, {words[row['kind']].format(dtype=row['dtype'])}"
+        lines.append(f"| {name} | {row['bytes'] / 1e6:,.0f} | {' | '.join(_rates(row))} |")
+    return "\n".join(lines) + "\n"
+
+
+def models(results: dict[str, Any]) -> Rows:
+    """A row for each model and kind with most threads, with its `decoding` on one thread as `one_thread`."""
+    rows = results["models"]
+    most = max(row["threads"] for row in rows)
+    keys = ("model", "kind", "dtype")
+    one = {tuple(row[key] for key in keys): row["decoding"] for row in rows if row["threads"] == 1}
+    return [
+        {**row, "one_thread": one.get(tuple(row[key] for key in keys))}
+        for model in dict.fromkeys(row["model"] for row in rows)
+        for kind in ("dense", "packed", "llama.cpp")
+        for row in rows
+        if (row["model"], row["kind"], row["threads"]) == (model, kind, most)
+    ]
+
+
+def _rates(row: dict[str, Any]) -> list[str]:
+    values = row["prefill"], row["decoding"], row["one_thread"]
+    return ["" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}" for value in values]
+
+
+def write_table(results: dict[str, Any], path: Path) -> None:
+    """All that was measured, in Markdown."""
+    lines = [f"{results['hardware']['device']} ({results['hardware']['unit']}), torch {results['versions']['torch']}"]
+    head = ["out x in", "pattern", "dtype", "tokens", "packed µs", "dense float32 µs", "dense bfloat16 µs"]
+    rows = results.get("layers", [])
+    cells = [[*_product(row), row["sparse_us"], *(row["rivals_us"].get(d) for d in DENSE)] for row in rows]
+    lines += _markdown([*head, "× float32", "× bfloat16"], [[*some, *_times(some[4:])] for some in cells])
+    rows = results.get("backward", [])
+    cells = [[*_product(row), row["of"], row["packed_us"], row["dense_float32_us"]] for row in rows]
+    head = [*head[:4], "gradient of the", *head[4:6], "× float32"]
+    lines += _markdown(head, [[*some, *_times(some[5:])] for some in cells])
+    keys = ["model", "kind", "dtype", "threads", "bytes", "prefill", "decoding"]
+    lines += _markdown([*keys[:5], "prefill tokens/s", "decoding tokens/s"], _cells(results.get("models", []), keys))
+    keys = ["call", "threads", "us"]
+    lines += _markdown(keys, _cells(results.get("calls", []), keys))
+    keys = ["model", "products", "threads", "apart_us", "fused_us"]
+    lines += _markdown(keys, _cells(results.get("fusing", []), keys))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _product(row: dict[str, Any]) -> list[Any]:
+    return [f"{row['shape'][0]} x {row['shape'][1]}", row["pattern"], row["dtype"], row["tokens"]]
+
+
+def _times(microseconds: list[float | None]) -> list[float | None]:
+    packed, *dense = microseconds
+    return [None if one is None or packed is None else one / packed for one in dense]
+
+
+def _cells(rows: Rows, keys: list[str]) -> list[list[Any]]:
+    return [[row[key] for key in keys] for row in rows]
+
+
+def _markdown(head: list[str], rows: list[list[Any]]) -> list[str]:
+    if not rows:
+        return []
+    texts = [["" if c is None else f"{c:.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    return ["", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *texts))]
+
+
+def write_figure(results: dict[str, Any], path: Path) -> None:
+    """Tokens per second of decoding against bytes of the model: a panel for each model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not results.get("models"):
+        return
+    rows = models(results)
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(1.2 + 5 * len(names), 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    colors = {"dense": "#9aa5b1", "packed": "#1f6feb", "llama.cpp": "#d1702c"}
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for kind, color in colors.items():
+            some = [row for row in rows if (row["model"], row["kind"]) == (name, kind)]
+            label = "packed 2:4" if kind == "packed" else kind
+            points = [row["bytes"] / 1e6 for row in some], [row["decoding"] for row in some]
+            if some:
+                axes.plot(*points, "o", color=color, markersize=8, label=label)
+            for row in some:
+                place = row["bytes"] / 1e6, row["decoding"]
+                axes.annotate(row["dtype"], place, (7, 5), textcoords="offset points", fontsize=8, color=color)
+        axes.set_xlim(0, 1.2 * max(row["bytes"] for row in rows if row["model"] == name) / 1e6)
+        axes.set_ylim(0, 1.15 * max(row["decoding"] for row in rows if row["model"] == name))
+        axes.set_xlabel("bytes of the model, MB")
+        axes.set_ylabel("decoded tokens per second")
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    threads = max(row["threads"] for row in rows)
+    figure.suptitle(f"Decoding on {results['hardware']['device']}, {threads} threads", fontsize=11)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
