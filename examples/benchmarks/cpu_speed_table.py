@@ -1,17 +1,18 @@
 """The table and the figure of `cpu_speed.py`, and README's short form of them, from its results.json."""
 
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 Rows = list[dict[str, Any]]
 DENSE = ("float32", "bfloat16")
-TILES = "50%/32x32"
+CALM = 0.1  # the largest share of the processors' time that others may take
 WORDS = {
     "en": {
         "layers": "| packed weights of a layer, {threads} threads | tokens | × dense float32 | × dense bfloat16 |",
         "models": "| whole model, tokens per second | MB | prefill | decoding | decoding, 1 thread |",
-        "to": "{:.1f} to {:.1f}",
+        "to": "{:.1f} ({:.1f} to {:.1f})",
         "any": "{dtype}, any pattern",
         "dense": "dense {dtype}",
         "packed": "**packed 2:4 {dtype}**",
@@ -20,7 +21,7 @@ WORDS = {
     "ko": {
         "layers": "| 층의 압축 가중치, 스레드 {threads}개 | 토큰 | 밀집 float32의 몇 배 | 밀집 bfloat16의 몇 배 |",
         "models": "| 모델 전체, 초당 토큰 | MB | 프리필 | 디코딩 | 디코딩, 스레드 1개 |",
-        "to": "{:.1f}~{:.1f}",
+        "to": "{:.1f} ({:.1f}~{:.1f})",
         "any": "{dtype}, 어떤 패턴이든",
         "dense": "밀집 {dtype}",
         "packed": "**압축 2:4 {dtype}**",
@@ -34,21 +35,25 @@ def ratios(rows: Iterable[dict[str, Any]], dense: str) -> list[float]:
     return [row["rivals_us"][dense] / row["sparse_us"] for row in rows if dense in row["rivals_us"]]
 
 
+def calm(rows: Rows) -> Rows:
+    """Those that were measured while others took at most a tenth of the processors' time."""
+    return [row for row in rows if row["others"] <= CALM]
+
+
 def span(values: list[float], form: str) -> str:
-    """The least and the greatest value."""
-    if not values:
-        return ""
-    least, most = f"{min(values):.1f}", f"{max(values):.1f}"
-    return least if least == most else form.format(min(values), max(values))
+    """The median, the least and the greatest value."""
+    return form.format(statistics.median(values), min(values), max(values)) if values else ""
 
 
 def readme_table(results: dict[str, Any], language: str) -> str:
     """Layers at 1, 16 and 256 tokens over all shapes, and whole models."""
-    words, layers = WORDS[language], results["layers"]
+    words, layers = WORDS[language], calm(results["layers"])
     lines = [words["layers"].format(threads=max(row["threads"] for row in layers)), "|---|---|---|---|"]
     for dtype in ("bfloat16", "float32", "float16"):
         for tokens in (1, 16, 256):
             rows = [row for row in layers if (row["dtype"], row["tokens"]) == (dtype, tokens)]
+            if not rows:
+                continue
             cells = [words["any"].format(dtype=dtype), str(tokens)]
             lines.append(f"| {' | '.join([*cells, *(span(ratios(rows, dense), words['to']) for dense in DENSE)])} |")
     lines += ["", words["models"], "|---|---|---|---|---|"]
@@ -60,15 +65,15 @@ def readme_table(results: dict[str, Any], language: str) -> str:
 
 def models(results: dict[str, Any]) -> Rows:
     """A row for each model and kind with most threads, with its `decoding` on one thread as `one_thread`."""
-    rows = results["models"]
+    rows = calm(results["models"])
     most = max(row["threads"] for row in rows)
     keys = ("model", "kind", "dtype")
     one = {tuple(row[key] for key in keys): row["decoding"] for row in rows if row["threads"] == 1}
     return [
         {**row, "one_thread": one.get(tuple(row[key] for key in keys))}
-        for model in dict.fromkeys(row["model"] for row in rows)
+        for model in sorted({row["model"] for row in rows})
         for kind in ("dense", "packed", "llama.cpp")
-        for row in rows
+        for row in sorted(rows, key=lambda row: -row["bytes"])
         if (row["model"], row["kind"], row["threads"]) == (model, kind, most)
     ]
 
@@ -82,6 +87,7 @@ def write_table(results: dict[str, Any], path: Path) -> None:
     """All that was measured, in Markdown."""
     lines = [f"{results['hardware']['device']} ({results['hardware']['unit']}), torch {results['versions']['torch']}"]
     head = ["out x in", "pattern", "dtype", "tokens", "packed µs", "dense float32 µs", "dense bfloat16 µs"]
+    results = {name: calm(rows) if isinstance(rows, list) else rows for name, rows in results.items()}
     rows = results.get("layers", [])
     cells = [[*_product(row), row["sparse_us"], *(row["rivals_us"].get(d) for d in DENSE)] for row in rows]
     lines += _markdown([*head, "× float32", "× bfloat16"], [[*some, *_times(some[4:])] for some in cells])
@@ -123,7 +129,7 @@ def write_figure(results: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if not results.get("models"):
+    if not calm(results.get("models", [])):
         return
     rows = models(results)
     names = list(dict.fromkeys(row["model"] for row in rows))
@@ -139,7 +145,8 @@ def write_figure(results: dict[str, Any], path: Path) -> None:
                 axes.plot(*points, "o", color=color, markersize=8, label=label)
             for row in some:
                 place = row["bytes"] / 1e6, row["decoding"]
-                axes.annotate(row["dtype"], place, (7, 5), textcoords="offset points", fontsize=8, color=color)
+                offset = (7, -12 if kind == "dense" else 5)
+                axes.annotate(row["dtype"], place, offset, textcoords="offset points", fontsize=8, color=color)
         axes.set_xlim(0, 1.2 * max(row["bytes"] for row in rows if row["model"] == name) / 1e6)
         axes.set_ylim(0, 1.15 * max(row["decoding"] for row in rows if row["model"] == name))
         axes.set_xlabel("bytes of the model, MB")

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpu_speed_table import readme_table
+
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.study import Spread
 from optimum_ksparse.study.benchmark import BenchResults
 
 HERE = Path(__file__).parent
 READMES = {"en": HERE.parents[1] / "README.md", "ko": HERE.parents[1] / "README_ko.md"}
-TABLES = ("quality", "methods", "speed")
+TABLES = ("quality", "methods", "cpu", "speed")
+CPU = HERE / "results" / "cpu-avx2-2-threads" / "results.json"
 STUDY = HERE / "results" / "study-gemma-3-270m-methods" / "results.json"
 TITLES = {
     "wanda": "Wanda",
@@ -82,7 +85,8 @@ _TEXTS: dict[str, dict[str, Any]] = {
 def filled(text: str, language: str) -> str:
     """A README with the tables as the files have them now."""
     results = [BenchResults.load(path) for path in sorted((HERE / "results").glob("*.json"))]
-    tables = quality_table(language), methods_table(language), speed_table(results, language)
+    cpu = readme_table(json.loads(CPU.read_text(encoding="utf-8")), language)
+    tables = quality_table(language), methods_table(language), cpu, speed_table(results, language)
     for name, table in zip(TABLES, tables, strict=True):
         pattern = f"(?<=<!-- {name} table -->\n).*?(?=<!-- /{name} table -->)"
         text = re.sub(pattern, lambda _, new=table: new, text, count=1, flags=re.DOTALL)

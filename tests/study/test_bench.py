@@ -37,7 +37,11 @@ KEYS = {"shape", "tokens", "dtype", "pattern", "kernel", "dense_us", "sparse_us"
 def load_script(name):
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / f"examples/benchmarks/{name}.py")
     script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    sys.path.insert(0, str(REPOSITORY / "examples/benchmarks"))  # its neighbours
+    try:
+        spec.loader.exec_module(script)
+    finally:
+        sys.path.pop(0)
     return script
 
 
