@@ -11,7 +11,7 @@ CALM = 0.1  # the largest share of the processors' time that others may take
 WORDS = {
     "en": {
         "layers": "| packed weights of a layer, {threads} threads | tokens | × dense float32 | × dense bfloat16 |",
-        "models": "| whole model, tokens per second | MB | prefill | decoding | decoding, 1 thread |",
+        "models": "| whole model, tokens per second | MB | prefill | decoding |",
         "to": "{:.1f} ({:.1f} to {:.1f})",
         "any": "{dtype}, any pattern",
         "dense": "dense {dtype}",
@@ -20,7 +20,7 @@ WORDS = {
     },
     "ko": {
         "layers": "| 층의 압축 가중치, 스레드 {threads}개 | 토큰 | 밀집 float32의 몇 배 | 밀집 bfloat16의 몇 배 |",
-        "models": "| 모델 전체, 초당 토큰 | MB | 프리필 | 디코딩 | 디코딩, 스레드 1개 |",
+        "models": "| 모델 전체, 초당 토큰 | MB | 프리필 | 디코딩 |",
         "to": "{:.1f} ({:.1f}~{:.1f})",
         "any": "{dtype}, 어떤 패턴이든",
         "dense": "밀집 {dtype}",
@@ -56,7 +56,7 @@ def readme_table(results: dict[str, Any], language: str) -> str:
                 continue
             cells = [words["any"].format(dtype=dtype), str(tokens)]
             lines.append(f"| {' | '.join([*cells, *(span(ratios(rows, dense), words['to']) for dense in DENSE)])} |")
-    lines += ["", words["models"], "|---|---|---|---|---|"]
+    lines += ["", words["models"], "|---|---|---|---|"]
     for row in models(results):
         name = f"{row['model']}, {words[row['kind']].format(dtype=row['dtype'])}"
         lines.append(f"| {name} | {row['bytes'] / 1e6:,.0f} | {' | '.join(_rates(row))} |")
@@ -64,13 +64,11 @@ def readme_table(results: dict[str, Any], language: str) -> str:
 
 
 def models(results: dict[str, Any]) -> Rows:
-    """A row for each model and kind with most threads, with its `decoding` on one thread as `one_thread`."""
+    """A row for each model and kind with most threads."""
     rows = calm(results["models"])
     most = max(row["threads"] for row in rows)
-    keys = ("model", "kind", "dtype")
-    one = {tuple(row[key] for key in keys): row["decoding"] for row in rows if row["threads"] == 1}
     return [
-        {**row, "one_thread": one.get(tuple(row[key] for key in keys))}
+        row
         for model in sorted({row["model"] for row in rows})
         for kind in ("dense", "packed", "llama.cpp")
         for row in sorted(rows, key=lambda row: -row["bytes"])
@@ -79,7 +77,7 @@ def models(results: dict[str, Any]) -> Rows:
 
 
 def _rates(row: dict[str, Any]) -> list[str]:
-    values = row["prefill"], row["decoding"], row["one_thread"]
+    values = row["prefill"], row["decoding"]
     return ["" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}" for value in values]
 
 
