@@ -136,12 +136,13 @@ def test_what_is_missing_is_measured_and_kept(gpu, monkeypatch, tmp_path):
 def test_layers_without_kernels():
     layers = make_layers(pattern="50%") | {"float32": make_layers(1, dtype=torch.float32)["layer0"]}
     report = autotune(layers)
-    assert report.extra_bytes == 0
+    assert report.extra_bytes == 0 and kernels.describe_device(torch.device("cpu")) in str(report)
     assert "32 x 64 50% bfloat16: 2 layers, packed alone" in str(report)
     x = torch.randn(3, 64)
     for layer in layers.values():
         own = x.to(layer.weight.dtype)
-        assert torch.equal(layer(own), F.linear(own, layer.to_dense_weight(), layer.bias))
+        expected = F.linear(own, layer.to_dense_weight(), layer.bias)
+        torch.testing.assert_close(layer(own), expected, rtol=0.02, atol=2e-3)
 
 
 @pytest.fixture

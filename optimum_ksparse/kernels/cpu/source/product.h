@@ -21,12 +21,19 @@
 enum { PARTS = STEP / LANES, COLUMNS = 256, ROWS = 8, VECTORS = BLOCK / LANES, PANEL = 256, AHEAD = 4 };
 
 INLINE float half_to_float(uint16_t half) {
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#elif defined(__aarch64__)
+    union { uint16_t bits; __fp16 value; } narrow = {half};
+    return narrow.value;
+#else
     /* Exponents are rebased by a multiplication, which is exact; infinities and NaN keep their exponent of ones. */
     union { uint32_t bits; float value; } wide = {(uint32_t)(half & 0x7fff) << 13}, scale = {0x77800000};
     wide.value *= scale.value; /* 2^112 */
     if ((half & 0x7c00) == 0x7c00) wide.bits |= 0x7f800000;
     wide.bits |= (uint32_t)(half & 0x8000) << 16;
     return wide.value;
+#endif
 }
 
 INLINE uint16_t float_to_half(float value) {
