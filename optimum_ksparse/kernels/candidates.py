@@ -26,7 +26,7 @@ from . import hardware
 from .cpu import DTYPES, NativeWeight, why_not_native
 from .hardware import on_device_of
 from .library import library_linear, why_not_library
-from .products import linear
+from .products import linear, linear_by_rows
 
 GROUPS = {"2:4": 4, "4:8": 8}  # m of the patterns that kernels take
 # Scratch of `decompress`: a chunk of W that stays in the L2 cache of large GPUs, and the most that is ever taken.
@@ -242,15 +242,11 @@ def _run_decompress(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | 
     x, values, bits, group = aligned(x), aligned(weight.values), aligned(weight.bits), GROUPS[weight.pattern]
     if rows >= weight.out_features:
         return F.linear(x, decompress(values, bits, weight.in_features, group), bias)
-    y = x.new_empty(x.shape[0], weight.out_features)
-    for start in range(0, weight.out_features, rows):
-        part = slice(start, start + rows)
-        dense = decompress(values[part], bits[part], weight.in_features, group)
-        if bias is None:
-            torch.mm(x, dense.T, out=y[:, part])
-        else:
-            torch.addmm(bias[part], x, dense.T, out=y[:, part])
-    return y
+
+    def dense(part: slice) -> torch.Tensor:
+        return decompress(values[part], bits[part], weight.in_features, group)
+
+    return linear_by_rows(x, dense, bias, weight.out_features, rows)
 
 
 def _run_library(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

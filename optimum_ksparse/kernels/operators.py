@@ -1,5 +1,5 @@
 """Custom operators of the sparse linear module. Registered as operators, so that `torch.compile` takes each as one
-node, and so that training keeps packed weights: backward decompresses again instead of saving a dense weight."""
+node, and so that training keeps packed weights: backward reads them again instead of saving a dense weight."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ differ by the order of summation alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -85,6 +85,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [rows, inner] · b [inner, columns] in `product_dtype`; without autograd."""
     return _in_panels(torch.mm, (a, b), {}, 0, 1) if _is_slow(a) else a @ b
+
+
+def linear_by_rows(
+    x: torch.Tensor, dense: Callable[[slice], torch.Tensor], bias: torch.Tensor | None, out_features: int, height: int
+) -> torch.Tensor:
+    """`F.linear` of x [tokens, in] with a weight of which `dense` makes some rows, `height` at a time; without
+    autograd."""
+    y = x.new_empty(x.shape[0], out_features)
+    for start in range(0, out_features, height):
+        rows = slice(start, min(start + height, out_features))
+        weight = dense(rows).T
+        if bias is None:
+            torch.mm(x, weight, out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, weight, out=y[:, rows])
+    return y
 
 
 class _FastProducts(TorchDispatchMode):

@@ -18,7 +18,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import logging
 
-from ..products import product_dtype
+from ..products import linear_by_rows, product_dtype
 from .loading import UNIT_VARIABLE, choose_unit, load_library
 
 logger = logging.get_logger(__name__)
@@ -141,11 +141,10 @@ class NativeWeight:
         if bias is not None:
             bias = self._checked(bias)
         if self.in_panels and width and x.numel() >= _PANEL_TOKENS * width:
-            return self._linear_in_panels(x.view(-1, width), bias).view(*batch, -1)
+            height = max(1, _PANEL_BYTES // (width * self.dtype.itemsize))
+            return linear_by_rows(x.view(-1, width), self.dense, bias, self.out_features, height).view(*batch, -1)
         y = x.new_empty((*batch, self.out_features))
-        pointer = None
-        if bias is not None:
-            pointer = bias.data_ptr()
+        pointer = None if bias is None else bias.data_ptr()
         _check(self._linear(x.data_ptr(), math.prod(batch), pointer, y.data_ptr()))
         return y
 
@@ -156,19 +155,6 @@ class NativeWeight:
                 f"this layer takes {self.dtype} [{self.out_features}] on the CPU"
             )
         return bias.contiguous()
-
-    def _linear_in_panels(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`linear` of x [tokens, in] by torch's product in 16 bit, of a few rows at a time that are made dense."""
-        y = x.new_empty(x.shape[0], self.out_features)
-        height = max(1, _PANEL_BYTES // (self.in_features * self.dtype.itemsize))
-        for start in range(0, self.out_features, height):
-            part = slice(start, min(start + height, self.out_features))
-            weight = self.dense(part).T
-            if bias is None:
-                torch.mm(x, weight, out=y[:, part])
-            else:
-                torch.addmm(bias[part], x, weight, out=y[:, part])
-        return y
 
     def grad_input(self, grad: torch.Tensor) -> torch.Tensor:
         """grad [..., out]·W: [..., in], of the weight's dtype."""
