@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ logger = logging.get_logger(__name__)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # On a CPU with fast products in 16 bit, from so many tokens on those take less time; of a panel of dense rows.
 _PANEL_TOKENS, _PANEL_BYTES = 32, 4 << 20
+
+_WRONG_MASK = 2  # of `enum failure`
 
 _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
@@ -60,7 +63,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ksparse_grad_input": (_pointer, _int32, _pointer, _pointer, _int64, _pointer),
     "ksparse_grad_values": (_pointer, _int32, _pointer, _pointer, _pointer, _int64, _pointer),
     "ksparse_row_starts": (_pointer, _int64, _int64, _pointer),
-    "ksparse_expand": (_pointer, _int32, _pointer, _int64, _int64, _int32, _pointer),
+    "ksparse_expand": (_pointer, _int32, _pointer, _int64, _int64, _pointer),
 }
 
 
@@ -100,7 +103,6 @@ class NativeWeight:
         # A row of n:m has as many values as every other one.
         self._starts = None if values.ndim == 2 else _row_starts(bits)
         per_row = values.shape[1] if values.ndim == 2 else 0
-        self._values, self._bits = _identity(values), _identity(bits)
         self._struct = _Weight(
             values.data_ptr(),
             bits.data_ptr(),
@@ -112,6 +114,7 @@ class NativeWeight:
             row_bytes,
             DTYPES[values.dtype],
         )
+        self._identity = _identity(values, bits)
         self.in_panels = multiplies_in(self.dtype)
         self.address = ctypes.addressof(self._struct)
         self._linear = functools.partial(
@@ -119,10 +122,8 @@ class NativeWeight:
         )
 
     def is_of(self, values: torch.Tensor, bits: torch.Tensor) -> bool:
-        """Whether these are still the tensors that it was made of; values may have been written to."""
-        same = values.data_ptr() == self._values[0] and bits.data_ptr() == self._bits[0] and values.dtype is self.dtype
-        same = same and values.numel() == self._struct.num_values and len(bits) == self.out_features
-        return same and (self._starts is None or _identity(bits) == self._bits)
+        """Whether these are still the tensors that it was made of; both may have been written to."""
+        return _identity(values, bits) == self._identity
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """y [..., out] = x [..., in]·Wᵀ + b; all of the weight's dtype.
@@ -130,6 +131,7 @@ class NativeWeight:
         Raises:
             RuntimeError: x has another width or dtype, as in `F.linear`.
             MemoryError: there is no memory for x as floats.
+            ValueError: the mask keeps another number of weights than there are values.
         """
         *batch, width = x.shape
         if width != self.in_features or x.dtype is not self.dtype:
@@ -145,7 +147,7 @@ class NativeWeight:
             return linear_by_rows(x.view(-1, width), self.dense, bias, self.out_features, height).view(*batch, -1)
         y = x.new_empty((*batch, self.out_features))
         pointer = None if bias is None else bias.data_ptr()
-        _check(self._linear(x.data_ptr(), math.prod(batch), pointer, y.data_ptr()))
+        self._do(self._linear, x.data_ptr(), math.prod(batch), pointer, y.data_ptr())
         return y
 
     def _checked(self, bias: torch.Tensor) -> torch.Tensor:
@@ -167,7 +169,7 @@ class NativeWeight:
     def grad_values(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """gradᵀ·x at the mask, float32 [number of values]; grad [..., out], x [..., in] of the weight's dtype."""
         grad, x = grad.contiguous(), x.contiguous()
-        sums = torch.zeros(self._struct.num_values, dtype=torch.float32, device="cpu")
+        sums = torch.empty(self._struct.num_values, dtype=torch.float32, device="cpu")
         self._call("ksparse_grad_values", grad.data_ptr(), x.data_ptr(), grad.shape[:-1].numel(), sums.data_ptr())
         return sums
 
@@ -175,43 +177,54 @@ class NativeWeight:
         """The dense weight [out, in], or some rows of it, in its dtype."""
         rows = rows or slice(0, self.out_features)
         weight = torch.empty(rows.stop - rows.start, self.in_features, dtype=self.dtype, device="cpu")
-        self._call("ksparse_expand", rows.start, rows.stop, False, weight.data_ptr())
+        self._call("ksparse_expand", rows.start, rows.stop, weight.data_ptr())
         return weight
 
     def _call(self, name: str, *arguments: int) -> None:
         functions, parallel_for, unit, _ = _loaded()
-        _check(getattr(functions, name)(parallel_for, unit, self.address, *arguments))
+        self._do(functools.partial(getattr(functions, name), parallel_for, unit, self.address), *arguments)
+
+    def _do(self, function: Callable[..., int], *arguments: int | None) -> None:
+        error = function(*arguments)
+        if error == _WRONG_MASK and self._starts is not None:  # something was written into the mask
+            _count(self._struct, self._starts)
+            error = function(*arguments)
+        if error == _WRONG_MASK:
+            raise ValueError(
+                f"weight_mask of a layer [{self.out_features}, {self.in_features}] does not keep as many weights as "
+                f"there are values, {self._struct.num_values}: mask and values must be replaced together"
+            )
+        if error:
+            raise MemoryError("out of memory in a product of a sparse layer on the CPU: give fewer tokens at a time")
 
 
-def _identity(tensor: torch.Tensor) -> tuple[int, int]:
-    """What changes where a tensor is replaced, or written to by other ways than `.data`."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _identity(values: torch.Tensor, bits: torch.Tensor) -> tuple[object, ...]:
+    return values.data_ptr(), bits.data_ptr(), values.numel(), bits.shape[0], values.dtype
 
 
-# Of masks, by where they lie: the mask's storage, its version, and where the rows of values begin.
-_starts: dict[tuple[object, ...], tuple[StorageWeakRef, int, torch.Tensor]] = {}
+# Where the values of a mask's rows begin, by where the mask lies, and a reference to its storage: though weak, it
+# keeps another one from having its address.
+_starts: dict[tuple[object, ...], tuple[StorageWeakRef, torch.Tensor]] = {}
 
 
 def _row_starts(bits: torch.Tensor) -> torch.Tensor:
-    """Where each row's values begin, [out] int64; counted once for a mask that stays as it is."""
-    storage, (_, version) = bits.untyped_storage(), _identity(bits)
-    key = storage._cdata, bits.storage_offset(), bits.shape[0]
-    kept = _starts.get(key)  # a reference to a storage, though weak, keeps another one from having its address
-    # What is written into a tensor of inference mode leaves no trace.
-    if kept is not None and kept[1] == version and not bits.is_inference() and not kept[0].expired():
-        return kept[2]
+    """Where each row's values begin, [out] int64. Counted once for a mask: the library tells if that is outdated."""
+    storage = bits.untyped_storage()
+    key = storage._cdata, bits.storage_offset(), bits.shape
+    reference, starts = _starts.get(key, (None, None))
+    if reference is not None and starts is not None and not reference.expired():
+        return starts
     starts = torch.empty(bits.shape[0], dtype=torch.int64, device="cpu")  # not the default device
-    _loaded().functions.ksparse_row_starts(bits.data_ptr(), *bits.shape, starts.data_ptr())
+    _count(_Weight(bits=bits.data_ptr(), out_features=bits.shape[0], row_bytes=bits.shape[1]), starts)
     if len(_starts).bit_count() == 1:  # a power of two: each time that there are twice as many
-        for other in [other for other, (reference, *_) in list(_starts.items()) if reference.expired()]:
+        for other in [other for other, (reference, _) in list(_starts.items()) if reference.expired()]:
             _starts.pop(other, None)
-    _starts[key] = StorageWeakRef(storage), version, starts
+    _starts[key] = StorageWeakRef(storage), starts
     return starts
 
 
-def _check(error: int) -> None:
-    if error:
-        raise MemoryError("out of memory in a product of a sparse layer on the CPU: give fewer tokens at a time")
+def _count(weight: _Weight, starts: torch.Tensor) -> None:
+    _loaded().functions.ksparse_row_starts(weight.bits, weight.out_features, weight.row_bytes, starts.data_ptr())
 
 
 def _loaded() -> _Library:

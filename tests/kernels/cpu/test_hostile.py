@@ -68,6 +68,29 @@ def test_a_mask_of_inference_mode_is_counted_again():
     torch.testing.assert_close(sparse(x), dense(other, x))
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_a_mask_that_is_written_behind_autograds_back_is_counted_again(tokens):
+    sparse, other = layer(), layer(seed=1)
+    x = torch.randn(tokens, 70, requires_grad=True)
+    sparse(x).sum().backward()
+    sparse.weight.data.copy_(other.weight)
+    sparse.weight_mask.data.copy_(other.weight_mask)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(x), F.linear(x, other.to_dense_weight(), sparse.bias))
+    x.grad = sparse.weight.grad = None
+    sparse(x).sum().backward()
+    torch.testing.assert_close(x.grad, other.to_dense_weight().sum(0).expand(tokens, -1))
+    torch.testing.assert_close(sparse.to_dense_weight(), other.to_dense_weight())
+
+
+@torch.no_grad()
+def test_a_weight_of_too_few_values_is_refused():
+    sparse, x = layer(), torch.randn(2, 70)
+    sparse.weight.data = sparse.weight.data[:-1].clone()
+    with pytest.raises(ValueError, match="values"):
+        sparse(x)
+
+
 @torch.no_grad()
 def test_views_that_negate_or_are_zero():
     sparse, x = layer(), torch.randn(2, 70)

@@ -46,7 +46,7 @@ static int32_t compute(int32_t unit, int32_t dtype, int64_t tokens, struct resul
     return ksparse_linear(serial, unit, &w, x, tokens, bias, results->y) ||
            ksparse_grad_input(serial, unit, &w, grad, tokens, results->grad_x) ||
            ksparse_grad_values(serial, unit, &w, grad, x, tokens, results->grads) ||
-           ksparse_expand(serial, unit, &w, 0, OUT, 0, results->dense);
+           ksparse_expand(serial, unit, &w, 0, OUT, results->dense);
 }
 
 static int differ(int32_t dtype, const void *some, const void *others, int64_t count) {

@@ -5,7 +5,7 @@
 #include <string.h>
 
 /* What the Python side was written for: it refuses another number. */
-EXPORT int32_t ksparse_version(void) { return 1; }
+EXPORT int32_t ksparse_version(void) { return 2; }
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -58,10 +58,6 @@ EXPORT const char *ksparse_unit(int32_t index, int32_t *runs) {
 struct task {
     const struct unit *unit;
     struct product product;
-    int32_t as_float;
-    char *out;              /* of `expand` */
-    int64_t first_row;      /* of `expand` */
-    const float *gradient;  /* of `grad_values` */
 };
 
 /* From SOME tokens on only kept weights are multiplied. SLAB tokens are widened at a time; GRAIN multiplications make
@@ -85,14 +81,12 @@ static void input_columns(int64_t begin, int64_t end, void *context) {
 
 static void value_rows(int64_t begin, int64_t end, void *context) {
     const struct task *task = context;
-    task->unit->grad_values(&task->product, task->gradient, begin, end);
+    task->unit->grad_values(&task->product, begin, end);
 }
 
 static void expand_rows(int64_t begin, int64_t end, void *context) {
     const struct task *task = context;
-    const struct weight *w = &task->product.w;
-    const int64_t row = w->in_features * (task->as_float ? 4 : size_of(w->dtype));
-    task->unit->expand(w, begin, end, task->as_float, task->out + (begin - task->first_row) * row);
+    task->unit->expand(&task->product, begin, end);
 }
 
 /* Tokens [count, features] of a dtype on their way to floats. */
@@ -149,64 +143,68 @@ static int32_t copy_tokens(parallel_for run, struct copying c, int transposed) {
     return run(0, c.count, grain(c.features) , widen_tokens, &c);
 }
 
-/* y [tokens, out] = x [tokens, in] · Wᵀ + bias, x, bias and y of the weight's dtype. 0; else memory ran out. */
-EXPORT int32_t ksparse_linear(parallel_for run, int32_t unit, const struct weight *w, const void *x, int64_t tokens,
-                              const void *bias, void *y) {
-    float *wide = room(tokens, w->in_features);
-    int32_t error = !wide, failed = 0;
-    for (int64_t token = 0; token < tokens && !error; token += SLAB) {
-        const int64_t count = tokens - token < SLAB ? tokens - token : SLAB, size = size_of(w->dtype);
-        struct copying c = {units[unit].unit, w->dtype, (const char *)x + token * w->in_features * size, count,
-                            w->in_features, 0, wide};
-        struct product p = {*w, wide, count, padded(w->in_features, 64), bias,
-                            (char *)y + token * w->out_features * size, &failed};
-        struct task task = {units[unit].unit, p, 0, NULL, 0, NULL};
-        error = copy_tokens(run, c, count >= SOME);
-        if (!error) error = run(0, w->out_features, grain(w->in_features * (count < 8 ? count : 8)), multiply_rows, &task) || failed;
-    }
-    free(wide);
-    return error;
-}
+/* A product of tokens, which are widened and multiplied SLAB at a time. */
+struct call {
+    parallel_for run;
+    const struct unit *unit;
+    const struct weight *w;
+    int64_t tokens;
+    const char *x, *gradient; /* [tokens, x_features]; for the gradient of the values [tokens, out], else NULL */
+    int64_t x_features;
+    int transposed; /* whether x is, however few the tokens are */
+    const void *bias;
+    char *y;
+    int64_t y_bytes; /* of a token; 0 where all tokens are summed */
+};
 
-/* grad_x [tokens, in] = grad [tokens, out] · W, all of the weight's dtype. 0; else memory ran out. */
-EXPORT int32_t ksparse_grad_input(parallel_for run, int32_t unit, const struct weight *w, const void *grad,
-                                  int64_t tokens, void *grad_x) {
-    float *wide = room(padded(tokens, BLOCK), w->out_features);
-    int32_t error = !wide, failed = 0;
-    for (int64_t token = 0; token < tokens && !error; token += SLAB) {
-        const int64_t count = tokens - token < SLAB ? tokens - token : SLAB, size = size_of(w->dtype);
-        struct copying c = {units[unit].unit, w->dtype, (const char *)grad + token * w->out_features * size, count,
-                            w->out_features, 0, wide};
-        struct product p = {*w, wide, count, padded(w->out_features, 64), NULL,
-                            (char *)grad_x + token * w->in_features * size, &failed};
-        struct task task = {units[unit].unit, p, 0, NULL, 0, NULL};
-        error = copy_tokens(run, c, 1);
-        if (!error) error = run(0, padded(w->in_features, 64) / 64, 1, input_columns, &task) || failed;
+/* `body` over `items` of each slab, at least `least` of them in a thread. 0, or one of `failure`. */
+static int32_t compute(const struct call *call, void (*body)(int64_t, int64_t, void *), int64_t items, int64_t least) {
+    const struct weight *w = call->w;
+    const int64_t size = size_of(w->dtype), most = call->transposed ? padded(call->tokens, BLOCK) : call->tokens;
+    float *x = room(most, call->x_features), *gradient = call->gradient ? room(most, w->out_features) : NULL;
+    int32_t error = !x || (call->gradient && !gradient) ? NO_MEMORY : 0;
+    for (int64_t token = 0; token < call->tokens && !error; token += SLAB) {
+        const int64_t count = call->tokens - token < SLAB ? call->tokens - token : SLAB;
+        const char *from = call->x + token * call->x_features * size;
+        const struct copying c = {call->unit, w->dtype, from, count, call->x_features, 0, x};
+        if (copy_tokens(call->run, c, call->transposed || count >= SOME)) error = NO_MEMORY;
+        if (gradient && !error) {
+            from = call->gradient + token * w->out_features * size;
+            const struct copying g = {call->unit, w->dtype, from, count, w->out_features, 0, gradient};
+            if (copy_tokens(call->run, g, 1)) error = NO_MEMORY;
+        }
+        struct task task = {call->unit, {*w, x, gradient, count, padded(call->x_features, 64), call->bias,
+                                         call->y + token * call->y_bytes, 0, &error}};
+        if (!error && call->run(0, items, least, body, &task)) error = NO_MEMORY;
     }
-    free(wide);
-    return error;
-}
-
-/* grads, floats in the places of the values, += gradᵀ [out, tokens] · x [tokens, in] at the mask. */
-EXPORT int32_t ksparse_grad_values(parallel_for run, int32_t unit, const struct weight *w, const void *grad,
-                                   const void *x, int64_t tokens, float *grads) {
-    float *wide = room(padded(tokens, BLOCK), w->in_features), *gradient = room(padded(tokens, BLOCK), w->out_features);
-    int32_t error = !wide || !gradient, failed = 0;
-    for (int64_t token = 0; token < tokens && !error; token += SLAB) {
-        const int64_t count = tokens - token < SLAB ? tokens - token : SLAB, size = size_of(w->dtype);
-        struct copying c = {units[unit].unit, w->dtype, (const char *)x + token * w->in_features * size, count,
-                            w->in_features, 0, wide};
-        struct copying g = {units[unit].unit, w->dtype, (const char *)grad + token * w->out_features * size, count,
-                            w->out_features, 0, gradient};
-        struct product p = {*w, wide, count, padded(w->in_features, 64), NULL, grads, &failed};
-        struct task task = {units[unit].unit, p, 0, NULL, 0, gradient};
-        error = copy_tokens(run, c, 1);
-        if (!error) error = copy_tokens(run, g, 1);
-        if (!error) error = run(0, w->out_features, 8, value_rows, &task) || failed;
-    }
-    free(wide);
+    free(x);
     free(gradient);
     return error;
+}
+
+/* y [tokens, out] = x [tokens, in] · Wᵀ + bias, x, bias and y of the weight's dtype. */
+EXPORT int32_t ksparse_linear(parallel_for run, int32_t unit, const struct weight *w, const void *x, int64_t tokens,
+                              const void *bias, void *y) {
+    const struct call call = {run, units[unit].unit, w, tokens, x, NULL, w->in_features, 0, bias, y,
+                              w->out_features * size_of(w->dtype)};
+    const int64_t work = w->in_features * (tokens < 8 ? tokens : 8);
+    return compute(&call, multiply_rows, w->out_features, grain(work));
+}
+
+/* grad_x [tokens, in] = grad [tokens, out] · W, all of the weight's dtype. */
+EXPORT int32_t ksparse_grad_input(parallel_for run, int32_t unit, const struct weight *w, const void *grad,
+                                  int64_t tokens, void *grad_x) {
+    const struct call call = {run, units[unit].unit, w, tokens, grad, NULL, w->out_features, 1, NULL, grad_x,
+                              w->in_features * size_of(w->dtype)};
+    return compute(&call, input_columns, padded(w->in_features, 64) / 64, 1);
+}
+
+/* grads, floats in the places of the values, = gradᵀ [out, tokens] · x [tokens, in] at the mask. */
+EXPORT int32_t ksparse_grad_values(parallel_for run, int32_t unit, const struct weight *w, const void *grad,
+                                   const void *x, int64_t tokens, float *grads) {
+    const struct call call = {run, units[unit].unit, w, tokens, x, grad, w->in_features, 1, NULL, (char *)grads, 0};
+    memset(grads, 0, w->num_values * sizeof(float));
+    return compute(&call, value_rows, w->out_features, 8);
 }
 
 /* starts [out]: how many weights the rows before keep. */
@@ -218,10 +216,10 @@ EXPORT void ksparse_row_starts(const uint8_t *bits, int64_t out_features, int64_
     }
 }
 
-/* out [end - begin, in]: rows of the dense weight, as floats or in its own dtype. */
+/* out [end - begin, in]: rows of the dense weight in its dtype. */
 EXPORT int32_t ksparse_expand(parallel_for run, int32_t unit, const struct weight *w, int64_t begin, int64_t end,
-                              int32_t as_float, void *out) {
-    struct product p = {*w, NULL, 0, 0, NULL, NULL, NULL};
-    struct task task = {units[unit].unit, p, as_float, out, begin, NULL};
-    return run(begin, end, grain(w->in_features), expand_rows, &task);
+                              void *out) {
+    int32_t error = 0;
+    struct task task = {units[unit].unit, {*w, NULL, NULL, 0, 0, NULL, out, begin, &error}};
+    return run(begin, end, grain(w->in_features), expand_rows, &task) ? NO_MEMORY : error;
 }

@@ -4,6 +4,9 @@
 
 #include <stdint.h>
 
+/* What a call gives: memory ran out; a row's bits keep another number of weights than it has values. */
+enum failure { NO_MEMORY = 1, WRONG_MASK = 2 };
+
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
 /* torch_parallel_for of libtorch_cpu: splits a range over torch's own threads. */
@@ -25,11 +28,12 @@ struct weight {
  * and y of the weight's dtype. */
 struct product {
     struct weight w;
-    const float *x;
+    const float *x, *gradient; /* the latter for `grad_values` */
     int64_t tokens, stride;
     const void *bias;
     void *y;
-    int32_t *failed; /* set to 1 where memory runs out */
+    int64_t first_row; /* of `expand` */
+    int32_t *failed; /* set to one of `failure` where something fails */
 };
 
 /* A unit: the same functions compiled for one instruction set. All take rows [begin, end). */
@@ -47,9 +51,9 @@ struct unit {
     /* Backward, over blocks of 64 columns: y [tokens, in] = x · W, x [tokens, out] transposed as for `many`. */
     void (*grad_input)(const struct product *, int64_t begin, int64_t end);
     /* Backward, over rows: y, floats in the places of the values, += gradientᵀ · x at the mask, both transposed. */
-    void (*grad_values)(const struct product *, const float *gradient, int64_t begin, int64_t end);
-    /* Rows of the dense weight, as floats or in the weight's own dtype: out [end - begin, in_features]. */
-    void (*expand)(const struct weight *, int64_t begin, int64_t end, int32_t as_float, void *out);
+    void (*grad_values)(const struct product *, int64_t begin, int64_t end);
+    /* Rows of the dense weight in its dtype: y [rows from first_row on, in]; without x. */
+    void (*expand)(const struct product *, int64_t begin, int64_t end);
     /* count numbers of a dtype to floats. */
     void (*widen)(int32_t dtype, const void *from, int64_t count, float *to);
 };
@@ -75,6 +79,6 @@ EXPORT int32_t ksparse_grad_values(parallel_for, int32_t unit, const struct weig
                                    int64_t tokens, float *grads);
 EXPORT void ksparse_row_starts(const uint8_t *bits, int64_t out_features, int64_t row_bytes, int64_t *starts);
 EXPORT int32_t ksparse_expand(parallel_for, int32_t unit, const struct weight *, int64_t begin, int64_t end,
-                              int32_t as_float, void *out);
+                              void *out);
 
 #endif

@@ -73,6 +73,12 @@ INLINE int64_t size_of(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 INLINE int64_t row_start(const struct weight *w, int64_t row) { return w->starts ? w->starts[row] : row * w->per_row; }
 
+/* Where a row's values must end, once its bits are read: they may have changed since `starts` was counted. */
+INLINE void check_end(const struct product *p, int64_t row, int64_t offset) {
+    const struct weight *w = &p->w;
+    if (offset != (row + 1 < w->out_features ? row_start(w, row + 1) : w->num_values)) *p->failed = WRONG_MASK;
+}
+
 INLINE void expand(int32_t dtype, const char *values, mask_t mask, vec *weights) {
     if (dtype == FLOAT32) expand_32(values, mask, weights);
     else if (dtype == BFLOAT16) expand_bf16(values, mask, weights);
@@ -144,6 +150,7 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
             offset[r] += count_bits(mask);
             multiply(tokens, x + column, p->stride, weights, sums + r * chains * tokens);
         }
+    for (int r = 0; r < rows; r++) check_end(p, row + r, offset[r]);
     for (int r = 0; r < rows; r++)
         for (int token = 0; token < tokens; token++) {
             vec sum = sums[r * chains * tokens + token];
@@ -258,6 +265,7 @@ INLINE void some_rows(int32_t dtype, const struct product *p, int64_t begin, int
                           sums + r * next_row + token * LANES, next_row);
             }
         }
+        for (int r = 0; r < rows; r++) check_end(p, row + r, offset[r]);
         for (int64_t token = 0; token < p->tokens; token++)
             for (int r = 0; r < rows; r++)
                 finish(dtype, p, row + r, token, v_sum(v_load(sums + r * next_row + token * LANES)));
@@ -267,7 +275,7 @@ INLINE void some_rows(int32_t dtype, const struct product *p, int64_t begin, int
 static void some(const struct product *p, int64_t begin, int64_t end) {
     float *sums = NULL;
     if (posix_memalign((void **)&sums, 64, ROWS * p->tokens * LANES * sizeof(float))) {
-        *p->failed = 1;
+        *p->failed = NO_MEMORY;
         return;
     }
     if (p->w.dtype == FLOAT32) some_rows(FLOAT32, p, begin, end, sums);
@@ -313,6 +321,7 @@ INLINE void many_rows(int32_t dtype, int vectors, const struct product *p, int64
                 kept_columns(dtype, vectors, values + offset[r] * size, word, xt + column * width, sums + r * width);
                 offset[r] += count;
             }
+        for (int r = 0; r < rows; r++) check_end(p, row + r, offset[r]);
         for (int t = 0; t < tokens; t++)
             for (int r = 0; r < rows; r++) finish(dtype, p, row + r, token + t, sums[r * width + t]);
     }
@@ -335,7 +344,7 @@ INLINE void many_rows(int32_t dtype, int vectors, const struct product *p, int64
 static void many(const struct product *p, int64_t begin, int64_t end) {
     float *sums = NULL;
     if (posix_memalign((void **)&sums, 64, PANEL * BLOCK * sizeof(float))) {
-        *p->failed = 1;
+        *p->failed = NO_MEMORY;
         return;
     }
     FOR_BLOCKS(many_rows, sums)
@@ -439,7 +448,9 @@ static void grad_input(const struct product *p, int64_t begin, int64_t end) {
             if (dtype == FLOAT32) input_columns(FLOAT32, p, column, offset, sums);
             else if (dtype == BFLOAT16) input_columns(BFLOAT16, p, column, offset, sums);
             else input_columns(FLOAT16, p, column, offset, sums);
-    } else *p->failed = 1;
+        for (int64_t row = 0; row < p->w.out_features && end * 64 >= p->w.in_features; row++)
+            check_end(p, row, offset[row]);
+    } else *p->failed = NO_MEMORY;
     free(offset);
     free(sums);
 }
@@ -479,25 +490,27 @@ INLINE void correlate(int32_t dtype, int vectors, const struct product *p, int64
                 kept_products(vectors, word, gt + (row + r) * width, xt + column * width, (float *)p->y + offset[r]);
                 offset[r] += count;
             }
+        for (int r = 0; r < rows; r++) check_end(p, row + r, offset[r]);
     }
 }
 
 /* Rows [begin, end) of the gradient of the values, added to p->y, floats: grad^T · x at the mask. p->x is x transposed,
- * `gradient` grad transposed. */
-static void grad_values(const struct product *p, const float *gradient, int64_t begin, int64_t end) {
-    FOR_BLOCKS_OF(FLOAT32, correlate, gradient)
+ * p->gradient grad transposed. */
+static void grad_values(const struct product *p, int64_t begin, int64_t end) {
+    FOR_BLOCKS_OF(FLOAT32, correlate, p->gradient)
 }
 
-INLINE void expand_floats(int32_t dtype, const struct weight *w, int64_t row, float *out) {
+INLINE int64_t expand_floats(const struct weight *w, int64_t row, float *out) {
     const int64_t whole = w->in_features / STEP * STEP;
-    int64_t offset = expand_row(dtype, w, row, 0, whole, row_start(w, row), out);
+    int64_t offset = expand_row(FLOAT32, w, row, 0, whole, row_start(w, row), out);
     float rest[STEP];
-    if (whole == w->in_features) return;
-    expand_row(dtype, w, row, whole, STEP, offset, rest);
+    if (whole == w->in_features) return offset;
+    offset = expand_row(FLOAT32, w, row, whole, STEP, offset, rest);
     memcpy(out + whole, rest, (w->in_features - whole) * sizeof(float));
+    return offset;
 }
 
-INLINE void expand_halves(const struct weight *w, int64_t row, uint16_t *out) {
+INLINE int64_t expand_halves(const struct weight *w, int64_t row, uint16_t *out) {
     const uint8_t *bits = w->bits + row * w->row_bytes;
     int64_t offset = row_start(w, row);
     for (int64_t column = 0; column < w->in_features; column += STEP) {
@@ -509,15 +522,16 @@ INLINE void expand_halves(const struct weight *w, int64_t row, uint16_t *out) {
         if (left < STEP) memcpy(out + column, rest, left * sizeof(uint16_t));
         offset += count_bits(mask);
     }
+    return offset;
 }
 
-static void expand_rows(const struct weight *w, int64_t begin, int64_t end, int32_t as_float, void *out) {
+static void expand_rows(const struct product *p, int64_t begin, int64_t end) {
+    const struct weight *w = &p->w;
     for (int64_t row = begin; row < end; row++) {
-        const int64_t place = (row - begin) * w->in_features;
-        if (w->dtype == FLOAT32) expand_floats(FLOAT32, w, row, (float *)out + place);
-        else if (!as_float) expand_halves(w, row, (uint16_t *)out + place);
-        else if (w->dtype == BFLOAT16) expand_floats(BFLOAT16, w, row, (float *)out + place);
-        else expand_floats(FLOAT16, w, row, (float *)out + place);
+        const int64_t place = (row - p->first_row) * w->in_features;
+        check_end(p, row,
+                  w->dtype == FLOAT32 ? expand_floats(w, row, (float *)p->y + place)
+                                      : expand_halves(w, row, (uint16_t *)p->y + place));
     }
 }
 
