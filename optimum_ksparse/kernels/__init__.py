@@ -1,8 +1,8 @@
 """How a sparse linear map is computed: the operators, the kernels behind them, and the choice among these.
 
 `operators` is what the module calls; `candidates` the table of kernels; `dispatch` measures and chooses. `products`
-decides in which dtype dense products run on a CPU. `triton` holds the Triton kernels; they are imported when they
-first run.
+decides in which dtype dense products run on a CPU. `cpu` is the native code for CPUs; `triton` holds the Triton
+kernels, which are imported when they first run.
 """
 
 from .candidates import GROUPS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
