@@ -44,8 +44,8 @@ class SparseLinear(PackedModule, nn.Linear):
     Runs in float32, bfloat16 and float16 on any device, under autocast and `torch.compile`: on CPUs, and 2:4 and 4:8
     in 16 bit on NVIDIA GPUs from Ampere on, by code that reads the packed weight (`kernels`), everywhere else by
     decompressing it in the forward pass. NaN and infinite inputs at weights that are not kept may or may not count.
-    Its weight trains like any other: the gradient has the shape of the packed values, so that zeros stay zero under any
-    optimizer.
+    Its weight trains like any other: the gradient has the shape of the packed values, so that zeros stay zero under
+    any optimizer.
 
     Args:
         in_features, out_features, bias: as in `nn.Linear`.
