@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..blocks import decoder_of, use_eager_experts
-from ..nn import SparseExperts, SparseLinear, is_linear_map
+from ..nn import SparseExperts, SparseLinear, is_linear_map, onloaded
 from ..pattern import Pattern
 
 MASK_SUFFIX = ".weight_mask"
@@ -103,15 +103,7 @@ def stored_tensors(root: nn.Module, fetch: bool = False) -> Iterator[tuple[str, 
     for path, module in root.named_modules(remove_duplicate=False):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and name not in module._non_persistent_buffers_set:
-                yield f"{path}.{name}".lstrip("."), _fetched(module, name, tensor) if fetch else tensor
-
-
-def _fetched(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    hook: Any = getattr(module, "_hf_hook", None)
-    for own in getattr(hook, "hooks", [hook]) if tensor.is_meta else ():
-        if getattr(own, "weights_map", None) is not None:
-            tensor = own.weights_map[name]
-    return tensor
+                yield f"{path}.{name}".lstrip("."), onloaded(module, name) if fetch else tensor
 
 
 def is_offloaded(model: nn.Module) -> bool:

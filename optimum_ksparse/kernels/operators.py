@@ -30,7 +30,7 @@ def decompress(values: torch.Tensor, bits: torch.Tensor, in_features: int, patte
 
 
 @decompress.register_fake
-def _(values: torch.Tensor, bits: torch.Tensor, in_features: int, pattern: str = "") -> torch.Tensor:
+def _(values: torch.Tensor, bits: torch.Tensor, in_features: int, *_: Any) -> torch.Tensor:
     return values.new_empty(bits.shape[0], in_features)
 
 
@@ -100,16 +100,7 @@ def linear(
 
 
 @linear.register_fake
-def _(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    bits: torch.Tensor,
-    bias: torch.Tensor | None,
-    in_features: int,
-    pattern: str = "",
-    kernel_name: str = "auto",
-    library: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _(x: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], bits.shape[0])
 
 

@@ -12,7 +12,7 @@ from .. import kernels
 from ..packing import check_bits, pack
 from ..pattern import Pattern
 from .matrix import PackedMatrix
-from .packed import PackedModule
+from .packed import PackedModule, onloaded
 
 
 class SparseExperts(PackedModule):
@@ -93,9 +93,9 @@ class SparseExperts(PackedModule):
         expert = int(expert)
         if self._dense_weight is not None:
             return self._dense_weight[expert]
-        return PackedMatrix(
-            self._packed(self._tensor("weight")[expert], self._tensor("weight_mask")[expert]), self.kernel
-        )
+        # No forward pass of this module brings in what is offloaded.
+        values, bits = (onloaded(self, name)[expert] for name in ("weight", "weight_mask"))
+        return PackedMatrix(self._packed(values, bits), self.kernel)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -109,12 +109,6 @@ class SparseExperts(PackedModule):
 
     def _packed(self, values: torch.Tensor, bits: torch.Tensor) -> kernels.PackedWeight:
         return kernels.PackedWeight(values, bits, self.in_features, str(self.pattern))
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        """The tensor, wherever accelerate has offloaded it: no forward pass of this module brings it in."""
-        tensor: torch.Tensor = getattr(self, name)
-        hook: Any = getattr(self, "_hf_hook", None)
-        return hook.weights_map[name] if tensor.is_meta and getattr(hook, "offload", False) else tensor
 
     def _prepare(self) -> None:
         kernels.prepare(self._packed(self.weight[0].detach(), self.weight_mask[0]))

@@ -117,22 +117,11 @@ class SparseLinear(PackedModule, nn.Linear):
                 raise ValueError(f"mask keeps {kept} of {mask.numel()} weights: give the pattern")
             pattern = Pattern(f"{mask.numel() - kept}/{mask.numel()}")
         values, bits = pack(weight, mask, pattern)
-        sparse = cls(
-            weight.shape[1],
-            weight.shape[0],
-            linear.bias is not None,
-            pattern=pattern,
-            num_values=kept,
-            dense_type=type(linear),
-            device="meta",
-        )
-        source = linear.weight
-        sparse.weight = nn.Parameter(values, requires_grad=source.requires_grad)  # type: ignore[arg-type]
-        sparse.weight_mask = bits
-        if linear.bias is not None:
-            sparse.bias = linear.bias  # type: ignore[assignment]
+        sparse = cls.empty_like(linear, pattern, kept, "meta")
+        sparse.weight = nn.Parameter(values, requires_grad=sparse.weight.requires_grad)
+        sparse.weight_mask, sparse.bias = bits, linear.bias  # type: ignore[assignment]
         sparse._prepare()
-        return sparse.train(linear.training)
+        return sparse
 
     @classmethod
     def empty_like(

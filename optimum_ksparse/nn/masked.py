@@ -121,9 +121,7 @@ def _masked_linear(
 
 
 @_masked_linear.register_fake
-def _(
-    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bits: torch.Tensor, values: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def _(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], b.shape[0])
 
 
@@ -159,16 +157,7 @@ def _masked_linear_backward(
 
 
 @_masked_linear_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bits: torch.Tensor,
-    values: torch.Tensor | None,
-    scale: float,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(grad: Any, x: Any, a: Any, b: Any, bits: Any, values: Any, scale: float, needs: list[bool]) -> tuple[Any, ...]:
     of_values = x.new_empty(0) if values is None or not needs[3] else torch.empty_like(values)
     return x.new_empty(x.shape if needs[0] else 0), torch.empty_like(a), torch.empty_like(b), of_values
 

@@ -144,6 +144,16 @@ class PackedModule(nn.Module):
         return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}"
 
 
+def onloaded(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer of the module itself; one that accelerate has offloaded from where it is kept."""
+    tensor: torch.Tensor = getattr(module, name)
+    hook: Any = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]) if tensor.is_meta else ():
+        if getattr(one, "weights_map", None) is not None:
+            tensor = one.weights_map[name]
+    return tensor
+
+
 @contextmanager
 def densified(root: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within it, sparse modules under `root` keep their weights dense instead of decompressing them in each forward

@@ -1,10 +1,13 @@
-"""`RuntimeConfig`: how a loaded sparse model computes."""
+"""How a loaded sparse model computes, as its user says."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from ..checkpoint import sparse_modules
 from ..checks import check_one_of
 from ..config import check_not_removed
 from ..kernels import KERNELS
@@ -31,3 +34,19 @@ class RuntimeConfig:
         if unknown:
             raise TypeError(f"RuntimeConfig has no setting {next(iter(unknown))!r}; allowed: kernel")
         object.__setattr__(self, "kernel", check_one_of("kernel", kernel, ("auto", *KERNELS)))
+
+
+def configure(model: PreTrainedModel, config: RuntimeConfig) -> None:
+    """Makes a loaded sparse model compute as `config` says, however it did before.
+
+    Raises:
+        TypeError: `config` is none.
+        ValueError: the model has no sparse layers.
+    """
+    if not isinstance(config, RuntimeConfig):
+        raise TypeError(f"runtime_config must be a RuntimeConfig, found {type(config).__name__}")
+    modules = sparse_modules(model).values()
+    if not modules:
+        raise ValueError(f"runtime_config says how sparse layers compute, and {type(model).__name__} has none")
+    for module in modules:
+        module.kernel = config.kernel
