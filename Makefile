@@ -25,7 +25,7 @@ test: $(VENV)/.dev check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not processes and not end_to_end"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not processes and not end_to_end and not slow"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

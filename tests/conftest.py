@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,19 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
         {"num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": CONTEXT},
     ),
 }
+
+
+# Those that differ most: the usual one, windows and norms around, joined and transposed maps, and no attention.
+DISTINCT = ("llama", "gemma3", "gpt2", "rwkv")
+
+
+def thinned(values: Iterable[Any], kept: Sequence[Any] = ()) -> list[Any]:
+    """Parameters much alike: `make test-fast` takes those alone whose first argument is one of `kept`."""
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=() if row[0] in kept else pytest.mark.slow) for row in rows]
+
+
+EVERY_ARCHITECTURE = thinned(ARCHITECTURES, DISTINCT)
 
 
 def make_config(name: str, **overrides: object) -> transformers.PretrainedConfig:

@@ -85,6 +85,7 @@ def test_shared_keys_and_values_with_reconstruction(gemma4, activations):
     assert all(row.loss_after <= row.loss_before < 10 for row in report.reconstruction)
 
 
+@pytest.mark.slow
 def test_a_run_over_shared_keys_and_values_goes_on(gemma4, tmp_path: Path, monkeypatch):
     gemma4.save_pretrained(tmp_path / "dense")
     config = SparsityConfig("wanda", "2:4", dataset=IDS, batch_size=2)

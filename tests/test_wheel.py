@@ -63,6 +63,7 @@ print(AutoModelForCausalLM.from_pretrained("sparse").sparsity_report.density)
 """
 
 
+@pytest.mark.processes
 def test_the_wheel_holds_the_package_and_the_command(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "optimum_ksparse/__init__.py" in names
@@ -73,6 +74,7 @@ def test_the_wheel_holds_the_package_and_the_command(wheel):
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"optimum_ksparse", "optimum"}
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no compiler")
 def test_a_wheel_with_native_code_is_of_this_platform(wheel):
     library = "optimum_ksparse/kernels/cpu/" + ("libksparse.dylib" if sys.platform == "darwin" else "libksparse.so")

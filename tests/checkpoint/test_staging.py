@@ -115,6 +115,7 @@ def test_killed_at_any_step(tmp_path: Path) -> None:
     assert found == sorted(found) and {True, False} == set(found), "first the old, then the new"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_two_errors_at_any_two_steps(tmp_path: Path, after: bool) -> None:
     errors: list[BaseException] = [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")]

@@ -496,6 +496,7 @@ def test_push_to_branches_by_a_recipe(cli: Cli, hub: LoopbackHub, workplace: Pat
     assert "refs/pr/1" in hub.repo("user/name").refs
 
 
+@pytest.mark.slow
 def test_push_that_measures_first(cli: Cli, hub: LoopbackHub, workplace: Path, measured: list[str]) -> None:
     hub.fail("/commit/", [403])
     flags = ("--evaluate", *EVAL, "--baseline", "dense")

@@ -171,6 +171,7 @@ def figures(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_equals_the_harness_on_real_items(
     model: PreTrainedModel, answering: Tokenizer, direct: Callable[..., dict], shared: Path
 ) -> None:
@@ -226,6 +227,7 @@ def test_row_says_how_it_was_measured(
     assert slow_products.seen == []
 
 
+@pytest.mark.slow
 def test_sparse_model_gives_the_same_as_its_dense_twin(
     model: PreTrainedModel, answering: Tokenizer, data_dir: Path
 ) -> None:

@@ -26,7 +26,7 @@ from optimum_ksparse.data.dataset import describe_dataset
 from optimum_ksparse.data.documents import HELD_OUT_EVERY, HUB_DATASETS, documents
 from optimum_ksparse.data.texts import NUM_ARTICLES
 
-from ..conftest import ARCHITECTURES, CONTEXT, VOCABULARY, sample_texts
+from ..conftest import CONTEXT, EVERY_ARCHITECTURE, VOCABULARY, sample_texts
 from ..loopback_hub import LoopbackHub
 
 torch.set_num_threads(1)
@@ -162,7 +162,7 @@ def test_equals_the_reference(
         assert sorted(losses) == list(range(not bos, count_tokens(tokenizer, texts)))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERY_ARCHITECTURE)
 def test_equals_the_reference_for_every_architecture(name: str, make_model: MakeModel, tokenizer: Tokenizer) -> None:
     model = make_model(name)
     found = evaluate_perplexity(model, tokenizer, TEXTS[:1], seq_len=16, stride=11, prepend_bos=True, batch_size=2)
@@ -303,7 +303,7 @@ def test_logits_never_exceed_the_chunk(
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERY_ARCHITECTURE)
 def test_a_part_of_the_positions_gives_the_same(
     name: str, make_model: MakeModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ def families(monkeypatch):
     return importlib.import_module("families")
 
 
+@pytest.mark.slow
 def test_the_table_says_what_works_and_what_is_refused(families, tmp_path, monkeypatch):
     def in_this_process(kind, auto):  # one that is forked here would lack the threads that other tests have started
         folder = tmp_path / kind

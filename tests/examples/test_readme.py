@@ -113,6 +113,7 @@ def run(language: str, step: str, names: dict[str, Any]) -> None:
             assert main([*words, *FLAGS.get(words[0], [])]) == 0, step
 
 
+@pytest.mark.slow
 def test_readme_examples_run(hub: Any, workplace: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
     inputs = tokenizer("한국어", return_tensors="pt", return_token_type_ids=False)

@@ -34,6 +34,7 @@ def prune_from_hub(hub: LoopbackHub, base: Path, token_ids: torch.Tensor, tmp_pa
     return model
 
 
+@pytest.mark.slow
 def test_the_dense_column_is_the_recorded_commit(
     hub: LoopbackHub,
     base: Path,

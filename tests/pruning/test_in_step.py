@@ -16,7 +16,7 @@ from optimum_ksparse.blocks.in_step import InStep
 from optimum_ksparse.pruners.statistics import GramMatrix
 from optimum_ksparse.pruning import block as pruning_block
 
-from ..conftest import ARCHITECTURES
+from ..conftest import EVERY_ARCHITECTURE
 from .routed import make_routed, routed_ids
 from .test_streaming import contents
 
@@ -25,9 +25,14 @@ torch.set_num_threads(1)
 MakeModel = Callable[..., PreTrainedModel]
 
 
+@pytest.fixture(scope="module")
+def threads_of_libraries(make_pruned: MakeModel) -> None:
+    """Some begin with the first run, and stay."""
+    make_pruned()
+
+
 @pytest.fixture(autouse=True)
-def no_thread_is_left(make_pruned: MakeModel) -> Iterator[None]:
-    make_pruned()  # some of libraries begin with the first run, and stay
+def no_thread_is_left(threads_of_libraries: None) -> Iterator[None]:
     before = threading.enumerate()
     yield
     assert threading.enumerate() == before
@@ -67,7 +72,7 @@ def assert_as_in_several_passes(make: Callable[[], PreTrainedModel], ids: torch.
     assert errors[0] == errors[1]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERY_ARCHITECTURE)
 def test_one_pass_is_a_pass_for_each_group(
     name: str, make_model: MakeModel, token_ids: torch.Tensor, in_step: list[bool]
 ) -> None:
@@ -150,6 +155,7 @@ def test_an_error_ends_all_and_restores_the_model(
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_off_goes_on(
     tmp_path: Path, source: Path, config: Any, always_snapshot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ from optimum_ksparse.pruning.progress import BlockDone, listening
 from optimum_ksparse.pruning.streaming import Journal, Workspace, workspace
 from optimum_ksparse.pruning.streaming import place as disk_module
 
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, thinned
 from ..loopback_hub import LoopbackHub
 
 torch.set_num_threads(1)
@@ -144,7 +144,7 @@ def test_modules_that_stay_in_float32(
     assert kept == (torch.float32 if dtype == "float16" else torch.bfloat16)
 
 
-@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("storage", thinned(["packed", "dense"], ["dense"]))
 def test_what_blocks_share_is_stored_once(storage: str, tmp_path: Path, token_ids: torch.Tensor) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}
@@ -280,7 +280,7 @@ PLACES = {
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", thinned(PLACES, ["replace", "Journal.save", "Activations.replace"]))
 def test_after_an_error_anywhere_the_same_call_ends_with_the_same_bytes(
     name: str,
     tmp_path: Path,

@@ -60,6 +60,7 @@ DAMAGE: dict[str, Callable[[Path, Path], Any]] = {
 CUTS = {"pruning": (Workspace, "add_block", 2), "complete": (Workspace, "publish", 0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("storage", "phases"), [("packed", ["pruning", "complete"]), ("dense", ["complete"])])
 def test_every_file_of_an_unfinished_run_may_be_damaged(
     storage: str,

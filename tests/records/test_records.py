@@ -87,6 +87,7 @@ def reads(kind: Any, path: Path, record: Any, place: tuple[Any, ...]) -> Any:
         return None
 
 
+@pytest.mark.slow
 def test_a_report_with_any_field_changed_is_refused_by_name_or_printed_and_shown(tmp_path: Path) -> None:
     good, taken = asdict(full_report()), 0
     for place in places(good):

@@ -246,6 +246,7 @@ def test_a_model_runs_on_kernels_that_were_measured(gpu, monkeypatch, make_model
         assert inputs.grad.isfinite().all() and inputs.grad.any()
 
 
+@pytest.mark.slow
 def test_a_block_compiles_with_kernels_in_it(gpu, monkeypatch, make_model):
     torch._dynamo.reset()
     monkeypatch.setenv("KSPARSE_KERNEL", "dot")

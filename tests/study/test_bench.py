@@ -139,6 +139,7 @@ def test_a_whole_model(make_model, kind):
         assert row[f"{phase}_speedup"] == pytest.approx(rates[1] / rates[0], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_checkpoint(make_model, tmp_path):
     model = make_model("llama")
     sparsify(model, SparsityConfig("magnitude"))

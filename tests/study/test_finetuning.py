@@ -150,6 +150,7 @@ def test_examples_are_the_form_with_labels_on_the_answer(make_model, tokenizer, 
 # runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_that_is_cut_off_goes_on_with_the_same_curve(folder, tmp_path, method, token_ids, monkeypatch):
     """Cut off within its second checkpoint, which has its weights by now, and goes on from the first one."""
@@ -181,6 +182,7 @@ def test_a_run_that_is_cut_off_goes_on_with_the_same_curve(folder, tmp_path, met
         assert not torch.allclose(tuned(token_ids).logits, base(token_ids).logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_while_it_is_saved_trains_no_further(folder, tmp_path, monkeypatch):
     settings = KoAlpacaSettings(**{**RUN, "method": "masked", "max_steps": 1})
     output = tmp_path / "cut"

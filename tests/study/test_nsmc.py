@@ -197,6 +197,7 @@ def sparse(tmp_path: Path, make_model: MakeModel, tokenizer: Tokenizer, data_dir
     return tmp_path / "sparse"
 
 
+@pytest.mark.slow
 def test_a_protocol_may_ask_for_nsmc(
     sparse: Path, tokenizer: Tokenizer, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +225,7 @@ def run_nsmc(*arguments: object) -> None:
     run_eval(*arguments, "--texts", "none", "--tasks", "nsmc", "--limit", 3)
 
 
+@pytest.mark.slow
 def test_eval_before_and_after_tuning(sparse: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Sparse and dense, each before tuning and after it, stand side by side in the results of the tuned model."""
     pytest.importorskip("optimum")

@@ -287,6 +287,7 @@ def test_a_setting_makes_another_cell_where_the_method_reads_it_and_another_valu
 # Running
 
 
+@pytest.mark.slow
 def test_cells_hold_what_pruning_and_measuring_by_hand_give(in_process):
     results = run_study(recipe(patterns=["2:4"]), str)
     assert len(in_process) == len(set(in_process)) == 4
@@ -652,6 +653,7 @@ def test_flags_take_the_place_of_what_differs_from_machine_to_machine(faked, cap
 # Tasks that tune the model
 
 
+@pytest.mark.slow
 def test_korquad_and_nsmc_are_measured_after_tuning(in_process, shared):
     pytest.importorskip("peft", reason="needs the extra finetune")
     model = AutoModelForCausalLM.from_config(make_config("llama", max_position_embeddings=1024))
