@@ -7,8 +7,8 @@ from typing import Any
 
 from ..checkpoint import facts_of, fingerprint, sparse_modules
 from ..checkpoint.staging import check_output
-from ..evaluation import EvaluationResults, evaluate_baseline, evaluate_model, results_table
-from ..hub import choose_baseline, choose_tokenizer
+from ..evaluation import EvaluationResults, choose_baseline, evaluate_baseline, evaluate_model, results_table
+from ..hub import choose_tokenizer
 from ..records import RESULTS_NAME
 from .base import LOADING_TEXTS, PROTOCOL, TRUST, Command, load_checkpoint, protocol_of
 from .parser import Parser
@@ -62,7 +62,7 @@ class EvalCommand(Command):
         baseline = settings.get("baseline")
         if baseline and not sparse_modules(model):
             raise ValueError("the model is dense: it is its own baseline, measure it without --baseline")
-        dense = choose_baseline(model, None if baseline is True else baseline, None) if baseline else None
+        dense = choose_baseline(model, baseline) if baseline else None
         trusted = settings.get("trust_remote_code")
         tokenizer = choose_tokenizer(model, settings.get("tokenizer"), base=dense, trust_remote_code=trusted)
         assert tokenizer is not None  # only tokenizer=False leaves it out

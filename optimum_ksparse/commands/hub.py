@@ -11,6 +11,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..checkpoint.staging import recover
 from ..records import is_repo_id
+from ..records.sources import clean_token
 from .errors import UsageError
 
 
@@ -21,9 +22,10 @@ def hub_access(token: str | None, cache_dir: str | None) -> Iterator[None]:
     names = ("HF_HUB_CACHE", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_HUB_OFFLINE")
     environment, kept = dict(os.environ), {name: getattr(constants, name) for name in names}
     if token is not None:
-        if not token.strip() or not token.strip().isascii() or not token.strip().isprintable():
-            raise UsageError("--token is empty, or has signs in it that a token cannot have")
-        os.environ["HF_TOKEN"] = token.strip()
+        try:
+            os.environ["HF_TOKEN"] = clean_token(token)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         os.environ.pop("HF_HUB_DISABLE_IMPLICIT_TOKEN", None)
         constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = False
     if cache_dir is not None:

@@ -1,7 +1,7 @@
 """Measuring models."""
 
 from ..checkpoint.digests import fingerprint, tensor_digests
-from .baseline import Baseline, recorded_baseline, set_aside
+from .baseline import Baseline, choose_baseline, recorded_baseline, set_aside
 from .harness import HarnessTask
 from .kobest import KOBEST_TASKS, STUDY_TASKS
 from .measure import evaluate_baseline, evaluate_kobest, evaluate_model

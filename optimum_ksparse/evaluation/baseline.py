@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import GgufConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..checkpoint import facts_of, sparse_modules
 from ..records import describe_source, recorded_repository
@@ -22,17 +22,17 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Baseline:
-    """The dense model to measure beside a sparse one.
-
-    Attributes:
-        source: Hub id or folder.
-        revision: commit; None for a folder, or for the newest.
-        arguments: what else `from_pretrained` needs to load it (`gguf_file`, `subfolder`, `token`, …).
-    """
+    """The dense model to measure beside a sparse one: `source` is its Hub id or folder, `revision` its commit (None
+    for a folder, or for the newest), `arguments` what else `from_pretrained` needs (`gguf_file`, `subfolder`, …)."""
 
     source: str
     revision: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` that find it."""
+        return {**self.arguments, **({} if self.revision is None else {"revision": self.revision})}
 
     def load(self, like: PreTrainedModel | type[PreTrainedModel], dtype: torch.dtype, device: Any) -> PreTrainedModel:
         """Loads it with a class of model, in a dtype, on a device or by a device map."""
@@ -41,15 +41,13 @@ class Baseline:
                 f"{describe_source(self.source)} was tuned, and is not what the sparse model was made from: measure "
                 "it by itself, and take its results with --baseline-results (EvaluationResults.take_baseline)"
             )
-        arguments = dict(self.arguments)
+        arguments = self.loading
         if arguments.get("gguf_file") is not None:
             arguments["quantization_config"] = GgufConfig(dequantize=True)
-        if self.revision is not None:
-            arguments["revision"] = self.revision
-        cls: Any = like if isinstance(like, type) else type(like)
         placed = isinstance(device, str | dict)
         if placed:
             arguments["device_map"] = device
+        cls: Any = like if isinstance(like, type) else type(like)
         model = cls.from_pretrained(self.source, dtype=dtype, **arguments)
         if sparse_modules(model):
             raise ValueError(f"{describe_source(self.source)} is sparse itself, and no dense baseline")
@@ -80,6 +78,31 @@ def recorded_baseline(model: PreTrainedModel) -> Baseline:
         "there is a folder of that name here: "
         "pass baseline=<Hub id or folder> to say where the dense model is"
     )
+
+
+def choose_baseline(
+    model: PreTrainedModel, given: Baseline | str | os.PathLike[str] | bool | None, token: bool | str | None = None
+) -> Baseline:
+    """The dense model that is named; for True and None the recorded one.
+
+    Raises:
+        ValueError: it is not recorded, or cannot be read.
+    """
+    if isinstance(given, Baseline):
+        return given
+    base = Baseline(os.fspath(given)) if isinstance(given, str | os.PathLike) else recorded_baseline(model)
+    if token is not None:
+        base = replace(base, arguments={**base.arguments, "token": token})
+    names = ("token", "subfolder", "cache_dir", "revision")
+    hub = {name: value for name, value in base.loading.items() if name in names}
+    try:
+        cached_file(base.source, base.arguments.get("gguf_file") or CONFIG_NAME, **hub)
+    except Exception as error:  # transformers and huggingface_hub raise many kinds here
+        raise ValueError(
+            f"the dense baseline {describe_source(base.source)!r} cannot be read ({type(error).__name__}): pass "
+            "baseline=<Hub id or folder> to say where it is"
+        ) from error
+    return base
 
 
 @contextmanager

@@ -13,44 +13,36 @@ KOBEST_DATASET = "skt/kobest_v1"
 # Mean F1 is over the four tasks of the study that this project repeats; WiC stands beside it.
 STUDY_TASKS = ("copa", "hellaswag", "boolq", "sentineg")
 KOBEST_TASKS = (*STUDY_TASKS, "wic")
+# Title, type on the Hub, and fields.
+_ROWS = (
+    ("COPA", "multiple-choice", ("premise", "question", "alternative_1", "alternative_2")),
+    ("HellaSwag", "multiple-choice", ("context", "ending_1", "ending_2", "ending_3", "ending_4")),
+    ("BoolQ", "text-classification", ("paragraph", "question")),
+    ("SentiNeg", "text-classification", ("sentence",)),
+    ("WiC", "text-classification", ("word", "context_1", "context_2")),
+)
 
-
-def _add(word: str, title: str, fields: tuple[str, ...], num_answers: int = 2, **more: Any) -> None:
-    chooses = word in ("copa", "hellaswag")
-    hub = HubEntry(
-        task_type="multiple-choice" if chooses else "text-classification",
-        dataset=KOBEST_DATASET,
-        dataset_name="KoBEST",
-        dataset_config=word,
-        metrics={"acc": ("accuracy", None), "f1": ("f1", "macro F1")},
-        arguments=("num_fewshot", "limit", "num_samples"),
-    )
+for _word, (_title, _type, _fields) in zip(KOBEST_TASKS, _ROWS, strict=True):
     add_task(
         HarnessTask(
-            name=word,
-            word=word,
-            title=title,
+            name=_word,
+            word=_word,
+            title=_title,
             suite="KoBEST",
-            harness_name=f"kobest_{word}",
+            harness_name=f"kobest_{_word}",
             dataset=KOBEST_DATASET,
-            fields=fields,
-            num_answers=num_answers,
-            hub=hub,
-            **more,
+            fields=_fields,
+            num_answers=4 if _word == "hellaswag" else 2,
+            allowed={"question": ("원인", "결과")} if _word == "copa" else {},
+            hub=HubEntry(
+                task_type=_type,
+                dataset=KOBEST_DATASET,
+                dataset_name="KoBEST",
+                dataset_config=_word,
+                metrics={"acc": ("accuracy", None), "f1": ("f1", "macro F1")},
+            ),
         )
     )
-
-
-_add(
-    "copa",
-    "COPA",
-    ("premise", "question", "alternative_1", "alternative_2"),
-    allowed={"question": ("원인", "결과")},
-)
-_add("hellaswag", "HellaSwag", ("context", "ending_1", "ending_2", "ending_3", "ending_4"), 4)
-_add("boolq", "BoolQ", ("paragraph", "question"))
-_add("sentineg", "SentiNeg", ("sentence",))
-_add("wic", "WiC", ("word", "context_1", "context_2"))
 
 
 def mean_f1(results: Mapping[str, Any]) -> float | None:

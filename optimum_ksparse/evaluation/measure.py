@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoint import describe_model, facts_of, sparse_modules
 from ..checkpoint.digests import fingerprint
 from ..records import describe_source
-from .baseline import Baseline, recorded_baseline, set_aside
+from .baseline import Baseline, choose_baseline, set_aside
 from .kobest import KOBEST_TASKS, mean_f1
 from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
@@ -47,38 +47,23 @@ def evaluate_model(
             `evaluate_kobest`.
     """
     protocol = check_protocol(model, tokenizer, protocol)
-    dense = recorded_baseline(model) if baseline is True else baseline
-    if isinstance(dense, str | os.PathLike):
-        dense = Baseline(os.fspath(dense))
-    found = fingerprint(model)
-    facts = facts_of(model)
-    results = facts.results
-    if not isinstance(results, EvaluationResults) or results.fingerprint != found:
-        results = EvaluationResults(found)
-    facts.results = results
-    settle_records(model, now=found)
     part = "sparse" if sparse_modules(model) else "dense"
-    if part == "dense":
-        if dense:
-            raise ValueError("the model is dense: it is its own baseline")
-        if tuning_of(model) is None or results.dense_model is None:
-            results.dense_model = describe_model(model)
-            results.dense_revision = facts.commit
+    if baseline and part == "dense":
+        raise ValueError("the model is dense: it is its own baseline")
+    dense = choose_baseline(model, baseline) if baseline else None
+    facts, now = facts_of(model), fingerprint(model)
+    if facts.results is None or facts.results.fingerprint != now:
+        facts.results = EvaluationResults(now)
+    results: EvaluationResults = facts.results
+    settle_records(model, now=now)
+    if part == "dense" and (tuning_of(model) is None or results.dense_model is None):
+        results.dense_model, results.dense_revision = describe_model(model), facts.commit
     _measure_missing(results, part, model, tokenizer, protocol, on_measured)
-    if isinstance(dense, Baseline):
-        size = None if facts.report is None else facts.report.num_parameters
+    if dense is not None:
+        how: dict[str, Any] = {"like": model, "dtype": model.dtype, "on_measured": on_measured}
+        how["num_parameters"] = None if facts.report is None else facts.report.num_parameters
         with set_aside(model) as device:
-            evaluate_baseline(
-                results,
-                dense,
-                tokenizer,
-                protocol,
-                like=model,
-                dtype=model.dtype,
-                device=device,
-                num_parameters=size,
-                on_measured=on_measured,
-            )
+            evaluate_baseline(results, dense, tokenizer, protocol, device=device, **how)
     return results
 
 
@@ -112,12 +97,11 @@ def evaluate_baseline(
                 f"the baseline {describe_source(baseline.source)} has {model.num_parameters():,} parameters, the "
                 f"model that was pruned had {num_parameters:,}: it is another model"
             )
-        name = describe_model(model)
-        revision = facts_of(model).commit
-        if (results.dense_model, results.dense_revision) != (name, revision):
+        earlier = results.dense_model, results.dense_revision
+        results.dense_model, results.dense_revision = describe_model(model), facts_of(model).commit
+        if earlier != (results.dense_model, results.dense_revision):
             # Figures of another dense model; those after tuning are of a third one anyway.
             results.dense[:] = [row for row in results.dense if row.tuning is not None]
-        results.dense_model, results.dense_revision = name, revision
         _measure_missing(results, "dense", model, tokenizer, protocol, on_measured)
     finally:
         del model

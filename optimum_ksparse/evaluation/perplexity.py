@@ -14,18 +14,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..blocks import evaluation_mode
+from ..blocks.running import device_of
+from ..checks import check_integer
 from ..data import prepends_bos
 from ..data.texts import describe_texts, evaluation_texts
 from ..data.tokens import check_context, context_length
 from ..records import As, Between, Count, Positive
 from .environment import check_causal_lm, environment
-from .head import input_device, map_logits, run_base
+from .head import map_logits
 from .tasks import LENGTH, Named, Task, add_task
 
 if TYPE_CHECKING:
     from .protocol import EvaluationProtocol
 
 _MOST_POSITIONS = 2048
+_Window = tuple[list[int], int]  # the tokens that the model sees, of which so many, the last ones, are scored
 
 
 class _Texts(Named):
@@ -40,7 +43,7 @@ class _Perplexity(Task):
 
     def check(self, protocol: EvaluationProtocol) -> None:
         _check_stride(protocol.stride, protocol.seq_len)
-        describe_texts(_texts(protocol))
+        describe_texts(protocol.texts)  # type: ignore[arg-type] # not None: perplexity is asked for
 
     def check_model(self, model: PreTrainedModel, protocol: EvaluationProtocol) -> None:
         windows = _windows(model, protocol)
@@ -48,13 +51,13 @@ class _Perplexity(Task):
         _check_stride(protocol.stride, windows["seq_len"])
 
     def request(self, model: PreTrainedModel, protocol: EvaluationProtocol) -> dict[str, Any]:
-        return {"texts": describe_texts(_texts(protocol)), **_windows(model, protocol)}
+        return {"texts": describe_texts(protocol.texts), **_windows(model, protocol)}  # type: ignore[arg-type]
 
     def measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: EvaluationProtocol
     ) -> dict[str, Any]:
         how = {"prepend_bos": protocol.prepend_bos, "batch_size": protocol.batch_size, **_windows(model, protocol)}
-        return evaluate_perplexity(model, tokenizer, _texts(protocol), **how)
+        return evaluate_perplexity(model, tokenizer, protocol.texts, **how)  # type: ignore[arg-type]
 
 
 PERPLEXITY = add_task(
@@ -81,11 +84,6 @@ PERPLEXITY = add_task(
 )
 
 
-def _texts(protocol: EvaluationProtocol) -> str | os.PathLike[str] | Sequence[str]:
-    assert protocol.texts is not None  # otherwise the protocol does not ask for a perplexity
-    return protocol.texts
-
-
 def _windows(model: PreTrainedModel, protocol: EvaluationProtocol) -> dict[str, Any]:
     seq_len = protocol.seq_len or min(_MOST_POSITIONS, context_length(model) or _MOST_POSITIONS)
     return {"seq_len": seq_len, "stride": protocol.stride, "max_tokens": protocol.max_tokens}
@@ -94,14 +92,6 @@ def _windows(model: PreTrainedModel, protocol: EvaluationProtocol) -> dict[str, 
 def _check_stride(stride: int | None, seq_len: int | None) -> None:
     if stride is not None and seq_len is not None and not 1 <= stride <= seq_len - 1:
         raise ValueError(f"stride={stride} is out of range, it must be from 1 to seq_len - 1 = {seq_len - 1}")
-
-
-@dataclass
-class _Window:
-    """`ids` are the tokens that the model sees; the last `scored` of them are scored."""
-
-    ids: list[int]
-    scored: int
 
 
 def evaluate_perplexity(
@@ -147,17 +137,15 @@ def evaluate_perplexity(
         FileNotFoundError: the file is missing.
         ConnectionError: `"kowiki"` cannot be read from the Hub.
     """
-    if not isinstance(seq_len, int) or seq_len < 2:
-        raise ValueError(f"seq_len={seq_len} must be an integer of at least 2")
+    check_integer("seq_len", seq_len, 2)
+    check_integer("batch_size", batch_size, 1)
+    if max_tokens is not None:
+        check_integer("max_tokens", max_tokens, 2)
     check_context(model, seq_len)
     bos = prepends_bos(tokenizer, prepend_bos)
     _check_stride(stride, seq_len)
-    if batch_size < 1 or (max_tokens is not None and max_tokens < 2):
-        raise ValueError(f"batch_size={batch_size} must be at least 1, and max_tokens={max_tokens} at least 2")
-
     check_causal_lm(model)
     documents, description = evaluation_texts(texts)
-
     text = "\n\n".join(documents)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     ids = encoded["input_ids"]
@@ -165,18 +153,18 @@ def evaluate_perplexity(
     spans = list(_spans(len(ids), seq_len, stride, bos, max_tokens))
     if not spans:
         raise ValueError(f"texts hold {len(ids)} tokens, too few to score one in a window of seq_len={seq_len}")
-    windows = [_Window(prefix + ids[start:stop], stop - scored_from) for start, scored_from, stop in spans]
-
+    windows = [(prefix + ids[start:stop], stop - scored_from) for start, scored_from, stop in spans]
     loss = _total_loss(model, windows, batch_size)
     if math.isnan(loss):
         raise ValueError(
             f"{type(model).__name__} gives NaN for this text; load it in float32 or bfloat16, or look at its weights"
         )
-    num_tokens = sum(window.scored for window in windows)
+    num_tokens = sum(scored for _, scored in windows)
+    parts = [(scored_from, stop) for _, scored_from, stop in spans]
     if tokenizer.is_fast:
-        num_bytes = _bytes_of_spans(text, encoded["offset_mapping"], [(a, b) for _, a, b in spans])
+        num_bytes = _bytes_of_spans(text, encoded["offset_mapping"], parts)
     else:
-        num_bytes = _bytes_of_ids(tokenizer, ids, [(a, b) for _, a, b in spans])
+        num_bytes = _bytes_of_ids(tokenizer, ids, parts)
     mean = loss / num_tokens
     return {
         "perplexity": math.exp(mean) if mean < 700 else math.inf,
@@ -222,7 +210,7 @@ def _total_loss(model: PreTrainedModel, windows: list[_Window], batch_size: int)
     """Summed negative log-likelihood in nats of all scored tokens."""
     total = 0.0
     # Only the last window has another length.
-    groups = [windows] if len(windows[0].ids) == len(windows[-1].ids) else [windows[:-1], windows[-1:]]
+    groups = [windows] if len(windows[0][0]) == len(windows[-1][0]) else [windows[:-1], windows[-1:]]
     with evaluation_mode(model), tqdm(total=len(windows), desc="Perplexity", unit="window") as progress:
         for group in groups:
             for i in range(0, len(group), batch_size):
@@ -233,9 +221,8 @@ def _total_loss(model: PreTrainedModel, windows: list[_Window], batch_size: int)
 
 
 def _batch_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
-    ids = torch.tensor([window.ids for window in batch], device=input_device(model))
-    output = run_base(model, ids)
-    scored = torch.tensor([window.scored for window in batch], device=ids.device)
+    ids = torch.tensor([window for window, _ in batch], device=device_of(model))
+    scored = torch.tensor([number for _, number in batch], device=ids.device)
     # Position p predicts token p + 1.
     positions = torch.arange(ids.shape[1] - 1, device=ids.device)
     counts = positions >= ids.shape[1] - 1 - scored.unsqueeze(1)
@@ -245,7 +232,7 @@ def _batch_loss(model: PreTrainedModel, batch: list[_Window]) -> float:
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         return float((losses.view_as(targets) * counts[:, part].to(losses.device)).double().sum())
 
-    return sum(map_logits(model, output, output[0][:, :-1], ids[:, :-1], loss))
+    return sum(map_logits(model, ids, loss))
 
 
 def _bytes_of_spans(text: str, offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> int:

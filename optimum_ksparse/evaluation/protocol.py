@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import check_integer
+from ..checks import check_boolean, check_integer
 from ..data import prepends_bos
-from .environment import check_causal_lm, check_prepend_bos
+from .environment import check_causal_lm
 from .kobest import KOBEST_TASKS
 from .perplexity import PERPLEXITY
 from .results import Measurement
@@ -54,7 +54,8 @@ class EvaluationProtocol:
             value = getattr(self, name)
             if value is not None or name in ("num_fewshot", "batch_size"):
                 check_integer(name, value, lowest)
-        check_prepend_bos(self.prepend_bos)
+        if self.prepend_bos is not None:
+            check_boolean("prepend_bos", self.prepend_bos)
         if self.texts is None and not self.tasks:
             raise ValueError("no texts and no tasks: there is nothing to measure")
         for task in self.chosen:
@@ -94,11 +95,8 @@ class EvaluationProtocol:
 def check_protocol(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, protocol: EvaluationProtocol | None
 ) -> EvaluationProtocol:
-    """The protocol, the default one for None. Finds before any work what would fail later.
-
-    Raises:
-        TypeError, ValueError, ImportError: model, tokenizer and protocol do not fit, or lm-eval is not installed.
-    """
+    """The protocol, the default one for None. Finds before any work what would fail later: model, tokenizer and
+    protocol do not fit, or lm-eval is not installed."""
     protocol = protocol or EvaluationProtocol()
     if not isinstance(protocol, EvaluationProtocol):
         raise TypeError(f"protocol must be an EvaluationProtocol, found {type(protocol).__name__}")

@@ -35,19 +35,14 @@ LENGTH = Annotated[int, Between(2)]
 
 @dataclass(frozen=True)
 class HubEntry:
-    """How the Hub's model index names a task.
-
-    Attributes:
-        task_type, dataset, dataset_name, dataset_config: as `huggingface_hub.EvalResult` has them.
-        metrics: metric → the Hub's type of metric, and the name of the figure where that does not say it.
-        arguments: parts of the protocol that stand beside the figure.
-    """
+    """How the Hub's model index names a task, in the terms of `huggingface_hub.EvalResult`: each metric with the Hub's
+    type of metric, and a name where that does not say it; `arguments` are parts of the protocol beside the figure."""
 
     task_type: str
     dataset: str
     dataset_name: str
     metrics: dict[str, tuple[str, str | None]]
-    arguments: tuple[str, ...]
+    arguments: tuple[str, ...] = ("num_fewshot", "limit", "num_samples")
     dataset_config: str | None = None
 
 
@@ -117,11 +112,7 @@ def task_of(name: str) -> Task:
 
 
 def chosen_tasks(words: Sequence[str]) -> list[Task]:
-    """The tasks that these words call.
-
-    Raises:
-        TypeError, ValueError: a word calls none; names the nearest that does.
-    """
+    """The tasks that these words call. Raises TypeError or ValueError, with the nearest, where one calls none."""
     allowed = list(dict.fromkeys(task.word for task in TASKS.values() if task.word is not None))
     if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
         raise TypeError(f"tasks must be a list of names out of {', '.join(allowed)}; found {words!r}")

@@ -3,6 +3,6 @@
 from .metadata import card_of_source, tag_model
 from .names import LANGUAGES, check_repository, check_target
 from .push import push_model
-from .sources import choose_baseline, choose_tokenizer
+from .sources import choose_tokenizer
 from .subject import is_adapter, is_ours
 from .writing import CARD_NAME, read_card, write_card, write_trained_card

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ..records import is_repo_id
+from ..records.kinds import check_revision
 
 LANGUAGES = ("en", "ko")
-_BRANCH_PART = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 def check_repository(repo_id: Any) -> None:
@@ -20,29 +19,15 @@ def check_repository(repo_id: Any) -> None:
         )
 
 
-def check_branch(argument: str, name: str | None) -> None:
-    """Raises ValueError for what cannot be a branch, or could not stand in a card as it is."""
-    if name is None:
-        return
-    parts = name.split("/")
-    if not all(_BRANCH_PART.fullmatch(part) and not part.endswith((".", ".lock")) for part in parts) or ".." in name:
-        raise ValueError(f"{argument}={name!r} cannot be a branch: letters, digits, '.', '_', '-' and '/' may be")
-
-
 def check_target(
     repo_id: str, revision: str | None = None, dense_revision: str | None = None, create_pr: bool = False
 ) -> None:
     """Raises ValueError for names that the Hub does not allow, or that do not go together."""
     check_repository(repo_id)
-    check_branch("revision", revision)
-    check_branch("dense_revision", dense_revision)
+    for argument, branch in (("revision", revision), ("dense_revision", dense_revision)):
+        if branch is not None:
+            check_revision(branch, argument)
     if dense_revision is not None and dense_revision == (revision or "main"):
         raise ValueError(f"dense_revision={dense_revision!r} is where the packed model goes; name another branch")
     if dense_revision is not None and create_pr:
         raise ValueError("dense_revision and create_pr do not go together: push the dense variant to its branch")
-
-
-def check_language(language: str) -> None:
-    """Raises ValueError for a language that cards are not written in."""
-    if language not in LANGUAGES:
-        raise ValueError(f"language={language!r} is not known; allowed: {', '.join(LANGUAGES)}")

@@ -17,11 +17,12 @@ from transformers.utils import logging
 
 from ..checkpoint import describe_model
 from ..checkpoint.staging import write_text
-from ..evaluation import EvaluationProtocol, EvaluationResults, check_protocol, evaluate_model
+from ..evaluation import EvaluationProtocol, EvaluationResults, check_protocol, choose_baseline, evaluate_model
 from ..records import REPORT_NAME, TUNING_NAME, describe_source, to_json
+from ..records.sources import clean_token
 from .commit import commit_folder, explained
 from .names import check_target
-from .sources import choose_baseline, choose_tokenizer, copy_own_processor
+from .sources import choose_tokenizer, copy_own_processor
 from .subject import Subject
 from .writing import CARD_NAME, CardOptions, write_card_of
 
@@ -80,7 +81,7 @@ def push_model(
     if evaluate not in (True, False) and not isinstance(evaluate, EvaluationProtocol):
         raise TypeError(f"evaluate must be True, False or an EvaluationProtocol, found {type(evaluate).__name__}")
     check_target(repo_id, revision, dense_revision, create_pr)
-    token = _clean_token(token)
+    token = clean_token(token)
     more_tags = [tags] if isinstance(tags, str) else list(tags or [])
     options = CardOptions(language, repo_id, dense_revision, more_tags, token)
     if dense_revision is not None and (subject.is_adapter or subject.settings.storage == "dense"):
@@ -89,19 +90,18 @@ def push_model(
     loading = {"token": token, "trust_remote_code": trust_remote_code}
     tokenizer = choose_tokenizer(plain, tokenizer, base=dense, can_lack=not evaluate, **loading)
     results = None if evaluate else subject.results()  # those of other weights are refused here
-    protocol = evaluate if isinstance(evaluate, EvaluationProtocol) else None
     if evaluate:
         if tokenizer is None:
             raise ValueError("evaluate needs the tokenizer: pass one instead of tokenizer=False")
-        protocol = check_protocol(plain, tokenizer, protocol)
+        protocol = check_protocol(plain, tokenizer, None if evaluate is True else evaluate)
     api = HfApi(token=token)
     with explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         for branch in (revision, dense_revision):
             if branch is not None and not branch.startswith("refs/"):
                 api.create_branch(repo_id, branch=branch, exist_ok=True)
-    if evaluate:
-        results = evaluate_model(plain, tokenizer, protocol, baseline=dense)  # type: ignore[arg-type]
+    if dense is not None and tokenizer is not None:
+        results = evaluate_model(plain, tokenizer, protocol, baseline=dense)
     if results is None or not results.dense:
         lacking = "no figures" if results is None else "no dense column"
         logger.warning(
@@ -109,19 +109,18 @@ def push_model(
             "or `optimum-cli ksparse eval CHECKPOINT --baseline` before the push."
         )
     options = replace(options, repo_id=repo_id)
-    commit: dict[str, Any] = {
-        "commit_message": commit_message or f"Upload {'adapter' if subject.is_adapter else 'sparse model'}"
-    }
-    commit |= {"commit_description": commit_description}
+    commit_message = commit_message or f"Upload {'adapter' if subject.is_adapter else 'sparse model'}"
+    commit: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
     how = {"max_shard_size": max_shard_size, "variant": variant}
 
     def publish(**where: Any) -> CommitInfo:
         with tempfile.TemporaryDirectory() as name, explained(repo_id):
             folder = Path(name)
             _save(subject, folder, tokenizer, results, token, how)
-            write = lambda there: write_card_of(  # noqa: E731
-                subject, folder, results, options, existing=readme or "" if there is None else there
-            )
+
+            def write(there: str | None) -> None:
+                write_card_of(subject, folder, results, options, existing=readme or "" if there is None else there)
+
             return commit_folder(api, repo_id, folder, write, **commit, **where)
 
     info = publish(revision=revision, create_pr=create_pr)
@@ -129,16 +128,6 @@ def push_model(
         with _dense_storage(plain):
             publish(revision=dense_revision)
     return info
-
-
-def _clean_token(token: bool | str | None) -> bool | str | None:
-    """A token as it is read from a file, with a line break at its end, could not be sent, and would be shown."""
-    if not isinstance(token, str):
-        return token
-    token = token.strip()
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise ValueError("token is empty, or has signs in it that a token cannot have")
-    return token
 
 
 def _save(

@@ -1,4 +1,4 @@
-"""Where a sparse model's tokenizer and its dense baseline are."""
+"""Where a sparse model's tokenizer and processor are."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import logging
 
 from ..checkpoint import describe_model, facts_of, made_with
 from ..data import copy_processor, read_tokenizer
-from ..evaluation import Baseline, recorded_baseline
+from ..evaluation import Baseline
 from ..records import describe_source
 from ..report import BASE_ARGUMENTS
 
@@ -26,12 +26,8 @@ def choose_tokenizer(
     **arguments: Any,
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer that is given or named, for False none. For None the one that the model was calibrated with in
-    this process or came with, or that of `base`; what the model's files name is not read: nobody here has named it.
-
-    Args:
-        base: the dense model that the user asked for; its tokenizer will do where the model has none.
-        can_lack: tokenizer=False is a way out, which the error names.
-        arguments: `token`, `trust_remote_code`, as the user passed them.
+    this process or came with, or that of `base`, the dense model; what the model's files name is not read: nobody here
+    has named it. `arguments` are `token` and `trust_remote_code`; where it `can_lack`, the error says so.
 
     Raises:
         TypeError, OSError, ValueError: it cannot be one, or cannot be loaded, or the model has none.
@@ -46,19 +42,17 @@ def choose_tokenizer(
     if given is not None:
         return read_tokenizer(os.fspath(given), **arguments)
     facts = facts_of(model)
-    live = facts.tokenizer
-    if isinstance(live, PreTrainedTokenizerBase):
-        return live
-    sources: list[tuple[Any, dict[str, Any]]] = [(live, {}), (model.name_or_path, _place(model))]
-    if base is not None:
-        sources.append((base.source, {**base.arguments, "revision": base.revision}))
+    if isinstance(facts.tokenizer, PreTrainedTokenizerBase):
+        return facts.tokenizer
+    sources: list[tuple[Any, dict[str, Any]]] = [(facts.tokenizer, {}), (model.name_or_path, _place(model))]
+    sources += [] if base is None else [(base.source, base.loading)]
     failed = []
-    for source, more in sources:
+    for source, place in sources:
         if not source:
             continue
-        known = {name: value for name, value in {**arguments, **more}.items() if value is not None}
+        place = {name: value for name, value in {**arguments, **place}.items() if value is not None}
         try:
-            return read_tokenizer(os.fspath(source), **known)
+            return read_tokenizer(os.fspath(source), **place)
         except Exception as error:  # transformers and huggingface_hub raise many kinds here
             failed.append(f"{describe_source(source)}: {type(error).__name__}")
     recorded = [getattr(made_with(model), "tokenizer", None), getattr(facts.report, "base_model", None)]
@@ -89,24 +83,3 @@ def _place(model: PreTrainedModel) -> dict[str, Any]:
     if report is not None and describe_model(model) == report.base_model:  # pruned in this process
         place |= {name: report.base_arguments.get(name) for name in BASE_ARGUMENTS}
     return place
-
-
-def choose_baseline(model: PreTrainedModel, given: str | os.PathLike[str] | None, token: Any) -> Baseline:
-    """The dense model that is named, or the recorded one.
-
-    Raises:
-        ValueError: it is not recorded, or cannot be read.
-    """
-    found = recorded_baseline(model) if given is None else Baseline(os.fspath(given))
-    more = {} if token is None else {"token": token}
-    found = Baseline(found.source, found.revision, {**found.arguments, **more})
-    names = ("token", "subfolder", "cache_dir")
-    hub = {name: found.arguments[name] for name in names if found.arguments.get(name) is not None}
-    try:
-        cached_file(found.source, found.arguments.get("gguf_file") or CONFIG_NAME, revision=found.revision, **hub)
-    except Exception as error:  # transformers and huggingface_hub raise many kinds here
-        raise ValueError(
-            f"the dense baseline {describe_source(found.source)!r} cannot be read ({type(error).__name__}): pass "
-            "baseline=<Hub id or folder> to say where it is"
-        ) from error
-    return found

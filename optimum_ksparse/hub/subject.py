@@ -40,15 +40,19 @@ class Subject:
             raise TypeError(f"{type(model).__name__} is no sparse model: prune it, or load a sparse checkpoint")
         return cls(model, plain, facts_of(plain), settings, is_adapter(model))
 
-    def base(self) -> tuple[str | None, str | None, str | None]:
-        """Hub id (None for a local folder), name, and commit of what the model, or the adapter, was made from."""
+    def base(self) -> dict[str, str | None]:
+        """What the model, or the adapter, was made from, as `CardSubject` has it."""
         report = self.facts.report
         if self.is_adapter:
             name, revision = describe_model(self.plain), self.facts.commit
         else:
             name, revision = (report.base_model, report.base_revision) if report is not None else (None, None)
         on_hub = names_repository(name, revision)
-        return name if on_hub else None, name, revision if on_hub else None
+        return {
+            "base_model": name if on_hub else None,
+            "base_name": name,
+            "base_revision": revision if on_hub else None,
+        }
 
     def results(self) -> EvaluationResults | None:
         """What was measured of the model, or of an adapter on its base; None where nothing was. All weights are read,
@@ -74,15 +78,6 @@ class Subject:
 
 
 @dataclass
-class AdapterFacts:
-    """What a card says of an adapter: its kind (`"LORA"`), its settings by name, its trained parameters."""
-
-    kind: str
-    settings: dict[str, Any]
-    num_parameters: int
-
-
-@dataclass
 class CardSubject:
     """What a card is about.
 
@@ -93,7 +88,7 @@ class CardSubject:
         storage: "packed" or "dense". dtype: of the weights. file_bytes: of all their files.
         dense_revision: branch that holds the dense variant, or None.
         figures: file → whether it was drawn.
-        adapter: None for a model of its own.
+        adapter: None for a model of its own; otherwise `kind` ("LORA"), `settings` by name, `num_parameters`.
         auto_class: name of the class of transformers that loads it.
         merge: of the adapters that became part of the weights, where nothing has changed them since.
         tuning: how it was tuned: `title`, and settings by name.
@@ -113,7 +108,7 @@ class CardSubject:
     base_revision: str | None = None
     dense_revision: str | None = None
     figures: dict[str, bool] = field(default_factory=dict)
-    adapter: AdapterFacts | None = None
+    adapter: dict[str, Any] | None = None
     auto_class: str = "AutoModelForCausalLM"
     merge: MergeReport | None = None
     tuning: dict[str, Any] | None = None

@@ -8,29 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import read_headers
 from ..checkpoint.model_class import class_for_model
 from ..checkpoint.staging import write_text
+from ..checks import check_one_of
 from ..evaluation import EvaluationResults, settle_records, tuning_title
+from ..records.kinds import check_revision
 from .card import render_card
 from .figures import draw_figures
 from .metadata import card_of_source
-from .names import LANGUAGES, check_branch, check_language, check_repository
-from .subject import AdapterFacts, CardSubject, Subject
+from .names import LANGUAGES, check_repository
+from .subject import CardSubject, Subject
 
 CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What the user says of a card.
-
-    Attributes:
-        language: "en" or "ko".
-        repo_id: where the model is (to be) published; None while it is not.
-        dense_revision: branch that holds, or will hold, its dense variant.
-        tags: further tags.
-        token: to ask for the base's card.
-    """
+    """What the user says of a card: `repo_id` is where the model is (to be) published, `dense_revision` the branch of
+    its dense variant, `token` asks for the base's card."""
 
     language: str = "en"
     repo_id: str | None = None
@@ -39,18 +35,15 @@ class CardOptions:
     token: bool | str | None = None
 
     def __post_init__(self) -> None:
-        check_language(self.language)
+        check_one_of("language", self.language, LANGUAGES)
         if self.repo_id is not None:
             check_repository(self.repo_id)
-        check_branch("dense_revision", self.dense_revision)
+        if self.dense_revision is not None:
+            check_revision(self.dense_revision, "dense_revision")
 
 
 def read_card(path: Path) -> str:
-    """A README.md with its own line ends.
-
-    Raises:
-        ValueError: it is not UTF-8.
-    """
+    """A README.md with its own line ends. Raises ValueError where it is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -81,11 +74,7 @@ def write_trained_card(
     repo_id: str | None = None,
 ) -> Path:
     """`write_card` for a model in training, whose weights are too many to read at each checkpoint: what the marks on
-    it tell is taken (see `evaluation.ties`).
-
-    Args:
-        weights: folder of the weight files, where they are not in `directory` yet.
-    """
+    it tell is taken (see `evaluation.ties`). `weights` is their folder, where they are not in `directory` yet."""
     subject = Subject.read(model)
     if not subject.is_adapter:
         settle_records(subject.plain)
@@ -109,12 +98,11 @@ def write_card_of(
     path = directory / CARD_NAME
     if existing is None:
         existing = read_card(path) if path.is_file() else ""
-    plain, facts = subject.plain, subject.facts
-    report, (base_model, base_name, base_revision) = facts.report, subject.base()
+    plain, facts, report = subject.plain, subject.facts, subject.facts.report
     adapter = _adapter_facts(subject.model, directory) if subject.is_adapter else None
     inherited = report.base_card if report is not None and adapter is None else {}
     # An adapter may have been merged before the weights became others.
-    changes = [] if report is None else report.changes
+    is_merge_last = report is None or not report.changes or report.changes[-1].kind == "merged"
     card = CardSubject(
         name=(options.repo_id or directory.resolve().name).split("/")[-1],
         report=report,
@@ -123,14 +111,12 @@ def write_card_of(
         dtype=str(plain.dtype).removeprefix("torch."),
         file_bytes=sum(file.stat().st_size for file in Path(weights or directory).glob("*.safetensors")),
         repo_id=options.repo_id,
-        base_model=base_model,
-        base_name=base_name,
-        base_revision=base_revision,
+        **subject.base(),
         dense_revision=options.dense_revision,
         figures=draw_figures(directory, None if adapter is not None else report, results, options.language),
         adapter=adapter,
         auto_class=class_for_model(plain).__name__,
-        merge=facts.merge if not changes or changes[-1].kind == "merged" else None,
+        merge=facts.merge if is_merge_last else None,
         tuning=_tuning(facts.tuning),
         local_source=None if facts.folder is None else plain.name_or_path,
         inherited=inherited or card_of_source(plain, options.token),
@@ -148,20 +134,14 @@ def _tuning(tuning: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"title": tuning_title(tuning), **{name: tuning[name] for name in shown if tuning.get(name) is not None}}
 
 
-def _adapter_facts(model: Any, directory: Path) -> AdapterFacts:
-    from safetensors import safe_open
-
+def _adapter_facts(model: Any, directory: Path) -> dict[str, Any]:
     name = getattr(model, "active_adapter", None)
     name = name() if callable(name) else name
     config = model.peft_config[name if isinstance(name, str) else next(iter(model.peft_config))].to_dict()
     shown = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
     settings = {key: config[key] for key in shown if config.get(key)}
-    for key, value in settings.items():
-        if isinstance(value, set | list | tuple):
-            settings[key] = ", ".join(sorted(value))
-    count = 0
-    for path in directory.rglob("adapter_model*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
-        count += sum(math.prod(shape) for shape in shapes)
-    return AdapterFacts(str(getattr(config["peft_type"], "value", config["peft_type"])), settings, count)
+    settings = {k: ", ".join(sorted(v)) if isinstance(v, set | list | tuple) else v for k, v in settings.items()}
+    files = [read_headers([path]) for path in directory.rglob("adapter_model*.safetensors")]
+    count = sum(math.prod(header.shape) for file in files for header in file.values())
+    kind = str(getattr(config["peft_type"], "value", config["peft_type"]))
+    return {"kind": kind, "settings": settings, "num_parameters": count}

@@ -54,9 +54,12 @@ def _relative_path(value: str) -> str:
     return value
 
 
-def _revision(value: str) -> str:
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", value, re.ASCII) or ".." in value or len(value) > 255:
-        raise ValueError("must be a commit, a branch or a tag")
+def check_revision(value: str, name: str = "") -> str:
+    """What can be a commit, a branch or a tag, and could stand in a card as it is; raises ValueError otherwise."""
+    part = r"\w[\w.-]*(?<!\.)(?<!\.lock)"
+    if not re.fullmatch(rf"{part}(/{part})*", value, re.ASCII) or ".." in value or len(value) > 255:
+        said = f"{name}={value!r} " if name else ""
+        raise ValueError(f"{said}must be a commit, a branch or a tag: letters, digits, '.', '_', '-' and '/'")
     return value
 
 
@@ -68,6 +71,6 @@ Count = Annotated[int, Between(0)]
 Positive = Annotated[int, Between(1)]
 Amount = Annotated[float, Between(0.0)]
 Share = Annotated[float, Between(0.0, 1.0)]
-Revision = Annotated[str, _revision]
+Revision = Annotated[str, check_revision]
 PatternText = Annotated[str, _pattern]
 RelativePath = Annotated[str, _relative_path]  # stays below where it starts, on any system

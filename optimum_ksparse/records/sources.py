@@ -63,6 +63,17 @@ def redact(text: str, *secrets: str | None) -> str:
     return text
 
 
+def clean_token(token: Any) -> Any:
+    """A token as it is read from a file, with a line break at its end, could not be sent, and would be shown; anything
+    but a text as it is. Raises ValueError for what cannot be one."""
+    if not isinstance(token, str):
+        return token
+    token = token.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("token is empty, or has signs in it that a token cannot have")
+    return token
+
+
 def check_no_token(name: str, value: Any) -> None:
     """Raises ValueError, which does not show it, where a name or a path holds what looks like an access token: it
     would be sent as the name of a repository, and kept in reports and cards."""

@@ -7,6 +7,7 @@ its folder: a pruned checkpoint, results, a tuning.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
 import sys
@@ -24,7 +25,7 @@ from ..checkpoint import facts_of
 from ..checkpoint.model_class import load_model
 from ..checkpoint.staging import write_text
 from ..data import read_tokenizer
-from ..evaluation import EvaluationProtocol, EvaluationResults, Measurement, evaluate_model
+from ..evaluation import EvaluationProtocol, EvaluationResults, Measurement, evaluate_model, read_tuning
 from ..kernels import GROUPS
 from ..kernels.hardware import runs_kernels
 from ..nn import densified
@@ -34,16 +35,20 @@ from ..report import SparsityReport
 from ..runtime import RuntimeConfig, configure
 from ..version import library_versions
 from .benchmark import BenchResults
+from .finetuning import FinetuningSettings, KoAlpacaSettings, KorQuADSettings
 from .grid import split_settings
 from .processes import end_with_parent
+from .recipe import SECTIONS, nsmc_protocol
 from .results import FAILURE_NAME, RESULT_NAME, CellResult
-from .tuning import run_korquad, run_nsmc
 
 JOB_NAME = "job.json"
 _CHECKPOINT = "checkpoint"
 _TUNINGS = {"korquad": "korquad", "nsmc": "koalpaca"}  # section of the recipe → folder of its tuning
 # Parts of a job by which nothing that lies in the folder becomes another.
 _FREE = ("evaluation", *_TUNINGS, "processes", "keep_checkpoints", "study")
+_LOADING = ("dtype", "device_map", "revision", "trust_remote_code")  # of the dense model
+# What a cell is told of the recipe. Its paths are this machine's; the job goes with the end of the cell.
+TOLD = (*_LOADING, *SECTIONS, "model", "stream", "keep_checkpoints", "processes")
 T = TypeVar("T")
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "lm-eval", "peft")
 
@@ -84,7 +89,7 @@ class _Run:
         self.folder, self.checkpoint = folder, folder / _CHECKPOINT
         self.job: dict[str, Any] = read_record(dict[str, Any], folder / JOB_NAME, "is damaged")
         self.settings: dict[str, Any] | None = self.job["settings"]
-        self.loading = {name: value for name, value in self.job["loading"].items() if value is not None}
+        self.loading = {name: self.job[name] for name in _LOADING if self.job[name] is not None}
         self.seconds: dict[str, float] = {}
         self.device = torch.device("cpu")
         self.during_stage = ExitStack()
@@ -97,7 +102,7 @@ class _Run:
         result = CellResult(
             id=self.job["id"],
             identity=self.job["identity"],
-            measurements=[row for part in rows for row in part],
+            measurements=list(itertools.chain(*rows)),
             pruning=pruning,
             seconds=self.seconds,
             peak_memory_bytes=peak_memory(),
@@ -110,12 +115,12 @@ class _Run:
     def _stage(self, name: str, task: Callable[[], T]) -> T:
         started = time.perf_counter()
         with self.during_stage:
-            done = task()
+            outcome = task()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.seconds[name] = round(time.perf_counter() - started, 2)
-        return done
+        return outcome
 
     def _prune(self) -> dict[str, Any]:
         assert self.settings is not None
@@ -129,40 +134,39 @@ class _Run:
                 shutil.rmtree(self.checkpoint, ignore_errors=True)
                 load_model(source, **loading, sparsity_config=config).save_pretrained(self.checkpoint)
         report = SparsityReport.load(self.checkpoint / REPORT_NAME)
-        return {
-            "seconds": report.seconds,
-            "peak_memory_bytes": report.peak_memory_bytes,
-            "calibration": report.calibration,
-            "report": _summary(report),
-        }
+        names = ("seconds", "peak_memory_bytes", "calibration")
+        return {**{name: getattr(report, name) for name in names}, "report": _summary(report)}
 
     def _evaluate(self) -> list[Measurement]:
-        model, tokenizer = self._load(measure=True)
-        if (self.folder / RESULTS_NAME).is_file():
-            facts_of(model).results = EvaluationResults.load(self.folder / RESULTS_NAME)
-        protocol = EvaluationProtocol.from_settings(self.job["evaluation"])
-        results = evaluate_model(model, tokenizer, protocol, on_measured=lambda results: results.save(self.folder))
-        return [*results.sparse, *results.dense]
+        model, tokenizer = self._load()
+        return self._measure(model, tokenizer, EvaluationProtocol.from_settings(self.job["evaluation"]), self.folder)
 
     def _korquad(self) -> list[Measurement]:
-        return run_korquad(self._load, self.job["korquad"], self.folder / _TUNINGS["korquad"])
+        """Trains an adapter and a span head, and measures them."""
+        folder = self.folder / _TUNINGS["korquad"]
+        self._finetune(KorQuADSettings(**self.job["korquad"]), folder)
+        results = EvaluationResults.load(folder / RESULTS_NAME)
+        return [row for row in [*results.sparse, *results.dense] if row.tuning is not None]
 
     def _nsmc(self) -> list[Measurement]:
-        return run_nsmc(self._load, self._load_tuned, self.job["nsmc"], self.folder / _TUNINGS["nsmc"])
+        """Tunes on KoAlpaca, and measures NSMC."""
+        folder = self.folder / _TUNINGS["nsmc"]
+        self._finetune(KoAlpacaSettings(**self.job["nsmc"]["koalpaca"]), folder)
+        model, tokenizer = load_model(folder, **self._how()), read_tokenizer(str(folder))
+        facts_of(model).tuning = read_tuning(folder)
+        return self._measure(model, tokenizer, nsmc_protocol(self.job["nsmc"]), folder)
 
-    def _load(self, measure: bool = False) -> tuple[Any, Any]:
-        """The dense or the pruned model, and its tokenizer; for measuring as the cell says that it is to run."""
+    def _finetune(self, settings: FinetuningSettings, folder: Path) -> None:
+        from .finetuning.run import finetune  # needs PEFT
+
+        finetune(*self._load(), settings, folder)
+
+    def _load(self) -> tuple[Any, Any]:
+        """The dense or the pruned model, and its tokenizer."""
         model = load_model(self.job["model"] if self.settings is None else self.checkpoint, **self._how())
         self.device = model.device
-        if measure:
-            self._speed_up(model)
-        names = [name for name in ("revision", "trust_remote_code") if name in self.loading]
-        return model, read_tokenizer(self.job["model"], **{name: self.loading[name] for name in names})
-
-    def _load_tuned(self, folder: Path) -> tuple[Any, Any]:
-        model = load_model(folder, **self._how())
-        self._speed_up(model)
-        return model, read_tokenizer(str(folder))
+        how = {name: self.loading[name] for name in ("revision", "trust_remote_code") if name in self.loading}
+        return model, read_tokenizer(self.job["model"], **how)
 
     def _how(self) -> dict[str, Any]:
         """Arguments of `from_pretrained`; a pruned checkpoint has the dtype already, and no revision."""
@@ -170,24 +174,27 @@ class _Run:
             return self.loading
         return {name: self.loading[name] for name in ("device_map", "trust_remote_code") if name in self.loading}
 
-    def _speed_up(self, model: Any) -> None:
-        """Sparse layers run as the settings say; where these name no kernel, and there are none for them, they are
-        dense for the stage, instead of being decompressed in each forward pass."""
-        if self.settings is None:
-            return
-        config = RuntimeConfig(**split_settings(self.settings)[1])
-        configure(model, config)
-        kernels = runs_kernels(model.device) and model.dtype in (torch.bfloat16, torch.float16)
-        if config.kernel == "auto" and not (kernels and self.settings["pattern"] in GROUPS):
-            self.during_stage.enter_context(densified(model))
+    def _measure(self, model: Any, tokenizer: Any, protocol: EvaluationProtocol, folder: Path) -> list[Measurement]:
+        """Goes on with the results in a folder. Sparse layers run as the settings say; where these name no kernel, and
+        there are none for them, they are dense meanwhile, instead of being decompressed in each forward pass."""
+        if self.settings is not None:
+            config = RuntimeConfig(**split_settings(self.settings)[1])
+            configure(model, config)
+            kernels = runs_kernels(model.device) and model.dtype in (torch.bfloat16, torch.float16)
+            if config.kernel == "auto" and not (kernels and self.settings["pattern"] in GROUPS):
+                self.during_stage.enter_context(densified(model))
+        if (folder / RESULTS_NAME).is_file():
+            facts_of(model).results = EvaluationResults.load(folder / RESULTS_NAME)
+        results = evaluate_model(model, tokenizer, protocol, on_measured=lambda results: results.save(folder))
+        return [*results.sparse, *results.dense]
 
 
 def _summary(report: SparsityReport) -> dict[str, Any]:
     errors = [row.relative_output_error for row in report.layers if row.relative_output_error is not None]
     more: dict[str, Any] = {}
-    if report.reconstruction_losses is not None:
-        more["reconstruction"] = dict(zip(("loss_before", "loss_after"), report.reconstruction_losses, strict=True))
-        more["reconstruction"]["notes"] = [f"{row.block}: {row.note}" for row in report.reconstruction if row.note]
+    if (losses := report.reconstruction_losses) is not None:
+        notes = [f"{row.block}: {row.note}" for row in report.reconstruction if row.note]
+        more["reconstruction"] = {"loss_before": losses[0], "loss_after": losses[1], "notes": notes}
     return {
         **more,
         "density": report.density,

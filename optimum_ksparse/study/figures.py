@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..hub.figures import hangul_fonts, new_figure, save_figure
 from .quantities import MEAN_F1
 from .recipe import DENSE
 from .results import Row, StudyResults
@@ -18,9 +19,7 @@ from .results import Row, StudyResults
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _QUALITIES = {"perplexity": "perplexity (lower is better)", MEAN_F1: "KoBEST mean F1 in % (higher is better)"}
-_KOREAN_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "UnDotum")
-_ERROR_BAR: dict[str, Any] = {"fmt": "none", "capsize": 3, "linewidth": 1.2}
-_MARK: dict[str, Any] = {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.6, "linewidth": 1.3}
+_MARK: dict[str, Any] = {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.6, "linestyle": ""}
 
 
 @dataclass
@@ -35,33 +34,39 @@ class _Point:
     x_deviation: float | None = None
 
 
+# Points, and what is done to the axes when they are drawn.
+_Drawing = tuple[list[_Point], Callable[[Any], None]]
+
+
 def write_figures(results: StudyResults, output: Path) -> list[str]:
     """Draws the figures that there are data for, and gives their names; none without matplotlib."""
     for name in _FIGURES:
         (output / name).unlink(missing_ok=True)
     try:
         import matplotlib
-        from matplotlib import font_manager
     except ImportError:
         return []
-    present = font_manager.fontManager.get_font_names()
-    fonts = ["DejaVu Sans", *(name for name in _KOREAN_FONTS if name in present)]
     rows = [row for row in results.rows() if math.isfinite(row.spread.mean)]
-    with matplotlib.rc_context({"font.family": fonts, "text.parse_math": False}):
-        return [name for name, draw in _FIGURES.items() if draw(results, rows, output / name)]
+    drawn = []
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *hangul_fonts()], "text.parse_math": False}):
+        for name, (label, plan) in _FIGURES.items():
+            points, finish = plan(results, rows)
+            if points:
+                save_figure(_draw(rows, points, label, finish), output / name)
+                drawn.append(name)
+    return drawn
 
 
-def _draw_patterns(results: StudyResults, rows: Sequence[Row], path: Path) -> bool:
+def _by_pattern(results: StudyResults, rows: Sequence[Row]) -> _Drawing:
     """Perplexity by pattern, a marker for each method and calibration set."""
     chosen = [row for row in rows if row.quantity == "perplexity" and row.method != DENSE]
     patterns = [name for name in results.record.grid["patterns"] if any(row.pattern == name for row in chosen)]
     names = list(dict.fromkeys(_name(results, row) for row in chosen))
-    step = 0.8 / max(1, len(names))
     points = []
     for row in chosen:
         name = _name(results, row)
-        place = patterns.index(row.pattern) + (names.index(name) - (len(names) - 1) / 2) * step
-        points.append(_Point(row, place, name, name))
+        shift = (names.index(name) - (len(names) - 1) / 2) * 0.8 / len(names)
+        points.append(_Point(row, patterns.index(row.pattern) + shift, name, name))
 
     def finish(axes: Any) -> None:
         for point in points:
@@ -71,85 +76,71 @@ def _draw_patterns(results: StudyResults, rows: Sequence[Row], path: Path) -> bo
         axes.set_xlim(-0.5, len(patterns) - 0.5)
         axes.set_xticks(range(len(patterns)), patterns)
 
-    return _draw(rows, points, "pattern", path, finish)
+    return points, finish
 
 
-def _draw_time(results: StudyResults, rows: Sequence[Row], path: Path) -> bool:
+def _by_time(results: StudyResults, rows: Sequence[Row]) -> _Drawing:
     """Quality against seconds of pruning: a marker for each method and calibration set, a colour for each pattern."""
-    seconds = {_group(row): row.spread for row in rows if row.quantity == "pruning_seconds"}
-    chosen = [row for row in rows if row.quantity == _quality(rows) and _group(row) in seconds]
+    seconds = {row.place: row.spread for row in rows if row.quantity == "pruning_seconds"}
     points = [
-        _Point(row, seconds[_group(row)].mean, row.pattern, _name(results, row), seconds[_group(row)].deviation)
-        for row in chosen
+        _Point(row, seconds[row.place].mean, row.pattern, _name(results, row), seconds[row.place].deviation)
+        for row in rows
+        if row.quantity == _quality(rows) and row.place in seconds
     ]
-    return _draw(rows, points, "seconds of pruning", path, lambda axes: _make_logarithmic(axes, "x"))
+    return points, lambda axes: _make_logarithmic(axes, "x")
 
 
-def _draw_calibration(results: StudyResults, rows: Sequence[Row], path: Path) -> bool:
+def _by_tokens(results: StudyResults, rows: Sequence[Row]) -> _Drawing:
     """Quality against calibration tokens, a line for each method, pattern and text, where their number is varied."""
-    identities = {
-        (place.method, place.calibration, place.pattern): cell.identity
-        for cell in results.record.cells.values()
-        for place in cell.places
-    }
+    cells = results.record.cells.values()
+    identities = {(p.method, p.calibration, p.pattern): cell.identity for cell in cells for p in cell.places}
     lines: dict[tuple[str, str, str], list[_Point]] = {}
     for row in rows:
-        identity = identities.get(_group(row), {})
         if row.quantity == _quality(rows) and row.calibration is not None:
+            identity = identities[row.place]
             # Of two files of one name each is its own.
             data = json.dumps([identity.get(name) for name in ("dataset", "tokenizer", "prepend_bos")])
-            tokens = identity["num_samples"] * identity["seq_len"]
-            point = _Point(row, tokens, row.pattern, row.method)
+            point = _Point(row, identity["num_samples"] * identity["seq_len"], row.pattern, row.method)
             lines.setdefault((row.method, row.pattern, data), []).append(point)
     lines = {key: line for key, line in lines.items() if len({point.x for point in line}) > 1}
     texts = list(dict.fromkeys(data for _, _, data in lines))
-    if len(texts) > 1:
-        for (method, _, data), line in lines.items():
-            for point in line:
-                point.marker = f"{method}, text {texts.index(data) + 1}"
+    points = [point for line in lines.values() for point in line]
+    for (method, _, data), line in lines.items():
+        for point in line:
+            point.marker = f"{method}, text {texts.index(data) + 1}" if len(texts) > 1 else method
 
     def finish(axes: Any) -> None:
         for line in lines.values():
             line.sort(key=lambda point: point.x)
             axes.plot([p.x for p in line], [p.row.spread.mean for p in line], color="#999999", linewidth=1, zorder=0)
-        tokens = sorted({point.x for line in lines.values() for point in line})
+        tokens = sorted({point.x for point in points})
         axes.set_xscale("log", base=2)
         axes.set_xticks(tokens, [f"{number:,.0f}" for number in tokens], fontsize=8, rotation=30, ha="right")
         axes.minorticks_off()
 
-    points = [point for line in lines.values() for point in line]
-    return _draw(rows, points, "calibration tokens", path, finish)
+    return points, finish
 
 
+# File → label of its axis, and its points.
 _FIGURES = {
-    "perplexity_by_pattern.png": _draw_patterns,
-    "quality_by_time.png": _draw_time,
-    "quality_by_calibration.png": _draw_calibration,
+    "perplexity_by_pattern.png": ("pattern", _by_pattern),
+    "quality_by_time.png": ("seconds of pruning", _by_time),
+    "quality_by_calibration.png": ("calibration tokens", _by_tokens),
 }
 
 
-def _draw(
-    rows: Sequence[Row], points: Sequence[_Point], label: str, path: Path, finish: Callable[[Any], None]
-) -> bool:
-    """Markers with their deviations, the dense model as a line, a legend for colours and markers. False, and nothing
-    written, without points."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    if not points:
-        return False
-    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+def _draw(rows: Sequence[Row], points: Sequence[_Point], label: str, finish: Callable[[Any], None]) -> Any:
+    """Markers with their deviations, the dense model as a line, a legend for colours and markers."""
+    figure = new_figure(8.4)
     axes = figure.add_subplot()
     colors = dict(zip(dict.fromkeys(point.color for point in points), COLORS * len(points), strict=False))
     markers = dict(zip(dict.fromkeys(point.marker for point in points), _MARKERS * len(points), strict=False))
     for point in points:
-        spread, color = point.row.spread, colors[point.color]
-        axes.errorbar(point.x, spread.mean, spread.deviation, point.x_deviation, color=color, **_ERROR_BAR)
-        axes.plot(point.x, spread.mean, color=color, marker=markers[point.marker], **_MARK)
+        spread, color, marker = point.row.spread, colors[point.color], markers[point.marker]
+        how = {"color": color, "marker": marker, "capsize": 3, "elinewidth": 1.2, **_MARK}
+        axes.errorbar(point.x, spread.mean, spread.deviation, point.x_deviation, **how)
     for name in dict.fromkeys([*markers, *colors]):
-        how = {"marker": markers.get(name), "linestyle": "" if name in markers else "-", **_MARK, "linewidth": 5}
-        axes.plot([], [], color=colors.get(name, "#666666"), label=f"{name}{_seeds(points, name)}", **how)
+        axes.plot([], [], color=colors.get(name, "#666666"), label=name, **{**_MARK, "marker": markers.get(name, "_")})
     quality = points[0].row.quantity
     for row in rows:
         if row.method == DENSE and row.quantity == quality:
@@ -161,19 +152,8 @@ def _draw(
         _make_logarithmic(axes, "y")
     finish(axes)
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    return True
-
-
-def _seeds(points: Sequence[_Point], name: str) -> str:
-    """How many runs there are, where it is not as many as the recipe asks for."""
-    spreads = [(p.row.spread.count, p.row.expected) for p in points if name == p.marker]
-    least, most = (f([count for count, _ in spreads], default=0) for f in (min, max))
-    if all(count == expected for count, expected in spreads):
-        return ""
-    return f" (n = {least})" if least == most else f" (n = {least} to {most})"
+    return figure
 
 
 def _make_logarithmic(axes: Any, which: str) -> None:
@@ -189,10 +169,6 @@ def _make_logarithmic(axes: Any, which: str) -> None:
 
 def _quality(rows: Sequence[Row]) -> str:
     return next((name for name in _QUALITIES if any(row.quantity == name for row in rows)), "perplexity")
-
-
-def _group(row: Row) -> tuple[str, str | None, str]:
-    return row.method, row.calibration, row.pattern
 
 
 def _name(results: StudyResults, row: Row) -> str:

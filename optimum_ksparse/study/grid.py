@@ -38,13 +38,9 @@ class Place:
 
 @dataclass
 class Cell:
-    """A model to make and measure.
-
-    Attributes:
-        identity: what makes it what it is, as JSON holds it: files by their SHA-256, no paths.
-        places: in the grid: several where the grid asks for the same cell more than once.
-        settings: arguments of `SparsityConfig`; None for the dense model, and where a record was read.
-    """
+    """A model to make and measure: its `identity` is what makes it what it is, as JSON holds it (files by SHA-256, no
+    paths); several `places` where the grid asks for it more than once; `settings` are arguments of
+    `SparsityConfig`, None for the dense model, and where a record was read."""
 
     identity: dict[str, Any]
     places: list[Place]
@@ -55,30 +51,23 @@ class Cell:
 
 
 def grid(recipe: Recipe) -> dict[str, Cell]:
-    """The dense model, then all cells, each once, by the names of their folders.
-
-    Raises:
-        TypeError, ValueError, FileNotFoundError: settings of a cell that `SparsityConfig` refuses; names the cell.
-    """
+    """The dense model, then all cells, each once, by the names of their folders. Raises what `SparsityConfig` does for
+    the settings of a cell, and names the cell."""
     cells = {DENSE: Cell({}, [Place(DENSE, DENSE)])}
     varied = itertools.product(recipe.methods, recipe.patterns, recipe.calibration, recipe.seeds)
     for method, pattern, calibration, seed in varied:
         assert isinstance(method, dict)
         settings = {**recipe.settings, **method, **calibration, "pattern": pattern, "seed": seed}
         del settings["name"]
-        cell = _cell(Place(method["name"], pattern, calibration["name"], seed), settings)
-        places = cells.setdefault(_id_of(cell.identity), cell).places
-        places += [place for place in cell.places if place not in places]
+        place = Place(method["name"], pattern, calibration["name"], seed)
+        try:
+            identity = identity_of(split_settings(settings)[0])
+        except (TypeError, ValueError, FileNotFoundError) as error:
+            raise type(error)(f"cell {place}: {error}") from error
+        place = place if "dataset" in identity else Place(place.method, place.pattern)
+        places = cells.setdefault(_id_of(identity), Cell(identity, [], settings)).places
+        places += [place] if place not in places else []
     return cells
-
-
-def _cell(place: Place, settings: dict[str, Any]) -> Cell:
-    try:
-        config, _ = split_settings(settings)
-    except (TypeError, ValueError, FileNotFoundError) as error:
-        raise type(error)(f"cell {place}: {error}") from error
-    identity = identity_of(config)
-    return Cell(identity, [place if "dataset" in identity else Place(place.method, place.pattern)], settings)
 
 
 def _id_of(identity: Mapping[str, Any]) -> str:

@@ -13,16 +13,18 @@ from ..evaluation import EvaluationProtocol
 from ..pattern import Pattern
 from ..records import Count, Positive, build
 from ..runtime import RuntimeConfig
+from .finetuning import KoAlpacaSettings, KorQuADSettings, study_settings
+from .finetuning.instructions import instruction_rows, is_file
+from .finetuning.korquad.data import korquad_data
 from .quantities import QUANTITIES
-from .tuning import KORQUAD_KEYS, NSMC_KEYS, check_korquad, check_nsmc
 
 CALIBRATION = ("dataset", "num_samples", "seq_len", "prepend_bos", "tokenizer")
 DENSE = "dense"  # what tables call the dense model
 # Sections of a recipe, each of which measures something, and their settings.
 SECTIONS = {
     "evaluation": tuple(f.name for f in fields(EvaluationProtocol)),
-    "korquad": KORQUAD_KEYS,
-    "nsmc": NSMC_KEYS,
+    "korquad": tuple(f.name for f in fields(KorQuADSettings)),
+    "nsmc": ("koalpaca", "data_dir", "limit", "batch_size", "prepend_bos"),
 }
 # Settings of SparsityConfig that stand at one place of a recipe each.
 RUNTIME = tuple(f.name for f in fields(RuntimeConfig))
@@ -115,9 +117,12 @@ class Recipe:
             raise ValueError(f"a study needs one of {', '.join(SECTIONS)}: there is nothing to measure")
         _ = self.protocol
         if self.korquad is not None:
-            check_korquad(self.korquad)
+            korquad = study_settings(KorQuADSettings, self.korquad, "korquad")
+            _ = None if korquad.train_file is None else korquad_data(korquad)
         if self.nsmc is not None:
-            check_nsmc(self.nsmc)
+            koalpaca = study_settings(KoAlpacaSettings, self.nsmc.get("koalpaca"), "nsmc.koalpaca")
+            _ = instruction_rows(koalpaca.data, 1) if is_file(koalpaca.data) else None
+            nsmc_protocol(self.nsmc)
 
     @property
     def grid(self) -> dict[str, list[Any]]:
@@ -132,6 +137,12 @@ class Recipe:
 
 
 RECIPE_KEYS = [f.name for f in fields(Recipe)]
+
+
+def nsmc_protocol(settings: Mapping[str, Any]) -> EvaluationProtocol:
+    """What `nsmc` asks to be measured after tuning."""
+    chosen = {name: value for name, value in settings.items() if name != "koalpaca"}
+    return EvaluationProtocol(texts=None, tasks=("nsmc",), **chosen)
 
 
 def pattern_label(pattern: Any) -> str:

@@ -17,8 +17,7 @@ from ..pruning.streaming import Journal
 from ..records import As, RelativePath, Version, describe_source, read_record, to_json
 from .finetuning import FinetuningSettings, KoAlpacaSettings, KorQuADSettings
 from .grid import Cell
-from .recipe import SECTIONS, Recipe
-from .tuning import nsmc_protocol
+from .recipe import SECTIONS, Recipe, nsmc_protocol
 
 RECORD_NAME = "study.json"
 _VERSION = 2
@@ -35,14 +34,9 @@ class _Grid(TypedDict):
 
 @dataclass
 class Record:
-    """What a study asked for.
-
-    Attributes:
-        job: the model, its weights, and how it is measured: what all cells share, and what cannot change.
-        grid: `methods`, `patterns`, `calibration` and `seeds` of the recipe, by name.
-        published: figures to stand beside ours.
-        cells: by id, without their settings, which may hold paths.
-    """
+    """What a study asked for: in `job` the model, its weights and how it is measured, which all cells share, and which
+    cannot change; the grid of the recipe by name; published figures; and cells by id, without their settings, which
+    may hold paths."""
 
     job: dict[str, Any]
     grid: Annotated[dict[str, list[Any]], As(_Grid)]
@@ -85,24 +79,21 @@ class Record:
 
 
 def make_record(recipe: Recipe, cells: dict[str, Cell]) -> Record:
-    """The record of a recipe. Finds the model's weight files, which are downloaded where they are on the Hub.
-
-    Raises:
-        OSError, ValueError: there are none, or they are not safetensors.
-    """
+    """The record of a recipe. Finds the model's weight files, which are downloaded where they are on the Hub; raises
+    OSError or ValueError where there are none, or they are not safetensors."""
     hub = {} if recipe.revision is None else {"revision": recipe.revision}
     job = {
         "model": describe_source(recipe.model),
         "weights": find_weight_files(recipe.model, **hub).sha256(),
         "dtype": recipe.dtype,
-        "evaluation": None if recipe.protocol is None else describe_protocol(recipe.protocol),
+        "evaluation": None if recipe.protocol is None else _describe(recipe.protocol),
         "korquad": None if recipe.korquad is None else _described(recipe.korquad, KorQuADSettings),
         "nsmc": None if recipe.nsmc is None else _described_nsmc(recipe.nsmc),
     }
     return Record(json.loads(json.dumps(job)), recipe.grid, recipe.published, cells)
 
 
-def describe_protocol(protocol: EvaluationProtocol) -> dict[str, Any]:
+def _describe(protocol: EvaluationProtocol) -> dict[str, Any]:
     """What of a protocol must be equal for two figures to be comparable, files by their SHA-256."""
     data = {task.name: task.describe_data(protocol) for task in protocol.chosen if isinstance(task, HarnessTask)}
     names = ("seq_len", "stride", "max_tokens", "num_fewshot", "limit", "prepend_bos")
@@ -123,5 +114,5 @@ def _described(settings: Mapping[str, Any], kind: type[FinetuningSettings]) -> d
 
 def _described_nsmc(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in settings.items() if name not in (*_ROUNDING, "data_dir", "koalpaca")}
-    data = describe_protocol(nsmc_protocol(settings))["data"]
+    data = _describe(nsmc_protocol(settings))["data"]
     return {**kept, "data": data, "koalpaca": _described(settings["koalpaca"], KoAlpacaSettings)}

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,15 +39,9 @@ class _Pruning(TypedDict):
 
 @dataclass
 class CellResult:
-    """What came of a cell.
-
-    Attributes:
-        id, identity: of the cell.
-        measurements: rows as `EvaluationResults` holds them.
-        pruning: `seconds`, `peak_memory_bytes`, `calibration` and a summary of the `report`; None for the dense model.
-        seconds: of each stage, in the process that ended the cell.
-        peak_memory_bytes: of the process that ended the cell. hardware, versions: what it ran on.
-    """
+    """What came of a cell: its rows as `EvaluationResults` holds them; of its pruning (None for the dense model)
+    `seconds`, `peak_memory_bytes`, `calibration` and a summary of the `report`; and of the process that ended it the
+    seconds of each stage, its memory, and what it ran on."""
 
     id: str
     identity: dict[str, Any]
@@ -75,16 +70,16 @@ class Row:
     spread: Spread
     expected: int
 
+    @property
+    def place(self) -> tuple[str, str | None, str]:
+        """Whose figure it is."""
+        return self.method, self.calibration, self.pattern
+
 
 @dataclass
 class StudyResults:
-    """A study as far as it is done.
-
-    Attributes:
-        record: what was asked for.
-        cells: id → result, of the cells in the recipe that are done.
-        failed: id → what is known of a failed one: `status`, `log` (its last lines).
-    """
+    """A study as far as it is done: what was asked for, and by id the results of the cells that are done, and what is
+    known of the failed ones (`status`, and `log`, its last lines)."""
 
     record: Record
     cells: dict[str, CellResult]
@@ -106,18 +101,15 @@ class StudyResults:
         for name, cell in self.record.cells.items():
             for place in cell.places:
                 grouped.setdefault((place.method, place.calibration, place.pattern), []).append(name)
-        names = [self.record.grid[part] for part in ("methods", "calibration", "patterns")]
-
-        def order(group: tuple[str, str | None, str]) -> list[int]:
-            return [known.index(name) if name in known else -1 for known, name in zip(names, group, strict=True)]
-
+        axes = [self.record.grid[part] for part in ("methods", "calibration", "patterns")]
+        ranks = [{name: rank for rank, name in enumerate(axis)} for axis in axes]
+        order = sorted(grouped, key=lambda group: [r.get(name, -1) for r, name in zip(ranks, group, strict=True)])
         figures = {name: result.figures for name, result in self.cells.items()}
         rows = []
-        for quantity in QUANTITIES:
-            for group in sorted(grouped, key=order):
-                values = [figures[name][quantity] for name in grouped[group] if quantity in figures.get(name, {})]
-                if values:
-                    rows.append(Row(quantity, *group, spread(values), len(grouped[group])))
+        for quantity, group in itertools.product(QUANTITIES, order):
+            values = [figures[name][quantity] for name in grouped[group] if quantity in figures.get(name, {})]
+            if values:
+                rows.append(Row(quantity, *group, spread(values), len(grouped[group])))
         return rows
 
 

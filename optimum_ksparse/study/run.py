@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -16,11 +15,11 @@ from ..data.dataset import holds
 from ..data.texts import evaluation_texts
 from ..evaluation.harness import import_lm_eval
 from ..records import to_json
-from .cell import JOB_NAME, clean_cell, prepare_cell
+from .cell import JOB_NAME, TOLD, clean_cell, prepare_cell
 from .figures import write_figures
 from .grid import Cell, grid
 from .processes import LOG_NAME, last_lines, run_cells
-from .recipe import SECTIONS, Recipe
+from .recipe import Recipe
 from .record import RECORD_NAME, Record, make_record
 from .results import CELLS, FAILURE_NAME, RESULT_NAME, StudyResults, load_study, read_cells
 from .tables import write_tables
@@ -125,7 +124,9 @@ def _run(recipe: Recipe, cells: dict[str, Cell], results: StudyResults, say: Say
             clean_cell(output / CELLS / done, recipe.keep_checkpoints)
     folders = {output / CELLS / name: cell for name, cell in cells.items() if name not in results.cells}
     for folder, cell in folders.items():
-        prepare_cell(folder, _job(recipe, results.record, folder, cell))
+        told = {name: getattr(recipe, name) for name in TOLD}
+        cell_job = {"id": folder.name, "identity": cell.identity, "settings": cell.settings}
+        prepare_cell(folder, {**told, **cell_job, "study": results.record.job})
     bar = tqdm(total=len(cells), initial=len(cells) - len(folders), desc="Cells", unit="cell")
 
     def ended(folder: Path, status: int) -> None:
@@ -142,17 +143,3 @@ def _run(recipe: Recipe, cells: dict[str, Cell], results: StudyResults, say: Say
 
     with bar:
         run_cells(list(folders), recipe.processes, ended)
-
-
-def _job(recipe: Recipe, record: Record, folder: Path, cell: Cell) -> dict[str, Any]:
-    """All that the process of a cell is told. Its paths are this machine's; it goes with the end of the cell."""
-    names = ("dtype", "device_map", "revision", "trust_remote_code")
-    return {
-        "id": folder.name,
-        "folder": str(folder),
-        "identity": cell.identity,
-        "settings": cell.settings,
-        "study": record.job,
-        "loading": {name: getattr(recipe, name) for name in names},
-        **{name: getattr(recipe, name) for name in ("model", "stream", "keep_checkpoints", "processes", *SECTIONS)},
-    }

@@ -39,17 +39,11 @@ def write_tables(results: StudyResults, output: Path) -> None:
 def _record_of(results: StudyResults, row: Row) -> dict[str, Any]:
     """A row with what was published of it: of the published method, or of the dense model."""
     published = results.record.published
-    is_ours = row.pattern == DENSE or published.get("method") in (None, row.method)
-    return {
-        "figure": row.quantity,
-        "method": row.method,
-        "calibration": row.calibration,
-        "pattern": row.pattern,
-        "mean": row.spread.mean,
-        "deviation": row.spread.deviation,
-        "seeds": row.spread.count,
-        "published": published.get(row.quantity, {}).get(row.pattern) if is_ours else None,
-    }
+    is_theirs = row.pattern == DENSE or published.get("method") in (None, row.method)
+    figure = published.get(row.quantity, {}).get(row.pattern) if is_theirs else None
+    place = {"figure": row.quantity, "method": row.method, "calibration": row.calibration, "pattern": row.pattern}
+    spread = {"mean": row.spread.mean, "deviation": row.spread.deviation, "seeds": row.spread.count}
+    return {**place, **spread, "published": figure}
 
 
 def markdown(results: StudyResults) -> str:
@@ -62,16 +56,15 @@ def markdown(results: StudyResults) -> str:
         if rows:
             title = title.format(text=texts.get("name") or texts.get("file") or "texts")
             lines += [f"## {title}", "", *_table(results, table, rows), ""]
-    lines += ["## How it was measured", "", "```yaml", how_it_was_measured(results), "```"]
+    lines += ["## How it was measured", "", "```yaml", _how(results), "```"]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def how_it_was_measured(results: StudyResults) -> str:
+def _how(results: StudyResults) -> str:
     """Model, data, settings of the methods, protocols, hardware and versions as YAML, without paths and names of
     machines. Of what differs between cells there is an entry each."""
     record, cells = results.record, list(results.cells.values())
-    identities = {place: cell.identity for cell in record.cells.values() for place in cell.places}
-    data = {place.calibration: identity for place, identity in identities.items() if place.calibration is not None}
+    data = {p.calibration: cell.identity for cell in record.cells.values() for p in cell.places if p.calibration}
     grid = ("pattern", "seed", *CALIBRATION)
     told = {
         "model": record.job["model"],
@@ -108,32 +101,29 @@ def _state(results: StudyResults) -> str:
 
 def _table(results: StudyResults, table: str, rows: Sequence[Row]) -> list[str]:
     """Rows by figure, method and calibration set, columns by pattern."""
+    record, published = results.record, results.record.published
     quantities = list(dict.fromkeys(row.quantity for row in rows))
-    patterns = [*([] if table == "cost" else [DENSE]), *results.record.grid["patterns"]]
+    patterns = [*([] if table == "cost" else [DENSE]), *record.grid["patterns"]]
     # Which of figure, method and calibration there are.
-    columns = [len(quantities) > 1, True, len(results.record.grid["calibration"]) > 1]
-    found = {(row.quantity, row.method, row.calibration, row.pattern): _figure(row) for row in rows}
+    columns = [len(quantities) > 1, True, len(record.grid["calibration"]) > 1, *(True for _ in patterns)]
+    figures = {(row.quantity, *row.place): _figure(row) for row in rows}
     places = list(dict.fromkeys((row.method, row.calibration) for row in rows if row.method != DENSE))
-    published = results.record.published
-    whose = f", {published['method']}" if "method" in published else ""
+    whose = f"*published, {published['method']}*" if "method" in published else "*published*"
     lines = [["figure", "method", "calibration", *patterns]]
-    for quantity in quantities:
-        label, digits = QUANTITIES[quantity].label, QUANTITIES[quantity].digits
+    for name in quantities:
+        quantity = QUANTITIES[name]
         for method, calibration in places or [(DENSE, None)]:
             keys = [(DENSE, None, p) if p == DENSE else (method, calibration, p) for p in patterns]
-            lines.append([label, method, calibration or "none", *(found.get((quantity, *key), "") for key in keys)])
-        if values := published.get(quantity):
-            figures = [f"{values[pattern]:,.{digits}f}" if pattern in values else "" for pattern in patterns]
-            lines.append([label, f"*published{whose}*", "", *figures])
-    chosen = [list(itertools.compress(line, [*columns, *(True for _ in patterns)])) for line in lines]
-    source = published.get("source") if any(quantity in published for quantity in quantities) else None
-    return [*markdown_table(chosen), *(["", f"Published: {source}"] if source else [])]
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of Markdown; the first of `lines` is the head."""
-    rows = ["| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in lines]
-    return [rows[0], "|" + "---|" * len(lines[0]), *rows[1:]]
+            cells = [figures.get((name, *key), "") for key in keys]
+            lines.append([quantity.label, method, calibration or "none", *cells])
+        if values := published.get(name):
+            cells = [f"{values[pattern]:,.{quantity.digits}f}" if pattern in values else "" for pattern in patterns]
+            lines.append([quantity.label, whose, "", *cells])
+    texts = [[text.replace("|", r"\|") for text in itertools.compress(line, columns)] for line in lines]
+    head, *body = [f"| {' | '.join(line)} |" for line in texts]
+    is_published = "source" in published and any(name in published for name in quantities)
+    end = ["", f"Published: {published['source']}"] if is_published else []
+    return [head, "|" + "---|" * len(texts[0]), *body, *end]
 
 
 def _figure(row: Row) -> str:

@@ -35,7 +35,6 @@ for _number, _name in enumerate(NSMC_TASKS, start=1):
                 dataset=NSMC_DATASET,
                 dataset_name="NSMC",
                 metrics={"acc": ("accuracy", f"accuracy, prompt {_number}")},
-                arguments=("num_fewshot", "limit", "num_samples"),
             ),
         )
     )

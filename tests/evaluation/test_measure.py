@@ -198,7 +198,7 @@ def test_windows_are_as_long_as_the_context_up_to_2048(
         ({"tokenizer": None}, TypeError, "tokenizer must be the model's tokenizer, found NoneType"),
         ({"protocol": EvaluationProtocol(TEXTS, seq_len=513, tasks=())}, ValueError, "seq_len=513 is above"),
         ({"protocol": EvaluationProtocol(TEXTS, stride=512, tasks=())}, ValueError, "stride=512"),
-        ({"baseline": True}, ValueError, "no sparsity_report names the model's dense base"),
+        ({"baseline": True}, ValueError, "the model is dense: it is its own baseline"),
     ],
 )
 def test_what_would_fail_later_is_found_before_any_work(

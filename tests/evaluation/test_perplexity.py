@@ -368,12 +368,12 @@ def test_training_mode_and_forward_are_restored_on_an_error(
         ({"texts": [""]}, ValueError, "texts hold 0 tokens, too few to score one"),
         ({"texts": ["a"], "prepend_bos": False}, ValueError, "texts hold 1 tokens, too few to score one"),
         ({"seq_len": CONTEXT + 1}, ValueError, "seq_len=65 is above the model's context of 64 positions"),
-        ({"seq_len": 1}, ValueError, "seq_len=1 must be an integer of at least 2"),
+        ({"seq_len": 1}, ValueError, "seq_len=1 .* at least 2"),
         ({"stride": 0}, ValueError, "stride=0 is out of range, it must be from 1 to seq_len - 1 = 15"),
         ({"stride": 16}, ValueError, "stride=16 is out of range"),
         ({"stride": -3}, ValueError, "stride=-3 is out of range"),
-        ({"batch_size": 0}, ValueError, "batch_size=0 must be at least 1"),
-        ({"max_tokens": 1}, ValueError, "max_tokens=1 at least 2"),
+        ({"batch_size": 0}, ValueError, "batch_size=0 .* at least 1"),
+        ({"max_tokens": 1}, ValueError, "max_tokens=1 .* at least 2"),
     ],
 )
 def test_argument_out_of_range_is_named(

@@ -14,7 +14,7 @@ from optimum_ksparse.adapters import MergedLayer, MergeReport
 from optimum_ksparse.evaluation import KOBEST_TASKS, EvaluationResults, Measurement
 from optimum_ksparse.hub.card import BEGIN, END
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE
-from optimum_ksparse.hub.subject import AdapterFacts, CardSubject
+from optimum_ksparse.hub.subject import CardSubject
 from optimum_ksparse.report import BlockReport, Change, LayerReport, SparsityReport
 from optimum_ksparse.study import tasks  # noqa: F401 - their titles
 
@@ -95,7 +95,8 @@ def make_subject(report: Any = "default", results: Any = "default", **more: Any)
 
 
 def make_adapter(**more: Any) -> CardSubject:
-    facts = AdapterFacts("LORA", {"r": 8, "lora_alpha": 16, "target_modules": "q_proj, v_proj"}, 123_456)
+    facts = {"kind": "LORA", "settings": {"r": 8, "lora_alpha": 16, "target_modules": "q_proj, v_proj"}}
+    facts["num_parameters"] = 123_456
     usual = {"adapter": facts, "base_model": "user/polyglot-2of4", "repo_id": "user/polyglot-lora"}
     return make_subject(**{**usual, **more})
 

@@ -20,7 +20,7 @@ from optimum_ksparse.hub import card as card_module
 from optimum_ksparse.hub.card import BEGIN, END, render_card
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE
 from optimum_ksparse.hub.metadata import build_metadata
-from optimum_ksparse.hub.subject import AdapterFacts, CardSubject
+from optimum_ksparse.hub.subject import CardSubject
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.pruners.allocation import LEFT_DENSE
 from optimum_ksparse.records import is_repo_id
@@ -214,7 +214,7 @@ def filled(value: str, adapter: bool = False) -> CardSubject:
         versions={value: value, "torch": value},
     )
     results = EvaluationResults(value, sparse, dense, value, value)
-    facts = AdapterFacts(value, {value: value, "r": value}, 12) if adapter else None
+    facts = {"kind": value, "settings": {value: value, "r": value}, "num_parameters": 12} if adapter else None
     more = {"base_model": None, "base_name": value, "tags": [value, "mine"], "dtype": value, "adapter": facts}
     more["inherited"] = {"license": value, "license_name": value, "license_link": value, "language": [value, "ko"]}
     more["tuning"] = {"title": value, value: value}

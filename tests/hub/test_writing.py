@@ -62,7 +62,7 @@ def test_figures_show_what_there_are_data_for_and_always_by_the_same_bytes(tmp_p
 def test_the_figure_shows_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     figures: list[Any] = []
-    monkeypatch.setattr("optimum_ksparse.hub.figures._save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("optimum_ksparse.hub.figures.save_figure", lambda figure, path: figures.append(figure))
     draw_figures(tmp_path, None, make_results())
     axes = figures[0].axes
     assert [[bar.get_height() for bar in axis.patches] for axis in axes] == [[10.0, 12.5], [0.6] * 5 + [0.45] * 5]

@@ -356,25 +356,25 @@ def test_what_no_cell_has_measured_yet_may_change(in_process, monkeypatch):
     pytest.importorskip("peft", reason="needs the extra finetune")
     chosen: dict[str, Any] = {"methods": ["magnitude"], "patterns": ["2:4"], "korquad": {"max_steps": 1}}
 
-    def cut_off(load, settings, folder):
-        (folder / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+    def cut_off(run):
+        (run.folder / "korquad/checkpoint-1").mkdir(parents=True, exist_ok=True)
         raise RuntimeError("wrong only here")
 
-    monkeypatch.setattr(cell_module, "run_korquad", cut_off)
+    monkeypatch.setattr(cell_module._Run, "_korquad", cut_off)
     with pytest.raises(RuntimeError, match="wrong only here"):
         run_study(recipe(**chosen), str)
     corrected = chosen | {"korquad": {"max_steps": 2}}
     assert Path("out/cells/dense/korquad").is_dir()
     measured = Path("out/cells/dense/evaluation_results.json").read_bytes()
 
-    def measure(load, settings, folder):
-        assert not folder.exists(), "it would have gone on with other settings"
-        assert settings == {"max_steps": 2}
-        if folder.parent.name == "dense":
-            assert (folder.parent / "evaluation_results.json").read_bytes() == measured, "not measured again"
+    def measure(run):
+        assert not (run.folder / "korquad").exists(), "it would have gone on with other settings"
+        assert run.job["korquad"] == {"max_steps": 2}
+        if run.folder.name == "dense":
+            assert (run.folder / "evaluation_results.json").read_bytes() == measured, "not measured again"
         return []
 
-    monkeypatch.setattr(cell_module, "run_korquad", measure)
+    monkeypatch.setattr(cell_module._Run, "_korquad", measure)
     assert len(run_study(recipe(**corrected), str).cells) == 2 and in_process.count("dense") == 2
     with pytest.raises(ValueError, match=r"korquad.max_steps: was 2, is 3"):
         run_study(recipe(**chosen | {"korquad": {"max_steps": 3}}))

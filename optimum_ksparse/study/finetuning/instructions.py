@@ -23,16 +23,11 @@ def koalpaca_prompt(instruction: str) -> str:
 def instruction_rows(
     data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], max_examples: int | None = None
 ) -> tuple[str, list[dict[str, str]]]:
-    """Name of the data, and their rows with `instruction` and `output` alone, stripped. Rows of which one is empty are
-    left out, with a warning.
-
-    Args:
-        data: a file of JSON lines, a data set on the Hub (split "train"), or rows.
-        max_examples: of the first rows alone.
+    """Name of the data (a file of JSON lines, a data set on the Hub, or rows), and their first `max_examples` rows
+    with `instruction` and `output` alone, stripped. Rows of which one is empty are left out, with a warning.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing or no JSON lines, or a row has not the two texts; names the
-            row and the field.
+        FileNotFoundError, ValueError: the file is missing or no JSON lines, or a row has not the two texts.
         ConnectionError: the Hub's data cannot be read.
     """
     if not isinstance(data, str | os.PathLike):

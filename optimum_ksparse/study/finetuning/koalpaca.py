@@ -37,20 +37,15 @@ class KoAlpacaTrainer(TaskTrainer, SFTTrainer):
         hashed = describe_dataset([text for row in rows for text in row.values()])
         self.described = {"data": name, "data_sha256": hashed["sha256"], "examples": len(examples)}
         config = SFTConfig(**arguments, max_length=settings.max_length)
-        config._n_gpu = min(
-            1, config.n_gpu
-        )  # a process trains on one device, so that a step has `batch_size` examples
+        config._n_gpu = min(1, config.n_gpu)  # one device a process: a step has `batch_size` examples
         tuned = add_adapter(model, settings, "CAUSAL_LM")
         super().__init__(model=tuned, args=config, train_dataset=examples, processing_class=tokenizer)
 
 
 def koalpaca_examples(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """`prompt` and `completion` of instructions and answers, as TRL takes them. The model learns to go on from the
-    colon; the space after it belongs to the answer, as it does to words in the middle of a text.
-
-    Raises:
-        ValueError: the tokenizer has no end token, or no prompt is shorter than `max_length` tokens.
-    """
+    colon; the space after it belongs to the answer, as it does to words in the middle of a text. Raises ValueError
+    where the tokenizer has no end token, or no prompt is shorter than `max_length` tokens."""
     if tokenizer.eos_token is None:
         raise ValueError(
             "the tokenizer has no end token, without which the model would not learn to stop: set tokenizer.eos_token "
@@ -60,8 +55,8 @@ def koalpaca_examples(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizer
     prompts = tokenizer([pair["prompt"] for pair in pairs], verbose=False)["input_ids"]
     short = [pair for pair, ids in zip(pairs, prompts, strict=True) if len(ids) < max_length]
     if len(short) < len(rows):
-        found = f"{len(rows) - len(short)} of {len(rows)} examples have a prompt of {max_length=} tokens or more"
+        what = f"{len(rows) - len(short)} of {len(rows)} examples have a prompt of {max_length=} tokens or more"
         if not short:
-            raise ValueError(f"{found}, which leaves none: raise max_length")
-        logger.warning(f"{found} and are left out.")
+            raise ValueError(f"{what}, which leaves none: raise max_length")
+        logger.warning(f"{what} and are left out.")
     return Dataset.from_list(short)

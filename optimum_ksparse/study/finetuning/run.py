@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import get_peft_model
+from peft import HiraConfig, PeftConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState, set_seed
 from transformers.utils import logging
 
 from ...adapters import prepare_for_training
+from ...adapters.config import SparseLoraConfig
 from ...checkpoint import describe_model, facts_of, fingerprint, sparse_modules
 from ...checkpoint.model_class import load_model
 from ...checkpoint.staging import check_apart, check_output, claimed, staged, write_text
@@ -25,7 +26,7 @@ from ...evaluation import EvaluationResults, Measurement, tuning_settings
 from ...evaluation.environment import check_causal_lm
 from ...kernels import fast_products
 from ...records import RESULTS_NAME, TUNING_NAME, read_record, to_json
-from .settings import FinetuningSettings, adapter_config
+from .settings import FinetuningSettings, linear_targets
 
 logger = logging.get_logger(__name__)
 
@@ -41,11 +42,11 @@ class TaskTrainer(Trainer):
 
     task: str
     described: dict[str, Any]  # the data, as JSON holds them, and what else tells one job from another
+    model: Any
 
     def save(self, folder: Path) -> None:
         """Writes what was trained."""
-        model: Any = self.model
-        model.save_pretrained(folder)
+        self.model.save_pretrained(folder)
 
     def measure(self) -> dict[str, Any] | None:
         """The row of results that the task has."""
@@ -114,8 +115,7 @@ def finetune(
             tokenizer = read_tokenizer(tokenizer or base["base"], **remote)
         trainer = settings.trainer_class()(model, tokenizer, settings, trainer_arguments(settings, output))
         chosen = {name: value for name, value in asdict(settings).items() if name not in _PATHS}
-        processes = {"num_processes": trainer.args.world_size}
-        job = {"task": trainer.task, **base, **chosen, **trainer.described, **processes}
+        job = {"task": trainer.task, **base, **chosen, **trainer.described, "num_processes": trainer.args.world_size}
         with suppress(OSError):
             (Path(output) / CHECKPOINTS).rmdir()  # `Trainer` made it; where there is something in it, it stays
         if (record := _finished(Path(output), job, overwrite=overwrite)) is not None:
@@ -160,14 +160,19 @@ def _claimed(output: str | os.PathLike[str], reads: list[object], *, overwrite: 
 
 def add_adapter(model: PreTrainedModel, settings: FinetuningSettings, task_type: str | None = None) -> Any:
     """The PEFT model that `settings` ask for, drawn with their seed; with `method="full"` the model itself, all of
-    whose weights train."""
+    whose weights train. `task_type` is PEFT's."""
     set_seed(settings.seed)
-    config = adapter_config(settings, model, task_type)
-    if config is None:
+    if settings.method == "full":
         if model.dtype.itemsize < 4:
             logger.warning(f"The weights train in {model.dtype}, where small updates are lost: load them in float32.")
         model.config.use_cache = False
         return model.requires_grad_(True).train()
+    common: dict[str, Any] = {"r": settings.r, "task_type": task_type}
+    common["target_modules"] = settings.target_modules or linear_targets(model)
+    config: PeftConfig = HiraConfig(hira_dropout=settings.dropout, **common)
+    if settings.method != "hira":
+        common |= {"masked": settings.method == "masked", "use_dora": settings.method == "dora"}
+        config = SparseLoraConfig(lora_alpha=settings.alpha, lora_dropout=settings.dropout, **common)
     prepare_for_training(model, gradient_checkpointing=settings.gradient_checkpointing)
     return get_peft_model(model, config).train()
 
@@ -232,10 +237,8 @@ def _last_checkpoint(folder: Path) -> tuple[str | None, TrainerState]:
 
 def _finished(output: Path, job: dict[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
     """The record of a finished run of the same job in `output`; None where there is none, or it may be overwritten.
-
-    Raises:
-        ValueError: `output` holds another run, or a model that no run wrote, which an adapter must not lie beside.
-    """
+    Raises ValueError where it holds another run, or a model that no run wrote, which an adapter must not lie
+    beside."""
     path = output / TUNING_NAME
     if not path.is_file():
         for name in ("config.json", "adapter_config.json"):

@@ -9,7 +9,6 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from transformers import PreTrainedModel
 
-from ...adapters import require_peft
 from ...blocks import find_blocks
 from ...checks import check_keys, check_one_of
 from ...nn import is_linear_map
@@ -27,11 +26,7 @@ _AboveZero = Annotated[float, Between(1e-12)]
 @dataclass(frozen=True)
 class FinetuningSettings:
     """Settings of every task; the defaults are those of Alpaca-LoRA (https://github.com/tloen/alpaca-lora) on all
-    linear maps of attention and MLP.
-
-    Raises:
-        ValueError: names the setting, what was found and what is allowed.
-    """
+    linear maps of attention and MLP. Raises ValueError, which names the setting, for what cannot be."""
 
     method: str = setting("lora", "masked: LoRA whose delta keeps the mask; full: the sparse weights")
     r: Positive = setting(8, "rank of the adapter")
@@ -114,12 +109,11 @@ class KorQuADSettings(FinetuningSettings):
 S = TypeVar("S", bound=FinetuningSettings)
 
 
-def study_settings(kind: type[S], settings: Mapping[str, Any], where: str) -> S:
-    """Settings in a recipe of a study, which tunes the dense model as the sparse ones.
-
-    Raises:
-        ValueError: a key or a value that the task does not take; or what the dense model cannot do.
-    """
+def study_settings(kind: type[S], settings: Any, where: str) -> S:
+    """Settings in a recipe of a study, which tunes the dense model as the sparse ones. Raises TypeError or ValueError
+    for what the task does not take, or the dense model cannot do."""
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"{where} must be settings of the tuning as key: value ({{}} for none), found {settings!r}")
     check_keys(settings, [f.name for f in fields(kind)], where)
     try:
         made = kind(**settings)
@@ -140,30 +134,3 @@ def linear_targets(model: PreTrainedModel) -> list[str]:
     for block in find_blocks(model).blocks:
         names |= dict.fromkeys(name for name, module in block.named_modules() if is_linear_map(module))
     return list(names)
-
-
-def adapter_config(settings: FinetuningSettings, model: PreTrainedModel, task_type: str | None = None) -> Any:
-    """The PEFT config of the adapter of `settings` on a model; None for `method="full"`. Raises ImportError where PEFT
-    is not installed.
-
-    Args:
-        task_type: of PEFT, "CAUSAL_LM" or None.
-    """
-    if settings.method == "full":
-        return None
-    require_peft()
-    from peft import HiraConfig
-
-    from ...adapters.config import SparseLoraConfig
-
-    common: dict[str, Any] = {"r": settings.r, "target_modules": settings.target_modules or linear_targets(model)}
-    common |= {} if task_type is None else {"task_type": task_type}
-    if settings.method == "hira":
-        return HiraConfig(hira_dropout=settings.dropout, **common)
-    return SparseLoraConfig(
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        masked=settings.method == "masked",
-        use_dora=settings.method == "dora",
-        **common,
-    )

@@ -24,14 +24,9 @@ _TRAIN_SHARE = 0.8  # of the articles of a file that is split
 
 @dataclass(frozen=True)
 class Question:
-    """A question over a paragraph.
-
-    Attributes:
-        id: of the question. article: number or title of what the paragraph is from. question, context: texts.
-        answers: texts of the right answers.
-        span: characters of the first answer that the paragraph holds at its offset, or else once: first, and one
-            after the last. None where there is none: the question does not train, and is measured.
-    """
+    """A question over a paragraph of an article, with the texts of its right answers. `span` are the characters of the
+    first answer that the paragraph holds at its offset, or else once: first, and one after the last. None where there
+    is none: the question does not train, and is measured."""
 
     id: str
     article: str
@@ -43,11 +38,7 @@ class Question:
 
 @dataclass(frozen=True)
 class KorQuADData:
-    """Questions in the order of the data, and where they are from.
-
-    Attributes:
-        description: name or file, and SHA-256, as JSON holds it. split: which part of the data it is.
-    """
+    """Questions in the order of the data, name or file and SHA-256 of these, and which part of them it is."""
 
     questions: list[Question]
     description: dict[str, Any]
@@ -65,12 +56,8 @@ def korquad_data(settings: KorQuADSettings) -> tuple[KorQuADData, KorQuADData]:
 
 
 def read_korquad(source: str | os.PathLike[str] = KORQUAD_DATASET, split: str | None = None) -> KorQuADData:
-    """Reads KorQuAD 1.0, or anything else in the form of SQuAD 1.1.
-
-    Args:
-        source: a JSON file, or a dataset on the Hub (`KorQuAD/squad_kor_v1`, `squad_kor_v1`).
-        split: of the dataset on the Hub: "train" or "validation", which is the default there. Of a file it is the name
-            to record.
+    """Reads KorQuAD 1.0, or anything else in the form of SQuAD 1.1: a JSON file, or a dataset on the Hub, whose
+    `split` is "validation" unless it is named. Of a file it is the name to record.
 
     Raises:
         FileNotFoundError: `source` ends in `.json`, and there is no such file.

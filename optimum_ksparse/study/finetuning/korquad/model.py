@@ -27,20 +27,16 @@ from ....checkpoint.model_class import load_model
 from ....checkpoint.staging import recover, save_tensors
 from ....records import HEAD_NAME
 
-_OWN = ("head.weight", "head.bias", "markers")
+_HEAD = ("head.weight", "head.bias", "markers")
 
 
 class SpanModel(nn.Module):
-    """The decoder of a causal language model, its last norm included, and a linear head that says of each token how
-    likely it begins, and ends, the answer. The language model's own head does not run.
+    """The decoder of a causal language model (`backbone`, perhaps with an adapter), its last norm included, and a
+    linear head that says of each token how likely it begins, and ends, the answer. The model's own head does not run.
 
     A token of a causal model has seen what is left of it alone: the question comes first, so that all of the paragraph
     has seen it. Transformers' classes for question answering are not used: some models have none, and that of others
     does not find its decoder's weights.
-
-    Args:
-        backbone: a causal LM, sparse or dense, or a PEFT model of one. Which of its parameters train is its own
-            affair.
 
     Attributes:
         head: hidden state → logits of start and end, in float32; zero at first, so that all tokens start even.
@@ -116,31 +112,25 @@ class SpanModel(nn.Module):
     def save(self, folder: Path) -> None:
         """Writes the adapter, or the weights where there is none, and the head."""
         self.backbone.save_pretrained(folder)
-        tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._own().items()}
+        tensors = {name: self.get_parameter(name).detach().cpu().contiguous() for name in _HEAD}
         save_tensors(tensors, folder / HEAD_NAME)
-
-    def _own(self) -> dict[str, nn.Parameter]:
-        return {name: self.get_parameter(name) for name in _OWN}
 
 
 def load_korquad_model(
     folder: str | os.PathLike[str], base: PreTrainedModel | None = None
 ) -> tuple[SpanModel, PreTrainedTokenizerBase]:
-    """What `finetune_korquad` saved, in evaluation mode, and its tokenizer.
-
-    Args:
-        base: the model under the adapter; it is changed in place. None where the folder holds a whole model.
+    """What `finetune` saved of KorQuAD, in evaluation mode, and its tokenizer. `base` is the model under the adapter,
+    which is changed in place; None where the folder holds a whole model.
 
     Raises:
         FileNotFoundError: `folder` holds no span model.
-        ValueError: `base` is missing, or there is no use for it, or a tensor of the head, which is named, does not fit
-            the base.
+        ValueError: `base` is missing, or there is no use for it, or a tensor of the head does not fit it.
         ImportError: there is an adapter, and PEFT is not installed.
     """
     folder = Path(folder)
     recover(folder)
     if not (folder / HEAD_NAME).is_file():
-        raise FileNotFoundError(f"{folder} holds no {HEAD_NAME}: it is not the output of finetune_korquad")
+        raise FileNotFoundError(f"{folder} holds no {HEAD_NAME}: it is not the output of finetune korquad")
     is_whole = (folder / "config.json").is_file()
     if is_whole != (base is None):
         what = "holds a whole model: leave base out" if is_whole else "holds no whole model: pass base, what was tuned"
@@ -149,9 +139,10 @@ def load_korquad_model(
     if not is_whole:
         from peft import PeftModel
 
-        backbone = PeftModel.from_pretrained(backbone, str(folder))
+        backbone = PeftModel.from_pretrained(base, str(folder))
     model, tensors = SpanModel(backbone), load_file(folder / HEAD_NAME)
-    for name, parameter in model._own().items():
+    for name in _HEAD:
+        parameter = model.get_parameter(name)
         shape = list(tensors[name].shape) if name in tensors else None
         if shape != list(parameter.shape):
             raise ValueError(f"{HEAD_NAME}: {name} is {shape}, this base needs {list(parameter.shape)}")

@@ -29,16 +29,8 @@ MAX_ANSWER_TOKENS, NUM_BEST, BATCH_SIZE = 30, 20, 8
 def evaluate_korquad(
     model: SpanModel, tokenizer: PreTrainedTokenizerBase, data: KorQuADData, settings: KorQuADSettings
 ) -> dict[str, Any]:
-    """Exact match and F1 of a span model on KorQuAD 1.0.
-
-    Args:
-        settings: those of `windows.fitted`; what they say of windows, `bf16` and `max_eval_questions`.
-
-    Returns:
-        `exact_match` and `f1` in per cent, and how they were measured: `data`, `split`, `num_samples`, `seq_len`,
-        `max_question_tokens`, `stride`, `max_answer_tokens`, `num_best`, `prepend_bos`, `dtype`,
-        `product_dtype`, `batch_size`, `device`, `versions`.
-    """
+    """A row of results: exact match and F1 of a span model on KorQuAD 1.0, in per cent, and how they were measured.
+    `settings` are those of `windows.fitted`."""
     questions = data.questions[: settings.max_eval_questions]
     answers = predict(model, tokenizer, questions, settings)
     measured = environment(model.language_model, "peft")
@@ -63,10 +55,8 @@ def predict(
     model: SpanModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], settings: KorQuADSettings
 ) -> dict[str, str]:
     """The answer to each question, id → text, cut from its paragraph: the likeliest span over all of its windows.
-
     Scores are log-probabilities over the paragraph tokens of a window and its end, which stands for "not here", so
-    that those of different windows may be compared.
-    """
+    that those of different windows may be compared."""
     windows = make_windows(questions, tokenizer, settings)
     windows.sort(key=lambda window: -len(window["input_ids"]))  # like lengths together; too large fails first
     device = model.head.weight.device
@@ -97,11 +87,7 @@ def best_span(
     start_logits: torch.Tensor, end_logits: torch.Tensor, max_answer_tokens: int = MAX_ANSWER_TOKENS
 ) -> tuple[float, int, int] | None:
     """The likeliest span of a window, of its `NUM_BEST` likeliest starts and ends: log-probability, first and last
-    token; None where none of them makes one.
-
-    Args:
-        start_logits, end_logits: [tokens] of the paragraph, and of the end as the last one.
-    """
+    token; None where none of them makes one. Logits are [tokens] of the paragraph, and of the end as the last one."""
     starts, ends = (
         logits.log_softmax(-1)[:-1].topk(min(NUM_BEST, len(logits) - 1)) for logits in (start_logits, end_logits)
     )
@@ -141,21 +127,11 @@ def f1(prediction: str, answer: str) -> float:
 
 
 def korquad_scores(predictions: Mapping[str, str], answers: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Exact match and F1 over all questions, the best over the answers of each.
-
-    Args:
-        predictions: id of a question → text. A question without one counts 0.
-        answers: id of each question → its right answers, at least one.
-
-    Returns:
-        `exact_match` and `f1`, in per cent.
-    """
-    scores = [
-        tuple(
-            max(score(predictions[name], text) for text in texts) if name in predictions else 0.0
-            for score in (exact_match, f1)
-        )
-        for name, texts in answers.items()
-    ]
-    means = [100 * math.fsum(column) / len(scores) for column in zip(*scores, strict=True)]
-    return dict(zip(("exact_match", "f1"), means, strict=True))
+    """`exact_match` and `f1` in per cent over all questions, the best over the right answers (at least one) of each; a
+    question without a prediction counts 0. Both by the id of the question."""
+    pairs = [(predictions[name], texts) for name, texts in answers.items() if name in predictions]
+    scores = {}
+    for score in (exact_match, f1):
+        best = [max(score(prediction, text) for text in texts) for prediction, texts in pairs]
+        scores[score.__name__] = 100 * math.fsum(best) / len(answers)
+    return scores

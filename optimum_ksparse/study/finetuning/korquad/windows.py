@@ -31,13 +31,8 @@ _USUAL_LENGTH = 512
 
 
 def fitted(settings: KorQuADSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> KorQuADSettings:
-    """The settings with what they leave open: `seq_len` is at most the model's context, and `prepend_bos` is True or
-    False.
-
-    Raises:
-        TypeError: the tokenizer is a slow one, which does not tell the characters of its tokens.
-        ValueError: `seq_len` is above the model's context, or too small for a question and a paragraph.
-    """
+    """The settings with what they leave open: `seq_len`, and whether to `prepend_bos`. Raises TypeError for a slow
+    tokenizer, which does not tell the characters of its tokens, ValueError for a `seq_len` above the context."""
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
             f"{type(tokenizer).__name__} is a slow tokenizer, which does not tell the characters that its tokens are "
@@ -56,7 +51,7 @@ def make_windows(
     """The windows of all questions, in their order; `settings` are those of `fitted`."""
     prefix = [tokenizer.bos_token_id] if settings.prepend_bos else []
     context: Any = None
-    windows = []
+    windows: list[dict[str, Any]] = []
     for number, question in enumerate(tqdm(questions, desc="KorQuAD windows", unit="question", delay=2)):
         if question.context != context:  # questions of one come together
             context = question.context
@@ -68,32 +63,21 @@ def make_windows(
         step = min(settings.stride, room)
         for begin in [0, *range(step, len(ids) - room + step, step)] if len(ids) > room else [0]:
             stop = min(begin + room, len(ids))
-            window = [*head, *ids[begin:stop], END]
-            span = (-1, -1)
+            window: dict[str, Any] = {"input_ids": [*head, *ids[begin:stop], END], "offsets": offsets[begin:stop]}
+            start, end = -1, -1
             if answer is not None:
                 inside = begin <= answer[0] and answer[1] < stop
-                place = [len(head) + position - begin for position in answer]
-                span = (place[0], place[1]) if inside else (len(window) - 1, len(window) - 1)
-            windows.append(
-                {
-                    "input_ids": window,
-                    "question": number,
-                    "first": len(head),
-                    "offsets": offsets[begin:stop],
-                    "start_positions": span[0],
-                    "end_positions": span[1],
-                }
-            )
+                last = len(window["input_ids"]) - 1
+                start, end = (len(head) + position - begin if inside else last for position in answer)
+            window |= {"question": number, "first": len(head), "start_positions": start, "end_positions": end}
+            windows.append(window)
     return windows
 
 
 def collate(windows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch, padded on the right.
-
-    Returns:
-        `input_ids`, `attention_mask` int64 and `span_mask` bool (where an answer may begin and end: the paragraph, and
-        the end), [windows, tokens]; `start_positions`, `end_positions` int64 [windows].
-    """
+    """A batch, padded on the right: `input_ids`, `attention_mask` int64 and `span_mask` bool (where an answer may
+    begin and end: the paragraph, and the end), [windows, tokens]; `start_positions`, `end_positions` int64
+    [windows]."""
     lengths = torch.tensor([len(window["input_ids"]) for window in windows])
     positions = torch.arange(int(lengths.max()))
     ids = torch.zeros(len(windows), len(positions), dtype=torch.int64)
