@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from .parser import Parser, add_flags, add_switches
 from .recipes import read_recipe
 
 # Not settings: they say how the command runs, and no recipe holds them.
-_OF_THE_PROCESS = ("help", "config", "token", "cache_dir")
+_OF_THE_PROCESS = {"help", "config", "recipe", "token", "cache_dir"}
 LOADING_TEXTS = {
     "dtype": "auto is the checkpoint's (default: auto)",
     "device_map": "as in from_pretrained: auto, cpu, cuda:0, … (default: the CPU)",
@@ -43,6 +43,8 @@ class Command:
     MODELS: ClassVar[tuple[str, ...]] = ("checkpoint", "tokenizer")
     # Settings without which it cannot begin.
     REQUIRED: ClassVar[tuple[str, ...]] = ()
+    # Keys of a recipe, where they are not the words and flags.
+    KEYS: ClassVar[list[str] | None] = None
     # Settings that stand before the flags, and flags without a value: name → what it is.
     WORDS: ClassVar[Mapping[str, str]] = {}
     SWITCHES: ClassVar[Mapping[str, str]] = {}
@@ -98,20 +100,21 @@ class Command:
         return {action.dest: action.option_strings[-1] if action.option_strings else action.dest for action in actions}
 
     def settings(self) -> dict[str, Any]:
-        """The settings of the recipe of `--config`, overridden by the flags that were given; checked."""
-        names = [name for name in self.flags if name not in _OF_THE_PROCESS]
+        """The settings of the recipe, overridden by the flags that were given; checked."""
+        words = {name: value for name, value in vars(self.args).items() if name in self.flags and value is not None}
+        given = {name: value for name, value in words.items() if name not in _OF_THE_PROCESS}
         with usage():
-            recipe = read_recipe(self.args.config, names) if self.args.config else {}
-            settings = self.merged(recipe, self.given(names))
-            missing = next((name for name in self.REQUIRED if not settings.get(name)), None)
-            if missing:
-                raise UsageError(f"{missing} is missing; see {self.parser.prog} --help")
+            path = words.get("config", words.get("recipe"))
+            recipe = read_recipe(path, self.KEYS or [*self.flags.keys() - _OF_THE_PROCESS]) if path else {}
+            settings = self.merged(recipe, given)
+            if missing := [name for name in self.REQUIRED if not settings.get(name)]:
+                raise UsageError(f"{missing[0]} is missing; see {self.parser.prog} --help")
         self.check(settings)
         return settings
 
-    def given(self, names: Iterable[str]) -> dict[str, Any]:
-        """What the command line says of these settings."""
-        return {name: value for name in names if (value := getattr(self.args, name)) is not None}
+    def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a recipe, and flags, which win."""
+        return {**recipe, **given}
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuses, before any work, names that hold a token, and models that are not there."""
@@ -122,10 +125,6 @@ class Command:
             if isinstance(settings.get(name), str):
                 revision = settings.get("revision") if name == self.MODELS[0] else None
                 check_source(name, settings[name], revision)
-
-    def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """Settings of a recipe, and flags, which win."""
-        return {**recipe, **given}
 
 
 @contextmanager
@@ -151,8 +150,7 @@ def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def folder_of(checkpoint: str) -> Path:
-    """The folder of a checkpoint, which cannot be on the Hub here, put right for whoever reads there. Raises
-    FileNotFoundError where there is none."""
+    """The folder of a checkpoint, which cannot be on the Hub here, put right for whoever reads there."""
     if not os.path.isdir(checkpoint):
         raise FileNotFoundError(f"checkpoint={checkpoint!r}: there is no such folder; download or save it first")
     recover(checkpoint)
@@ -161,20 +159,16 @@ def folder_of(checkpoint: str) -> Path:
 
 def load_checkpoint(source: str | os.PathLike[str], settings: Mapping[str, Any]) -> Any:
     """The model of a checkpoint, of an adapter with its base, by the class that its config names; in its own dtype
-    unless `settings` say otherwise. What the folder's `finetuning.json` says becomes `model.ksparse.tuning`.
-
-    Raises:
-        ValueError: the results in its folder are damaged, which `from_pretrained` merely warns of, or the tuning is.
-    """
-    results = os.path.join(source, RESULTS_NAME)
-    known = EvaluationResults.load(results) if os.path.isfile(results) else None
+    unless `settings` say otherwise. What the folder's `finetuning.json` says becomes `model.ksparse.tuning`. Damaged
+    results, of which `from_pretrained` merely warns, are an error."""
+    path = os.path.join(source, RESULTS_NAME)
+    results = EvaluationResults.load(path) if os.path.isfile(path) else None
     tuning = read_tuning(source, settings.get("revision"))
     names = ("revision", "trust_remote_code", "dtype", "device_map")
     model = load_model(source, **{name: settings.get(name) for name in names})
-    if known is not None:
-        facts_of(model).results = known  # an adapter's own, instead of its base's
-    if tuning is not None:
-        facts_of(model).tuning = tuning
+    facts = facts_of(model)
+    facts.results = results or facts.results  # an adapter's own, instead of its base's
+    facts.tuning = tuning or facts.tuning
     return model
 
 

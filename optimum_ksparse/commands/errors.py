@@ -20,11 +20,8 @@ class UsageError(ValueError):
 
 
 def describe_error(error: BaseException, flags: Mapping[str, str]) -> str:
-    """An error in one line.
-
-    Args:
-        flags: setting → how the command line writes it: its flag, or its own name where it has none.
-    """
+    """An error in one line. `flags` has for each setting how the command line writes it: its flag, or its own name
+    where it has none."""
     text = printable(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None and text.startswith("[Errno"):
         text = f"{error.filename}: {error.strerror}"

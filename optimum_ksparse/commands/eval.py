@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ class EvalCommand(Command):
         protocol = protocol_of(settings)
         checkpoint, overwrite = settings["checkpoint"], settings.get("overwrite", False)
         # Of a local checkpoint its own folder; for one on the Hub a folder of its name here.
-        own = checkpoint if Path(checkpoint).is_dir() else checkpoint.split("/")[-1]
-        output = Path(settings.get("output") or own)
+        folder = checkpoint if Path(checkpoint).is_dir() else checkpoint.split("/")[-1]
+        output = Path(settings.get("output") or folder)
         if output.resolve() != Path(checkpoint).resolve():
             check_output(output, ours=(RESULTS_NAME,), overwrite=overwrite)
         column, tuned, before = (_results_in(settings[name]) if settings.get(name) else None for name in _TAKEN)
@@ -67,16 +68,10 @@ class EvalCommand(Command):
         tokenizer = choose_tokenizer(model, settings.get("tokenizer"), base=dense, trust_remote_code=trusted)
         assert tokenizer is not None  # only tokenizer=False leaves it out
         output.mkdir(parents=True, exist_ok=True)
-
-        def keep(results: EvaluationResults) -> None:
-            results.save(output)
-
+        keep = methodcaller("save", output)
         results = evaluate_model(model, tokenizer, protocol, on_measured=keep)
-        for rows, take in (
-            (before, results.take_before),
-            (tuned, results.take_tuned),
-            (column, results.take_baseline),
-        ):
+        takes = (results.take_baseline, column), (results.take_tuned, tuned), (results.take_before, before)
+        for take, rows in reversed(takes):
             if rows is not None:
                 take(rows)
         if dense is not None:
@@ -88,7 +83,7 @@ class EvalCommand(Command):
             }
             del model  # the dense model has the machine to itself
             evaluate_baseline(results, dense, tokenizer, protocol, on_measured=keep, **how)
-        keep(results)
+        results.save(output)
         print(results_table(results))
         print(f"written to {output / RESULTS_NAME}")
 

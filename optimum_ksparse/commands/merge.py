@@ -54,10 +54,9 @@ class MergeCommand(Command):
 
     def execute(self) -> None:
         settings = self.settings()
-        adapter, output = settings["adapter"], settings["output"]
-
         from ..adapters import merge_adapter  # needs PEFT
 
+        adapter, output = settings["adapter"], settings["output"]
         reads = [settings.get(name) for name in ("adapter", "base", "tokenizer", "dataset")]
         check_output(output, reads=reads, overwrite=settings.get("overwrite", False))
         with staged(output):  # an output that cannot be written to is an error before the work, not after it
@@ -65,8 +64,8 @@ class MergeCommand(Command):
         if os.path.isdir(adapter) and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
             raise FileNotFoundError(f"adapter={adapter!r} holds no adapter_config.json: name the folder of an adapter")
         source = settings.get("base") or _base_of(settings)
-        remote = {"trust_remote_code": settings.get("trust_remote_code"), "revision": settings.get("base_revision")}
-        base = {name: value for name, value in remote.items() if value is not None}
+        remote = {"trust_remote_code": "trust_remote_code", "revision": "base_revision"}
+        base = {name: settings[setting] for name, setting in remote.items() if setting in settings}
         tokenizer, missing = _tokenizer(settings, source, base)
         merging: dict[str, Any] = {name: settings[name] for name in ("method", "batch_size") if name in settings}
         merging["method_settings"] = {name: settings[name] for name in _SOLVER_TEXTS if name in settings}
@@ -74,7 +73,7 @@ class MergeCommand(Command):
             drawn = {name: settings[name] for name in _CALIBRATION_TEXTS if name in settings and name != "batch_size"}
             merging["dataset"] = CalibrationData(**({"tokenizer": tokenizer, "seq_len": 512} | drawn))
         model = merge_adapter(_load(settings, source, base), **merging)
-        save = {"max_shard_size": settings["max_shard_size"]} if "max_shard_size" in settings else {}
+        save = {name: settings[name] for name in ("max_shard_size",) if name in settings}
         with staged(output) as folder:
             model.save_pretrained(folder, **save)
             copy_processor(source, folder, **base)
@@ -92,12 +91,11 @@ def _base_of(settings: dict[str, Any]) -> str:
     """The model on the Hub that the adapter names as its base; a folder here is the user's to name."""
     from peft import PeftConfig
 
-    name = PeftConfig.from_pretrained(settings["adapter"], revision=settings.get("revision")).base_model_name_or_path
+    adapter = settings["adapter"]
+    name = PeftConfig.from_pretrained(adapter, revision=settings.get("revision")).base_model_name_or_path
     base = recorded_repository(name)
     if base is None:
-        raise ValueError(
-            f"{settings['adapter']} names no base model on the Hub, but {printable(name)!r}: pass --base MODEL"
-        )
+        raise ValueError(f"{adapter} names no base model on the Hub, but {printable(name)!r}: pass --base MODEL")
     print(f"base model: {base}, which the adapter names")
     return base
 

@@ -73,13 +73,9 @@ def add_flags(
     source: Callable[..., Any] | None = None,
     choices: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
-    """Adds settings as flags.
-
-    Args:
-        texts: name → what it is, for the help; or a `Setting`, which says its type and default too.
-        source: the function, or the class, whose arguments say types and defaults. None: they are texts.
-        choices: name → its values, where they are a few.
-    """
+    """Adds settings as flags: by name what each is, for the help, or a `Setting`, which says its type and default too.
+    `source` is the function, or the class, whose arguments say types and defaults; None: they are texts. `choices`
+    has the values of those that have a few."""
     for name, text in texts.items():
         if isinstance(text, Setting):
             kind, is_list, default, text = boolean if text.kind is bool else text.kind, False, text.default, text.text

@@ -55,12 +55,8 @@ _Loader.add_constructor(f"{_TAG}float", _Loader.construct_number)
 
 
 def read_recipe(path: str, allowed: list[str]) -> dict[str, Any]:
-    """Settings of a YAML recipe.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no mapping, has a key twice, or one that is not allowed: names the nearest.
-    """
+    """Settings of a YAML recipe. Raises OSError where the file cannot be read, ValueError where it is no mapping, has
+    a key twice, or one that is not allowed: names the nearest."""
     with open(path, encoding="utf-8") as file:
         try:
             recipe = yaml.load(file, _Loader)

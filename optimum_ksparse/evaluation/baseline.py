@@ -56,11 +56,8 @@ class Baseline:
 
 def recorded_baseline(model: PreTrainedModel) -> Baseline:
     """The dense model that a sparse one was made from: the recorded Hub id and commit, or the folder that it was
-    pruned from where it is still at hand.
-
-    Raises:
-        ValueError: it is not recorded, or was a folder that is not here.
-    """
+    pruned from where it is still at hand. Raises ValueError where it is not recorded, or was a folder that is not
+    here."""
     report = facts_of(model).report
     if report is None or not report.base_model:
         raise ValueError("no sparsity_report names the model's dense base: pass baseline=<Hub id or folder>")
@@ -83,11 +80,8 @@ def recorded_baseline(model: PreTrainedModel) -> Baseline:
 def choose_baseline(
     model: PreTrainedModel, given: Baseline | str | os.PathLike[str] | bool | None, token: bool | str | None = None
 ) -> Baseline:
-    """The dense model that is named; for True and None the recorded one.
-
-    Raises:
-        ValueError: it is not recorded, or cannot be read.
-    """
+    """The dense model that is named; for True and None the recorded one. Raises ValueError where that is not known, or
+    cannot be read."""
     if isinstance(given, Baseline):
         return given
     base = Baseline(os.fspath(given)) if isinstance(given, str | os.PathLike) else recorded_baseline(model)

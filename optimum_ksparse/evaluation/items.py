@@ -25,12 +25,8 @@ def read_items(
     task: HarnessTask, data_dir: str | os.PathLike[str], num_fewshot: int = 0
 ) -> dict[str, list[dict[str, Any]]]:
     """Split → items of a task in `data_dir`, the fields of the task alone: the test split, or, where there is none,
-    the validation split; the training split for few-shot examples.
-
-    Raises:
-        FileNotFoundError: there is neither a test nor a validation file, or no training file for few-shot examples.
-        ValueError: a file has no items, or a line is not an item of the task; names file, line and field.
-    """
+    the validation split; the training split for few-shot examples. Raises FileNotFoundError where one is missing,
+    ValueError, which names file, line and field, where a file has no items, or a line is none of the task."""
     items = {split: _read_file(task, path) for split, path in _files(task, data_dir, num_fewshot).items()}
     # Without a test split the harness draws one more.
     most = len(items.get("train", ())) - ("test" not in items)

@@ -79,16 +79,10 @@ def evaluate_baseline(
     num_parameters: int | None = None,
     on_measured: Callable[[EvaluationResults], None] | None = None,
 ) -> None:
-    """Loads the dense model, measures it by the same protocol into `results.dense`, and frees it.
-
-    Args:
-        like: model or class to load it as. dtype, device: of the sparse model; a string or dict is a device map.
-        num_parameters: of the model that was pruned; one with fewer is refused. It may have more: blocks may have been
-            dropped before.
-
-    Raises:
-        ValueError: the dense model is sparse itself, of another size, or was tuned.
-    """
+    """Loads the dense model as a model or class like the sparse one, in its dtype, on its device (a string or dict is
+    a device map), measures it by the same protocol into `results.dense`, and frees it. Raises ValueError where it is
+    sparse itself, was tuned, or has fewer than the `num_parameters` of the model that was pruned; it may have more:
+    blocks may have been dropped before."""
     protocol = protocol or EvaluationProtocol()
     model = baseline.load(like, dtype, device)
     try:

@@ -22,7 +22,7 @@ from ..data.tokens import check_context, context_length
 from ..records import As, Between, Count, Positive
 from .environment import check_causal_lm, environment
 from .head import map_logits
-from .tasks import LENGTH, Named, Task, add_task
+from .tasks import LENGTH, HubEntry, Named, Task, add_task
 
 if TYPE_CHECKING:
     from .protocol import EvaluationProtocol
@@ -80,6 +80,13 @@ PERPLEXITY = add_task(
             "dtype": str,
         },
         shown=("perplexity", "bits_per_byte"),
+        hub=HubEntry(
+            task_type="text-generation",
+            dataset="local",
+            dataset_name="local text",
+            metrics={"perplexity": ("perplexity", None)},
+            arguments=("seq_len", "stride", "prepend_bos", "num_tokens"),
+        ),
     )
 )
 

@@ -37,11 +37,10 @@ _ANY_PROTOCOL = Annotated[dict[str, Any], As(_Row, is_open=True)]
 
 @dataclass
 class Measurement:
-    """One figure and how it came about.
+    """Figures of a task and how they came about.
 
     Attributes:
         name: of a task in the table: `"perplexity"`, `"copa"`, …; rows of others are kept as they are.
-        metrics: its figures.
         protocol: what must be equal for two measurements to be comparable: the data, the number of items or tokens,
             shots, limit, version of the task, windows, dtype; `tuning`: task and settings of the tuning that the model
             went through, missing or None before tuning.
@@ -118,11 +117,11 @@ class Measurement:
     def follows(self, request: Mapping[str, Any]) -> bool:
         """Whether this was measured as `request`, a part of a protocol, asks."""
         for key, asked in request.items():
-            found = self.protocol.get(key)
+            value = self.protocol.get(key)
             # A name on the Hub is known before its text is read, and the text's SHA-256 only after.
-            if isinstance(asked, Mapping) and isinstance(found, Mapping):
-                found = {part: found.get(part) for part in asked}
-            if found != asked:
+            if isinstance(asked, Mapping) and isinstance(value, Mapping):
+                value = {part: value.get(part) for part in asked}
+            if value != asked:
                 return False
         return True
 
@@ -153,12 +152,12 @@ class EvaluationResults:
         """Each measurement of the sparse model with that of the dense model by the same protocol, or, where there is
         none, one of the same name by another (see `Measurement.differences`); then those of the dense model alone.
         What was measured before tuning stands beside what was before it, and after it beside after."""
-        found: list[tuple[Measurement | None, Measurement | None]] = []
+        pairs: list[tuple[Measurement | None, Measurement | None]] = []
         for ours in self.sparse:
             others = [row for row in self.dense if (row.name, row.key[2]) == (ours.name, ours.key[2])]
-            found.append((ours, min(others, key=lambda row: len(ours.differences(row)), default=None)))
-        taken = [other for _, other in found]
-        return found + [(None, other) for other in self.dense if other not in taken]
+            pairs.append((ours, min(others, key=lambda row: len(ours.differences(row)), default=None)))
+        taken = [other for _, other in pairs]
+        return pairs + [(None, other) for other in self.dense if other not in taken]
 
     def comparable(self) -> list[tuple[Measurement, Measurement]]:
         """The pairs that were measured by the same protocol: sparse, dense."""
@@ -196,20 +195,17 @@ class EvaluationResults:
             rows: list[Measurement] = getattr(self, part)
             if part == "dense" and not same and any(row.tuning is None for row in rows):
                 continue
-            known = {row.key for row in rows}
-            found = [row for row in getattr(other, part) if row.key not in known and wanted(part, row)]
-            rows.extend(copy.deepcopy(found))
-            if part == "dense" and found:
+            keys = {row.key for row in rows}
+            new = [row for row in getattr(other, part) if row.key not in keys and wanted(part, row)]
+            rows.extend(copy.deepcopy(new))
+            if part == "dense" and new:
                 self.dense_model, self.dense_revision = theirs
 
     def take_baseline(self, other: EvaluationResults) -> None:
         """Takes the dense column from `other`, of a dense model: of one that was tuned as this one was, say. What it
         holds from before tuning goes in the place of all from then that was here, and what it holds from after it in
-        the place of rows of the same kind.
-
-        Raises:
-            ValueError: `other` is of a sparse model, or holds nothing of a dense one.
-        """
+        the place of rows of the same kind. Raises ValueError where `other` is of a sparse model, or holds nothing of a
+        dense one."""
         if other.sparse or not other.dense:
             raise ValueError(
                 f"{RESULTS_NAME} to take the dense column from must be of a dense model; it holds {len(other.sparse)} "
@@ -225,12 +221,9 @@ class EvaluationResults:
 
     def take_tuned(self, other: EvaluationResults) -> None:
         """Takes over what `other` holds from after a tuning of this very model, which cannot be measured by itself
-        because the tuning gave it another head, as for KorQuAD. It goes in the place of rows of the same kind.
-
-        Raises:
-            ValueError: `other` is of a model with other weights, or holds nothing from after tuning.
-        """
-        rows = [(part, row) for part in ("sparse", "dense") for row in getattr(other, part) if row.tuning is not None]
+        because the tuning gave it another head, as for KorQuAD. It goes in the place of rows of the same kind. Raises
+        ValueError where `other` is of a model with other weights, or holds nothing from after tuning."""
+        rows = [(part, row) for part in _PARTS for row in getattr(other, part) if row.tuning is not None]
         if not rows or other.fingerprint != self.fingerprint:
             why = "were measured on a model tuned from other weights" if rows else "hold nothing from after tuning"
             raise ValueError(f"the {RESULTS_NAME} to take rows after tuning from {why}")
@@ -243,23 +236,20 @@ class EvaluationResults:
         path = Path(directory) / RESULTS_NAME
         with locked(path.with_name(f".{RESULTS_NAME}.lock")):
             with suppress(FileNotFoundError, ValueError):
-                found, seen = EvaluationResults.load(path), self._on_disk
-                if found.fingerprint == self.fingerprint:
-                    self._take(found, lambda part, row: (part, row.key) not in seen)
+                theirs, seen = EvaluationResults.load(path), self._on_disk
+                if theirs.fingerprint == self.fingerprint:
+                    self._take(theirs, lambda part, row: (part, row.key) not in seen)
             write_text(path, to_json(self))
             self._on_disk = self._keys()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EvaluationResults:
-        """Reads results from their file.
-
-        Raises:
-            ValueError: the file is damaged, of a newer schema, or edited so that a field cannot be right; names it.
-        """
-        found = read_record(cls, path, "is not a results file of optimum-ksparse")
-        found.schema_version = SCHEMA_VERSION
-        found._on_disk = found._keys()
-        return found
+        """Reads results from their file. Raises ValueError, which names the field, where it is damaged, of a newer
+        schema, or edited so that a field cannot be right."""
+        results: EvaluationResults = read_record(cls, path, "is not a results file of optimum-ksparse")
+        results.schema_version = SCHEMA_VERSION
+        results._on_disk = results._keys()
+        return results
 
     def _keys(self) -> frozenset[tuple[str, Any]]:
         """Part and key of each row."""
@@ -267,9 +257,10 @@ class EvaluationResults:
 
     def check_record(self, where: str) -> None:
         """Raises ValueError where a measurement is there twice."""
-        for part, rows in (("sparse", self.sparse), ("dense", self.dense)):
-            keys = [row.key for row in rows]
-            for i, key in enumerate(keys):
-                if key in keys[:i]:
-                    after = " after tuning" if key[2] else ""
-                    raise ValueError(f"{part}[{i}] is a second measurement of {key[0]} with {key[1]} shots{after}")
+        for part in _PARTS:
+            keys = [row.key for row in getattr(self, part)]
+            if len(set(keys)) < len(keys):
+                i = next(i for i, key in enumerate(keys) if key in keys[:i])
+                name, shots, tuned = keys[i]
+                after = " after tuning" if tuned else ""
+                raise ValueError(f"{part}[{i}] is a second measurement of {name} with {shots} shots{after}")

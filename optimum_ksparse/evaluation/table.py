@@ -61,17 +61,17 @@ def _means(results: EvaluationResults, rows: list[ResultRow]) -> list[ResultRow]
     everything = [*results.sparse, *results.dense]
     ways = {row.key[1:]: tuning_title(row.tuning) for row in everything if row.name in KOBEST_TASKS}
     means = []
-    for shots, tuned in sorted(ways):
-        sparse, dense = (results.mean_f1(part, shots, tuned) for part in ("sparse", "dense"))
-        if sparse is None and dense is None:
+    for (shots, tuned), tuning in sorted(ways.items()):
+        dense, sparse = (results.mean_f1(part, shots, tuned) for part in ("dense", "sparse"))
+        if dense is None and sparse is None:
             continue
-        way = (shots, tuned)
         tasks = [row for row in rows if row.name in STUDY_TASKS and row.metric == "f1"]
-        tasks = [row for row in tasks if (row.num_fewshot, row.tuning is not None) == way]
-        both = sparse is not None and dense is not None
-        differences = list(dict.fromkeys(name for row in tasks for name in row.differences)) if both else []
+        tasks = [row for row in tasks if (row.num_fewshot, row.tuning is not None) == (shots, tuned)]
+        differences = list(dict.fromkeys(name for row in tasks for name in row.differences))
+        if dense is None or sparse is None:
+            differences = []
         recovered = sparse / dense if sparse is not None and dense and not differences else None
-        figures = (dense, sparse, recovered, (None, None), differences, ways[way])
+        figures = (dense, sparse, recovered, (None, None), differences, tuning)
         means.append(ResultRow("mean", MEAN_TITLE, "f1", shots, *figures))
     return means
 
@@ -91,22 +91,10 @@ def _result_row(metric: str, ours: Measurement | None, other: Measurement | None
         differences = ours.differences(other)
         recovered = None if differences else ours.recovered(metric, other)
     dense, sparse = (side.value(metric) if side is not None else None for side in (other, ours))
-    error = task.stderr.get(metric, "")
-    errors = [side.metrics.get(error) if side is not None else None for side in (other, ours)]
-    return ResultRow(
-        name=row.name,
-        title=task.full_title,
-        metric=metric,
-        num_fewshot=row.num_fewshot,
-        dense=dense,
-        sparse=sparse,
-        recovered=recovered,
-        stderr=(errors[0], errors[1]),
-        differences=differences,
-        tuning=tuning_title(row.tuning),
-        usual_shots=task.usual_shots,
-        per_cent=task.is_per_cent(metric),
-    )
+    errors = [side.metrics.get(task.stderr.get(metric, "")) if side is not None else None for side in (other, ours)]
+    figures = (row.num_fewshot, dense, sparse, recovered, (errors[0], errors[1]), differences)
+    how = (tuning_title(row.tuning), task.usual_shots, task.is_per_cent(metric))
+    return ResultRow(row.name, task.full_title, metric, *figures, *how)
 
 
 def results_table(results: EvaluationResults) -> str:

@@ -34,14 +34,9 @@ _OTHER_WEIGHTS = "model.ksparse.results was measured on other weights than these
 
 @dataclass
 class WeightsMark:
-    """How the weights of a model were at some time.
-
-    Attributes:
-        samples: name → dtype, shape and bytes of some values of each tensor; what is offloaded has none.
-        writes: name → address and version counter.
-        fingerprint: of these weights, where it is known.
-        pruned_here: the report was made of these weights, and not read from a file.
-    """
+    """How the weights of a model were at some time: of each tensor dtype, shape and bytes of some values (what is
+    offloaded has none), and address and version counter; their fingerprint, where it is known; and whether the report
+    was made of these weights, and not read from a file."""
 
     samples: dict[str, tuple[Any, ...]]
     writes: dict[str, tuple[int, int]]
@@ -51,12 +46,8 @@ class WeightsMark:
 
 @dataclass
 class TrainingRun:
-    """A run of `Trainer` on a model.
-
-    Attributes:
-        trainer: its class. dataset: name on the Hub, where it has one. state: its `TrainerState`.
-        change: what the report says of it so far. ended: later changes are not its.
-    """
+    """A run of `Trainer` on a model: the trainer's class, the data's name on the Hub, where it has one,
+    `TrainerState`, what the report says of it so far, and whether it has ended, so that later changes are not its."""
 
     trainer: str
     dataset: str | None
@@ -98,24 +89,20 @@ def is_unchanged(
 
 def settle_records(model: PreTrainedModel, *, now: str | None = None) -> None:
     """Makes a model's report say whether the weights are still the ones that pruning left, and drops results of other
-    ones.
-
-    Args:
-        now: the fingerprint of the weights, where it has been computed: then it decides.
-    """
+    ones. `now` is their fingerprint, where it has been computed: then it decides."""
     facts = facts_of(model)
     mark, results = facts.mark, facts.results
     if getattr(model, "peft_config", None):  # report and mark are of the model that the adapter was added to
-        known = None if now is None and results is None else adapted_fingerprint(model, now)
+        current = None if now is None and results is None else adapted_fingerprint(model, now)
     else:
         unchanged = is_unchanged(model, now=now)
-        known = now or (mark.fingerprint if mark is not None and unchanged else None)
+        current = now or (mark.fingerprint if mark is not None and unchanged else None)
         pruned_here = mark is not None and mark.pruned_here and unchanged
-        if known is None and unchanged and (pruned_here or results is not None):
-            known = fingerprint(model)
-        _settle_report(model, unchanged, now or (known if pruned_here else None), pruned_here)
-        mark_weights(model, known, pruned_here=pruned_here)
-    if results is not None and results.fingerprint != known:
+        if current is None and unchanged and (pruned_here or results is not None):
+            current = fingerprint(model)
+        _settle_report(model, unchanged, now or (current if pruned_here else None), pruned_here)
+        mark_weights(model, current, pruned_here=pruned_here)
+    if results is not None and results.fingerprint != current:
         logger.warning(_OTHER_WEIGHTS)
         facts.results = None
 
@@ -144,8 +131,8 @@ def settled_records(model: PreTrainedModel, state_dict: Mapping[str, torch.Tenso
         if not unchanged:
             _note_change(model, report)
             report.fingerprint = None
-    known = facts.mark.fingerprint if facts.mark is not None and unchanged else None
-    if results is not None and results.fingerprint != known:
+    current = facts.mark.fingerprint if facts.mark is not None and unchanged else None
+    if results is not None and results.fingerprint != current:
         logger.warning_once(_OTHER_WEIGHTS)
         results = None
     return [report, facts.merge, results]
@@ -183,7 +170,7 @@ def _note_change(model: PreTrainedModel, report: SparsityReport) -> None:
         change = run.change
         change.by, change.dataset = run.trainer, run.dataset
         change.steps, change.epochs = run.state.global_step, run.state.epoch
-        if not any(known is change for known in report.changes):
+        if not any(other is change for other in report.changes):
             report.changes.append(change)
     elif not report.changes or report.changes[-1].kind != "unknown":
         report.changes.append(Change("unknown"))
@@ -201,9 +188,9 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _mark(tensors: Mapping[str, torch.Tensor]) -> WeightsMark:
-    picked: dict[torch.device, list[torch.Tensor]] = {}
-    sizes: dict[str, tuple[torch.device, int]] = {}
+    picked: dict[torch.device, dict[str, torch.Tensor]] = {}
     samples: dict[str, tuple[Any, ...]] = {}
+    writes = dict.fromkeys(tensors, (0, 0))
     for name, tensor in tensors.items():
         samples[name] = (tensor.dtype, tuple(tensor.shape))
         if type(tensor.data) is not torch.Tensor:  # in parts, spread over processes: nothing is known of it
@@ -211,18 +198,10 @@ def _mark(tensors: Mapping[str, torch.Tensor]) -> WeightsMark:
         elif not tensor.is_meta:
             flat = tensor.detach().reshape(-1)
             values = flat[:: max(1, flat.numel() // _SAMPLES) | 1].contiguous().view(torch.uint8)
-            picked.setdefault(tensor.device, []).append(values)
-            sizes[name] = tensor.device, values.numel()
-    # One copy from each device instead of one for each tensor.
-    read = {device: torch.cat(parts).cpu().numpy().tobytes() for device, parts in picked.items()}
-    taken = dict.fromkeys(read, 0)
-    for name, (device, size) in sizes.items():
-        samples[name] += (read[device][taken[device] : taken[device] + size],)
-        taken[device] += size
-    return WeightsMark(samples, {name: _writes(tensor) for name, tensor in tensors.items()})
-
-
-def _writes(tensor: torch.Tensor) -> tuple[int, int]:
-    if type(tensor.data) is not torch.Tensor or tensor.is_meta:
-        return 0, 0
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+            picked.setdefault(tensor.device, {})[name] = values
+            writes[name] = tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    for parts in picked.values():  # one copy from each device instead of one for each tensor
+        copied = torch.cat(list(parts.values())).cpu().split([len(values) for values in parts.values()])
+        for name, values in zip(parts, copied, strict=True):
+            samples[name] += (values.numpy().tobytes(),)
+    return WeightsMark(samples, writes)

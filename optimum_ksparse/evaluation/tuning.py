@@ -31,10 +31,7 @@ def read_tuning(
     source: str | os.PathLike[str], revision: str | None = None, token: bool | str | None = None
 ) -> dict[str, Any] | None:
     """What `finetuning.json` in a folder, or on the Hub, says, for `model.ksparse.tuning`; None where there is none.
-
-    Raises:
-        ValueError: it is no JSON object, or names no `task`.
-    """
+    Raises ValueError where it is no JSON object, or names no `task`."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(source, TUNING_NAME, revision=revision, token=token, **quiet)
     if path is None:

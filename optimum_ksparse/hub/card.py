@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..evaluation import KOBEST_TASKS, TASKS, EvaluationResults, Measurement, result_rows, task_of, tuning_title
+from ..evaluation import KOBEST_TASKS, TASKS, Measurement, result_rows, task_of, tuning_title
 from ..kernels import GROUPS
 from ..pattern import Pattern
 from ..pruners import METHODS
@@ -25,13 +25,8 @@ from .subject import CardSubject
 
 
 def render_card(subject: CardSubject, language: str = "en", existing: str | None = None) -> str:
-    """The card as the text of README.md.
-
-    Args:
-        language: "en" or "ko".
-        existing: the card that is there already. What a person wrote outside the marked section stays, and so do the
-            metadata that this package does not set.
-    """
+    """The card in a language as the text of README.md. Of the card that is there already what a person wrote outside
+    the marked section stays, and so do the metadata that this package does not set."""
     existing = (existing or "").removeprefix("\ufeff")
     line_break = "\r\n" if "\r\n" in existing else "\n"
     front, body = split_card(existing)
@@ -61,17 +56,17 @@ class _Dumper(yaml.SafeDumper):
     """Writes texts with line breaks and other signs that are not printed in quotes, so that they are read as they were
     (YAML folds some of them, as U+0085, otherwise)."""
 
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
-
-_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _view(subject: CardSubject) -> dict[str, Any]:
     """What the templates see."""
     results, report = subject.results, subject.report
+    everything = [*results.sparse, *results.dense] if results is not None else []
     measured = (results.sparse or results.dense) if results is not None else []
     view = {
         "card": subject,
@@ -95,9 +90,9 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "tuning": subject.tuning,
         "tunings": _tunings(measured),
         "tuning_title": tuning_title,
-        "environments": _environments(results),
+        "environments": _environments(everything),
         "install": install_command("finetune" if subject.adapter is not None else None),
-        "citations": _citations(subject),
+        "citations": _citations(report, everything),
         "has_kernels": False,
         "version": __version__,
     }
@@ -131,18 +126,15 @@ def _other_citations() -> dict[str, str]:
     return dict(re.findall(r"^% (\w+)\n(@.*?^\})$", text, re.M | re.S))
 
 
-def _citations(subject: CardSubject) -> list[str]:
+def _citations(report: SparsityReport | None, rows: list[Measurement]) -> list[str]:
     """BibTeX entries of what made the model, and of the data that it was measured on."""
-    report, results = subject.report, subject.results
-    entries = []
-    names: set[Any] = set()
+    names = {word for row in rows for word in (row.name, task_of(row.name).suite.lower())}
+    method = ""
     if report is not None:
-        entries += [METHODS[report.pruner].citation] if report.pruner in METHODS else []
+        method = METHODS[report.pruner].citation if report.pruner in METHODS else ""
         names |= {*(report.config.get("refine") or ()), report.config.get("allocation")}
-        names |= {"blocks" if report.reconstruction else None}
-    for row in [*results.sparse, *results.dense] if results is not None else []:
-        names |= {row.name, task_of(row.name).suite.lower()}
-    return [*filter(None, entries), *(entry for name, entry in _other_citations().items() if name in names)]
+        names |= {"blocks"} if report.reconstruction else set()
+    return [*filter(None, [method]), *(entry for name, entry in _other_citations().items() if name in names)]
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -159,17 +151,15 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _tunings(rows: list[Measurement]) -> list[tuple[str | None, dict[str, Any]]]:
     """Title and settings of each tuning after which something was measured."""
-    tunings: list[dict[str, Any]] = []
-    for row in rows:
-        if row.tuning is not None and row.tuning not in tunings:
-            tunings.append(row.tuning)
-    return [(tuning_title(tuning), {k: v for k, v in tuning.items() if k != "task"}) for tuning in tunings]
+    tunings = [row.tuning for row in rows if row.tuning is not None]
+    distinct = [tuning for i, tuning in enumerate(tunings) if tuning not in tunings[:i]]
+    return [(tuning_title(tuning), {k: v for k, v in tuning.items() if k != "task"}) for tuning in distinct]
 
 
-def _environments(results: EvaluationResults | None) -> list[tuple[str, dict[str, str]]]:
+def _environments(rows: list[Measurement]) -> list[tuple[str, dict[str, str]]]:
     """Every device and set of versions that something was measured with; sets that agree are one."""
     environments: list[tuple[str, dict[str, str]]] = []
-    for row in [*results.sparse, *results.dense] if results is not None else []:
+    for row in rows:
         device, versions = row.environment["device"], row.environment["versions"]
         for other, seen in environments:
             if other == device and all(seen.get(name, value) == value for name, value in versions.items()):

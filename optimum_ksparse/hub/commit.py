@@ -29,12 +29,8 @@ def commit_folder(
     api: HfApi, repo_id: str, folder: Path, write_card: Callable[[str | None], Any], **commit: Any
 ) -> CommitInfo:
     """One commit with the folder's files and the card, on top of what is there; where somebody else commits meanwhile
-    on top of that.
-
-    Args:
-        write_card: writes it into the folder, on from the card that is given; None where there is none.
-        commit: `revision`, `create_pr`, `commit_message`, … as in huggingface_hub.
-    """
+    on top of that. `write_card` writes the card into the folder, on from the one that is given, None where there is
+    none; `commit` are `revision`, `create_pr`, `commit_message`, … as in huggingface_hub."""
     for left in reversed(range(_TRIES)):
         head = api.repo_info(repo_id, revision=commit.get("revision")).sha
         there = set(api.list_repo_files(repo_id, revision=head))
@@ -56,12 +52,8 @@ def commit_folder(
 
 @contextmanager
 def explained(repo_id: str) -> Iterator[None]:
-    """Within it errors of the Hub say what the user can do.
-
-    Raises:
-        PermissionError: the Hub does not accept the token, or the token may not do this.
-        ConnectionError: the Hub cannot be reached, or refuses.
-    """
+    """Within it errors of the Hub say what the user can do: PermissionError where it does not accept the token, or the
+    token may not do this; ConnectionError where it cannot be reached, or refuses."""
     try:
         yield
     except (HTTPError, LocalEntryNotFoundError, RuntimeError) as error:

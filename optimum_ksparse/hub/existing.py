@@ -30,24 +30,22 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     match = REGEX_YAML_BLOCK.search(text)
     if match is None:
         return {}, text.strip("\r\n")
+    what = "the metadata of the README.md that is there are no YAML of `key: value`: mend them first"
     try:
         front = yaml.safe_load(match.group(2)) or {}
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"the metadata of the README.md that is there are not YAML: mend them first; {error}"
-        ) from None
+        raise ValueError(f"{what}; {error}") from None
     if not isinstance(front, dict):
-        raise ValueError("the metadata of the README.md that is there are no `key: value` pairs: mend them first")
+        raise ValueError(what)
     return front, text[match.end() :].strip("\r\n")
 
 
 def insert_section(body: str, section: str, line_break: str) -> str:
     """Puts the section in the place of the marked one, or after what a person wrote. Where there is no section, or
     more than one, nothing but stray markers goes."""
-    found = list(_SECTION.finditer(body))
-    if len(found) == 1:
-        before, after = body[: found[0].start()], body[found[0].end() :]
-        return (_MARKER.sub("", before) + section + _MARKER.sub("", after)).strip("\r\n")
+    parts = _SECTION.split(body)
+    if len(parts) == 2:
+        return section.join(_MARKER.sub("", part) for part in parts).strip("\r\n")
     body = _MARKER.sub("", body).strip("\r\n")
     return f"{body}{line_break}{line_break}{section}" if body.strip() else section
 

@@ -16,10 +16,11 @@ from ..checkpoint import describe_model, facts_of
 from ..config import SparsityConfig
 from ..data import reached_or_cached
 from ..data.documents import HUB_DATASETS
+from ..evaluation import task_of
 from ..pruners import METHODS
 from ..records import recorded_repository
 from ..report import BaseCard, SparsityReport
-from .model_index import METRICS, index_entries, metric_types
+from .model_index import METRICS, index_entries
 from .subject import CardSubject
 
 _PATTERN_TAG = re.compile(r"\d+of\d+|blocks-\d+x\d+|unstructured")
@@ -65,7 +66,8 @@ def build_metadata(card: CardSubject) -> ModelCardData:
     if language is None and names and all(name in ("mc4-ko", "kowiki") for name in names):
         language = "ko"
     measured = card.results.sparse if card.results is not None else []
-    types = {metric for row in measured for metric in metric_types(row)}
+    hubs = [task_of(row.name).hub for row in measured]
+    types = {kind for hub in hubs if hub is not None for kind, _ in hub.metrics.values()}
     eval_results = [result for row in measured for result in index_entries(row)] or None
     return ModelCardData(
         language=language,
@@ -123,12 +125,8 @@ _LISTS: dict[str, Callable[[Any], bool]] = {
 
 def merge_metadata(existing: dict[str, Any], ours: dict[str, Any], *, again: bool = False) -> dict[str, Any]:
     """Our metadata in those of a card that exists: a person's keys stay, except those that state what the weights are
-    and what was measured of them; lists are united. All is in the order of that card, so that writing it again
-    changes nothing.
-
-    Args:
-        again: the card is one of ours, so that what it says of other weights goes.
-    """
+    and what was measured of them; lists are united. All is in the order of that card, so that writing it again changes
+    nothing. Where the card is one of ours (`again`), what it says of other weights goes."""
     merged: dict[str, Any] = {}
     for key in dict.fromkeys((*existing, *ours)):
         theirs, value = existing.get(key), ours.get(key)

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..evaluation import Measurement, task_of, tuning_title
+from ..evaluation import HubEntry, Measurement, task_of, tuning_title
 
 METRICS = ("perplexity", "accuracy", "f1", "exact_match")
 
@@ -22,60 +22,36 @@ class _Entry(EvalResult):
         return (*super().unique_identifier, self.task_name)
 
 
-def metric_types(row: Measurement) -> tuple[str, ...]:
-    """The Hub's names of the metrics of a measurement."""
-    if row.name == "perplexity":
-        return ("perplexity",)
-    hub = task_of(row.name).hub
-    return () if hub is None else tuple(kind for kind, _ in hub.metrics.values())
-
-
 def index_entries(row: Measurement) -> list[EvalResult]:
     """The entries of a measurement; none for a perplexity that is no number, and of a task that has no place there."""
-    if row.name == "perplexity":
-        return [] if row.metrics["perplexity"] is None else [_perplexity(row)]
     hub = task_of(row.name).hub
     if hub is None:
         return []
-    data = row.protocol["data"]
+    title = tuning_title(row.tuning)
+    task_name = None if title is None else f"{hub.task_type.replace('-', ' ')}, after {title} tuning"
+    arguments = {key: row.protocol[key] for key in hub.arguments}
     return [
         _Entry(
-            **_task(hub.task_type, row),
-            dataset_type=hub.dataset,
-            dataset_name=hub.dataset_name,
-            dataset_config=hub.dataset_config,
-            dataset_split=row.protocol["split"],
-            dataset_args=None if "name" in data else data,  # what tells local files from the data set on the Hub
+            task_type=hub.task_type,
+            task_name=task_name,
+            **_dataset(row, hub),
             metric_type=kind,
             metric_name=name,
             metric_value=row.metrics[metric],
-            metric_args=_arguments(row, *hub.arguments),
+            metric_args=arguments if row.tuning is None else {**arguments, "tuning": row.tuning},
         )
         for metric, (kind, name) in hub.metrics.items()
+        if row.metrics[metric] is not None
     ]
 
 
-def _perplexity(row: Measurement) -> EvalResult:
-    texts = row.protocol["texts"]
-    return _Entry(
-        **_task("text-generation", row),
-        dataset_type=texts.get("dataset", "local"),
-        dataset_name="Korean Wikipedia" if texts.get("name") == "kowiki" else "local text",
-        dataset_config=texts.get("configuration"),
-        dataset_args={"sha256": texts.get("sha256")},
-        metric_type="perplexity",
-        metric_value=row.metrics["perplexity"],
-        metric_args=_arguments(row, "seq_len", "stride", "prepend_bos", "num_tokens"),
-    )
-
-
-def _task(kind: str, row: Measurement) -> dict[str, Any]:
-    title = tuning_title(row.tuning)
-    name = None if title is None else f"{kind.replace('-', ' ')}, after {title} tuning"
-    return {"task_type": kind, "task_name": name}
-
-
-def _arguments(row: Measurement, *keys: str) -> dict[str, Any]:
-    """Parts of the protocol, and the tuning where there was one."""
-    tuned = {} if row.tuning is None else {"tuning": row.tuning}
-    return {**{key: row.protocol[key] for key in keys}, **tuned}
+def _dataset(row: Measurement, hub: HubEntry) -> dict[str, Any]:
+    """What of an entry says on what was measured."""
+    if (texts := row.protocol.get("texts")) is not None:
+        name = "Korean Wikipedia" if texts.get("name") == "kowiki" else hub.dataset_name
+        place = {"dataset_type": texts.get("dataset", hub.dataset), "dataset_config": texts.get("configuration")}
+        return {**place, "dataset_name": name, "dataset_args": {"sha256": texts.get("sha256")}}
+    data = row.protocol["data"]
+    place = {"dataset_type": hub.dataset, "dataset_config": hub.dataset_config, "dataset_split": row.protocol["split"]}
+    # What tells local files from the data set on the Hub.
+    return {**place, "dataset_name": hub.dataset_name, "dataset_args": None if "name" in data else data}

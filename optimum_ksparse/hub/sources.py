@@ -27,11 +27,8 @@ def choose_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer that is given or named, for False none. For None the one that the model was calibrated with in
     this process or came with, or that of `base`, the dense model; what the model's files name is not read: nobody here
-    has named it. `arguments` are `token` and `trust_remote_code`; where it `can_lack`, the error says so.
-
-    Raises:
-        TypeError, OSError, ValueError: it cannot be one, or cannot be loaded, or the model has none.
-    """
+    has named it. `arguments` are `token` and `trust_remote_code`; where it `can_lack`, the error says so. Raises
+    TypeError, OSError or ValueError where it cannot be one, or cannot be loaded, or the model has none."""
     if given is False:
         return None
     if isinstance(given, PreTrainedTokenizerBase):

@@ -17,13 +17,8 @@ from ..report import SparsityReport
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that may be published.
-
-    Attributes:
-        model: of PEFT or of transformers. plain: the transformers model in it.
-        facts: what is known of it. settings: what it was pruned with.
-        is_adapter: an adapter is published, and not the model that it is on.
-    """
+    """A model that may be published: of PEFT or of transformers, and the transformers model in it (`plain`); what is
+    known of it; what it was pruned with; and whether an adapter is published, and not the model that it is on."""
 
     model: Any
     plain: PreTrainedModel
@@ -56,11 +51,8 @@ class Subject:
 
     def results(self) -> EvaluationResults | None:
         """What was measured of the model, or of an adapter on its base; None where nothing was. All weights are read,
-        and the report says from then on whether they are those that pruning left.
-
-        Raises:
-            ValueError: the results are of other weights than the model has now.
-        """
+        and the report says from then on whether they are those that pruning left. Raises ValueError where the results
+        are of other weights than the model has now."""
         results: EvaluationResults | None = self.facts.results
         report = self.facts.report
         if self.is_adapter:  # the base's own, from before the adapter, are of other weights

@@ -54,12 +54,8 @@ def _without_nan(value: Any) -> Any:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is too large, no JSON, has a key twice, or is nested too deeply; does not name the file.
-    """
+    """The value in a JSON file. Raises OSError where it cannot be read; ValueError, which does not name the file,
+    where it is too large, no JSON, has a key twice, or is nested too deeply."""
     with open(path, "rb") as file:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
@@ -102,16 +98,10 @@ def read_record(
     remedy: str = "",
     earlier: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Any:
-    """What a JSON file holds, as `kind` (see `build`).
-
-    Args:
-        what: what messages say of a file that is none, as "is no report of optimum-ksparse". remedy: what to do then.
-        earlier: makes what this version reads of what earlier ones wrote.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such record, or of a newer schema; names the file, without its folder, and the field.
-    """
+    """What a JSON file holds, as `kind` (see `build`). `what` messages say of a file that is none, as "is no report of
+    optimum-ksparse", and the `remedy`; `earlier` makes what this version reads of what earlier ones wrote. Raises
+    OSError where it cannot be read, ValueError, which names the file, without its folder, and the field, where it is
+    no such record or of a newer schema."""
     try:
         value = read_json(path)
         return build(kind, earlier(value) if isinstance(value, dict) else value)

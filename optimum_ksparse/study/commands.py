@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from ..adapters import require_peft
 from ..commands.base import DTYPES, LOADING_TEXTS, TRUST, Command, usage
-from ..commands.recipes import read_recipe
+from ..commands.errors import UsageError
 from ..pruners.settings import switch
 from . import RECIPE_KEYS, Recipe, list_cells, run_study, tabulate_study
 from .benchmark import BenchSettings, run
@@ -76,11 +77,11 @@ _TEXTS = {
     **{name: LOADING_TEXTS[name] for name in ("device_map", "revision")},
 }
 _PROCESSES = {"processes": "cells that run at once"}
-_OF_EVALUATION = ("texts", "data_dir")
 
 
 class StudyCommand(Command):
     MODELS = ("model",)
+    KEYS = RECIPE_KEYS
     WORDS = {"recipe": "YAML file: model, output, methods, patterns, calibration, seeds, …"}
     SWITCHES = {
         "dry_run": "list the cells, and what is done",
@@ -89,41 +90,39 @@ class StudyCommand(Command):
     FLAGS = ((_TEXTS,), (_PROCESSES, Recipe))
 
     def execute(self) -> None:
+        settings = self.settings()
+        dry_run, tables_only = (settings.pop(name, False) for name in self.SWITCHES)
         with usage():
-            if self.args.recipe is None:
-                raise ValueError(f"recipe is missing; see {self.parser.prog} --help")
-            settings = self._settings()
             recipe = Recipe.from_dict(settings)
-        if self.args.dry_run:
+        if dry_run:
             cells = list_cells(recipe)
             for name, (cell, state) in cells.items():
                 print(f"{state:7}  {cell}  [{name}]")
             print(f"{sum(state == 'done' for _, state in cells.values())} of {len(cells)} cells are done")
             return
-        if self.args.tables_only:  # which needs no model
-            results = tabulate_study(recipe)
-        else:
-            self.check(settings)
-            results = run_study(recipe)
+        if not tables_only:
+            super().check(settings)
+        results = tabulate_study(recipe) if tables_only else run_study(recipe)
         done = f"{len(results.cells)} of {len(results.record.cells)} cells"
         print(f"written to {recipe.output}: tables.md, results.json and figures of {done}")
-        if results.failed and not self.args.tables_only:
+        if results.failed and not tables_only:
             names = "; ".join(f"{results.record.cells[cell]} (cells/{cell}/log.txt)" for cell in results.failed)
             raise ChildProcessError(f"{len(results.failed)} cells failed: {names}; the same command runs them again")
 
-    def _settings(self) -> dict[str, Any]:
-        """The recipe, overridden by the flags that were given."""
-        recipe = read_recipe(self.args.recipe, RECIPE_KEYS)
-        given = self.given([*_TEXTS, *_PROCESSES])
-        dataset = given.pop("dataset", None)
-        if dataset is not None:
-            recipe["calibration"] = _with_dataset(recipe.get("calibration") or [{}], dataset)
-        for name in _OF_EVALUATION:
-            if name in given:
-                if not isinstance(recipe.get("evaluation"), dict):
-                    raise ValueError(f"{name}= has no meaning: the recipe has no evaluation")
-                recipe["evaluation"] = {**recipe["evaluation"], name: given.pop(name)}
-        return {**recipe, **given}
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Not before it is known whether a model is needed."""
+        if not self.args.recipe:
+            raise UsageError(f"recipe is missing; see {self.parser.prog} --help")
+
+    def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Flags for what stands deeper in the recipe."""
+        if "dataset" in given:
+            recipe["calibration"] = _with_dataset(recipe.get("calibration") or [{}], given.pop("dataset"))
+        for name in {"texts", "data_dir"} & given.keys():
+            if not isinstance(recipe.get("evaluation"), dict):
+                raise ValueError(f"{name}= has no meaning: the recipe has no evaluation")
+            recipe["evaluation"] = {**recipe["evaluation"], name: given.pop(name)}
+        return super().merged(recipe, given)
 
 
 def _with_dataset(sets: Any, dataset: str) -> Any:

@@ -14,15 +14,9 @@ from .tasks import NSMC_TASKS
 
 @dataclass(frozen=True)
 class Quantity:
-    """A figure.
-
-    Attributes:
-        table: the key in `TABLES` of the one that it stands in; None: in the files alone.
-        label: of its row, where a table has several.
-        measurement, metric: where it is found. scale: what that is multiplied by.
-        tuned: whether it was measured after tuning.
-        digits: after the point.
-    """
+    """A figure: the key in `TABLES` of the table that it stands in (None: in the files alone), the label of its row,
+    where it is found and what that is multiplied by, whether it was measured after tuning, and its digits after the
+    point."""
 
     table: str | None
     label: str

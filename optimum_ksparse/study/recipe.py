@@ -80,12 +80,8 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Recipe:
-        """The recipe that a YAML file holds.
-
-        Raises:
-            TypeError, ValueError, FileNotFoundError: names the key, what was found and what is allowed; of an unknown
-                key the nearest.
-        """
+        """The recipe that a YAML file holds. Raises TypeError, ValueError or FileNotFoundError, which name the key,
+        what was found and what is allowed; of an unknown key the nearest."""
         check_keys(settings, RECIPE_KEYS, "the recipe")
         for name in SECTIONS:
             if name in settings and settings[name] is None:

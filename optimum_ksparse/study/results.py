@@ -114,12 +114,8 @@ class StudyResults:
 
 
 def load_study(folder: str | os.PathLike[str]) -> StudyResults:
-    """Reads what a study has come to so far.
-
-    Raises:
-        FileNotFoundError: the folder holds no study.
-        ValueError: a file in it is damaged.
-    """
+    """Reads what a study has come to so far. Raises FileNotFoundError where the folder holds none, ValueError where a
+    file in it is damaged."""
     record = Record.load(Path(folder))
     if record is None:
         raise FileNotFoundError(f"{folder} holds no study: run one with optimum-cli ksparse study RECIPE")

@@ -30,17 +30,12 @@ Say = Callable[[str], None]
 def run_study(recipe: Recipe, say: Say = print) -> StudyResults:
     """Prunes and measures every cell that is not done yet, each in a process of its own, and writes tables, figures
     and results into `recipe.output`. A study that was cut off, or whose recipe has changed, goes on when it is called
-    again; a cell that fails is recorded, and the others go on.
+    again; a cell that fails is recorded, and the others go on. `say` is told what is done already, and which cells
+    fail.
 
-    Args:
-        say: is told what is done already, and which cells fail.
-
-    Raises:
-        TypeError, ValueError, FileNotFoundError: the recipe asks for what cannot be, or `output` holds a study of
-            another model or one that was measured in another way; before any work.
-        BlockingIOError: another study is at work in `output`.
-        ImportError: something that measures is not installed.
-    """
+    Raises, before any work, TypeError, ValueError or FileNotFoundError where the recipe asks for what cannot be, or
+    `output` holds a study of another model or one that was measured in another way; BlockingIOError where another
+    study is at work there; ImportError where something that measures is not installed."""
     cells, output = _checked(recipe), Path(recipe.output)
     record = make_record(recipe, cells)
     with _locked(output):
@@ -61,13 +56,9 @@ def run_study(recipe: Recipe, say: Say = print) -> StudyResults:
 
 
 def tabulate_study(recipe: Recipe) -> StudyResults:
-    """Writes tables, figures and results of the cells of a recipe that are done in its `output`, and runs nothing.
-    The study's record has the grid of this recipe then. The model is not looked for; files of calibration texts are.
-
-    Raises:
-        FileNotFoundError: `output` holds no study.
-        BlockingIOError: another study is at work there; it writes them itself.
-    """
+    """Writes tables, figures and results of the cells of a recipe that are done in its `output`, and runs nothing. The
+    study's record has the grid of this recipe then. The model is not looked for; files of calibration texts are.
+    Raises as `run_study`, and FileNotFoundError where `output` holds no study."""
     output = Path(recipe.output)
     record = Record(load_study(output).record.job, recipe.grid, recipe.published, grid(recipe))
     with _locked(output):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import field, fields
-from typing import Any
+from dataclasses import asdict, field, fields
+from typing import Any, get_type_hints
+
+from ..records.build import build_fields
 
 
 def setting(default: Any, text: str) -> Any:
@@ -14,3 +16,8 @@ def setting(default: Any, text: str) -> Any:
 def help_texts(kind: type[Any]) -> dict[str, str]:
     """Name → what it is, of all settings of a dataclass."""
     return {f.name: f.metadata["help"] for f in fields(kind) if "help" in f.metadata}
+
+
+def check_types(settings: Any) -> None:
+    """Raises ValueError, which names the setting, where one is not of its annotated type, or out of its limits."""
+    build_fields({}, get_type_hints(type(settings), include_extras=True), asdict(settings), "")

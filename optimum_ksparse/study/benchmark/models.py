@@ -38,35 +38,21 @@ def bench_model(
     new_tokens: int = 32,
     batch: int = 1,
 ) -> dict[str, Any]:
-    """A row of results for a model; it is left sparse if it was, and pruned by magnitude to `pattern` otherwise.
-
-    Decoding takes one token a step into a static cache, on a GPU as a CUDA graph, for the dense model too.
-
-    Args:
-        prompt_tokens: of the prefill; cut to the model's context.
-        new_tokens: steps over which decoding is timed.
-    """
+    """A row of results for a model, sparse, or pruned by magnitude to `pattern`: it is left as the other one. The
+    prompt is cut to the context. Decoding takes one token a step, `new_tokens` in all, into a static cache, on a GPU
+    as a CUDA graph, for the dense model too."""
     context = getattr(model.config, "max_position_embeddings", prompt_tokens + new_tokens)
     prompt_tokens = max(1, min(prompt_tokens, context - new_tokens - 16))
-    if sparse_modules(model):
-        patterns = {str(module.pattern) for module in sparse_modules(model).values()}
-        pattern = patterns.pop() if len(patterns) == 1 else "mixed"
-        order = ("sparse", "dense")
-    else:
-        order = ("dense", "sparse")
-    row: dict[str, Any] = {
-        "model": name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "pattern": pattern,
-        "batch": batch,
-        "prompt_tokens": prompt_tokens,
-    }
-    for kind in order:
-        if kind == "sparse" and not sparse_modules(model):
-            sparsify(model, SparsityConfig("magnitude", pattern))
+    patterns = {str(module.pattern) for module in sparse_modules(model).values()} or {pattern}
+    named = patterns.pop() if len(patterns) == 1 else "mixed"
+    row: dict[str, Any] = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "pattern": named}
+    row |= {"batch": batch, "prompt_tokens": prompt_tokens}
+    for kind in ("sparse", "dense") if sparse_modules(model) else ("dense", "sparse"):
         if kind == "dense" and sparse_modules(model):
             model.dequantize()
         if kind == "sparse":
+            if not sparse_modules(model):
+                sparsify(model, SparsityConfig("magnitude", pattern))
             autotune_kernels(model)
         prefill, decode, graphs = _speeds(model, batch, prompt_tokens, new_tokens)
         row[f"{kind}_prefill_tokens_per_s"] = round(prefill, 2)
@@ -96,14 +82,15 @@ def _speeds(model: PreTrainedModel, batch: int, prompt_tokens: int, new_tokens: 
     def step() -> Any:
         return model(token, past_key_values=cache, position_ids=position, use_cache=True).logits
 
-    if device.type == "cuda":
+    graphs, seconds = device.type == "cuda", 0.0
+    if graphs:
         try:
             seconds = time_calls([step], device, repeats=new_tokens) / 1e6
-            return batch * prompt_tokens / prefill, batch / seconds, True
         except RuntimeError:  # a model that cannot be captured runs step by step
             torch.cuda.synchronize(device)
-    seconds = _median_seconds(step, device, min(new_tokens, 8))
-    return batch * prompt_tokens / prefill, batch / seconds, False
+            graphs = False
+    seconds = seconds or _median_seconds(step, device, min(new_tokens, 8))
+    return batch * prompt_tokens / prefill, batch / seconds, graphs
 
 
 def _median_seconds(call: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> float:

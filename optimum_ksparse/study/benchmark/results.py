@@ -14,16 +14,18 @@ import os
 import platform
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...checkpoint.staging import write_text
+from ...hub.figures import new_figure, save_figure
 from ...records import aligned, read_record, to_json
 from ...version import library_versions
 
-RESULTS_NAME = "results.json"
+RESULTS_NAME, FIGURE_NAME = "results.json", "speedup.png"
 
 
 @dataclass
@@ -52,8 +54,7 @@ class BenchResults:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BenchResults:
         """Reads results. Raises ValueError, naming the file, where it holds none."""
-        results: BenchResults = read_record(cls, path, "holds no results of the benchmark")
-        return results
+        return read_record(cls, path, "holds no results of the benchmark")
 
     def chosen(self) -> list[dict[str, Any]]:
         """The rows of the kernels that the dispatch takes."""
@@ -108,39 +109,37 @@ def _first(pattern: str, path: str) -> str | None:
     return match and match[1].strip()
 
 
-FIGURE_NAME = "speedup.png"
-
-
 def draw_speedup(results: BenchResults, path: Path) -> bool:
     """Draws the speed-up of what the dispatch takes: a panel for each pattern and dtype, a line for each shape, and
     the limit of a product that is bound by memory. False, and nothing written, without matplotlib or rows."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     rows = results.chosen()
-    if not rows:
-        return False
     panels = sorted({(row["pattern"], row["dtype"]) for row in rows})
     shapes = sorted({tuple(row["shape"]) for row in rows}, key=lambda shape: (-shape[0] * shape[1], shape))
-    figure = Figure(figsize=(2 + 5 * len(panels), 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    if not rows or find_spec("matplotlib") is None:
+        return False
+    figure = new_figure(2 + 5 * len(panels))
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
-        _draw_panel(axes, [row for row in rows if (row["pattern"], row["dtype"]) == panel], shapes, panel)
+        _draw_panel(axes, [row for row in rows if (row["pattern"], row["dtype"]) == panel], shapes)
+        axes.set_title(" ".join(panel), fontsize=10)
     figure.suptitle(f"Speed of sparse layers beside dense ones, {results.hardware['device']}", fontsize=11)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False, title="out x in")
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    how = {"loc": "outside right upper", "fontsize": 8, "frameon": False, "title": "out x in"}
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), **how)
+    save_figure(figure, path)
     return True
 
 
-def _draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[Any], panel: tuple[str, str]) -> None:
+def _draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[Any]) -> None:
     tokens = sorted({row["tokens"] for row in rows})
     for shape in shapes:
         points = sorted((row["tokens"], row["speedup"]) for row in rows if tuple(row["shape"]) == shape)
-        line = zip(*points, strict=True) if points else ([], [])
-        axes.plot(*line, marker="o", markersize=4, linewidth=1.4, label=f"{shape[0]} x {shape[1]}")
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            marker="o",
+            markersize=4,
+            linewidth=1.4,
+            label=f"{shape[0]} x {shape[1]}",
+        )
     # The bytes of the narrowest dense rival over those of the packed weight.
     width = min(getattr(torch, dtype).itemsize for dtype in rows[0]["rivals_us"])
     limit = width * math.prod(rows[0]["shape"]) / rows[0]["packed_bytes"]
@@ -154,6 +153,4 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[Any], panel:
     axes.set_ylim(0, 1.15 * max(limit, *(row["speedup"] for row in rows)))
     axes.set_xlabel("tokens in a product")
     axes.set_ylabel("speed-up over the fastest F.linear")
-    axes.set_title(" ".join(panel), fontsize=10)
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from ...checkpoint import sparse_modules
 from ...checkpoint.model_class import load_model
 from ...checkpoint.staging import check_output
-from ...checks import check_integer, check_one_of
+from ...checks import check_one_of
 from ...kernels import GROUPS, Problem
 from ...pattern import Pattern
-from ..settings import setting
+from ...records import Positive
+from ..settings import check_types, setting
 from .layers import bench_layers
 from .models import MODELS, bench_model, layer_shapes, model_config, parse_shape, random_model
 from .results import FIGURE_NAME, RESULTS_NAME, BenchResults, draw_speedup
@@ -28,28 +29,25 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass
 class BenchSettings:
-    """What to measure.
+    """What to measure. Raises TypeError or ValueError, which names the setting, for what cannot be."""
 
-    Raises:
-        TypeError, ValueError: names the setting, what was found and what is allowed.
-    """
-
-    models: Sequence[str] | None = setting(None, f"shapes of models by name: {', '.join(MODELS)} (default: all)")
-    shapes: Sequence[str] = setting((), "further shapes as OUTxIN, such as 4096x11008 (default: none)")
-    tokens: Sequence[int] = setting((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096), "in a product")
-    patterns: Sequence[str] | None = setting(
+    models: list[str] | None = setting(None, f"shapes of models by name: {', '.join(MODELS)} (default: all)")
+    shapes: list[str] = setting((), "further shapes as OUTxIN, such as 4096x11008 (default: none)")
+    tokens: list[Positive] = setting((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096), "in a product")
+    patterns: list[str] | None = setting(
         None, "2:4, 4:8 or any other (default: both, on a CPU 0.5 too; a checkpoint's own)"
     )
     dtype: str | None = setting(None, "of weights (default: bfloat16; a checkpoint's own)")
-    whole_models: Sequence[str] = setting((), "models by name to run whole, with random weights (default: none)")
-    layers: int | None = setting(None, "blocks of a whole model (default: as many as it has)")
-    prompt_tokens: int = setting(1024, "of the prefill of a whole model")
+    whole_models: list[str] = setting((), "models by name to run whole, with random weights (default: none)")
+    layers: Positive | None = setting(None, "blocks of a whole model (default: as many as it has)")
+    prompt_tokens: Positive = setting(1024, "of the prefill of a whole model")
     device: str | None = setting(None, "where it runs (default: cuda where there is one, otherwise cpu)")
     revision: str | None = setting(None, "branch, tag or commit of the checkpoint (default: main)")
     trust_remote_code: bool = False
     output: str = setting("ksparse-bench", "folder for results.json and speedup.png")
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (*(self.models or ()), *self.whole_models):
             model_config(name)
         for shape in self.shapes:
@@ -58,11 +56,6 @@ class BenchSettings:
                 raise ValueError(f"shapes: {shape!r} {misfits[0]}")
         for pattern in self.patterns or ():
             Pattern(pattern)
-        for name, numbers in (("tokens", self.tokens), ("prompt_tokens", [self.prompt_tokens])):
-            for number in numbers:
-                check_integer(name, number, 1)
-        if self.layers is not None:
-            check_integer("layers", self.layers, 1)
         if self.dtype is not None:
             check_one_of("dtype", self.dtype, DTYPES)
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,15 +68,8 @@ class BenchSettings:
 
 def run(checkpoint: str | None = None, **settings: Any) -> BenchResults:
     """Measures layers, then whole models, and writes results and figure into the output folder as it goes: what was
-    measured before Ctrl-C stays.
-
-    Args:
-        checkpoint: folder or Hub id of a sparse model: its layers, and the model itself beside its dense twin.
-        settings: of `BenchSettings`.
-
-    Raises:
-        ValueError, TypeError: a setting cannot be, before anything is measured.
-    """
+    measured before Ctrl-C stays. `checkpoint` is the folder or Hub id of a sparse model: its layers, and the model
+    itself beside its dense twin; the settings are those of `BenchSettings`."""
     chosen = BenchSettings(**settings)
     output = Path(chosen.output)
     check_output(output, reads=(checkpoint,), ours=(RESULTS_NAME, FIGURE_NAME), overwrite=None)
@@ -94,10 +80,10 @@ def run(checkpoint: str | None = None, **settings: Any) -> BenchResults:
         for problem in tqdm(_problems(chosen, model), desc="Measuring layers", unit="product"):
             results.rows += bench_layers(problem)
             results.save(output)
-        _whole_models(results, chosen, output, model, checkpoint)
-    finally:
-        if results.rows or results.models:  # otherwise those of an earlier run stay
+        for row in _whole_models(chosen, model, checkpoint):
+            results.models.append(row)
             results.save(output)
+    finally:
         draw_speedup(results, output / FIGURE_NAME)
     return results
 
@@ -116,36 +102,35 @@ def _problems(settings: BenchSettings, model: Any) -> list[Problem]:
     patterns: Sequence[str] = settings.patterns or (*GROUPS, *(["50%"] if settings.device == "cpu" else []))
     dtype = getattr(torch, settings.dtype or "bfloat16")
     shapes = [parse_shape(shape) for shape in settings.shapes]
-    names = settings.models
+    names: Sequence[str] = settings.models or ()
     if model is not None:
         modules = sparse_modules(model).values()
         shapes += [(module.out_features, module.in_features) for module in modules]
         patterns = list(dict.fromkeys(str(module.pattern) for module in modules))
         dtype = model.dtype
-    elif names is None and not shapes and not settings.whole_models:
-        names = list(MODELS)
-    for name in names or ():
-        shapes += layer_shapes(model_config(name))
-    products = itertools.product(dict.fromkeys(shapes), patterns, settings.tokens)
+    elif settings.models is None and not shapes and not settings.whole_models:
+        names = MODELS
+    shapes += [shape for name in names for shape in layer_shapes(model_config(name))]
     device = torch.empty(0, device=settings.device).device  # with its number, as tensors name it
-    fits = ((shape, pattern, tokens) for shape, pattern, tokens in products if not Pattern(pattern).misfit(*shape))
-    return [Problem(out, in_, tokens, pattern, dtype, device) for (out, in_), pattern, tokens in fits]
+    products = itertools.product(dict.fromkeys(shapes), patterns, settings.tokens)
+    return [
+        Problem(shape[0], shape[1], tokens, pattern, dtype, device)
+        for shape, pattern, tokens in products
+        if not Pattern(pattern).misfit(*shape)
+    ]
 
 
-def _whole_models(
-    results: BenchResults, settings: BenchSettings, output: Path, model: Any, checkpoint: str | None
-) -> None:
+def _whole_models(settings: BenchSettings, model: Any, checkpoint: str | None) -> Iterator[dict[str, Any]]:
+    """A row for each."""
     how: dict[str, Any] = {"prompt_tokens": settings.prompt_tokens}
     if model is not None:
-        results.models.append(bench_model(model, os.path.basename(os.path.normpath(str(checkpoint))), **how))
+        yield bench_model(model, os.path.basename(os.path.normpath(str(checkpoint))), **how)
     dtype = getattr(torch, settings.dtype or "bfloat16")
-    for name in settings.whole_models:
+    for name, pattern in itertools.product(settings.whole_models, settings.patterns or ("2:4",)):
         config, label = model_config(name), name
         if settings.layers is not None:
             config.num_hidden_layers, label = settings.layers, f"{name} ({settings.layers} blocks)"
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[: settings.layers]
-        for pattern in settings.patterns or ("2:4",):
-            made = random_model(config, dtype, torch.device(settings.device or "cpu"))
-            results.models.append(bench_model(made, label, pattern, **how))
-            results.save(output)
+        made = random_model(config, dtype, torch.device(settings.device or "cpu"))
+        yield bench_model(made, label, pattern, **how)

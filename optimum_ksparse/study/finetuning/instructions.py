@@ -24,12 +24,9 @@ def instruction_rows(
     data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], max_examples: int | None = None
 ) -> tuple[str, list[dict[str, str]]]:
     """Name of the data (a file of JSON lines, a data set on the Hub, or rows), and their first `max_examples` rows
-    with `instruction` and `output` alone, stripped. Rows of which one is empty are left out, with a warning.
-
-    Raises:
-        FileNotFoundError, ValueError: the file is missing or no JSON lines, or a row has not the two texts.
-        ConnectionError: the Hub's data cannot be read.
-    """
+    with `instruction` and `output` alone, stripped. Rows of which one is empty are left out, with a warning. Raises
+    FileNotFoundError or ValueError where the file is missing or no JSON lines, or a row has not the two texts;
+    ConnectionError where the Hub's data cannot be read."""
     if not isinstance(data, str | os.PathLike):
         name, read = "rows", data
     elif is_file(data):

@@ -73,32 +73,21 @@ def finetune(
     overwrite: bool = False,
     **loading: Any,
 ) -> dict[str, Any]:
-    """Tunes a causal LM, sparse or dense, on the task that `settings` are of, saves and measures it.
+    """Tunes a causal LM, sparse or dense, on the task that `settings` are of (`KoAlpacaSettings`, `KorQuADSettings`),
+    saves and measures it. The model is changed in place; it, and the tokenizer (None: the one beside the model), may
+    be named by folder or Hub id, with `loading` arguments of `from_pretrained`; the dtype is that of the weights
+    otherwise.
 
-    `output` then holds the adapter (with `method="full"` the weights), the tokenizer and `finetuning.json`; after
-    KorQuAD the span head too (`load_korquad_model` reads it), and `evaluation_results.json` with the figures as rows
-    after tuning of the model that was tuned (`EvaluationResults.take_tuned`, `optimum-cli ksparse eval MODEL
-    --tuned-results OUTPUT`). A run that was cut off goes on from its last checkpoint when it is called again.
+    `output` then holds the adapter (with `method="full"` the weights), the tokenizer and `finetuning.json`, whose
+    content is returned (by the first process): what the run was, `loss` of each step, for KorQuAD `results` and
+    `history`, the figures on the way. After KorQuAD it also holds the span head (`load_korquad_model` reads it), and
+    `evaluation_results.json` with the figures as rows after tuning of the model that was tuned
+    (`EvaluationResults.take_tuned`). A run that was cut off goes on from its last checkpoint when it is called again,
+    unless `resume` is False; a finished one of the same job is returned as it is, unless `overwrite` replaces it.
 
-    Args:
-        model: the model, which is changed in place, or its folder or Hub id.
-        tokenizer: the model's, or its folder or Hub id; None reads the one beside the model.
-        settings: `KoAlpacaSettings` or `KorQuADSettings`.
-        output: a folder.
-        resume: go on with an unfinished run in `output`; False starts over.
-        overwrite: replace a finished run in `output`. Without it, the record of one of the same job is returned.
-        loading: arguments of `from_pretrained`, such as `revision`; the dtype is that of the weights otherwise.
-
-    Returns:
-        What `finetuning.json` holds: what the run was, `loss` of each step, for KorQuAD `results` and `history`, the
-        figures on the way. Empty in all processes but the first.
-
-    Raises:
-        TypeError, ValueError: the model, the tokenizer, the data or a setting do not fit, or `output` holds another
-            model or another run.
-        FileExistsError, NotADirectoryError, BlockingIOError: `output` holds something else, is a file, or is in use.
-        ConnectionError: the data cannot be read from the Hub.
-    """
+    Raises TypeError or ValueError where the model, the tokenizer, the data or a setting do not fit, or `output` holds
+    another model or run; FileExistsError, NotADirectoryError or BlockingIOError where it holds something else, is a
+    file, or is in use; ConnectionError where the data cannot be read from the Hub."""
     reads = [getattr(model, "name_or_path", model), tokenizer, *(getattr(settings, name, None) for name in _PATHS)]
     with _claimed(output, reads, overwrite=overwrite):
         if not isinstance(model, PreTrainedModel):
@@ -219,7 +208,7 @@ def _train(trainer: TaskTrainer, job: dict[str, Any], *, resume: bool) -> list[d
         return list(state.log_history)
     if last is not None:
         logger.warning(f"Going on from step {state.global_step}.")
-    with fast_products(trainer.model, torch.bfloat16 if trainer.args.bf16 else None):  # type: ignore[arg-type]
+    with fast_products(trainer.model, torch.bfloat16 if trainer.args.bf16 else None):
         trainer.train(resume_from_checkpoint=last)
     return list(trainer.state.log_history)
 

@@ -4,8 +4,8 @@ flags of `optimum-cli ksparse finetune`, the keys of its recipes and those of a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, TypeVar, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -13,8 +13,7 @@ from ...blocks import find_blocks
 from ...checks import check_keys, check_one_of
 from ...nn import is_linear_map
 from ...records import Between, Count, Positive
-from ...records.build import build_fields
-from ..settings import setting
+from ..settings import check_types, setting
 
 # What is trained: low-rank adapters of three kinds, one whose delta is masked, or the sparse weights themselves.
 TUNING_METHODS = ("lora", "masked", "dora", "hira", "full")
@@ -47,7 +46,7 @@ class FinetuningSettings:
 
     def __post_init__(self) -> None:
         check_one_of("method", self.method, TUNING_METHODS)
-        build_fields({}, get_type_hints(type(self), include_extras=True), asdict(self), "")
+        check_types(self)
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"

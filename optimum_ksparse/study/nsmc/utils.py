@@ -21,13 +21,9 @@ _NOT_HANGUL = re.compile(r"[^\s가-힣\u3131-\u3163\u3165-\u318e\u1100-\u115e\u1
 def load(tokenizer: Any = None, pretrained: str | None = None, **settings: Any) -> dict[str, Dataset]:
     """The items and the solved examples, drawn with `SEED`, texts reduced to Hangul and single spaces, those with
     nothing left left out: of the test split (where local files have none, the validation split) 500 reviews, of the
-    training split ten of at most 25 tokens. Labels are as they come.
-
-    Args:
-        tokenizer: of the model, or its name; `pretrained` is that of the model, as `lm_eval --model_args` passes it.
-        settings: `data_files` and `cache_dir`, as `load_dataset` takes them for Parquet files; without them the
-            reviews come from the Hub.
-    """
+    training split ten of at most 25 tokens. Labels are as they come. `pretrained` is the name of the model, as
+    `lm_eval --model_args` passes it; `data_files` and `cache_dir` are those of `load_dataset` for Parquet files,
+    without which the reviews come from the Hub."""
     local = {key: settings[key] for key in ("data_files", "cache_dir") if key in settings}
     splits = load_dataset("parquet", **local) if local else load_dataset(DATASET, revision=REVISION)
     if not callable(tokenizer):

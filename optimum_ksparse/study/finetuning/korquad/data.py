@@ -57,13 +57,9 @@ def korquad_data(settings: KorQuADSettings) -> tuple[KorQuADData, KorQuADData]:
 
 def read_korquad(source: str | os.PathLike[str] = KORQUAD_DATASET, split: str | None = None) -> KorQuADData:
     """Reads KorQuAD 1.0, or anything else in the form of SQuAD 1.1: a JSON file, or a dataset on the Hub, whose
-    `split` is "validation" unless it is named. Of a file it is the name to record.
-
-    Raises:
-        FileNotFoundError: `source` ends in `.json`, and there is no such file.
-        ValueError: the data are not in that form, or an id comes twice.
-        ConnectionError: the Hub's data cannot be read.
-    """
+    `split` is "validation" unless it is named. Of a file it is the name to record. Raises FileNotFoundError for a
+    missing `.json`, ValueError where the data are not in that form, or an id comes twice, ConnectionError where the
+    Hub's cannot be read."""
     if os.path.isfile(source) or os.fspath(source).endswith(".json") or isinstance(source, os.PathLike):
         description, rows, split = describe_dataset(Path(source)), _file_rows(Path(source)), split or "all"
     else:

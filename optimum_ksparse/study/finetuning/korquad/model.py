@@ -75,12 +75,9 @@ class SpanModel(nn.Module):
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
     ) -> ModelOutput:
-        """Tensors as `windows.collate` makes them.
-
-        Returns:
-            `loss`, the mean of the cross entropies of start and end, where there are labels; `start_logits`,
-            `end_logits`, float32 [windows, tokens], −inf where no span may begin or end.
-        """
+        """Tensors as `windows.collate` makes them. Returns `loss`, the mean of the cross entropies of start and end,
+        where there are labels; `start_logits`, `end_logits`, float32 [windows, tokens], −inf where no span may begin
+        or end."""
         model = self.language_model
         embeddings = model.get_input_embeddings()(input_ids.clamp(min=0))
         markers = self.markers.to(embeddings.device, embeddings.dtype)
@@ -120,13 +117,9 @@ def load_korquad_model(
     folder: str | os.PathLike[str], base: PreTrainedModel | None = None
 ) -> tuple[SpanModel, PreTrainedTokenizerBase]:
     """What `finetune` saved of KorQuAD, in evaluation mode, and its tokenizer. `base` is the model under the adapter,
-    which is changed in place; None where the folder holds a whole model.
-
-    Raises:
-        FileNotFoundError: `folder` holds no span model.
-        ValueError: `base` is missing, or there is no use for it, or a tensor of the head does not fit it.
-        ImportError: there is an adapter, and PEFT is not installed.
-    """
+    which is changed in place; None where the folder holds a whole model. Raises FileNotFoundError where the folder
+    holds no span model; ValueError where `base` is missing, or there is no use for it, or a tensor of the head does
+    not fit it."""
     folder = Path(folder)
     recover(folder)
     if not (folder / HEAD_NAME).is_file():
@@ -135,11 +128,13 @@ def load_korquad_model(
     if is_whole != (base is None):
         what = "holds a whole model: leave base out" if is_whole else "holds no whole model: pass base, what was tuned"
         raise ValueError(f"{folder} {what}")
-    backbone: Any = load_model(folder) if is_whole else base
-    if not is_whole:
+    backbone: Any = base
+    if is_whole:
+        backbone = load_model(folder)
+    else:
         from peft import PeftModel
 
-        backbone = PeftModel.from_pretrained(base, str(folder))
+        backbone = PeftModel.from_pretrained(backbone, str(folder))
     model, tensors = SpanModel(backbone), load_file(folder / HEAD_NAME)
     for name in _HEAD:
         parameter = model.get_parameter(name)
