@@ -60,15 +60,11 @@ _PROTOCOL: Fields = {
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessTask(Task):
-    """A multiple-choice task of lm-evaluation-harness with the metrics `acc` and `f1`.
-
-    Attributes:
-        harness_name: of the task there; `folder`: of its YAML file, None for the tasks that the harness brings.
-        dataset: Hub id of its data. fields: their text fields; `allowed`: texts that one may hold; `num_answers`: the
-            `label` is from 0 on.
-        fixed_shots: number of solved examples, whatever a protocol says; None: as it says.
-        softmax_dtype: of the log-softmax over the logits; None: the model's, as the harness does by default.
-    """
+    """A multiple-choice task of lm-evaluation-harness, by its name there, with the metrics `acc` and `f1`; `folder`
+    has its YAML file, None for the tasks that the harness brings. `dataset` is the Hub id of its data, `fields` their
+    text fields, `allowed` texts that one may hold; the `label` is below `num_answers`. `fixed_shots` is a number of
+    solved examples whatever a protocol says, `softmax_dtype` that of the log-softmax, None the model's, as usual
+    there."""
 
     harness_name: str
     dataset: str
@@ -95,11 +91,8 @@ class HarnessTask(Task):
         import_lm_eval()
 
     def request(self, model: PreTrainedModel, protocol: EvaluationProtocol) -> dict[str, Any]:
-        return {
-            "num_fewshot": self.shots(protocol),
-            "limit": protocol.limit,
-            "data": self.describe_data(protocol),
-        }
+        shots, data = self.shots(protocol), self.describe_data(protocol)
+        return {"num_fewshot": shots, "limit": protocol.limit, "data": data}
 
     def describe_data(self, protocol: EvaluationProtocol) -> dict[str, str]:
         """The name of the data on the Hub, or the SHA-256 of the local files that are read."""
@@ -131,13 +124,17 @@ def _build(
 ) -> Any:
     """The harness's own task, on the data that were asked for."""
     import lm_eval.tasks
+    from datasets import Dataset, Features, Value
 
     name = task.harness_name
     packaged = task.folder or Path(lm_eval.tasks.__file__).parent / name.split("_")[0]
     settings: dict[str, Any] = {"include": str(packaged / f"{name}.yaml"), "task": name, "num_fewshot": num_fewshot}
     if items is not None:
         # Not the files themselves: the reader of JSON lines takes texts for dates, and stumbles over blank lines.
-        files = {split: _write_parquet(task, rows, folder / split) for split, rows in items.items()}
+        features = Features({**{field: Value("string") for field in task.fields}, "label": Value("int64")})
+        for split, rows in items.items():
+            Dataset.from_list(rows, features=features).to_parquet(folder / split)
+        files = {split: str(folder / split) for split in items}
         settings |= {
             "dataset_path": "parquet",
             "dataset_name": None,
@@ -163,14 +160,6 @@ def _build(
         ) from error
     built.set_fewshot_seed(_FEWSHOT_SEED)
     return built
-
-
-def _write_parquet(task: HarnessTask, rows: list[dict[str, Any]], path: Path) -> str:
-    from datasets import Dataset, Features, Value
-
-    features = Features({**{name: Value("string") for name in task.fields}, "label": Value("int64")})
-    Dataset.from_list(rows, features=features).to_parquet(path)
-    return str(path)
 
 
 def _run(
@@ -231,34 +220,28 @@ def import_lm_eval() -> None:
         raise ImportError(f"tasks need lm-eval: {install_hint('eval')} ({error})") from error
 
 
-class _CutPrompts(logging.Filter):
-    """Counts the prompts that the harness cuts on the left because they are longer than the model's context."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        self.count += "Truncating" in record.getMessage()
-        return False
-
-
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """The harness warns of a model that is passed live, and of the metric hub being out of reach though its tasks
-    bring their own F1; its progress bars stay, and prompts that it cut are told of once. It draws the names of its
-    tasks from Python's random numbers."""
-    everything, models = logging.getLogger("lm_eval"), logging.getLogger("lm_eval.models.huggingface")
-    levels, state, cut = (everything.level, models.level), random.getstate(), _CutPrompts()
-    everything.setLevel(logging.CRITICAL)
-    models.setLevel(logging.WARNING)
-    models.addFilter(cut)
+    bring their own F1; its progress bars stay, and prompts that it cut on the left, because they are longer than the
+    model's context, are told of once. It draws the names of its tasks from Python's random numbers."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm_eval.models.huggingface")]
+    levels, state, cut = [each.level for each in loggers], random.getstate(), 0
+
+    def count(record: logging.LogRecord) -> bool:
+        nonlocal cut
+        cut += "Truncating" in record.getMessage()
+        return False
+
+    for each, level in zip(loggers, (logging.CRITICAL, logging.WARNING), strict=True):
+        each.setLevel(level)
+    loggers[1].addFilter(count)
     try:
         yield
     finally:
-        everything.setLevel(levels[0])
-        models.setLevel(levels[1])
-        models.removeFilter(cut)
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+        loggers[1].removeFilter(count)
         random.setstate(state)
-    if cut.count:
-        logger.warning(f"{cut.count} prompts are longer than the model's context and were cut on the left.")
+    if cut:
+        logger.warning(f"{cut} prompts are longer than the model's context and were cut on the left.")

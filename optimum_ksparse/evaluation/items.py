@@ -27,7 +27,12 @@ def read_items(
     """Split → items of a task in `data_dir`, the fields of the task alone: the test split, or, where there is none,
     the validation split; the training split for few-shot examples. Raises FileNotFoundError where one is missing,
     ValueError, which names file, line and field, where a file has no items, or a line is none of the task."""
-    items = {split: _read_file(task, path) for split, path in _files(task, data_dir, num_fewshot).items()}
+    items = {}
+    for split, path in _files(task, data_dir, num_fewshot).items():
+        name = f"{task.word}/{path.name}"
+        items[split] = [_checked(task, item, where) for where, item in json_lines(path, name)]
+        if not items[split]:
+            raise ValueError(f"{name} has no items")
     # Without a test split the harness draws one more.
     most = len(items.get("train", ())) - ("test" not in items)
     if num_fewshot > max(most, 0):
@@ -50,14 +55,6 @@ def _files(task: HarnessTask, data_dir: str | os.PathLike[str], num_fewshot: int
     if num_fewshot and "train" not in there:
         raise FileNotFoundError(f"num_fewshot={num_fewshot} needs {task.word}/train.jsonl in data_dir")
     return {split: there[split] for split in (measured, *(("train",) if num_fewshot else ()))}
-
-
-def _read_file(task: HarnessTask, path: Path) -> list[dict[str, Any]]:
-    name = f"{task.word}/{path.name}"
-    items = [_checked(task, item, where) for where, item in json_lines(path, name)]
-    if not items:
-        raise ValueError(f"{name} has no items")
-    return items
 
 
 def _checked(task: HarnessTask, item: Any, where: str) -> dict[str, Any]:

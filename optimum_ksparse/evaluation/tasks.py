@@ -49,14 +49,14 @@ class HubEntry:
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One kind of measurement: what its rows of results hold. One that can be measured by itself, and not only by the
-    code that tunes for it, has a `word`, and implements the methods.
+    code that tunes for it, has a `word`, by which `EvaluationProtocol.tasks` calls it, perhaps with others, and
+    implements the methods.
 
     Attributes:
         name: of its rows. title: in tables, after `suite`, whose tasks share a figure.
         metrics: its figures; `optional` names those that may be missing. protocol: how it was measured.
         shown: metrics in tables, in their order. stderr: metric → its standard error.
         usual_shots: number of solved examples that a table does not name.
-        word: what `EvaluationProtocol.tasks` calls it; several tasks may share one.
     """
 
     name: str

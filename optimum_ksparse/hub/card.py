@@ -128,7 +128,7 @@ def _other_citations() -> dict[str, str]:
 
 def _citations(report: SparsityReport | None, rows: list[Measurement]) -> list[str]:
     """BibTeX entries of what made the model, and of the data that it was measured on."""
-    names = {word for row in rows for word in (row.name, task_of(row.name).suite.lower())}
+    names: set[Any] = {word for row in rows for word in (row.name, task_of(row.name).suite.lower())}
     method = ""
     if report is not None:
         method = METHODS[report.pruner].citation if report.pruner in METHODS else ""

@@ -34,7 +34,11 @@ def commit_folder(
     for left in reversed(range(_TRIES)):
         head = api.repo_info(repo_id, revision=commit.get("revision")).sha
         there = set(api.list_repo_files(repo_id, revision=head))
-        write_card(_remote_card(api, repo_id, head) if CARD_NAME in there else None)
+        card = None
+        if CARD_NAME in there:
+            with tempfile.TemporaryDirectory() as cache:
+                card = read_card(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=head, cache_dir=cache)))
+        write_card(card)
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         stale = outdated(there, files)
         if CONFIG_NAME in files:  # a model of its own, in the place of what was there, and not an adapter beside it
@@ -60,16 +64,13 @@ def explained(repo_id: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not isinstance(error.__cause__, HTTPError):
             raise  # uploads of large files fail with a RuntimeError, but so do other things
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
-        status = _status(cause)
-        if status == 401:
-            raise PermissionError(
-                f"the Hub does not accept the token, or there is none (401), for {repo_id}: log in with "
-                "`hf auth login` or pass token="
-            ) from error
-        if status == 403:
-            raise PermissionError(
-                f"the token may not write to {repo_id} (403): use one with write access there, or create_pr=True"
-            ) from error
+        refusals = {
+            401: f"the Hub does not accept the token, or there is none (401), for {repo_id}: log in with "
+            "`hf auth login` or pass token=",
+            403: f"the token may not write to {repo_id} (403): use one with write access there, or create_pr=True",
+        }
+        if (status := _status(cause)) in refusals:
+            raise PermissionError(refusals[status]) from error
         raise ConnectionError(
             f"the push to {repo_id} broke off ({type(cause).__name__}: {' '.join(str(cause).split())}); a commit is "
             "there whole or not at all, model and results are as they were: push again; without a network "
@@ -79,8 +80,3 @@ def explained(repo_id: str) -> Iterator[None]:
 
 def _status(error: BaseException | None) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-
-
-def _remote_card(api: HfApi, repo_id: str, revision: str | None) -> str:
-    with tempfile.TemporaryDirectory() as cache:
-        return read_card(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision, cache_dir=cache)))

@@ -139,8 +139,15 @@ def _save(
     how: dict[str, Any],
 ) -> None:
     """Everything but the card into an empty folder; `how` are arguments of `save_pretrained`."""
+    plain = subject.plain
+
+    def hide_local_base(settings: dict[str, Any]) -> None:  # whose path PEFT writes
+        name = settings.get("base_model_name_or_path")
+        hidden = describe_model(plain) if name == plain.name_or_path else describe_source(name)
+        settings["base_model_name_or_path"] = hidden
+
     if not subject.is_adapter:
-        copy_own_processor(subject.plain, folder, token)
+        copy_own_processor(plain, folder, token)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         _edit(folder / "tokenizer_config.json", lambda settings: [settings.pop(name, None) for name in _HOW_IT_LOADED])
@@ -155,7 +162,7 @@ def _save(
         write_text(folder / TUNING_NAME, to_json(tuning))
     if subject.is_adapter:
         for config in folder.rglob("adapter_config.json"):  # adapters with names of their own lie in folders
-            _edit(config, lambda settings: _hide_local_base(settings, subject.plain))
+            _edit(config, hide_local_base)
         (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT's form, with the path of a local base in it
         (folder / REPORT_NAME).unlink(missing_ok=True)  # the base's own
 
@@ -166,12 +173,6 @@ def _edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         settings = json.loads(file.read_text(encoding="utf-8"))
         change(settings)
         write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-
-
-def _hide_local_base(settings: dict[str, Any], base: PreTrainedModel) -> None:
-    """PEFT writes the path of a local base model into an adapter's config."""
-    name = settings.get("base_model_name_or_path")
-    settings["base_model_name_or_path"] = describe_model(base) if name == base.name_or_path else describe_source(name)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from .names import LANGUAGES, check_repository
 from .subject import CardSubject, Subject
 
 CARD_NAME = "README.md"
+_SHOWN_OF_TUNING = ("method", "steps", "num_epochs", "learning_rate", "r")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def write_card_of(
     plain, facts, report = subject.plain, subject.facts, subject.facts.report
     adapter = _adapter_facts(subject.model, directory) if subject.is_adapter else None
     inherited = report.base_card if report is not None and adapter is None else {}
+    tuned = facts.tuning or {}
+    shown = {name: tuned[name] for name in _SHOWN_OF_TUNING if tuned.get(name) is not None}
     # An adapter may have been merged before the weights became others.
     is_merge_last = report is None or not report.changes or report.changes[-1].kind == "merged"
     card = CardSubject(
@@ -117,21 +120,13 @@ def write_card_of(
         adapter=adapter,
         auto_class=class_for_model(plain).__name__,
         merge=facts.merge if is_merge_last else None,
-        tuning=_tuning(facts.tuning),
+        tuning={"title": tuning_title(tuned), **shown} if tuned else None,
         local_source=None if facts.folder is None else plain.name_or_path,
         inherited=inherited or card_of_source(plain, options.token),
         tags=[*(plain.model_tags or []), *options.tags],
     )
     write_text(path, render_card(card, options.language, existing))
     return path
-
-
-def _tuning(tuning: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What `finetuning.json` says of how the weights, or the adapter, were tuned."""
-    if tuning is None:
-        return None
-    shown = ("method", "steps", "num_epochs", "learning_rate", "r")
-    return {"title": tuning_title(tuning), **{name: tuning[name] for name in shown if tuning.get(name) is not None}}
 
 
 def _adapter_facts(model: Any, directory: Path) -> dict[str, Any]:

@@ -116,8 +116,12 @@ class StudyCommand(Command):
 
     def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """Flags for what stands deeper in the recipe."""
-        if "dataset" in given:
-            recipe["calibration"] = _with_dataset(recipe.get("calibration") or [{}], given.pop("dataset"))
+        sets = recipe.get("calibration") or [{}]
+        if "dataset" in given and isinstance(sets, list) and all(isinstance(entry, dict) for entry in sets):
+            if len({str(entry.get("dataset")) for entry in sets}) > 1:
+                raise ValueError("dataset= has no meaning: the recipe compares calibration texts; name them there")
+            recipe["calibration"] = [{**entry, "dataset": given["dataset"]} for entry in sets]
+        given.pop("dataset", None)
         for name in {"texts", "data_dir"} & given.keys():
             if not isinstance(recipe.get("evaluation"), dict):
                 raise ValueError(f"{name}= has no meaning: the recipe has no evaluation")
@@ -125,23 +129,12 @@ class StudyCommand(Command):
         return super().merged(recipe, given)
 
 
-def _with_dataset(sets: Any, dataset: str) -> Any:
-    """The calibration sets with this text in each."""
-    if not isinstance(sets, list) or not all(isinstance(entry, dict) for entry in sets):
-        return sets  # the recipe says what is wrong
-    if len({str(entry.get("dataset")) for entry in sets}) > 1:
-        raise ValueError("dataset= has no meaning: the recipe compares calibration texts; name them there")
-    return [{**entry, "dataset": dataset} for entry in sets]
-
-
+_TASKS = {
+    "koalpaca": ("Answer instructions in Korean.", KoAlpacaCommand),
+    "korquad": ("Find answers in Korean texts.", KorQuADCommand),
+}
 COMMANDS: dict[str, tuple[str, Any]] = {
-    "finetune": (
-        "Fine-tune on a task.",
-        {
-            "koalpaca": ("Answer instructions in Korean.", KoAlpacaCommand),
-            "korquad": ("Find answers in Korean texts.", KorQuADCommand),
-        },
-    ),
+    "finetune": ("Fine-tune on a task.", _TASKS),
     "study": ("Compare methods, patterns, data.", StudyCommand),
     "bench": ("Measure speed beside dense.", BenchCommand),
 }

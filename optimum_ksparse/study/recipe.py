@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import PurePath
 from typing import Any
 
 from ..checks import check_keys, check_one_of
@@ -161,21 +162,14 @@ def _method(where: str, entry: str | Settings) -> Settings:
 
 
 def _calibration(where: str, entry: Settings) -> Settings:
+    """With what tables call the data: where they have no name, without the folder of a file."""
     check_keys(entry, ["name", *CALIBRATION], where)
-    return {**entry, "name": str(entry.get("name", _name_of(entry)))}
-
-
-def _name_of(calibration: Mapping[str, Any]) -> str:
-    """What tables call calibration data that have no name: without the folder of a file."""
-    dataset = calibration.get("dataset", "mc4-ko")
-    parts = [f"{weight:g} {_last_part(name)}" for name, weight in dataset.items()] if is_mix(dataset) else []
-    size = f"{calibration.get('num_samples', 128)} x {calibration.get('seq_len', 2048)}"
-    bos = f", prepend_bos={calibration['prepend_bos']}" if calibration.get("prepend_bos") is not None else ""
-    return f"{' + '.join(parts) or _last_part(dataset)} {size}{bos}"
-
-
-def _last_part(source: Any) -> str:
-    return str(source).replace("\\", "/").rsplit("/", 1)[-1]
+    dataset = entry.get("dataset", "mc4-ko")
+    parts = [f"{weight:g} {PurePath(name).name}" for name, weight in dataset.items()] if is_mix(dataset) else []
+    size = f"{entry.get('num_samples', 128)} x {entry.get('seq_len', 2048)}"
+    bos = f", prepend_bos={entry['prepend_bos']}" if entry.get("prepend_bos") is not None else ""
+    name = f"{' + '.join(parts) or PurePath(str(dataset)).name} {size}{bos}"
+    return {**entry, "name": str(entry.get("name", name))}
 
 
 def _published(published: Settings) -> Settings:

@@ -82,13 +82,18 @@ def make_record(recipe: Recipe, cells: dict[str, Cell]) -> Record:
     """The record of a recipe. Finds the model's weight files, which are downloaded where they are on the Hub; raises
     OSError or ValueError where there are none, or they are not safetensors."""
     hub = {} if recipe.revision is None else {"revision": recipe.revision}
+    nsmc = None
+    if recipe.nsmc is not None:
+        nsmc = {name: value for name, value in recipe.nsmc.items() if name not in (*_ROUNDING, "data_dir")}
+        nsmc["data"] = _describe(nsmc_protocol(recipe.nsmc))["data"]
+        nsmc["koalpaca"] = _described(nsmc["koalpaca"], KoAlpacaSettings)
     job = {
         "model": describe_source(recipe.model),
         "weights": find_weight_files(recipe.model, **hub).sha256(),
         "dtype": recipe.dtype,
         "evaluation": None if recipe.protocol is None else _describe(recipe.protocol),
         "korquad": None if recipe.korquad is None else _described(recipe.korquad, KorQuADSettings),
-        "nsmc": None if recipe.nsmc is None else _described_nsmc(recipe.nsmc),
+        "nsmc": nsmc,
     }
     return Record(json.loads(json.dumps(job)), recipe.grid, recipe.published, cells)
 
@@ -110,9 +115,3 @@ def _described(settings: Mapping[str, Any], kind: type[FinetuningSettings]) -> d
         if isinstance(described.get(name), str) and Path(described[name]).is_file():
             described[name] = describe_dataset(Path(described[name]))
     return described
-
-
-def _described_nsmc(settings: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in settings.items() if name not in (*_ROUNDING, "data_dir", "koalpaca")}
-    data = _describe(nsmc_protocol(settings))["data"]
-    return {**kept, "data": data, "koalpaca": _described(settings["koalpaca"], KoAlpacaSettings)}

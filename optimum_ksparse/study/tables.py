@@ -106,7 +106,10 @@ def _table(results: StudyResults, table: str, rows: Sequence[Row]) -> list[str]:
     patterns = [*([] if table == "cost" else [DENSE]), *record.grid["patterns"]]
     # Which of figure, method and calibration there are.
     columns = [len(quantities) > 1, True, len(record.grid["calibration"]) > 1, *(True for _ in patterns)]
-    figures = {(row.quantity, *row.place): _figure(row) for row in rows}
+    figures = {}
+    for row in rows:
+        runs = "" if row.spread.count == row.expected else f" (n = {row.spread.count})"
+        figures[row.quantity, *row.place] = row.spread.text(QUANTITIES[row.quantity].digits) + runs
     places = list(dict.fromkeys((row.method, row.calibration) for row in rows if row.method != DENSE))
     whose = f"*published, {published['method']}*" if "method" in published else "*published*"
     lines = [["figure", "method", "calibration", *patterns]]
@@ -124,8 +127,3 @@ def _table(results: StudyResults, table: str, rows: Sequence[Row]) -> list[str]:
     is_published = "source" in published and any(name in published for name in quantities)
     end = ["", f"Published: {published['source']}"] if is_published else []
     return [head, "|" + "---|" * len(texts[0]), *body, *end]
-
-
-def _figure(row: Row) -> str:
-    text = row.spread.text(QUANTITIES[row.quantity].digits)
-    return text if row.spread.count == row.expected else f"{text} (n = {row.spread.count})"

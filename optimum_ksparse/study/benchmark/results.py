@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -64,25 +65,20 @@ class BenchResults:
         """Tables of what the dispatch takes, and of the models."""
         lines = [", ".join(str(value) for value in self.hardware.values())]
         if self.rows:
-            head = ["shape", "pattern", "dtype", "tokens", "dense us", "sparse us", "speed-up", "kernel"]
-            lines += ["", *aligned([head, *map(_layer_cells, self.chosen())])]
+            table = [["shape", "pattern", "dtype", "tokens", "dense us", "sparse us", "speed-up", "kernel"]]
+            for row in self.chosen():
+                numbers = [f"{row['dense_us']:.1f}", f"{row['sparse_us']:.1f}", f"{row['speedup']:.2f}"]
+                what = [" x ".join(map(str, row["shape"])), row["pattern"], row["dtype"], str(row["tokens"])]
+                table.append([*what, *numbers, row["kernel"]])
+            lines += ["", *aligned(table)]
         if self.models:
-            head = ["model", "pattern", "dtype", "batch", "phase", "dense tokens/s", "sparse tokens/s", "speed-up"]
-            cells = [_model_cells(row, phase) for row in self.models for phase in ("prefill", "decode")]
-            lines += ["", *aligned([head, *cells])]
+            table = [["model", "pattern", "dtype", "batch", "phase", "dense tokens/s", "sparse tokens/s", "speed-up"]]
+            for row, phase in itertools.product(self.models, ("prefill", "decode")):
+                rates = [f"{row[f'{kind}_{phase}_tokens_per_s']:.1f}" for kind in ("dense", "sparse")]
+                what = [row["model"], row["pattern"], row["dtype"], str(row["batch"]), phase]
+                table.append([*what, *rates, f"{row[f'{phase}_speedup']:.2f}"])
+            lines += ["", *aligned(table)]
         return "\n".join(lines)
-
-
-def _layer_cells(row: dict[str, Any]) -> list[str]:
-    shape = f"{row['shape'][0]} x {row['shape'][1]}"
-    numbers = [f"{row['dense_us']:.1f}", f"{row['sparse_us']:.1f}", f"{row['speedup']:.2f}"]
-    return [shape, row["pattern"], row["dtype"], str(row["tokens"]), *numbers, row["kernel"]]
-
-
-def _model_cells(row: dict[str, Any], phase: str) -> list[str]:
-    rates = [f"{row[f'{kind}_{phase}_tokens_per_s']:.1f}" for kind in ("dense", "sparse")]
-    names = [row["model"], row["pattern"], row["dtype"], str(row["batch"]), phase]
-    return [*names, *rates, f"{row[f'{phase}_speedup']:.2f}"]
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:
