@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any
 
 from .base import Command
-from .card import CardCommand
 from .eval import EvalCommand
 from .info import InfoCommand
 from .merge import MergeCommand
 from .parser import Parser
 from .prune import PruneCommand
-from .push import PushCommand
+from .publish import CardCommand, PushCommand
 
 PROGRAM = "optimum-cli ksparse"
 # Name → what it does, and its class or its own commands.

@@ -23,7 +23,7 @@ from .parser import Parser, add_flags, add_switches
 from .recipes import read_recipe
 
 # Not settings: they say how the command runs, and no recipe holds them.
-_OF_THE_PROCESS = {"help", "config", "recipe", "token", "cache_dir"}
+_OF_THE_PROCESS = ("help", "config", "recipe", "token", "cache_dir")
 LOADING_TEXTS = {
     "dtype": "auto is the checkpoint's (default: auto)",
     "device_map": "as in from_pretrained: auto, cpu, cuda:0, … (default: the CPU)",
@@ -101,12 +101,11 @@ class Command:
 
     def settings(self) -> dict[str, Any]:
         """The settings of the recipe, overridden by the flags that were given; checked."""
-        words = {name: value for name, value in vars(self.args).items() if name in self.flags and value is not None}
-        given = {name: value for name, value in words.items() if name not in _OF_THE_PROCESS}
+        names = [name for name in self.flags if name not in _OF_THE_PROCESS]
+        given = {name: value for name in names if (value := getattr(self.args, name)) is not None}
+        path = getattr(self.args, "recipe" if "recipe" in self.WORDS else "config")
         with usage():
-            path = words.get("config", words.get("recipe"))
-            recipe = read_recipe(path, self.KEYS or [*self.flags.keys() - _OF_THE_PROCESS]) if path else {}
-            settings = self.merged(recipe, given)
+            settings = self.merged(read_recipe(path, self.KEYS or names) if path else {}, given)
             if missing := [name for name in self.REQUIRED if not settings.get(name)]:
                 raise UsageError(f"{missing[0]} is missing; see {self.parser.prog} --help")
         self.check(settings)

@@ -98,9 +98,10 @@ class PruneCommand(Command):
                 raise UsageError(f"{name}= has no meaning with{'' if stream else 'out'} --stream; leave it out")
         with usage():
             config = SparsityConfig.from_flat(**settings)
+        print_block = lambda done: print(json.dumps({"event": "block", **asdict(done)}), flush=True)  # noqa: E731
         with joined() as processes:
             shown = processes.is_main
-            with listening(_print_json if as_json and shown else None):
+            with listening(print_block if as_json and shown else None):
                 if stream:
                     report = prune_checkpoint(model, output, config, **loading)
                 else:
@@ -149,7 +150,3 @@ class PruneCommand(Command):
         if "model" in given and "output" not in given and recipe.get("model") and not recipe.get("output"):
             given["output"] = given.pop("model")
         return {**recipe, **given}
-
-
-def _print_json(done: Any) -> None:
-    print(json.dumps({"event": "block", **asdict(done)}), flush=True)

@@ -24,8 +24,8 @@ from ..data import prepends_bos, reached_or_cached
 from ..kernels import fast_products
 from ..records import Count, Positive, Share
 from ..version import install_hint
-from .environment import environment
 from .items import files_digest, read_items
+from .running import environment
 from .tasks import DATA, Fields, Task
 
 if TYPE_CHECKING:

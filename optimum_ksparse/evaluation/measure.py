@@ -79,10 +79,10 @@ def evaluate_baseline(
     num_parameters: int | None = None,
     on_measured: Callable[[EvaluationResults], None] | None = None,
 ) -> None:
-    """Loads the dense model as a model or class like the sparse one, in its dtype, on its device (a string or dict is
-    a device map), measures it by the same protocol into `results.dense`, and frees it. Raises ValueError where it is
-    sparse itself, was tuned, or has fewer than the `num_parameters` of the model that was pruned; it may have more:
-    blocks may have been dropped before."""
+    """Loads the dense model like the sparse one (a model or class), in its dtype, on its device (a string or dict is a
+    device map), measures it by the same protocol into `results.dense`, and frees it. Raises ValueError where it is
+    sparse itself, was tuned, or has fewer than the `num_parameters` of the model that was pruned: it may have lost
+    blocks."""
     protocol = protocol or EvaluationProtocol()
     model = baseline.load(like, dtype, device)
     try:
@@ -164,9 +164,9 @@ def _measure_missing(
     protocol: EvaluationProtocol,
     on_measured: Callable[[EvaluationResults], None] | None,
 ) -> None:
-    known: list[Measurement] = getattr(results, part)
+    rows: list[Measurement] = getattr(results, part)
     for name, request in protocol.requests(model, tokenizer).items():
-        if any(row.name == name and row.follows(request) for row in known):
+        if any(row.name == name and row.follows(request) for row in rows):
             continue
         results.add(part, protocol.measure(name, model, tokenizer))
         if on_measured is not None:

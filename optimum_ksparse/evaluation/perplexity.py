@@ -20,8 +20,7 @@ from ..data import prepends_bos
 from ..data.texts import describe_texts, evaluation_texts
 from ..data.tokens import check_context, context_length
 from ..records import As, Between, Count, Positive
-from .environment import check_causal_lm, environment
-from .head import map_logits
+from .running import check_causal_lm, environment, map_logits
 from .tasks import LENGTH, HubEntry, Named, Task, add_task
 
 if TYPE_CHECKING:

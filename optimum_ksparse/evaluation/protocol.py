@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import check_boolean, check_integer
 from ..data import prepends_bos
-from .environment import check_causal_lm
 from .kobest import KOBEST_TASKS
 from .perplexity import PERPLEXITY
 from .results import Measurement
+from .running import check_causal_lm
 from .tasks import Task, chosen_tasks, task_of
 from .tuning import tuning_of
 

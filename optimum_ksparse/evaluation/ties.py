@@ -100,7 +100,14 @@ def settle_records(model: PreTrainedModel, *, now: str | None = None) -> None:
         pruned_here = mark is not None and mark.pruned_here and unchanged
         if current is None and unchanged and (pruned_here or results is not None):
             current = fingerprint(model)
-        _settle_report(model, unchanged, now or (current if pruned_here else None), pruned_here)
+        report, fresh = facts.report, now or (current if pruned_here else None)
+        if report is not None:
+            others = not pruned_here and fresh is not None and report.fingerprint not in (None, fresh)
+            if not unchanged or others:
+                _note_change(model, report)
+                report.fingerprint = fresh
+            elif fresh is not None and (pruned_here or report.changes):
+                report.fingerprint = fresh
         mark_weights(model, current, pruned_here=pruned_here)
     if results is not None and results.fingerprint != current:
         logger.warning(_OTHER_WEIGHTS)
@@ -136,17 +143,6 @@ def settled_records(model: PreTrainedModel, state_dict: Mapping[str, torch.Tenso
         logger.warning_once(_OTHER_WEIGHTS)
         results = None
     return [report, facts.merge, results]
-
-
-def _settle_report(model: PreTrainedModel, unchanged: bool, now: str | None, pruned_here: bool) -> None:
-    report = facts_of(model).report
-    if report is None:
-        return
-    if not unchanged or (not pruned_here and now is not None and report.fingerprint not in (None, now)):
-        _note_change(model, report)
-        report.fingerprint = now
-    elif now is not None and (pruned_here or report.changes):
-        report.fingerprint = now
 
 
 def note_merge(model: PreTrainedModel, change: Change) -> None:

@@ -41,14 +41,14 @@ def read_tuning(
 
 def tuning_of(model: Any) -> dict[str, Any] | None:
     """The tuning as a protocol holds it: on what and how, without the model and the outcome."""
-    found = facts_of(model).tuning
-    return None if found is None else tuning_settings(found)
+    record = facts_of(model).tuning
+    return None if record is None else tuning_settings(record)
 
 
-def tuning_settings(found: Mapping[str, Any]) -> dict[str, Any]:
+def tuning_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """The same of what `finetuning.json` holds."""
     # As JSON reads it back, so that a saved row and a new one are compared alike.
-    return dict(json.loads(json.dumps({key: value for key, value in found.items() if key not in _NOT_SETTINGS})))
+    return dict(json.loads(json.dumps({key: value for key, value in record.items() if key not in _NOT_SETTINGS})))
 
 
 def tuning_title(tuning: Mapping[str, Any] | None) -> str | None:

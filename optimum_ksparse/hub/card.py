@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator
 from importlib.resources import files
@@ -30,7 +29,12 @@ def render_card(subject: CardSubject, language: str = "en", existing: str | None
     existing = (existing or "").removeprefix("\ufeff")
     line_break = "\r\n" if "\r\n" in existing else "\n"
     front, body = split_card(existing)
-    _hide_path(front, subject.local_source)
+    # PEFT writes the path of a base that is a folder, as base and in a tag.
+    folder, base = subject.local_source, front.get("base_model")
+    if isinstance(base, str) and (base == folder or base != describe_source(base)):
+        del front["base_model"]
+    if folder is not None and isinstance(front.get("tags"), list):
+        front["tags"] = [tag for tag in front["tags"] if not str(tag).endswith(f":{folder}")]
     if is_unfilled_form(body):
         front.pop("base_model", None)
         body = ""
@@ -41,15 +45,6 @@ def render_card(subject: CardSubject, language: str = "en", existing: str | None
     block = yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     ours = [part.replace("\n", line_break) for part in (f"---\n{block}---\n\n", section, "\n")]
     return ours[0] + insert_section(body, ours[1], line_break) + ours[2]
-
-
-def _hide_path(front: dict[str, Any], folder: str | None) -> None:
-    """Takes out what PEFT writes where the base is a folder: its path, as base and in a tag."""
-    base = front.get("base_model")
-    if isinstance(base, str) and (base == folder or base != describe_source(base)):
-        del front["base_model"]
-    if folder is not None and isinstance(front.get("tags"), list):
-        front["tags"] = [tag for tag in front["tags"] if not str(tag).endswith(f":{folder}")]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -120,21 +115,17 @@ def _view_of_report(report: SparsityReport, dtype: str) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def _other_citations() -> dict[str, str]:
-    text = files(__package__).joinpath("templates/citations.bib").read_text(encoding="utf-8")
-    return dict(re.findall(r"^% (\w+)\n(@.*?^\})$", text, re.M | re.S))
-
-
 def _citations(report: SparsityReport | None, rows: list[Measurement]) -> list[str]:
     """BibTeX entries of what made the model, and of the data that it was measured on."""
+    text = files(__package__).joinpath("templates/citations.bib").read_text(encoding="utf-8")
+    others = re.findall(r"^% (\w+)\n(@.*?^\})$", text, re.M | re.S)
     names: set[Any] = {word for row in rows for word in (row.name, task_of(row.name).suite.lower())}
     method = ""
     if report is not None:
         method = METHODS[report.pruner].citation if report.pruner in METHODS else ""
         names |= {*(report.config.get("refine") or ()), report.config.get("allocation")}
         names |= {"blocks"} if report.reconstruction else set()
-    return [*filter(None, [method]), *(entry for name, entry in _other_citations().items() if name in names)]
+    return [*filter(None, [method]), *(entry for name, entry in others if name in names)]
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -73,20 +73,18 @@ def environment() -> Any:
     return made
 
 
+@functools.cache
 def phrases(language: str) -> Any:
     """`say(name, **values)` for templates: a phrase of the catalogue in a language, with the values of the template
     and these in it; the name itself where the catalogue has none, as for the metric of a task that others added."""
     import jinja2
 
+    text = files(__package__).joinpath("templates/phrases.yaml").read_text(encoding="utf-8")
+    catalogue = {name: environment().from_string(phrase[language]) for name, phrase in yaml.safe_load(text).items()}
+
     @jinja2.pass_context
     def say(context: Any, name: str, /, **values: Any) -> Markdown:
-        phrase = _catalogue(language).get(name)
+        phrase = catalogue.get(name)
         return escape(name) if phrase is None else Markdown(phrase.render({**context.get_all(), **values}))
 
     return say
-
-
-@functools.cache
-def _catalogue(language: str) -> dict[str, Any]:
-    text = files(__package__).joinpath("templates/phrases.yaml").read_text(encoding="utf-8")
-    return {name: environment().from_string(phrase[language]) for name, phrase in yaml.safe_load(text).items()}

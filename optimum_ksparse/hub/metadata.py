@@ -47,10 +47,10 @@ def card_of_source(model: PreTrainedModel, token: bool | str | None = None) -> d
                 return {}
             with reached_or_cached(repository, "model"):
                 path = Path(hf_hub_download(repository, "README.md", revision=commit, token=token))
-        found = metadata_load(path) or {}
+        metadata = metadata_load(path) or {}
     except Exception:  # no network, no card, no access, damaged YAML: then nothing is known
         return {}
-    return {name: found[name] for name in BaseCard.__annotations__ if _is_inherited(name, found.get(name))}
+    return {name: metadata[name] for name in BaseCard.__annotations__ if _is_inherited(name, metadata.get(name))}
 
 
 def _is_inherited(name: str, value: Any) -> bool:
@@ -62,18 +62,20 @@ def _is_inherited(name: str, value: Any) -> bool:
 def build_metadata(card: CardSubject) -> ModelCardData:
     """The metadata of a sparse model, or of an adapter on one."""
     report, inherited, is_adapter = card.report, card.inherited, card.adapter is not None
-    language, names = inherited.get("language"), [] if report is None else _hub_datasets(report.calibration)
+    calibration = {} if report is None else report.calibration
+    language = inherited.get("language")
+    datasets = [part.get("dataset") for part in calibration.get("parts") or [calibration]]  # alone or in a mix
+    names = [name for name in datasets if isinstance(name, str) and name in HUB_DATASETS]
     if language is None and names and all(name in ("mc4-ko", "kowiki") for name in names):
         language = "ko"
     measured = card.results.sparse if card.results is not None else []
     hubs = [task_of(row.name).hub for row in measured]
     types = {kind for hub in hubs if hub is not None for kind, _ in hub.metrics.values()}
     eval_results = [result for row in measured for result in index_entries(row)] or None
+    terms: dict[str, Any] = {name: inherited.get(name) for name in ("license", "license_name", "license_link")}
     return ModelCardData(
         language=language,
-        license=inherited.get("license"),
-        license_name=inherited.get("license_name"),
-        license_link=inherited.get("license_link"),
+        **terms,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=_PIPELINES.get(card.auto_class) or inherited.get("pipeline_tag"),
         base_model=card.base_model,
@@ -107,12 +109,6 @@ def tag_model(model: PreTrainedModel, report: SparsityReport | None, settings: S
 def _is_our_tag(tag: Any) -> bool:
     names = ("optimum-ksparse", "pruned", _SPARSE, *METHODS)
     return tag in names or _PATTERN_TAG.fullmatch(str(tag)) is not None
-
-
-def _hub_datasets(calibration: dict[str, Any]) -> list[str]:
-    """Names of the calibration data that are on the Hub, alone or in a mix."""
-    names = [part.get("dataset") for part in calibration.get("parts") or [calibration]]
-    return [name for name in names if isinstance(name, str) and name in HUB_DATASETS]
 
 
 # A person's entries of these lists stay: for each, whether an entry is one of ours.

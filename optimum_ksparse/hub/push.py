@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from ..evaluation import EvaluationProtocol, EvaluationResults, check_protocol, 
 from ..records import REPORT_NAME, TUNING_NAME, describe_source, to_json
 from ..records.sources import clean_token
 from .commit import commit_folder, explained
-from .names import check_target
 from .sources import choose_tokenizer, copy_own_processor
 from .subject import Subject
-from .writing import CARD_NAME, CardOptions, write_card_of
+from .writing import CARD_NAME, CardOptions, check_target, write_card_of
 
 logger = logging.get_logger(__name__)
 
@@ -125,8 +123,12 @@ def push_model(
 
     info = publish(revision=revision, create_pr=create_pr)
     if dense_revision is not None:
-        with _dense_storage(plain):
+        stored: Any = plain.config.quantization_config
+        stored.storage = "dense"
+        try:
             publish(revision=dense_revision)
+        finally:
+            stored.storage = "packed"
     return info
 
 
@@ -173,13 +175,3 @@ def _edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         settings = json.loads(file.read_text(encoding="utf-8"))
         change(settings)
         write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def _dense_storage(model: PreTrainedModel) -> Iterator[None]:
-    config = model.config.quantization_config
-    config.storage = "dense"
-    try:
-        yield
-    finally:
-        config.storage = "packed"

@@ -71,22 +71,16 @@ class Subject:
 
 @dataclass
 class CardSubject:
-    """What a card is about.
+    """What a card is about: its title `name`, `report` and `results`, `storage` ("packed" or "dense"), the weights'
+    dtype and the bytes of all their files, and:
 
-    Attributes:
-        name: title, also of the model index; `repo_id`: where it is published, None while it is not.
-        base_model: Hub id of what was pruned, or of an adapter's sparse base; None for a local folder, whose name is
-            then `base_name`. base_revision: its commit.
-        storage: "packed" or "dense". dtype: of the weights. file_bytes: of all their files.
-        dense_revision: branch that holds the dense variant, or None.
-        figures: file → whether it was drawn.
-        adapter: None for a model of its own; otherwise `kind` ("LORA"), `settings` by name, `num_parameters`.
-        auto_class: name of the class of transformers that loads it.
-        merge: of the adapters that became part of the weights, where nothing has changed them since.
-        tuning: how it was tuned: `title`, and settings by name.
-        local_source: the folder that it was loaded from, which the card does not name.
-        inherited: of the base model's card: license, language, pipeline tag. tags: further ones.
-    """
+    `repo_id`, where it is published, None while it is not; `dense_revision`, the branch of its dense variant.
+    `base_model`, the Hub id of what was pruned, or of an adapter's sparse base, None for a local folder, whose name is
+    then `base_name`; `base_revision`, its commit; what is `inherited` of its card: license, language, pipeline tag.
+    `figures`, file → whether it was drawn. `adapter`, None for a model of its own, otherwise its `kind` ("LORA"),
+    `settings` by name and `num_parameters`. `auto_class`, which class of transformers loads it. `merge`, of the
+    adapters that became part of the weights, where nothing has changed them since. `tuning`, `title` and settings by
+    name. `local_source`, the folder that it was loaded from, which the card does not name. Further `tags`."""
 
     name: str
     report: SparsityReport | None

@@ -1,4 +1,4 @@
-"""Writing a model's card and figures into a folder."""
+"""Writing a model's card and figures into a folder; and the names that the Hub allows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from ..checkpoint.model_class import class_for_model
 from ..checkpoint.staging import write_text
 from ..checks import check_one_of
 from ..evaluation import EvaluationResults, settle_records, tuning_title
+from ..records import is_repo_id
 from ..records.kinds import check_revision
 from .card import render_card
 from .figures import draw_figures
 from .metadata import card_of_source
-from .names import LANGUAGES, check_repository
 from .subject import CardSubject, Subject
 
 CARD_NAME = "README.md"
+LANGUAGES = ("en", "ko")
 _SHOWN_OF_TUNING = ("method", "steps", "num_epochs", "learning_rate", "r")
 
 
@@ -140,3 +141,26 @@ def _adapter_facts(model: Any, directory: Path) -> dict[str, Any]:
     count = sum(math.prod(header.shape) for file in files for header in file.values())
     kind = str(getattr(config["peft_type"], "value", config["peft_type"]))
     return {"kind": kind, "settings": settings, "num_parameters": count}
+
+
+def check_repository(repo_id: Any) -> None:
+    """Raises ValueError for a name that the Hub does not allow."""
+    if not is_repo_id(repo_id):
+        raise ValueError(
+            f"repo_id={repo_id!r} cannot be a name on the Hub; use \"user/name\": letters, digits, '-', '_' and '.', "
+            "neither of them twice in a row, nor '-' or '.' at an end, at most 96 in all"
+        )
+
+
+def check_target(
+    repo_id: str, revision: str | None = None, dense_revision: str | None = None, create_pr: bool = False
+) -> None:
+    """Raises ValueError for names that the Hub does not allow, or that do not go together."""
+    check_repository(repo_id)
+    for argument, branch in (("revision", revision), ("dense_revision", dense_revision)):
+        if branch is not None:
+            check_revision(branch, argument)
+    if dense_revision is not None and dense_revision == (revision or "main"):
+        raise ValueError(f"dense_revision={dense_revision!r} is where the packed model goes; name another branch")
+    if dense_revision is not None and create_pr:
+        raise ValueError("dense_revision and create_pr do not go together: push the dense variant to its branch")

@@ -40,7 +40,10 @@ def build(kind: Any, value: Any, where: str = "") -> Any:
     if holder in (Union, types.UnionType):
         return _one_of(arguments, value, where)
     if dataclasses.is_dataclass(kind) or is_typeddict(kind):
-        return _object(kind, value, where)
+        built = kind(**build_fields(*_fields_of(kind), value, where))
+        if hasattr(built, "check_record"):
+            built.check_record(where)
+        return built
     if holder is dict:
         return _mapping(arguments, value, where)
     if holder is list:
@@ -51,7 +54,9 @@ def build(kind: Any, value: Any, where: str = "") -> Any:
         return tuple(build(arguments[i], item, f"{where}[{i}]") for i, item in enumerate(value))
     if kind is Any:
         return _any(value, where)
-    return _line(value) if kind is str else _number(kind, value, where)
+    if kind is str:
+        return re.sub(r"[\n\t]+", " ", clean(value))  # the text of a field is one line
+    return _number(kind, value, where)
 
 
 def build_fields(required: Mapping[str, Any], optional: Mapping[str, Any], value: Any, where: str) -> dict[str, Any]:
@@ -87,13 +92,6 @@ def _annotated(kind: Any, value: Any, where: str) -> Any:
                 built = check(built)
             except ValueError as error:
                 raise ValueError(f"{where or 'it'} is {_shown(built)}, {error}") from None
-    return built
-
-
-def _object(kind: Any, value: Any, where: str) -> Any:
-    built = kind(**build_fields(*_fields_of(kind), value, where))
-    if hasattr(built, "check_record"):
-        built.check_record(where)
     return built
 
 
@@ -164,9 +162,8 @@ def _fits(kind: Any, value: Any) -> bool:
     for member in _members(kind):
         holder = get_origin(member) or member
         types_of_json = _TYPES.get(holder, holder if holder in _NAMES else dict)
-        if member is Any or (
-            isinstance(value, types_of_json) and (not isinstance(value, bool) or member not in (int, float))
-        ):
+        is_number = member in (int, float)
+        if member is Any or (isinstance(value, types_of_json) and not (is_number and isinstance(value, bool))):
             return True
     return False
 
@@ -179,11 +176,6 @@ def _name(kind: Any) -> str:
 
 def _version(kind: Any) -> Version | None:
     return next((mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Version)), None)
-
-
-def _line(text: str) -> str:
-    """The text of a field is one line."""
-    return re.sub(r"[\n\t]+", " ", clean(text))
 
 
 def _shown(value: Any) -> str:

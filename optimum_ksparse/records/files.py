@@ -38,8 +38,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def to_json(value: Any, indent: int | None = 2) -> str:
     """A dataclass, or a value, as the text of a JSON file. NaN and Inf, which are no JSON, become null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
     return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -89,10 +89,10 @@ class SparsityReport:
     def reconstruction_losses(self) -> tuple[float, float] | None:
         """Mean loss of the reconstructed blocks, before and after; None where there are none."""
         pairs = [(row.loss_before, row.loss_after) for row in self.reconstruction]
-        known = [(before, after) for before, after in pairs if before is not None and after is not None]
-        if not known:
+        losses = [(before, after) for before, after in pairs if before is not None and after is not None]
+        if not losses:
             return None
-        return sum(before for before, _ in known) / len(known), sum(after for _, after in known) / len(known)
+        return sum(before for before, _ in losses) / len(losses), sum(after for _, after in losses) / len(losses)
 
     @property
     def num_weights(self) -> int:

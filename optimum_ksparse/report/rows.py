@@ -173,15 +173,9 @@ class LayerKind:
 
 @dataclass
 class Change:
-    """What was done to the weights after pruning, as far as it is known.
-
-    Attributes:
-        kind: "trained", "merged" (an adapter became part of them), or "unknown": they are others than before, and
-            nothing recorded why.
-        by: the class of the trainer, or the method of merging.
-        dataset: what was trained on. steps, epochs: how long.
-        adapters: kinds of those that were merged, such as "LORA".
-    """
+    """What was done to the weights after pruning, as far as it is known: "trained", "merged" (an adapter, of the kinds
+    in `adapters`, became part of them), or "unknown" (they are others than before, and nothing recorded why); by which
+    class of trainer or method of merging; on what, and how long."""
 
     kind: str
     by: str | None = None

@@ -53,9 +53,9 @@ def _allocated(report: SparsityReport) -> str:
         densities = [layer.density for layer in report.layers]
         least, most = min(densities), max(densities)
         return f"allocation owl: densities {least:.4f} to {most:.4f}, by the outliers of each block"
-    found = Counter(layer.pattern for layer in report.layers)
+    layers = Counter(layer.pattern for layer in report.layers)
     return (
         f"allocation owl, target_density {report.config.get('target_density')}: "
-        f"{', '.join(f'{pattern} in {count}' for pattern, count in found.items())} layers, dense in "
+        f"{', '.join(f'{pattern} in {count}' for pattern, count in layers.items())} layers, dense in "
         f"{report.num_left_dense}, which would lose most"
     )

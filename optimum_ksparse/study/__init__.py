@@ -3,9 +3,8 @@ own, and the tables and figures of what came of it. An application of the librar
 
 from .figures import write_figures
 from .grid import Place, grid
-from .quantities import TABLES, Spread, spread
+from .quantities import NSMC_TASKS, TABLES, Spread, spread
 from .recipe import RECIPE_KEYS, Recipe
 from .results import CellResult, Row, StudyResults, load_study
 from .run import list_cells, run_study, tabulate_study
 from .tables import markdown, write_tables
-from .tasks import NSMC_TASKS

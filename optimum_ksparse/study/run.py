@@ -67,8 +67,7 @@ def tabulate_study(recipe: Recipe) -> StudyResults:
 
 
 def list_cells(recipe: Recipe) -> dict[str, tuple[Cell, str]]:
-    """The cells by id, each with "done", "failed", "begun" or "to do", by what lies in the output. Nothing is
-    written, and nothing is read of the model."""
+    """The cells by id, each with "done", "failed", "begun" or "to do", by what lies in the output."""
     folder = Path(recipe.output) / CELLS
     states = {RESULT_NAME: "done", FAILURE_NAME: "failed", LOG_NAME: "begun"}
     return {

@@ -19,8 +19,15 @@ from .results import Row, StudyResults
 
 
 def write_tables(results: StudyResults, output: Path) -> None:
-    """Writes `tables.md`, and `results.json`, in which an infinite figure is null."""
-    rows = [_record_of(results, row) for row in results.rows()]
+    """Writes `tables.md`, and `results.json`, in which an infinite figure is null, and a row has what was published of
+    it: of the published method, or of the dense model."""
+    published, rows = results.record.published, []
+    for row in results.rows():
+        is_theirs = row.pattern == DENSE or published.get("method") in (None, row.method)
+        figure = published.get(row.quantity, {}).get(row.pattern) if is_theirs else None
+        place = {"figure": row.quantity, "method": row.method, "calibration": row.calibration, "pattern": row.pattern}
+        spread = {"mean": row.spread.mean, "deviation": row.spread.deviation, "seeds": row.spread.count}
+        rows.append({**place, **spread, "published": figure})
     write_text(output / "tables.md", markdown(results))
     cells = [
         {**asdict(result), "places": results.record.cells[cell].places, "figures": result.figures}
@@ -34,16 +41,6 @@ def write_tables(results: StudyResults, output: Path) -> None:
         "unfinished": results.titles(cell for cell in results.record.cells if cell not in results.cells),
     }
     write_text(output / "results.json", to_json(content, indent=1))
-
-
-def _record_of(results: StudyResults, row: Row) -> dict[str, Any]:
-    """A row with what was published of it: of the published method, or of the dense model."""
-    published = results.record.published
-    is_theirs = row.pattern == DENSE or published.get("method") in (None, row.method)
-    figure = published.get(row.quantity, {}).get(row.pattern) if is_theirs else None
-    place = {"figure": row.quantity, "method": row.method, "calibration": row.calibration, "pattern": row.pattern}
-    spread = {"mean": row.spread.mean, "deviation": row.spread.deviation, "seeds": row.spread.count}
-    return {**place, **spread, "published": figure}
 
 
 def markdown(results: StudyResults) -> str:

@@ -294,7 +294,7 @@ def test_logits_never_exceed_the_chunk(
 ) -> None:
     expected = evaluate_perplexity(sharp_model, tokenizer, TEXTS, seq_len=16, batch_size=2)
     limit = positions * 2 * VOCABULARY * 4
-    monkeypatch.setattr("optimum_ksparse.evaluation.head._LOGITS_BYTES", limit)
+    monkeypatch.setattr("optimum_ksparse.evaluation.running._LOGITS_BYTES", limit)
     sizes = []
     handle = sharp_model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(out.numel() * 4))
     found = evaluate_perplexity(sharp_model, tokenizer, TEXTS, seq_len=16, batch_size=2)
@@ -310,7 +310,7 @@ def test_a_part_of_the_positions_gives_the_same(
     """Also where the head does not call the base, but the decoder inside it, as OPT's does."""
     model = make_model(name)
     expected = evaluate_perplexity(model, tokenizer, TEXTS[:1], seq_len=16)
-    monkeypatch.setattr("optimum_ksparse.evaluation.head._LOGITS_BYTES", 1)
+    monkeypatch.setattr("optimum_ksparse.evaluation.running._LOGITS_BYTES", 1)
     assert_same(evaluate_perplexity(model, tokenizer, TEXTS[:1], seq_len=16), expected)
 
 

@@ -16,7 +16,7 @@ from optimum_ksparse.hub.card import BEGIN, END
 from optimum_ksparse.hub.figures import ERROR_FIGURE, RESULTS_FIGURE
 from optimum_ksparse.hub.subject import CardSubject
 from optimum_ksparse.report import BlockReport, Change, LayerReport, SparsityReport
-from optimum_ksparse.study import tasks  # noqa: F401 - their titles
+from optimum_ksparse.study import quantities  # noqa: F401 - their titles
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)

@@ -23,7 +23,7 @@ from optimum_ksparse.evaluation import (
     evaluate_kobest,
     evaluate_model,
 )
-from optimum_ksparse.study.tasks import NSMC_DATASET, NSMC_TASKS
+from optimum_ksparse.study.quantities import NSMC_DATASET, NSMC_TASKS
 
 from ..loopback_hub import LoopbackHub
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,8 +22,9 @@ from ...checkpoint.model_class import load_model
 from ...checkpoint.staging import check_apart, check_output, claimed, staged, write_text
 from ...data import read_tokenizer
 from ...evaluation import EvaluationResults, Measurement, tuning_settings
-from ...evaluation.environment import check_causal_lm
+from ...evaluation.running import check_causal_lm
 from ...kernels import fast_products
+from ...pruning.streaming import Journal
 from ...records import RESULTS_NAME, TUNING_NAME, read_record, to_json
 from .settings import FinetuningSettings, linear_targets
 
@@ -250,9 +250,9 @@ def _check_job(path: Path, job: dict[str, Any], remedy: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     record: dict[str, Any] = read_record(dict[str, Any], path, "is no record of a tuning", f"; {remedy}")
-    wanted = json.loads(json.dumps(job))
-    names = sorted({*record, *wanted} - set(_OUTCOMES))
-    different = [f"{n}={record.get(n)!r}, not {wanted.get(n)!r}" for n in names if record.get(n) != wanted.get(n)]
-    if different:
-        raise ValueError(f"{path.parent} holds a run with {', '.join(different)}: use another folder, or {remedy}")
+    earlier = {name: value for name, value in record.items() if name not in _OUTCOMES}
+    if differences := Journal(earlier).differences(job):
+        raise ValueError(
+            f"{path.parent} holds another run ({'; '.join(differences)}): use another folder, or {remedy}"
+        )
     return record

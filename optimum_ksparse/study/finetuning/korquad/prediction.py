@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ....blocks import evaluation_mode
-from ....evaluation.environment import environment
+from ....evaluation.running import environment
 from ....kernels import fast_products, product_dtype
 from ..settings import KorQuADSettings
 from .data import KorQuADData, Question

@@ -58,17 +58,18 @@ def make_windows(
             ids, offsets = _encode(context, tokenizer)
         tokens = _encode(question.question, tokenizer)[0][: settings.max_question_tokens]
         head = [*prefix, *tokens, SEPARATOR]
-        answer = None if question.span is None else _token_span(offsets, *question.span)
+        first, after = question.span or (0, 0)  # its characters; several tokens may share one
+        answer = [i for i, (start, end) in enumerate(offsets) if start < after and end > first]
         room = (settings.seq_len or _USUAL_LENGTH) - len(head) - 1
         step = min(settings.stride, room)
         for begin in [0, *range(step, len(ids) - room + step, step)] if len(ids) > room else [0]:
             stop = min(begin + room, len(ids))
             window: dict[str, Any] = {"input_ids": [*head, *ids[begin:stop], END], "offsets": offsets[begin:stop]}
             start, end = -1, -1
-            if answer is not None:
-                inside = begin <= answer[0] and answer[1] < stop
+            if answer:
+                inside = begin <= answer[0] and answer[-1] < stop
                 last = len(window["input_ids"]) - 1
-                start, end = (len(head) + position - begin if inside else last for position in answer)
+                start, end = (len(head) + answer[i] - begin if inside else last for i in (0, -1))
             window |= {"question": number, "first": len(head), "start_positions": start, "end_positions": end}
             windows.append(window)
     return windows
@@ -100,9 +101,3 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], l
         text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
     )
     return encoded["input_ids"], [(start, end) for start, end in encoded["offset_mapping"]]
-
-
-def _token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int] | None:
-    """The first and last token that hold a character from `start` to before `end`; several tokens may share one."""
-    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-    return (inside[0], inside[-1]) if inside else None

@@ -1,11 +1,11 @@
-"""`optimum-cli ksparse push`."""
+"""`optimum-cli ksparse card`, which writes a card beside a model, and `push`, which publishes both."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..checkpoint import facts_of
-from ..hub import CARD_NAME, LANGUAGES, check_target, push_model, read_card
+from ..hub import CARD_NAME, LANGUAGES, check_repository, check_target, push_model, read_card, write_card
 from ..records import HEAD_NAME
 from .base import DTYPES, LOADING_TEXTS, PROTOCOL, TRUST, Command, folder_of, load_checkpoint, protocol_of, usage
 
@@ -23,7 +23,26 @@ _LOADING_TEXTS = {
     "tokenizer": "name or folder, where it is not beside the model; none: without one",
 }
 _OPTIONS = (*_TEXTS, "private", "create_pr", "tokenizer", "trust_remote_code")
+_REPO_ID = {"repo_id": "user/name under which it is (to be) published"}
 _WITHOUT = ("none", "false")  # how flags and recipes write tokenizer=False
+
+
+class CardCommand(Command):
+    MODELS = ()
+    REQUIRED = ("checkpoint",)
+    WORDS = {"checkpoint": "folder of a sparse checkpoint, or of an adapter on one"}
+    SWITCHES = TRUST
+    FLAGS = (({name: _TEXTS[name] for name in ("language", "tags")}, push_model), (_REPO_ID,))
+    CHOICES = {"language": LANGUAGES}
+
+    def execute(self) -> None:
+        settings = self.settings()
+        folder = folder_of(settings.pop("checkpoint"))
+        with usage():
+            if "repo_id" in settings:
+                check_repository(settings["repo_id"])
+        model = load_checkpoint(folder, {"trust_remote_code": settings.pop("trust_remote_code", None)})
+        print(f"written: {write_card(model, folder, **settings)}")
 
 
 class PushCommand(Command):
