@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint import facts_of, fingerprint, sparse_modules
 from ..checkpoint.staging import check_output
@@ -75,14 +74,9 @@ class EvalCommand(Command):
             if rows is not None:
                 take(rows)
         if dense is not None:
-            how: dict[str, Any] = {
-                "like": type(model),
-                "dtype": model.dtype,
-                "device": settings.get("device_map") or model.device,
-                "num_parameters": getattr(facts_of(model).report, "num_parameters", None),
-            }
+            device = settings.get("device_map") or model.device
             del model  # the dense model has the machine to itself
-            evaluate_baseline(results, dense, tokenizer, protocol, on_measured=keep, **how)
+            evaluate_baseline(results, dense, tokenizer, protocol, device=device, on_measured=keep)
         results.save(output)
         print(results_table(results))
         print(f"written to {output / RESULTS_NAME}")

@@ -14,17 +14,15 @@ from ..data import CalibrationData, copy_processor, read_tokenizer
 from ..pruners.solve import solve_on_mask
 from ..records import HEAD_NAME, TUNING_NAME, printable, recorded_repository
 from .base import DTYPES, LOADING_TEXTS, OVERWRITE, TRUST, Command
+from .prune import SETTINGS_TEXTS
 
 # Settings of merge_adapter. It cannot be asked for them without PEFT: they have the types of what it passes them to.
 _CALIBRATION_TEXTS = {
     "dataset": "calibration text, which solve needs: mc4-ko (Korean web text), c4 (English), kowiki, self, a .txt or "
     ".jsonl file, or a mix: mc4-ko=0.5,self=0.5 (default: none)",
     "tokenizer": "name or folder (default: the base model's own)",
-    "num_samples": "calibration sequences",
     "seq_len": "tokens in each of them (default: 512)",
-    "batch_size": "sequences in one forward pass",
-    "seed": "draws documents and crops",
-    "prepend_bos": "begin each sequence with the beginning token (default: where the tokenizer does)",
+    **{name: SETTINGS_TEXTS[name] for name in ("num_samples", "batch_size", "seed", "prepend_bos")},
 }
 _SOLVER_TEXTS = {
     "damping": "of solve: holds weights near those of masked (default: 0)",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..checkpoint import facts_of, sparse_modules
@@ -23,19 +23,23 @@ logger = logging.get_logger(__name__)
 @dataclass(frozen=True)
 class Baseline:
     """The dense model to measure beside a sparse one: `source` is its Hub id or folder, `revision` its commit (None
-    for a folder, or for the newest), `arguments` what else `from_pretrained` needs (`gguf_file`, `subfolder`, …)."""
+    for a folder, or for the newest), `arguments` what else `from_pretrained` needs (`gguf_file`, `subfolder`, …). It
+    is loaded `like` the sparse model, in its dtype, and has at least the parameters of what was pruned."""
 
     source: str
     revision: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    like: Any = field(default=AutoModelForCausalLM, compare=False)
+    dtype: torch.dtype | str = field(default="auto", compare=False)
+    num_parameters: int | None = field(default=None, compare=False)
 
     @property
     def loading(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` that find it."""
         return {**self.arguments, **({} if self.revision is None else {"revision": self.revision})}
 
-    def load(self, like: PreTrainedModel | type[PreTrainedModel], dtype: torch.dtype, device: Any) -> PreTrainedModel:
-        """Loads it with a class of model, in a dtype, on a device or by a device map."""
+    def load(self, device: Any) -> PreTrainedModel:
+        """Loads it on a device, or by a device map. Raises ValueError where it cannot be a baseline."""
         if read_tuning(self.source, self.revision, self.arguments.get("token")) is not None:
             raise ValueError(
                 f"{describe_source(self.source)} was tuned, and is not what the sparse model was made from: measure "
@@ -47,10 +51,14 @@ class Baseline:
         placed = isinstance(device, str | dict)
         if placed:
             arguments["device_map"] = device
-        cls: Any = like if isinstance(like, type) else type(like)
-        model = cls.from_pretrained(self.source, dtype=dtype, **arguments)
+        model: Any = self.like.from_pretrained(self.source, dtype=self.dtype, **arguments)
         if sparse_modules(model):
             raise ValueError(f"{describe_source(self.source)} is sparse itself, and no dense baseline")
+        if model.num_parameters() < (self.num_parameters or 0):  # more where blocks were dropped before
+            raise ValueError(
+                f"the baseline {describe_source(self.source)} has {model.num_parameters():,} parameters, the "
+                f"model that was pruned had {self.num_parameters:,}: it is another model"
+            )
         return model if placed else model.to(device)
 
 
@@ -82,8 +90,10 @@ def choose_baseline(
 ) -> Baseline:
     """The dense model that is named; for True and None the recorded one. Raises ValueError where that is not known, or
     cannot be read."""
+    size = getattr(facts_of(model).report, "num_parameters", None)
+    how: dict[str, Any] = {"like": type(model), "dtype": model.dtype, "num_parameters": size}
     if isinstance(given, Baseline):
-        return given
+        return replace(given, **how)
     base = Baseline(os.fspath(given)) if isinstance(given, str | os.PathLike) else recorded_baseline(model)
     if token is not None:
         base = replace(base, arguments={**base.arguments, "token": token})
@@ -96,7 +106,7 @@ def choose_baseline(
             f"the dense baseline {describe_source(base.source)!r} cannot be read ({type(error).__name__}): pass "
             "baseline=<Hub id or folder> to say where it is"
         ) from error
-    return base
+    return replace(base, **how)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint import describe_model, facts_of, sparse_modules
 from ..checkpoint.digests import fingerprint
-from ..records import describe_source
 from .baseline import Baseline, choose_baseline, set_aside
 from .kobest import KOBEST_TASKS, mean_f1
 from .protocol import EvaluationProtocol, check_protocol
@@ -60,10 +59,8 @@ def evaluate_model(
         results.dense_model, results.dense_revision = describe_model(model), facts.commit
     _measure_missing(results, part, model, tokenizer, protocol, on_measured)
     if dense is not None:
-        how: dict[str, Any] = {"like": model, "dtype": model.dtype, "on_measured": on_measured}
-        how["num_parameters"] = None if facts.report is None else facts.report.num_parameters
         with set_aside(model) as device:
-            evaluate_baseline(results, dense, tokenizer, protocol, device=device, **how)
+            evaluate_baseline(results, dense, tokenizer, protocol, device=device, on_measured=on_measured)
     return results
 
 
@@ -73,24 +70,14 @@ def evaluate_baseline(
     tokenizer: PreTrainedTokenizerBase,
     protocol: EvaluationProtocol | None = None,
     *,
-    like: PreTrainedModel | type[PreTrainedModel],
-    dtype: torch.dtype,
     device: Any = "cpu",
-    num_parameters: int | None = None,
     on_measured: Callable[[EvaluationResults], None] | None = None,
 ) -> None:
-    """Loads the dense model like the sparse one (a model or class), in its dtype, on its device (a string or dict is a
-    device map), measures it by the same protocol into `results.dense`, and frees it. Raises ValueError where it is
-    sparse itself, was tuned, or has fewer than the `num_parameters` of the model that was pruned: it may have lost
-    blocks."""
+    """Loads the dense model on a device (a string or dict is a device map), measures it by the same protocol into
+    `results.dense`, and frees it. Raises ValueError where it cannot be the baseline."""
     protocol = protocol or EvaluationProtocol()
-    model = baseline.load(like, dtype, device)
+    model = baseline.load(device)
     try:
-        if num_parameters is not None and model.num_parameters() < num_parameters:
-            raise ValueError(
-                f"the baseline {describe_source(baseline.source)} has {model.num_parameters():,} parameters, the "
-                f"model that was pruned had {num_parameters:,}: it is another model"
-            )
         earlier = results.dense_model, results.dense_revision
         results.dense_model, results.dense_revision = describe_model(model), facts_of(model).commit
         if earlier != (results.dense_model, results.dense_revision):

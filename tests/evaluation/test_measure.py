@@ -293,7 +293,7 @@ def test_nothing_is_measured_again(
     model.ksparse.results.save(tmp_path)
     model.ksparse.results = EvaluationResults.load(tmp_path / RESULTS_NAME)
     assert evaluate_model(model, tokenizer, protocol, baseline=str(dense)) == first
-    evaluate_baseline(model.ksparse.results, Baseline(str(dense)), tokenizer, protocol, like=model, dtype=model.dtype)
+    evaluate_baseline(model.ksparse.results, Baseline(str(dense), dtype=model.dtype), tokenizer, protocol)
     assert calls == {"perplexity": 2, "kobest": 2}
 
 
@@ -328,7 +328,7 @@ def test_another_dtype_is_measured_again(
     dense: Path, model: PreTrainedModel, tokenizer: Tokenizer, words: EvaluationProtocol, calls: Counter[str]
 ) -> None:
     results = evaluate_model(model, tokenizer, words, baseline=True)
-    evaluate_baseline(results, Baseline(str(dense)), tokenizer, words, like=type(model), dtype=torch.bfloat16)
+    evaluate_baseline(results, Baseline(str(dense), dtype=torch.bfloat16), tokenizer, words)
     assert calls["perplexity"] == 3
     assert [row.protocol["dtype"] for row in results.dense] == ["bfloat16"]
     assert results.pairs()[0][0].differences(results.dense[0]) == ["dtype"]
@@ -519,12 +519,12 @@ def test_baseline_is_freed(
             raise error
 
     results = EvaluationResults("")
-    arguments = {"like": model, "dtype": torch.float32, "on_measured": on_measured}
+    base = Baseline(str(dense), dtype=torch.float32)
     if error is None:
-        evaluate_baseline(results, Baseline(str(dense)), tokenizer, words, **arguments)
+        evaluate_baseline(results, base, tokenizer, words, on_measured=on_measured)
     else:
         with pytest.raises(error):
-            evaluate_baseline(results, Baseline(str(dense)), tokenizer, words, **arguments)
+            evaluate_baseline(results, base, tokenizer, words, on_measured=on_measured)
         gc.collect()
     assert alive == [True]
     assert loaded[0]() is None
@@ -533,7 +533,7 @@ def test_baseline_is_freed(
 
 @pytest.mark.parametrize("device", ["cpu", {"": "cpu"}, torch.device("cpu")])
 def test_baseline_is_loaded_by_a_device_or_a_device_map(device: Any, dense: Path, model: PreTrainedModel) -> None:
-    base = Baseline(str(dense)).load(model, torch.bfloat16, device)
+    base = Baseline(str(dense), like=type(model), dtype=torch.bfloat16).load(device)
     assert (type(base), base.dtype, base.device.type) == (type(model), torch.bfloat16, "cpu")
     assert not sparse_modules(base)
 

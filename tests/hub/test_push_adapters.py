@@ -76,11 +76,11 @@ def test_an_adapter_and_a_model_in_one_place(
 def test_a_private_baseline_is_loaded_with_its_token(hub: LoopbackHub, base: Path) -> None:
     hub.add_repo("user/dense", read(base), private=True)
     hub.required_token = TOKEN
-    model = Baseline("user/dense", None, {"token": TOKEN}).load(AutoModelForCausalLM, torch.float32, "cpu")
+    model = Baseline("user/dense", None, {"token": TOKEN}).load("cpu")
     assert model.num_parameters() > 0
     shutil.rmtree(HF_HOME / "hub")
     with pytest.raises(OSError, match="user/dense"):
-        Baseline("user/dense").load(AutoModelForCausalLM, torch.float32, "cpu")
+        Baseline("user/dense").load("cpu")
 
 
 def test_a_base_that_only_a_file_names_is_not_asked_for_its_card(hub: LoopbackHub, base: Path, tmp_path: Path) -> None:
