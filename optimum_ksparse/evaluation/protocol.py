@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import check_boolean, check_integer
+from ..checks import check_integer
 from ..data import prepends_bos
 from .kobest import KOBEST_TASKS
 from .perplexity import PERPLEXITY
@@ -54,8 +54,8 @@ class EvaluationProtocol:
             value = getattr(self, name)
             if value is not None or name in ("num_fewshot", "batch_size"):
                 check_integer(name, value, lowest)
-        if self.prepend_bos is not None:
-            check_boolean("prepend_bos", self.prepend_bos)
+        if not isinstance(self.prepend_bos, bool | None):
+            raise TypeError(f"prepend_bos must be True, False or None, found {self.prepend_bos!r}")
         if self.texts is None and not self.tasks:
             raise ValueError("no texts and no tasks: there is nothing to measure")
         for task in self.chosen:
