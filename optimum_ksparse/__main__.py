@@ -1,9 +1,16 @@
-"""All commands, of the library and of the study: `python -m optimum_ksparse …`, and `optimum-cli ksparse …`."""
+"""All commands, of the library and of the study: `python -m optimum_ksparse …`, and `optimum-cli ksparse …`.
+
+`python -m optimum_ksparse lm_eval …` runs the program of another package, and `python -m optimum_ksparse script.py …`
+a script, in a process that has imported this package: for places where it cannot be there without an import.
+"""
 
 from __future__ import annotations
 
+import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from typing import Any
 
 from .commands import COMMANDS as COMMANDS_OF_THE_LIBRARY
 from .commands import PROGRAM, Command, parse_words
@@ -17,9 +24,20 @@ def parse(words: Sequence[str] | None = None, prog: str = PROGRAM) -> Command:
     return parse_words(words, prog, COMMANDS)
 
 
+def program(word: str) -> Callable[[], Any] | None:
+    """What runs a Python script, or a program that an installed package has; None for a word of neither."""
+    if word.endswith(".py"):
+        return lambda: runpy.run_path(word, run_name="__main__")
+    return next((entry.load() for entry in entry_points(group="console_scripts", name=word)), None)
+
+
 def main(words: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Runs the command that the words say. Returns its exit status; what cannot be parsed, and `--help`, ends by
     SystemExit."""
+    words = sys.argv[1:] if words is None else list(words)
+    if words and words[0] not in COMMANDS and (run := program(words[0])) is not None:
+        sys.argv = words
+        return run() or 0
     return parse(words, prog).run()
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, TypedDict, TypeVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_ksparse_autoload import QUANT_METHOD
+
 from .checks import check_boolean, check_integer, check_keys, check_names, check_one_of
 from .data import CalibrationData
 from .data.dataset import describe_dataset, is_token_ids, recorded_dataset
@@ -20,7 +22,6 @@ from .pruners.settings import number, share, switch, whole
 from .pruners.statistics import ColumnNorms
 from .records import Count, PatternText, build, check_depth, describe_source, printable
 
-QUANT_METHOD = "optimum-ksparse"
 # Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes
 # would choke on the keyword argument of that name.
 DENSE_CONFIG_KEY = "ksparse"

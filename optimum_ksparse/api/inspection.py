@@ -11,6 +11,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
+import optimum_ksparse_autoload
+
 from ..checkpoint.model_class import class_for_config
 from ..config import QUANT_METHOD, RECORDED, SparsityConfig, recorded_settings
 from ..kernels import describe_device
@@ -28,6 +30,7 @@ class CheckpointSummary:
     file_bytes: weight file → bytes.
     report: None where the checkpoint has none.
     device: how its sparse layers run on this machine, in a sentence.
+    autoload: whether such checkpoints load here without an import of this package, in a sentence.
     """
 
     source: str
@@ -37,6 +40,7 @@ class CheckpointSummary:
     file_bytes: dict[str, int]
     report: SparsityReport | None
     device: str
+    autoload: str
 
     def to_dict(self) -> dict[str, Any]:
         totals: dict[str, Any] = {}
@@ -50,6 +54,7 @@ class CheckpointSummary:
             "num_values": sum(layer["num_values"] for layer in self.layers.values()),
             "file_bytes": self.file_bytes,
             "device": self.device,
+            "autoload": self.autoload,
             **totals,
         }
 
@@ -60,7 +65,7 @@ class CheckpointSummary:
         lines.append(f"{self.num_parameters:,} parameters, zeros included; {len(self.layers)} sparse layers")
         lines.append(f"{sum(self.file_bytes.values()):,} bytes of weights in {len(self.file_bytes)} file(s)")
         if self.layers:
-            lines.append(f"on this machine: {self.device}")
+            lines.append(f"on this machine: {self.device}; {self.autoload}")
         lines.append("no sparsity_report.json" if self.report is None else str(self.report))
         return "\n".join(lines)
 
@@ -89,7 +94,8 @@ def inspect_checkpoint(
         report.num_parameters if report is not None else _count_parameters(source, revision, trust_remote_code)
     )
     device = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return CheckpointSummary(source, settings, layers, num_parameters, _file_bytes(source, revision), report, device)
+    files, autoload = _file_bytes(source, revision), optimum_ksparse_autoload.describe()
+    return CheckpointSummary(source, settings, layers, num_parameters, files, report, device, autoload)
 
 
 def _count_parameters(source: str, revision: str | None, trust_remote_code: bool) -> int:

@@ -22,7 +22,9 @@ from .modules import (
 from .names import check_reversible, check_saved, forget_conversions
 from .records import (
     describe_model,
+    drop_guard,
     drop_record,
+    guard_packed,
     is_dense_record,
     is_our_record,
     layer_records,

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..blocks import decoder_of
 from ..config import DENSE_CONFIG_KEY, MODULE_NAMES, QUANT_METHOD, SparsityConfig
 from ..records import describe_source
 from .facts import facts_of
 from .modules import sparse_modules, stored_name
+
+# transformers reads the name of the weight file from this entry of `config.json`, if it is there. What is no such name
+# stops it, with a message that ends in it, even where `ignore_mismatched_sizes` would make random weights of packed
+# ones. This package takes it out of what is read.
+_WEIGHTS_ENTRY = "transformers_weights"
+_HOW_TO_READ = "packed sparse weights, for which you need: pip install optimum-ksparse"
 
 
 def made_with(model: PreTrainedModel) -> SparsityConfig | None:
@@ -46,6 +55,19 @@ def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 def record_layers(model: PreTrainedModel, config: SparsityConfig) -> None:
     """Writes into `config` what loading must know of the sparse layers before it reads a tensor."""
     config.layers, config.names = layer_records(model), MODULE_NAMES
+
+
+def guard_packed(folder: Path) -> None:
+    """Lets no transformers without this package read the packed weights in `folder`; the error names the package."""
+    path = folder / CONFIG_NAME
+    settings = {**json.loads(path.read_text("utf-8")), _WEIGHTS_ENTRY: _HOW_TO_READ}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def drop_guard(settings: dict[str, Any]) -> None:
+    """Takes out of what a `config.json` holds what `guard_packed` put there."""
+    if settings.get(_WEIGHTS_ENTRY) == _HOW_TO_READ:
+        del settings[_WEIGHTS_ENTRY]
 
 
 @contextmanager

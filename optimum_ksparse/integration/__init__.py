@@ -6,6 +6,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 
+from optimum_ksparse_autoload import withdraw
+
 from ..checkpoint import sparsity_report
 from ..config import QUANT_METHOD, SparsityConfig
 from ..runtime import autotune_kernels
@@ -16,6 +18,7 @@ from .quantizer import SparsityQuantizer
 
 def register() -> None:
     """Registers with transformers, and with PEFT as soon as it is imported; a second call does nothing."""
+    withdraw()
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(SparsityConfig)
         register_quantizer(QUANT_METHOD)(SparsityQuantizer)

@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME, logging
 from ..adapters import MergeReport
 from ..checkpoint import (
     check_finite,
+    drop_guard,
     drop_record,
     facts_of,
     forget_conversions,
@@ -52,6 +53,8 @@ def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(cls: type[PreTrainedModel], name: Any = None, *args: Any, **kwargs: Any) -> Any:
         name = kwargs.pop("pretrained_model_name_or_path", name)
         config, runtime = _take_config(kwargs), _take_runtime(kwargs)
+        if isinstance(kwargs.get("config"), PreTrainedConfig):  # it may have been read before this package was there
+            drop_guard(vars(kwargs["config"]))
         source = Source.read(name, kwargs)
         recorded = None if config is None else _prepare(config, source, kwargs)
         with loading_from(source):

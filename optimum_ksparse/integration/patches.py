@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
-from collections.abc import Sequence
 from functools import reduce
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from transformers.utils import logging
+
+from optimum_ksparse_autoload import when_imported
 
 logger = logging.get_logger(__name__)
 
@@ -47,10 +44,14 @@ PATCHES = (
         "integration.describing:push_to_hub",
         "transformers writes a card of its own after save_pretrained; that of PEFT's models ends here too",
     ),
+    Patch(
+        "transformers.configuration_utils:PreTrainedConfig.get_config_dict",
+        "integration.source:reading_config",
+        "a save that was cut off is put right before files are read, and what keeps others out of packed weights goes",
+    ),
     *(
         Patch(target, "integration.source:reading", "a save that was cut off is put right before files are read")
         for target in (
-            "transformers.configuration_utils:PreTrainedConfig.get_config_dict",
             "transformers.models.auto.tokenization_auto:AutoTokenizer.from_pretrained",
             "transformers.tokenization_utils_base:PreTrainedTokenizerBase.from_pretrained",
             "peft.config:PeftConfigMixin.from_pretrained",
@@ -101,15 +102,15 @@ PATCHES = (
 # Importing these takes long, and most programs never do: they are patched when somebody has imported them.
 _LATER = ("peft", "transformers.trainer")
 _applied: set[str] = set()
+_awaited: set[str] = set()
 
 
 def apply_patches() -> None:
     """Puts all replacements in their places, once: now, or when their library is imported."""
-    for library in (None, *_LATER):
-        if library is None or library in sys.modules:
-            _apply(library)
-        elif not any(isinstance(finder, _Importing) and finder.library == library for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Importing(library))
+    _apply(None)
+    for library in set(_LATER) - _awaited:
+        _awaited.add(library)
+        when_imported(library, lambda module: _apply(module.__name__))
 
 
 def _library(patch: Patch) -> str | None:
@@ -146,25 +147,3 @@ def find(target: str) -> tuple[Any, str, Any]:
     *owners, name = path.split(".")
     owner = reduce(getattr, owners, importlib.import_module(module))
     return owner, name, inspect.getattr_static(owner, name)
-
-
-class _Importing(MetaPathFinder):
-    """Finds a module as the other finders do, and patches it once it is executed."""
-
-    def __init__(self, library: str) -> None:
-        self.library = library
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != self.library:
-            return None
-        others = (finder for finder in sys.meta_path if not isinstance(finder, _Importing))
-        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _apply(name)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec

@@ -21,6 +21,7 @@ from ..checkpoint import (
     check_saved,
     dense_shapes,
     facts_of,
+    guard_packed,
     is_elsewhere,
     is_our_record,
     made_with,
@@ -81,6 +82,8 @@ def save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
             original(self, **{**known, "save_directory": staging})
             if config is not None and is_sparse and not adapted and not is_elsewhere(self):
                 check_saved(self, staging, config.storage == "packed")
+            if config is not None and is_sparse and not adapted and config.storage == "packed":
+                guard_packed(Path(staging))
             if adapted:
                 record(self, staging)
             for found in settled_records(self, state_dict):

@@ -15,7 +15,7 @@ from transformers.utils import cached_file, hub
 
 from ..api import sparsify
 from ..blocks import find_blocks
-from ..checkpoint import check_index, check_loaded, note_origin, random_weights
+from ..checkpoint import check_index, check_loaded, drop_guard, note_origin, random_weights
 from ..checkpoint.staging import recover
 from ..config import SparsityConfig
 from ..hub import card_of_source
@@ -125,3 +125,16 @@ def reading(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(cls, source, *args, **kwargs)
 
     return read
+
+
+def reading_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of `PreTrainedConfig.get_config_dict`, by which all configs are read."""
+    read = reading(original)
+
+    @functools.wraps(original)
+    def read_config(cls: type, source: Any = None, *args: Any, **kwargs: Any) -> Any:
+        settings, unused = read(cls, source, *args, **kwargs)
+        drop_guard(settings)
+        return settings, unused
+
+    return read_config

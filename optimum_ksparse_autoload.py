@@ -1,0 +1,150 @@
+"""Sparse checkpoints load in a process that never imports `optimum_ksparse`: it is imported for the first of them.
+
+torch calls `install`, an entry point of its group `torch.backends`, at the end of `import torch`. Nothing is imported
+then: it waits for the two modules of transformers through which every model is loaded. The module stands beside the
+package, because whatever is in the package imports the package first.
+
+`KSPARSE_AUTOLOAD=0` turns it off, and so does torch's own `TORCH_DEVICE_BACKEND_AUTOLOAD=0`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "optimum_ksparse"
+QUANT_METHOD = "optimum-ksparse"
+_SWITCHES = ("KSPARSE_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+_is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
+_undo: list[Callable[[], object]] = []
+
+
+def install() -> None:
+    """What torch calls. An exception would stop `import torch`: there is nothing in it that could raise one."""
+    if os.environ.get("KSPARSE_AUTOLOAD") == "0" or PACKAGE in sys.modules or _undo:
+        return
+    for name, act in (("transformers.quantizers.auto", _wait_for_config), ("transformers.modeling_utils", _wrap)):
+        _undo.append(functools.partial(_forget, when_imported(name, act)))
+
+
+def withdraw() -> None:
+    """Takes all of it back. The package calls this when it is imported: it does the same itself, and more."""
+    while _undo:
+        _undo.pop()()
+
+
+def describe() -> str:
+    """Whether sparse checkpoints load without an import where this is installed, in a sentence."""
+    from importlib.metadata import entry_points
+
+    if name := next((name for name in _SWITCHES if os.environ.get(name) == "0"), None):
+        return f"sparse checkpoints load after `import {PACKAGE}` alone, because {name}=0"
+    if not any(entry.value.startswith(__name__) for entry in entry_points(group="torch.backends")):
+        return f"sparse checkpoints load after `import {PACKAGE}` alone, because {QUANT_METHOD} is not installed"
+    return "sparse checkpoints load without an import"
+
+
+def when_imported(name: str, act: Callable[[ModuleType], object]) -> MetaPathFinder | None:
+    """Calls `act` with a module: now if it is there, else once somebody has imported it. Returns what waits for it."""
+    if name in sys.modules:
+        act(sys.modules[name])
+        return None
+    finder = _Waiting(name, act)
+    sys.meta_path.insert(0, finder)
+    return finder
+
+
+class _Waiting(MetaPathFinder):
+    """Finds a module as the other finders do, and acts when it has been executed. Looking for it is no import."""
+
+    def __init__(self, name: str, act: Callable[[ModuleType], object]) -> None:
+        self.name, self.act = name, act
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _Waiting))
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _forget(self)
+                self.act(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _forget(finder: MetaPathFinder | None) -> None:
+    if finder in sys.meta_path:
+        sys.meta_path.remove(finder)
+
+
+class _IsSparse(Exception):  # noqa: N818 (not an error)
+    """Stops the loading of a checkpoint that turns out to be sparse."""
+
+
+class _Config:
+    """Stands where `SparsityConfig` will stand in transformers' table of quantization configs."""
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any], **kwargs: Any) -> Any:
+        if _is_loading.get():
+            raise _IsSparse
+        import optimum_ksparse
+
+        return optimum_ksparse.SparsityConfig.from_dict(settings, **kwargs)
+
+
+def _wait_for_config(module: ModuleType) -> None:
+    table = getattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
+    if isinstance(table, dict) and QUANT_METHOD not in table:
+        table[QUANT_METHOD] = _Config
+        _undo.append(functools.partial(table.pop, QUANT_METHOD))
+
+
+def _wrap(module: ModuleType) -> None:
+    """Wraps `PreTrainedModel.from_pretrained`: what is ours is loaded by the package, from the beginning. Any other
+    model is loaded as if this were not here."""
+    owner = getattr(module, "PreTrainedModel", None)
+    method = vars(owner).get("from_pretrained") if owner is not None else None
+    if owner is None or not isinstance(method, classmethod):
+        return
+    original = method.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        ours = "sparsity_config" in kwargs or "runtime_config" in kwargs or _is_sparse(kwargs.get("config"))
+        if not ours:
+            token = _is_loading.set(True)
+            try:
+                loaded = original(cls, *args, **kwargs)
+            except _IsSparse:
+                ours = True
+            finally:
+                _is_loading.reset(token)
+        # A dense-stored one, which a class that reads the config itself has loaded as the dense model that it also is.
+        if ours or _is_sparse(getattr(loaded[0] if isinstance(loaded, tuple) else loaded, "config", None)):
+            import optimum_ksparse  # noqa: F401 (withdraws this wrapper and has its own)
+
+            return vars(owner)["from_pretrained"].__func__(cls, *args, **kwargs)
+        return loaded
+
+    owner.from_pretrained = classmethod(from_pretrained)
+    _undo.append(functools.partial(setattr, owner, "from_pretrained", method))
+
+
+def _is_sparse(config: Any) -> bool:
+    """Whether a model's config is that of a checkpoint of ours, packed or dense."""
+    settings = getattr(config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return method == QUANT_METHOD or isinstance(getattr(config, "ksparse", None), dict)
