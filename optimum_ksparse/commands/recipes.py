@@ -15,13 +15,10 @@ from ..checks import check_keys
 _TAG = "tag:yaml.org,2002:"
 # The core schema: https://yaml.org/spec/1.2.2/#1032-tag-resolution
 _SCALARS = {
-    "null": (r"~|null|Null|NULL|", "~nN"),
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
 
 
@@ -32,24 +29,19 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is there twice", node.value[index][0].start_mark
-                )
+                place = node.value[index][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", place)
         return super().construct_mapping(node, deep)
 
     def construct_integer(self, node: Any) -> int:
-        text = self.construct_scalar(node)
-        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-        return int(text if base == 10 else text[2:], base)
+        return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
 
     def construct_number(self, node: Any) -> float:
-        return float(re.sub(r"\.(?=inf|nan)", "", self.construct_scalar(node).lower()))
+        return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
 
 
-for _name, (_pattern, _first) in _SCALARS.items():
-    _Loader.add_implicit_resolver(
-        _TAG + _name, re.compile(rf"(?:{_pattern})\Z"), [*_first, *([""] if _name == "null" else [])]
-    )
+for _name, _pattern in _SCALARS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), None)
 _Loader.add_constructor(f"{_TAG}int", _Loader.construct_integer)
 _Loader.add_constructor(f"{_TAG}float", _Loader.construct_number)
 

@@ -1,6 +1,5 @@
 """Measuring models."""
 
-from ..checkpoint.digests import fingerprint, tensor_digests
 from .baseline import Baseline, choose_baseline, recorded_baseline, set_aside
 from .harness import HarnessTask
 from .kobest import KOBEST_TASKS, STUDY_TASKS
@@ -10,12 +9,5 @@ from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
 from .table import result_rows, results_table
 from .tasks import TASKS, HubEntry, Task, add_task, task_of
-from .ties import (
-    TrainingRun,
-    adapted_fingerprint,
-    mark_weights,
-    note_merge,
-    settle_records,
-    settled_records,
-)
+from .ties import TrainingRun, adapted_fingerprint, mark_weights, note_merge, settle_records, settled_records
 from .tuning import read_tuning, tuning_settings, tuning_title

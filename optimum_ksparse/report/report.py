@@ -44,7 +44,7 @@ class SparsityReport:
             changes what is loaded is taken from a file.
         base_card: what its card said then of license and language. A repository that only a file names is not asked.
         source_fingerprint: of the weight files that `prune_checkpoint` read.
-        fingerprint: of the weights that the report was saved with (`evaluation.fingerprint`); None where it was not
+        fingerprint: of the weights that the report was saved with (`checkpoint.fingerprint`); None where it was not
             computed, as in the checkpoints of a training run, or by an earlier version.
         changes: what was done to the weights after pruning. Where there are any, the output errors and the losses of
             reconstruction are those of weights that are gone.

@@ -39,7 +39,7 @@ from .finetuning import FinetuningSettings, KoAlpacaSettings, KorQuADSettings
 from .grid import split_settings
 from .processes import end_with_parent
 from .recipe import SECTIONS, nsmc_protocol
-from .results import FAILURE_NAME, RESULT_NAME, CellResult
+from .results import FAILURE_NAME, RESULT_NAME, CellResult, summary_of
 
 JOB_NAME = "job.json"
 _CHECKPOINT = "checkpoint"
@@ -135,7 +135,7 @@ class _Run:
                 load_model(source, **loading, sparsity_config=config).save_pretrained(self.checkpoint)
         report = SparsityReport.load(self.checkpoint / REPORT_NAME)
         names = ("seconds", "peak_memory_bytes", "calibration")
-        return {**{name: getattr(report, name) for name in names}, "report": _summary(report)}
+        return {**{name: getattr(report, name) for name in names}, "report": summary_of(report)}
 
     def _evaluate(self) -> list[Measurement]:
         model, tokenizer = self._load()
@@ -187,23 +187,6 @@ class _Run:
             facts_of(model).results = EvaluationResults.load(folder / RESULTS_NAME)
         results = evaluate_model(model, tokenizer, protocol, on_measured=lambda results: results.save(folder))
         return [*results.sparse, *results.dense]
-
-
-def _summary(report: SparsityReport) -> dict[str, Any]:
-    errors = [row.relative_output_error for row in report.layers if row.relative_output_error is not None]
-    more: dict[str, Any] = {}
-    if (losses := report.reconstruction_losses) is not None:
-        notes = [f"{row.block}: {row.note}" for row in report.reconstruction if row.note]
-        more["reconstruction"] = {"loss_before": losses[0], "loss_after": losses[1], "notes": notes}
-    return {
-        **more,
-        "density": report.density,
-        "packed_ratio": report.packed_ratio,
-        "mean_output_error": sum(errors) / len(errors) if errors else None,
-        "num_layers": len(report.layers),
-        "skipped": list(report.skipped),
-        "notes": list(dict.fromkeys(row.note for row in report.layers if row.note)),
-    }
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypedDict
 
 from ..evaluation import Measurement
 from ..records import Amount, As, Count, Share, read_record
+from ..report import SparsityReport
 from .quantities import QUANTITIES, Spread, figures_of, spread
 from .record import Record
 
@@ -56,6 +57,24 @@ class CellResult:
     def figures(self) -> dict[str, float]:
         """By the keys of `QUANTITIES`, in the units of the tables."""
         return figures_of(self.measurements, self.pruning)
+
+
+def summary_of(report: SparsityReport) -> dict[str, Any]:
+    """What a cell keeps of the report of its pruning."""
+    errors = [row.relative_output_error for row in report.layers if row.relative_output_error is not None]
+    more: dict[str, Any] = {}
+    if (losses := report.reconstruction_losses) is not None:
+        notes = [f"{row.block}: {row.note}" for row in report.reconstruction if row.note]
+        more["reconstruction"] = {"loss_before": losses[0], "loss_after": losses[1], "notes": notes}
+    return {
+        **more,
+        "density": report.density,
+        "packed_ratio": report.packed_ratio,
+        "mean_output_error": sum(errors) / len(errors) if errors else None,
+        "num_layers": len(report.layers),
+        "skipped": list(report.skipped),
+        "notes": list(dict.fromkeys(row.note for row in report.layers if row.note)),
+    }
 
 
 @dataclass(frozen=True)
