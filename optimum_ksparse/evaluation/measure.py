@@ -16,7 +16,6 @@ from .baseline import Baseline, choose_baseline, set_aside
 from .kobest import KOBEST_TASKS, mean_f1
 from .protocol import EvaluationProtocol, check_protocol
 from .results import EvaluationResults, Measurement
-from .tasks import task_of
 from .ties import settle_records
 from .tuning import tuning_of
 
@@ -156,7 +155,6 @@ def _measure_missing(
     for name, request in protocol.requests(model, tokenizer).items():
         if any(row.name == name and row.follows(request) for row in rows):
             continue
-        row, tuning = task_of(name).measure(model, tokenizer, protocol), request["tuning"]
-        results.add(part, Measurement.from_row(name, row if tuning is None else {**row, "tuning": tuning}))
+        results.add(part, protocol.measure(name, model, tokenizer))
         if on_measured is not None:
             on_measured(results)

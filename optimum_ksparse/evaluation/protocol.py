@@ -13,8 +13,9 @@ from ..checks import check_integer
 from ..data import prepends_bos
 from .kobest import KOBEST_TASKS
 from .perplexity import PERPLEXITY
+from .results import Measurement
 from .running import check_causal_lm
-from .tasks import Task, chosen_tasks
+from .tasks import Task, chosen_tasks, task_of
 from .tuning import tuning_of
 
 
@@ -84,6 +85,11 @@ class EvaluationProtocol:
             "tuning": tuning_of(model),
         }
         return {task.name: {**task.request(model, self), **common} for task in self.chosen}
+
+    def measure(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measurement:
+        """Takes one of the measurements that `requests` names."""
+        row, tuning = task_of(name).measure(model, tokenizer, self), tuning_of(model)
+        return Measurement.from_row(name, row if tuning is None else {**row, "tuning": tuning})
 
 
 def check_protocol(
