@@ -57,15 +57,19 @@ def check_mergeable(peft_model: Any, adapter_names: list[str] | None) -> list[st
     model = peft_model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"the base must be a transformers PreTrainedModel, found {type(model).__name__}")
-    present = ", ".join(peft_model.peft_config)
     names = list(peft_model.active_adapters if adapter_names is None else dict.fromkeys(adapter_names))
     unknown = [name for name in names if name not in peft_model.peft_config]
     if unknown or not names:
         what = f"there is no adapter {unknown[0]!r}" if unknown else "no adapter is named or active"
-        raise ValueError(f"adapter_names: {what}; the model has {present}")
+        raise ValueError(f"adapter_names: {what}; the model has {', '.join(peft_model.peft_config)}")
     if not sparse_modules(model):
         raise ValueError("the base model is dense: peft_model.merge_and_unload() merges without a loss")
     _check_kind(peft_model, names)
+    _check_layers(model, names)
+    return names
+
+
+def _check_layers(model: PreTrainedModel, names: list[str]) -> None:
     layers = adapted_layers(model, names)
     if not layers:
         raise ValueError("the model has no adapter layers: it was merged or unloaded before, or its adapter is empty")
@@ -79,7 +83,6 @@ def check_mergeable(peft_model: Any, adapter_names: list[str] | None) -> list[st
             raise ValueError(f"several of the adapters {', '.join(names)} replace {path} (modules_to_save)")
     for path, layer in layers.items():
         _check_layer(path, layer, names)
-    return names
 
 
 def _check_kind(peft_model: Any, names: list[str]) -> None:

@@ -142,9 +142,8 @@ def count_parameters(count: Callable[..., tuple[int, int]]) -> Callable[..., tup
     @functools.wraps(count)
     def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
         trainable, total = count(self)
-        sparse = [module for module in self.modules() if isinstance(module, SPARSE)]
-        zeros = sum(module.dense_bytes // module.weight.element_size() - module.weight.numel() for module in sparse)
-        return trainable, total + zeros
+        sparse = (module for module in self.modules() if isinstance(module, SPARSE))
+        return trainable, total + sum(module.shape.numel() - module.weight.numel() for module in sparse)
 
     return get_nb_trainable_parameters
 

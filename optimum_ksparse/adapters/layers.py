@@ -26,6 +26,7 @@ class _KeepsZeros:
     other_param_names: tuple[str, ...]
     fan_in_fan_out: bool
     get_base_layer: Callable[[], SparseLinear]
+    _get_available_adapters: Callable[[], set[str]]
     _before_merge: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def __init__(self, base_layer: SparseLinear, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -34,9 +35,6 @@ class _KeepsZeros:
         self.refused_merges: dict[str, str | None] = {}
         self.other_param_names = (*self.other_param_names, "refused_merges")
         self.fan_in_fan_out = False  # the dense weight of a sparse layer is [out, in], that of GPT-2 too
-
-    def _has_adapter(self, name: str) -> bool:
-        raise NotImplementedError
 
     def _adapt(self, name: str, effective: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The effective weight with one more adapter; `weight` is that without adapters. All are [out, in], in float32
@@ -59,7 +57,7 @@ class _KeepsZeros:
                 merged already.
         """
         wanted = check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
-        names = [name for name in dict.fromkeys(wanted) if self._has_adapter(name)]
+        names = [name for name in dict.fromkeys(wanted) if name in self._get_available_adapters()]
         if any(self._leaves_mask(name) for name in names):
             warnings.warn(
                 "merging throws away what an adapter adds where the weights of sparse layers are zero: "
@@ -113,7 +111,7 @@ class _KeepsZeros:
             adapter_names: those that count; the active ones by default. Names that this layer lacks do not count.
         """
         names = self.active_adapters if adapter_names is None else adapter_names  # type: ignore[attr-defined]
-        return self._effective([name for name in names if self._has_adapter(name)])[0].float()
+        return self._effective([name for name in names if name in self._get_available_adapters()])[0].float()
 
     def _effective(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The effective weight, in float32 or float64, and the mask, [out, in] both."""
@@ -169,9 +167,6 @@ class SparseLoraLinear(_KeepsZeros, lora.Linear):
             delta = delta * unpack_mask(packed_tensors(base)[1].to(delta.device), base.in_features)
         return delta
 
-    def _has_adapter(self, name: str) -> bool:
-        return name in self.lora_A
-
     def _leaves_mask(self, name: str) -> bool:
         return not self.is_masked(name) and bool(onloaded(self.lora_B[name], "weight").any())
 
@@ -211,16 +206,13 @@ class SparseHiraLinear(_KeepsZeros, hira.Linear):
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name in self.active_adapters:
-            if not self._has_adapter(name):
+            if name not in self.hira_A:
                 continue
             a, b = onloaded(self.hira_A, name), onloaded(self.hira_B, name)
             x = self._cast_input_dtype(x, a.dtype)
             values, bits = packed_tensors(self.get_base_layer())
             result = result + masked_linear(self.hira_dropout[name](x), a, b, bits, values)
         return result.to(dtype)
-
-    def _has_adapter(self, name: str) -> bool:
-        return name in self.hira_A
 
     def _adapt(self, name: str, effective: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         a, b = (onloaded(factors, name).detach().to(weight) for factors in (self.hira_A, self.hira_B))

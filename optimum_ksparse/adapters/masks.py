@@ -7,15 +7,12 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from transformers.utils import cached_file
-
 from .. import records
 from ..blocks import decoder_of
 from ..checkpoint import SparseModule, aligned, describe_model, sparse_modules, without_peft
 from ..checkpoint.staging import write_text
+from ..data import find_file
 from ..records import As
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 def mask_digest(model: Any) -> str | None:
@@ -45,12 +42,10 @@ def record(model: Any, folder: str | os.PathLike[str]) -> None:
         write_text(Path(folder) / records.MASKS_NAME, records.to_json(content))
 
 
-def read_record(source: str | os.PathLike[str], **hub_arguments: Any) -> dict[str, Any] | None:
+def read_record(source: str | os.PathLike[str], **loading: Any) -> dict[str, Any] | None:
     """The record beside an adapter, in a folder or on the Hub; None where there is none, as beside those that plain
     PEFT saved. Raises ValueError where it is damaged."""
-    place = {name: value for name, value in hub_arguments.items() if name in _HUB_ARGUMENTS and value is not None}
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(source, records.MASKS_NAME, **quiet, **place)
+    path = find_file(source, records.MASKS_NAME, quiet=True, **loading)
     if path is None:
         return None
     return records.read_record(Annotated[dict[str, Any], As(_MaskRecord, is_open=True)], path, "is damaged")

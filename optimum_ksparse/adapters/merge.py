@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -83,76 +84,66 @@ def merge_adapter(
         with evaluation_mode(model), active(model, names):
             data = calibration_tokens(drawn, model, load_tokenizer(drawn, model.name_or_path))
     report = MergeReport(method, describe_adapters(peft_model, names), {} if data is None else data.description)
-    undo: list[Callable[[], None]] = []
-    try:
-        with active(model, names):
-            undo += [_unmerge(layer) for layer in adapted_layers(model, names).values() if is_sparse(layer)]
-            with evaluation_mode(model), torch.no_grad(), fast_products(model):
-                blocks = find_blocks(model)
-                replay = None if data is None else BlockReplay(blocks, data.ids, batch_size)
-                if replay is not None and not replay.in_line:
-                    raise ValueError(
-                        f"{type(model).__name__} does not run its blocks one after another, which merging with a "
-                        "dataset needs: take method='masked' without one"
-                    )
-                report.layers = merge_blocks(blocks, names, replay, settings if method == "solve" else None)
-            tied = _is_tied(model)
-            report.dense_layers = _merge_dense(model, names, undo)
-            _unload(peft_model, model, undo)
-            if tied and not _is_tied(model):
-                model.config.tie_word_embeddings = False
+    with _as_it_was_on_error(model, names), active(model, names):
+        with evaluation_mode(model), torch.no_grad(), fast_products(model):
+            blocks = find_blocks(model)
+            replay = None if data is None else BlockReplay(blocks, data.ids, batch_size)
+            if replay is not None and not replay.in_line:
+                raise ValueError(
+                    f"{type(model).__name__} does not run its blocks one after another, which merging with a dataset "
+                    "needs: take method='masked' without one"
+                )
+            report.layers = merge_blocks(blocks, names, replay, settings if method == "solve" else None)
+        tied = _is_tied(model)
+        report.dense_layers = _merge_dense(model, names)
+        tuner: Any = peft_model.base_model
+        tuner.unload()
+        if tied and not _is_tied(model):
+            model.config.tie_word_embeddings = False
         report.versions = library_versions("torch", "transformers", "peft")
         report.seconds = round(time.perf_counter() - started, 2)
         facts = facts_of(model)
         facts.results, facts.merge = None, report
         note_merge(model, report.change())
-        return model
+    return model
+
+
+@contextmanager
+def _as_it_was_on_error(model: Any, names: list[str]) -> Iterator[None]:
+    """Takes back what is done to modules, parameters and sparse weights of the model within it, where that fails."""
+    before = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
+    layers, attached = adapted_layers(model, names).values(), getattr(model, "peft_config", None)
+    tied = getattr(model.config, "tie_word_embeddings", None)
+    try:
+        yield
     except BaseException:
-        for take_back in reversed(undo):
-            take_back()
+        for module, modules, parameters in before:
+            module._modules.update(modules)
+            module._parameters.update(parameters)
+        for layer in layers:
+            if is_sparse(layer) and layer.merged:
+                layer.unmerge()
+            layer.merged_adapters.clear()
+        if attached is not None:
+            model.peft_config = attached
+        if tied is not None:
+            model.config.tie_word_embeddings = tied
         raise
 
 
-def _unmerge(layer: Any) -> Callable[[], None]:
-    """What takes a merge of a sparse layer back, if there was one."""
-    return lambda: layer.unmerge() if layer.merged else None
-
-
-def _merge_dense(model: PreTrainedModel, names: list[str], undo: list[Callable[[], None]]) -> list[str]:
+def _merge_dense(model: PreTrainedModel, names: list[str]) -> list[str]:
     """Merges layers that are not sparse, as PEFT does it, into parameters of their own: those that other modules use
     as well (tied embeddings) stay as they are there."""
-    merged = []
-    for path, layer in adapted_layers(model, names).items():
-        if is_sparse(layer):
-            continue
-        base: Any = layer.get_base_layer()
-        before = dict(base._parameters)
-        undo.append(partial(base._parameters.update, before))
-        undo.append(layer.merged_adapters.clear)
-        for name, parameter in before.items():
-            if parameter is not None:
-                base._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    dense: dict[str, Any] = {p: layer for p, layer in adapted_layers(model, names).items() if not is_sparse(layer)}
+    for layer in dense.values():
+        parameters = layer.get_base_layer()._parameters
+        parameters |= {
+            name: nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            for name, parameter in parameters.items()
+            if parameter is not None
+        }
         layer.merge(safe_merge=True, adapter_names=adapters_of(layer, names))
-        merged.append(path)
-    return merged
-
-
-def _unload(peft_model: Any, model: Any, undo: list[Callable[[], None]]) -> None:
-    """Takes PEFT's modules out of the model, whose adapters are merged."""
-    settings = getattr(model, "peft_config", None)
-    flag = getattr(model.config, "tie_word_embeddings", None)
-    holders = [(holder, name, child) for holder in model.modules() for name, child in holder.named_children()]
-
-    def take_back() -> None:
-        for holder, name, child in holders:
-            holder._modules[name] = child
-        if settings is not None:
-            model.peft_config = settings
-        if flag is not None:
-            model.config.tie_word_embeddings = flag
-
-    undo.append(take_back)
-    peft_model.base_model.unload()
+    return list(dense)
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

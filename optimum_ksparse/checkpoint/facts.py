@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
+from transformers.utils import CONFIG_NAME, extract_commit_hash
+
+from ..data import find_file
 
 
 @dataclass
@@ -73,10 +75,10 @@ def facts_of(model: Any) -> ModelFacts:
     return facts
 
 
-def commit_of(source: Any, file_name: str = CONFIG_NAME, **hub_arguments: Any) -> str | None:
+def commit_of(source: Any, file_name: str = CONFIG_NAME, **loading: Any) -> str | None:
     """Commit of the repository on the Hub that a model is, or was, loaded from; None for a folder."""
     try:
-        path = cached_file(source, file_name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+        path = find_file(source, file_name, **loading)
     except OSError:
         return None
     # A file of a Hub snapshot lies in a folder named after its commit.

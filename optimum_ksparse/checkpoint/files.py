@@ -20,10 +20,10 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
-    cached_file,
     extract_commit_hash,
 )
 
+from ..data import find_file
 from ..records import RESULTS_NAME, build
 
 # Files beside the weights that say what a model is: its config, its tokenizer, its code.
@@ -43,19 +43,12 @@ class Header(NamedTuple):
 
 
 class WeightFiles:
-    """The files of a checkpoint, whole as far as the headers of the weight files tell.
+    """The weight files of a checkpoint by their names, whole as far as their headers tell; and what says what the
+    model is: files `beside` them, for which on the Hub the repository's `commit` stands."""
 
-    Args:
-        paths: of the weight files, by their names in the checkpoint.
-        beside: of the others that say what the model is.
-        commit: of the repository on the Hub, which stands for the files beside the weights.
-    """
-
-    def __init__(
-        self, paths: dict[str, Path], beside: dict[str, Path] | None = None, commit: str | None = None
-    ) -> None:
+    def __init__(self, paths: dict[str, Path], beside: dict[str, Path], commit: str | None) -> None:
         self.paths, self._commit = paths, commit
-        self._files = {**(beside or {}), **paths}
+        self._files = {**beside, **paths}
         self._digests: dict[str, str] = {}
         self._states: dict[str, tuple[int, ...]] = {}  # as they were when they were read
 
@@ -113,7 +106,7 @@ def sha256_of(path: Path, bar: Any = None) -> str:
     return digest.hexdigest()
 
 
-def find_weight_files(source: str | os.PathLike[str], **hub_arguments: Any) -> WeightFiles:
+def find_weight_files(source: str | os.PathLike[str], **loading: Any) -> WeightFiles:
     """The weight files of a local folder, or of a repository on the Hub, from which they are downloaded; and the files
     beside them.
 
@@ -125,13 +118,19 @@ def find_weight_files(source: str | os.PathLike[str], **hub_arguments: Any) -> W
     """
 
     def find(name: str) -> str | None:
-        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+        return find_file(source, name, **loading)
 
     names, index = [SAFE_WEIGHTS_NAME], None
     if find(SAFE_WEIGHTS_NAME) is None:
         index_path = find(SAFE_WEIGHTS_INDEX_NAME)
+        if index_path is None and (find(WEIGHTS_NAME) or find(WEIGHTS_INDEX_NAME)):
+            raise ValueError(
+                f"{source} has its weights as pickle only ({WEIGHTS_NAME}), which runs code when it is read and "
+                "cannot be read block by block; convert it once, on a machine that holds the model: "
+                'AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(folder)'
+            )
         if index_path is None:
-            raise _no_weights(source, pickled=find(WEIGHTS_NAME) is not None or find(WEIGHTS_INDEX_NAME) is not None)
+            raise FileNotFoundError(f"{source} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}")
         index = read_index(Path(index_path))
         names = sorted(set(index.values()))
     paths = {}
@@ -143,8 +142,8 @@ def find_weight_files(source: str | os.PathLike[str], **hub_arguments: Any) -> W
     if index is not None:
         _check_index(index, headers)
     if os.path.isdir(source):
-        return WeightFiles(paths, _files_beside(Path(source, hub_arguments.get("subfolder") or "")))
-    return WeightFiles(paths, commit=extract_commit_hash(str(paths[names[0]]), None))
+        return WeightFiles(paths, _files_beside(Path(source, loading.get("subfolder") or "")), None)
+    return WeightFiles(paths, {}, extract_commit_hash(str(paths[names[0]]), None))
 
 
 def _files_beside(folder: Path) -> dict[str, Path]:
@@ -157,24 +156,11 @@ def _files_beside(folder: Path) -> dict[str, Path]:
     }
 
 
-def _no_weights(source: str | os.PathLike[str], pickled: bool) -> Exception:
-    if not pickled:
-        return FileNotFoundError(f"{source} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}")
-    return ValueError(
-        f"{source} has its weights as pickle only ({WEIGHTS_NAME}), which runs code when it is read and cannot be "
-        "read block by block; convert it once, on a machine that holds the model: "
-        'AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(folder)'
-    )
-
-
-def check_index(source: str | os.PathLike[str], variant: str | None = None, **hub_arguments: Any) -> None:
+def check_index(source: str | os.PathLike[str], variant: str | None = None, **loading: Any) -> None:
     """Raises ValueError where the index of the weight files, if there is one, is damaged or names files elsewhere."""
-    ending = "" if variant is None else f".{variant}"
+    ending = ".json" if variant is None else f".{variant}.json"
     for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
-        stem = name.removesuffix(".json")
-        path = cached_file(
-            source, f"{stem}{ending}.json", _raise_exceptions_for_missing_entries=False, **hub_arguments
-        )
+        path = find_file(source, name.removesuffix(".json") + ending, **loading)
         if path is not None:
             read_index(Path(path), (".safetensors", ".bin"))
 

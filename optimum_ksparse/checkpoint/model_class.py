@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import CONFIG_NAME, find_adapter_config_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+
+from ..data import find_file, hub_arguments
 
 _NAMES = [name for name in modeling_auto.__all__ if name.startswith("AutoModel")]
 # The first of them that leads to the class is taken, then any other. A class in two mappings, such as
@@ -21,7 +24,6 @@ _GENERATING = {name: getattr(modeling_auto, name) for name in _PREFERRED if name
 _AUTO_CLASSES = _GENERATING | {
     name: getattr(modeling_auto, name) for name in sorted(_NAMES, key="AutoModelForPreTraining".__eq__)
 }
-_HUB_ARGUMENTS = ("cache_dir", "token", "revision", "local_files_only", "subfolder")
 
 
 def class_for_source(source: str | os.PathLike[str], **loading: Any) -> Any:
@@ -34,8 +36,8 @@ def class_for_source(source: str | os.PathLike[str], **loading: Any) -> Any:
     Raises:
         OSError: there is no config.json. ValueError: it names no class that transformers knows.
     """
-    names = ("gguf_file", "trust_remote_code", "code_revision", *_HUB_ARGUMENTS)
-    how = {name: loading[name] for name in names if loading.get(name) is not None}
+    names = ("gguf_file", "trust_remote_code", "code_revision")
+    how = {name: loading[name] for name in names if loading.get(name) is not None} | hub_arguments(loading)
     config = AutoConfig.from_pretrained(_with_config(os.fspath(source), how), **how)
     return class_for_config(config, bool(how.get("trust_remote_code")))
 
@@ -102,11 +104,9 @@ def _with_config(source: str, loading: Mapping[str, Any]) -> str:
     """Where the config is: beside the weights, or with the base of an adapter, as `from_pretrained` finds it."""
     if loading.get("gguf_file") or os.path.isfile(os.path.join(source, loading.get("subfolder", ""), CONFIG_NAME)):
         return source
-    hub = {name: loading[name] for name in _HUB_ARGUMENTS if name in loading}
-    path = find_adapter_config_file(source, **hub)
+    path = find_file(source, ADAPTER_CONFIG_NAME, quiet=True, **loading)
     if path is None:
         return source
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
+    config = json.loads(Path(path).read_text("utf-8"))
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return base if isinstance(base, str) and base else source

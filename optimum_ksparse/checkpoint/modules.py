@@ -25,28 +25,26 @@ def sparse_modules(root: nn.Module) -> dict[str, SparseModule]:
     return {name: module for name, module in root.named_modules() if isinstance(module, SparseModule)}
 
 
+def sparse_layers(root: nn.Module) -> dict[str, SparseLinear]:
+    """Those that are linear maps."""
+    return {name: module for name, module in sparse_modules(root).items() if isinstance(module, SparseLinear)}
+
+
+def sparse_experts(root: nn.Module) -> dict[str, SparseExperts]:
+    """Those that are stacks of matrices."""
+    return {name: module for name, module in sparse_modules(root).items() if isinstance(module, SparseExperts)}
+
+
 def stored_name(name: str) -> str:
     """The name in a state dict of a module, or a tensor, that PyTorch has wrapped for FSDP or to recompute
     activations: these wrappers leave no trace there."""
     return _WRAPPER.sub("", name)
 
 
-def sparse_layers(root: nn.Module) -> dict[str, SparseLinear]:
-    """All sparse linear maps under `root` by path."""
-    return {name: module for name, module in root.named_modules() if isinstance(module, SparseLinear)}
-
-
-def sparse_experts(root: nn.Module) -> dict[str, SparseExperts]:
-    """All stacks of sparse matrices under `root` by path."""
-    return {name: module for name, module in root.named_modules() if isinstance(module, SparseExperts)}
-
-
 def logical_parameters(model: PreTrainedModel) -> int:
     """How many parameters the model has, the zeros that its sparse modules do not store included."""
-    stored = sum(module.weight.numel() for module in sparse_modules(model).values())
-    layers = sum(layer.out_features * layer.in_features for layer in sparse_layers(model).values())
-    experts = sum(stack.shape.numel() for stack in sparse_experts(model).values())
-    return int(model.num_parameters()) - stored + layers + experts
+    zeros = (module.shape.numel() - module.weight.numel() for module in sparse_modules(model).values())
+    return int(model.num_parameters()) + sum(zeros)
 
 
 def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -76,9 +74,8 @@ def empty_like(
     to be filled in; on its device or on another one. Raises ValueError where `num_values` cannot be right."""
     if isinstance(dense, nn.Module):
         return SparseLinear.empty_like(dense, pattern, num_values, device)
-    num_experts, out_features, in_features = dense.shape
-    settings: dict[str, Any] = {"dtype": dense.dtype, "device": dense.device if device is None else device}
-    return SparseExperts(num_experts, in_features, out_features, pattern=pattern, num_values=num_values, **settings)
+    settings: dict[str, Any] = {"dtype": dense.dtype, "device": device or dense.device}
+    return SparseExperts(dense.shape, pattern=pattern, num_values=num_values, **settings)
 
 
 def dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | nn.Parameter:
@@ -86,14 +83,14 @@ def dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | nn.Para
     owner, _, attribute = name.rpartition(".")
     try:
         holder = decoder.get_submodule(owner)
-        found: Any = holder._modules.get(attribute, holder._parameters.get(attribute))
+        dense: Any = holder._modules.get(attribute, holder._parameters.get(attribute))
     except AttributeError:
-        found = None
-    if is_linear_map(found) or (isinstance(found, nn.Parameter) and found.dim() == 3):
-        return found
+        dense = None
+    if is_linear_map(dense) or (isinstance(dense, nn.Parameter) and dense.dim() == 3):
+        return dense
     raise ValueError(
         f"the checkpoint records a sparse layer {name}, where {kind} has "
-        f"{'nothing' if found is None else type(found).__name__}; is it for another model?"
+        f"{'nothing' if dense is None else type(dense).__name__}; is it for another model?"
     )
 
 
@@ -143,8 +140,9 @@ def replace_module(root: nn.Module, name: str, new: nn.Module | nn.Parameter) ->
     owner_name, _, attribute = name.rpartition(".")
     owner = root.get_submodule(owner_name)
     old: Any = getattr(owner, attribute)
-    hook = getattr(owner if isinstance(old, nn.Parameter) else old, "_hf_hook", None)
-    if is_offloaded(owner if isinstance(old, nn.Parameter) else old):
+    hooked = owner if isinstance(old, nn.Parameter) else old
+    hook = getattr(hooked, "_hf_hook", None)
+    if is_offloaded(hooked):
         raise ValueError(f"{name} is offloaded by accelerate: load the model without that")
     put(root, name, new)
     if hook is not None and not isinstance(new, nn.Parameter):

@@ -88,7 +88,11 @@ def is_mix(dataset: Any) -> bool:
     """Whether `dataset` is a mix, as a user passes it or as a checkpoint records it."""
     if not isinstance(dataset, Mapping) or hasattr(dataset, "column_names") or _is_description(dataset):
         return False
-    return isinstance(dataset.get(_RECORD_KEY), list) or any(map(_is_number, dataset.values()))
+    return _is_recorded_mix(dataset) or any(map(_is_number, dataset.values()))
+
+
+def _is_recorded_mix(dataset: Any) -> bool:
+    return isinstance(dataset, Mapping) and isinstance(dataset.get(_RECORD_KEY), list)
 
 
 def mix_parts(dataset: Any) -> list[tuple[Any, float]]:
@@ -97,7 +101,7 @@ def mix_parts(dataset: Any) -> list[tuple[Any, float]]:
     drawn."""
     if not is_mix(dataset):
         return [(dataset, 1.0)]
-    if isinstance(dataset.get(_RECORD_KEY), list):
+    if _is_recorded_mix(dataset):
         parts = [(part["dataset"], float(part["weight"])) for part in dataset[_RECORD_KEY]]
     else:
         parts = [(part, float(weight)) for part, weight in dataset.items()]
@@ -172,7 +176,7 @@ def check_dataset(dataset: Any) -> None:
 def recorded_dataset(dataset: Any) -> Any:
     """Data as a file records them, which may come from anywhere. Raises ValueError for what would be opened to be
     described, and for a mix that is none."""
-    if isinstance(dataset, Mapping) and isinstance(dataset.get(_RECORD_KEY), list):
+    if _is_recorded_mix(dataset):
         _check_mapping(dataset)
         return dataset
     names = [dataset] if isinstance(dataset, str) else dataset if is_mix(dataset) else []

@@ -1,16 +1,34 @@
-"""A Hub that cannot be reached, told at once: each library that reads it would try again for half a minute."""
+"""Files of a folder or on the Hub; and a Hub that cannot be reached, told at once: each library that reads it would
+try again for half a minute."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
+from transformers.utils import cached_file
 
+# Arguments of `from_pretrained` that say where on the Hub something is read.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _SECONDS = 5
 # Of the client's library, httpx or its successor: nothing came back, not even an error. A slow answer is one.
 _NO_CONNECTION = ("ConnectError", "ConnectTimeout")
+
+
+def hub_arguments(loading: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that say where on the Hub something is read."""
+    return {name: loading[name] for name in HUB_ARGUMENTS if loading.get(name) is not None}
+
+
+def find_file(source: str | os.PathLike[str], name: str, *, quiet: bool = False, **loading: Any) -> str | None:
+    """Path of a file of a folder or of a repository on the Hub, from which it is downloaded; None where it has none,
+    or, with `quiet`, cannot be reached. `loading`: arguments of `from_pretrained`. Raises OSError."""
+    errors = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": not quiet}
+    return cached_file(source, name, **errors, **hub_arguments(loading))
 
 
 def is_unreachable(error: BaseException) -> bool:

@@ -55,8 +55,8 @@ def evaluation_texts(texts: str | os.PathLike[str] | Sequence[str]) -> tuple[lis
     if isinstance(texts, str) and texts == "kowiki":
         offline = "without a network, measure on a .txt or .jsonl file or on a list of texts"
         articles = itertools.islice(filter(is_held_out, stream(texts, offline=offline)), NUM_ARTICLES)
-        found = [str(article["text"]) for article in articles]
-        return found, {**description, "sha256": describe_dataset(found)["sha256"]}
+        documents = [str(article["text"]) for article in articles]
+        return documents, {**description, "sha256": describe_dataset(documents)["sha256"]}
     if isinstance(texts, str | os.PathLike):
         rows = read_file(os.fspath(texts))
         for number, row in enumerate(rows, start=1):

@@ -15,12 +15,11 @@ from transformers.utils import (
     LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
     PROCESSOR_NAME,
     VIDEO_PROCESSOR_NAME,
-    cached_file,
 )
 
 from ..records.sources import check_no_token
+from .reaching import find_file
 
-_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
 # What a model that takes more than text has beside its tokenizer; one name serves images and sound.
 _PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME)
 # The processor's and the tokenizer's: without a processor it is saved with the tokenizer, or not wanted.
@@ -47,10 +46,8 @@ def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
     arguments = {**arguments, "trust_remote_code": bool(arguments.get("trust_remote_code"))}
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **arguments)
     if arguments.get("gguf_file") is None:
-        hub = _hub(arguments)
-        names = {"tokenizer.json", *(name for name in type(tokenizer).vocab_files_names.values() if name)}
-        found = (cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names)
-        if not any(found):
+        names = {"tokenizer.json", *filter(None, type(tokenizer).vocab_files_names.values())}
+        if not any(find_file(source, name, **arguments) for name in names):
             raise OSError(f"it has no file of a tokenizer ({', '.join(sorted(names))})")
     return tokenizer
 
@@ -67,8 +64,7 @@ def save_tokenizer(
         OSError: `folder` cannot be written to.
     """
     processor: dict[str, str] = {}
-    tokenizer = None
-    unread: Exception | None = None
+    tokenizer = unread = None
     try:
         processor = _processor_files(source, arguments)
         tokenizer = read_tokenizer(os.fspath(source), **arguments)
@@ -94,20 +90,15 @@ def _processor_files(source: str | os.PathLike[str], arguments: dict[str, Any]) 
     """Name → where it lies, of those that the source has."""
     if arguments.get("gguf_file") is not None:
         return {}
-    quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, **_hub(arguments)}
-    found = {name: cached_file(os.fspath(source), name, **quiet) for name in _PROCESSOR_FILES}
-    if any(found.values()):
-        found |= {name: cached_file(os.fspath(source), name, **quiet) for name in _TEMPLATES}
-    return {name: path for name, path in found.items() if path is not None}
+    paths = {name: find_file(source, name, **arguments) for name in _PROCESSOR_FILES}
+    if any(paths.values()):
+        paths |= {name: find_file(source, name, **arguments) for name in _TEMPLATES}
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def _copy(files: dict[str, str], folder: str | os.PathLike[str]) -> None:
     for name, path in files.items():
         shutil.copyfile(path, Path(folder) / name)
-
-
-def _hub(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: arguments[name] for name in _HUB_ARGUMENTS if arguments.get(name) is not None}
 
 
 # Of everyday words, so that a tokenizer that was made on the language has them.
@@ -122,9 +113,9 @@ def tell_default_text(dataset: str, tokenizer: PreTrainedTokenizerBase) -> str:
     text = f"Calibration text: dataset={dataset!r}, the default, which is Korean."
     korean, english = (_tokens_for_a_character(tokenizer, sample) for sample in (_KOREAN, _ENGLISH))
     if korean is None or english is None or (korean > _MANY and english < korean):
-        found = "has no tokens for Korean" if korean is None else f"takes {korean:.1f} tokens for a Korean character"
+        what = "has no tokens for Korean" if korean is None else f"takes {korean:.1f} tokens for a Korean character"
         text += (
-            f" The model's tokenizer {found}: for a model of another language pass text of that language, such as "
+            f" The model's tokenizer {what}: for a model of another language pass text of that language, such as "
             "dataset='c4' (English), or dataset='self'."
         )
     return text

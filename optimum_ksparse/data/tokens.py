@@ -216,10 +216,8 @@ def _generate(
 def _bos_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Id of the beginning token, −1 where there is none."""
     text_config = model.config.get_text_config(decoder=True)
-    for found in (getattr(tokenizer, "bos_token_id", None), getattr(text_config, "bos_token_id", None)):
-        if isinstance(found, int):
-            return found
-    return -1
+    ids = (getattr(place, "bos_token_id", None) for place in (tokenizer, text_config))
+    return next((number for number in ids if isinstance(number, int)), -1)
 
 
 def _check_vocabulary(ids: torch.Tensor, model: PreTrainedModel) -> None:

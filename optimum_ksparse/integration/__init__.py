@@ -11,7 +11,7 @@ from optimum_ksparse_autoload import withdraw
 from ..checkpoint import sparsity_report
 from ..config import QUANT_METHOD, SparsityConfig
 from ..runtime import autotune_kernels
-from .describing import describe_auto_classes, describe_push_to_hub
+from .describing import describe_functions
 from .patches import apply_patches
 from .quantizer import SparsityQuantizer
 
@@ -23,7 +23,6 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(SparsityConfig)
         register_quantizer(QUANT_METHOD)(SparsityQuantizer)
     apply_patches()
-    describe_auto_classes()
-    describe_push_to_hub(PreTrainedModel.push_to_hub)
+    describe_functions()
     PreTrainedModel.sparsity_report = property(sparsity_report)  # type: ignore[attr-defined]
     PreTrainedModel.autotune_kernels = autotune_kernels  # type: ignore[attr-defined]

@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
-from ..adapters import MergeReport
 from ..adapters.masks import record
 from ..checkpoint import (
     check_saved,
@@ -30,9 +29,8 @@ from ..checkpoint import (
     without_record,
 )
 from ..checkpoint.staging import drop_records, staged
-from ..config import DENSE_CONFIG_KEY, RECORDED, RUN_TIME_SETTINGS, SparsityConfig
-from ..evaluation import EvaluationResults, settled_records
-from ..report import SparsityReport
+from ..config import DENSE_CONFIG_KEY, RECORDED, RUN_TIME_SETTINGS, SparsityConfig, recorded_settings
+from ..evaluation import settled_records
 
 logger = logging.get_logger(__name__)
 
@@ -60,77 +58,80 @@ def save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
             raise ValueError(
                 "the model holds sparse modules that sparsify() did not make; nothing could load them again"
             )
-        directory = bound["save_directory"]
-        if not bound.get("kwargs", {}).pop("overwrite", False):
-            _check_source(self, config, directory)
-            if not adapted:
-                _check_no_adapter(directory)
+        directory, others = bound["save_directory"], bound.pop("kwargs", {})
+        if not others.pop("overwrite", False):
+            _check_place(self, config, directory, adapted)
         _tell_tokenizer(self, Path(directory))
-        known = {name: value for name, value in bound.items() if name not in ("self", "push_to_hub", "kwargs")}
-        if config is not None and is_sparse and config.storage == "packed":
-            known["save_original_format"] = False  # conversions are for dense tensors
-        state_dict = bound.get("state_dict")
-        if state_dict is not None:
-            known["state_dict"] = dict(state_dict)  # transformers takes out what it has written
-        with staged(directory) as staging, ExitStack() as as_stored:
-            if config is None:
-                as_stored.enter_context(without_record(self.config))
-            elif is_sparse:
-                record_layers(self, config)
-                as_stored.enter_context(_given_state_dict(self, config, known.get("state_dict")))
-                as_stored.enter_context(_config_for_storage(self, config))
-            original(self, **{**known, "save_directory": staging})
-            if config is not None and is_sparse and not adapted and not is_elsewhere(self):
-                check_saved(self, staging, config.storage == "packed")
-            if config is not None and is_sparse and not adapted and config.storage == "packed":
-                guard_packed(Path(staging))
-            if adapted:
-                record(self, staging)
-            for found in settled_records(self, state_dict):
-                if isinstance(found, SparsityReport | MergeReport | EvaluationResults):
-                    found.save(staging)
-        if bound.get("push_to_hub"):
-            # What is left are arguments for the Hub; the repository is named after the folder, as transformers does.
-            hub: dict[str, Any] = {
-                name: bound[name] for name in ("token", "max_shard_size", "variant") if name in bound
-            }
-            hub["repo_id"] = os.path.basename(os.path.normpath(directory))
-            self.push_to_hub(**{**hub, **bound.get("kwargs", {})})
+        # The repository is named after the folder, as transformers does; what is no argument is one for the Hub.
+        hub: dict[str, Any] = {name: bound[name] for name in ("token", "max_shard_size", "variant") if name in bound}
+        hub |= {"repo_id": os.path.basename(os.path.normpath(directory)), **others}
+        pushes = bound.pop("push_to_hub", False)
+        _save(original, bound, config, adapted)
+        if pushes:
+            self.push_to_hub(**hub)
 
     return wrapper
 
 
-def _check_source(model: PreTrainedModel, config: SparsityConfig | None, directory: str | os.PathLike[str]) -> None:
-    """Raises FileExistsError where the model was loaded from `directory` and made of what lies there: the weights that
-    were pruned, or, with no `config`, those of a sparse model that is dense now. A sparse model that was loaded from
-    there and trained may take its own place."""
+def _save(
+    original: Callable[..., None], arguments: dict[str, Any], config: SparsityConfig | None, adapted: bool
+) -> None:
+    """Saves a model of ours by `original` with its `arguments`, the model among them, and its records with it."""
+    model, state_dict = arguments["self"], arguments.get("state_dict")
+    is_sparse = config is not None and bool(sparse_modules(model))
+    if config is not None and is_sparse and config.storage == "packed":
+        arguments["save_original_format"] = False  # conversions are for dense tensors
+    if state_dict is not None:
+        arguments["state_dict"] = dict(state_dict)  # transformers takes out what it has written
+    with staged(arguments["save_directory"]) as staging, ExitStack() as as_stored:
+        if config is None:
+            as_stored.enter_context(without_record(model.config))
+        elif is_sparse:
+            record_layers(model, config)
+            as_stored.enter_context(_given_state_dict(model, config, arguments.get("state_dict")))
+            as_stored.enter_context(_config_for_storage(model, config))
+        original(**{**arguments, "save_directory": staging})
+        if config is not None and is_sparse and not adapted and not is_elsewhere(model):
+            check_saved(model, staging, config.storage == "packed")
+        if config is not None and is_sparse and not adapted and config.storage == "packed":
+            guard_packed(staging)
+        if adapted:
+            record(model, staging)
+        for entry in settled_records(model, state_dict):
+            if entry is not None:
+                entry.save(staging)
+
+
+def _check_place(
+    model: PreTrainedModel, config: SparsityConfig | None, directory: str | os.PathLike[str], adapted: bool
+) -> None:
+    """Raises FileExistsError where saving a model, or its adapter alone, into `directory` would lose what lies there:
+    what the model was made from, or an adapter, which beside a model would be loaded on top of it."""
+    what = "the model that this one was made from" if _is_source(model, config, directory) else None
+    if not adapted and (Path(directory) / ADAPTER_CONFIG_NAME).is_file():
+        what = what or "an adapter"
+    if what is not None:
+        raise FileExistsError(
+            f"save_directory={os.fspath(directory)!r} holds {what}, which would be lost: save into another folder, "
+            "or pass overwrite=True"
+        )
+
+
+def _is_source(model: PreTrainedModel, config: SparsityConfig | None, directory: str | os.PathLike[str]) -> bool:
+    """Whether the model was loaded from `directory` and made of what lies there: the weights that were pruned, or,
+    without `config`, those of a sparse model that is dense now. A sparse model that was loaded from there and trained
+    may take its own place."""
     source = facts_of(model).folder or model.name_or_path
     if not source or not Path(source).is_dir() or not (Path(directory) / CONFIG_NAME).is_file():
-        return
+        return False
     if not os.path.samefile(source, directory):
-        return
-    values, _ = PreTrainedConfig.get_config_dict(directory)
-    recorded = values.get("quantization_config") or values.get(DENSE_CONFIG_KEY)
-    if config is not None and is_our_record(recorded):
-        there = SparsityConfig.from_dict(dict(recorded or {})).to_dict()
-        compared = set(there) - {*RUN_TIME_SETTINGS, *RECORDED, "tokenizer"}
-        ours = json.loads(json.dumps(config.to_dict()))
-        if all(there[name] == ours.get(name) for name in compared):
-            return
-    raise FileExistsError(
-        f"save_directory={os.fspath(directory)!r} holds the model that this one was made from, which would be lost: "
-        "save into another folder, or pass overwrite=True"
-    )
-
-
-def _check_no_adapter(directory: str | os.PathLike[str]) -> None:
-    """Raises FileExistsError where there is an adapter in `directory`: beside a model it would be loaded on top of it,
-    and goes."""
-    if (Path(directory) / ADAPTER_CONFIG_NAME).is_file():
-        raise FileExistsError(
-            f"save_directory={os.fspath(directory)!r} holds an adapter, which would be lost: save into another "
-            "folder, or pass overwrite=True"
-        )
+        return False
+    recorded = recorded_settings(PreTrainedConfig.get_config_dict(directory)[0])
+    if config is None or not is_our_record(recorded):
+        return True
+    there, here = SparsityConfig.from_dict(dict(recorded or {})).to_dict(), json.loads(json.dumps(config.to_dict()))
+    compared = set(there) - {*RUN_TIME_SETTINGS, *RECORDED, "tokenizer"}
+    return any(there[name] != here.get(name) for name in compared)
 
 
 def _tell_tokenizer(model: PreTrainedModel, directory: Path) -> None:
@@ -149,8 +150,8 @@ def _tell_tokenizer(model: PreTrainedModel, directory: Path) -> None:
 
 @contextmanager
 def _given_state_dict(model: PreTrainedModel, config: SparsityConfig, state_dict: Any) -> Iterator[None]:
-    own: Any = getattr(model, "hf_quantizer", None)
-    if own is None:  # a part of a sparse model, such as its decoder
+    present: Any = getattr(model, "hf_quantizer", None)
+    if present is None:  # a part of a sparse model, such as its decoder
         model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     quantizer: Any = model.hf_quantizer
     quantizer.state_dict = state_dict
@@ -158,7 +159,7 @@ def _given_state_dict(model: PreTrainedModel, config: SparsityConfig, state_dict
         yield
     finally:
         quantizer.state_dict = None
-        if own is None:
+        if present is None:
             del model.hf_quantizer
 
 

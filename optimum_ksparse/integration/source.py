@@ -11,19 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, hub
+from transformers.utils import hub
 
 from ..api import sparsify
 from ..blocks import find_blocks
 from ..checkpoint import check_index, check_loaded, drop_guard, note_origin, random_weights
 from ..checkpoint.staging import recover
 from ..config import SparsityConfig
+from ..data.reaching import HUB_ARGUMENTS, find_file, hub_arguments
 from ..hub import card_of_source
 from ..pruning import load_tokenizer
 
 _resolve_revision = getattr(hub, "resolve_revision", None)
-# Arguments that say where on the Hub something is read.
-_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Source:
     @property
     def hub(self) -> dict[str, Any]:
         """Arguments that say where on the Hub the files are that have just been read."""
-        return {name: self.arguments[name] for name in _HUB_ARGUMENTS if name in self.arguments}
+        return {name: value for name, value in hub_arguments(self.arguments).items() if name != "force_download"}
 
     @property
     def is_folder(self) -> bool:
@@ -57,9 +56,7 @@ class Source:
 
     def file(self, name: str) -> str | None:
         """Path of a file beside the weights; None where there is none."""
-        if self.name is None:
-            return None
-        return cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.hub)
+        return None if self.name is None else find_file(self.name, name, **self.hub)
 
     def check_index(self) -> None:
         """Raises ValueError where the weight files of a folder lie elsewhere; the Hub's client has checks of its
@@ -83,7 +80,7 @@ class Source:
         """Prunes a model that has just been loaded, on text of its own tokenizer."""
         self.check_loaded(model)
         self.note(model)
-        names = ("trust_remote_code", "gguf_file", "force_download", *_HUB_ARGUMENTS)
+        names = ("trust_remote_code", "gguf_file", *HUB_ARGUMENTS)
         arguments = {name: self.arguments[name] for name in names if self.arguments.get(name) is not None}
         report = sparsify(model, config, load_tokenizer(config, self.name or model.name_or_path, **arguments))
         if "token" in arguments and not report.base_card:  # of a repository that asks for it

@@ -12,5 +12,4 @@ from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values
 from .operators import apply, decompress, gains_natively, linear, native_weight, runs_plainly
 from .products import fast_products, mm, product_dtype
-from .sample import sample_weights
-from .timing import time_calls
+from .timing import sample_weights, time_calls

@@ -25,7 +25,7 @@ from ..pattern import Pattern
 from . import hardware
 from .cpu import DTYPES, NativeWeight, why_not_native
 from .hardware import on_device_of
-from .library import library_linear, why_not_library
+from .library import library_linear
 from .products import linear, linear_by_rows
 
 GROUPS = {"2:4": 4, "4:8": 8}  # m of the patterns that kernels take
@@ -130,33 +130,39 @@ def has_kernels(problem: Problem) -> bool:
 def _why_not_packed(problem: Problem) -> str | None:
     """What all Triton kernels need."""
     reason = hardware.why_no_kernels(problem.device)
-    if reason is not None:
-        return reason
-    if problem.pattern not in GROUPS:
-        return f"there are kernels for {' and '.join(GROUPS)}, not for {problem.pattern}"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        return f"the kernels take bfloat16 and float16, not {problem.dtype}"
-    return None
+    if reason is None and problem.pattern not in GROUPS:
+        reason = f"there are kernels for {' and '.join(GROUPS)}, not for {problem.pattern}"
+    elif reason is None and problem.dtype not in (torch.bfloat16, torch.float16):
+        reason = f"the kernels take bfloat16 and float16, not {problem.dtype}"
+    return reason
 
 
 def _why_not_gemv(problem: Problem) -> str | None:
-    reason = _why_not_packed(problem)
-    if reason is None and problem.tokens > 4:
-        return f"gemv takes at most 4 tokens, not {problem.tokens}"
-    return reason
+    few = f"gemv takes at most 4 tokens, not {problem.tokens}" if problem.tokens > 4 else None
+    return _why_not_packed(problem) or few
 
 
 def _why_not_dot(problem: Problem) -> str | None:
-    reason = _why_not_packed(problem)
-    if reason is None and problem.in_features % 8:
-        return f"dot needs in_features that 8 divides, not {problem.in_features}"
-    return reason
+    odd = f"dot needs in_features that 8 divides, not {problem.in_features}" if problem.in_features % 8 else None
+    return _why_not_packed(problem) or odd
 
 
 def _why_not_library(problem: Problem) -> str | None:
     if problem.device.type != "cuda":
         return "torch's semi-structured tensors need a CUDA device"
-    return why_not_library(problem.out_features, problem.in_features, problem.dtype, problem.pattern)
+    if problem.pattern != "2:4":
+        return f"torch's semi-structured tensors are 2:4, not {problem.pattern}"
+    if not torch.backends.cusparselt.is_available():
+        return "this torch has no cuSPARSELt"
+    limits = torch.sparse.SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS.get(problem.dtype)
+    if limits is None:
+        return f"torch's semi-structured tensors do not take {problem.dtype}"
+    if problem.out_features % limits.sparse_min_rows or problem.in_features % limits.sparse_min_cols:
+        return (
+            f"torch's semi-structured tensors need multiples of {limits.sparse_min_rows} x {limits.sparse_min_cols}, "
+            f"the weight is {problem.out_features} x {problem.in_features}"
+        )
+    return None
 
 
 def _gemv_configs(problem: Problem) -> list[Config]:

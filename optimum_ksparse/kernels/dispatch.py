@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
+from ..checks import check_one_of
 from .cache import Timings, read_timings, write_timings
 from .candidates import KERNELS, Candidate, Config, PackedWeight, Problem, has_kernels
 from .cpu import NativeWeight
 from .library import library_form
-from .sample import sample_weights
-from .timing import rotations, time_calls
+from .timing import rotations, sample_weights, time_calls
 
 logger = logging.get_logger(__name__)
 
@@ -38,13 +38,6 @@ def bucket(tokens: int) -> int:
     return min(1 << max(0, tokens - 1).bit_length(), BUCKETS[-1])
 
 
-def check_kernel(name: str) -> str:
-    """`name`, where it is "auto" or a kernel. Raises ValueError that lists them."""
-    if name != "auto" and name not in KERNELS:
-        raise ValueError(f"kernel={name!r} is not known; allowed: auto, {', '.join(KERNELS)}")
-    return name
-
-
 def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate:
     """The candidate for a product with `tokens` tokens: of `kernel`, of the one that the environment variable
     `KSPARSE_KERNEL` names, or the fastest one.
@@ -54,7 +47,7 @@ def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate
     """
     kernel = os.environ.get(KERNEL_VARIABLE) or kernel
     if kernel != "auto":
-        return _forced(check_kernel(kernel), weight, weight.problem(tokens))
+        return _forced(check_one_of("kernel", kernel, ("auto", *KERNELS)), weight, weight.problem(tokens))
     values, bits, in_features, pattern, _ = weight
     # Of tuples, and looked up without the lock: every forward pass of every layer comes here.
     key = bits.shape[0], in_features, bucket(tokens), pattern, values.dtype, values.device, weight.has_library
@@ -178,9 +171,9 @@ def _forced(kernel: str, weight: PackedWeight, problem: Problem) -> Candidate:
         raise ValueError(f"kernel={kernel!r} cannot compute {problem}: {reason}")
     if problem.device.type == "cuda":
         rounded = weight.problem(bucket(problem.tokens))
-        known = measured(rounded).get(kernel) if KERNELS[kernel].why_not(rounded) is None else None
-        if known is not None:
-            return known[0]
+        fastest = measured(rounded).get(kernel) if KERNELS[kernel].why_not(rounded) is None else None
+        if fastest is not None:
+            return fastest[0]
     return Candidate(kernel, KERNELS[kernel].configs(problem)[0])
 
 

@@ -66,15 +66,12 @@ def is_interpreted() -> bool:
 def _why_not(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < _LEAST_CAPABILITY:
-        needed, found = (".".join(map(str, version)) for version in (_LEAST_CAPABILITY, capability))
-        return f"the kernels need compute capability {needed} (Ampere) or higher, {_name(index)} has {found}"
+        needed, present = (".".join(map(str, version)) for version in (_LEAST_CAPABILITY, capability))
+        name = torch.cuda.get_device_name(index)
+        return f"the kernels need compute capability {needed} (Ampere) or higher, {name} has {present}"
     version = library_versions("triton").get("triton")
     if version is None:
         return "the kernels need Triton, which is not installed: pip install triton"
     if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < _LEAST_TRITON:
         return f"the kernels need Triton {'.'.join(map(str, _LEAST_TRITON))} or newer, found {version}"
     return None
-
-
-def _name(index: int) -> str:
-    return torch.cuda.get_device_name(index)

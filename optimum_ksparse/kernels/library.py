@@ -14,23 +14,6 @@ import torch.nn.functional as F
 from ..packing import unpack
 
 
-def why_not_library(out_features: int, in_features: int, dtype: torch.dtype, pattern: str) -> str | None:
-    """Why the library cannot take a weight; None where it can."""
-    if pattern != "2:4":
-        return f"torch's semi-structured tensors are 2:4, not {pattern}"
-    if not torch.backends.cusparselt.is_available():
-        return "this torch has no cuSPARSELt"
-    limits = torch.sparse.SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS.get(dtype)
-    if limits is None:
-        return f"torch's semi-structured tensors do not take {dtype}"
-    if out_features % limits.sparse_min_rows or in_features % limits.sparse_min_cols:
-        return (
-            f"torch's semi-structured tensors need multiples of {limits.sparse_min_rows} x {limits.sparse_min_cols}, "
-            f"the weight is {out_features} x {in_features}"
-        )
-    return None
-
-
 def library_form(values: torch.Tensor, bits: torch.Tensor, in_features: int) -> torch.Tensor:
     """The library's packed form [elements] of a packed 2:4 weight on a CUDA device."""
     return torch._cslt_compress(unpack(values, bits, in_features))

@@ -1,4 +1,4 @@
-"""How long calls take on a device, without what launching them costs."""
+"""How long calls take on a device, without what launching them costs, and random packed weights to call with."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from typing import Any
 
 import torch
 
+from ..packing import pack
+from ..pattern import Pattern
+from .candidates import PackedWeight, Problem
+
 _REPEATS = 11
 # Seconds of a round on a processor, whose scheduler spoils shorter ones; and of all rounds of a slow call.
 _ROUND, _ROUNDS = 0.01, 0.5
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_SAMPLE_ROWS = 256  # that are drawn; others repeat them
 _LARGE_CACHE = 64 << 20  # where a CPU does not tell the size of its caches
 
 
@@ -91,3 +96,16 @@ def _time_wall(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
         repeats = max(3, min(repeats, int(_ROUNDS / (times * seconds))))
         seconds = statistics.median(round_of(times) for _ in range(repeats))
     return seconds * 1e6
+
+
+def sample_weights(problem: Problem, copies: int) -> list[PackedWeight]:
+    """Random weights of a problem's shape, pattern and dtype; `copies` that lie apart in memory."""
+    rows, columns, pattern = problem.out_features, problem.in_features, Pattern(problem.pattern)
+    repeats = 1 if rows % _SAMPLE_ROWS or _SAMPLE_ROWS % (pattern.tile or (1, 1))[0] else rows // _SAMPLE_ROWS
+    generator = torch.Generator(problem.device).manual_seed(0)
+    drawn = torch.randn(rows // repeats, columns, device=problem.device, generator=generator)
+    values, bits = pack(drawn.to(problem.dtype), pattern.mask(drawn.abs()), pattern)
+    values = values.repeat(repeats, 1) if values.dim() == 2 else values.repeat(repeats)
+    first = PackedWeight(values, bits.repeat(repeats, 1), columns, problem.pattern)
+    others = [first._replace(values=first.values.clone(), bits=first.bits.clone()) for _ in range(copies - 1)]
+    return [first, *others]

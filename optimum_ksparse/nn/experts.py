@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from .. import kernels
-from ..packing import check_bits, pack
+from ..packing import check_bits, pack, unpack_mask
 from ..pattern import Pattern
-from .matrix import PackedMatrix
+from .linear import in_autocast_dtype
 from .packed import PackedModule, onloaded
+
+_EAGER = 'run the model with model.set_experts_implementation("eager")'
 
 
 class SparseExperts(PackedModule):
@@ -21,7 +25,7 @@ class SparseExperts(PackedModule):
     runs packed. Needs `experts_implementation="eager"`; the others of transformers read the whole parameter.
 
     Args:
-        num_experts, in_features, out_features: of the stack, and of each matrix.
+        shape: [experts, out, in], of the dense stack.
         pattern: which weights of a matrix are kept.
         num_values: how many are kept in the whole stack, as many in each matrix; `n:m` fixes it, other
             patterns need it.
@@ -35,9 +39,7 @@ class SparseExperts(PackedModule):
 
     def __init__(
         self,
-        num_experts: int,
-        in_features: int,
-        out_features: int,
+        shape: Sequence[int],
         *,
         pattern: Pattern,
         num_values: int | None = None,
@@ -45,9 +47,9 @@ class SparseExperts(PackedModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self.num_experts, self.out_features, self.in_features = shape
         self.pattern = pattern
-        self._make_tensors((num_experts,), num_values, device=device, dtype=dtype)
+        self._make_tensors((self.num_experts,), num_values, device=device, dtype=dtype)
 
     @classmethod
     def from_dense(cls, weight: torch.Tensor, mask: torch.Tensor, pattern: Pattern) -> SparseExperts:
@@ -77,8 +79,8 @@ class SparseExperts(PackedModule):
         counts = sorted({matrix.numel() for matrix in values})
         if len(counts) > 1:
             raise ValueError(f"matrices of a stack must keep equally many weights, found {counts[0]} to {counts[-1]}")
-        sizes = {"in_features": in_features, "out_features": len(bits[0]), "num_values": counts[0] * len(values)}
-        stack = cls(len(values), pattern=pattern, device="meta", **sizes)
+        shape = len(values), len(bits[0]), in_features
+        stack = cls(shape, pattern=pattern, num_values=counts[0] * len(values), device="meta")
         stack.weight = nn.Parameter(torch.stack(values), requires_grad=requires_grad)
         stack.weight_mask = torch.stack(bits)
         stack._prepare()
@@ -123,12 +125,52 @@ class SparseExperts(PackedModule):
         return nn.Parameter(self.to_dense_weight(), requires_grad=self.weight.requires_grad)
 
     def _check_bits(self, bits: torch.Tensor, name: str) -> None:
-        for expert, own in enumerate(bits):
-            check_bits(own, self.pattern, self.in_features, self.weight[0].numel(), f"{name}[{expert}]")
+        for expert, rows in enumerate(bits):
+            check_bits(rows, self.pattern, self.in_features, self.weight[0].numel(), f"{name}[{expert}]")
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
         return sizes + super().extra_repr()
 
 
-_EAGER = 'run the model with model.set_experts_implementation("eager")'
+class PackedMatrix:
+    """A sparse matrix [out, in]. `F.linear` computes with it as a `SparseLinear` does; whatever else is done with it
+    is done with its dense weight, through which gradients reach the packed values."""
+
+    def __init__(self, weight: kernels.PackedWeight, kernel: str) -> None:
+        self._weight, self._kernel = weight, kernel
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear:
+            x, matrix, bias = _linear_arguments(*args, **(kwargs or {}))
+            if isinstance(matrix, cls) and isinstance(x, torch.Tensor):
+                return matrix._linear(x, bias)
+        args, kwargs = tree_map_only(cls, lambda matrix: matrix.to_dense(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.to_dense(), name)
+
+    def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
+        return self.to_dense() @ other
+
+    def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        # Tensors that accelerate has offloaded come to where they are needed.
+        values, bits = self._weight.values.to(x.device), self._weight.bits.to(x.device)
+        x, values, bias = in_autocast_dtype(x, values, bias)
+        return kernels.apply(x, self._weight._replace(values=values, bits=bits), bias, self._kernel)
+
+    def to_dense(self) -> torch.Tensor:
+        """The matrix [out, in] with its zeros."""
+        values, bits, in_features = self._weight[:3]
+        dense = values.new_zeros(bits.shape[0], in_features)
+        return dense.masked_scatter(unpack_mask(bits, in_features), values)
+
+
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    return input, weight, bias

@@ -162,17 +162,14 @@ class SparseLinear(PackedModule, nn.Linear):
             if native is not None:
                 return native.linear(x, self.bias)
         x, values, bias = in_autocast_dtype(x, self.weight, self.bias)
-        packed = kernels.PackedWeight(
-            values, self.weight_mask, self.in_features, self.pattern.text, self._library_form
-        )
-        return kernels.apply(x, packed, bias, self.kernel)
+        return kernels.apply(x, self._with_values(values), bias, self.kernel)
 
     def packed(self) -> kernels.PackedWeight:
         """The packed weight with the form that is kept beside it, for the dispatch."""
-        pattern = self.pattern.text
-        return kernels.PackedWeight(
-            self.weight.detach(), self.weight_mask, self.in_features, pattern, self._library_form
-        )
+        return self._with_values(self.weight.detach())
+
+    def _with_values(self, values: torch.Tensor) -> kernels.PackedWeight:
+        return kernels.PackedWeight(values, self.weight_mask, self.in_features, self.pattern.text, self._library_form)
 
     def keep_library_form(self, form: torch.Tensor, shared: torch.Tensor) -> None:
         """Keeps torch's semi-structured form of the weight for the kernel of that name. `shared` is a view of it that

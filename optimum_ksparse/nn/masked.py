@@ -27,10 +27,10 @@ _CHUNK_BYTES = 64 << 20
 
 
 class _Rows:
-    """Some rows of a packed weight: of its tensors `part`, of the flat values `own`."""
+    """Some rows of a packed weight: of its tensors `part`, of the flat values `of_values`."""
 
-    def __init__(self, part: slice, own: slice, bits: torch.Tensor, in_features: int) -> None:
-        self.part, self.own, self.in_features = part, own, in_features
+    def __init__(self, part: slice, of_values: slice, bits: torch.Tensor, in_features: int) -> None:
+        self.part, self.of_values, self.in_features = part, of_values, in_features
         self.bits = bits[part]
 
     def mask(self) -> torch.Tensor:
@@ -42,7 +42,7 @@ class _Rows:
             # By a table of bytes, several times faster on a processor than to unpack the mask and to convert it.
             table = _byte_masks(self.bits.device).to(dtype)
             return F.embedding(self.bits.int(), table).flatten(-2)[:, : self.in_features]
-        return decompress(values.reshape(-1)[self.own].to(dtype), self.bits, self.in_features)
+        return decompress(values.reshape(-1)[self.of_values].to(dtype), self.bits, self.in_features)
 
 
 def _rows(
@@ -93,9 +93,9 @@ def masked_linear(
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
-    found = x.shape[-1], a.shape[1], b.shape
+    fits = x.shape[-1] == a.shape[1] and b.shape == (bits.shape[0], a.shape[0])
     alike = x.dtype == a.dtype == b.dtype and x.device == a.device == b.device == bits.device
-    if found != (a.shape[1], a.shape[1], (bits.shape[0], a.shape[0])) or not alike:
+    if not (fits and alike):
         tensors = ", ".join(
             f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             for name, tensor in (("x", x), ("A", a), ("B", b), ("the mask", bits))
@@ -144,12 +144,12 @@ def _masked_linear_backward(
     grad_a, grad_b = torch.zeros_like(a, dtype=exact), torch.empty_like(b)
     grad_values = x.new_empty(0) if values is None or not needs[3] else torch.empty_like(values)
     for rows in _rows(bits, in_features, x.element_size(), None if values is None else values.shape):
-        weight, own, factor = rows.dense(values, x.dtype), grad[:, rows.part], b[rows.part] * scale
+        weight, grad_y, factor = rows.dense(values, x.dtype), grad[:, rows.part], b[rows.part] * scale
         if needs[0]:
-            grad_x += mm(own, mm(factor, a) * weight)
-        full = mm(own.T, tokens)
+            grad_x += mm(grad_y, mm(factor, a) * weight)
+        full = mm(grad_y.T, tokens)
         if needs[3] and values is not None:
-            grad_values.view(-1)[rows.own] = (mm(factor, a) * full)[rows.mask()].to(values.dtype)
+            grad_values.view(-1)[rows.of_values] = (mm(factor, a) * full)[rows.mask()].to(values.dtype)
         full *= weight
         grad_a += mm(factor.T, full)
         grad_b[rows.part] = mm(full, a.T) * scale

@@ -169,7 +169,7 @@ def test_quantized_and_sharded_loading_are_refused(dense, config, monkeypatch):
         AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config, quantization_config=quantized)
     with pytest.raises(ValueError, match="prune in one process"):
         AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config, tp_plan="auto")
-    monkeypatch.setattr("optimum_ksparse.integration.loading.is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr("optimum_ksparse.integration.arguments.is_fsdp_enabled", lambda: True)
     with pytest.raises(ValueError, match="prune in one process"):
         AutoModelForCausalLM.from_pretrained(dense, sparsity_config=config)
 

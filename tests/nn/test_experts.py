@@ -287,9 +287,9 @@ def test_matrices_that_keep_other_numbers_of_weights_cannot_be_stacked() -> None
     with pytest.raises(ValueError, match="equally many weights, found 12 to 16"):
         SparseExperts.from_dense(weight, mask, Pattern("50%"))
     with pytest.raises(ValueError, match="num_values is 33, which 2 matrices cannot share"):
-        SparseExperts(2, 4, 4, pattern=Pattern("50%"), num_values=33)
+        SparseExperts((2, 4, 4), pattern=Pattern("50%"), num_values=33)
     with pytest.raises(ValueError, match="num_values must be given"):
-        SparseExperts(2, 4, 4, pattern=Pattern("50%"))
+        SparseExperts((2, 4, 4), pattern=Pattern("50%"))
 
 
 def test_a_densified_stack_gives_its_dense_matrices() -> None:

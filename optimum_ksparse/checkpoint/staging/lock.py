@@ -9,12 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from transformers.utils import logging
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +33,21 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     mine = os.path.abspath(path), threading.get_ident()
     if mine in _held:
         raise BlockingIOError(f"this thread is writing into {path.parent} already")
-    descriptor = _acquire(path, busy)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if busy is not None:
+            raise BlockingIOError(busy) from None
+        logger.warning(f"Waiting for another process, which is writing into {path.parent}.")
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        logger.warning(
+            f"{path.parent} lies on a file system without locks ({error.strerror}): see to it that one process at a "
+            "time writes there."
+        )
     _held.add(mine)
     try:
         yield
@@ -47,7 +57,7 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
             with suppress(OSError):
                 path.unlink(missing_ok=True)  # before it is let go, so that it is nobody else's
         finally:
-            _let_go(descriptor)
+            lock.release()
 
 
 @contextmanager
@@ -68,52 +78,3 @@ def claimed(folder: Path, name: str, busy: str) -> Iterator[None]:
         if created:
             with suppress(OSError):  # where there is something in it
                 folder.rmdir()
-
-
-def _acquire(path: Path, busy: str | None) -> int:
-    while True:
-        # Programs that this one starts do not inherit it (PEP 446).
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _lock(descriptor, path, busy)
-            if _is_at(descriptor, path):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # that of one who has just removed it
-
-
-def _lock(descriptor: int, path: Path, busy: str | None) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if busy is not None:
-            raise BlockingIOError(busy) from None
-        logger.warning(f"Waiting for another process, which is writing into {path.parent}.")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-        logger.warning(
-            f"{path.parent} lies on a file system without locks ({error.strerror}): see to it that one process at a "
-            "time writes there."
-        )
-
-
-def _let_go(descriptor: int) -> None:
-    try:
-        if fcntl is not None:
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile holds it, too
-    finally:
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
