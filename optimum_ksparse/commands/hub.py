@@ -48,7 +48,8 @@ def check_source(name: str, source: str, revision: str | None = None) -> None:
         return
     if os.path.exists(source):
         raise NotADirectoryError(f"{name}={source!r} is a file; name the folder of the model, or a Hub id")
-    if _is_path(source):
+    is_name = is_repo_id(source) and source.count("/") <= 1 and source[0] not in "./~"
+    if not is_name or os.path.isdir(os.path.dirname(source)):  # it can only have been meant for a folder
         raise FileNotFoundError(f"{name}={source!r}: there is no such folder")
     try:
         # One request, where downloading would try for half a minute to reach a Hub that cannot be reached.
@@ -79,11 +80,3 @@ def check_source(name: str, source: str, revision: str | None = None) -> None:
                 f"{name}={source!r}: there is no such folder, {reason}, and it was not downloaded before"
             ) from error
         constants.HF_HUB_OFFLINE = True  # what reads it now takes the download at once
-
-
-def _is_path(source: str) -> bool:
-    """Whether a name that is no folder can only have been meant for one."""
-    if not is_repo_id(source) or source.count("/") > 1:
-        return True
-    parent = os.path.dirname(source)
-    return source[0] in "./~" or bool(parent and os.path.isdir(parent))

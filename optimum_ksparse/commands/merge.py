@@ -6,6 +6,7 @@ import os
 import shutil
 from typing import Any
 
+from ..adapters import require_peft
 from ..checkpoint import facts_of, sparse_modules
 from ..checkpoint.model_class import load_model
 from ..checkpoint.staging import check_output, staged
@@ -52,7 +53,10 @@ class MergeCommand(Command):
 
     def execute(self) -> None:
         settings = self.settings()
-        from ..adapters import merge_adapter  # needs PEFT
+        require_peft()
+        from peft import PeftModel
+
+        from ..adapters import merge_adapter
 
         adapter, output = settings["adapter"], settings["output"]
         reads = [settings.get(name) for name in ("adapter", "base", "tokenizer", "dataset")]
@@ -63,14 +67,18 @@ class MergeCommand(Command):
             raise FileNotFoundError(f"adapter={adapter!r} holds no adapter_config.json: name the folder of an adapter")
         source = settings.get("base") or _base_of(settings)
         remote = {"trust_remote_code": "trust_remote_code", "revision": "base_revision"}
-        base = {name: settings[setting] for name, setting in remote.items() if setting in settings}
+        base = {name: settings[setting] for name, setting in remote.items() if settings.get(setting) is not None}
         tokenizer, missing = _tokenizer(settings, source, base)
         merging: dict[str, Any] = {name: settings[name] for name in ("method", "batch_size") if name in settings}
         merging["method_settings"] = {name: settings[name] for name in _SOLVER_TEXTS if name in settings}
         if settings.get("dataset") is not None:
             drawn = {name: settings[name] for name in _CALIBRATION_TEXTS if name in settings and name != "batch_size"}
             merging["dataset"] = CalibrationData(**({"tokenizer": tokenizer, "seq_len": 512} | drawn))
-        model = merge_adapter(_load(settings, source, base), **merging)
+        model = load_model(source, dtype=settings.get("dtype"), **base)
+        if not sparse_modules(model):
+            raise ValueError(f"{source} is no sparse model: name the one that the adapter was trained on with --base")
+        adapted = PeftModel.from_pretrained(model, adapter, revision=settings.get("revision"))
+        model = merge_adapter(adapted, **merging)
         save = {name: settings[name] for name in ("max_shard_size",) if name in settings}
         with staged(output) as folder:
             model.save_pretrained(folder, **save)
@@ -96,16 +104,6 @@ def _base_of(settings: dict[str, Any]) -> str:
         raise ValueError(f"{adapter} names no base model on the Hub, but {printable(name)!r}: pass --base MODEL")
     print(f"base model: {base}, which the adapter names")
     return base
-
-
-def _load(settings: dict[str, Any], source: str, base: dict[str, Any]) -> Any:
-    """The adapter on its base."""
-    from peft import PeftModel
-
-    model = load_model(source, dtype=settings.get("dtype"), **base)
-    if not sparse_modules(model):
-        raise ValueError(f"{source} is no sparse model: name the one that the adapter was trained on with --base")
-    return PeftModel.from_pretrained(model, settings["adapter"], revision=settings.get("revision"))
 
 
 def _tokenizer(settings: dict[str, Any], source: str, base: dict[str, Any]) -> tuple[Any, str]:

@@ -103,8 +103,11 @@ def _output_errors(report: SparsityReport, say: Say) -> Any:
     figure = new_figure(8, 4)
     axes = figure.add_subplot()
     for kind in report.kinds():
-        rows = [(_block(layer.name, i), layer.relative_output_error) for i, layer in enumerate(kind.layers)]
-        points = [(block, error) for block, error in rows if error is not None]
+        points = []
+        for i, layer in enumerate(kind.layers):
+            block = re.search(r"\.(\d{1,6})\.", layer.name)  # in some blocks the layer may be dense
+            if layer.relative_output_error is not None:
+                points.append((int(block[1]) if block else i, layer.relative_output_error))
         if points:
             name = kind.name.split(".*.")[-1].lstrip("_")  # matplotlib hides what begins with it
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
@@ -115,12 +118,6 @@ def _output_errors(report: SparsityReport, say: Say) -> Any:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
-
-
-def _block(name: str, otherwise: int) -> int:
-    """The number of the block that a layer is in: in some blocks it may be dense."""
-    match = re.search(r"\.(\d{1,6})\.", name)
-    return int(match[1]) if match else otherwise
 
 
 def _dense_and_sparse(pairs: list[Pair], say: Say) -> Any:

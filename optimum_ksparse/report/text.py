@@ -40,22 +40,16 @@ def _table(report: SparsityReport) -> list[str]:
             f"{before:.4f} -> {after:.4f}, on the held-out tokens that chose the epochs"
         )
     if report.config.get("allocation") == "owl":
-        lines.append(_allocated(report))
+        if "%" in report.patterns[0]:
+            densities = [layer.density for layer in report.layers]
+            how = f": densities {min(densities):.4f} to {max(densities):.4f}, by the outliers of each block"
+        else:
+            counts = Counter(layer.pattern for layer in report.layers)
+            patterns = ", ".join(f"{pattern} in {count}" for pattern, count in counts.items())
+            target = f", target_density {report.config.get('target_density')}: {patterns} layers"
+            how = f"{target}, dense in {report.num_left_dense}, which would lose most"
+        lines.append(f"allocation owl{how}")
     lines += [f"left dense: {name}: {reason.removeprefix('left dense ')}" for name, reason in report.skipped.items()]
     lines += [f"note: {layer.name}: {layer.note}" for layer in report.layers if layer.note]
     lines += [f"note: block {row.block}: {row.note}" for row in report.reconstruction if row.note]
     return lines
-
-
-def _allocated(report: SparsityReport) -> str:
-    """How patterns were allocated, in a line."""
-    if "%" in report.patterns[0]:
-        densities = [layer.density for layer in report.layers]
-        least, most = min(densities), max(densities)
-        return f"allocation owl: densities {least:.4f} to {most:.4f}, by the outliers of each block"
-    layers = Counter(layer.pattern for layer in report.layers)
-    return (
-        f"allocation owl, target_density {report.config.get('target_density')}: "
-        f"{', '.join(f'{pattern} in {count}' for pattern, count in layers.items())} layers, dense in "
-        f"{report.num_left_dense}, which would lose most"
-    )

@@ -45,8 +45,15 @@ def write_tables(results: StudyResults, output: Path) -> None:
 
 def markdown(results: StudyResults) -> str:
     """All tables that there are figures for, and how they were measured."""
-    job = results.record.job
-    lines = [f"# Pruning study of {job['model']}", "", _state(results), ""]
+    job, seeds = results.record.job, results.record.grid["seeds"]
+    state = f"{len(results.cells)} of {len(results.record.cells)} cells are done."
+    if len(seeds) > 1:
+        state += (
+            f" Figures are mean ± sample standard deviation over the calibration seeds {', '.join(map(str, seeds))} "
+            f"(n = {len(seeds)}); what has no ± is one run, or infinite."
+        )
+    state += f" Failed: {'; '.join(results.titles(results.failed))}." if results.failed else ""
+    lines = [f"# Pruning study of {job['model']}", "", state, ""]
     texts = (job.get("evaluation") or {}).get("texts") or {}
     for table, title in TABLES.items():
         rows = [row for row in results.rows() if QUANTITIES[row.quantity].table == table]
@@ -82,18 +89,6 @@ def _how(results: StudyResults) -> str:
 
 def _distinct(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for number, entry in enumerate(entries) if entry not in entries[:number]]
-
-
-def _state(results: StudyResults) -> str:
-    """What the tables hold, in sentences."""
-    seeds = results.record.grid["seeds"]
-    text = f"{len(results.cells)} of {len(results.record.cells)} cells are done."
-    if len(seeds) > 1:
-        text += (
-            f" Figures are mean ± sample standard deviation over the calibration seeds {', '.join(map(str, seeds))} "
-            f"(n = {len(seeds)}); what has no ± is one run, or infinite."
-        )
-    return text + (f" Failed: {'; '.join(results.titles(results.failed))}." if results.failed else "")
 
 
 def _table(results: StudyResults, table: str, rows: Sequence[Row]) -> list[str]:

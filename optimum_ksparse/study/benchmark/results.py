@@ -40,11 +40,20 @@ class BenchResults:
 
     @classmethod
     def here(cls, device: torch.device) -> BenchResults:
-        """Empty results of this machine."""
+        """Empty results of this machine: its GPU with the driver, or the processor; no name of it."""
         versions = library_versions("torch", "triton", "transformers")
-        if device.type == "cuda":
-            versions["cuda"] = str(torch.version.cuda)
-        return cls(_hardware(device), versions)
+        if device.type != "cuda":
+            name = _first(r"model name\s*: (.*)", "/proc/cpuinfo") or platform.processor() or platform.machine()
+            return cls({"device": name, "threads": torch.get_num_threads()}, versions)
+        properties = torch.cuda.get_device_properties(device)
+        hardware = {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "driver": _first(r"Kernel Module.*?\s(\d+\.[\d.]+)", "/proc/driver/nvidia/version"),
+        }
+        return cls(hardware, {**versions, "cuda": str(torch.version.cuda)})
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes `results.json`, whole or not at all."""
@@ -79,21 +88,6 @@ class BenchResults:
                 table.append([*what, *rates, f"{row[f'{phase}_speedup']:.2f}"])
             lines += ["", *aligned(table)]
         return "\n".join(lines)
-
-
-def _hardware(device: torch.device) -> dict[str, Any]:
-    """The GPU with its driver, or the processor; no name of this machine."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return {
-            "device": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "memory_bytes": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-            "driver": _first(r"Kernel Module.*?\s(\d+\.[\d.]+)", "/proc/driver/nvidia/version"),
-        }
-    name = _first(r"model name\s*: (.*)", "/proc/cpuinfo") or platform.processor() or platform.machine()
-    return {"device": name, "threads": torch.get_num_threads()}
 
 
 def _first(pattern: str, path: str) -> str | None:
