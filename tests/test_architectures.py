@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_ksparse import SparseLinear, SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.blocks import find_blocks
 
-from .conftest import ARCHITECTURES, VOCABULARY
+from .conftest import ARCHITECTURES, DISTINCT, VOCABULARY
 
 torch.set_num_threads(1)
 
@@ -101,7 +101,11 @@ class Pruned:
     embeddings: tuple[int, int]  # where they were before
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(pair, marks=() if pair[0] in DISTINCT else pytest.mark.slow) for pair in PAIRS],
+    ids="-".join,
+)
 def pruned(request: pytest.FixtureRequest, make_model: MakeModel, prune: Callable[..., SparsityReport]) -> Pruned:
     name, method, pattern = request.param
     dense, model = make_model(name), make_model(name)

@@ -20,6 +20,8 @@ from optimum_ksparse.pruners.statistics import ColumnNorms
 from optimum_ksparse.pruning import loop
 from optimum_ksparse.pruning.streaming import Workspace
 
+from .conftest import thinned
+
 torch.set_num_threads(1)
 
 IDS = torch.randint(3, 64, (16, 12), generator=torch.Generator().manual_seed(0))
@@ -42,6 +44,7 @@ def gemma4() -> PreTrainedModel:
     return build("Gemma4TextConfig", num_hidden_layers=4, layer_types=2 * kinds, **GEMMA, **shared)
 
 
+@pytest.mark.slow
 def test_the_dense_outputs_of_shared_keys_and_values_are_the_models_own(gemma4, monkeypatch):
     expected: list[torch.Tensor] = []
     handles = [
@@ -78,7 +81,7 @@ def test_the_dense_outputs_of_shared_keys_and_values_are_the_models_own(gemma4, 
         torch.testing.assert_close(target, own)
 
 
-@pytest.mark.parametrize("activations", ["dense", "pruned", "mixed"])
+@pytest.mark.parametrize("activations", thinned(["dense", "pruned", "mixed"], ["mixed"]))
 def test_shared_keys_and_values_with_reconstruction(gemma4, activations):
     settings = {"reconstruct": "block", "reconstruction_epochs": 1, "activations": activations}
     report = sparsify(gemma4, SparsityConfig.from_flat("wanda", "2:4", dataset=IDS, batch_size=2, **settings))
@@ -111,7 +114,7 @@ JAMBA = {**SIZES, "num_key_value_heads": 2, "num_hidden_layers": 2, "attn_layer_
 JAMBA |= {"num_experts": 1, "mamba_d_state": 8, "mamba_dt_rank": 8}
 
 
-@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+@pytest.mark.parametrize("method", thinned(["wanda", "magnitude"], ["wanda"]))
 @pytest.mark.parametrize("config", [MambaConfig(**MAMBA), JambaConfig(**JAMBA)], ids=["mamba", "jamba"])
 def test_a_weight_that_is_read_and_not_called_stays_dense(config, method, tmp_path: Path):
     torch.manual_seed(0)

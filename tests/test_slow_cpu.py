@@ -48,9 +48,12 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "wanda", "allocation": "owl", "pattern": "50%"},
+        pytest.param({"method": "wanda", "allocation": "owl", "pattern": "50%"}, marks=pytest.mark.slow),
         {"method": "sparsegpt", "pattern": "50%", "true_sequential": True},
-        {"method": "admm", "reconstruct": "block", "refine": ["swaps"], "activations": "mixed"},
+        pytest.param(
+            {"method": "admm", "reconstruct": "block", "refine": ["swaps"], "activations": "mixed"},
+            marks=pytest.mark.slow,
+        ),
         {"method": "magnitude"},
     ],
     ids=lambda settings: settings["method"],
@@ -110,6 +113,7 @@ def test_its_own_text_and_dropped_blocks(
     assert slow_products.seen == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint(
     model: PreTrainedModel, token_ids: torch.Tensor, tmp_path: Path, slow_products: SlowProducts
 ) -> None:

@@ -202,6 +202,7 @@ def test_dense_layers_and_modules_to_save(make_model, tied):
     assert distance(merged, expected) < 0.05
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_again(adapted, tmp_path):
     model = adapted(pattern="4:8")
     merged = merge_adapter(model, method="solve", dataset=IDS)

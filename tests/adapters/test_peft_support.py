@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from optimum_ksparse import Pattern
 from optimum_ksparse.nn import SparseExperts
 
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, thinned
 from .models import adapted, logits, trained, wrapped
 
 peft = pytest.importorskip("peft", reason="needs the extra finetune")
@@ -54,6 +54,7 @@ def modules(model):
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_other_tuners_are_refused_by_name_and_change_nothing(make_pruned, token_ids):
     model = make_pruned()
     before, expected = modules(model), logits(model, token_ids)
@@ -140,6 +141,7 @@ def test_what_lora_can_do(make_pruned, token_ids, settings):
         assert wrapped(model)[0].get_base_layer().density == 0.5
 
 
+@pytest.mark.slow
 def test_eva(make_pruned, token_ids):
     config = peft.LoraConfig(
         r=4, target_modules=["q_proj"], init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0)
@@ -239,7 +241,7 @@ def folder(make_pruned, tmp_path):
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize("method", ["dora", "masked", "hira"])
+@pytest.mark.parametrize("method", thinned(["dora", "masked", "hira"], ["masked"]))
 def test_adapters_are_saved_and_loaded(folder, tmp_path, token_ids, method):
     model = adapted(AutoModelForCausalLM.from_pretrained(folder), method).eval()
     expected, adapter = logits(model, token_ids), tmp_path / "adapter"

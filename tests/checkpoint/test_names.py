@@ -86,6 +86,7 @@ def test_what_is_saved_is_loaded(kind, storage, tmp_path: Path):
     assert load_file(tmp_path / "dequantized/model.safetensors").keys() == usual
 
 
+@pytest.mark.slow
 def test_experts_that_are_transposed_where_their_shape_says_so(tmp_path: Path, monkeypatch):
     """transformers then asks the model for the parameter in whose place sparse experts are."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "examples/benchmarks"))

@@ -20,7 +20,7 @@ from optimum_ksparse import SparsityConfig, SparsityReport, sparsify, write_card
 from optimum_ksparse.checkpoint import fingerprint
 from optimum_ksparse.evaluation import EvaluationProtocol, EvaluationResults, evaluate_model, ties
 
-from ..conftest import make_config, sample_texts
+from ..conftest import make_config, sample_texts, thinned
 from ..loopback_hub import LoopbackHub
 
 torch.set_num_threads(1)
@@ -113,7 +113,7 @@ CHANGES: dict[str, Callable[[PreTrainedModel], Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("fresh", thinned([False, True], [False]))
 def test_a_change_is_told_and_the_errors_go(
     name: str, fresh: bool, model: PreTrainedModel, make_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:

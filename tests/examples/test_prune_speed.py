@@ -98,6 +98,7 @@ def test_fit_of_exact_power_laws(script, power):
     assert math.isclose(script("prune_scaling").fit_exponent(sizes, [7e-5 * n**power for n in sizes]), power)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_counted_operations(script, method, make_model, monkeypatch):
     # torch does not see the products of native code.

@@ -327,6 +327,7 @@ def test_an_error_of_a_method_names_the_layer(make_model, config, monkeypatch, e
         sparsify(make_model("llama"), config)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_refused(make_model, config):
     model = make_model()
     model.model.layers[0].compile(backend="eager")

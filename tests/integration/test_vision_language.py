@@ -74,6 +74,7 @@ def test_prune_in_memory_and_streamed_are_one(dense, sparse, tmp_path):
     assert layers[0] == layers[1]
 
 
+@pytest.mark.slow
 def test_info_eval_card_and_push(sparse, hub: LoopbackHub, tmp_path, capsys):
     shutil.copytree(sparse, folder := tmp_path / "sparse")
     (tmp_path / "text.txt").write_text("\n\n".join(sample_texts("evaluation")[:2]), encoding="utf-8")

@@ -186,7 +186,7 @@ def test_decompress_and_gather_of_all_masks(pattern):
     assert_same_bits(gather(found, bits, GROUPS[pattern]), values)
 
 
-@pytest.mark.parametrize("rows", [3, 8])
+@pytest.mark.parametrize("rows", thinned([3, 8], [3]))
 def test_decompress_in_chunks(rows, fences):
     weight, x = make_weight(7, 48), random_tensor(5, 48)
     for bias in (random_tensor(7), None):
@@ -287,7 +287,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("kind", thinned(INPUTS, [*INPUTS][:3]))
 def test_inputs_of_any_form(kind):
     x, weight, bias = INPUTS[kind](), make_weight(2, 48), random_tensor(2)
     names, place = ("gemv", "dot", "decompress"), [*INPUTS].index(kind) % 3

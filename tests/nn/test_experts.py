@@ -443,7 +443,7 @@ def test_modules_to_not_convert_leaves_a_stack_dense(tmp_path: Path) -> None:
             {"head_dim": 8, "layer_types": ["full_attention"] * 2},
             "GptOssExperts does not read it as F.linear",
         ),
-        (
+        pytest.param(
             "llama4_text",
             {
                 "head_dim": 8,
@@ -453,6 +453,7 @@ def test_modules_to_not_convert_leaves_a_stack_dense(tmp_path: Path) -> None:
                 "modules": ["feed_forward.router"],
             },
             "Llama4TextExperts does not read it as F.linear",
+            marks=pytest.mark.slow,  # to import it takes a second
         ),
     ],
 )

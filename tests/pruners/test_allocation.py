@@ -298,6 +298,7 @@ def test_what_the_dense_pass_measures(make_model: MakeModel, owl: Any, token_ids
         assert found.sensitivities == {"layers.0.mlp.down_proj": pytest.approx(expected, rel=1e-3)}
 
 
+@pytest.mark.slow
 def test_experts_in_a_stack(owl: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
@@ -326,6 +327,7 @@ def test_other_architectures(make_model: MakeModel, owl: Any) -> None:
         assert report.layers and all(row.sensitivity is not None for row in report.layers)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_the_patterns(
     make_model: MakeModel, owl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

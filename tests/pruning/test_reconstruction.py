@@ -82,7 +82,7 @@ def test_masks_and_what_is_dense_stay(make_model, pattern):
     assert {"input_layernorm.weight", "attention.dense.weight", "attention.dense.bias"} <= changed
 
 
-@pytest.mark.parametrize("activations", ["pruned", "dense", "mixed"])
+@pytest.mark.parametrize("activations", thinned(["pruned", "dense", "mixed"], ["mixed"]))
 def test_activations_say_what_a_block_reads_and_what_it_is_to_give(make_model, activations, monkeypatch):
     dense = make_model("llama")
     seen = []
@@ -264,6 +264,7 @@ def test_norms_and_convolutions_in_16_bit(make_model, name, dtype):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
+@pytest.mark.slow
 def test_large_batches_leave_some_samples_to_hold_out(make_model):
     """As if the batches had been small enough from the start; of one sample alone nothing can be held out."""
     one, other = make_model("llama"), make_model("llama")

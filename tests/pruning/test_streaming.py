@@ -108,7 +108,7 @@ def test_the_result_is_that_of_from_pretrained_bit_for_bit(
     assert not [path for path in (tmp_path / "disk").iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", thinned([1, 4], [4]))
 def test_activations_in_files_are_those_in_memory(batch_size: int, tmp_path: Path, source: Path, config: Any) -> None:
     asked = config(batch_size=batch_size, true_sequential=batch_size == 4, bos_in_statistics=batch_size != 1)
     prune_checkpoint(source, tmp_path / "memory", asked)
@@ -132,7 +132,9 @@ def assert_same_as_in_memory(source: Any, folder: Path, config: SparsityConfig, 
     assert disk == memory
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [("float16", torch.float32), (torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "stored"), thinned([("float16", torch.float32), (torch.bfloat16, torch.float16)], ["float16"])
+)
 def test_modules_that_stay_in_float32(
     stored: torch.dtype, dtype: Any, tmp_path: Path, make_model: MakeModel, token_ids: torch.Tensor
 ) -> None:
@@ -180,6 +182,7 @@ def write_remote_model(folder: Path, model: PreTrainedModel) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
+@pytest.mark.slow
 def test_code_beside_the_weights(tmp_path: Path, make_model: MakeModel, config: Any, hub: LoopbackHub) -> None:
     from huggingface_hub import HfApi
 
@@ -396,7 +399,7 @@ def test_other_settings_are_refused_with_the_difference(unfinished: Path, source
     prune_checkpoint(source, unfinished, config())  # none of this has harmed it
 
 
-@pytest.mark.parametrize("phase", ["pruning", "complete"])
+@pytest.mark.parametrize("phase", thinned(["pruning", "complete"], ["pruning"]))
 def test_a_refusal_leaves_an_unfinished_run_without_data_as_it_is(
     phase: str, tmp_path: Path, source: Path, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -624,7 +627,7 @@ def test_a_file_that_goes_away_meanwhile(
         prune_checkpoint(own_source, tmp_path / "disk", config())
 
 
-@pytest.mark.parametrize("where", ["config.json", "a block", "not a block"])
+@pytest.mark.parametrize("where", thinned(["config.json", "a block", "not a block"], ["a block"]))
 def test_a_source_that_changes_meanwhile(
     where: str, tmp_path: Path, own_source: Path, whole: Any, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,7 @@ def test_results_with_any_field_changed_are_refused_by_name_or_shown(tmp_path: P
     assert taken > 20
 
 
+@pytest.mark.slow
 def test_a_report_of_merging_with_any_field_changed(tmp_path: Path) -> None:
     layer = MergedLayer("layers.0.q", (8, 16), 64, "masked", 0.25, 1.0000001, 0.5)
     report = MergeReport("solve", [{"name": "default", "peft_type": "LORA", "r": 8}], {}, [layer], ["lm_head"])

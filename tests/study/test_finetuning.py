@@ -195,6 +195,7 @@ def test_a_run_that_is_cut_off_while_it_is_saved_trains_no_further(folder, tmp_p
     assert not (output / ".checkpoints").exists() and (output / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_finished_runs(folder, tmp_path, monkeypatch):
     output, settings = tmp_path / "run", {**RUN, "max_steps": 1, "bf16": True, "gradient_checkpointing": True}
     record = finetune(folder, None, KoAlpacaSettings(**settings), output)
@@ -236,6 +237,7 @@ def test_a_second_start_and_foreign_folders_are_refused_before_the_model_is_read
     assert not (folder / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_command(folder, tmp_path, capsys):
     output = tmp_path / "out"
     recipe = REPOSITORY / "configs/finetune/koalpaca.yaml"

@@ -381,6 +381,7 @@ def run_command(*words):
     parse_words([str(word) for word in words]).execute()
 
 
+@pytest.mark.slow
 def test_merging_keeps_the_head_and_pushing_is_refused(make_model, tokenizer, data_file, tmp_path):
     base, output = base_folder(make_model, tokenizer, tmp_path), tmp_path / "out"
     record = finetune(base, None, on(data_file, method="masked"), output)
@@ -393,6 +394,7 @@ def test_merging_keeps_the_head_and_pushing_is_refused(make_model, tokenizer, da
         run_command("push", output, "user/name")
 
 
+@pytest.mark.slow
 def test_the_command(make_model, tokenizer, data_file, tmp_path, capsys):
     pytest.importorskip("optimum.commands")
     base = base_folder(make_model, tokenizer, tmp_path, sparse=False)

@@ -139,6 +139,7 @@ def reference(model: PreTrainedModel, tokenizer: Tokenizer, data: Any, prompt: s
     return {"acc": hits / len(data["test"]), "exact_match": exact / len(data["test"])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bos", [False, True])
 def test_figures_equal_the_reference(bos: bool, make_model: MakeModel, data_dir: Path) -> None:
     tokenizer = make_tokenizer((" ", "긍"), (" ", "부"), (" 긍", "정"), (" 부", "정"))

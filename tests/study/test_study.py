@@ -352,6 +352,7 @@ def test_a_cell_that_was_cut_off_goes_on_from_its_last_stage(in_process, monkeyp
     assert (Path("out/cells") / in_process[1] / "checkpoint/model.safetensors").is_file(), "kept"
 
 
+@pytest.mark.slow
 def test_what_no_cell_has_measured_yet_may_change(in_process, monkeypatch):
     pytest.importorskip("peft", reason="needs the extra finetune")
     chosen: dict[str, Any] = {"methods": ["magnitude"], "patterns": ["2:4"], "korquad": {"max_steps": 1}}
@@ -767,6 +768,7 @@ def test_a_row_for_each_calibration_set_where_there_are_several(workplace):
     assert "±" not in text
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_where_there_is_something_to_draw(workplace):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     plain = made_up(["wanda", "magnitude"], [DATA], [0, 1], {})
