@@ -138,9 +138,14 @@ def make_config(name: str, **overrides: object) -> transformers.PretrainedConfig
     return getattr(transformers, kind)(**{**common, **settings, **overrides})
 
 
+# One process takes all tests of a file: those that begin last are waited for.
+LONGEST = ["test_end_to_end", "test_machine_code", "test_wheel", "test_distributed", "test_study"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: a process that takes one of them last is waited for."""
-    items.sort(key=lambda item: item.path.stem not in ("test_end_to_end", "test_machine_code", "test_wheel"))
+    """The longest files first."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
 def pytest_collection_finish() -> None:
