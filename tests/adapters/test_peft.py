@@ -82,6 +82,7 @@ def test_effective_weight_is_what_the_layer_computes_with(make_pruned, method):
         assert torch.equal(layer.effective_weight([]) == 0, zero)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_autocast(make_pruned, token_ids):
     for method in ("dora", "masked", "hira"):
         reference = logits(adapted(make_pruned(), method), token_ids)

@@ -160,6 +160,7 @@ NO_RECIPES = [
 ]
 
 
+@pytest.mark.slow
 def test_what_is_no_recipe_is_refused_in_one_line(tmp_path, capsys):
     for text, message in NO_RECIPES:
         (tmp_path / "r.yaml").write_text(text, encoding="utf-8")

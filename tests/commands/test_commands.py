@@ -267,6 +267,7 @@ def test_eval_with_the_recorded_base_of_the_hub(cli: Cli, hub: LoopbackHub, work
     assert results_in("dense").dense[0].metrics == results.dense[0].metrics
 
 
+@pytest.mark.slow
 def test_eval_of_more_adds_to_what_is_there(cli: Cli, measured: list[str]) -> None:
     pytest.importorskip("lm_eval", reason="needs the extra eval")
     tasks = ("--tasks", "copa", "--data-dir", "kobest", "--seq-len", "32")

@@ -343,6 +343,7 @@ def test_gradients_of_forced_kernels(name, tokens, pattern, dtype, monkeypatch):
         assert_close(bias.grad, grad.double().sum(0), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemv", "dot", "decompress"])
 def test_operator_with_a_forced_kernel_is_registered_correctly(name):
     weight, bias = make_weight(3, 16), random_tensor(3).requires_grad_()

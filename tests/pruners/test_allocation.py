@@ -75,6 +75,7 @@ def patterns_of(root: Any) -> dict[str, str]:
 shares = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 10**9)), min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @given(shares, st.fractions(Fraction(1, 1000), Fraction(999, 1000)))
 def test_the_mean_is_exact_and_more_outliers_keep_more(blocks: list[tuple[float, int]], sparsity: Fraction) -> None:
     outliers, weights = [share for share, _ in blocks], [weight for _, weight in blocks]

@@ -69,6 +69,7 @@ def test_shapes_of_models_by_name():
     }
 
 
+@pytest.mark.slow
 def test_a_run_on_shapes(tmp_path):
     run(shapes=["32x64"], tokens=[1, 3], dtype="float32", output=str(tmp_path), device="cpu")
     data = json.loads((tmp_path / RESULTS_NAME).read_text())
