@@ -1,6 +1,6 @@
 # make demo   sets everything up, prunes a real model, shows what it cost and gained
 # make test   sets everything up, checks and tests
-# make test-fast  the tests that start no process and run no real model
+# make test-fast  the tests that start no process, run no real model and do not take long
 #
 # The demo with another model: make demo MODEL=<Hub id or folder> PATTERN=4:8 METHOD=sparsegpt
 
