@@ -4,8 +4,6 @@ import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-import optimum_ksparse  # noqa: F401 (registers sparse checkpoints with transformers)
-
 logging.set_verbosity_error()
 source, beginning = (*sys.argv[1:3], "대한민국의 수도는")[:2]
 model = AutoModelForCausalLM.from_pretrained(source)
