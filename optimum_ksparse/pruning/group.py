@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..blocks import ExpertStack
+from ..blocks.experts import observable
 from ..checkpoint import SparseModule, empty_like, replace_module
 from ..config import SparsityConfig
 from ..pattern import Pattern
 from ..pruners.statistics import ColumnNorms, GramMatrix
 from ..report import LayerReport
 from .distributed import Processes
-from .experts import own_statistics, prune_stack
 from .job import Job
 from .layer import prune_layer
 from .targets import Layer, weight_of
@@ -26,7 +26,7 @@ def prune_group(
 
     Args:
         layers: by name.
-        statistics: of their inputs, over the samples of all processes; those of stacks are taken out on the way.
+        statistics: of their inputs, over the samples of all processes; taken out on the way.
     """
     rows, processes = [], job.processes
     costs = [_cost(layer, job.config) for layer in layers.values()]
@@ -38,10 +38,8 @@ def prune_group(
             continue
         path = paths[name]
         try:
-            if isinstance(layer, ExpertStack):
-                done[name] = prune_stack(path, layer, own_statistics(name, layer, statistics), job.config_of(path))
-            else:
-                done[name] = prune_layer(path, layer, statistics.get(name), job.config_of(path))
+            inputs = [statistics.pop(matrix, None) for matrix in observable({name: layer})]
+            done[name] = prune_layer(path, layer, inputs, job.config_of(path))
         except Exception as error:  # the others wait for this layer: they are told
             done[name] = error
             break

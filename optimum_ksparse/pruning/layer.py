@@ -1,33 +1,110 @@
-"""Pruning one linear map."""
+"""Pruning one layer: a linear map, or a stack of matrices one by one, each with the statistics of the tokens that were
+routed to it."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
 
+from ..blocks import ExpertStack
+from ..blocks.experts import matrix_name
+from ..checkpoint import SparseModule
 from ..config import SparsityConfig
-from ..nn import SparseExperts, SparseLinear, dense_weight
+from ..nn import SparseExperts, SparseLinear
+from ..packing import pack
 from ..pattern import Pattern
 from ..pruners import collected_notes, prune
 from ..pruners.statistics import ColumnNorms
 from ..report import LayerReport
 from .memory import trim_heap
+from .targets import Layer, weight_of
 
 # From this size on the heap is trimmed after a layer, which takes some milliseconds.
 _LARGE = 2**23
 
 
-def prune_matrix(
-    name: str, weight: torch.Tensor, statistics: ColumnNorms | None, config: SparsityConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pruned weight [out, in] and its mask; errors name the matrix.
+def prune_layer(
+    path: str, layer: Layer, statistics: list[ColumnNorms | None], config: SparsityConfig
+) -> tuple[SparseModule, LayerReport]:
+    """Prunes a layer.
+
+    Args:
+        path: in the decoder.
+        layer: of the dense model; is not changed.
+        statistics: of the inputs of each of its matrices, one for a linear map; emptied on the way, because a Gram
+            matrix and its factor are large. None for a method without data, and for a matrix that no token reached.
+        config: method, pattern and settings.
+
+    Returns:
+        The packed layer, and its row, which reports the matrices of a stack as one, below each other.
 
     Raises:
-        ValueError: inputs or weights are NaN or Inf, or the updated weights have no room in their dtype.
-        ArithmeticError: the Gram matrix stays singular.
+        ValueError: inputs or weights are NaN or Inf, or the updated weights have no room in their dtype; names the
+            matrix.
+        ArithmeticError: a Gram matrix stays singular; names the matrix.
     """
+    started, pattern, weight = time.perf_counter(), Pattern(config.pattern), weight_of(layer).detach()
+    is_stack = isinstance(layer, ExpertStack)
+    seen, few = with_shared(statistics) if is_stack else (list(statistics), [])
+    notes: dict[str, list[int]] = {}  # what is to be said → numbers of the matrices
+    norms: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if few and config.statistics is not None:
+        least = config.statistics.min_tokens
+        notes[f"fewer than {least} calibration tokens each, pruned with the statistics of all experts' tokens"] = few
+
+    def matrices() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for number, matrix in enumerate(weight if is_stack else weight.unsqueeze(0)):
+            with collected_notes() as messages:
+                name = matrix_name(path, number) if is_stack else path
+                pruned, mask = _prune_matrix(name, matrix, seen[number], config)
+            for message in messages:
+                notes.setdefault(message, []).append(number)
+            if (inputs := statistics[number]) is not None:
+                norms.append(_output_norms(inputs.sample, matrix, pruned))
+            statistics[number] = seen[number] = inputs = None
+            yield pruned, mask
+
+    sparse: SparseModule
+    if isinstance(layer, ExpertStack):
+        packed = (pack(pruned, mask, pattern) for pruned, mask in matrices())
+        sparse = SparseExperts.from_packed(packed, weight.shape[-1], pattern, layer.weight.requires_grad)
+        sparse.train(layer.owner.training)
+    else:
+        [(pruned, mask)] = matrices()
+        sparse = SparseLinear.from_dense(layer, mask, pattern, pruned)
+        del pruned, mask
+    if sparse.dense_bytes >= _LARGE:
+        trim_heap()
+    lines = [f"experts {', '.join(map(str, at))}: {note}" if is_stack else note for note, at in notes.items()]
+    return sparse, LayerReport(
+        name=path,
+        shape=(weight.shape[:-1].numel(), weight.shape[-1]),
+        pattern=str(sparse.pattern),
+        num_values=sparse.weight.numel(),
+        dense_bytes=sparse.dense_bytes,
+        packed_bytes=sparse.packed_bytes,
+        relative_output_error=_ratio(norms),
+        seconds=round(time.perf_counter() - started, 4),
+        note="; ".join(lines),
+    )
+
+
+def with_shared(statistics: Sequence[ColumnNorms | None]) -> tuple[list[ColumnNorms | None], list[int]]:
+    """Statistics of the matrices of a stack, with those of all its tokens in the places of those with fewer than
+    `min_tokens` tokens, and the numbers of these."""
+    reached = [one for one in statistics if one is not None]
+    few = [i for i, one in enumerate(statistics) if reached and (one is None or one.num_tokens < one.min_tokens)]
+    shared = type(reached[0]).merged(reached) if few else None  # a token counts once for each that it reached
+    return [shared if i in few else one for i, one in enumerate(statistics)], few
+
+
+def _prune_matrix(
+    name: str, weight: torch.Tensor, statistics: ColumnNorms | None, config: SparsityConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pruned weight [out, in] and its mask; errors name the matrix."""
     if statistics is not None and not bool(statistics.squared_norms.isfinite().all()):
         float16 = config.calibration_dtype == "float16"
         advice = "take calibration_dtype='bfloat16', or leave it out"
@@ -42,57 +119,25 @@ def prune_matrix(
         raise type(error)(f"{name}: {error}") from error
 
 
-def prune_layer(
-    path: str, linear: nn.Module, statistics: ColumnNorms | None, config: SparsityConfig
-) -> tuple[SparseLinear, LayerReport]:
-    """Prunes a linear map; raises as `prune_matrix` does.
-
-    Args:
-        path: in the decoder.
-        linear: of the dense model; is not changed.
-        statistics: of its inputs; None for a method without data.
-        config: method, pattern and settings.
-
-    Returns:
-        The packed layer, and its row.
-    """
-    started = time.perf_counter()
-    with collected_notes() as notes:
-        weight = dense_weight(linear)
-        pruned, mask = prune_matrix(path, weight, statistics, config)
-        sparse = SparseLinear.from_dense(linear, mask, Pattern(config.pattern), pruned)
-        output_error = None if statistics is None else relative_output_error(statistics.sample, weight, pruned)
-    if sparse.dense_bytes >= _LARGE:
-        del weight, pruned, mask
-        trim_heap()
-    return sparse, make_row(path, sparse, output_error, started, "; ".join(notes))
-
-
-def make_row(
-    path: str, sparse: SparseLinear | SparseExperts, output_error: float | None, started: float, note: str
-) -> LayerReport:
-    """The row of a layer, or of a stack, whose matrices are reported as one, below each other."""
-    return LayerReport(
-        name=path,
-        shape=(getattr(sparse, "num_experts", 1) * sparse.out_features, sparse.in_features),
-        pattern=str(sparse.pattern),
-        num_values=sparse.weight.numel(),
-        dense_bytes=sparse.dense_bytes,
-        packed_bytes=sparse.packed_bytes,
-        relative_output_error=output_error,
-        seconds=round(time.perf_counter() - started, 4),
-        note=note,
-    )
-
-
 def relative_output_error(
     inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor, original: torch.Tensor | None = None
 ) -> float | None:
     """‖X̂Ŵᵀ − XWᵀ‖_F / ‖XWᵀ‖_F for weights W and Ŵ [out, in], computed in float32, in which it may overflow to NaN or
     Inf; None where there are no inputs or the dense output is zero. X̂ is `inputs` [tokens, in], and X is `original` of
     the same tokens, or `inputs` where that is None."""
+    return _ratio([_output_norms(inputs, weight, pruned, original)])
+
+
+def _output_norms(
+    inputs: torch.Tensor, weight: torch.Tensor, pruned: torch.Tensor, original: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """‖X̂Ŵᵀ − XWᵀ‖_F and ‖XWᵀ‖_F."""
     x = inputs.to(weight.device, torch.float32)
     dense = (x if original is None else original.to(x)) @ weight.float().T
-    difference = torch.linalg.norm(x @ pruned.float().T - dense)
-    size = torch.linalg.norm(dense)
-    return None if size == 0 else float(difference / size)
+    return torch.linalg.norm(x @ pruned.float().T - dense), torch.linalg.norm(dense)
+
+
+def _ratio(norms: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float | None:
+    """The relative error of several matrices, each with its own inputs."""
+    difference, dense = (math.hypot(*(pair[i] for pair in norms)) for i in (0, 1))
+    return None if dense == 0 else float(torch.tensor(difference) / torch.tensor(dense))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..blocks import BlockReplay, DecoderBlocks, ExpertStack
-from ..blocks.experts import matrix_name
+from ..blocks.experts import observable
 from ..config import SparsityConfig
 from ..nn import dense_weight
 from ..pattern import Pattern
@@ -23,6 +23,7 @@ from ..pruners.allocation import LEFT_DENSE, OUTLIER_MULTIPLE, Allocation, Layer
 from ..pruners.statistics import ColumnNorms
 from .block import collect_statistics
 from .job import Job
+from .layer import with_shared
 from .loop import over_blocks
 from .targets import Layer
 
@@ -89,15 +90,15 @@ def _outliers(layers: dict[str, Layer], statistics: dict[str, ColumnNorms], path
 
     def scores() -> Iterator[torch.Tensor]:  # twice, because those of a whole block may be larger than the block
         for name, layer in layers.items():
-            for weight, own in _matrices(name, layer, statistics):
-                yield _scores(weight, own, paths[name])
+            for weight, inputs in _matrices(name, layer, statistics):
+                yield _scores(weight, inputs, paths[name])
 
     count, total = 0, 0.0
-    for found in scores():
-        count += found.numel()
-        total += float(found.sum(dtype=torch.float64))
+    for values in scores():
+        count += values.numel()
+        total += float(values.sum(dtype=torch.float64))
     threshold = OUTLIER_MULTIPLE * total / count
-    return sum(int((found > threshold).sum()) for found in scores()) / count
+    return sum(int((values > threshold).sum()) for values in scores()) / count
 
 
 def _losses(
@@ -107,15 +108,15 @@ def _losses(
     block_size = config.method_setting("block_size")
     lost: dict[str, float] = {}
     energy = 0.0
-    for weight, own in _matrices(name, layer, statistics):
-        scores = _scores(weight, own, path)
+    for weight, inputs in _matrices(name, layer, statistics):
+        scores = _scores(weight, inputs, path)
         for pattern in same_density(Pattern(config.pattern), weight.shape[1], block_size):
             pruned = scores.masked_fill(pattern.mask(scores), 0)
-            loss = own.num_tokens * float(pruned.square_().sum(dtype=torch.float64))
+            loss = inputs.num_tokens * float(pruned.square_().sum(dtype=torch.float64))
             lost[str(pattern)] = lost.get(str(pattern), 0.0) + loss
-        sample = own.sample.to(weight.device, torch.float32)
+        sample = inputs.sample.to(weight.device, torch.float32)
         outputs = (sample @ weight.float().T).square_().sum(dtype=torch.float64)
-        energy += own.num_tokens * float(outputs) / max(1, len(sample))
+        energy += inputs.num_tokens * float(outputs) / max(1, len(sample))
     return {pattern: loss / energy if energy > 0 else 0.0 for pattern, loss in lost.items()}
 
 
@@ -133,13 +134,9 @@ def _scores(weight: torch.Tensor, statistics: ColumnNorms, path: str) -> torch.T
 def _matrices(
     name: str, layer: Layer, statistics: dict[str, ColumnNorms]
 ) -> Iterator[tuple[torch.Tensor, ColumnNorms]]:
-    """Each matrix [out, in] of a layer with the statistics of its inputs. Where few tokens reached a matrix of a
-    stack, those of all its matrices take their place, as they do when it is pruned."""
-    if not isinstance(layer, ExpertStack):
+    """Each matrix [out, in] of a layer with the statistics that it would be pruned with."""
+    inputs = [statistics.get(matrix) for matrix in observable({name: layer})]
+    if isinstance(layer, ExpertStack):
+        yield from zip(layer.weight.detach(), with_shared(inputs)[0], strict=True)
+    else:
         yield dense_weight(layer), statistics[name]
-        return
-    own = [statistics.get(matrix_name(name, expert)) for expert in range(len(layer.weight))]
-    shared = ColumnNorms.merged([found for found in own if found is not None])
-    for matrix, found in zip(layer.weight.detach(), own, strict=True):
-        few = found is None or found.num_tokens < ColumnNorms.min_tokens
-        yield matrix, shared if few or found is None else found

@@ -27,8 +27,8 @@ def weight_of(layer: Layer) -> torch.Tensor:
 
 def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, Layer]], dict[str, str]]:
     """What to prune: for each block its linear maps and stacks of matrices by name, and the ones left dense (path in
-    the decoder → reason). Layers that route tokens, and those whose weight the model
-    reads by itself, stay dense without an error.
+    the decoder → reason). Layers that route tokens, and those whose weight the model reads by itself, stay dense
+    without an error.
 
     Raises:
         ValueError: a linear map or a stack cannot be pruned and `skip_unsupported` is False, a name in
@@ -38,26 +38,24 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
     targets: list[dict[str, Layer]] = []
     skipped: dict[str, str] = {}
     read = find_read(blocks)
-    owners = _owners(blocks)
+    candidates = [_candidates(block) for block in blocks.blocks]
+    owners: dict[int, list[str]] = {}  # by the id of a weight: paths of the layers that use it
+    for index, layers in enumerate(candidates):
+        for name, layer in layers.items():
+            owners.setdefault(id(layer.weight), []).append(blocks.name_in_decoder(index, name))
     for index, block in enumerate(blocks.blocks):
-        layers: dict[str, Layer] = {}
+        targets.append({})
         routers = find_routers(blocks.model, block)
-        modules = block.named_modules(remove_duplicate=False)  # one module at two places is shared
-        candidates: dict[str, Layer] = {name: module for name, module in modules if is_linear_map(module)}
-        for name, layer in {**candidates, **find_stacks(block)}.items():
+        for name, layer in candidates[index].items():
             path = blocks.name_in_decoder(index, name)
             if not should_convert_module(blocks.name_in_model(index, name), config.modules_to_not_convert):
                 skipped[path] = "in modules_to_not_convert"
-                continue
-            if path in read:
+            elif path in read:
                 skipped[path] = "the model reads its weight instead of calling it"
-                continue
-            if name in routers and not config.prune_routers:
+            elif name in routers and not config.prune_routers:
                 skipped[path] = "it routes tokens to experts; prune_routers=True prunes it"
-                continue
-            reason = _unsupported(layer, pattern, owners, path)
-            if reason is None:
-                layers[name] = layer
+            elif (reason := _unsupported(layer, pattern, owners[id(layer.weight)], path)) is None:
+                targets[index][name] = layer
             elif config.skip_unsupported:
                 skipped[path] = reason
             else:
@@ -65,47 +63,45 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
                     f"{path} cannot be pruned: {reason}; leave it dense with modules_to_not_convert=[{name!r}], "
                     "or every such layer with skip_unsupported=True"
                 )
-        targets.append(layers)
     if not any(targets):
-        found = f"{len(blocks.blocks)} x {type(blocks.blocks[0]).__name__} in {', '.join(blocks.list_names)}"
+        where = f"{len(blocks.blocks)} x {type(blocks.blocks[0]).__name__} in {', '.join(blocks.list_names)}"
         raise ValueError(
-            f"there is no linear map to prune in {found}" + (f", {len(skipped)} are left out" if skipped else "")
+            f"there is no linear map to prune in {where}" + (f", {len(skipped)} are left out" if skipped else "")
         )
-    _check_names(blocks, config.modules_to_not_convert)
+    _check_names(blocks, candidates, config.modules_to_not_convert)
     return targets, skipped
 
 
-def _owners(blocks: DecoderBlocks) -> dict[int, list[str]]:
-    """Paths of the linear maps and stacks that use each weight, by the weight's id."""
-    owners: dict[int, list[str]] = {}
-    for index, block in enumerate(blocks.blocks):
-        for name, module in block.named_modules(remove_duplicate=False):  # one module at two places is shared
-            if is_linear_map(module):
-                owners.setdefault(id(module.weight), []).append(blocks.name_in_decoder(index, name))
-        for name, stack in find_stacks(block).items():
-            owners.setdefault(id(stack.weight), []).append(blocks.name_in_decoder(index, name))
-    return owners
+def _candidates(block: nn.Module) -> dict[str, Layer]:
+    """The linear maps and the stacks of a block by name."""
+    modules = block.named_modules(remove_duplicate=False)  # one module at two places is shared
+    return {**{name: module for name, module in modules if is_linear_map(module)}, **find_stacks(block)}
 
 
-def _unsupported(linear: Layer, pattern: Pattern, owners: dict[int, list[str]], path: str) -> str | None:
-    """Why a linear map or a stack cannot be pruned; None where it can."""
-    if isinstance(linear, SparseLinear):
+def _unsupported(layer: Layer, pattern: Pattern, owners: list[str], path: str) -> str | None:
+    """Why a layer cannot be pruned; None where it can. `owners`: paths of all that use its weight."""
+    if isinstance(layer, SparseLinear):
         return "it is sparse already; model.dequantize() makes it dense"
-    shared = [owner for owner in owners.get(id(linear.weight), ()) if owner != path]
-    if isinstance(linear, ExpertStack):
-        reason = _unsupported_stack(linear, pattern)
-        return f"it is the same parameter as {shared[0]}" if reason is None and shared else reason
-    weight = dense_weight(linear)
+    weight, each = weight_of(layer), "it"
+    if isinstance(layer, ExpertStack):
+        each = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as fused experts), each of which"
+        if weight.dim() != 3 or not layer.reads_matrices():
+            return (
+                f"{each} may be stored transposed, or multiplied all at once: {type(layer.owner).__name__} does not "
+                f"read it as F.linear(x, self.{layer.name}[expert])"
+            )
     if weight.dtype not in _DTYPES:
         return f"its weight is {weight.dtype}; supported: float32, bfloat16, float16"
-    misfit = pattern.misfit(*weight.shape)
-    if misfit is not None:
-        return f"it {misfit}"
+    if (misfit := pattern.misfit(*weight.shape[-2:])) is not None:
+        return f"{each} {misfit}"
     if not weight.is_meta and not bool(weight.isfinite().all()):
         return "its weight holds NaN or Inf"
+    shared = [owner for owner in owners if owner != path]
     if shared:
         return f"it shares its weight with {shared[0]}"
-    return None if _is_plain(linear) else f"{type(linear).__name__} computes something else than x·Wᵀ + b"
+    if isinstance(layer, ExpertStack) or _is_plain(layer):
+        return None
+    return f"{type(layer).__name__} computes something else than x·Wᵀ + b"
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -119,12 +115,12 @@ def _is_plain(linear: nn.Module) -> bool:
     with torch.no_grad():
         expected = F.linear(x, weight, linear.bias)  # type: ignore[arg-type]
         try:
-            found = linear(x)
+            output = linear(x)
         except Exception:  # it takes something else as well
             return False
-        if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+        if not isinstance(output, torch.Tensor) or output.shape != expected.shape:
             return False
-        return bool(torch.allclose(found, expected, rtol=0.05, atol=float(0.05 * expected.abs().max())))
+        return bool(torch.allclose(output, expected, rtol=0.05, atol=float(0.05 * expected.abs().max())))
 
 
 def _with_random_weights(linear: nn.Module) -> nn.Module:
@@ -137,30 +133,12 @@ def _with_random_weights(linear: nn.Module) -> nn.Module:
     return tried
 
 
-def _check_names(blocks: DecoderBlocks, names: list[str] | None) -> None:
+def _check_names(blocks: DecoderBlocks, candidates: list[dict[str, Layer]], names: list[str] | None) -> None:
     """Raises ValueError for a name that leaves nothing dense: most likely it is misspelt. What is outside the blocks
     (the output head) is dense anyway and may be named."""
-    prunable: dict[str, str] = {}  # path in the model → path in its block
-    for index, block in enumerate(blocks.blocks):
-        linears = [name for name, module in block.named_modules() if is_linear_map(module)]
-        prunable |= {blocks.name_in_model(index, name): name for name in (*linears, *find_stacks(block))}
+    inside = {blocks.name_in_model(index, name) for index, layers in enumerate(candidates) for name in layers}
     outside = {name for name, _ in blocks.model.named_modules() if not f"{name}.".startswith(blocks.prefixes)}
     for name in names or []:
-        if all(should_convert_module(module, [name]) for module in {*prunable, *outside}):
-            kinds = sorted(set(prunable.values()))
+        if all(should_convert_module(module, [name]) for module in {*inside, *outside}):
+            kinds = sorted({layer for layers in candidates for layer in layers})
             raise ValueError(f"modules_to_not_convert: {name!r} matches nothing; the blocks hold {', '.join(kinds)}")
-
-
-def _unsupported_stack(stack: ExpertStack, pattern: Pattern) -> str | None:
-    """Why a stack of matrices cannot be pruned; None where it can."""
-    weight = stack.weight
-    what = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as experts fused into one tensor)"
-    if weight.dim() != 3 or not stack.reads_matrices():
-        reading = f"{type(stack.owner).__name__} does not read it as F.linear(x, self.{stack.name}[expert])"
-        return f"{what}, and {reading}: its matrices may be stored transposed, or multiplied all at once"
-    if weight.dtype not in _DTYPES:
-        return f"{what} in {weight.dtype}; supported: float32, bfloat16, float16"
-    misfit = pattern.misfit(*weight.shape[-2:])
-    if misfit is not None:
-        return f"{what}, each of which {misfit}"
-    return None if weight.is_meta or bool(weight.isfinite().all()) else "its weight holds NaN or Inf"

@@ -29,7 +29,7 @@ from optimum_ksparse.nn import SparseExperts, SparseLinear, densified
 from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.pruners.statistics import SAMPLE_ROWS, ColumnNorms, GramMatrix
-from optimum_ksparse.pruning.experts import prune_stack
+from optimum_ksparse.pruning.layer import prune_layer
 
 from ..conftest import CONTEXT, VOCABULARY
 
@@ -360,7 +360,7 @@ def test_an_expert_with_few_tokens_takes_the_shared_statistics(method: str, patt
     statistics, rows = few_statistics(METHODS[method].statistics)
     own = {"block_size": 16} if method == "sparsegpt" else {}
     config = SparsityConfig(method=method, pattern=pattern, dataset=IDS, method_settings=own)
-    stack, row = prune_stack("mlp.experts", ExpertStack(experts, "gate_up_proj"), statistics, config)
+    stack, row = prune_layer("mlp.experts", ExpertStack(experts, "gate_up_proj"), statistics, config)
     least = METHODS[method].statistics.min_tokens
     assert row.note == (
         f"experts 1, 2: fewer than {least} calibration tokens each, pruned with the statistics of all experts' tokens"
@@ -391,7 +391,7 @@ def test_warnings_of_a_method_name_the_experts() -> None:
     config = SparsityConfig(
         method="sparsegpt", pattern="2:4", dataset=IDS, method_settings={"damping": 0.0, "block_size": 16}
     )
-    _, row = prune_stack("e", ExpertStack(make().model.layers[0].mlp.experts, "gate_up_proj"), statistics, config)
+    _, row = prune_layer("e", ExpertStack(make().model.layers[0].mlp.experts, "gate_up_proj"), statistics, config)
     assert row.note.startswith("experts 2: singular Gram matrix: damping raised")
 
 
@@ -411,7 +411,7 @@ def test_inputs_that_are_not_finite_are_refused_by_name() -> None:
         own.update(torch.full((40, 32), float("inf") if expert == 1 else 1.0))
     stack = ExpertStack(make().model.layers[0].mlp.experts, "gate_up_proj")
     with pytest.raises(ValueError, match=r"^mlp\.experts\[1\]: its inputs hold NaN or Inf"):
-        prune_stack("mlp.experts", stack, statistics, SparsityConfig(method="wanda", pattern="2:4", dataset=IDS))
+        prune_layer("mlp.experts", stack, statistics, SparsityConfig(method="wanda", pattern="2:4", dataset=IDS))
 
 
 def test_true_sequential_sees_the_pruned_inputs_of_the_second_stack() -> None:
@@ -507,7 +507,7 @@ def test_what_no_stack_can_be_is_refused(change: dict, match: str) -> None:
 def test_a_stack_of_two_blocks_is_refused_by_both_names() -> None:
     model = make()
     model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
-    match = r"layers\.0\.mlp\.experts\.gate_up_proj .*same parameter as layers\.1\.mlp\.experts\.gate_up_proj"
+    match = r"layers\.0\.mlp\.experts\.gate_up_proj .*shares its weight with layers\.1\.mlp\.experts\.gate_up_proj"
     with pytest.raises(ValueError, match=match):
         prune(model)
 
