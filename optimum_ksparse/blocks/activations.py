@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-
-# A file begins with a line of JSON, filled up with spaces to this many bytes; then one batch after another.
-_HEADER_BYTES = 4096
+from safetensors.torch import load_file, save_file
 
 
 class Activations:
@@ -23,9 +17,10 @@ class Activations:
     Args:
         num_batches: how many there will be.
         limit: bytes that may stay in memory; more go to files. None sets no limit.
-        folder: for the files, and for `save`. Two are used in turns, so that what was saved last stays whole while the
-            outputs of the next block are written.
-        name: of the files, before "-0" and "-1" (and "-first", of the inputs of the first block, which goes).
+        folder: for the files, and for `save`: one for each batch and block, whose inputs it holds. What was written
+            last stays whole while the outputs of the next block are written, and goes after that.
+        name: what the names of the files begin with.
+        block: whose inputs they are; each `replace` counts it up.
     """
 
     def __init__(
@@ -34,26 +29,27 @@ class Activations:
         limit: int | None = None,
         folder: str | os.PathLike[str] | None = None,
         name: str = "activations",
+        block: int = 0,
     ) -> None:
-        self.num_batches = num_batches
+        self.num_batches, self.block, self.in_files = num_batches, block, False
         self._limit, self._name = limit, name
         self._folder = None if folder is None else Path(folder)
         self._memory: list[torch.Tensor] = []
-        self._file: _BatchFile | None = None
-        self._turn = 0
+        self._length = 0
+        self._written: int | None = None  # the last block whose inputs were written, or read
         self._device = torch.device("cpu")
 
     def sibling(self, name: str, num_batches: int) -> Activations:
         """Empty ones, which go where these go, under a name of their own."""
-        return Activations(num_batches, self._limit, self._folder, f"{self._name}-{name}")
+        return Activations(num_batches, self._limit, self._folder, f"{self._name}-{name}", self.block)
 
     def __len__(self) -> int:
-        return len(self._memory if self._file is None else self._file)
+        return self._length
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if self._file is None:
+        if not self.in_files:
             return self._memory[index]
-        return self._file.read(index).to(self.device)
+        return _read(self.paths(self.block)[index]).to(self._device)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[index] for index in range(len(self)))
@@ -63,149 +59,64 @@ class Activations:
         """Where the batches are when they are used."""
         return self._memory[0].device if self._memory else self._device
 
-    @property
-    def in_files(self) -> bool:
-        return self._file is not None
-
     def has_room(self, num_bytes: float) -> bool:
         """Whether as many bytes may be in memory at a time."""
-        return self._file is None and (self._limit is None or num_bytes <= self._limit)
+        return not self.in_files and (self._limit is None or num_bytes <= self._limit)
 
     def append(self, hidden: torch.Tensor) -> None:
         """Adds the next batch. With the first one it is decided where all of them go."""
-        if not len(self):
+        if not self._length:
             self._device = hidden.device
-            if self._limit is not None and self._folder is not None and hidden.nbytes * self.num_batches > self._limit:
-                # Another name than the two that take turns: one of these may be what `load` will be asked for.
-                self._file = _BatchFile(self._first_path())
-        if self._file is None:
-            self._memory.append(hidden)
+            too_many = self._limit is not None and hidden.nbytes * self.num_batches > self._limit
+            self.in_files = too_many and self._folder is not None
+        self._length += 1
+        if self.in_files:
+            self._write(self.block, [hidden], self._length - 1)
         else:
-            self._file.append(hidden)
+            self._memory.append(hidden)
 
     def replace(self, outputs: Iterable[torch.Tensor]) -> None:
         """Puts each of `outputs`, which are computed from the batches in their order, in the place of its batch."""
-        if self._file is None:
+        if self.in_files:
+            self._write(self.block + 1, outputs)
+        else:
             for index, output in enumerate(outputs):
                 self._memory[index] = output
-            return
-        new = _BatchFile(self._next_path())
-        for output in outputs:
-            new.append(output)
-        self._file = new
-        self._first_path().unlink(missing_ok=True)
+        self.block += 1
 
-    def save(self, block: int) -> str:
-        """Makes sure that the batches, which are the inputs of that block, are in a file that survives this process.
+    def save(self) -> list[Path]:
+        """Makes sure that the batches are in files that survive this process, until the second `save` or `replace`
+        after this one."""
+        if not self.in_files:
+            self._write(self.block, self._memory)
+        for path in self.paths(self.block):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        return self.paths(self.block)
 
-        Returns:
-            Its name in the folder. It stays whole until the second `save` or `replace` after this one.
-        """
-        if self._file is not None:
-            self._file.flush(block)
-            return self._file.path.name
-        saved = _BatchFile(self._next_path())
-        for hidden in self._memory:
-            saved.append(hidden)
-        saved.flush(block)
-        return saved.path.name
+    def load(self, block: int) -> None:
+        """Takes the batches from the files that `save` of an earlier process has written as the inputs of `block`."""
+        self.block = self._written = block
+        if not self.in_files:
+            self._memory = [_read(path).to(self.device, copy=True) for path in self.paths(block)]
 
-    def can_load(self, name: str, block: int) -> bool:
-        """Whether the file that `save` of an earlier process named is there, whole, for that block, and of as many
-        batches."""
+    def paths(self, block: int) -> list[Path]:
+        """The files that hold the inputs of `block`, or will."""
         assert self._folder is not None
-        file = _BatchFile.open(self._folder / name)
-        return file is not None and file.block == block and len(file) == self.num_batches
+        return [self._folder / f"{self._name}-{block:05d}-{i:05d}.safetensors" for i in range(self.num_batches)]
 
-    def load(self, name: str) -> None:
-        """Takes the batches from such a file."""
-        assert self._folder is not None
-        file = _BatchFile.open(self._folder / name)
-        assert file is not None
-        self._turn = int(name[-1])  # the other file comes next
-        if self._file is not None:
-            self._file = file
-            self._first_path().unlink(missing_ok=True)
-        else:
-            for index, batch in enumerate(file):
-                self._memory[index] = torch.empty_like(batch).copy_(batch).to(self.device)
-
-    def _first_path(self) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{self._name}-first"
-
-    def _next_path(self) -> Path:
-        assert self._folder is not None
-        self._turn = 1 - self._turn
-        return self._folder / f"{self._name}-{self._turn}"
+    def _write(self, block: int, batches: Iterable[torch.Tensor], start: int = 0) -> None:
+        paths = self.paths(block)
+        if self._written is not None and self._written != block:
+            for path in paths[0].parent.glob(f"{self._name}-[0-9]*-[0-9]*.safetensors"):
+                if path not in {*paths, *self.paths(self._written)}:
+                    path.unlink()
+        self._written = block
+        for path, batch in zip(paths[start:], batches, strict=False):
+            path.unlink(missing_ok=True)  # a batch of an earlier file of this name may still be mapped
+            save_file({"hidden": batch.detach().cpu().contiguous()}, path)
 
 
-class _BatchFile:
-    """Batches of one dtype in a file. A batch is mapped into memory when it is read, and for as long as its tensor
-    lives."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.block = path, -1
-        self._dtype = torch.float32
-        self._shapes: list[list[int]] = []
-        path.unlink(missing_ok=True)  # a batch of an earlier file of this name may still be mapped
-        path.write_bytes(b" " * _HEADER_BYTES)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (self.read(index) for index in range(len(self)))
-
-    def append(self, hidden: torch.Tensor) -> None:
-        self._dtype = hidden.dtype
-        self._shapes.append(list(hidden.shape))
-        with open(self.path, "ab") as file:
-            file.write(_as_bytes(hidden.detach().cpu().contiguous()))
-
-    def read(self, index: int) -> torch.Tensor:
-        size = self._dtype.itemsize
-        offset = _HEADER_BYTES + sum(map(math.prod, self._shapes[:index])) * size
-        count = math.prod(self._shapes[index]) * size
-        # Copied on writing: a block may write into its input, and the file must stay as it is.
-        mapped = np.memmap(self.path, np.uint8, "c", offset, count)
-        return torch.from_numpy(mapped).view(self._dtype).view(self._shapes[index])
-
-    def flush(self, block: int) -> None:
-        """Writes the header, without which a file is unfinished, when everything else is on the disk."""
-        dtype = str(self._dtype).removeprefix("torch.")
-        header = json.dumps({"block": block, "dtype": dtype, "shapes": _runs(self._shapes)})
-        with open(self.path, "r+b") as file:
-            os.fsync(file.fileno())
-            file.write(header.encode().ljust(_HEADER_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-
-    @classmethod
-    def open(cls, path: Path) -> _BatchFile | None:
-        try:
-            with open(path, "rb") as stream:
-                header = json.loads(stream.read(_HEADER_BYTES))
-            file = object.__new__(cls)
-            file.path, file.block = path, header["block"]
-            file._dtype = getattr(torch, header["dtype"])
-            file._shapes = [shape for shape, count in header["shapes"] for _ in range(count)]
-            size = _HEADER_BYTES + sum(map(math.prod, file._shapes)) * file._dtype.itemsize
-            return file if path.stat().st_size == size else None
-        except (OSError, ValueError, KeyError):
-            return None
-
-
-def _as_bytes(tensor: torch.Tensor) -> Any:
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _runs(shapes: list[list[int]]) -> list[tuple[list[int], int]]:
-    """Equal shapes counted: all batches but the last are alike."""
-    runs: list[tuple[list[int], int]] = []
-    for shape in shapes:
-        if runs and runs[-1][0] == shape:
-            runs[-1] = shape, runs[-1][1] + 1
-        else:
-            runs.append((shape, 1))
-    return runs
+def _read(path: Path) -> torch.Tensor:
+    """A batch, mapped for as long as its tensor lives; copied on writing: a block may write into its input."""
+    return load_file(path)["hidden"]

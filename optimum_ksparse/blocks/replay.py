@@ -177,9 +177,10 @@ class BlockReplay:
         if self._reruns:
             if index + 1 < len(self._calls):
                 self.enter(index + 1, index)
-        elif self._calls[index]:  # text may pass a block by
+        else:
             told = self._outputs.pop(index, ())
-            self.hidden.replace(told or self.outputs(index, block))
+            passed_by = not self._calls[index]  # by text
+            self.hidden.replace(self.hidden if passed_by else told or self.outputs(index, block))
         self._calls[index] = []
 
     def take(self, other: BlockReplay) -> None:

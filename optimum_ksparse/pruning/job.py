@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -77,13 +76,13 @@ class Place:
         """The calibration samples, the same ones in all processes."""
         return self.processes.once(draw)
 
-    def activations(self, num_batches: int, folder: Path | None) -> Activations:
-        """Where calibration activations are kept, in `folder` or the place's own where they are too many."""
+    def activations(self, num_batches: int, name: str) -> Activations:
+        """Where calibration activations are kept; under that name where they are in files."""
         return Activations(num_batches)
 
-    def measured(self, name: str, kind: type[T], measure: Callable[[Path | None], T]) -> T:
-        """What is measured before the first block is pruned, given a folder for activations."""
-        return measure(None)
+    def measured(self, name: str, kind: type[T], measure: Callable[[], T]) -> T:
+        """What is measured before the first block is pruned, by a replay of that name."""
+        return measure()
 
     def resume(self, replay: BlockReplay | None, original: BlockReplay | None, config: SparsityConfig) -> None:
         """Puts the blocks that are done into the model, and brings activations from the first block to the one after
@@ -148,8 +147,8 @@ class Job:
             return config.batch_size
         return max(1, min(config.batch_size, config.num_samples // HELD_OUT))
 
-    def replay(self, folder: Path | None = None) -> BlockReplay:
-        """This process's calibration activations at the first block; where they are in files, in `folder`.
+    def replay(self, name: str = "activations") -> BlockReplay:
+        """This process's calibration activations at the first block; under that name where they are in files.
 
         Raises:
             ValueError: there are more processes than samples.
@@ -171,10 +170,6 @@ class Job:
             batch_size,
             self.data.begins_with_bos and config.method_setting("bos_in_statistics") is False,
             place.resident,
-            place.activations(-(-len(ids) // batch_size), folder),
+            place.activations(-(-len(ids) // batch_size), name),
             None if config.calibration_dtype is None else getattr(torch, config.calibration_dtype),
         )
-
-    def measure(self, name: str, kind: type[T], function: Callable[[Job, BlockReplay], T]) -> T:
-        """The result of `function`, which runs the dense model."""
-        return self.place.measured(name, kind, lambda folder: function(self, self.replay(folder)))

@@ -38,7 +38,8 @@ def draw(job: Job) -> None:
 def allocate(job: Job) -> None:
     """Each layer's own pattern."""
     if job.config.allocation == "owl":
-        job.allocation = job.measure("allocation", Allocation, measure_allocation)
+        name = "allocation"
+        job.allocation = job.place.measured(name, Allocation, lambda: measure_allocation(job, job.replay(name)))
         job.skipped |= leave_dense(job.blocks, job.targets, job.allocation)
 
 

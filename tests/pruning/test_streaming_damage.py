@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from optimum_ksparse import SparsityConfig, prune_checkpoint
-from optimum_ksparse.pruning.streaming import Journal, Workspace, is_whole, recovery
+from optimum_ksparse.checkpoint.staging import remove
+from optimum_ksparse.pruning.streaming import Journal, Workspace, is_whole
 from optimum_ksparse.pruning.streaming import place as disk_module
+from optimum_ksparse.pruning.streaming.journal import FINAL
 
 from .test_streaming import WORK, contents, fails
 
@@ -106,7 +108,7 @@ def test_every_file_of_an_unfinished_run_may_be_damaged(
 def _damage(kind: str, cut: Path, output: Path, file: Path, other: Path) -> None:
     """Makes `output` a damaged copy of `cut`."""
     for path in (output, output.with_suffix(".elsewhere")):
-        recovery.remove(path)
+        remove(path)
     shutil.copytree(cut, output)
     DAMAGE[kind](output / file, output / other)
 
@@ -130,7 +132,7 @@ def _left(workspace: Workspace) -> Any:
             ends.close()
     recorded = {**journal.checksums, **{block.file: block.sha256 for block in journal.blocks}}
     if journal.phase == "complete":  # then nothing else is read
-        recorded = {name: digest for name, digest in recorded.items() if name.startswith(recovery.FINAL)}
+        recorded = {name: digest for name, digest in recorded.items() if name.startswith(FINAL)}
     assert all(is_whole(folder / name, sha256) for name, sha256 in recorded.items())
     saved = {} if journal.snapshot is None else journal.snapshot.files
     can_load = [is_whole(folder / name, sha256) for name, sha256 in saved.items()]
@@ -146,8 +148,8 @@ def test_a_file_in_place_of_the_folder_of_finished_files(
         patch.setattr(Workspace, "publish", fails(Workspace.publish, 0, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(source, tmp_path / "disk", asked)
-    shutil.rmtree(tmp_path / "disk" / WORK / recovery.FINAL)
-    (tmp_path / "disk" / WORK / recovery.FINAL).write_text("")
+    shutil.rmtree(tmp_path / "disk" / WORK / FINAL)
+    (tmp_path / "disk" / WORK / FINAL).write_text("")
     prune_checkpoint(source, tmp_path / "disk", asked)
     assert contents(tmp_path / "disk") == contents(tmp_path / "whole")
 

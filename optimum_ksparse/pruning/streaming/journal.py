@@ -1,5 +1,6 @@
 """The journal of a run: what it was asked to do, and which blocks are done. It is written anew after each block, whole
-or not at all, so that a run that was killed at any moment goes on from the last one."""
+or not at all, so that a run that was killed at any moment goes on from the last one; every file that is read again is
+compared with its checksum first."""
 
 from __future__ import annotations
 
@@ -10,15 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from ...checkpoint.files import sha256_of
 from ...checkpoint.staging import remove, write_text
 from ...config import LayerRecord
 from ...records import Amount, As, Count, RelativePath, Version, build, printable, read_json, to_json
 from ...report import BlockReport, LayerReport
 
 _NAME = "journal.json"
-_VERSION = 5
+_VERSION = 6
 _REMEDY = "; start over with resume=False"
 FINAL = "final"  # the folder of the finished checkpoint's files
+
+
+def is_whole(path: Path, sha256: str | None) -> bool:
+    """Whether there is a file, and no link to one, with that checksum."""
+    return sha256 is not None and path.is_file() and not path.is_symlink() and sha256_of(path) == sha256
 
 
 @dataclass
@@ -43,7 +50,7 @@ class FinishedBlock:
 
 @dataclass
 class Snapshot:
-    """The calibration activations at the input of `block`, in one file for each process, with its checksum;
+    """The calibration activations at the input of `block`, in files of all processes, each with its checksum;
     `originals`: and those of the dense model, where they are needed."""
 
     block: Count
@@ -106,6 +113,39 @@ class Journal:
         except ValueError as error:
             raise ValueError(printable(f"{path} is damaged: {error}{_REMEDY}")) from None
         return journal
+
+    def keep_what_is_whole(self, folder: Path) -> list[str]:
+        """Takes out of the journal, and out of the folder of the run, what is no longer what was written, and what
+        follows from it: the run goes on from the last block before which all are whole.
+
+        Returns:
+            Names of the files that have to be made anew.
+        """
+        for entry in folder.iterdir():
+            has_its_kind = entry.is_dir() if entry.name == FINAL else entry.is_file()
+            if entry.is_symlink() or not has_its_kind:
+                remove(entry)
+        final = {name: sha256 for name, sha256 in self.checksums.items() if name.startswith(f"{FINAL}/")}
+        damaged: list[str] = []
+        if self.phase == "complete":
+            there = [path for path in (folder / FINAL).rglob("*") if path.is_symlink() or not path.is_dir()]
+            names = {*final, *(path.relative_to(folder).as_posix() for path in there)}
+            damaged = [name for name in sorted(names) if not is_whole(folder / name, final.get(name))]
+            if not damaged:
+                return []
+        # The files of the checkpoint are made of the blocks, all of them anew.
+        self.phase = "pruning"
+        remove(folder / FINAL)
+        self.checksums = {name: sha256 for name, sha256 in self.checksums.items() if name not in final}
+        measured = [name for name, sha256 in self.checksums.items() if not is_whole(folder / name, sha256)]
+        blocks = [is_whole(folder / block.file, block.sha256) for block in self.blocks]
+        damaged += [*measured, *(block.file for block, whole in zip(self.blocks, blocks, strict=True) if not whole)]
+        if measured:  # one measurement follows from another, and all blocks from them
+            self.checksums.clear()
+        self.blocks = self.blocks[: 0 if measured else [*blocks, False].index(False)]
+        if self.snapshot is not None and self.snapshot.block > len(self.blocks):
+            self.snapshot = None
+        return damaged
 
     def differences(self, job: dict[str, Any]) -> list[str]:
         """Where `job` is not the one of this journal, in words."""

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...blocks import Activations, BlockReplay
-from ...checkpoint import install_layers, layer_records, sha256_of, tensor_digests
+from ...checkpoint import check_space, install_layers, layer_records, sha256_of, tensor_digests
 from ...config import SparsityConfig
 from ...data import CalibrationTokens
 from ...nn import densified
+from ...pattern import Pattern
 from ...report import PrunedBlock
 from ..distributed import Processes
 from ..job import Place
 from ..memory import peak_memory
-from ..targets import Layer
+from ..targets import Layer, weight_of
 from .blocks import DiskBlocks
-from .journal import Snapshot
-from .recovery import is_whole
-from .space import check_run_space
+from .journal import Snapshot, is_whole
 from .workspace import Workspace
 
 logger = logging.get_logger(__name__)
@@ -74,20 +71,19 @@ class DiskPlace(Place):
     def tokens(self, draw: Callable[[], CalibrationTokens]) -> CalibrationTokens:
         return self.processes.once(lambda: self.workspace.tokens(draw))
 
-    def activations(self, num_batches: int, folder: Path | None) -> Activations:
-        rank, size = self.processes.rank, self.processes.size
-        folder = self.workspace.path if folder is None else folder
-        return Activations(num_batches, self._activation_memory, folder, f"activations-{rank}-of-{size}")
+    def activations(self, num_batches: int, name: str) -> Activations:
+        name = f"{name}-{self.processes.rank}-of-{self.processes.size}"
+        return Activations(num_batches, self._activation_memory, self.workspace.path, name)
 
-    def measured(self, name: str, kind: type[T], measure: Callable[[Path | None], T]) -> T:
+    def measured(self, name: str, kind: type[T], measure: Callable[[], T]) -> T:
         """Once for a run and those that go on with it."""
         processes, workspace = self.processes, self.workspace
         known = processes.once(lambda: workspace.kept(name, kind))
         if known is not None:
             return known
-        folder = workspace.folder(f"measuring-{processes.rank}")
-        measured = measure(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        measured = measure()
+        for path in workspace.path.glob(f"{name}-{processes.rank}-of-*"):
+            path.unlink()
         processes.once(lambda: workspace.keep(name, measured))
         return measured
 
@@ -115,9 +111,9 @@ class DiskPlace(Place):
             due = time.perf_counter() - self._saved_at > _SNAPSHOT_SECONDS
             # Files that the next block would write over are saved with every block.
             if any(processes.gather(replay.hidden.in_files or due)):
-                snapshot = Snapshot(index + 1, self._saved(replay, index + 1))
+                snapshot = Snapshot(index + 1, self._saved(replay))
                 if original is not None:
-                    snapshot.originals = self._saved(original, index + 1)
+                    snapshot.originals = self._saved(original)
                 self._saved_at = time.perf_counter()
         peaks = processes.gather(peak_memory())
         processes.each(lambda: disk.check_source(index))
@@ -137,10 +133,10 @@ class DiskPlace(Place):
         # A later block's inputs may come from runs of the whole model, in which this one is called as it is now.
         disk.take_shard(index, workspace.path / file)
 
-    def _saved(self, replay: BlockReplay, block: int) -> dict[str, str]:
+    def _saved(self, replay: BlockReplay) -> dict[str, str]:
         """Saves the activations, and gives the names and checksums of the files of all processes."""
-        path = self.workspace.path / replay.hidden.save(block)
-        return dict(self.processes.gather((path.name, sha256_of(path))))
+        files = self.processes.gather({path.name: sha256_of(path) for path in replay.hidden.save()})
+        return {name: sha256 for files_of_one in files for name, sha256 in files_of_one.items()}
 
     def note_costs(self, peaks: list[dict[str, int]]) -> None:
         """Adds the time since the last call, and the peaks of memory of all processes, to the journal."""
@@ -159,20 +155,37 @@ class DiskPlace(Place):
         if not replay.in_line:
             replay.enter(done)
             return
-        # Another number of processes has other files.
-        saved = {} if snapshot is None else files(snapshot)
-        if snapshot is not None and len(saved) == processes.size:
-            mine = list(saved)[processes.rank]
-            is_there = is_whole(self.workspace.path / mine, saved[mine])
-            if all(processes.gather(is_there and replay.hidden.can_load(mine, snapshot.block))):
-                replay.hidden.load(mine)
+        if snapshot is not None:
+            saved = files(snapshot)  # another number of processes has others
+            if all(processes.gather(all(is_whole(p, saved.get(p.name)) for p in replay.hidden.paths(snapshot.block)))):
+                replay.hidden.load(snapshot.block)
                 at = snapshot.block
             elif processes.is_main:
                 logger.warning(
-                    f"The saved activations ({', '.join(saved)}) are missing or no longer what was written: they are "
-                    "computed anew."
+                    f"The saved activations ({', '.join(list(saved)[:3])}, …) are missing, no longer what was "
+                    "written, or of another number of processes: they are computed anew."
                 )
         for index in range(at, done):
             block = self.disk.blocks.blocks[index]
             with self.disk.resident(index), densified(block, replay.dtype):
                 replay.advance(index, block)
+
+
+def check_run_space(
+    model: PreTrainedModel, targets: list[dict[str, Layer]], config: SparsityConfig, workspace: Workspace
+) -> None:
+    """Raises OSError where the disk is too small for what is still to be written, as far as can be told."""
+    density = config.method_setting("target_density") or Pattern(config.pattern).density
+    size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
+    pruned = [weight_of(layer) for layers in targets for layer in layers.values()]
+    dense = sum(weight.nbytes for weight in pruned)
+    packed = dense * density + sum(weight.numel() for weight in pruned) / 8
+    needed = sum(size.values()) - dense + packed
+    if config.storage == "dense":  # packed blocks are written first, and become dense ones at the end
+        needed += dense
+    if config.needs_data and workspace.journal.phase == "pruning":
+        hidden = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0))
+        sets = 2 if config.reconstruct is None else 4
+        needed += sets * config.num_samples * config.seq_len * hidden * model.dtype.itemsize
+    needed = max(0, needed - workspace.written_bytes())
+    check_space(workspace.path, int(needed), "the sparse checkpoint and the calibration activations")

@@ -24,7 +24,6 @@ from ...records import REPORT_NAME, read_record, to_json
 from ...report import PrunedBlock, SparsityReport
 from .blocks import DiskBlocks
 from .journal import FINAL, FinishedBlock, Journal
-from .recovery import keep_what_is_whole
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +79,7 @@ class Workspace:
                     "with the same settings, start over with resume=False, or name another folder"
                 )
             self.journal = found
-            damaged = keep_what_is_whole(found, self.path)
+            damaged = self.journal.keep_what_is_whole(self.path)
             if damaged:
                 logger.warning(
                     f"{self.path} holds files that are missing or no longer what was written "
