@@ -57,20 +57,8 @@ RUN_TIME_SETTINGS = ("batch_size", "storage")
 RECORDED = ("layers", "names")
 MODULE_NAMES = "modules"
 _Config = TypeVar("_Config")
-# Settings that there were, of how a loaded model runs: why they are gone, and what to do.
-_REMOVED = {
-    "fuse": "one product of q, k and v was not measured to be faster: leave it out",
-    "densify": "where packed layers are too slow, model.dequantize() makes them dense",
-    "optimize_for": "layers keep no more memory than model.autotune_kernels() says: leave it out",
-    "max_extra_bytes": "layers keep no more memory than model.autotune_kernels() says: leave it out",
-}
-
-
-def check_not_removed(names: Iterable[str]) -> None:
-    """Raises TypeError for a setting of earlier versions that says what to do instead."""
-    for name in names:
-        if name in _REMOVED:
-            raise TypeError(f"there is no setting {name} any more: {_REMOVED[name]}")
+# Settings of earlier versions, which their checkpoints record.
+_OUTDATED = ("drop_layers", "kernel", "time_budget", "fuse", "densify", "optimize_for", "max_extra_bytes")
 
 
 class LayerRecord(TypedDict):
@@ -143,7 +131,6 @@ def _noting_what_is_given(cls: type[_Config]) -> type[_Config]:
 
     @wraps(initialise)  # `help` and editors show its signature
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        check_not_removed(kwargs)
         for name in kwargs:
             if name == "kernel":
                 raise TypeError(
@@ -417,7 +404,7 @@ def _checked_record(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     versions recorded the settings of all methods."""
     check_depth(found)
     settings: dict[str, Any] = build(dict[str, Any], found)
-    for name in ("drop_layers", "kernel", "time_budget", *_REMOVED):  # of earlier versions
+    for name in _OUTDATED:
         settings.pop(name, None)
     if settings.get("method") == "auto":  # they chose one, usually the default
         settings["method"] = SparsityConfig.method

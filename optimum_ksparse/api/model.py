@@ -10,14 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..blocks import find_blocks
 from ..checkpoint import facts_of, sparse_modules
 from ..config import SparsityConfig
-from ..data import usual_context
+from ..data import load_tokenizer, usual_context
 from ..evaluation import mark_weights
 from ..hub import card_of_source, tag_model
 from ..pruning.distributed import current
 from ..pruning.job import Place
 from ..pruning.model import attach, check_model, make_report, record_settings
 from ..pruning.plan import run
-from ..pruning.tokens import load_tokenizer
 from ..report import SparsityReport
 
 
@@ -56,7 +55,7 @@ def sparsify(
     processes, blocks = current(), find_blocks(model)
     processes.agree({"model": type(model).__name__, "blocks": len(blocks.blocks), **config.to_dict()})
     recorded = record_settings(config)
-    load = partial(load_tokenizer, config, model.name_or_path)
+    load = partial(load_tokenizer, config.calibration, model.name_or_path)
     place = Place(model, blocks, processes, (lambda: tokenizer) if tokenizer else load)
     try:
         job = run(place, config, restore_on_error)

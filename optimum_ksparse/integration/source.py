@@ -18,9 +18,9 @@ from ..blocks import find_blocks
 from ..checkpoint import check_index, check_loaded, drop_guard, note_origin, random_weights
 from ..checkpoint.staging import recover
 from ..config import SparsityConfig
+from ..data import load_tokenizer
 from ..data.reaching import HUB_ARGUMENTS, find_file, hub_arguments
 from ..hub import card_of_source
-from ..pruning import load_tokenizer
 
 _resolve_revision = getattr(hub, "resolve_revision", None)
 
@@ -82,7 +82,10 @@ class Source:
         self.note(model)
         names = ("trust_remote_code", "gguf_file", *HUB_ARGUMENTS)
         arguments = {name: self.arguments[name] for name in names if self.arguments.get(name) is not None}
-        report = sparsify(model, config, load_tokenizer(config, self.name or model.name_or_path, **arguments))
+        tokenizer = None
+        if config.needs_data:
+            tokenizer = load_tokenizer(config.calibration, self.name or model.name_or_path, **arguments)
+        report = sparsify(model, config, tokenizer)
         if "token" in arguments and not report.base_card:  # of a repository that asks for it
             report.base_card = card_of_source(model, arguments["token"])
         report.base_arguments = {name: arguments[name] for name in ("gguf_file", "subfolder") if name in arguments}

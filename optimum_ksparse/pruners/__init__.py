@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from ..pattern import Pattern
-from . import admm, alps, magnitude, sparsegpt, wanda
+from . import admm, alps, magnitude, solve, sparsegpt, swaps, wanda
 from .notes import collected_notes
-from .refine import REFINEMENTS
 from .settings import Setting, settings_of
 from .statistics import ColumnNorms, GramMatrix
 
@@ -58,6 +57,8 @@ METHODS = {
     "admm": Method(admm.prune, GramMatrix, "output row"),
     "alps": Method(alps.prune, GramMatrix, "whole layer"),
 }
+# What may follow any method, on the same statistics: the best weights on its mask, or a better mask.
+REFINEMENTS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"exact": solve.exact, "swaps": swaps.swap}
 
 
 def statistics_of(method: str, refine: Sequence[str] = ()) -> type[ColumnNorms] | None:

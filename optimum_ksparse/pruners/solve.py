@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import torch
 
+from ..pattern import Pattern
+from .scaled import finite
+from .statistics import GramMatrix
+
 # Finished rows are dropped from the products as soon as they are this share of all.
 _DROP = 0.25
+# Of a refinement: what more of them would change is what the calibration hardly knows.
+_STEPS = 30
+
+
+def exact(
+    weight: torch.Tensor, statistics: GramMatrix, pattern: Pattern, pruned: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The refinement "exact": the weights of least output error on the mask. Memory: six matrices [out, in]. Time: up
+    to 30 products [out, in] x [in, in]."""
+    gram = statistics.gram.to(weight.device)
+    return finite(solve_on_mask(weight, gram, mask, start=pruned, max_steps=_STEPS), pruned.dtype), mask
 
 
 def solve_on_mask(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..pattern import Pattern
+from .statistics import GramMatrix
 
 # Rows of the weight at a time, so that the pairs of an unstructured row fit into memory.
 _PAIR_ELEMENTS = 2**25
@@ -14,10 +15,10 @@ CANDIDATES = 64
 
 def swap(
     weight: torch.Tensor,
-    gram: torch.Tensor,
+    statistics: GramMatrix,
+    pattern: Pattern,
     pruned: torch.Tensor,
     mask: torch.Tensor,
-    pattern: Pattern,
     *,
     max_swaps: int = 100,
     candidates: int = CANDIDATES,
@@ -34,10 +35,10 @@ def swap(
 
     Args:
         weight: W [out, in] in any floating dtype: the dense weight.
-        gram: H = XᵀX / tokens, [in, in].
+        statistics: with the Gram matrix H = XᵀX / tokens, [in, in].
+        pattern: of the mask.
         pruned: Ŵ [out, in]: kept weights as they are or as a method has updated them, zero outside the mask.
         mask: [out, in] bool, True where a weight is kept.
-        pattern: of the mask.
         max_swaps: at most so many in each row.
         candidates: as above.
 
@@ -45,7 +46,7 @@ def swap(
         Ŵ in the dtype of `pruned`, and its mask, both [out, in]. The output error of no row is above what it was.
     """
     target, values = weight.float(), pruned.float().clone()
-    gram, mask = gram.to(target), mask.clone()
+    gram, mask = statistics.gram.to(target), mask.clone()
     diagonal = gram.diagonal()
     rows = torch.arange(len(target), device=target.device)
     correlation = (target - values) @ gram  # c, of the rows at work

@@ -4,12 +4,10 @@ from .layer import relative_output_error
 from .layer_dropping import drop_layers
 from .loop import prune_blocks
 from .progress import blocks_with_progress
-from .tokens import load_tokenizer
 
 __all__ = [
     "blocks_with_progress",
     "drop_layers",
-    "load_tokenizer",
     "prune_blocks",
     "relative_output_error",
 ]

@@ -10,15 +10,19 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..blocks import eager_experts, evaluation_mode
 from ..config import SparsityConfig
+from ..data import CalibrationTokens, calibration_tokens, tell_default_text
 from ..pruners.allocation import Allocation
 from .job import Job, Place, Replaced
 from .loop import needs_original, prune_blocks
 from .sensitivity import leave_dense, measure_allocation
 from .targets import find_targets
-from .tokens import draw_tokens
+
+logger = logging.get_logger(__name__)
 
 
 def find(job: Job) -> None:
@@ -33,6 +37,24 @@ def draw(job: Job) -> None:
     place, config = job.place, job.config
     if config.needs_data:
         job.data = place.tokens(lambda: draw_tokens(place.model, config, place.tokenizer()))
+
+
+def draw_tokens(
+    model: PreTrainedModel, config: SparsityConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> CalibrationTokens:
+    """The calibration samples. Raises ValueError where they cannot be drawn, or some of them alone would lose their
+    first position."""
+    if "dataset" not in config.given and tokenizer is not None:
+        logger.warning(tell_default_text(config.dataset, tokenizer))
+    tokens = calibration_tokens(config.calibration, model, tokenizer)
+    counts = config.method_setting("bos_in_statistics")
+    if counts is False and len({part["begins_with_bos"] for part in tokens.description.get("parts", ())}) > 1:
+        raise ValueError(
+            "bos_in_statistics=False leaves out the first position of every sample, and in this mix the samples of "
+            "'self' alone begin with the beginning token: pass prepend_bos=True, or bos_in_statistics=True"
+        )
+    tokens.description["bos_in_statistics"] = counts is not False
+    return tokens
 
 
 def allocate(job: Job) -> None:

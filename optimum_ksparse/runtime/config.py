@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import sparse_modules
 from ..checks import check_one_of
-from ..config import check_not_removed
 from ..kernels import KERNELS
 
 
@@ -30,7 +29,6 @@ class RuntimeConfig:
     kernel: str = "auto"
 
     def __init__(self, *, kernel: str = "auto", **unknown: Any) -> None:
-        check_not_removed(unknown)
         if unknown:
             raise TypeError(f"RuntimeConfig has no setting {next(iter(unknown))!r}; allowed: kernel")
         object.__setattr__(self, "kernel", check_one_of("kernel", kernel, ("auto", *KERNELS)))

@@ -23,7 +23,7 @@ from optimum_ksparse.commands.recipes import read_recipe
 from optimum_ksparse.data.dataset import describe_dataset, holds, is_mix, mix_shares, needs_tokenizer, split_samples
 from optimum_ksparse.hub.card import render_card
 from optimum_ksparse.hub.metadata import build_metadata
-from optimum_ksparse.pruning.tokens import draw_tokens
+from optimum_ksparse.pruning.plan import draw_tokens
 from optimum_ksparse.report import SparsityReport
 
 from ..hub.subjects import make_report, make_subject

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...blocks import Activations, BlockReplay
@@ -17,7 +18,6 @@ from ...data import CalibrationTokens
 from ...nn import densified
 from ...pattern import Pattern
 from ...report import PrunedBlock
-from ..distributed import Processes
 from ..job import Place
 from ..memory import peak_memory
 from ..targets import Layer, weight_of
@@ -33,47 +33,39 @@ T = TypeVar("T")
 _SNAPSHOT_SECONDS = 60.0
 
 
+@dataclass(kw_only=True)
 class DiskPlace(Place):
     """Blocks that lie on disk, and a workspace that keeps what is done.
 
-    Args:
+    Attributes:
         model: without the weights of its blocks.
         disk: its blocks.
         config: what to do.
         workspace: which is open, with what an earlier run has left.
-        processes: which share the samples.
         activation_memory: bytes of activations that stay in memory; the others go to files.
-        tokenizer: gives the one for calibration text.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        disk: DiskBlocks,
-        config: SparsityConfig,
-        workspace: Workspace,
-        processes: Processes,
-        activation_memory: int,
-        tokenizer: Callable[[], PreTrainedTokenizerBase | None],
-    ) -> None:
-        super().__init__(model, disk.blocks, processes, tokenizer)
-        self.disk, self.workspace = disk, workspace
-        self._config, self._activation_memory = config, activation_memory
-        self.done = [PrunedBlock(block.rows, block.reconstruction) for block in workspace.journal.blocks]
+    disk: DiskBlocks
+    config: SparsityConfig
+    workspace: Workspace
+    activation_memory: int
+
+    def __post_init__(self) -> None:
+        self.done = [PrunedBlock(block.rows, block.reconstruction) for block in self.workspace.journal.blocks]
         self._noted = self._saved_at = time.perf_counter()
 
     def resident(self, index: int) -> AbstractContextManager[None]:
         return self.disk.resident(index)
 
     def check_space(self, targets: list[dict[str, Layer]]) -> None:
-        self.processes.once(lambda: check_run_space(self.model, targets, self._config, self.workspace))
+        self.processes.once(lambda: check_run_space(self.model, targets, self.config, self.workspace))
 
     def tokens(self, draw: Callable[[], CalibrationTokens]) -> CalibrationTokens:
         return self.processes.once(lambda: self.workspace.tokens(draw))
 
     def activations(self, num_batches: int, name: str) -> Activations:
         name = f"{name}-{self.processes.rank}-of-{self.processes.size}"
-        return Activations(num_batches, self._activation_memory, self.workspace.path, name)
+        return Activations(num_batches, self.activation_memory, self.workspace.path, name)
 
     def measured(self, name: str, kind: type[T], measure: Callable[[], T]) -> T:
         """Once for a run and those that go on with it."""

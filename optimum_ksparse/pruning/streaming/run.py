@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ...checkpoint import changed_files, facts_of, find_weight_files, fingerprint
 from ...checkpoint.staging import check_places
 from ...config import SparsityConfig
-from ...data import save_tokenizer
+from ...data import load_tokenizer, save_tokenizer
 from ...records import REPORT_NAME
 from ...report import SparsityReport
 from ...version import library_versions
@@ -25,7 +25,6 @@ from ..distributed import Processes
 from ..memory import peak_memory
 from ..model import attach, check_model, make_report, record_settings
 from ..plan import run
-from ..tokens import load_tokenizer
 from .loading import Source, open_checkpoint
 from .place import DiskPlace
 from .workspace import Workspace
@@ -106,8 +105,17 @@ class CheckpointRun:
         folder, space = workspace.folder(f"offload-{processes.rank}"), self.source.files.num_bytes * processes.size
         model, disk = open_checkpoint(self.source, self.device, folder, space)
         check_model(model, config)
-        load = partial(load_tokenizer, config, self.source.path, **self.source.loading)
-        place = DiskPlace(model, disk, config, workspace, processes, self.activation_memory, load)
+        load = partial(load_tokenizer, config.calibration, self.source.path, **self.source.loading)
+        place = DiskPlace(
+            model=model,
+            blocks=disk.blocks,
+            processes=processes,
+            tokenizer=load,
+            disk=disk,
+            config=config,
+            workspace=workspace,
+            activation_memory=self.activation_memory,
+        )
         report = make_report(run(place, config), record_settings(config))
         processes.once(lambda: self._finish(place, report))
 
