@@ -337,17 +337,17 @@ class SparsityConfig(QuantizationConfigMixin):
         """JSON-serialisable settings, those of the method among them. Data that JSON cannot hold, and files, are
         described by a checksum; folders that name a place on this machine are cut to their last part."""
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "method_settings"}
-        own = {name: self.method_setting(name) for name in self.read_settings}
+        special = {name: self.method_setting(name) for name in self.read_settings}
         settings["dataset"] = self._description
         settings["tokenizer"] = describe_source(getattr(self.tokenizer, "name_or_path", self.tokenizer))
-        return settings | {name: value for name, value in own.items() if value is not None}
+        return settings | {name: value for name, value in special.items() if value is not None}
 
     @classmethod
     def from_flat(cls, *args: Any, **settings: Any) -> SparsityConfig:
         """From settings as flags and recipes have them, where those of the method stand among the others."""
-        own = {name: value for name, value in settings.items() if name in METHOD_SETTINGS}
-        others = {name: value for name, value in settings.items() if name not in own}
-        return cls(*args, **(others | ({"method_settings": own} if own else {})))
+        special = {name: value for name, value in settings.items() if name in METHOD_SETTINGS}
+        others = {name: value for name, value in settings.items() if name not in special}
+        return cls(*args, **(others | ({"method_settings": special} if special else {})))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -392,18 +392,18 @@ def recorded_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The settings of quantization that a `config.json` holds, ours or another's; None where it has none. Raises
     ValueError where they are no object."""
     for name in ("quantization_config", DENSE_CONFIG_KEY):
-        found = config.get(name)
-        if found is not None:
-            check_depth(found, name)
-            return build(dict[str, Any], found, name)
+        settings = config.get(name)
+        if settings is not None:
+            check_depth(settings, name)
+            return build(dict[str, Any], settings, name)
     return None
 
 
-def _checked_record(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _checked_record(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Recorded settings as far as they are arguments of `SparsityConfig`, and what is recorded of the tensors. Earlier
     versions recorded the settings of all methods."""
-    check_depth(found)
-    settings: dict[str, Any] = build(dict[str, Any], found)
+    check_depth(record)
+    settings: dict[str, Any] = build(dict[str, Any], record)
     for name in _OUTDATED:
         settings.pop(name, None)
     if settings.get("method") == "auto":  # they chose one, usually the default

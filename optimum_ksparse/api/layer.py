@@ -43,10 +43,8 @@ def prune_weight(
     statistics = None
     if config.statistics is not None:
         if inputs is None or inputs.dim() not in (2, 3) or inputs.shape[-1] != weight.shape[1] or not inputs.numel():
-            found = None if inputs is None else list(inputs.shape)
-            raise ValueError(
-                f"inputs must be [tokens, {weight.shape[1]}] or [samples, tokens, {weight.shape[1]}], found {found}"
-            )
+            shape, width = None if inputs is None else list(inputs.shape), weight.shape[1]
+            raise ValueError(f"inputs must be [tokens, {width}] or [samples, tokens, {width}], found {shape}")
         if not bool(inputs.isfinite().all()):
             raise ValueError("inputs hold NaN or Inf")
         statistics = config.statistics(weight.shape[1], weight.device)

@@ -66,7 +66,7 @@ def sparsify(
     attach(model, recorded)
     if config.tokenizer is not None:
         facts_of(model).tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
-    report = make_report(job, recorded)
+    report = make_report(job)
     report.base_card = processes.once(lambda: card_of_source(model))
     report.seconds = round(time.perf_counter() - started, 2)
     facts_of(model).report = report

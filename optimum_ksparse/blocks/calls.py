@@ -43,11 +43,11 @@ class Call:
     def with_own_states(self, copies: dict[int, Any]) -> Call:
         """The same call with copies of these, one each for all calls; `copies`: by the id of the original."""
 
-        def own(value: Any) -> Any:
+        def copied(value: Any) -> Any:
             return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
 
-        kwargs = {name: own(value) for name, value in self.kwargs.items()}
-        return Call([own(value) for value in self.args], kwargs, self.hidden_name)
+        kwargs = {name: copied(value) for name, value in self.kwargs.items()}
+        return Call([copied(value) for value in self.args], kwargs, self.hidden_name)
 
 
 @dataclass
@@ -59,12 +59,12 @@ class Pool:
 
     def share(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            known = self.tensors.setdefault((value.shape, value.dtype, value.device), [])
-            for tensor in known:
+            alike = self.tensors.setdefault((value.shape, value.dtype, value.device), [])
+            for tensor in alike:
                 if tensor is value or torch.equal(tensor, value):
                     return tensor
-            if len(known) < self.limit:
-                known.append(value)
+            if len(alike) < self.limit:
+                alike.append(value)
             return value
         if type(value) in (list, tuple):
             return type(value)(self.share(item) for item in value)

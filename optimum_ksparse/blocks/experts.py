@@ -66,13 +66,13 @@ def layer_of(name: str) -> str:
 
 def observable(layers: Mapping[str, nn.Module | ExpertStack]) -> dict[str, nn.Module | ExpertMatrix]:
     """What has inputs: linear maps by their own names, and the matrices of stacks."""
-    found: dict[str, nn.Module | ExpertMatrix] = {}
+    observed: dict[str, nn.Module | ExpertMatrix] = {}
     for name, layer in layers.items():
         if isinstance(layer, ExpertStack):
-            found |= {matrix_name(name, i): ExpertMatrix(layer, i) for i in range(len(layer.weight))}
+            observed |= {matrix_name(name, i): ExpertMatrix(layer, i) for i in range(len(layer.weight))}
         else:
-            found[name] = layer
-    return found
+            observed[name] = layer
+    return observed
 
 
 def find_stacks(block: nn.Module) -> dict[str, ExpertStack]:

@@ -46,7 +46,7 @@ def probe(
         ValueError: the model overflows; names the block. Or running it changes its weights.
     """
     blocks = decoder_blocks.blocks
-    found = Probe([None] * len(blocks), [0] * len(blocks))
+    probed = Probe([None] * len(blocks), [0] * len(blocks))
     last: list[tuple[int, Any]] = []  # the block that was called last, and what it returned
 
     def checked(index: int) -> Callable[..., Any]:
@@ -56,15 +56,15 @@ def probe(
             hidden, call = split_call(args, kwargs)
             for before, output in last:
                 returned = hidden_of(output)
-                found.in_line &= index > before and (hidden is returned or torch.equal(hidden, returned))
-                found.in_line &= not _hands_on(output, call)
+                probed.in_line &= index > before and (hidden is returned or torch.equal(hidden, returned))
+                probed.in_line &= not _hands_on(output, call)
             with resident(index), products(block, device_of(block), dtype):
                 output = original(*args, **kwargs)
                 _check_output(decoder_blocks, index, hidden_of(output), dtype)
-            found.times[index] += 1
-            found.rests[index] = tuple(output[1:]) if type(output) in (tuple, list) else None
+            probed.times[index] += 1
+            probed.rests[index] = tuple(output[1:]) if type(output) in (tuple, list) else None
             # What the model reads by name is its own to make.
-            found.in_line &= type(output) in (tuple, list) or isinstance(output, torch.Tensor)
+            probed.in_line &= type(output) in (tuple, list) or isinstance(output, torch.Tensor)
             last[:] = [(index, output)]
             return output
 
@@ -75,12 +75,12 @@ def probe(
         run_decoder(decoder_blocks.decoder, tokens)
     written = [name for name, (weight, version) in weights.items() if weight._version != version]
     # RWKV, which divides weights once, and then the hidden states by as much. Its flag tells of a run before this one.
-    if not found.in_line and (written or getattr(decoder_blocks.decoder, "layers_are_rescaled", False)):
+    if not probed.in_line and (written or getattr(decoder_blocks.decoder, "layers_are_rescaled", False)):
         raise ValueError(
             f"{type(decoder_blocks.decoder).__name__} changes its own weights when it runs, so what is saved would "
             "not be the model that was pruned: load it anew with rescale_every=0, or another setting without that"
         )
-    return found
+    return probed
 
 
 def hidden_of(output: Any) -> Any:

@@ -71,16 +71,16 @@ class BlockReplay:
         self.hidden = Activations(-(-len(tokens) // batch_size)) if hidden is None else hidden
         # calls[block][batch]
         self._calls: list[list[Call]] = [[] for _ in decoder_blocks.blocks]
-        found = probe(decoder_blocks, tokens[:1], resident, dtype)
-        self._times, self.in_line, self._reruns = found.times, found.in_line, not found.in_line
+        probed = probe(decoder_blocks, tokens[:1], resident, dtype)
+        self._times, self.in_line, self._reruns = probed.times, probed.in_line, not probed.in_line
         self.batches = list(range(self.hidden.num_batches))
         self._empty = self.hidden
         self._outputs: dict[int, Sequence[torch.Tensor]] = {}  # of the current block, where they are there already
-        if found.in_line:
-            self._capture(found.rests)
+        if probed.in_line:
+            self._capture(probed.rests)
         else:
             self.enter(0)
-        self.has_states = not found.in_line or any(call.has_state() for calls in self._calls for call in calls)
+        self.has_states = not probed.in_line or any(call.has_state() for calls in self._calls for call in calls)
 
     def _capture(self, rests: list[tuple[Any, ...] | None]) -> None:
         """Records the arguments of every block for every batch, and the first block's hidden states."""
@@ -199,7 +199,9 @@ class BlockReplay:
         other._outputs = {}
         copies: list[dict[int, Any]] = [{} for _ in batches]
         other._calls = [
-            [calls[batch].with_own_states(own) for batch, own in zip(batches, copies, strict=True)] if calls else []
+            [calls[batch].with_own_states(states) for batch, states in zip(batches, copies, strict=True)]
+            if calls
+            else []
             for calls in self._calls
         ]
         tokens = dict(zip(dict.fromkeys(self.batches), self.tokens.split(self.batch_size), strict=True))
@@ -219,10 +221,10 @@ class BlockReplay:
         batches the block may be changed."""
         expected = 0
         for batch in range(len(self.hidden)):
-            found: dict[str, torch.Tensor] = {}
+            inputs: dict[str, torch.Tensor] = {}
             batches = range(batch, batch + 1)
-            expected = self._observe(index, block, layers, leaders, found.__setitem__, batches, expected)
-            yield found
+            expected = self._observe(index, block, layers, leaders, inputs.__setitem__, batches, expected)
+            yield inputs
 
     def input_groups(self, index: int, block: nn.Module, layers: Mapping[str, Layer]) -> list[list[str]]:
         """Names of `layers` that one batch calls, layers fed by the same tensor together, in the order of the

@@ -38,13 +38,13 @@ def products(block: nn.Module, device: torch.device, dtype: torch.dtype | None) 
 def replaced_forward(blocks: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """Gives each block the forward `make(index)`; hooks of accelerate, which live in the same place, come back
     after."""
-    own = [vars(block).get("forward") for block in blocks]
+    before = [vars(block).get("forward") for block in blocks]
     try:
         for index, block in enumerate(blocks):
             block.forward = make(index)
         yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
+        for block, forward in zip(blocks, before, strict=True):
             if forward is not None:
                 block.forward = forward
             elif "forward" in vars(block):

@@ -131,7 +131,7 @@ class Processes:
         """
         if self.size == 1:
             return statistics
-        everyone = self.gather({name: id(found) for name, found in statistics.items()})
+        everyone = self.gather({name: id(one) for name, one in statistics.items()})
         total: dict[str, ColumnNorms] = {}
         leaders: dict[tuple[int, int], str] = {}
         for rank, named in enumerate(everyone):
@@ -142,18 +142,18 @@ class Processes:
                 if leader == name:
                     mine = statistics.get(name)
                     # One that is counted already under another rank's name for it is not counted twice.
-                    found = make(name) if mine is None or any(mine is other for other in total.values()) else mine
-                    self._add_up(found)
-                    total[name] = found
+                    part = make(name) if mine is None or any(mine is other for other in total.values()) else mine
+                    self._add_up(part)
+                    total[name] = part
                 total[name] = total[leader]
         return total
 
-    def _add_up(self, found: ColumnNorms) -> None:
-        tokens = self.gather(found.num_tokens)
-        found.averages.mul_(tokens[self.rank] / sum(tokens))
+    def _add_up(self, part: ColumnNorms) -> None:
+        tokens = self.gather(part.num_tokens)
+        part.averages.mul_(tokens[self.rank] / sum(tokens))
         with _named_errors():
-            dist.all_reduce(found.averages)
-        found.take(sum(tokens), torch.cat(self.gather(found.sample.cpu())).to(found.averages.device))
+            dist.all_reduce(part.averages)
+        part.take(sum(tokens), torch.cat(self.gather(part.sample.cpu())).to(part.averages.device))
 
 
 def current() -> Processes:
@@ -188,8 +188,8 @@ def joined() -> Iterator[Processes]:
 @functools.cache
 def _meeting_point() -> tuple[dist.Store, int, int]:
     """The store over which the processes find each other, this one's rank, and their number."""
-    found: tuple[dist.Store, int, int] = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-    return found
+    meeting: tuple[dist.Store, int, int] = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    return meeting
 
 
 # What the backends and the store say where a process has died, left, or does not answer.

@@ -10,10 +10,10 @@ import torch
 
 def memory_in_use() -> tuple[int, int]:
     """Bytes in use now, and at most so far: of the GPU where this process uses one, otherwise of the process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    status = process_status()
-    return status.get("VmRSS", 0), status.get("VmHWM", 0)
+    peak = peak_memory()
+    if "gpu" in peak:
+        return torch.cuda.memory_allocated(), peak["gpu"]
+    return process_status().get("VmRSS", 0), peak.get("process", 0)
 
 
 def process_status() -> dict[str, int]:

@@ -43,9 +43,9 @@ def settings_of(config: SparsityConfig) -> dict[str, Any]:
     return settings
 
 
-def make_report(job: Job, config: SparsityConfig) -> SparsityReport:
-    """The report on a model that has just been pruned with `config`, as `record_settings` gave it."""
-    model = job.place.model
+def make_report(job: Job) -> SparsityReport:
+    """The report on a model that has just been pruned."""
+    model, config = job.place.model, job.config
     dtype = getattr(torch, config.calibration_dtype) if config.calibration_dtype else model.dtype
     products = str(product_dtype(dtype, device_of(model))).removeprefix("torch.")
     return SparsityReport(

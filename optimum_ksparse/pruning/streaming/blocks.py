@@ -112,7 +112,7 @@ class DiskBlocks:
 
 def _offloaded_weights(block: nn.Module) -> dict[str, tuple[Path, str]]:
     """For each offloaded parameter of a block, by its name, the file that it is in, and its name there."""
-    found = {}
+    places = {}
     for path, module in block.named_modules():
         weights: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights is not None:
@@ -120,8 +120,8 @@ def _offloaded_weights(block: nn.Module) -> dict[str, tuple[Path, str]]:
                 if parameter.is_meta:
                     entry = weights.dataset.index[weights.prefix + name]
                     place = Path(entry["safetensors_file"]), entry.get("weight_name", weights.prefix + name)
-                    found[f"{path}.{name}".lstrip(".")] = place
-    return found
+                    places[f"{path}.{name}".lstrip(".")] = place
+    return places
 
 
 def _stand_in(block: nn.Module, empty: nn.Module) -> None:

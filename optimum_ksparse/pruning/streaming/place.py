@@ -70,9 +70,9 @@ class DiskPlace(Place):
     def measured(self, name: str, kind: type[T], measure: Callable[[], T]) -> T:
         """Once for a run and those that go on with it."""
         processes, workspace = self.processes, self.workspace
-        known = processes.once(lambda: workspace.kept(name, kind))
-        if known is not None:
-            return known
+        earlier = processes.once(lambda: workspace.kept(name, kind))
+        if earlier is not None:
+            return earlier
         measured = measure()
         for path in workspace.path.glob(f"{name}-{processes.rank}-of-*"):
             path.unlink()

@@ -116,7 +116,7 @@ class CheckpointRun:
             workspace=workspace,
             activation_memory=self.activation_memory,
         )
-        report = make_report(run(place, config), record_settings(config))
+        report = make_report(run(place, config))
         processes.once(lambda: self._finish(place, report))
 
     def _finish(self, place: DiskPlace, report: SparsityReport) -> None:

@@ -70,15 +70,15 @@ class Workspace:
         Raises:
             ValueError: it holds a run with other settings, which are named.
         """
-        found = Journal.load(self.path) if resume else None
-        if found is not None:
-            differences = found.differences(self.journal.job)
+        earlier = Journal.load(self.path) if resume else None
+        if earlier is not None:
+            differences = earlier.differences(self.journal.job)
             if differences:
                 raise ValueError(
                     f"{self.output} holds an unfinished run with other settings ({'; '.join(differences)}): go on "
                     "with the same settings, start over with resume=False, or name another folder"
                 )
-            self.journal = found
+            self.journal = earlier
             damaged = self.journal.keep_what_is_whole(self.path)
             if damaged:
                 logger.warning(
@@ -129,8 +129,8 @@ class Workspace:
         path = self.path / f"{name}.json"
         if path.name not in self.journal.checksums:
             return None
-        found: T = read_record(kind, path, "is damaged", "; start over with resume=False")
-        return found
+        kept: T = read_record(kind, path, "is damaged", "; start over with resume=False")
+        return kept
 
     def keep(self, name: str, value: Any) -> None:
         """Keeps a dataclass that was measured, for a later run: measured again it may come out otherwise."""
