@@ -1,6 +1,5 @@
 """The functions that every path ends in: prune a model in place, a checkpoint from disk to disk, or one layer."""
 
-from ..pruning.tokens import load_tokenizer
 from .checkpoint import prune_checkpoint
 from .layer import prune_weight
 from .model import sparsify

@@ -239,17 +239,8 @@ class BlockReplay:
     def collect(
         self, index: int, block: nn.Module, layers: Mapping[str, Layer], make: Callable[[Layer], ColumnNorms]
     ) -> dict[str, ColumnNorms]:
-        """Runs every batch through the block and collects statistics of the inputs of `layers`.
-
-        Args:
-            index, block: the current block.
-            layers: linear maps of the block, and matrices of its stacks, by name.
-            make: empty statistics for a layer.
-
-        Returns:
-            Statistics by layer name; layers fed by the same tensor share one object. A layer that no token reached is
-            missing.
-        """
+        """Runs every batch through the block and collects statistics of the inputs of `layers` by name; `make` gives
+        empty ones. Layers fed by the same tensor share one object. A layer that no token reached is missing."""
         leaders: dict[str, str] = {}
         statistics: dict[str, ColumnNorms] = {}
 

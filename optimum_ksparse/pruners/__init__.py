@@ -1,11 +1,12 @@
 """One file a method, pure tensor maths: `(weight, statistics, pattern, **settings) -> (weight, mask)`.
 
-`weight` is [out, in] in any floating dtype and is not changed; the returned weight has its dtype and is zero where the
-returned mask ([out, in], bool, True = kept) is False. A method says by `note` what the user should know, such as a
-raised damping; the block loop writes it into the report. To add a method: its file, its line in `METHODS`, a test;
-flags, help, checks, the README's table and the card's citation come from these. `sweep` and `sweep_kernel` are the
-inner loop of SparseGPT, in torch and for a GPU; `scaled` is what `admm` and `alps` share; `solve` and `swaps` are what
-`refine` lets follow on any of them.
+`weight` is [out, in] in any floating dtype and is not changed; `statistics` are those of its inputs, and `pattern`
+says what to keep. The returned weight [out, in] has the dtype of `weight` and is zero where the returned mask ([out,
+in], bool, True = kept) is False. A method says by `note` what the user should know, such as a raised damping; the
+block loop writes it into the report. To add a method: its file, its line in `METHODS`, a test; flags, help, checks,
+the README's table and the card's citation come from these. `sweep` and `sweep_kernel` are the inner loop of SparseGPT,
+in torch and for a GPU; `scaled` is what `admm` and `alps` share; `solve` and `swaps` are what `refine` lets follow on
+any of them.
 """
 
 from __future__ import annotations
@@ -79,14 +80,9 @@ def prune(
 
     Args:
         method: one of `METHODS`.
-        weight: [out, in], is not changed.
         statistics: of the inputs, of the class that `statistics_of` gives.
-        pattern: what to keep.
         refine: of `REFINEMENTS`.
         settings: of the method; those that are left out have its defaults.
-
-    Returns:
-        The pruned weight in the dtype of `weight`, and its mask, both [out, in].
     """
     pruned, mask = METHODS[method].prune(weight, statistics, pattern, **settings)
     for name in refine:

@@ -48,14 +48,9 @@ def prune(
     with n:m three, and a product [out, in] x [in, in] for each iteration.
 
     Args:
-        weight: [out, in].
-        statistics: Gram matrix of the inputs.
-        pattern: what to keep; unstructured: of each output row; blocks: of the whole layer.
+        pattern: unstructured: of each output row; blocks: of the whole layer.
         damping: added to the unit diagonal of Ĥ: how closely weights are held to the dense ones.
         iterations: in all.
-
-    Returns:
-        The updated, pruned weight in the dtype of `weight`, and its mask, both [out, in].
 
     Raises:
         ValueError: weights become NaN or Inf.

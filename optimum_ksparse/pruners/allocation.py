@@ -30,15 +30,8 @@ _LEAST_SHARE = Fraction(1, 10)
 
 @dataclass
 class LayerMeasure:
-    """What was measured of a layer.
-
-    Attributes:
-        name: path in the decoder.
-        block: number of its decoder block.
-        num_weights: zeros that there may be included.
-        outliers: share of outliers in the whole block; None where losses were measured.
-        losses: pattern → predicted relative loss under it.
-    """
+    """What was measured of the layer at `name` in the decoder: the share of outliers in its whole block, or the
+    relative loss that is predicted under each pattern."""
 
     name: str
     block: int

@@ -45,14 +45,9 @@ def prune(
     and up to `iterations` times two products [out, in] x [in, in]: some ten times that of `admm`.
 
     Args:
-        weight: [out, in].
-        statistics: Gram matrix of the inputs.
-        pattern: what to keep; unstructured, and blocks: over the whole layer, as the paper has it.
+        pattern: unstructured, and blocks: over the whole layer, as the paper has it.
         damping: added to the unit diagonal of the scaled Gram matrix.
         iterations: the most of them.
-
-    Returns:
-        The updated, pruned weight in the dtype of `weight`, and its mask, both [out, in].
 
     Raises:
         ValueError: weights become NaN or Inf.

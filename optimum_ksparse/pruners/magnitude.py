@@ -16,15 +16,7 @@ CITATION = """@misc{han2015learning,
 
 
 def prune(weight: torch.Tensor, statistics: None, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score |W|, ranked over the whole layer (blocks by their sums), or within each group of `n:m`.
-
-    Args:
-        weight: [out, in].
-        statistics: not read; the method needs no data.
-        pattern: what to keep.
-
-    Returns:
-        The pruned weight and its mask, both [out, in].
-    """
+    """Score |W|, ranked over the whole layer (blocks by their sums), or within each group of `n:m`. Statistics are not
+    read: the method needs no data."""
     mask = pattern.mask_of_layer(weight.abs())
     return weight.masked_fill(~mask, 0), mask

@@ -41,14 +41,8 @@ def prune(
     when the sweep reaches it, by weights already updated.
 
     Args:
-        weight: [out, in].
-        statistics: Gram matrix of the inputs.
-        pattern: what to keep.
         block_size: columns swept before the rest of the matrix is updated; `m` and `c` must divide it.
         damping: share of the mean of the diagonal of H that is added to it.
-
-    Returns:
-        The updated, pruned weight in the dtype of `weight`, and its mask, both [out, in].
 
     Raises:
         ValueError: `m` or `c` does not divide `block_size`, or weights become NaN or Inf.

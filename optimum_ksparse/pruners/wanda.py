@@ -19,15 +19,6 @@ CITATION = """@misc{sun2023wanda,
 
 def prune(weight: torch.Tensor, statistics: ColumnNorms, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
     """Score |W_ij|·‖X_j‖₂, ranked within each output row, or within each group of `n:m`; blocks by their sums over the
-    whole layer. Weights are not updated.
-
-    Args:
-        weight: [out, in].
-        statistics: mean squared inputs; their common factor 1/tokens leaves the ranking as it is.
-        pattern: what to keep.
-
-    Returns:
-        The pruned weight and its mask, both [out, in].
-    """
+    whole layer. Weights are not updated. The norms' common factor 1/√tokens leaves the ranking as it is."""
     mask = pattern.mask(weight.float().abs() * statistics.squared_norms.to(weight.device).sqrt())
     return weight.masked_fill(~mask, 0), mask

@@ -22,13 +22,8 @@ from .targets import Layer, weight_of
 
 
 def prune_one_block(job: Job, index: int, replay: BlockReplay | None, dense: Activations | None) -> PrunedBlock:
-    """Prunes the layers of a block, and reconstructs it where the job's settings say so.
-
-    Args:
-        replay: the calibration activations at the block; None for a method without data. Is told the block's outputs,
-            where they are there already.
-        dense: the outputs that it is to give.
-    """
+    """Prunes the layers of a block, and reconstructs it, to give the outputs `dense`, where the settings say so.
+    `replay` is at the block, and is told its outputs where they are there already."""
     pruned = PrunedBlock(_prune_layers(job, index, replay))
     if job.config.reconstruct is not None and replay is not None and dense is not None and replay.times(index):
         with fast_products(job.blocks.blocks[index], replay.dtype):  # of its gradients too

@@ -22,12 +22,8 @@ _Pruned = tuple[SparseModule, LayerReport]
 def prune_group(
     job: Job, index: int, layers: Mapping[str, Layer], statistics: dict[str, ColumnNorms]
 ) -> list[LayerReport]:
-    """Puts pruned layers in the places of some of block `index`, and gives their rows.
-
-    Args:
-        layers: by name.
-        statistics: of their inputs, over the samples of all processes; taken out on the way.
-    """
+    """Puts pruned layers in the places of some of block `index`, and gives their rows. The statistics of their inputs,
+    over the samples of all processes, are taken out on the way."""
     rows, processes = [], job.processes
     costs = [_cost(layer, job.config) for layer in layers.values()]
     owners = dict(zip(layers, processes.owners(costs), strict=True))

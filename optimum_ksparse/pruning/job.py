@@ -30,12 +30,8 @@ SIDE_BY_SIDE = 16
 
 @dataclass
 class Replaced:
-    """What pruning has replaced so far, to be put back on an error.
-
-    Attributes:
-        layers: the dense module, or parameter, of each pruned layer by its path in the decoder.
-        tuned: parameters that stay in the model, each with its value before.
-    """
+    """What pruning has replaced so far, to be put back on an error: the dense module, or parameter, of each pruned
+    layer by its path in the decoder, and parameters that stay in the model, each with its value before."""
 
     layers: dict[str, nn.Module | nn.Parameter] = field(default_factory=dict)
     tuned: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)

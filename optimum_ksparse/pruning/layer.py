@@ -29,14 +29,12 @@ _LARGE = 2**23
 def prune_layer(
     path: str, layer: Layer, statistics: list[ColumnNorms | None], config: SparsityConfig
 ) -> tuple[SparseModule, LayerReport]:
-    """Prunes a layer.
+    """Prunes a layer of the dense model, which is not changed.
 
     Args:
         path: in the decoder.
-        layer: of the dense model; is not changed.
         statistics: of the inputs of each of its matrices, one for a linear map; emptied on the way, because a Gram
             matrix and its factor are large. None for a method without data, and for a matrix that no token reached.
-        config: method, pattern and settings.
 
     Returns:
         The packed layer, and its row, which reports the matrices of a stack as one, below each other.

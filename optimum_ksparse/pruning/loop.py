@@ -69,22 +69,8 @@ def over_blocks(
 
 @torch.no_grad()
 def prune_blocks(job: Job, replay: BlockReplay | None, original: BlockReplay | None = None) -> list[PrunedBlock]:
-    """Prunes the targets block by block, from the first that is not done, and puts sparse modules in their places.
-
-    Args:
-        job: its targets are emptied on the way.
-        replay: the calibration activations at the first of these blocks; None for a method without data.
-        original: the activations of the dense model there, where `needs_original` says so.
-
-    Returns:
-        What there is to report of each block. Layers are pruned in the model's order, so on an error the blocks before
-        it are sparse.
-
-    Raises:
-        ValueError: activations are NaN or Inf, or no token reached a layer; names the layer.
-        ArithmeticError: a Gram matrix stays singular; names the layer.
-        ConnectionError: another process has stopped.
-    """
+    """Prunes the targets block by block, from the first that is not done, whose activations `replay` and `original`
+    hold (None where they are not needed). Gives what there is to report of each. Targets are emptied on the way."""
     config = job.config
 
     def step(index: int, block: nn.Module) -> list[PrunedBlock]:

@@ -22,14 +22,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class OutputLoss:
-    """How far the outputs of a block are from its targets: mean squared error in units of each channel's energy.
-
-    Args:
-        index, block: the block.
-        replay: its inputs.
-        targets: what it is to give, batch by batch.
-        processes: which share the samples.
-    """
+    """How far the outputs of a block are from its targets: mean squared error in units of each channel's energy."""
 
     def __init__(
         self, index: int, block: nn.Module, replay: BlockReplay, targets: Activations, processes: Processes
@@ -65,12 +58,8 @@ class OutputLoss:
 
 
 def held_out(batches: Sequence[int]) -> list[int]:
-    """Which of some activations are held out: all those of every eighth batch. Of one batch alone, that one, which
-    then is not.
-
-    Args:
-        batches: of each activation, the number of its batch.
-    """
+    """Which activations, of the batches of these numbers, are held out: all those of every eighth batch. Of one batch
+    alone, that one, which then is not."""
     numbers = list(dict.fromkeys(batches))
     chosen = numbers[HELD_OUT - 1 :: HELD_OUT] or numbers[-1:]
     return [index for index, batch in enumerate(batches) if batch in chosen]

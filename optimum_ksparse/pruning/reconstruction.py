@@ -45,15 +45,8 @@ def reconstruct_block(job: Job, index: int, replay: BlockReplay, targets: Activa
     is that of these same batches; it says where more epochs lowered the loss on the other batches alone. Memory beside
     the activations: what is tuned, in float32, five times.
 
-    Args:
-        job: with its settings, and its processes, over which gradients are averaged; `replaced` is given the
-            parameters that stay in the model. Parameters that the block shares with others stay as they are.
-        index: of the block, whose layers are replaced by sparse ones.
-        replay: at the inputs of the block.
-        targets: the outputs that it is to give, batch by batch.
-
-    Returns:
-        The block's row for the report.
+    Gradients are averaged over processes. Parameters that the block shares with others stay as they are. Gives the
+    block's row for the report.
     """
     started, block = time.perf_counter(), job.blocks.blocks[index]
     loss = OutputLoss(index, block, replay, targets, job.processes)

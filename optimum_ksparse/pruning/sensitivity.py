@@ -30,16 +30,8 @@ from .targets import Layer
 
 @torch.no_grad()
 def measure_allocation(job: Job, replay: BlockReplay) -> Allocation:
-    """Measures the dense model and chooses a pattern for each layer.
-
-    Args:
-        job: its targets stay as they are.
-        replay: the calibration activations at the first block; used up.
-
-    Raises:
-        ValueError: weights or activations are NaN or Inf, or no token reached a layer; names the layer.
-        ConnectionError: another process has stopped.
-    """
+    """Measures the dense model and chooses a pattern for each layer; `replay`, at the first block, is used up. Raises
+    ValueError where weights or activations are NaN or Inf; names the layer."""
 
     def step(index: int, block: nn.Module) -> list[LayerMeasure]:
         measures: list[LayerMeasure] = []

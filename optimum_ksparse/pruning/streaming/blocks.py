@@ -17,16 +17,14 @@ from ..memory import trim_heap
 
 
 class DiskBlocks:
-    """The decoder blocks of a model that `open_checkpoint` of `loading` loaded.
+    """The decoder blocks of a model that `open_checkpoint` loaded, whose weights are on the meta device but within
+    `resident`.
 
     Args:
-        blocks: the blocks, with accelerate's hooks, which are taken off.
+        blocks: with accelerate's hooks, which are taken off.
         device: where a block is while it is in memory.
         empty: the same blocks on the meta device: their weights stand for those that are on the disk.
         files: those of the checkpoint.
-
-    Attributes:
-        blocks: the blocks; their weights are on the meta device but within `resident`.
     """
 
     def __init__(

@@ -44,16 +44,9 @@ def open_checkpoint(
     """Loads a checkpoint with everything but its decoder blocks, which stay on the disk.
 
     transformers itself loads it, with accelerate's offloading to the disk, so that names, dtypes, ties and conversions
-    are those of any other load. What is stored in another form than the model's (most experts) it writes out into
-    `offload_folder`; everything else is read from the checkpoint's own files.
-
-    Args:
-        device: where the blocks run.
-        offload_folder: an empty folder, for as long as the model is used.
-        offload_space: bytes that its disk must have free, where the model may store weights in another form.
-
-    Raises:
-        ValueError: the model has no decoder blocks, or the checkpoint lacks weights of it.
+    are those of any other load. What is stored in another form than the model's (most experts) it writes out into the
+    empty `offload_folder`, whose disk must then have `offload_space` bytes free; everything else is read from the
+    checkpoint's own files. Raises ValueError where there are no decoder blocks, or weights are missing.
     """
     arguments = {"dtype": source.dtype, "use_safetensors": True, "output_loading_info": True, **source.loading}
     load = partial(source.model_class.from_pretrained, source.path, **arguments)

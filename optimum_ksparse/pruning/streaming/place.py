@@ -35,15 +35,8 @@ _SNAPSHOT_SECONDS = 60.0
 
 @dataclass(kw_only=True)
 class DiskPlace(Place):
-    """Blocks that lie on disk, and a workspace that keeps what is done.
-
-    Attributes:
-        model: without the weights of its blocks.
-        disk: its blocks.
-        config: what to do.
-        workspace: which is open, with what an earlier run has left.
-        activation_memory: bytes of activations that stay in memory; the others go to files.
-    """
+    """Blocks that lie on disk, and an open workspace that keeps what is done, with what an earlier run has left. More
+    bytes of activations than `activation_memory` go to files."""
 
     disk: DiskBlocks
     config: SparsityConfig
