@@ -16,8 +16,9 @@ from torch import nn
 from ..nn import densified
 from ..pruners.statistics import ColumnNorms
 from .coroutine import Coroutine
-from .replay import BlockReplay, identity
+from .replay import BlockReplay
 from .running import replaced_forward
+from .watch import identity
 
 
 class OutOfStepError(Exception):

@@ -8,9 +8,8 @@ hand the hidden states on. It is then replayed as it was.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,16 +18,10 @@ from torch import nn
 from ..pruners.statistics import ColumnNorms
 from .activations import Activations
 from .calls import Call, Pool, split_call
-from .experts import ExpertMatrix, observed_matrices
 from .find import DecoderBlocks
 from .probe import hidden_of, probe
 from .running import device_of, products, replaced_forward, run_decoder
-
-Layer = nn.Module | ExpertMatrix
-
-
-class _StopForward(Exception):  # noqa: N818 (not an error)
-    """Raised by a hook that has seen what it needed."""
+from .watch import Layer, Watch
 
 
 def _always_there(index: int) -> AbstractContextManager[None]:
@@ -219,20 +212,19 @@ class BlockReplay:
         """Runs one batch after another through the block and yields the inputs of `layers`: those rows that count, by
         the name of the first layer that the tensor feeds. `leaders` is filled: layer name → that name. Between two
         batches the block may be changed."""
-        expected = 0
+        watch = self._watch(index, block, layers, leaders)
         for batch in range(len(self.hidden)):
             inputs: dict[str, torch.Tensor] = {}
-            batches = range(batch, batch + 1)
-            expected = self._observe(index, block, layers, leaders, inputs.__setitem__, batches, expected)
+            watch.run(batch, inputs.__setitem__)
             yield inputs
 
     def input_groups(self, index: int, block: nn.Module, layers: Mapping[str, Layer]) -> list[list[str]]:
         """Names of `layers` that one batch calls, layers fed by the same tensor together, in the order of the
         calls."""
-        leaders: dict[str, str] = {}
-        self._observe(index, block, layers, leaders, lambda name, x: None, range(1))
+        watch = self._watch(index, block, layers, {})
+        watch.run(0, lambda name, x: None)
         groups: dict[str, list[str]] = {}
-        for name, leader in leaders.items():
+        for name, leader in watch.leaders.items():
             groups.setdefault(leader, []).append(name)
         return list(groups.values())
 
@@ -241,7 +233,7 @@ class BlockReplay:
     ) -> dict[str, ColumnNorms]:
         """Runs every batch through the block and collects statistics of the inputs of `layers` by name; `make` gives
         empty ones. Layers fed by the same tensor share one object. A layer that no token reached is missing."""
-        leaders: dict[str, str] = {}
+        watch = self._watch(index, block, layers, {})
         statistics: dict[str, ColumnNorms] = {}
 
         def update(name: str, x: torch.Tensor) -> None:
@@ -249,65 +241,16 @@ class BlockReplay:
                 statistics[name] = make(layers[name])
             statistics[name].update(x)
 
-        self._observe(index, block, layers, leaders, update, range(len(self.hidden)))
-        return {name: statistics[leader] for name, leader in leaders.items() if leader in statistics}
+        for batch in range(len(self.hidden)):
+            watch.run(batch, update)
+        return {name: statistics[leader] for name, leader in watch.leaders.items() if leader in statistics}
 
-    def _observe(
-        self,
-        index: int,
-        block: nn.Module,
-        layers: Mapping[str, Layer],
-        leaders: dict[str, str],
-        update: Callable[[str, torch.Tensor], None],
-        batches: range,
-        expected: int = 0,
-    ) -> int:
-        """Calls `update(leader, x)` once for each tensor that feeds layers, and fills `leaders`: layer name → the name
-        under which its inputs are counted. A tensor's first layer leads the others. Once all layers and their number
-        of calls are known, a forward pass ends at its last call: that is `expected`, 0 where it is unknown, and what
-        is returned for the next batches."""
-        calls: Counter[str] = Counter()
-        seen: dict[Any, str] = {}
-        alive: list[torch.Tensor] = []  # no address is used twice while its tensor lives
+    def _watch(self, index: int, block: nn.Module, layers: Mapping[str, Layer], leaders: dict[str, str]) -> Watch:
+        def run(batch: int) -> None:
+            with products(block, self.hidden.device, self.dtype):
+                self._calls[index][batch].run(block, self.hidden[batch])
 
-        def record(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                x = args[0]
-                if not x.numel():  # an expert that is called without tokens
-                    return
-                calls[name] += 1
-                key = identity(x)
-                if key not in seen:
-                    seen[key] = leaders.get(name, name)
-                    alive.append(x)
-                    update(seen[key], x if name in matrices else self.counted(batch, x))
-                leaders.setdefault(name, seen[key])
-                if calls.total() == expected:
-                    raise _StopForward
-
-            return hook
-
-        # Accelerate puts weights away after a forward pass, which must then not be cut short.
-        offloads = any(parameter.is_meta for parameter in block.parameters())
-        matrices = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertMatrix)}
-        modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
-        with (
-            _hooks(modules, record),
-            observed_matrices(matrices, record) if matrices else nullcontext(),
-            products(block, self.hidden.device, self.dtype),
-        ):
-            for batch in batches:
-                calls.clear()
-                try:
-                    self._calls[index][batch].run(block, self.hidden[batch])
-                except _StopForward:
-                    pass
-                # Routed experts are called for some batches and not for others: then nothing can be cut short.
-                may_stop = not offloads and len(leaders) == len(layers) == len(calls)
-                expected = calls.total() if may_stop else 0
-                seen.clear()
-                alive.clear()
-        return expected
+        return Watch(block, layers, run, self.counted, leaders)
 
     def counted(self, batch: int, x: torch.Tensor) -> torch.Tensor:
         """The rows of a layer's input in a batch that count in the statistics. Some models flatten samples and
@@ -317,18 +260,3 @@ class BlockReplay:
             if len(shape) == 2 and x.numel() == shape.numel() * x.shape[-1]:
                 return x.reshape(*shape, x.shape[-1])[:, 1:]
         return x
-
-
-def identity(x: torch.Tensor) -> tuple[Any, ...]:
-    """What tells an input of a layer from all others that are alive."""
-    return x.data_ptr(), x.shape, x.stride(), x._version
-
-
-@contextmanager
-def _hooks(layers: Mapping[str, nn.Module], make: Callable[[str], Callable[..., None]]) -> Iterator[None]:
-    handles = [layer.register_forward_pre_hook(make(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
