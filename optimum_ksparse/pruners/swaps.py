@@ -11,6 +11,7 @@ from .statistics import GramMatrix
 _PAIR_ELEMENTS = 2**25
 # Of an unstructured row so many of the best weights to restore, and to prune, are paired.
 CANDIDATES = 64
+_MOST_SWAPS = 100  # in each row
 
 
 def swap(
@@ -20,7 +21,6 @@ def swap(
     pruned: torch.Tensor,
     mask: torch.Tensor,
     *,
-    max_swaps: int = 100,
     candidates: int = CANDIDATES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """In each row, restores one weight and prunes another as long as that lowers the row's output error, the best pair
@@ -39,7 +39,6 @@ def swap(
         pattern: of the mask.
         pruned: Ŵ [out, in]: kept weights as they are or as a method has updated them, zero outside the mask.
         mask: [out, in] bool, True where a weight is kept.
-        max_swaps: at most so many in each row.
         candidates: as above.
 
     Returns:
@@ -50,7 +49,7 @@ def swap(
     diagonal = gram.diagonal()
     rows = torch.arange(len(target), device=target.device)
     correlation = (target - values) @ gram  # c, of the rows at work
-    for _ in range(max_swaps):
+    for _ in range(_MOST_SWAPS):
         w, v, kept = target[rows], values[rows], mask[rows]
         # What restoring or pruning one weight alone would cost.
         restore = ((diagonal * w - 2 * correlation) * w).masked_fill_(kept, torch.inf)
