@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,8 +54,9 @@ def sparsify(
     processes, blocks = current(), find_blocks(model)
     processes.agree({"model": type(model).__name__, "blocks": len(blocks.blocks), **config.to_dict()})
     recorded = record_settings(config)
-    load = partial(load_tokenizer, config.calibration, model.name_or_path)
-    place = Place(model, blocks, processes, (lambda: tokenizer) if tokenizer else load)
+    place = Place(
+        model, blocks, processes, lambda: tokenizer or load_tokenizer(config.calibration, model.name_or_path)
+    )
     try:
         job = run(place, config, restore_on_error)
     except BaseException as error:

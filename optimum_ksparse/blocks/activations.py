@@ -49,7 +49,7 @@ class Activations:
     def __getitem__(self, index: int) -> torch.Tensor:
         if not self.in_files:
             return self._memory[index]
-        return _read(self.paths(self.block)[index]).to(self._device)
+        return _read(self._path(self.block, index)).to(self._device)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[index] for index in range(len(self)))
@@ -102,17 +102,21 @@ class Activations:
 
     def paths(self, block: int) -> list[Path]:
         """The files that hold the inputs of `block`, or will."""
+        return [self._path(block, index) for index in range(self.num_batches)]
+
+    def _path(self, block: int, index: int) -> Path:
         assert self._folder is not None
-        return [self._folder / f"{self._name}-{block:05d}-{i:05d}.safetensors" for i in range(self.num_batches)]
+        return self._folder / f"{self._name}-{block:05d}-{index:05d}.safetensors"
 
     def _write(self, block: int, batches: Iterable[torch.Tensor], start: int = 0) -> None:
-        paths = self.paths(block)
         if self._written is not None and self._written != block:
-            for path in paths[0].parent.glob(f"{self._name}-[0-9]*-[0-9]*.safetensors"):
-                if path not in {*paths, *self.paths(self._written)}:
+            kept = {*self.paths(block), *self.paths(self._written)}
+            for path in self._path(0, 0).parent.glob(f"{self._name}-[0-9]*-[0-9]*.safetensors"):
+                if path not in kept:
                     path.unlink()
         self._written = block
-        for path, batch in zip(paths[start:], batches, strict=False):
+        for index, batch in enumerate(batches, start):
+            path = self._path(block, index)
             path.unlink(missing_ok=True)  # a batch of an earlier file of this name may still be mapped
             save_file({"hidden": batch.detach().cpu().contiguous()}, path)
 

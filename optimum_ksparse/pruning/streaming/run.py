@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +104,11 @@ class CheckpointRun:
         folder, space = workspace.folder(f"offload-{processes.rank}"), self.source.files.num_bytes * processes.size
         model, disk = open_checkpoint(self.source, self.device, folder, space)
         check_model(model, config)
-        load = partial(load_tokenizer, config.calibration, self.source.path, **self.source.loading)
         place = DiskPlace(
             model=model,
             blocks=disk.blocks,
             processes=processes,
-            tokenizer=load,
+            tokenizer=lambda: load_tokenizer(config.calibration, self.source.path, **self.source.loading),
             disk=disk,
             config=config,
             workspace=workspace,
