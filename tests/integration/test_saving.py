@@ -113,7 +113,7 @@ for folder in folders:
     print(folder, file=sys.stderr)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder)
-    except RuntimeError as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
     else:
         torch.save(model(torch.load(ids)).logits.detach(), f"{folder}.pt")
@@ -131,7 +131,7 @@ def test_without_the_plugin_packed_stops_and_dense_gives_the_same_logits(make_sp
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     packed = done.stderr.partition(str(tmp_path / "dense"))[0].lower()
-    assert ("size mismatch" in packed or "mismatched" in packed) and "optimum-ksparse" in packed
+    assert "pip install optimum-ksparse" in packed
     assert not (tmp_path / "packed.pt").exists()
     for name, tolerance in (("dense", 1e-6), ("dequantized", 0.02)):
         found = torch.load(tmp_path / f"{name}.pt")
