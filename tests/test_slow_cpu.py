@@ -98,6 +98,7 @@ def test_architectures(
     assert slow_products.seen == []
 
 
+@pytest.mark.slow
 def test_calibration_in_another_dtype(
     make_model: MakeModel, token_ids: torch.Tensor, slow_products: SlowProducts
 ) -> None:

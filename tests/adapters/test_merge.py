@@ -356,6 +356,7 @@ def folders(adapted, tokenizer, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_merged_model_in_the_place_of_its_adapter(folders, token_ids):
     before = {path.name: path.read_bytes() for path in (folders / "adapter").iterdir()}
     with pytest.raises(SystemExit):

@@ -155,6 +155,7 @@ def test_a_layer_that_blocks_do_not_fill(make_model, token_ids):
     assert "is 32 x 32" in report.skipped["layers.0.self_attn.q_proj"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["wanda", "alps"])
 def test_every_method_from_memory_and_disk_to_a_dense_model(make_model, token_ids, tmp_path, method):
     config = {"method": method, "pattern": "50%/4x4", "dataset": token_ids, "batch_size": 2}

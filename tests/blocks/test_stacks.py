@@ -17,8 +17,6 @@ from optimum_ksparse.blocks import BlockReplay, find_blocks
 from optimum_ksparse.pruners.statistics import ColumnNorms
 from optimum_ksparse.pruning.streaming import Workspace
 
-from ..conftest import thinned
-
 torch.set_num_threads(1)
 
 IDS = torch.randint(3, 64, (16, 12), generator=torch.Generator().manual_seed(0))
@@ -174,7 +172,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "settings"), thinned(SETTINGS.values(), ["shared"]), ids=SETTINGS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "settings"), SETTINGS.values(), ids=SETTINGS)
 def test_a_looped_checkpoint_is_pruned_on_disk_as_in_memory(kind, settings, request, tmp_path: Path, monkeypatch):
     model = request.getfixturevalue(kind)
     model.save_pretrained(tmp_path / "dense")

@@ -464,6 +464,7 @@ def test_baseline_may_be_named(
     assert (results.dense_model, len(results.comparable())) == ("moved", 1)
 
 
+@pytest.mark.slow
 def test_another_baseline_drops_the_figures_of_the_one_before(
     dense: Path, model: PreTrainedModel, tokenizer: Tokenizer, protocol: EvaluationProtocol, words: EvaluationProtocol
 ) -> None:

@@ -26,7 +26,7 @@ from optimum_ksparse.data.dataset import describe_dataset
 from optimum_ksparse.data.documents import HELD_OUT_EVERY, HUB_DATASETS, documents
 from optimum_ksparse.data.texts import NUM_ARTICLES
 
-from ..conftest import CONTEXT, EVERY_ARCHITECTURE, VOCABULARY, sample_texts, thinned
+from ..conftest import CONTEXT, EVERY_ARCHITECTURE, VOCABULARY, sample_texts
 from ..loopback_hub import LoopbackHub
 
 torch.set_num_threads(1)
@@ -513,7 +513,8 @@ def test_kowiki_is_the_first_held_out_articles(
     assert found == same
 
 
-@pytest.mark.parametrize("seed", thinned([0, 1], [0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_calibration_never_draws_a_held_out_article(wikipedia: list[int], seed: int, tokenizer: Tokenizer) -> None:
     drawn = list(documents("kowiki", seed, tokenizer))
     assert not any(held_out(drawn))

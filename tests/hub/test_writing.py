@@ -36,6 +36,7 @@ def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- Figures ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figures_show_what_there_are_data_for_and_always_by_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (odd := make_report()).layers[0].name = "layers.0.$x^2$_\\frac\0"

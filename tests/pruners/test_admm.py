@@ -65,6 +65,7 @@ def test_admm_is_the_formulas(pattern):
     assert torch.allclose(pruned.double(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["admm", "alps"])
 def test_weights_of_rare_inputs_do_not_fit_the_few_tokens_that_have_them(method):
     """ReLU features, some of which a token in a thousand has: on other tokens no worse than SparseGPT."""

@@ -146,7 +146,8 @@ def test_modules_that_stay_in_float32(
     assert kept == (torch.float32 if dtype == "float16" else torch.bfloat16)
 
 
-@pytest.mark.parametrize("storage", thinned(["packed", "dense"], ["dense"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["packed", "dense"])
 def test_what_blocks_share_is_stored_once(storage: str, tmp_path: Path, token_ids: torch.Tensor) -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6}

@@ -174,6 +174,7 @@ def test_a_damaged_checkpoint_is_not_returned_as_finished(
     assert contents(output) == expected
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_threads_that_it_began_with(
     source: Path, tmp_path: Path, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

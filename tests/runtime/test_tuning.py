@@ -214,6 +214,7 @@ def test_settings_reach_every_layer_and_are_not_saved(make_model, tmp_path):
     assert {layer.kernel for layer in sparse_layers(again).values()} == {"auto"}
 
 
+@pytest.mark.slow
 def test_a_model_runs_on_kernels_that_were_measured(gpu, monkeypatch, make_model):
     """The whole way on the simulated GPU: measured choice, forward and backward, with kernels in the interpreter."""
     taken = []

@@ -390,6 +390,7 @@ def test_what_was_pruned_of_other_weights_goes(tmp_path):
         assert (tmp_path / "checkpoint").is_dir() == stays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "begun", "before", "after"),
     [

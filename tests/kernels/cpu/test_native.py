@@ -271,6 +271,7 @@ def test_starts_of_rows_are_not_those_of_another_mask():
         del values, bits
 
 
+@pytest.mark.slow
 def test_operators_of_torch_compile():
     weight = PackedWeight(*layer().packed()[:2], 64, "2:4")
     x = torch.randn(3, 64).bfloat16()
