@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class SparsityQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        self._model = weakref.ref(model)
         if not self.pre_quantized:
             return model
         if self.quantization_config.layers is None:
@@ -75,9 +77,12 @@ class SparsityQuantizer(HfQuantizer):
         model.is_quantized = False  # type: ignore[assignment]
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
         """Where tensors have the names of modules nothing is renamed, but by a user's `key_mapping`, which comes
         first."""
+        model = model or self._model()  # transformers before 5.20 or so does not pass it
         if self.quantization_config.names != MODULE_NAMES or not sparse_modules(model):
             return weight_conversions
         return weight_conversions[: len(weight_conversions) - len(get_model_conversion_mapping(model))]

@@ -151,8 +151,12 @@ class SparseLinear(PackedModule, nn.Linear):
         return sparse.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x, self.bias)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product with another bias than the module's own."""
         if self._dense_weight is not None:
-            return F.linear(x, self._dense_weight, self.bias)
+            return F.linear(x, self._dense_weight, bias)
         if x.is_cpu and self.kernel == "auto" and kernels.runs_plainly(x) and not torch.is_autocast_enabled("cpu"):
             native = self._native
             # Held while it computes: another thread may replace them.
@@ -160,8 +164,8 @@ class SparseLinear(PackedModule, nn.Linear):
             if native is None or not native.is_of(weight, bits):
                 native = self._native = kernels.native_weight(self.packed(), self.kernel)
             if native is not None:
-                return native.linear(x, self.bias)
-        x, values, bias = in_autocast_dtype(x, self.weight, self.bias)
+                return native.linear(x, bias)
+        x, values, bias = in_autocast_dtype(x, self.weight, bias)
         return kernels.apply(x, self._with_values(values), bias, self.kernel)
 
     def packed(self) -> kernels.PackedWeight:

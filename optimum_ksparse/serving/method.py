@@ -1,0 +1,109 @@
+"""How vLLM computes a linear layer with sparse weights: by this package's own operators, packed."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from ..nn import SparseLinear
+from ..pattern import Pattern
+
+if TYPE_CHECKING:
+    from .config import ServingConfig
+
+# vLLM's own mark, which it takes away when it loads a layer again.
+_DONE = "_already_called_process_weights_after_loading"
+
+
+class SparseLinearMethod(LinearMethodBase):
+    """Of a layer into which vLLM may have merged several (q, k and v), and of which it may hold a share (tensor
+    parallelism). vLLM joins and cuts dense weights; what comes of it is packed here, one layer after the other.
+
+    Args:
+        config: of the model.
+        names: recorded names of the layers that are merged, None for a dense one; a single name stands for all.
+    """
+
+    # With `initialize_online_processing`: a layer's dense weight is made when all its tensors have come, and not before.
+    uses_meta_device = True
+
+    def __init__(self, config: ServingConfig, names: list[str | None]) -> None:
+        self.config, self.names = config, names
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **options: Any,
+    ) -> None:
+        layers = self.config.layers
+        for name in filter(None, self.names):
+            self.config.in_features.setdefault(name, set()).add(input_size)
+        patterns = [layers[name]["pattern"] if name else None for name in self.names]
+        sizes = output_partition_sizes
+        if len(patterns) != len(sizes):
+            patterns, sizes = patterns[:1], [sum(sizes)]
+        runs = itertools.groupby(zip(patterns, sizes, strict=True), key=lambda item: item[0])
+        # Neighbours of one pattern are computed in one product.
+        self.parts = [(pattern, sum(size for _, size in run)) for pattern, run in runs]
+        weight = torch.empty(sum(sizes), input_size_per_partition, dtype=params_dtype, device="meta")
+        loader = options["weight_loader"]
+        layer.weight = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
+        initialize_online_processing(layer)
+
+    @torch.no_grad()
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if getattr(layer, _DONE, False):
+            return
+        setattr(layer, _DONE, True)
+        patterns, heights = zip(*self.parts, strict=True)
+        weight = layer.weight.data
+        layer.parts = nn.ModuleList(map(_packed, weight.split(heights), patterns))
+        # It tells others of the layer's device: LoRA layers ask for that.
+        layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if len(self.parts) == 1:
+            return layer.parts[0].linear(x, bias)  # type: ignore[index, operator]
+        biases = [None] * len(self.parts) if bias is None else bias.split([height for _, height in self.parts])
+        return torch.cat([part.linear(x, own) for part, own in zip(layer.parts, biases, strict=True)], -1)  # type: ignore
+
+
+class _DenseLinear(nn.Module):
+    """A dense layer among sparse ones, by vLLM's own method."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        self.method = UnquantizedLinearMethod()
+        self.method.process_weights_after_loading(self)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.method.apply(self, x, bias)
+
+
+def _packed(weight: torch.Tensor, text: str | None) -> nn.Module:
+    """A weight [out, in] packed by the zeros that it has: in the recorded pattern, or in none where a rank's share cuts
+    its groups; dense where it gains nothing, as in a tower whose layers have the names of sparse ones."""
+    pattern = Pattern(text) if text else None
+    mask = weight != 0
+    if pattern is not None and pattern.m is not None and weight.shape[1] % pattern.m == 0:
+        full = pattern.mask(weight.abs())  # a kept weight may be zero
+        pattern, mask = (None, mask) if bool((mask & ~full).any()) else (pattern, full)
+    elif pattern is not None:
+        pattern = None
+    kept = int(mask.sum())
+    if not kept or kept * weight.element_size() + mask.numel() / 8 >= weight.nbytes:
+        return _DenseLinear(weight)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    return SparseLinear.from_dense(linear.requires_grad_(False), mask, pattern, weight)
