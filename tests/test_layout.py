@@ -33,6 +33,7 @@ ROOMS = [
     ["hub"],
     ["api"],
     ["integration"],
+    ["serving"],
     ["commands"],
     ["study"],
     ["__main__"],

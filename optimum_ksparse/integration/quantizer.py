@@ -82,8 +82,8 @@ class SparsityQuantizer(HfQuantizer):
     ) -> list[Any]:
         """Where tensors have the names of modules nothing is renamed, but by a user's `key_mapping`, which comes
         first."""
-        model = model or self._model()  # transformers before 5.20 or so does not pass it
-        if self.quantization_config.names != MODULE_NAMES or not sparse_modules(model):
+        model = model or self._model()  # before 5.21 transformers does not pass it
+        if model is None or self.quantization_config.names != MODULE_NAMES or not sparse_modules(model):
             return weight_conversions
         return weight_conversions[: len(weight_conversions) - len(get_model_conversion_mapping(model))]
 

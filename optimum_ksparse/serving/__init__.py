@@ -1,5 +1,5 @@
-"""The plugin for vLLM: sparse checkpoints are served packed. vLLM finds it by its entry point, and imports it in each of
-its processes; nothing else does."""
+"""The plugin for vLLM, which then serves sparse checkpoints packed. vLLM finds it by its entry point, and calls
+`register` in each of its processes; nothing else does."""
 
 from __future__ import annotations
 

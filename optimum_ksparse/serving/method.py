@@ -30,7 +30,7 @@ class SparseLinearMethod(LinearMethodBase):
         names: recorded names of the layers that are merged, None for a dense one; a single name stands for all.
     """
 
-    # With `initialize_online_processing`: a layer's dense weight is made when all its tensors have come, and not before.
+    # With `initialize_online_processing`: a layer's dense weight is made when all its tensors have come, not before.
     uses_meta_device = True
 
     def __init__(self, config: ServingConfig, names: list[str | None]) -> None:
@@ -62,7 +62,7 @@ class SparseLinearMethod(LinearMethodBase):
         initialize_online_processing(layer)
 
     @torch.no_grad()
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if getattr(layer, _DONE, False):
             return
         setattr(layer, _DONE, True)
@@ -72,11 +72,11 @@ class SparseLinearMethod(LinearMethodBase):
         # It tells others of the layer's device: LoRA layers ask for that.
         layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if len(self.parts) == 1:
-            return layer.parts[0].linear(x, bias)  # type: ignore[index, operator]
+            return layer.parts[0].linear(x, bias)
         biases = [None] * len(self.parts) if bias is None else bias.split([height for _, height in self.parts])
-        return torch.cat([part.linear(x, own) for part, own in zip(layer.parts, biases, strict=True)], -1)  # type: ignore
+        return torch.cat([part.linear(x, own) for part, own in zip(layer.parts, biases, strict=True)], -1)
 
 
 class _DenseLinear(nn.Module):
@@ -92,18 +92,15 @@ class _DenseLinear(nn.Module):
         return self.method.apply(self, x, bias)
 
 
-def _packed(weight: torch.Tensor, text: str | None) -> nn.Module:
-    """A weight [out, in] packed by the zeros that it has: in the recorded pattern, or in none where a rank's share cuts
-    its groups; dense where it gains nothing, as in a tower whose layers have the names of sparse ones."""
-    pattern = Pattern(text) if text else None
-    mask = weight != 0
-    if pattern is not None and pattern.m is not None and weight.shape[1] % pattern.m == 0:
-        full = pattern.mask(weight.abs())  # a kept weight may be zero
-        pattern, mask = (None, mask) if bool((mask & ~full).any()) else (pattern, full)
-    elif pattern is not None:
-        pattern = None
-    kept = int(mask.sum())
-    if not kept or kept * weight.element_size() + mask.numel() / 8 >= weight.nbytes:
+def _packed(weight: torch.Tensor, recorded: str | None) -> nn.Module:
+    """A weight [out, in] packed by the zeros that it has: in the recorded pattern, or in none where the share of a
+    rank cuts its groups. Dense where that gains nothing, as in a tower whose layers have the names of sparse ones."""
+    pattern, mask = None, weight != 0
+    if recorded is not None and (group := Pattern(recorded)).is_semi_structured and not group.misfit(*weight.shape):
+        kept = group.mask(weight.abs())  # some of them may be zero
+        pattern, mask = (None, mask) if bool((mask & ~kept).any()) else (group, kept)
+    number = int(mask.sum())
+    if number == 0 or number * weight.element_size() + mask.numel() / 8 >= weight.nbytes:
         return _DenseLinear(weight)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
     return SparseLinear.from_dense(linear.requires_grad_(False), mask, pattern, weight)

@@ -30,6 +30,7 @@ NOT_RUN = {
     "make ": "sets up an environment, from a package index",
     "pip install ": "needs a package index",
     "torchrun ": "holds an ellipsis; test_distributed runs several processes",
+    "vllm ": "needs vLLM; tests/serving runs it",
     "optimum-cli ksparse bench ": "multiplies layers of full size; test_bench runs it on small ones",
     "optimum-cli ksparse finetune ": "needs KorQuAD and KoAlpaca; test_korquad_finetuning and test_tuning train",
     "optimum-cli ksparse merge ": "needs the adapter of the fine-tuning; test_commands merges",

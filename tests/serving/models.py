@@ -16,14 +16,19 @@ from optimum_ksparse import SparsityConfig, sparsify
 
 from ..conftest import VOCABULARY, make_config
 
-# Neither wants to be asked: threads are those of torch, and nothing is reported.
-ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 SETTINGS: dict[str, Any] = {
     "max_model_len": 128,
     "max_num_seqs": 4,
     "enforce_eager": True,
     "kv_cache_memory_bytes": 64 << 20,
     "disable_log_stats": True,
+    "skip_tokenizer_init": True,
 }
 PROMPTS = [[1, *range(first, first + 7)] for first in (10, 100, 200)]
 NEW_TOKENS = 64
@@ -55,7 +60,9 @@ def sparse_model(name: str, pattern: str, dtype: torch.dtype = torch.float32, **
 
 
 @torch.no_grad()
-def greedy(model: PreTrainedModel, prompts: list[list[int]] = PROMPTS, new_tokens: int = NEW_TOKENS) -> list[list[int]]:
+def greedy(
+    model: PreTrainedModel, prompts: list[list[int]] = PROMPTS, new_tokens: int = NEW_TOKENS
+) -> list[list[int]]:
     """What transformers writes, without end."""
     lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     inputs = [torch.tensor([ids]) for ids in prompts]
@@ -64,16 +71,17 @@ def greedy(model: PreTrainedModel, prompts: list[list[int]] = PROMPTS, new_token
 
 
 @contextmanager
-def engine(folder: Path, **settings: Any) -> Iterator[Any]:
-    """vLLM's `LLM` in this process, with one rank."""
+def engine(folder: Path | str, ranks: int = 1, **settings: Any) -> Iterator[Any]:
+    """vLLM's `LLM`: in this process with one rank, otherwise with processes of its own."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    os.environ |= {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    options = {**SETTINGS, "dtype": "float32", "distributed_executor_backend": "uni", "skip_tokenizer_init": True}
+    os.environ |= {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1))}
+    backend = "uni" if ranks == 1 else "mp"
+    options = {"dtype": "float32", "distributed_executor_backend": backend, "tensor_parallel_size": ranks, **settings}
     llm = None
     try:
-        llm = LLM(str(folder), **{**options, **settings})
+        llm = LLM(str(folder), **{**SETTINGS, **options})
         yield llm
     finally:
         if llm is not None:
@@ -83,7 +91,9 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def written(llm: Any, prompts: list[list[int]] = PROMPTS, new_tokens: int = NEW_TOKENS, **options: Any) -> list[list[int]]:
+def written(
+    llm: Any, prompts: list[list[int]] = PROMPTS, new_tokens: int = NEW_TOKENS, **options: Any
+) -> list[list[int]]:
     """What vLLM writes."""
     from vllm import SamplingParams
 

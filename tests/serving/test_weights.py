@@ -82,7 +82,15 @@ def damaged(kind: str, tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["mask keeps too much", "groups are moved", "values are cut", "mask is cut", "mask is narrow", "no mask", "no values"],
+    [
+        "mask keeps too much",
+        "groups are moved",
+        "values are cut",
+        "mask is cut",
+        "mask is narrow",
+        "no mask",
+        "no values",
+    ],
 )
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
 def test_what_does_not_fit_is_told_by_the_name_of_the_tensor(kind, pattern):

@@ -1,0 +1,24 @@
+"""Prints, as JSON, what vLLM writes from each of several folders on a number of ranks.
+
+python -m tests.serving.generate PROMPTS FOLDER=RANKS …
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from .models import engine, written
+
+
+def main(prompts: str, *cases: str) -> None:
+    texts = {}
+    for case in cases:
+        folder, _, ranks = case.rpartition("=")
+        with engine(folder, int(ranks)) as llm:
+            texts[case] = written(llm, json.loads(prompts))
+    print(json.dumps(texts), flush=True)
+
+
+if __name__ == "__main__":  # its ranks import this file too
+    main(*sys.argv[1:])
