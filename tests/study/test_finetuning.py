@@ -172,7 +172,7 @@ def test_a_run_that_is_cut_off_goes_on_with_the_same_curve(folder, tmp_path, met
     torn = output / ".checkpoints/checkpoint-2"
     assert list(torn.glob("*.safetensors")) and not (output / "tokenizer.json").exists()
     (torn / "trainer_state.json").write_text("{")
-    with pytest.raises(ValueError, match="alpha=16, not 8"):
+    with pytest.raises(ValueError, match="alpha: was 16, is 8"):
         finetune(folder, None, KoAlpacaSettings(**settings, alpha=8), output)
     assert finetune(folder, None, KoAlpacaSettings(**settings), output) == expected
     assert contents(output) == contents(tmp_path / "whole")
@@ -246,7 +246,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert f"saved in {output}" in capsys.readouterr().out
     record = json.loads((output / "finetuning.json").read_text(encoding="utf-8"))
     assert (record["task"], record["r"], record["warmup_steps"], record["steps"]) == ("koalpaca", 4, 100, 1)
-    with pytest.raises(ValueError, match="r=4, not 8"):
+    with pytest.raises(ValueError, match="r: was 4, is 8"):
         finetune_command(folder, output, "--config", recipe, *flags[:-2])
 
 
