@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # On a CPU with fast products in 16 bit, from so many tokens on those take less time; of a panel of dense rows.
-_PANEL_TOKENS, _PANEL_BYTES = 32, 4 << 20
+_PANEL_TOKENS, _PANEL_BYTES = 48, 4 << 20
 
 _WRONG_MASK = 2  # of `enum failure`
 
@@ -143,8 +143,13 @@ class NativeWeight:
         if bias is not None:
             bias = self._checked(bias)
         if self.in_panels and width and x.numel() >= _PANEL_TOKENS * width:
-            height = max(1, _PANEL_BYTES // (width * self.dtype.itemsize))
-            return linear_by_rows(x.view(-1, width), self.dense, bias, self.out_features, height).view(*batch, -1)
+            height = min(self.out_features, max(1, _PANEL_BYTES // (width * self.dtype.itemsize)))
+            panel = torch.empty(height, width, dtype=self.dtype, device="cpu")
+
+            def dense(rows: slice) -> torch.Tensor:
+                return self._expand(rows, panel[: rows.stop - rows.start])
+
+            return linear_by_rows(x.view(-1, width), dense, bias, self.out_features, height).view(*batch, -1)
         y = x.new_empty((*batch, self.out_features))
         pointer = None if bias is None else bias.data_ptr()
         self._do(self._linear, x.data_ptr(), math.prod(batch), pointer, y.data_ptr())
@@ -173,12 +178,14 @@ class NativeWeight:
         self._call("ksparse_grad_values", grad.data_ptr(), x.data_ptr(), grad.shape[:-1].numel(), sums.data_ptr())
         return sums
 
-    def dense(self, rows: slice | None = None) -> torch.Tensor:
-        """The dense weight [out, in], or some rows of it, in its dtype."""
-        rows = rows or slice(0, self.out_features)
-        weight = torch.empty(rows.stop - rows.start, self.in_features, dtype=self.dtype, device="cpu")
-        self._call("ksparse_expand", rows.start, rows.stop, weight.data_ptr())
-        return weight
+    def dense(self) -> torch.Tensor:
+        """The dense weight [out, in] in its dtype."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="cpu")
+        return self._expand(slice(0, self.out_features), weight)
+
+    def _expand(self, rows: slice, to: torch.Tensor) -> torch.Tensor:
+        self._call("ksparse_expand", rows.start, rows.stop, to.data_ptr())
+        return to
 
     def _call(self, name: str, *arguments: int) -> None:
         functions, parallel_for, unit, _ = _loaded()

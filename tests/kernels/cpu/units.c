@@ -165,8 +165,8 @@ static void check_round(int32_t unit, int kind, int32_t dtype, int64_t out, int6
     if (failures) printf("^ mask %d, dtype %d, %d x %d, tokens %d\n", kind, dtype, (int)out, (int)in, (int)tokens);
 }
 
-/* All numbers of 16 bits, one in each row, times one. */
-static void check_numbers(int32_t unit, int32_t dtype) {
+/* All numbers of 16 bits, one in each row, times one; `dots`: of a unit that multiplies them in pairs. */
+static void check_numbers(int32_t unit, int32_t dtype, int dots) {
     uint16_t *values = array(65536 * 2), *y = array(65536 * 2), one = dtype == BFLOAT16 ? 0x3f80 : 0x3c00;
     uint8_t *bits = array(65536);
     for (int i = 0; i < 65536; i++) values[i] = i;
@@ -175,7 +175,8 @@ static void check_numbers(int32_t unit, int32_t dtype) {
     if (ksparse_linear(serial, unit, &w, &one, 1, NULL, y)) fail("linear", 1, 0);
     for (int i = 0; i < 65536; i++) {
         const double should = number(dtype, values, i), is = number(dtype, y, i);
-        if (isnan(should) ? !isnan(is) : is != should) fail("a number", is, should);
+        const int flushed = dots && is == 0 && fabs(should) < 0x1p-126; /* pairs that small count as zero */
+        if (isnan(should) ? !isnan(is) : is != should && !flushed) fail("a number", is, should);
     }
     release();
 }
@@ -194,8 +195,8 @@ int main(int argc, char **argv) {
 #endif
     setvbuf(stdout, NULL, _IOLBF, 0); /* what was said stays, should this crash */
     if (!ksparse_check(unit)) fail("ksparse_check", 0, 1);
-    check_numbers(unit, BFLOAT16);
-    check_numbers(unit, FLOAT16);
+    check_numbers(unit, BFLOAT16, !strcmp(argv[1], "avx512bf16"));
+    check_numbers(unit, FLOAT16, 0);
     for (int round = 0; round < rounds && !failures; round++) {
         const int long_rows = round % 16 == 15;
         const int64_t tokens = long_rows ? 1 + below(2) : few[below(round % 8 ? 13 : 16)];

@@ -1,13 +1,15 @@
 /* AVX-512 F, BW, VL, VBMI and VBMI2: Intel since 2019 (Ice Lake), AMD since 2022 (Zen 4).
  *
- * 32 weights at a time: `vpexpandw` puts the kept 16-bit values at their places (from a register: from memory it is
- * slow on Zen 4), then two vectors of 16 floats are made of them. A bfloat16 value goes into the upper half of its lane,
- * which makes a float of it. */
+ * 32 weights at a time: `vpexpandw` puts the kept 16-bit values at their places, then two vectors of 16 floats are made
+ * of them. A bfloat16 value goes into the upper half of its lane, which makes a float of it. With BF16 (another unit)
+ * `vdpbf16ps` multiplies pairs as they are: twice as many at once; subnormal numbers count as zero there. */
 #include <immintrin.h>
 
 #include "ksparse.h"
 
+#ifndef UNIT
 #define UNIT avx512
+#endif
 #define LANES 16
 #define STEP 32
 #define BLOCK_TOKENS 4
@@ -34,17 +36,19 @@ static void start(void) {
         for (int byte = 0; byte < 64; byte++) upper_halves[part][byte] = 32 * part + byte / 4 * 2 + byte % 2;
 }
 
-/* The barriers keep compilers from making one instruction of a load and an expansion. */
+/* On Zen 4 an expansion waits for the register that it writes, zeros or not, unless that was just cleared. */
+static inline __m512i cleared(void) {
+    __m512i zero = _mm512_setzero_si512();
+    __asm__("vpxord %0, %0, %0" : "=v"(zero));
+    return zero;
+}
+
 static inline __m512i expand_32_halves(const void *values, mask_t mask) {
-    __m512i kept = _mm512_loadu_si512(values);
-    __asm__("" : "+v"(kept));
-    return _mm512_maskz_expand_epi16(mask, kept);
+    return _mm512_mask_expand_epi16(cleared(), mask, _mm512_loadu_si512(values));
 }
 
 static inline vec expand_16_floats(const float *values, __mmask16 mask) {
-    vec kept = _mm512_loadu_ps(values);
-    __asm__("" : "+v"(kept));
-    return _mm512_maskz_expand_ps(mask, kept);
+    return _mm512_mask_expand_ps(_mm512_castsi512_ps(cleared()), mask, _mm512_loadu_ps(values));
 }
 
 static inline void expand_bf16(const void *values, mask_t mask, vec *weights) {
@@ -71,5 +75,12 @@ static inline void expand_32(const void *values, mask_t mask, vec *weights) {
     weights[0] = expand_16_floats(values, low);
     weights[1] = expand_16_floats((const float *)values + count_bits(low), (__mmask16)(mask >> 16));
 }
+
+#ifdef __AVX512BF16__
+#define v_dot(a, b, sum) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
+static inline void expand_pairs(const void *values, mask_t mask, vec *weights) {
+    weights[0] = _mm512_castsi512_ps(expand_32_halves(values, mask));
+}
+#endif
 
 #include "product.h"

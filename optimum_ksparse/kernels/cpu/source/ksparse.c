@@ -32,6 +32,11 @@ static int runs_avx512(void) {
     if (!runs_avx2() || !keeps(0xe6) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
     return (b & f) && (b & bw) && (b & vl) && (c & vbmi) && (c & vbmi2);
 }
+
+static int runs_avx512bf16(void) {
+    uint32_t a, b, c, d;
+    return runs_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+}
 #endif
 
 static int always(void) { return 1; }
@@ -39,6 +44,7 @@ static int always(void) { return 1; }
 /* The fastest first. */
 static const struct { const struct unit *unit; int (*runs)(void); } units[] = {
 #if defined(__x86_64__)
+    {&unit_avx512bf16, runs_avx512bf16},
     {&unit_avx512, runs_avx512},
     {&unit_avx2, runs_avx2},
 #elif defined(__aarch64__)
@@ -60,7 +66,7 @@ struct task {
     struct product product;
 };
 
-/* From SOME tokens on only kept weights are multiplied. SLAB tokens are widened at a time; GRAIN multiplications make
+/* From SOME tokens on only kept weights are multiplied, but where pairs are. SLAB tokens are widened at a time; GRAIN multiplications make
  * it worth waking another thread. */
 enum { SOME = 24, SLAB = 512, GRAIN = 1 << 15 };
 
@@ -68,10 +74,17 @@ static int64_t size_of(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 static int64_t grain(int64_t work) { return (GRAIN / (work + 1) / 8 + 1) * 8; }
 
+static int in_pairs(const struct unit *unit, int32_t dtype) { return unit->dots && dtype == BFLOAT16; }
+
+static int are_many(const struct unit *unit, int32_t dtype, int64_t tokens) {
+    return tokens >= SOME && !in_pairs(unit, dtype);
+}
+
 static void multiply_rows(int64_t begin, int64_t end, void *context) {
     const struct task *task = context;
-    const int64_t tokens = task->product.tokens;
-    (tokens <= FEW ? task->unit->few : tokens < SOME ? task->unit->some : task->unit->many)(&task->product, begin, end);
+    const struct unit *unit = task->unit;
+    const struct product *p = &task->product;
+    (p->tokens <= FEW ? unit->few : are_many(unit, p->w.dtype, p->tokens) ? unit->many : unit->some)(p, begin, end);
 }
 
 static void input_columns(int64_t begin, int64_t end, void *context) {
@@ -89,22 +102,26 @@ static void expand_rows(int64_t begin, int64_t end, void *context) {
     task->unit->expand(&task->product, begin, end);
 }
 
-/* Tokens [count, features] of a dtype on their way to floats. */
+/* Tokens [count, features] of a dtype on their way to floats, or, in pairs, as they are. */
 struct copying {
     const struct unit *unit;
     int32_t dtype;
     const char *from;
     int64_t count, features, stride;
     float *to;
+    int pairs;
 };
 
 /* Tokens [begin, end), one after the other, zero behind the features: for `few` and `some`. */
 static void widen_tokens(int64_t begin, int64_t end, void *context) {
     const struct copying *c = context;
+    const int64_t size = size_of(c->dtype), to_size = c->pairs ? size : (int64_t)sizeof(float);
     for (int64_t token = begin; token < end; token++) {
-        float *row = c->to + token * c->stride;
-        c->unit->widen(c->dtype, c->from + token * c->features * size_of(c->dtype), c->features, row);
-        memset(row + c->features, 0, (c->stride - c->features) * sizeof(float));
+        char *row = (char *)c->to + token * c->stride * to_size;
+        const char *from = c->from + token * c->features * size;
+        if (c->pairs) memcpy(row, from, c->features * size);
+        else c->unit->widen(c->dtype, from, c->features, (float *)row);
+        memset(row + c->features * to_size, 0, (c->stride - c->features) * to_size);
     }
 }
 
@@ -140,7 +157,7 @@ static float *room(int64_t tokens, int64_t features) {
 static int32_t copy_tokens(parallel_for run, struct copying c, int transposed) {
     c.stride = padded(c.features, 64);
     if (transposed) return run(0, padded(c.count, BLOCK) / BLOCK * (c.stride / 64), 8, transpose_tokens, &c);
-    return run(0, c.count, grain(c.features) , widen_tokens, &c);
+    return run(0, c.count, grain(c.features), widen_tokens, &c);
 }
 
 /* A product of tokens, which are widened and multiplied SLAB at a time. */
@@ -162,15 +179,16 @@ static int32_t compute(const struct call *call, void (*body)(int64_t, int64_t, v
     const struct weight *w = call->w;
     const int64_t size = size_of(w->dtype), most = call->transposed ? padded(call->tokens, BLOCK) : call->tokens;
     float *x = room(most, call->x_features), *gradient = call->gradient ? room(most, w->out_features) : NULL;
+    const int pairs = !call->transposed && in_pairs(call->unit, w->dtype);
     int32_t error = !x || (call->gradient && !gradient) ? NO_MEMORY : 0;
     for (int64_t token = 0; token < call->tokens && !error; token += SLAB) {
         const int64_t count = call->tokens - token < SLAB ? call->tokens - token : SLAB;
         const char *from = call->x + token * call->x_features * size;
-        const struct copying c = {call->unit, w->dtype, from, count, call->x_features, 0, x};
-        if (copy_tokens(call->run, c, call->transposed || count >= SOME)) error = NO_MEMORY;
+        const struct copying c = {call->unit, w->dtype, from, count, call->x_features, 0, x, pairs};
+        if (copy_tokens(call->run, c, call->transposed || are_many(call->unit, w->dtype, count))) error = NO_MEMORY;
         if (gradient && !error) {
             from = call->gradient + token * w->out_features * size;
-            const struct copying g = {call->unit, w->dtype, from, count, w->out_features, 0, gradient};
+            const struct copying g = {call->unit, w->dtype, from, count, w->out_features, 0, gradient, 0};
             if (copy_tokens(call->run, g, 1)) error = NO_MEMORY;
         }
         struct task task = {call->unit, {*w, x, gradient, count, padded(call->x_features, 64), call->bias,

@@ -24,8 +24,8 @@ struct weight {
     int32_t dtype;
 };
 
-/* y [tokens, out] = x · Wᵀ + bias. x: floats [tokens, stride], zero from in_features on, stride a multiple of 64; bias
- * and y of the weight's dtype. */
+/* y [tokens, out] = x · Wᵀ + bias. x: floats (but see `dots`) [tokens, stride], zero from in_features on, stride a
+ * multiple of 64; bias and y of the weight's dtype. */
 struct product {
     struct weight w;
     const float *x, *gradient; /* the latter for `grad_values` */
@@ -39,6 +39,7 @@ struct product {
 /* A unit: the same functions compiled for one instruction set. All take rows [begin, end). */
 struct unit {
     const char *name;
+    int32_t dots; /* whether `few` and `some` take x as it is where it is bfloat16, instead of floats */
     /* Once, before the others. Nothing of a unit may run before the CPU was asked, so no constructors. */
     void (*start)(void);
     /* Up to FEW tokens: each row's packed weights are read once, straight into the sums. */
@@ -62,7 +63,7 @@ enum { FEW = 4, BLOCK = 64 };
 
 extern const struct unit unit_portable;
 #if defined(__x86_64__)
-extern const struct unit unit_avx2, unit_avx512;
+extern const struct unit unit_avx2, unit_avx512, unit_avx512bf16;
 #elif defined(__aarch64__)
 extern const struct unit unit_neon;
 #endif

@@ -9,6 +9,8 @@
  *   expand_32, expand_bf16, expand_16(values, mask, vec weights[STEP / LANES]): the kept values, of which as many as
  *                   STEP may be read, at their places, zeros between them
  *   expand_2_bytes(values, mask, out): the same for 16-bit values, as they are
+ *   v_dot(a, b, sum), expand_pairs(values, mask, vec weights[STEP / LANES / 2]): only where the instruction set
+ *                   multiplies pairs of bfloat16: each lane holds two, and so does each lane of x
  */
 #include <stddef.h>
 #include <stdlib.h>
@@ -18,7 +20,17 @@
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 
-enum { PARTS = STEP / LANES, COLUMNS = 256, ROWS = 8, VECTORS = BLOCK / LANES, PANEL = 256, AHEAD = 4 };
+enum { PARTS = STEP / LANES, COLUMNS = 512, ROWS = 8, VECTORS = BLOCK / LANES, PANEL = 256, AHEAD = 4 };
+/* As a dtype: bfloat16 that is multiplied in pairs. HALVES: bfloat16 as `few` and `some` multiply it. */
+enum { DOTS = 3 };
+#ifdef v_dot
+enum { HALVES = DOTS, HAS_DOTS = 1 };
+#else
+enum { HALVES = BFLOAT16, HAS_DOTS = 0 };
+#endif
+
+/* How many numbers of x, or weights to be multiplied with it, a lane holds. */
+INLINE int in_lane(int32_t dtype) { return dtype == DOTS ? 2 : 1; }
 
 INLINE float half_to_float(uint16_t half) {
 #if defined(__F16C__)
@@ -81,6 +93,9 @@ INLINE void check_end(const struct product *p, int64_t row, int64_t offset) {
 
 INLINE void expand(int32_t dtype, const char *values, mask_t mask, vec *weights) {
     if (dtype == FLOAT32) expand_32(values, mask, weights);
+#ifdef v_dot
+    else if (dtype == DOTS) expand_pairs(values, mask, weights);
+#endif
     else if (dtype == BFLOAT16) expand_bf16(values, mask, weights);
     else expand_16(values, mask, weights);
 }
@@ -100,10 +115,18 @@ INLINE const char *readable(const struct weight *w, int32_t dtype, int64_t offse
     return copy;
 }
 
-INLINE void multiply(int tokens, const float *x, int64_t stride, const vec *weights, vec *sums) {
-    for (int part = 0; part < PARTS; part++)
+INLINE vec multiply_add(int32_t dtype, vec a, vec b, vec sum) {
+#ifdef v_dot
+    if (dtype == DOTS) return v_dot(a, b, sum);
+#endif
+    (void)dtype;
+    return v_fma(a, b, sum);
+}
+
+INLINE void multiply(int32_t dtype, int tokens, const float *x, int64_t stride, const vec *weights, vec *sums) {
+    for (int part = 0; part < PARTS / in_lane(dtype); part++)
         for (int token = 0; token < tokens; token++)
-            sums[token] = v_fma(weights[part], v_load(x + token * stride + part * LANES), sums[token]);
+            sums[token] = multiply_add(dtype, weights[part], v_load(x + token * stride + part * LANES), sums[token]);
 }
 
 /* The last of the offsets: that of the last row, unless a mask lies. */
@@ -114,11 +137,10 @@ INLINE int64_t last_of(const int64_t *offset, int rows) {
 }
 
 /* sums[rows][tokens] of a few rows, whose steps alternate, so that each load of x serves them all. */
-INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *p, const float *x, int64_t row,
-                     float *out) {
+INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *p, int64_t row, float *out) {
     enum { CHAINS = 4 }; /* independent sums of a row and token */
     const struct weight *w = &p->w;
-    const int64_t size = size_of(dtype);
+    const int64_t size = size_of(dtype), stride = p->stride / in_lane(dtype);
     const char *values = w->values;
     int64_t offset[4];
     const uint8_t *bits[4];
@@ -136,7 +158,7 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
                 vec weights[PARTS];
                 expand(dtype, values + offset[r] * size, mask, weights);
                 offset[r] += count_bits(mask);
-                multiply(tokens, x + column + step * STEP, p->stride, weights,
+                multiply(dtype, tokens, p->x + (column + step * STEP) / in_lane(dtype), stride, weights,
                          sums + (r * chains + step % chains) * tokens);
             }
         }
@@ -148,7 +170,7 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
             mask_t mask = step_mask(load_bits(bits[r] + column / 8, w->row_bytes - column / 8), 0);
             expand(dtype, readable(w, dtype, offset[r], copy), mask, weights);
             offset[r] += count_bits(mask);
-            multiply(tokens, x + column, p->stride, weights, sums + r * chains * tokens);
+            multiply(dtype, tokens, p->x + column / in_lane(dtype), stride, weights, sums + r * chains * tokens);
         }
     for (int r = 0; r < rows; r++) check_end(p, row + r, offset[r]);
     for (int r = 0; r < rows; r++)
@@ -173,9 +195,9 @@ INLINE void few_of(int32_t dtype, int tokens, const struct product *p, int64_t b
     while (row < end) {
         int rows = 1;
         if (together == 4 && row + 4 <= end && row_start(&p->w, row + 3) <= p->w.num_values) {
-            few_rows(dtype, 4, 1, p, p->x, row, sums);
+            few_rows(dtype, 4, 1, p, row, sums);
             rows = 4;
-        } else few_rows(dtype, 1, tokens, p, p->x, row, sums);
+        } else few_rows(dtype, 1, tokens, p, row, sums);
         for (int r = 0; r < rows; r++)
             for (int token = 0; token < tokens; token++) finish(dtype, p, row + r, token, sums[r * tokens + token]);
         row += rows;
@@ -190,23 +212,25 @@ INLINE void few_of(int32_t dtype, int tokens, const struct product *p, int64_t b
 
 static void few(const struct product *p, int64_t begin, int64_t end) {
     if (p->w.dtype == FLOAT32) { FEW_TOKENS(FLOAT32) }
-    else if (p->w.dtype == BFLOAT16) { FEW_TOKENS(BFLOAT16) }
+    else if (p->w.dtype == BFLOAT16) { FEW_TOKENS(HALVES) }
     else { FEW_TOKENS(FLOAT16) }
 }
 
-/* The weights of one row from `column` on, as floats; gives the offset behind them. */
+/* The weights of one row from `column` on, as floats or pairs; gives the offset behind them. */
 INLINE int64_t expand_row(int32_t dtype, const struct weight *w, int64_t row, int64_t column, int64_t columns,
                           int64_t offset, float *out) {
     const uint8_t *bits = w->bits + row * w->row_bytes;
     const int64_t end = column + columns, size = size_of(dtype);
     vec weights[PARTS];
+    const int parts = PARTS / in_lane(dtype);
     for (; column + 64 <= end && offset + 64 <= w->num_values && column + 64 <= w->in_features; column += 64) {
         const uint64_t word = load_bits(bits + column / 8, 8);
+        __builtin_prefetch((const char *)w->values + offset * size + 1024);
         for (int step = 0; step < 64 / STEP; step++) {
             mask_t mask = step_mask(word, step);
             expand(dtype, (const char *)w->values + offset * size, mask, weights);
             offset += count_bits(mask);
-            for (int part = 0; part < PARTS; part++, out += LANES) v_store(out, weights[part]);
+            for (int part = 0; part < parts; part++, out += LANES) v_store(out, weights[part]);
         }
     }
     for (; column < end; column += STEP) {
@@ -214,25 +238,25 @@ INLINE int64_t expand_row(int32_t dtype, const struct weight *w, int64_t row, in
         mask_t mask = step_mask(load_bits(bits + column / 8, w->row_bytes - column / 8), 0);
         expand(dtype, readable(w, dtype, offset, copy), mask, weights);
         offset += count_bits(mask);
-        for (int part = 0; part < PARTS; part++, out += LANES) v_store(out, weights[part]);
+        for (int part = 0; part < parts; part++, out += LANES) v_store(out, weights[part]);
     }
     return offset;
 }
 
-/* sums[4 rows][tokens] += tile · x over `columns` columns. */
-INLINE void inner(int tokens, const float *tile, const float *x, int64_t stride, int64_t columns, float *sums,
-                  int64_t next_row) {
+/* sums[4 rows][tokens] += tile · x over `width` floats of each. */
+INLINE void inner(int32_t dtype, int tokens, const float *tile, const float *x, int64_t stride, int64_t width,
+                  float *sums, int64_t next_row) {
     vec sum[4 * BLOCK_TOKENS];
     for (int r = 0; r < 4; r++)
         for (int token = 0; token < tokens; token++)
             sum[r * tokens + token] = v_load(sums + r * next_row + token * LANES);
-    for (int64_t column = 0; column < columns; column += LANES) {
+    for (int64_t i = 0; i < width; i += LANES) {
         vec one[BLOCK_TOKENS];
-        for (int token = 0; token < tokens; token++) one[token] = v_load(x + token * stride + column);
+        for (int token = 0; token < tokens; token++) one[token] = v_load(x + token * stride + i);
         for (int r = 0; r < 4; r++) {
-            const vec weights = v_load(tile + r * COLUMNS + column);
+            const vec weights = v_load(tile + r * COLUMNS + i);
             for (int token = 0; token < tokens; token++)
-                sum[r * tokens + token] = v_fma(weights, one[token], sum[r * tokens + token]);
+                sum[r * tokens + token] = multiply_add(dtype, weights, one[token], sum[r * tokens + token]);
         }
     }
     for (int r = 0; r < 4; r++)
@@ -242,7 +266,7 @@ INLINE void inner(int tokens, const float *tile, const float *x, int64_t stride,
 
 INLINE void some_rows(int32_t dtype, const struct product *p, int64_t begin, int64_t end, float *sums) {
     const struct weight *w = &p->w;
-    const int64_t next_row = p->tokens * LANES;
+    const int64_t next_row = p->tokens * LANES, stride = p->stride / in_lane(dtype);
     float tile[ROWS * COLUMNS] __attribute__((aligned(64)));
     for (int64_t row = begin; row < end; row += ROWS) {
         const int rows = end - row < ROWS ? (int)(end - row) : ROWS;
@@ -250,20 +274,20 @@ INLINE void some_rows(int32_t dtype, const struct product *p, int64_t begin, int
         memset(sums, 0, ROWS * next_row * sizeof(float));
         if (rows < ROWS) memset(tile, 0, sizeof(tile));
         for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r);
-        for (int64_t column = 0; column < w->in_features; column += COLUMNS) {
-            int64_t columns = w->in_features - column;
-            columns = columns < COLUMNS ? (columns + STEP - 1) / STEP * STEP : COLUMNS;
+        for (int64_t column = 0; column < w->in_features; column += COLUMNS * in_lane(dtype)) {
+            int64_t columns = (w->in_features - column + STEP - 1) / STEP * STEP;
+            if (columns > COLUMNS * in_lane(dtype)) columns = COLUMNS * in_lane(dtype);
             for (int r = 0; r < rows; r++)
                 offset[r] = expand_row(dtype, w, row + r, column, columns, offset[r], tile + r * COLUMNS);
-            for (int r = 0; r < rows; r += 4) {
-                int64_t token = 0;
-                for (; token + BLOCK_TOKENS <= p->tokens; token += BLOCK_TOKENS)
-                    inner(BLOCK_TOKENS, tile + r * COLUMNS, p->x + token * p->stride + column, p->stride, columns,
-                          sums + r * next_row + token * LANES, next_row);
-                for (; token < p->tokens; token++)
-                    inner(1, tile + r * COLUMNS, p->x + token * p->stride + column, p->stride, columns,
-                          sums + r * next_row + token * LANES, next_row);
-            }
+            for (int r = 0; r < rows; r += 4)
+                for (int64_t token = 0, tokens; token < p->tokens; token += tokens) {
+                    const float *x = p->x + token * stride + column / in_lane(dtype);
+                    const int64_t width = columns / in_lane(dtype);
+                    float *out = sums + r * next_row + token * LANES;
+                    tokens = p->tokens - token >= BLOCK_TOKENS ? BLOCK_TOKENS : 1;
+                    if (tokens > 1) inner(dtype, BLOCK_TOKENS, tile + r * COLUMNS, x, stride, width, out, next_row);
+                    else inner(dtype, 1, tile + r * COLUMNS, x, stride, width, out, next_row);
+                }
         }
         for (int r = 0; r < rows; r++) check_end(p, row + r, offset[r]);
         for (int64_t token = 0; token < p->tokens; token++)
@@ -279,7 +303,7 @@ static void some(const struct product *p, int64_t begin, int64_t end) {
         return;
     }
     if (p->w.dtype == FLOAT32) some_rows(FLOAT32, p, begin, end, sums);
-    else if (p->w.dtype == BFLOAT16) some_rows(BFLOAT16, p, begin, end, sums);
+    else if (p->w.dtype == BFLOAT16) some_rows(HALVES, p, begin, end, sums);
     else some_rows(FLOAT16, p, begin, end, sums);
     free(sums);
 }
@@ -545,4 +569,5 @@ static void widen(int32_t dtype, const void *from, int64_t count, float *to) {
 
 #define NAME_(unit) #unit
 #define NAME(unit) NAME_(unit)
-const struct unit JOIN(unit, UNIT) = {NAME(UNIT), start, few, some, many, grad_input, grad_values, expand_rows, widen};
+const struct unit JOIN(unit, UNIT) = {
+    NAME(UNIT), HAS_DOTS, start, few, some, many, grad_input, grad_values, expand_rows, widen};

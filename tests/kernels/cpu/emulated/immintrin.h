@@ -37,6 +37,7 @@ EMULATED __m512 _mm512_set1_ps(float value) {
     return v;
 }
 EMULATED __m512 _mm512_setzero_ps(void) { return _mm512_set1_ps(0); }
+EMULATED __m512i _mm512_setzero_si512(void) { return (__m512i){{0}}; }
 EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) {
     for (int i = 0; i < 16; i++) a.lane[i] += b.lane[i];
     return a;
@@ -51,15 +52,13 @@ EMULATED float _mm512_reduce_add_ps(__m512 v) {
     return v.lane[0];
 }
 
-/* VEXPANDPS, VPEXPANDW: where a bit of the mask is set, the next element; zero elsewhere. */
-EMULATED __m512 _mm512_maskz_expand_ps(__mmask16 mask, __m512 a) {
-    __m512 v = _mm512_setzero_ps();
+/* VEXPANDPS, VPEXPANDW: where a bit of the mask is set, the next element; that of v elsewhere. */
+EMULATED __m512 _mm512_mask_expand_ps(__m512 v, __mmask16 mask, __m512 a) {
     for (int j = 0, k = 0; j < 16; j++)
         if (mask >> j & 1) v.lane[j] = a.lane[k++];
     return v;
 }
-EMULATED __m512i _mm512_maskz_expand_epi16(__mmask32 mask, __m512i a) {
-    __m512i v = {{0}};
+EMULATED __m512i _mm512_mask_expand_epi16(__m512i v, __mmask32 mask, __m512i a) {
     for (int j = 0, k = 0; j < 32; j++)
         if (mask >> j & 1) memcpy(v.byte + 2 * j, a.byte + 2 * k++, 2);
     return v;
