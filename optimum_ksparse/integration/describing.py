@@ -48,7 +48,8 @@ def _describe(function: Any, more: Callable[..., Any]) -> None:
     if "__signature__" in vars(function):  # not that of a function that it is a copy of
         return
     signature, added = inspect.signature(function), inspect.signature(more).parameters.values()
-    parameters = {p.name: p for p in added if p.kind is p.KEYWORD_ONLY} | signature.parameters
+    ours = {p.name: p for p in added if p.kind is p.KEYWORD_ONLY}
+    parameters = {**signature.parameters, **ours, **signature.parameters}
     function.__signature__ = signature.replace(parameters=sorted(parameters.values(), key=lambda p: p.kind))
     function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{inspect.getdoc(more)}\n"
 

@@ -232,7 +232,7 @@ def check_published(hub: LoopbackHub, name: str, trainer: str, steps: int) -> No
     assert (report["changes"][0]["by"], report["changes"][0]["steps"]) == (trainer, steps)
     card = files["README.md"].decode()
     assert set(ModelCard(card).data.tags) >= TAGS
-    assert f'from_pretrained("{name}")' in card and "import optimum_ksparse" in card
+    assert f'from_pretrained("{name}")' in card and "optimum-ksparse" in card
     assert "## After pruning" in card and f"`{trainer}`" in card and not ERROR.search(card)
     assert f"{len(files['model.safetensors']):,} bytes" in card
 
