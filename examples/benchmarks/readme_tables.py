@@ -17,8 +17,8 @@ from optimum_ksparse.study.benchmark import BenchResults
 
 HERE = Path(__file__).parent
 READMES = {"en": HERE.parents[1] / "README.md", "ko": HERE.parents[1] / "README_ko.md"}
-TABLES = ("quality", "methods", "cpu", "speed")
-CPU = HERE / "results" / "cpu-avx2-2-threads" / "results.json"
+TABLES = ("quality", "methods", "cpu-avx2", "cpu-avx512", "speed")
+CPUS = [HERE / "results" / f"cpu-{unit}-2-threads" / "results.json" for unit in ("avx2", "avx512")]
 STUDY = HERE / "results" / "study-gemma-3-270m-methods" / "results.json"
 TITLES = {
     "wanda": "Wanda",
@@ -85,8 +85,8 @@ _TEXTS: dict[str, dict[str, Any]] = {
 def filled(text: str, language: str) -> str:
     """A README with the tables as the files have them now."""
     results = [BenchResults.load(path) for path in sorted((HERE / "results").glob("*.json"))]
-    cpu = readme_table(json.loads(CPU.read_text(encoding="utf-8")), language)
-    tables = quality_table(language), methods_table(language), cpu, speed_table(results, language)
+    cpus = [readme_table(json.loads(path.read_text(encoding="utf-8")), language) for path in CPUS]
+    tables = quality_table(language), methods_table(language), *cpus, speed_table(results, language)
     for name, table in zip(TABLES, tables, strict=True):
         pattern = f"(?<=<!-- {name} table -->\n).*?(?=<!-- /{name} table -->)"
         text = re.sub(pattern, lambda _, new=table: new, text, count=1, flags=re.DOTALL)
