@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..blocks import DecoderBlocks
+from ..nn import local
 from .files import Header
 from .modules import MASK_SUFFIX, SparseModule, stored_tensors
 
@@ -98,7 +99,7 @@ def check_finite(model: PreTrainedModel) -> None:
         return
     ranges = [
         (name, torch.stack(torch.aminmax(tensor)))
-        for name, tensor in stored_tensors(model, fetch=True)
+        for name, tensor in ((name, local(tensor)) for name, tensor in stored_tensors(model, fetch=True))
         if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() and not tensor.is_meta
     ]
     bad = [name for name, values in ranges if not values.isfinite().all()]

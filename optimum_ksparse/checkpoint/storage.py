@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.distributed.utils import is_dtensor
 
 from ..blocks import decoder_of
 from ..nn import SparseExperts, SparseLinear, dense_weight
@@ -100,6 +101,8 @@ def sparsify_dense(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
     decoder, kind = decoder_of(model), type(model).__name__
     if is_offloaded(decoder):
         raise ValueError("accelerate has offloaded weights of it: store it packed, or load it without that")
+    if any(map(is_dtensor, decoder.parameters())):
+        raise ValueError("its weights are spread over processes: store it packed, or load it in one process")
     dense = {name: dense_layer(decoder, name, kind) for name in layers}
     for name, layer in dense.items():
         _kept(_weight(layer), layers[name], name)

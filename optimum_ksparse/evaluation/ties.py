@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..checkpoint import facts_of, logical_parameters
 from ..checkpoint.digests import fingerprint
+from ..nn import local
 from ..report import Change, SparsityReport
 
 logger = logging.get_logger(__name__)
@@ -173,14 +174,15 @@ def _note_change(model: PreTrainedModel, report: SparsityReport) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers by name; tied ones once. No process waits for others here, as in `state_dict`."""
+    """Parameters and saved buffers by name; tied ones once; what is local of those that are spread over processes. No
+    process waits for others here, as in `state_dict`."""
     buffers = {
         f"{path}.{name}": buffer
         for path, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
-    return {**dict(model.named_parameters()), **buffers}
+    return {name: local(tensor) for name, tensor in {**dict(model.named_parameters()), **buffers}.items()}
 
 
 def _mark(tensors: Mapping[str, torch.Tensor]) -> WeightsMark:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.quantizers.base import HfQuantizer
 
 from ..blocks import decoder_of
@@ -27,6 +28,7 @@ from ..checkpoint import (
 )
 from ..config import MODULE_NAMES, SparsityConfig
 from ..hub import tag_model
+from .parallel import prepare_parallel
 from .source import current_source
 
 
@@ -44,6 +46,11 @@ class SparsityQuantizer(HfQuantizer):
             raise ValueError(
                 "a packed sparse checkpoint cannot be loaded under DeepSpeed ZeRO-3; use ZeRO-2, DDP or FSDP"
             )
+        if is_fsdp_enabled() and os.environ.get("FSDP_VERSION") == "2":
+            raise ValueError(
+                "accelerate's FSDP2 cannot hand out from one process a model that has masks, which are buffers: set "
+                "fsdp_cpu_ram_efficient_loading: false in its config"
+            )
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -55,16 +62,15 @@ class SparsityQuantizer(HfQuantizer):
             raise ValueError(
                 "quantization_config of the checkpoint records no `layers`; it was not written by this plugin"
             )
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError(
-                "a packed sparse checkpoint cannot be split by tensor parallelism; use device_map, DDP or FSDP"
-            )
         current_source().check_index()
         readable = checkpoint_files and all(file.endswith(".safetensors") for file in checkpoint_files)
         headers = read_headers(checkpoint_files or ()) if readable else {}
         if headers and not any(name.endswith(MASK_SUFFIX) for name in headers):
             return model  # its config is that of a sparse model, its weights are not
         install_layers(model, self.quantization_config.layers)
+        distributed = getattr(model.config, "distributed_config", None)
+        if distributed is not None:
+            prepare_parallel(model, distributed)
         if headers:
             check_headers(headers, sparse_modules(decoder_of(model)))
         return model

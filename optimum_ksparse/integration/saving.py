@@ -48,10 +48,11 @@ def save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
         bound = signature.bind(self, *args, **kwargs).arguments
         adapted = getattr(self, "_hf_peft_config_loaded", False)  # then transformers saves the adapter alone
         is_ours = is_sparse or (getattr(vars(self).get("ksparse"), "is_dequantized", False) and not adapted)
-        if not is_ours or not bound.get("is_main_process", True):
+        is_main_process = self.should_save_on_this_rank(bound.get("is_main_process", True))
+        if not is_ours or not is_main_process:
             with nullcontext() if is_sparse or adapted else without_record(self.config):
                 original(self, *args, **kwargs)
-            if not is_ours and not adapted and bound.get("is_main_process", True):
+            if not is_ours and not adapted and is_main_process:
                 drop_records(bound["save_directory"])
             return
         if config is None and is_sparse:

@@ -3,4 +3,4 @@
 from .experts import SparseExperts
 from .linear import SparseLinear, dense_weight, is_linear_map
 from .masked import masked_linear, row_norms
-from .packed import densified, onloaded
+from .packed import densified, local, onloaded

@@ -117,6 +117,7 @@ class SparseExperts(PackedModule):
 
     def to_dense_weight(self) -> torch.Tensor:
         """The weights [experts, out, in] with their zeros."""
+        self._check_whole()
         pairs = zip(self.weight.detach(), self.weight_mask, strict=True)
         return torch.stack([kernels.decompress(v, b, self.in_features, str(self.pattern)) for v, b in pairs])
 
@@ -125,8 +126,9 @@ class SparseExperts(PackedModule):
         return nn.Parameter(self.to_dense_weight(), requires_grad=self.weight.requires_grad)
 
     def _check_bits(self, bits: torch.Tensor, name: str) -> None:
+        num_values = self.weight.shape[1:].numel()
         for expert, rows in enumerate(bits):
-            check_bits(rows, self.pattern, self.in_features, self.weight[0].numel(), f"{name}[{expert}]")
+            check_bits(rows, self.pattern, self.in_features, num_values, f"{name}[{expert}]")
 
     def extra_repr(self) -> str:
         sizes = f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.distributed.utils import is_dtensor
 from transformers.pytorch_utils import Conv1D
 
 from .. import kernels
 from ..packing import check_bits, pack, unpack_mask
 from ..pattern import Pattern
-from .packed import PackedModule
+from .packed import PackedModule, local
 
 
 def is_linear_map(module: nn.Module) -> bool:
@@ -47,6 +48,10 @@ class SparseLinear(PackedModule, nn.Linear):
     Its weight trains like any other: the gradient has the shape of the packed values, so that zeros stay zero under
     any optimizer.
 
+    Under the tensor parallelism of transformers values and mask are parameters that are spread over processes: each
+    has some rows of both, or some columns, which are whole groups and bytes. `in_features`, `out_features` and the
+    shapes of the parameters stay those of the whole layer.
+
     Args:
         in_features, out_features, bias: as in `nn.Linear`.
         pattern: which weights are kept.
@@ -64,6 +69,8 @@ class SparseLinear(PackedModule, nn.Linear):
     # torch's semi-structured form of the weight, which is a view of it then; set by `keep_library_form`.
     _library_form: torch.Tensor | None = None
     _run_time = (*PackedModule._run_time, "_library_form")
+    # Of transformers: a layer that is spread over processes computes with what is local.
+    _hf_quantized_needs_local_tp = True
 
     def __init__(
         self,
@@ -166,14 +173,26 @@ class SparseLinear(PackedModule, nn.Linear):
             if native is not None:
                 return native.linear(x, bias)
         x, values, bias = in_autocast_dtype(x, self.weight, bias)
-        return kernels.apply(x, self._with_values(values), bias, self.kernel)
+        return kernels.apply(x, self._with(values, self.weight_mask), bias, self.kernel)
 
     def packed(self) -> kernels.PackedWeight:
-        """The packed weight with the form that is kept beside it, for the dispatch."""
-        return self._with_values(self.weight.detach())
+        """The packed weight with the form that is kept beside it, for the dispatch; of one that is spread over
+        processes, what is local."""
+        return self._with(local(self.weight.detach()), local(self.weight_mask))
 
-    def _with_values(self, values: torch.Tensor) -> kernels.PackedWeight:
-        return kernels.PackedWeight(values, self.weight_mask, self.in_features, self.pattern.text, self._library_form)
+    def _with(self, values: torch.Tensor, bits: torch.Tensor) -> kernels.PackedWeight:
+        return kernels.PackedWeight(values, bits, self._columns(values), self.pattern.text, self._library_form)
+
+    def _columns(self, values: torch.Tensor) -> int:
+        """Of how many columns of the weight the values are."""
+        n, m = self.pattern.n, self.pattern.m
+        return self.in_features if n is None or m is None else values.shape[-1] // n * m
+
+    def spread_mask(self) -> None:
+        """Makes the mask a parameter, of which transformers makes shards as of any other."""
+        bits = self._buffers.pop("weight_mask")
+        assert bits is not None
+        self.weight_mask = nn.Parameter(bits, requires_grad=False)
 
     def keep_library_form(self, form: torch.Tensor, shared: torch.Tensor) -> None:
         """Keeps torch's semi-structured form of the weight for the kernel of that name. `shared` is a view of it that
@@ -206,6 +225,7 @@ class SparseLinear(PackedModule, nn.Linear):
 
     def to_dense_weight(self) -> torch.Tensor:
         """The weight [out, in] with its zeros."""
+        self._check_whole()
         return kernels.decompress(self.weight.detach(), self.weight_mask, self.in_features, self.pattern.text)
 
     @torch.no_grad()
@@ -228,7 +248,8 @@ class SparseLinear(PackedModule, nn.Linear):
         kernels.prepare(self.packed())
 
     def _check_bits(self, bits: torch.Tensor, name: str) -> None:
-        check_bits(bits, self.pattern, self.in_features, self.weight.numel(), name)
+        values = local(self.weight) if is_dtensor(bits) else self.weight
+        check_bits(local(bits), self.pattern, self._columns(values), values.numel(), name)
 
     def _packed_state(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         """A state dict that may come from dense storage, with this layer's weight gathered at its mask."""

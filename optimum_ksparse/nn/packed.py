@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.distributed.utils import is_dtensor
 
 from .. import kernels
 from ..packing import values_shape
@@ -55,6 +56,14 @@ class PackedModule(nn.Module):
     def _check_bits(self, bits: torch.Tensor, name: str) -> None:
         """Raises ValueError, naming the tensor `name`, where a mask does not fit the values or the pattern."""
         raise NotImplementedError
+
+    def _check_whole(self) -> None:
+        """Raises ValueError where this process holds a part of the weight."""
+        if is_dtensor(self.weight):
+            raise ValueError(
+                "the weights are spread over processes (tensor parallelism or FSDP), and none has all of them to "
+                "write them out dense: save the model packed, and load it in one process"
+            )
 
     def _prepare(self) -> None:
         """Makes what the kernels keep in memory, where the weight now is."""
@@ -144,6 +153,11 @@ class PackedModule(nn.Module):
         return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}"
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that may be spread over several, by tensor parallelism or FSDP."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[operator]
+
+
 def onloaded(module: nn.Module, name: str) -> torch.Tensor:
     """A parameter or buffer of the module itself; one that accelerate has offloaded from where it is kept."""
     tensor: torch.Tensor = getattr(module, name)
@@ -158,12 +172,15 @@ def onloaded(module: nn.Module, name: str) -> torch.Tensor:
 def densified(root: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within it, sparse modules under `root` keep their weights dense instead of decompressing them in each forward
     pass; for many passes without gradients of the weights, under autocast to `dtype`, where one is given. Modules that
-    accelerate has offloaded are left as they are, and so are those that native code computes in less time."""
-    packed = [module for module in root.modules() if isinstance(module, PackedModule) and not module.weight.is_meta]
+    accelerate has offloaded or that are spread over processes are left as they are, and so are those that native code
+    computes in less time."""
     modules = [
         module
-        for module in packed
-        if module._dense_weight is None and not kernels.gains_natively(module.weight, dtype or module.weight.dtype)
+        for module in root.modules()
+        if isinstance(module, PackedModule)
+        and not (module.weight.is_meta or is_dtensor(module.weight))
+        and module._dense_weight is None
+        and not kernels.gains_natively(module.weight, dtype or module.weight.dtype)
     ]
     try:
         for module in modules:

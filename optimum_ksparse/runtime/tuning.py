@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.distributed.utils import is_dtensor
 
 from .. import kernels
 from ..checkpoint import sparse_layers
@@ -107,7 +108,7 @@ def autotune(layers: dict[str, SparseLinear], tokens: Sequence[int] = kernels.BU
         pays = any(map(_library_pays, row))
         for _, layer in group:
             layer.drop_library_form()
-            if pays:
+            if pays and not is_dtensor(layer.weight):
                 _keep_library(layer)
         report.rows.append(_row(group, row))
     return report
@@ -136,8 +137,8 @@ def _library_pays(problem: kernels.Problem) -> bool:
 
 def _keep_library(layer: SparseLinear) -> None:
     """Keeps the form of the library where that has the same values."""
-    values, bits = layer.weight.detach(), layer.weight_mask
-    form = kernels.library_form(values, bits, layer.in_features)
+    values, bits, in_features = layer.packed()[:3]
+    form = kernels.library_form(values, bits, in_features)
     shared = kernels.shared_values(form, values)
     if shared is not None and form.nbytes + bits.nbytes <= MOST_MEMORY * layer.dense_bytes:
         layer.keep_library_form(form, shared)
