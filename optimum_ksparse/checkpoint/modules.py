@@ -43,11 +43,9 @@ def stored_name(name: str) -> str:
 
 def logical_parameters(model: PreTrainedModel) -> int:
     """How many parameters the model has, the zeros that its sparse modules do not store included."""
-    held = (
-        (module.shape.numel(), [p for p in (module.weight, module.weight_mask) if isinstance(p, nn.Parameter)])
-        for module in sparse_modules(model).values()
-    )
-    return int(model.num_parameters()) + sum(size - sum(p.numel() for p in stored) for size, stored in held)
+    modules = sparse_modules(model).values()
+    stored = sum(p.numel() for module in modules for name, p in module.named_parameters() if name != "bias")
+    return int(model.num_parameters()) - stored + sum(module.shape.numel() for module in modules)
 
 
 def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:

@@ -155,7 +155,7 @@ class PackedModule(nn.Module):
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor that may be spread over several, by tensor parallelism or FSDP."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def onloaded(module: nn.Module, name: str) -> torch.Tensor:

@@ -18,10 +18,12 @@ from accelerate.utils import fsdp2_prepare_model
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.distributed import DistributedConfig
 
 from optimum_ksparse import SparseLinear, SparsityConfig, sparsify
+
+from ..conftest import VOCABULARY
 
 pytestmark = [
     pytest.mark.processes,
@@ -29,7 +31,13 @@ pytestmark = [
 ]
 RANKS = 2
 TENSOR_PARALLEL = ("llama 2:4", "llama 1:8", "qwen3 4:8", "gpt_neox 2:4")
-FSDP = ("llama 2:4", "llama 50%", "qwen3 4:8")
+FSDP = ("llama 2:4", "llama 50%")
+REFUSED = {  # and which layer is named
+    "llama 50%": "self_attn.q_proj",
+    "llama 50%/4x4": "self_attn.q_proj",
+    "narrow 2:4": "model.layers.0.mlp.down_proj",
+    "mixtral 2:4": "model.layers.0.mlp.experts",
+}
 
 
 class Spread(NamedTuple):
@@ -41,6 +49,12 @@ class Spread(NamedTuple):
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def make_mixtral() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    return AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads)).eval()
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -113,7 +127,8 @@ def run(rank: int, folder: Path) -> None:
         model.save_pretrained(folder / f"{case} saved by FSDP")
         results[f"transformers {case}"] = step(model, ids)
     results["accelerate llama 2:4"] = with_accelerate(folder, "llama 2:4", ids)
-    for case in ("llama 50%", "llama 50%/4x4", "narrow 2:4"):
+    results["dense storage"] = logits(load(folder, "stored dense", tp_plan="auto"), ids)
+    for case in REFUSED:
         results[f"refused {case}"] = message(lambda case=case: load(folder, case, tp_plan="auto"))
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_VERSION": "2"}
     results["from one process"] = message(lambda: load(folder, "llama 2:4"))
@@ -129,9 +144,12 @@ def scene(tmp_path_factory: pytest.TempPathFactory, make_model: Any, token_ids: 
     cases = {*TENSOR_PARALLEL, *FSDP, "llama 50%/4x4"}
     models = {case: make_model(case.split()[0]) for case in sorted(cases)}
     models["narrow 2:4"] = make_model("llama", intermediate_size=40)
+    models["mixtral 2:4"] = make_mixtral()
     for case, model in models.items():
         sparsify(model, SparsityConfig("magnitude", case.split()[1], dataset=token_ids))
         model.save_pretrained(folder / case)
+    models["llama 2:4"].config.quantization_config.storage = "dense"
+    models["llama 2:4"].save_pretrained(folder / "stored dense")
     torch.multiprocessing.start_processes(run, (folder,), nprocs=RANKS, start_method="fork")
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
@@ -176,14 +194,17 @@ def test_a_spread_model_is_saved_whole(scene, case):
         assert json.loads((saved / name).read_text()) == json.loads((original / name).read_text())
 
 
-@pytest.mark.parametrize(
-    ("case", "named"),
-    [("llama 50%", "q_proj"), ("llama 50%/4x4", "q_proj"), ("narrow 2:4", "model.layers.0.mlp.down_proj")],
-)
-def test_what_cannot_be_split_is_refused_before_weights_are_read(scene, case, named):
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_split_is_refused_before_weights_are_read(scene, case):
     for result in scene[1]:
         assert result[f"refused {case}"].startswith("ValueError")
-        assert named in result[f"refused {case}"]
+        assert REFUSED[case] in result[f"refused {case}"]
+
+
+def test_dense_storage_stays_dense_under_tensor_parallelism(scene, token_ids):
+    folder, results = scene
+    for result in results:
+        assert torch.allclose(result["dense storage"], logits(load(folder, "llama 2:4"), token_ids), atol=1e-6)
 
 
 def test_accelerate_cannot_hand_out_a_packed_model_from_one_process(scene):

@@ -11,10 +11,8 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, AutoModelForCausalLM
 
 from optimum_ksparse import SparsityConfig, sparsify
@@ -427,27 +425,3 @@ def test_the_decoder_of_a_sparse_model_can_be_saved_by_itself(make_sparse, tmp_p
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), token_ids), logits(model, token_ids)
     )
-
-
-def run_sharded(rank, folder):
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    for block in model.model.layers:
-        fully_shard(block)
-    fully_shard(model)
-    outputs = model(torch.load(folder / "ids.pt")).logits
-    outputs.sum().backward()
-    if rank == 0:
-        torch.save(outputs.detach(), folder / "logits.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.processes
-@pytest.mark.skipif(torch.cuda.is_available(), reason="forked processes cannot use a GPU")
-def test_fsdp_gives_the_same_logits(make_sparse, tmp_path, token_ids):
-    model = make_sparse("50%")
-    model.save_pretrained(tmp_path)
-    torch.save(token_ids, tmp_path / "ids.pt")
-    torch.multiprocessing.start_processes(run_sharded, (tmp_path,), nprocs=2, start_method="fork")
-    assert torch.allclose(torch.load(tmp_path / "logits.pt"), logits(model, token_ids), atol=1e-6)
