@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,
@@ -51,7 +52,7 @@ def prepare_parallel(model: PreTrainedModel, config: Any) -> None:
                 "Load with another tp_size, with FSDP (fsdp_size), or with device_map"
             )
         if isinstance(module, SparseLinear):
-            module.spread_mask()
+            module.weight_mask = nn.Parameter(module.weight_mask, requires_grad=False)
 
 
 def _why_not(module: Any, style: Any, ranks: int) -> str | None:

@@ -188,12 +188,6 @@ class SparseLinear(PackedModule, nn.Linear):
         n, m = self.pattern.n, self.pattern.m
         return self.in_features if n is None or m is None else values.shape[-1] // n * m
 
-    def spread_mask(self) -> None:
-        """Makes the mask a parameter, of which transformers makes shards as of any other."""
-        bits = self._buffers.pop("weight_mask")
-        assert bits is not None
-        self.weight_mask = nn.Parameter(bits, requires_grad=False)
-
     def keep_library_form(self, form: torch.Tensor, shared: torch.Tensor) -> None:
         """Keeps torch's semi-structured form of the weight for the kernel of that name. `shared` is a view of it that
         equals the packed values and takes their place, so that it follows what is written into them. It goes when the
