@@ -6,6 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from ..packing import unpack, unpack_mask
 from .candidates import GROUPS, KERNELS, PackedWeight, Problem, aligned
@@ -116,7 +118,14 @@ def runs_plainly(x: torch.Tensor) -> bool:
         and not x._is_zerotensor()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
+        and not is_transformed()
     )
+
+
+def is_transformed() -> bool:
+    """Whether a function transform (`torch.vmap`, `torch.func.grad`, `jvp`) or forward-mode differentiation is at
+    work. Operators registered as these are have no part in it: some fail, some give no derivative without a word."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def apply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kernel: str = "auto") -> torch.Tensor:
@@ -124,6 +133,9 @@ def apply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kern
     if runs_plainly(x):
         return _compute(x, weight, bias, kernel)
     values, bits, in_features, pattern, library = weight
+    if not torch.compiler.is_compiling() and is_transformed():
+        dense = values.new_zeros(len(bits), in_features).masked_scatter(unpack_mask(bits, in_features), values)
+        return F.linear(x, dense, bias)
     return linear(x, values, bits, bias, in_features, pattern, kernel, library)
 
 

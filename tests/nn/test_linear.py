@@ -386,3 +386,32 @@ def test_what_other_libraries_cannot_do_to_a_packed_weight_says_what_to_do(chang
             getattr(prune, change)(layer, "weight", **settings.get(change, {}))
     torch.testing.assert_close(dict(layer.state_dict()), dict(before), rtol=0, atol=0)
     assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_function_transforms_give_what_a_dense_linear_gives(pattern, grad):
+    sparse, _, mask = make_sparse(pattern)
+    dense, x = sparse.to_dense(), torch.randn(3, 2, 12)
+
+    def loss(layer, parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    def directional(layer):
+        with torch.autograd.forward_ad.dual_level():
+            y = layer(torch.autograd.forward_ad.make_dual(x, x.cos()))
+            return torch.autograd.forward_ad.unpack_dual(y).tangent
+
+    def results(layer):
+        parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+        gradients = torch.func.grad(lambda parameters: loss(layer, parameters))(parameters)
+        gradient = gradients["weight"] if layer is sparse else gradients["weight"][mask].view_as(sparse.weight)
+        transforms = (
+            torch.vmap(layer)(x),
+            torch.func.jvp(layer, (x,), (x.cos(),))[1],
+            torch.func.jacrev(layer)(x[0, 0]),
+        )
+        return [*transforms, gradients["bias"], gradient, directional(layer)]
+
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(results(sparse), results(dense), rtol=1e-5, atol=1e-5)
