@@ -1,6 +1,6 @@
 """Prints, as JSON, what vLLM writes from each of several folders on a number of ranks.
 
-python -m tests.serving.generate PROMPTS FOLDER=RANKS …
+python -m tests.serving.generate PROMPTS FOLDER=RANKS=TOKENS …
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from .models import engine, written
 def main(prompts: str, *cases: str) -> None:
     texts = {}
     for case in cases:
-        folder, _, ranks = case.rpartition("=")
+        folder, ranks, tokens = case.split("=")
         with engine(folder, int(ranks)) as llm:
-            texts[case] = written(llm, json.loads(prompts))
+            texts[case] = written(llm, json.loads(prompts), int(tokens))
     print(json.dumps(texts), flush=True)
 
 

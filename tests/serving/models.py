@@ -18,6 +18,7 @@ from ..conftest import VOCABULARY, make_config
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # each process would compile what it computes beside the model
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
