@@ -44,7 +44,8 @@ class SparsityQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if is_deepspeed_zero3_enabled():
             raise ValueError(
-                "a packed sparse checkpoint cannot be loaded under DeepSpeed ZeRO-3; use ZeRO-2, DDP or FSDP"
+                "a packed sparse checkpoint cannot be loaded under DeepSpeed ZeRO-3, which leaves parameters empty "
+                "between forward passes, when saving and the dense form read them: use ZeRO-2, DDP or FSDP"
             )
         if is_fsdp_enabled() and os.environ.get("FSDP_VERSION") == "2":
             raise ValueError(
