@@ -20,11 +20,22 @@ from .pruners import METHODS, REFINEMENTS, Setting, statistics_of
 from .pruners.allocation import ALLOCATIONS, check_allocation
 from .pruners.settings import number, share, switch, whole
 from .pruners.statistics import ColumnNorms
-from .records import Count, PatternText, build, check_depth, describe_source, printable
+from .records import (
+    COMPRESSED_TENSORS,
+    Count,
+    PatternText,
+    build,
+    check_depth,
+    describe_source,
+    printable,
+    sparse_format,
+)
 
 # Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes
 # would choke on the keyword argument of that name.
 DENSE_CONFIG_KEY = "ksparse"
+# The settings by which a sparse model that this package has not made is read.
+FOREIGN_RECORD = {"quant_method": QUANT_METHOD, "method": "existing"}
 # Setting → its values, where they are a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
@@ -33,7 +44,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "activations": ("pruned", "dense", "mixed"),
     "allocation": tuple(ALLOCATIONS),
     "calibration_dtype": ("bfloat16", "float16"),
-    "storage": ("packed", "dense"),
+    "storage": ("packed", "dense", COMPRESSED_TENSORS),
 }
 # Which `method_settings` there are: by what reads them.
 READERS: dict[str, dict[str, Setting]] = {
@@ -153,11 +164,13 @@ class SparsityConfig(QuantizationConfigMixin):
 
     Args:
         method: `"admm"` (weights and mask together: more accurate than SparseGPT, in up to 1.5 times its time),
-            `"sparsegpt"`, `"alps"` (slow), `"wanda"` (fast; weights stay as they are) or `"magnitude"` (which reads
-            no data).
+            `"sparsegpt"`, `"alps"` (slow), `"wanda"` (fast; weights stay as they are), `"magnitude"` (which reads no
+            data) or `"existing"` (nothing is pruned: the zeros of a model that was pruned elsewhere are kept, and
+            layers that have none stay dense).
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), a fraction of zeros (`"50%"`, `0.5`), or
             that fraction of whole tiles of r outputs x c inputs (`"50%/32x32"`), by the sum of the method's scores in
-            each, over the layer (`sparsegpt`: over each `block_size` columns).
+            each, over the layer (`sparsegpt`: over each `block_size` columns). With `"existing"` each layer's own is
+            found, and none is passed.
         dataset: calibration text: `"mc4-ko"`, `"c4"`, `"kowiki"` (streamed from the Hub), `"self"` (the model writes
             its own), a path to a `.txt` (paragraphs apart by blank lines) or `.jsonl` file, a list of texts, a
             `datasets.Dataset` with a `text` or `messages` column, or token ids [num_samples, seq_len], used as they
@@ -195,7 +208,7 @@ class SparsityConfig(QuantizationConfigMixin):
         skip_unsupported: leave what cannot be pruned dense and list it in the report, instead of raising.
         prune_routers: prune the layers that route tokens to experts as well, which otherwise stay dense.
         storage: `"packed"` (0.5625 of the dense bytes at 50 % in 16 bit; needs this plugin to load) or `"dense"`
-            (zeros written out; loads everywhere).
+            (zeros written out; loads everywhere), or `"compressed-tensors"` (packed for its versions up to 0.14).
         method_settings: what one method or step alone reads, such as `{"damping": 0.1}`; the table `READERS` has all:
             `block_size` (sparsegpt), `damping` (sparsegpt, admm, alps), `iterations` (admm, alps),
             `reconstruction_epochs` and `reconstruction_lr` (reconstruct), `target_density` (owl), `bos_in_statistics`.
@@ -246,6 +259,8 @@ class SparsityConfig(QuantizationConfigMixin):
                 "activations='mixed' gives a block the inputs of the pruned model and the outputs of the dense one to "
                 "aim at, which reconstruct='block' alone does: add it, or pass 'pruned' or 'dense'"
             )
+        if METHODS[self.method].recognise and (self.refine or self.reconstruct):
+            raise ValueError(f"method={self.method!r} changes no weight: leave refine and reconstruct out")
         self._check_pattern(Pattern(self.pattern))
         data = self.calibration  # checked
         self.num_samples, self.seq_len = data.num_samples, data.seq_len
@@ -383,15 +398,28 @@ class SparsityConfig(QuantizationConfigMixin):
         return copy.copy(self)
 
 
+class ForeignConfig(SparsityConfig):
+    """The settings of a sparse model of compressed-tensors while it is loaded; `targets`: what its config says that it
+    has made sparse, `layers`: what has been found in its files."""
+
+    targets: Any = None
+
+
 SETTINGS = tuple(item.name for item in fields(SparsityConfig) if item.init)
 # As flags, recipes and `config.json` have them.
 FLAT_SETTINGS = (*(name for name in SETTINGS if name != "method_settings"), *METHOD_SETTINGS)
 
 
 def recorded_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings of quantization that a `config.json` holds, ours or another's; None where it has none. Raises
-    ValueError where they are no object."""
-    for name in ("quantization_config", DENSE_CONFIG_KEY):
+    """The settings of quantization that a `config.json` holds, ours or another's; None where it has none. Of a sparse
+    model of compressed-tensors those by which this package reads it. Raises ValueError where they are no object, or
+    cannot be read."""
+    names = ["quantization_config", DENSE_CONFIG_KEY]
+    if sparse_format(config.get(names[0])) is not None:
+        if config.get(DENSE_CONFIG_KEY) is None:
+            return dict(FOREIGN_RECORD)
+        names.reverse()
+    for name in names:
         settings = config.get(name)
         if settings is not None:
             check_depth(settings, name)

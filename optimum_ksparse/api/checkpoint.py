@@ -13,7 +13,7 @@ from ..checkpoint import commit_of, find_weight_files, is_dense_record
 from ..checkpoint.model_class import class_for_source
 from ..checkpoint.staging import check_apart, check_output, recover
 from ..checks import check_integer
-from ..config import SparsityConfig, recorded_settings
+from ..config import FOREIGN_RECORD, SparsityConfig, recorded_settings
 from ..data import usual_context
 from ..data.dataset import holds
 from ..hub import card_of_source
@@ -90,7 +90,7 @@ def prune_checkpoint(
         files = processes.once(lambda: find_weight_files(source, **_hub(loading)))  # one downloads them for all
         if not processes.is_main:
             files = find_weight_files(source, **_hub(loading))
-        _check_dense(source, loading)
+        _check_dense(source, config, loading)
         model_class = model_class or class_for_source(source, **loading)
         config = config.fitted(usual_context(AutoConfig.from_pretrained(source, **loading)))
         job = {
@@ -135,7 +135,7 @@ def _check_arguments(config: SparsityConfig, loading: dict[str, Any]) -> None:
         )
 
 
-def _check_dense(source: str | os.PathLike[str], loading: dict[str, Any]) -> None:
+def _check_dense(source: str | os.PathLike[str], config: SparsityConfig, loading: dict[str, Any]) -> None:
     values, _ = PreTrainedConfig.get_config_dict(source, **_hub(loading))
     if values.get("transformers_weights") is not None:
         raise ValueError(
@@ -143,6 +143,8 @@ def _check_dense(source: str | os.PathLike[str], loading: dict[str, Any]) -> Non
             f"read block by block; save it once as others are: from_pretrained, then save_pretrained"
         )
     settings = recorded_settings(values)
+    if settings == FOREIGN_RECORD and settings["method"] == config.method:
+        return
     if settings is not None and not is_dense_record(settings):
         raise ValueError(
             f"{source} is quantized or sparse already ({settings.get('quant_method')}): prune the model that it "

@@ -63,6 +63,7 @@ def sparsify(
         if sparse_modules(model):
             error.add_note("The model is pruned in part, and cannot be saved: load it again.")
         raise
+    recorded = recorded.changed(pattern=job.config.pattern)  # that was found, with method="existing"
     attach(model, recorded)
     if config.tokenizer is not None:
         facts_of(model).tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`

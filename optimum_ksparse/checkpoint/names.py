@@ -20,6 +20,8 @@ from transformers.core_model_loading import (
 )
 
 from ..blocks import decoder_of
+from ..records import COMPRESSED_TENSORS
+from .bitmask import VALUES, read_layers
 from .files import read_headers
 from .loading import check_headers
 from .modules import dense_layer, install_layers, sparse_modules, stored_tensors
@@ -60,14 +62,15 @@ def check_reversible(model: PreTrainedModel) -> None:
         )
 
 
-def check_saved(model: PreTrainedModel, folder: Path, packed: bool) -> None:
+def check_saved(model: PreTrainedModel, folder: Path, storage: str) -> None:
     """Checks the headers of the weight files of a sparse model that have just been written to `folder` against the
     model that loading makes of its config: modules that were wrapped, replaced or deleted since have other names.
 
     Raises:
         ValueError: a tensor is missing, has another shape, or would not be found by loading; names it.
     """
-    headers = read_headers(sorted(folder.glob("*.safetensors")))
+    packed, files = storage == "packed", sorted(folder.glob("*.safetensors"))
+    headers = read_headers(files)
     try:
         with torch.device("meta"):  # what loading makes, still dense
             anew: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config))
@@ -80,13 +83,16 @@ def check_saved(model: PreTrainedModel, folder: Path, packed: bool) -> None:
         if packed:
             install_layers(anew, layers)
             check_headers(headers, sparse_modules(decoder))
+        if storage == COMPRESSED_TENSORS and read_layers(anew, files).keys() != layers.keys():
+            raise ValueError("the packed layers are others than those of the model.")
         for name in () if packed else layers:
             dense_layer(decoder, name, type(model).__name__)
     except ValueError as error:
         raise ValueError(f"nothing could load what was to be saved: {error} {_UNWRAP}") from error
+    values = {f"{name.removesuffix(VALUES)}.weight" for name in headers if name.endswith(VALUES)}
     tensors = dict(stored_tensors(anew))
     conversions = [] if packed else get_model_conversion_mapping(anew)
-    lost = _unfilled(anew, tensors, headers, conversions)
+    lost = _unfilled(anew, tensors, {*headers, *values}, conversions)
     if not any(isinstance(entry, WeightConverter) for entry in conversions):  # else they may be stored transposed
         lost += [name for name in tensors if name in headers and list(tensors[name].shape) != headers[name].shape]
     if lost:

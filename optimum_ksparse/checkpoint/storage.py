@@ -31,6 +31,8 @@ from transformers.distributed.utils import is_dtensor
 from ..blocks import decoder_of
 from ..nn import SparseExperts, SparseLinear, dense_weight
 from ..pattern import Pattern, lowest
+from ..records import COMPRESSED_TENSORS
+from .bitmask import compressed_state_dict
 from .modules import (
     MASK_SUFFIX,
     aligned,
@@ -47,12 +49,14 @@ def storage_state_dict(
     model: PreTrainedModel, root: str, state: Mapping[str, torch.Tensor], elsewhere: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
     """`state`, that of the submodule `root` of a model by names in the model, as `save_pretrained` would store it:
-    packed or written out dense, in the form and by the names of the checkpoints of this architecture, without what is
-    stored `elsewhere` under another name."""
+    packed, dense or for compressed-tensors, in the form and by the names of the checkpoints of this architecture,
+    without what is stored `elsewhere` under another name."""
     settings: Any = getattr(model.config, "quantization_config", None)
     stored = dict(state)
     if settings is not None and settings.storage == "dense":
         stored = {f"{root}.{name}": tensor for name, tensor in dense_state_dict(model.get_submodule(root)).items()}
+    elif settings is not None and settings.storage == COMPRESSED_TENSORS:
+        stored = compressed_state_dict(model, root, state)
     stored = {name: tensor for name, tensor in stored.items() if name not in elsewhere}
     if settings is not None and settings.storage == "packed":
         return stored

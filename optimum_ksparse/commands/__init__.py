@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from .base import Command
+from .convert import ConvertCommand
 from .eval import EvalCommand
 from .info import InfoCommand
 from .merge import MergeCommand
@@ -19,6 +20,7 @@ PROGRAM = "optimum-cli ksparse"
 Commands = Mapping[str, tuple[str, Any]]
 COMMANDS: Commands = {
     "prune": ("Prune a model and save it.", PruneCommand),
+    "convert": ("Change the format of a sparse model.", ConvertCommand),
     "eval": ("Measure perplexity and KoBEST.", EvalCommand),
     "card": ("Write the model card.", CardCommand),
     "push": ("Publish on the Hub, with card.", PushCommand),

@@ -41,7 +41,7 @@ SETTINGS_TEXTS = {
     "modules_to_not_convert": "linear maps to leave dense (default: none)",
     "skip_unsupported": "leave what cannot be pruned dense, instead of an error",
     "prune_routers": "prune the layers that route tokens to experts as well",
-    "storage": "packed, or dense: zeros written out, which loads everywhere",
+    "storage": "packed; dense: zeros written out, which loads everywhere; or for compressed-tensors up to 0.14",
     "prepend_bos": "begin each sequence with the beginning token (default: where the tokenizer does)",
 }
 _LOADING_TEXTS = {

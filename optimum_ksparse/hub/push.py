@@ -82,8 +82,8 @@ def push_model(
     token = clean_token(token)
     more_tags = [tags] if isinstance(tags, str) else list(tags or [])
     options = CardOptions(language, repo_id, dense_revision, more_tags, token)
-    if dense_revision is not None and (subject.is_adapter or subject.settings.storage == "dense"):
-        raise ValueError('dense_revision: an adapter, or a model with storage="dense", has no dense variant')
+    if dense_revision is not None and (subject.is_adapter or subject.settings.storage != "packed"):
+        raise ValueError("dense_revision: an adapter, or a model that is not stored packed, has no dense variant")
     dense = choose_baseline(plain, baseline, token) if evaluate else None
     loading = {"token": token, "trust_remote_code": trust_remote_code}
     tokenizer = choose_tokenizer(plain, tokenizer, base=dense, can_lack=not evaluate, **loading)

@@ -13,7 +13,7 @@ from ..config import QUANT_METHOD, SparsityConfig
 from ..runtime import autotune_kernels
 from .describing import describe_functions
 from .patches import apply_patches
-from .quantizer import SparsityQuantizer
+from .quantizer import SparsityQuantizer, register_foreign
 
 
 def register() -> None:
@@ -22,6 +22,7 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(SparsityConfig)
         register_quantizer(QUANT_METHOD)(SparsityQuantizer)
+    register_foreign()
     apply_patches()
     describe_functions()
     PreTrainedModel.sparsity_report = property(sparsity_report)  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from ..checkpoint import is_dense_record, is_our_record
 from ..checks import check_keys
 from ..config import DENSE_CONFIG_KEY, FLAT_SETTINGS, RUN_TIME_SETTINGS, SparsityConfig, recorded_settings
 from ..pattern import Pattern
+from ..records import sparse_format
 from ..runtime import RuntimeConfig
 from .source import Source, recover_source
 
@@ -84,6 +85,7 @@ def _recorded_config(source: Source) -> SparsityConfig | None:
     config = source.arguments.get("config")
     if isinstance(config, PreTrainedConfig):
         settings = getattr(config, "quantization_config", None) or getattr(config, DENSE_CONFIG_KEY, None)
+        settings = settings if sparse_format(settings) is None else recorded_settings(vars(config))
     elif source.arguments.get("gguf_file") is not None or (source.name is None and config is None):
         return None
     else:

@@ -18,17 +18,21 @@ from ..checkpoint import (
     drop_record,
     facts_of,
     forget_conversions,
+    is_offloaded,
     is_our_record,
     made_with,
     random_weights,
     sparse_experts,
+    sparse_layers,
     sparse_modules,
     sparsify_dense,
 )
-from ..config import DENSE_CONFIG_KEY, RUN_TIME_SETTINGS, SparsityConfig
+from ..checkpoint.bitmask import take_pattern
+from ..config import DENSE_CONFIG_KEY, RUN_TIME_SETTINGS, ForeignConfig, SparsityConfig
 from ..evaluation import EvaluationResults, mark_weights
-from ..hub import tag_model
-from ..pruning.model import attach
+from ..hub import card_of_source, tag_model
+from ..pruners.existing import commonest
+from ..pruning.model import attach, report_of
 from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 from ..report import SparsityReport
 from ..runtime import configure
@@ -81,9 +85,11 @@ def _finish(model: PreTrainedModel, config: SparsityConfig | None, source: Sourc
         drop_record(model.config)
         _check_not_lost(model, source)
         return False
-    source.check_loaded(model)
-    check_finite(model)
-    error = _make_sparse(model, recorded, source)
+    is_packed_now = getattr(facts_of(model).mark, "pruned_here", False)  # the quantizer has found zeros in it
+    if not is_packed_now:
+        source.check_loaded(model)
+        check_finite(model)
+    error = None if is_packed_now else _make_sparse(model, recorded, source)
     if error is not None and config is not None:
         raise ValueError(f"the checkpoint says that it is sparse, but {error}")
     if error is not None:
@@ -92,7 +98,14 @@ def _finish(model: PreTrainedModel, config: SparsityConfig | None, source: Sourc
     if config is not None:
         for name in RUN_TIME_SETTINGS:
             setattr(model.config.quantization_config, name, getattr(config, name))
+    if is_packed_now:
+        return True
     _read_records(model, source)
+    facts = facts_of(model)
+    if facts.report is None and isinstance(recorded, ForeignConfig):
+        facts.report = report_of(model, model.config.quantization_config)
+        facts.report.base_card = card_of_source(model)
+        tag_model(model, facts.report, made_with(model))
     return True
 
 
@@ -105,6 +118,10 @@ def _make_sparse(model: PreTrainedModel, recorded: Any, source: Source) -> str |
             module.check_mask(name)
     if modules:
         forget_conversions(model)
+        if isinstance(recorded, ForeignConfig):
+            for layer in sparse_layers(model).values() if not is_offloaded(model) else ():
+                take_pattern(layer)
+            attach(model, _own_config(model, recorded))
         return None
     drop_record(model.config)
     if isinstance(recorded, SparsityConfig):
@@ -119,6 +136,17 @@ def _make_sparse(model: PreTrainedModel, recorded: Any, source: Source) -> str |
         return str(error)
     attach(model, recorded)
     return None
+
+
+def _own_config(model: PreTrainedModel, foreign: ForeignConfig) -> SparsityConfig:
+    """The settings of a model that was read from the files of compressed-tensors: those that this package wrote beside
+    them, otherwise those of a model that was pruned elsewhere."""
+    ours: Any = getattr(model.config, DENSE_CONFIG_KEY, None)
+    if is_our_record(ours):
+        delattr(model.config, DENSE_CONFIG_KEY)
+        return SparsityConfig.from_dict(dict(ours))
+    config = SparsityConfig(foreign.method, storage=foreign.storage)
+    return config.changed(pattern=commonest(str(layer.pattern) for layer in sparse_layers(model).values()))
 
 
 def _read_records(model: PreTrainedModel, source: Source) -> None:

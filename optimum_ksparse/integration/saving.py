@@ -28,9 +28,11 @@ from ..checkpoint import (
     sparse_modules,
     without_record,
 )
+from ..checkpoint.bitmask import foreign_record
 from ..checkpoint.staging import drop_records, staged
 from ..config import DENSE_CONFIG_KEY, RECORDED, RUN_TIME_SETTINGS, SparsityConfig, recorded_settings
 from ..evaluation import settled_records
+from ..records import COMPRESSED_TENSORS
 
 logger = logging.get_logger(__name__)
 
@@ -93,7 +95,7 @@ def _save(
             as_stored.enter_context(_config_for_storage(model, config))
         original(**{**arguments, "save_directory": staging})
         if config is not None and is_sparse and not adapted and not is_elsewhere(model):
-            check_saved(model, staging, config.storage == "packed")
+            check_saved(model, staging, config.storage)
         if config is not None and is_sparse and not adapted and config.storage == "packed":
             guard_packed(staging)
         if adapted:
@@ -166,11 +168,15 @@ def _given_state_dict(model: PreTrainedModel, config: SparsityConfig, state_dict
 
 @contextmanager
 def _config_for_storage(model: PreTrainedModel, config: SparsityConfig) -> Iterator[None]:
-    """Dense storage: the settings go under a key of our own, and no `quantization_config` asks for this plugin."""
-    if config.storage != "dense":
+    """Storage for others to read: the settings go under a key of our own, and no `quantization_config` asks for this
+    plugin."""
+    if config.storage == "packed":
         yield
         return
-    del model.config.quantization_config
+    if config.storage == COMPRESSED_TENSORS:
+        model.config.quantization_config = foreign_record(model)
+    else:
+        del model.config.quantization_config
     setattr(model.config, DENSE_CONFIG_KEY, {**config.to_dict(), "names": None})
     try:
         with dense_shapes(model):

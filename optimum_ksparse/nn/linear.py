@@ -134,13 +134,13 @@ class SparseLinear(PackedModule, nn.Linear):
     def empty_like(
         cls, linear: nn.Module, pattern: Pattern, num_values: int, device: torch.device | str | None = None
     ) -> SparseLinear:
-        """One that stands for `linear`, with its bias, on its device or on another one, and with a weight still to be
-        filled in.
+        """One that stands for `linear`, dense or sparse itself, with its bias, on its device or on another one, and
+        with a weight still to be filled in.
 
         Raises:
             ValueError: `num_values` cannot be right for this pattern and shape.
         """
-        out_features, in_features = dense_weight(linear).shape
+        out_features, in_features = linear.shape if isinstance(linear, cls) else dense_weight(linear).shape
         source: torch.Tensor = linear.weight  # type: ignore[assignment]
         sparse = cls(
             in_features,
@@ -148,7 +148,7 @@ class SparseLinear(PackedModule, nn.Linear):
             linear.bias is not None,
             pattern=pattern,
             num_values=num_values,
-            dense_type=type(linear),
+            dense_type=linear.dense_type if isinstance(linear, cls) else type(linear),
             device=source.device if device is None else device,
             dtype=source.dtype,
         )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..pattern import Pattern
-from . import admm, alps, magnitude, solve, sparsegpt, swaps, wanda
+from . import admm, alps, existing, magnitude, solve, sparsegpt, swaps, wanda
 from .notes import collected_notes
 from .settings import Setting, settings_of
 from .statistics import ColumnNorms, GramMatrix
@@ -28,11 +28,13 @@ from .statistics import ColumnNorms, GramMatrix
 
 @dataclass(frozen=True)
 class Method:
-    """A pruning method: its function, the statistics it reads, and over what it ranks an unstructured pattern."""
+    """A pruning method: its function, the statistics it reads, and over what it ranks an unstructured pattern. Where
+    it takes the zeros that a weight has, what finds their pattern (None: the weight is dense)."""
 
     prune: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     statistics: type[ColumnNorms] | None
     scope: str
+    recognise: Callable[[torch.Tensor], Pattern | None] | None = None
 
     @cached_property
     def settings(self) -> dict[str, Setting]:
@@ -57,6 +59,7 @@ METHODS = {
     "sparsegpt": Method(sparsegpt.prune, GramMatrix, "block of columns over all rows"),
     "admm": Method(admm.prune, GramMatrix, "output row"),
     "alps": Method(alps.prune, GramMatrix, "whole layer"),
+    "existing": Method(existing.prune, None, "nothing", existing.recognise),
 }
 # What may follow any method, on the same statistics: the best weights on its mask, or a better mask.
 REFINEMENTS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"exact": solve.exact, "swaps": swaps.swap}

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from ..blocks import ExpertStack
 from ..blocks.experts import observable
 from ..checkpoint import SparseModule, empty_like, replace_module
+from ..checkpoint.bitmask import take_pattern
 from ..config import SparsityConfig
+from ..nn import SparseLinear
 from ..pattern import Pattern
 from ..pruners.statistics import ColumnNorms, GramMatrix
 from ..report import LayerReport
 from .distributed import Processes
 from .job import Job
-from .layer import prune_layer
+from .layer import prune_layer, row_of
 from .targets import Layer, weight_of
 
 _Pruned = tuple[SparseModule, LayerReport]
@@ -25,6 +27,11 @@ def prune_group(
     """Puts pruned layers in the places of some of block `index`, and gives their rows. The statistics of their inputs,
     over the samples of all processes, are taken out on the way."""
     rows, processes = [], job.processes
+    packed = {name: layer for name, layer in layers.items() if isinstance(layer, SparseLinear)}  # by the source
+    for name, sparse_layer in packed.items():
+        take_pattern(sparse_layer)
+        rows.append(row_of(job.blocks.name_in_decoder(index, name), sparse_layer))
+    layers = {name: layer for name, layer in layers.items() if name not in packed}
     costs = [_cost(layer, job.config) for layer in layers.values()]
     owners = dict(zip(layers, processes.owners(costs), strict=True))
     paths = {name: job.blocks.name_in_decoder(index, name) for name in layers}

@@ -77,16 +77,23 @@ def prune_layer(
     if sparse.dense_bytes >= _LARGE:
         trim_heap()
     lines = [f"experts {', '.join(map(str, at))}: {note}" if is_stack else note for note, at in notes.items()]
-    return sparse, LayerReport(
+    return sparse, row_of(path, sparse, _ratio(norms), time.perf_counter() - started, "; ".join(lines))
+
+
+def row_of(
+    path: str, sparse: SparseModule, output_error: float | None = None, seconds: float = 0.0, note: str = ""
+) -> LayerReport:
+    """The row of a packed layer, which reports the matrices of a stack as one, below each other."""
+    return LayerReport(
         name=path,
-        shape=(weight.shape[:-1].numel(), weight.shape[-1]),
+        shape=(getattr(sparse, "num_experts", 1) * sparse.out_features, sparse.in_features),
         pattern=str(sparse.pattern),
         num_values=sparse.weight.numel(),
         dense_bytes=sparse.dense_bytes,
         packed_bytes=sparse.packed_bytes,
-        relative_output_error=_ratio(norms),
-        seconds=round(time.perf_counter() - started, 4),
-        note="; ".join(lines),
+        relative_output_error=output_error,
+        seconds=round(seconds, 4),
+        note=note,
     )
 
 

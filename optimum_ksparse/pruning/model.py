@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..blocks import use_eager_experts
+from ..blocks import decoder_of, use_eager_experts
 from ..blocks.running import device_of
 from ..checkpoint import (
     check_reversible,
@@ -17,15 +17,19 @@ from ..checkpoint import (
     facts_of,
     forget_conversions,
     is_offloaded,
+    logical_parameters,
+    made_with,
     record_layers,
     sparse_experts,
     sparse_modules,
 )
 from ..config import QUANT_METHOD, RECORDED, SparsityConfig
 from ..kernels import product_dtype
+from ..pruners import METHODS
 from ..report import SparsityReport
 from ..version import library_versions
 from .job import Job
+from .layer import row_of
 from .memory import peak_memory
 
 
@@ -63,6 +67,18 @@ def make_report(job: Job) -> SparsityReport:
     )
 
 
+def report_of(model: PreTrainedModel, config: SparsityConfig) -> SparsityReport:
+    """The report on a model whose layers were packed elsewhere, as `config` has it."""
+    return SparsityReport(
+        config=settings_of(config),
+        layers=[row_of(name, module) for name, module in sparse_modules(decoder_of(model)).items()],
+        base_model=describe_model(model),
+        base_revision=facts_of(model).commit,
+        num_parameters=logical_parameters(model),
+        versions=library_versions("torch", "transformers"),
+    )
+
+
 def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     """Makes a model that holds sparse modules a sparse model for transformers: config, quantizer and flags."""
     record_layers(model, config)
@@ -82,22 +98,28 @@ def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         raise TypeError(f"config must be a SparsityConfig, found {type(config).__name__}")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, found {type(model).__name__}")
+    recognises = METHODS[config.method].recognise is not None
+    if recognises and "pattern" in config.given:
+        raise ValueError(
+            f"method={config.method!r} finds the pattern of each layer: leave pattern={config.pattern!r} out"
+        )
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
             "tensors made under torch.inference_mode() cannot be changed nor learn: load the model, and prune it, "
             "outside of it (torch.no_grad() is no hindrance)"
         )
-    if sparse_modules(model):
+    made = made_with(model)
+    if sparse_modules(model) and not (recognises and made is not None and made.method == config.method):
         raise ValueError("the model is sparse already; model.dequantize() makes it dense again")
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
+    if quantizer is not None and not sparse_modules(model):
         method = quantizer.quantization_config.quant_method
         raise ValueError(f"the model is quantized ({method}); prune the model that it was made from")
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
         raise ValueError("the model, or a part of it, is compiled; prune it first, then compile it")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model carries an adapter; merge it, or prune the model before adding one")
-    if config.storage == "dense":
+    if config.storage != "packed":
         check_reversible(model)
     if is_offloaded(model):
         raise ValueError(

@@ -14,11 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..blocks import eager_experts, evaluation_mode
+from ..checkpoint.bitmask import check_writable
 from ..config import SparsityConfig
 from ..data import CalibrationTokens, calibration_tokens, tell_default_text
+from ..pruners import METHODS
 from ..pruners.allocation import Allocation
+from ..records import COMPRESSED_TENSORS
 from .job import Job, Place, Replaced
 from .loop import needs_original, prune_blocks
+from .recognition import recognise_patterns
 from .sensitivity import leave_dense, measure_allocation
 from .targets import find_targets
 
@@ -28,6 +32,9 @@ logger = logging.get_logger(__name__)
 def find(job: Job) -> None:
     """What to prune, and what stays dense."""
     job.targets, job.skipped = find_targets(job.blocks, job.config)
+    if job.config.storage == COMPRESSED_TENSORS:
+        for index, layers in enumerate(job.targets):
+            check_writable(job.place.model, {job.blocks.name_in_model(index, name): layers[name] for name in layers})
     job.place.check_space(job.targets)
     job.num_parameters = job.place.model.num_parameters()
 
@@ -63,6 +70,8 @@ def allocate(job: Job) -> None:
         name = "allocation"
         job.allocation = job.place.measured(name, Allocation, lambda: measure_allocation(job, job.replay(name)))
         job.skipped |= leave_dense(job.blocks, job.targets, job.allocation)
+    elif METHODS[job.config.method].recognise is not None:
+        recognise_patterns(job)
 
 
 def prune(job: Job) -> None:
@@ -74,7 +83,7 @@ def prune(job: Job) -> None:
     place.resume(replay, original, config)
     job.pruned = [*place.done, *prune_blocks(job, replay, original)]
     for row in (row for block in job.pruned for row in block.layers):
-        row.sensitivity = None if job.allocation is None else job.allocation.sensitivities[row.name]
+        row.sensitivity = None if job.allocation is None else job.allocation.sensitivities.get(row.name)
 
 
 STAGES: tuple[Callable[[Job], None], ...] = (find, draw, allocate, prune)

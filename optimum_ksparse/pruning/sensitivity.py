@@ -47,14 +47,16 @@ def measure_allocation(job: Job, replay: BlockReplay) -> Allocation:
     return allocate(measures, Pattern(job.config.pattern), job.config.method_setting("target_density"))
 
 
-def leave_dense(blocks: DecoderBlocks, targets: list[dict[str, Layer]], allocation: Allocation) -> dict[str, str]:
+def leave_dense(
+    blocks: DecoderBlocks, targets: list[dict[str, Layer]], allocation: Allocation, reason: str = LEFT_DENSE
+) -> dict[str, str]:
     """Takes from `targets` the layers that stay dense. Gives them with the reason, by their paths in the decoder."""
     left = {}
     for index, layers in enumerate(targets):
         for name in list(layers):
             path = blocks.name_in_decoder(index, name)
             if allocation.patterns[path] is None:
-                left[path] = LEFT_DENSE
+                left[path] = reason
                 del layers[name]
     return left
 

@@ -15,6 +15,7 @@ from ..blocks.experts import find_stacks
 from ..config import SparsityConfig
 from ..nn import SparseLinear, dense_weight, is_linear_map
 from ..pattern import Pattern
+from ..pruners import METHODS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Layer = nn.Module | ExpertStack
@@ -34,7 +35,8 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
         ValueError: a linear map or a stack cannot be pruned and `skip_unsupported` is False, a name in
             `modules_to_not_convert` matches nothing, or nothing is left to prune.
     """
-    pattern = Pattern(config.pattern)
+    recognises = METHODS[config.method].recognise is not None  # then no pattern has to fit
+    pattern = None if recognises else Pattern(config.pattern)
     targets: list[dict[str, Layer]] = []
     skipped: dict[str, str] = {}
     read = find_read(blocks)
@@ -56,7 +58,7 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
                 skipped[path] = "it routes tokens to experts; prune_routers=True prunes it"
             elif (reason := _unsupported(layer, pattern, owners[id(layer.weight)], path)) is None:
                 targets[index][name] = layer
-            elif config.skip_unsupported:
+            elif config.skip_unsupported or recognises:
                 skipped[path] = reason
             else:
                 raise ValueError(
@@ -78,10 +80,10 @@ def _candidates(block: nn.Module) -> dict[str, Layer]:
     return {**{name: module for name, module in modules if is_linear_map(module)}, **find_stacks(block)}
 
 
-def _unsupported(layer: Layer, pattern: Pattern, owners: list[str], path: str) -> str | None:
+def _unsupported(layer: Layer, pattern: Pattern | None, owners: list[str], path: str) -> str | None:
     """Why a layer cannot be pruned; None where it can. `owners`: paths of all that use its weight."""
     if isinstance(layer, SparseLinear):
-        return "it is sparse already; model.dequantize() makes it dense"
+        return None if pattern is None else "it is sparse already; model.dequantize() makes it dense"
     weight, each = weight_of(layer), "it"
     if isinstance(layer, ExpertStack):
         each = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as fused experts), each of which"
@@ -92,7 +94,7 @@ def _unsupported(layer: Layer, pattern: Pattern, owners: list[str], path: str) -
             )
     if weight.dtype not in _DTYPES:
         return f"its weight is {weight.dtype}; supported: float32, bfloat16, float16"
-    if (misfit := pattern.misfit(*weight.shape[-2:])) is not None:
+    if pattern is not None and (misfit := pattern.misfit(*weight.shape[-2:])) is not None:
         return f"{each} {misfit}"
     if not weight.is_meta and not bool(weight.isfinite().all()):
         return "its weight holds NaN or Inf"

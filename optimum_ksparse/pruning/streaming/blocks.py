@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class DiskBlocks:
                 block = self.blocks.blocks[index]
                 for name, (path, key) in self._offloaded[index].items():
                     with safe_open(path, framework="pt") as file:
-                        tensors[name] = file.get_tensor(key).to(block.get_parameter(name).dtype)
+                        tensors[name] = file.get_tensor(key).to(attrgetter(name)(block).dtype)
         except Exception as error:  # of safetensors, of the system
             where = self.blocks.name_in_model(index, name)
             raise OSError(f"tensor {where} cannot be read: {type(error).__name__}: {error}") from error
@@ -109,13 +110,13 @@ class DiskBlocks:
 
 
 def _offloaded_weights(block: nn.Module) -> dict[str, tuple[Path, str]]:
-    """For each offloaded parameter of a block, by its name, the file that it is in, and its name there."""
+    """For each offloaded parameter, or mask, of a block, by its name, the file that it is in, and its name there."""
     places = {}
     for path, module in block.named_modules():
         weights: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights is not None:
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_meta:
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if tensor.is_meta:
                     entry = weights.dataset.index[weights.prefix + name]
                     place = Path(entry["safetensors_file"]), entry.get("weight_name", weights.prefix + name)
                     places[f"{path}.{name}".lstrip(".")] = place

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ...blocks import DecoderBlocks, find_blocks
 from ...blocks.experts import find_stacks
-from ...checkpoint import check_loaded
+from ...checkpoint import check_loaded, sparse_modules
 from ...checkpoint.files import WeightFiles, check_space
 from .blocks import DiskBlocks
 
@@ -57,7 +57,8 @@ def open_checkpoint(
     check_loaded(empty, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     if any(find_stacks(block) for block in empty.blocks):
         check_space(offload_folder, offload_space, "weights that are stored in another form than the model's")
-    model, _ = load(device_map=_device_map(empty, device), offload_folder=offload_folder)
+    masks = bool(sparse_modules(skeleton))  # of a source that is packed, which are buffers
+    model, _ = load(device_map=_device_map(empty, device), offload_folder=offload_folder, offload_buffers=masks)
     source.files.check()
     return model, DiskBlocks(empty.of(model), device, empty, source.files)
 

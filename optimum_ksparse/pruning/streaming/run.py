@@ -17,6 +17,7 @@ from ...checkpoint import changed_files, facts_of, find_weight_files, fingerprin
 from ...checkpoint.staging import check_places
 from ...config import SparsityConfig
 from ...data import load_tokenizer, save_tokenizer
+from ...pruners import METHODS
 from ...records import REPORT_NAME
 from ...report import SparsityReport
 from ...version import library_versions
@@ -114,7 +115,9 @@ class CheckpointRun:
             workspace=workspace,
             activation_memory=self.activation_memory,
         )
-        report = make_report(run(place, config))
+        job = run(place, config)
+        self.config = job.config  # with the pattern that was found, where one was
+        report = make_report(job)
         processes.once(lambda: self._finish(place, report))
 
     def _finish(self, place: DiskPlace, report: SparsityReport) -> None:
@@ -153,8 +156,10 @@ def _finished_report(workspace: Workspace, source_sha256: str, overwrite: bool) 
     report = SparsityReport.load(workspace.output / REPORT_NAME)
     values, _ = PreTrainedConfig.get_config_dict(workspace.output)
     job = workspace.journal.job
+    recognises = METHODS[job["settings"]["method"]].recognise is not None  # then the report has the pattern found
     same_dtype = job["dtype"] in ("auto", values.get("dtype"))
-    if report.source_fingerprint == source_sha256 and report.config == job["settings"] and same_dtype:
+    asked = {**job["settings"], "pattern": report.config["pattern"]} if recognises else job["settings"]
+    if report.source_fingerprint == source_sha256 and report.config == asked and same_dtype:
         try:
             find_weight_files(workspace.output)
             if changed := changed_files(workspace.output):

@@ -174,7 +174,7 @@ class Workspace:
         _write_index(final, model.num_parameters(), digests)
         settings: Any = getattr(model.config, "quantization_config", None)
         if settings is not None:
-            check_saved(model, final, settings.storage == "packed")
+            check_saved(model, final, settings.storage)
         sync_tree(final)
         files = {path.relative_to(final).as_posix(): path for path in final.rglob("*") if path.is_file()}
         self.journal.checksums |= {f"{FINAL}/{n}": digests.get(n) or sha256_of(path) for n, path in files.items()}
