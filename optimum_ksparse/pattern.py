@@ -147,12 +147,6 @@ class Pattern:
             return self.mask(scores)
         return self.mask(scores.reshape(1, -1)).view_as(scores)
 
-    def mask_of_zeros(self, weight: torch.Tensor, name: str = "weight") -> torch.Tensor:
-        """The mask of a weight [out, in] that has the pattern already. A kept weight may be zero: groups of `n:m`, and
-        the number of tiles, are filled up; any other mask needs no filling. Raises ValueError as `verify` does."""
-        self.verify(weight, name)
-        return weight != 0 if self.m is None and self.tile is None else self.mask(weight.abs())
-
     def verify(self, weight: torch.Tensor, name: str = "weight") -> None:
         """Checks that `weight` [out, in] has no more nonzero weights than the pattern allows.
 

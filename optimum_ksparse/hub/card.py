@@ -14,6 +14,7 @@ from ..kernels import GROUPS
 from ..pattern import Pattern
 from ..pruners import METHODS
 from ..pruners.allocation import LEFT_DENSE
+from ..pruners.existing import NOT_SPARSE
 from ..records import describe_source
 from ..report import SparsityReport
 from ..version import __version__, install_command
@@ -111,6 +112,8 @@ def _view_of_report(report: SparsityReport, dtype: str) -> dict[str, Any]:
         "holds_out": report.calibration.get("num_samples", 0) > 1,  # reconstruction does from two samples on
         "shows_errors": measured and not report.changes,
         "left_dense": LEFT_DENSE,
+        "not_sparse": NOT_SPARSE,
+        "found": pruner in METHODS and METHODS[pruner].recognise is not None,  # it was pruned elsewhere
         "has_kernels": all(name in GROUPS for name in report.patterns) and dtype in ("bfloat16", "float16"),
     }
 

@@ -35,7 +35,8 @@ def prune(weight: torch.Tensor, statistics: None, pattern: Pattern) -> tuple[tor
     Raises:
         ValueError: the weight does not have the pattern.
     """
-    mask = pattern.mask_of_zeros(weight)
+    pattern.verify(weight)
+    mask = pattern.mask(weight.abs()) if pattern.is_semi_structured or pattern.tile else weight != 0
     return weight.masked_fill(~mask, 0), mask
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..blocks import eager_experts, evaluation_mode
+from ..checkpoint import logical_parameters
 from ..checkpoint.bitmask import check_writable
 from ..config import SparsityConfig
 from ..data import CalibrationTokens, calibration_tokens, tell_default_text
@@ -36,7 +37,7 @@ def find(job: Job) -> None:
         for index, layers in enumerate(job.targets):
             check_writable(job.place.model, {job.blocks.name_in_model(index, name): layers[name] for name in layers})
     job.place.check_space(job.targets)
-    job.num_parameters = job.place.model.num_parameters()
+    job.num_parameters = logical_parameters(job.place.model)
 
 
 def draw(job: Job) -> None:

@@ -21,6 +21,7 @@ from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.pruners.scaled import to_rank
 from optimum_ksparse.study.recipe import pattern_label
 
+CHOOSING = [name for name, method in METHODS.items() if method.recognise is None]  # which zeros to make
 quick = settings(max_examples=60)
 
 
@@ -103,7 +104,7 @@ def test_parsing():
         Pattern("50%/2x4").check_shape(6, 9, "q_proj")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CHOOSING)
 def test_every_method_keeps_whole_blocks(method):
     torch.manual_seed(0)
     weight, x = torch.randn(12, 24), torch.randn(2, 40, 24) @ torch.randn(24, 24)

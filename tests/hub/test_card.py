@@ -23,6 +23,7 @@ from optimum_ksparse.hub.metadata import build_metadata
 from optimum_ksparse.hub.subject import CardSubject
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.pruners.allocation import LEFT_DENSE
+from optimum_ksparse.pruners.existing import NOT_SPARSE
 from optimum_ksparse.records import is_repo_id
 from optimum_ksparse.report import LayerReport, SparsityReport
 from optimum_ksparse.version import INSTALL_VARIABLE
@@ -110,7 +111,7 @@ def test_the_catalogue_is_complete() -> None:
 
 
 def test_every_method_is_cited_with_what_followed_it() -> None:
-    for name, method in METHODS.items():
+    for name, method in ((name, method) for name, method in METHODS.items() if method.recognise is None):
         assert method.citation.startswith("@misc{")
         assert method.citation in render_card(make_subject(make_report(name, refine=["swaps"])))
     card = render_card(make_subject(make_report(refine=["swaps"]), EvaluationResults("0", [kobest()])))
@@ -281,3 +282,25 @@ def test_what_is_linked_as_a_repository_can_be_one() -> None:
     for value in NASTY:
         assert not is_repo_id(value) or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value, re.ASCII)
         assert not is_repo_id(f"user/{value}\n")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_card_of_a_model_that_was_pruned_elsewhere_says_so(language: str) -> None:
+    report = make_report("existing")
+    report.skipped, report.calibration = {"layers.0.mlp.down_proj": NOT_SPARSE}, {}
+    card = " ".join(render_card(make_subject(report, None), language).split())
+    english = [
+        "It was not pruned here, and no weight was changed",
+        "Converted with",
+        "was not pruned here.",
+        NOT_SPARSE,
+    ]
+    korean = [
+        "여기서 가지치기하거나 가중치를 바꾸지 않았습니다",
+        "변환:",
+        "여기서 가지치기한 모델이 아니므로",
+        "8분의 1보다",
+    ]
+    assert all(text in card for text in (korean if language == "ko" else english))
+    assert "2:4" in card and "pruned to" not in card
+    assert "0.14" in render_card(make_subject(report, None, storage="compressed-tensors"), language)

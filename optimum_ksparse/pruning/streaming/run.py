@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ...checkpoint import changed_files, facts_of, find_weight_files, fingerprint
 from ...checkpoint.staging import check_places
-from ...config import SparsityConfig
+from ...config import SparsityConfig, recorded_settings
 from ...data import load_tokenizer, save_tokenizer
 from ...pruners import METHODS
 from ...records import REPORT_NAME
@@ -159,7 +159,8 @@ def _finished_report(workspace: Workspace, source_sha256: str, overwrite: bool) 
     recognises = METHODS[job["settings"]["method"]].recognise is not None  # then the report has the pattern found
     same_dtype = job["dtype"] in ("auto", values.get("dtype"))
     asked = {**job["settings"], "pattern": report.config["pattern"]} if recognises else job["settings"]
-    if report.source_fingerprint == source_sha256 and report.config == asked and same_dtype:
+    same_storage = (recorded_settings(values) or asked)["storage"] == asked["storage"]  # it may have been saved anew
+    if report.source_fingerprint == source_sha256 and report.config == asked and same_dtype and same_storage:
         try:
             find_weight_files(workspace.output)
             if changed := changed_files(workspace.output):
