@@ -21,6 +21,7 @@ from typing import Any
 
 PACKAGE = "optimum_ksparse"
 QUANT_METHOD = "optimum-ksparse"
+_FOREIGN = "compressed-tensors"
 _SWITCHES = ("KSPARSE_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
 _is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
 _undo: list[Callable[[], object]] = []
@@ -93,23 +94,31 @@ class _IsSparse(Exception):  # noqa: N818 (not an error)
     """Stops the loading of a checkpoint that turns out to be sparse."""
 
 
-class _Config:
-    """Stands where `SparsityConfig` will stand in transformers' table of quantization configs."""
+def _wait_for_config(module: ModuleType) -> None:
+    """Puts stand-ins into transformers' table of quantization configs: for this package's own, and for those of
+    compressed-tensors, of which it reads the sparse ones."""
+    table = getattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
+    for method in (QUANT_METHOD, _FOREIGN) if isinstance(table, dict) and QUANT_METHOD not in table else ():
+        theirs = table.get(method)
+        table[method] = _stand_in(table, method, theirs)
+        undo = functools.partial(table.pop, method)
+        _undo.append(undo if theirs is None else functools.partial(table.__setitem__, method, theirs))
 
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any], **kwargs: Any) -> Any:
+
+def _stand_in(table: dict[str, Any], method: str, theirs: Any) -> type:
+    """Stands for a config class until a config turns up that this package reads."""
+
+    def from_dict(cls: type, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not _is_ours(settings):
+            return theirs.from_dict(settings, *args, **kwargs)
         if _is_loading.get():
             raise _IsSparse
-        import optimum_ksparse
+        import optimum_ksparse  # noqa: F401 (puts its own into the table)
 
-        return optimum_ksparse.SparsityConfig.from_dict(settings, **kwargs)
+        return table[method].from_dict(settings, *args, **kwargs)
 
-
-def _wait_for_config(module: ModuleType) -> None:
-    table = getattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
-    if isinstance(table, dict) and QUANT_METHOD not in table:
-        table[QUANT_METHOD] = _Config
-        _undo.append(functools.partial(table.pop, QUANT_METHOD))
+    bases = () if theirs is None else (theirs,)
+    return type("_Config" if theirs is None else theirs.__name__, bases, {"from_dict": classmethod(from_dict)})
 
 
 def _wrap(module: ModuleType) -> None:
@@ -144,7 +153,16 @@ def _wrap(module: ModuleType) -> None:
 
 
 def _is_sparse(config: Any) -> bool:
-    """Whether a model's config is that of a checkpoint of ours, packed or dense."""
-    settings = getattr(config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    return method == QUANT_METHOD or isinstance(getattr(config, "ksparse", None), dict)
+    """Whether a model's config is that of a checkpoint that this package reads, packed or dense."""
+    return _is_ours(getattr(config, "quantization_config", None)) or isinstance(getattr(config, "ksparse", None), dict)
+
+
+def _is_ours(settings: Any) -> bool:
+    """Whether a `quantization_config` is one that this package reads, or refuses with a reason."""
+    if not isinstance(settings, dict):
+        return False
+    sparsity, method = settings.get("sparsity_config"), settings.get("quant_method")
+    form = sparsity.get("format") if isinstance(sparsity, dict) else None
+    is_dense = form is None or (form == "dense" and bool(settings.get("config_groups")))
+    is_foreign = method == _FOREIGN and (not is_dense or settings.get("format") == "marlin-24")
+    return method == QUANT_METHOD or is_foreign

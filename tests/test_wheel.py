@@ -23,6 +23,7 @@ import yaml
 
 from optimum_ksparse import SparsityConfig, evaluate_kobest, sparsify
 
+from .compressed_tensors import write, zero
 from .conftest import REPOSITORY, VOCABULARY, sample_texts
 
 
@@ -159,6 +160,15 @@ def with_what_was_loaded():
 def stored_dense(): check(AutoModelForCausalLM.from_pretrained("zeros"))
 def stored_dense_of_the_class(): check(LlamaForCausalLM.from_pretrained("zeros"))
 def a_decoder(): assert AutoModel.from_pretrained("packed").sparsity_report
+def of_compressed_tensors(): check(AutoModelForCausalLM.from_pretrained("foreign"))
+def dense_of_compressed_tensors(): check(LlamaForCausalLM.from_pretrained("stale"))
+def not_sparse_of_compressed_tensors():
+    config = {"quant_method": "compressed-tensors", "config_groups": {}, "sparsity_config": {}}
+    try:
+        assert AutoQuantizationConfig.from_dict(config).quant_method == "compressed-tensors"
+    except ImportError as error:  # where that package is not
+        assert "compressed-tensors" in str(error)
+    assert "optimum_ksparse" not in sys.modules
 def no_sparse_one():
     before = LlamaForCausalLM.from_pretrained.__func__
     check(AutoModelForCausalLM.from_pretrained("dense"), sparse=False)
@@ -192,7 +202,8 @@ for name, client in list(globals().items()):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, make_model, tokenizer) -> Path:
-    """One model dense, packed, dense-stored with its zeros, and a LoRA adapter of the packed one; logits of two."""
+    """One model dense, packed, dense-stored with its zeros and as compressed-tensors wrote it, packed and dense, and a
+    LoRA adapter of the packed one; logits of two."""
     from peft import LoraConfig, get_peft_model
 
     folder, tokens, logits = tmp_path_factory.mktemp("checkpoints"), torch.arange(8)[None], {}
@@ -205,6 +216,10 @@ def checkpoints(tmp_path_factory, make_model, tokenizer) -> Path:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     torch.save(logits, folder / "logits.pt")
+    zeros = make_model("llama", vocab_size=VOCABULARY + 64)
+    zero(zeros)
+    write(zeros, folder / "foreign", "sparse-24-bitmask")
+    write(zeros, folder / "stale", "dense")
     model.name_or_path = model.config._name_or_path = "packed"
     adapted = get_peft_model(
         model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)

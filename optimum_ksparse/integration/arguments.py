@@ -84,7 +84,7 @@ def _recorded_config(source: Source) -> SparsityConfig | None:
     """The settings with which a checkpoint was pruned; None for one that is not sparse."""
     config = source.arguments.get("config")
     if isinstance(config, PreTrainedConfig):
-        settings = getattr(config, "quantization_config", None) or getattr(config, DENSE_CONFIG_KEY, None)
+        settings: Any = getattr(config, "quantization_config", None) or getattr(config, DENSE_CONFIG_KEY, None)
         settings = settings if sparse_format(settings) is None else recorded_settings(vars(config))
     elif source.arguments.get("gguf_file") is not None or (source.name is None and config is None):
         return None

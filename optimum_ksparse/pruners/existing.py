@@ -16,9 +16,8 @@ from ..pattern import Pattern
 LEAST_ZEROS = Fraction(1, 8)
 NOT_SPARSE = "not sparse: its weight has fewer zeros than one in eight"
 _GROUP_SIZES = (4, 8, 16, 32)
-# n:m stores at most a third more values than there are nonzero ones: in a small layer unstructured zeros may keep to
-# 7:8 by chance.
-_LEAST_FILLED = Fraction(3, 4)
+# Of the values that n:m stores so many are nonzero: in a small layer unstructured zeros may keep to 7:8 by chance.
+_LEAST_FILLED = Fraction(9, 10)
 
 
 def prune(weight: torch.Tensor, statistics: None, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
