@@ -34,12 +34,13 @@ def recognise_patterns(job: Job) -> None:
         return job.processes.once(lambda: [(path, _pattern(job, layer)) for path, layer in layers.items()])
 
     def measure() -> Allocation:
-        return Allocation(dict(over_blocks("Recognising patterns", job, None, step)), {})
+        patterns = dict(over_blocks("Recognising patterns", job, None, step))
+        if not any(patterns.values()):
+            raise NotSparseError(f"no layer of {type(job.place.model).__name__} is sparse: all weights are dense")
+        return Allocation(patterns, {})
 
     job.allocation = job.place.measured("patterns", Allocation, measure)
     patterns = [pattern for pattern in job.allocation.patterns.values() if pattern is not None]
-    if not patterns:
-        raise NotSparseError(f"no layer of {type(job.place.model).__name__} is sparse: all weights are dense")
     job.config = job.config.changed(pattern=commonest(patterns))
     job.skipped |= leave_dense(job.blocks, job.targets, job.allocation, NOT_SPARSE)
 
