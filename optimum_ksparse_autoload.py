@@ -98,7 +98,9 @@ def _wait_for_config(module: ModuleType) -> None:
     """Puts stand-ins into transformers' table of quantization configs: for this package's own, and for those of
     compressed-tensors, of which it reads the sparse ones."""
     table = getattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
-    for method in (QUANT_METHOD, _FOREIGN) if isinstance(table, dict) and QUANT_METHOD not in table else ():
+    if not isinstance(table, dict) or QUANT_METHOD in table:
+        return
+    for method in (QUANT_METHOD, _FOREIGN):
         theirs = table.get(method)
         table[method] = _stand_in(table, method, theirs)
         undo = functools.partial(table.pop, method)
