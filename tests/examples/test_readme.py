@@ -33,6 +33,7 @@ NOT_RUN = {
     "vllm ": "needs vLLM; tests/serving runs it",
     "optimum-cli ksparse bench ": "multiplies layers of full size; test_bench runs it on small ones",
     "optimum-cli ksparse finetune ": "needs KorQuAD and KoAlpaca; test_korquad_finetuning and test_tuning train",
+    "optimum-cli ksparse convert RedHatAI/": "is not on the Hub of the tests; test_convert converts such models",
     "optimum-cli ksparse merge ": "needs the adapter of the fine-tuning; test_commands merges",
     "optimum-cli ksparse eval koalpaca-2of4 ": "needs NSMC; test_nsmc measures it",
     "optimum-cli ksparse study recipe.yaml": "takes minutes; test_study runs one (its --dry-run runs here)",

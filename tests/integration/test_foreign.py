@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +362,39 @@ def test_several_patterns_have_one_format_and_dense_layers_are_ignored(make_mode
     assert same(dense_state(again), dense_state(model))
     assert torch.equal(pack_mask(dense.model.layers[0].mlp.down_proj.weight != 0),
                        sparse_layers(again)["model.layers.0.mlp.down_proj"].weight_mask)  # fmt: skip
+
+
+# In an environment of its own: compressed-tensors==0.14.0 needs transformers<5.
+READ = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from compressed_tensors.compressors import ModelCompressor
+
+folder = sys.argv[1]
+expected = load_file(f"{folder}/expected.weights")
+read = dict(ModelCompressor.from_pretrained(folder).sparsity_compressor.decompress(folder))
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+for name, tensor in expected.items():
+    assert torch.equal(read[name], tensor) and torch.equal(model.get_parameter(name), tensor), name
+"""
+
+
+@pytest.mark.skipif(
+    "COMPRESSED_TENSORS_PYTHON" not in os.environ,
+    reason="COMPRESSED_TENSORS_PYTHON names no interpreter that has compressed-tensors 0.14 and transformers 4",
+)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+@pytest.mark.parametrize("left_dense", [[], ["down_proj"]])
+def test_compressed_tensors_itself_reads_what_is_written(make_pruned, tmp_path, pattern, left_dense):
+    settings = {"modules_to_not_convert": left_dense or None, "storage": "compressed-tensors"}
+    model = make_pruned("llama", pattern, torch.bfloat16, **settings)
+    model.save_pretrained(tmp_path)
+    weights = {f"{name}.weight": layer.to_dense_weight() for name, layer in sparse_layers(model).items()}
+    save_file(weights, tmp_path / "expected.weights")
+    command = [os.environ["COMPRESSED_TENSORS_PYTHON"], "-c", READ, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_compressed_tensors_cannot_read_is_refused_before_it_is_pruned(make_model, token_ids):
