@@ -98,8 +98,8 @@ class SparsityQuantizer(HfQuantizer):
         if isinstance(config, ForeignConfig):
             if distributed is not None:
                 raise ValueError(
-                    f"a sparse checkpoint of {COMPRESSED_TENSORS} is not split as it is: make it one of this package by "
-                    "`optimum-cli ksparse convert` first"
+                    f"a sparse checkpoint of {COMPRESSED_TENSORS} is not split as it is: make it one of this package "
+                    "first, by `optimum-cli ksparse convert`"
                 )
             check_targets(model, config.targets)
             config.layers = read_layers(model, checkpoint_files or ()) if headers else {}
