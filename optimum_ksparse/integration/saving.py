@@ -50,6 +50,11 @@ def save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
         bound = signature.bind(self, *args, **kwargs).arguments
         adapted = getattr(self, "_hf_peft_config_loaded", False)  # then transformers saves the adapter alone
         is_ours = is_sparse or (getattr(vars(self).get("ksparse"), "is_dequantized", False) and not adapted)
+        if is_sparse and bound.get("distributed_checkpoint"):
+            raise ValueError(
+                "a sparse model that is spread over processes is saved whole, by the first of them: leave "
+                "distributed_checkpoint out"
+            )
         is_main_process = self.should_save_on_this_rank(bound.get("is_main_process", True))
         if not is_ours or not is_main_process:
             with nullcontext() if is_sparse or adapted else without_record(self.config):

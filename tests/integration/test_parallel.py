@@ -120,6 +120,8 @@ def run(rank: int, folder: Path) -> None:
         results[f"text {case}"] = model.generate(ids[:1], max_new_tokens=8, do_sample=False)
         model.save_pretrained(folder / f"{case} saved")
         results[f"dense {case}"] = message(model.dequantize)
+        parts = {"save_directory": folder / f"{case} parts", "distributed_checkpoint": True}
+        results[f"parts {case}"] = message(lambda model=model, parts=parts: model.save_pretrained(**parts))
         results[f"tensor parallel {case}"] = step(model, ids)
     for case in FSDP:
         results[f"torch {case}"] = with_torch(folder, case, ids)
@@ -212,6 +214,9 @@ def test_accelerate_cannot_hand_out_a_packed_model_from_one_process(scene):
         assert "fsdp_cpu_ram_efficient_loading" in result["from one process"]
 
 
-def test_a_spread_model_is_not_made_dense(scene):
-    for result in scene[1]:
+def test_a_spread_model_is_neither_made_dense_nor_saved_in_parts(scene):
+    folder, results = scene
+    assert not (folder / f"{TENSOR_PARALLEL[0]} parts").exists()
+    for result in results:
+        assert "distributed_checkpoint" in result[f"parts {TENSOR_PARALLEL[0]}"]
         assert "load it in one process" in result[f"dense {TENSOR_PARALLEL[0]}"]
