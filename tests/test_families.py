@@ -81,6 +81,7 @@ def test_the_dense_outputs_of_shared_keys_and_values_are_the_models_own(gemma4, 
         torch.testing.assert_close(target, own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", thinned(["dense", "pruned", "mixed"], ["mixed"]))
 def test_shared_keys_and_values_with_reconstruction(gemma4, activations):
     settings = {"reconstruct": "block", "reconstruction_epochs": 1, "activations": activations}

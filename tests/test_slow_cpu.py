@@ -133,6 +133,7 @@ def test_results_say_it(
     assert row.protocol["dtype"] == "bfloat16" and row.environment["product_dtype"] == "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", thinned(["lora", "dora", "masked", "hira"], ["masked"]))
 def test_training_and_merging(
     make_pruned: MakeModel, token_ids: torch.Tensor, tmp_path: Path, method: str, slow_products: SlowProducts

@@ -43,6 +43,7 @@ def test_a_dense_source_without_a_tensor_is_refused_before_any_work(make_model, 
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["packed", "dense"])
 def test_a_sparse_checkpoint_without_a_tensor_is_refused(make_pruned, tmp_path, storage):
     changes: list[Callable[[Weights, str], Any]] = [

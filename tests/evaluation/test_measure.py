@@ -239,6 +239,7 @@ def test_missing_harness_is_found_before_any_work(
         evaluate_model(model, tokenizer, protocol)
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_is_what_was_measured(
     model: PreTrainedModel, tokenizer: Tokenizer, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

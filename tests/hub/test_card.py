@@ -255,6 +255,7 @@ def check_contained(value: str, language: str, adapter: bool) -> None:
     assert render_card(subject, language, existing=card) == card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", thinned(range(2), [0]))
 def test_nasty_values_are_plain_text(part: int) -> None:
     for number, value in enumerate(NASTY[part::2]):

@@ -238,6 +238,7 @@ def test_a_token_is_shown_nowhere(hub: LoopbackHub, quick: PreTrainedModel, capl
     assert "hf_MARKED" not in told.replace(r'"hf_MARKEDtoken\n"', "")
 
 
+@pytest.mark.slow
 def test_nothing_tells_of_the_machine(
     hub: LoopbackHub, base: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

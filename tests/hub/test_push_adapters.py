@@ -22,6 +22,7 @@ from .pushes import NAME, TEXT_ONLY, TOKEN, TOKENIZER_FILES, card_of, logits, lo
 pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["peft", "transformers"])
 def test_an_adapter(
     kind: str, hub: LoopbackHub, simple: Path, base: Path, token_ids: torch.Tensor, calls: Counter[str]

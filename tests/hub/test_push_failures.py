@@ -31,6 +31,7 @@ REQUESTS: dict[str, tuple[str, str]] = {
 }
 
 
+@pytest.mark.slow
 def test_an_error_that_stays(
     hub: LoopbackHub, quick: PreTrainedModel, simple: Path, naps: list[float], scratch: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_base_that_cannot_be_found(
     assert created(hub) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_uploaded_where_measuring_fails(
     hub: LoopbackHub, base: Path, quick: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +100,7 @@ def test_nothing_is_uploaded_where_measuring_fails(
     assert len(calls) == 3  # what had been measured was not measured again
 
 
+@pytest.mark.slow
 def test_results_of_other_weights_are_refused(
     hub: LoopbackHub, base: Path, quick: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -260,6 +260,7 @@ def test_speeds_on_disk_are_taken_by_the_next_process(clock):
     assert clock.asked == []
 
 
+@pytest.mark.slow
 def test_threads_choose_while_another_measures(clock):
     """What one thread looks up, another forgets in the middle of it."""
     clock.times = {"gemv": 1.0, "dot": 2.0}

@@ -116,6 +116,7 @@ def test_shapes_that_do_not_fit(x, a, b):
         masked_linear(torch.randn(2, 24), torch.randn(3, 24, device="meta"), torch.randn(5, 3), bits)
 
 
+@pytest.mark.slow
 def test_compiles():
     x, a, b, bits, values, mask = make(dtype=torch.float32)
     b.requires_grad_()

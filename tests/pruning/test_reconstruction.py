@@ -204,6 +204,7 @@ def test_an_error_gives_the_model_back(make_model, monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activations", "activation_memory", "is_cut"),
     thinned([(None, "4GB", False), ("pruned", 0, True), ("dense", "4GB", True)], ["pruned"]),

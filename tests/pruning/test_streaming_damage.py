@@ -139,6 +139,7 @@ def _left(workspace: Workspace) -> Any:
     return journal.phase, len(journal.blocks), len(journal.checksums), *can_load
 
 
+@pytest.mark.slow
 def test_a_file_in_place_of_the_folder_of_finished_files(
     source: Path, tmp_path: Path, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,7 @@ def test_figures_of_anything_that_is_read(name: str, error: float, tmp_path: Pat
     assert any(draw_figures(tmp_path, SparsityReport.load(tmp_path / REPORT_NAME), None).values())
 
 
+@pytest.mark.slow
 def test_results_with_any_field_changed_are_refused_by_name_or_shown(tmp_path: Path) -> None:
     results = make_results()
     del results.sparse[2:], results.dense[2:]

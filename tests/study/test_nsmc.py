@@ -164,6 +164,7 @@ def test_nan_is_no_figure(make_model: MakeModel, tokenizer: Tokenizer, data_dir:
         measure(model, tokenizer, data_dir=data_dir, limit=2)
 
 
+@pytest.mark.slow
 def test_data_are_read_from_the_hub(
     hub: LoopbackHub, data_dir: Path, make_model: MakeModel, tokenizer: Tokenizer
 ) -> None:

@@ -325,6 +325,7 @@ def test_cells_hold_what_pruning_and_measuring_by_hand_give(in_process):
     assert streamed.cells[first.id].figures["perplexity"] == first.figures["perplexity"]
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_cut_off_goes_on_from_its_last_stage(in_process, monkeypatch):
     chosen = recipe(methods=["wanda"], patterns=["2:4"], seeds=[0], keep_checkpoints=True)
     measure = cell_module.evaluate_model
