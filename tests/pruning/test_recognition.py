@@ -17,6 +17,7 @@ from optimum_ksparse.checkpoint import fingerprint, sparse_layers
 from optimum_ksparse.pruning.streaming import Workspace
 
 from ..compressed_tensors import FORMATS, write, zero
+from ..conftest import thinned
 from .test_streaming import contents, fails
 
 STORAGES = ["packed", "dense", "compressed-tensors"]
