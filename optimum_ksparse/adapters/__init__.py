@@ -62,4 +62,5 @@ def __getattr__(name: str) -> Any:
     if name not in _WITH_PEFT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require_peft()
+    importlib.import_module("peft")  # first: when it is there, patches import modules of this room
     return getattr(importlib.import_module(f".{_WITH_PEFT[name]}", __name__), name)

@@ -265,8 +265,9 @@ def test_adapters_are_saved_and_loaded(folder, tmp_path, token_ids, method):
 
 
 FRESH = """
-import sys, torch, optimum_ksparse
+import sys, optimum_ksparse
 assert "peft" not in sys.modules
+{first}
 from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
 layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -275,10 +276,11 @@ print(type(layer).__name__, layer.is_masked("default"))
 
 
 @pytest.mark.processes
-def test_a_masked_adapter_in_a_fresh_process(folder, tmp_path):
-    """`AutoPeftModel` reads the adapter's settings before a sparse layer is made."""
+@pytest.mark.parametrize("first", ["", "from optimum_ksparse.adapters import SparseLoraConfig"], ids=["peft", "ours"])
+def test_a_masked_adapter_in_a_fresh_process(folder, tmp_path, first):
+    """`AutoPeftModel` reads the adapter's settings before a sparse layer is made; either may import PEFT."""
     adapted(AutoModelForCausalLM.from_pretrained(folder), "masked").save_pretrained(tmp_path)
-    command = [sys.executable, "-c", FRESH, str(tmp_path)]
+    command = [sys.executable, "-c", FRESH.format(first=first), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.stdout.split() == ["SparseLoraLinear", "True"], done.stderr
 
