@@ -21,8 +21,9 @@ from typing import Any
 
 PACKAGE = "optimum_ksparse"
 QUANT_METHOD = "optimum-ksparse"
+# What stands in the config of packed weights for the name of their file: it stops any transformers that reads it.
+GUARD = "packed sparse weights, for which you need: pip install optimum-ksparse"
 _FOREIGN = "compressed-tensors"
-_SWITCHES = ("KSPARSE_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
 _is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
 _undo: list[Callable[[], object]] = []
 
@@ -45,8 +46,9 @@ def describe() -> str:
     """Whether sparse checkpoints load without an import where this is installed, in a sentence."""
     from importlib.metadata import entry_points
 
-    if name := next((name for name in _SWITCHES if os.environ.get(name) == "0"), None):
-        return f"sparse checkpoints load after `import {PACKAGE}` alone, because {name}=0"
+    for name, is_off in (("KSPARSE_AUTOLOAD", "0".__eq__), ("TORCH_DEVICE_BACKEND_AUTOLOAD", "1".__ne__)):
+        if is_off(value := os.environ.get(name, "1")):
+            return f"sparse checkpoints load after `import {PACKAGE}` alone, because {name}={value}"
     if not any(entry.value.startswith(__name__) for entry in entry_points(group="torch.backends")):
         return f"sparse checkpoints load after `import {PACKAGE}` alone, because {QUANT_METHOD} is not installed"
     return "sparse checkpoints load without an import"
@@ -71,15 +73,18 @@ class _Waiting(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != self.name:
             return None
-        others = (finder for finder in sys.meta_path if not isinstance(finder, _Waiting))
+        others = [finder for finder in sys.meta_path if not isinstance(finder, _Waiting)]
+        others = [finder for finder in others if hasattr(finder, "find_spec")]  # as Python asks
         spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _forget(self)
-                self.act(module)
+                # Once: another finder may ask this one too, and the loader of a zip file is that of many modules.
+                if module.__name__ == name and self in sys.meta_path:
+                    _forget(self)
+                    self.act(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -131,15 +136,23 @@ def _wrap(module: ModuleType) -> None:
     if owner is None or not isinstance(method, classmethod):
         return
     original = method.__func__
+    is_inner = False
 
     @functools.wraps(original)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if is_inner:
+            return original(cls, *args, **kwargs)
         ours = "sparsity_config" in kwargs or "runtime_config" in kwargs or _is_sparse(kwargs.get("config"))
+        ours = ours or not _undo  # withdrawn, it is called by whoever has kept it
         if not ours:
             token = _is_loading.set(True)
             try:
                 loaded = original(cls, *args, **kwargs)
             except _IsSparse:
+                ours = True
+            except ValueError as error:  # a part of the config alone was read, as by the text model of another
+                if GUARD not in str(error):
+                    raise
                 ours = True
             finally:
                 _is_loading.reset(token)
@@ -150,8 +163,15 @@ def _wrap(module: ModuleType) -> None:
             return vars(owner)["from_pretrained"].__func__(cls, *args, **kwargs)
         return loaded
 
-    owner.from_pretrained = classmethod(from_pretrained)
-    _undo.append(functools.partial(setattr, owner, "from_pretrained", method))
+    def undo() -> None:
+        nonlocal is_inner
+        is_inner = vars(owner)["from_pretrained"] is not wrapper  # somebody has wrapped it, and keeps calling it
+        if not is_inner:
+            owner.from_pretrained = method
+
+    wrapper: Any = classmethod(from_pretrained)
+    owner.from_pretrained = wrapper
+    _undo.append(undo)
 
 
 def _is_sparse(config: Any) -> bool:

@@ -8,6 +8,7 @@ import importlib.util
 import subprocess
 import sys
 import tomllib
+import zipfile
 
 import pytest
 from transformers import PreTrainedModel
@@ -76,7 +77,41 @@ def test_looking_for_a_module_is_no_import(tmp_path, monkeypatch):
     del sys.modules["waited_for"]
 
 
-@pytest.mark.parametrize("name", ["KSPARSE_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
-def test_a_switch_is_named(monkeypatch, name):
-    monkeypatch.setenv(name, "0")
-    assert f"{name}=0" in autoload.describe()
+class _Another:
+    """A finder that asks all the others, as those of tracers do."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "waited_for" or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        return importlib.util.find_spec(name)
+
+
+class _Earlier:
+    """A finder of before Python 3.4."""
+
+    def find_module(self, name, path=None):
+        return None
+
+
+def test_other_finders_and_loaders_of_many_modules(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "modules.zip", "w") as archive:
+        archive.writestr("waited_for.py", "import another_module")
+        archive.writestr("another_module.py", "")
+    monkeypatch.syspath_prepend(tmp_path / "modules.zip")
+    monkeypatch.setattr(sys, "meta_path", [_Another(), _Earlier(), *sys.meta_path])
+    seen: list[str] = []
+    autoload.when_imported("waited_for", lambda module: seen.append(module.__name__))
+    importlib.import_module("waited_for")
+    assert seen == ["waited_for"]
+    for name in ("waited_for", "another_module"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["KSPARSE_AUTOLOAD=0", "TORCH_DEVICE_BACKEND_AUTOLOAD=0", "TORCH_DEVICE_BACKEND_AUTOLOAD=false"],
+)
+def test_a_switch_is_named(monkeypatch, setting):
+    monkeypatch.setenv(*setting.split("="))
+    assert setting in autoload.describe()

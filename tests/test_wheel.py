@@ -140,6 +140,7 @@ import copy, os, sys, warnings
 import torch, transformers
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Trainer, pipeline
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
 
 tokens, expected = torch.arange(8)[None], torch.load("logits.pt")
@@ -185,6 +186,19 @@ def an_adapter_on_a_base():
 def pruned_by_plain_settings():
     settings = {"method": "magnitude", "pattern": "2:4"}
     assert AutoModelForCausalLM.from_pretrained("dense", sparsity_config=settings).sparsity_report.density == 0.5
+def of_a_function_that_was_kept():
+    load = LlamaForCausalLM.from_pretrained
+    for name in ("packed", "packed", "zeros"): check(load(name))
+def wrapped_by_others():
+    theirs, calls = PreTrainedModel.from_pretrained.__func__, []
+    def load(cls, *args, **kwargs):
+        calls.append(cls)
+        return theirs(cls, *args, **kwargs)
+    PreTrainedModel.from_pretrained = classmethod(load)
+    for _ in range(2):
+        calls.clear()
+        check(LlamaForCausalLM.from_pretrained("packed"))
+        assert calls
 def two_and_an_import():
     check(AutoModelForCausalLM.from_pretrained("packed"))
     import optimum_ksparse

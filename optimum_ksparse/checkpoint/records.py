@@ -12,6 +12,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from optimum_ksparse_autoload import GUARD
+
 from ..blocks import decoder_of
 from ..config import DENSE_CONFIG_KEY, MODULE_NAMES, QUANT_METHOD, SparsityConfig
 from ..records import describe_source
@@ -22,7 +24,6 @@ from .modules import sparse_modules, stored_name
 # stops it, with a message that ends in it, even where `ignore_mismatched_sizes` would make random weights of packed
 # ones. This package takes it out of what is read.
 _WEIGHTS_ENTRY = "transformers_weights"
-_HOW_TO_READ = "packed sparse weights, for which you need: pip install optimum-ksparse"
 
 
 def made_with(model: PreTrainedModel) -> SparsityConfig | None:
@@ -57,17 +58,28 @@ def record_layers(model: PreTrainedModel, config: SparsityConfig) -> None:
     config.layers, config.names = layer_records(model), MODULE_NAMES
 
 
-def guard_packed(folder: Path) -> None:
-    """Lets no transformers without this package read the packed weights in `folder`; the error names the package."""
+def guard_packed(folder: Path, config: PreTrainedConfig) -> None:
+    """Lets no transformers without this package read the packed weights in `folder`; the error names the package. The
+    part of a config that a text model alone reads is guarded too.
+
+    Args:
+        config: that lies in `folder`.
+    """
     path = folder / CONFIG_NAME
-    settings = {**json.loads(path.read_text("utf-8")), _WEIGHTS_ENTRY: _HOW_TO_READ}
+    settings = json.loads(path.read_text("utf-8"))
+    text = config.get_text_config(decoder=True)
+    parts = (settings[name] for name in config.sub_configs if name in settings and getattr(config, name) is text)
+    for part in (settings, *parts):
+        part[_WEIGHTS_ENTRY] = GUARD
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def drop_guard(settings: dict[str, Any]) -> None:
-    """Takes out of what a `config.json` holds what `guard_packed` put there."""
-    if settings.get(_WEIGHTS_ENTRY) == _HOW_TO_READ:
-        del settings[_WEIGHTS_ENTRY]
+    """Takes out of what a `config.json` holds, or the attributes of a config, what `guard_packed` put there."""
+    for part in (settings, *settings.values()):
+        values = vars(part) if isinstance(part, PreTrainedConfig) else part
+        if isinstance(values, dict) and values.get(_WEIGHTS_ENTRY) == GUARD:
+            del values[_WEIGHTS_ENTRY]
 
 
 @contextmanager

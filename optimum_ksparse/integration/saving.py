@@ -102,7 +102,7 @@ def _save(
         if config is not None and is_sparse and not adapted and not is_elsewhere(model):
             check_saved(model, staging, config.storage)
         if config is not None and is_sparse and not adapted and config.storage == "packed":
-            guard_packed(staging)
+            guard_packed(staging, model.config)
         if adapted:
             record(model, staging)
         for entry in settled_records(model, state_dict):

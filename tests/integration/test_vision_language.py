@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,3 +106,14 @@ def test_merge(sparse, tmp_path):
     words = ["merge", tmp_path / "adapter", tmp_path / "merged", "--base", sparse]
     assert main([str(word) for word in words]) == 0
     assert holds_all(tmp_path / "merged")
+
+
+@pytest.mark.processes
+def test_without_the_plugin_its_text_model_alone_is_not_made_of_random_weights(sparse):
+    script = "import sys, transformers; transformers.Qwen3VLTextModel.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", script, sparse], capture_output=True, text=True, cwd=sparse)
+    assert done.returncode == 1 and "pip install optimum-ksparse" in done.stderr.splitlines()[-1]
+    with pytest.raises(ValueError, match="load it with the class that it was saved from"):
+        transformers.Qwen3VLTextModel.from_pretrained(sparse)
+    config = transformers.AutoConfig.from_pretrained(sparse)
+    assert not hasattr(config, "transformers_weights") and not hasattr(config.text_config, "transformers_weights")
