@@ -6,6 +6,8 @@ a script, in a process that has imported this package: for places where it canno
 
 from __future__ import annotations
 
+import functools
+import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -27,8 +29,14 @@ def parse(words: Sequence[str] | None = None, prog: str = PROGRAM) -> Command:
 def program(word: str) -> Callable[[], Any] | None:
     """What runs a Python script, or a program that an installed package has; None for a word of neither."""
     if word.endswith(".py"):
-        return lambda: runpy.run_path(word, run_name="__main__")
+        return functools.partial(_run_script, word)
     return next((entry.load() for entry in entry_points(group="console_scripts", name=word)), None)
+
+
+def _run_script(path: str) -> None:
+    if not sys.flags.safe_path:  # as Python does, that it finds what lies beside it
+        sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
+    runpy.run_path(path, run_name="__main__")
 
 
 def main(words: Sequence[str] | None = None, prog: str = PROGRAM) -> int:

@@ -272,8 +272,12 @@ def test_turned_off_nothing_reads_packed_weights_as_others_and_the_launcher_load
     for arguments in ("{}", "{'ignore_mismatched_sizes': True}"):
         done = run_client(environment, checkpoints, "load.py", arguments, **{switch: "0"})
         assert done.returncode == 1 and "pip install optimum-ksparse" in done.stderr.splitlines()[-1]
-    done = run_client(environment, checkpoints, "-m", "optimum_ksparse", "load.py", "{}", **{switch: "0"})
-    assert done.stdout.split() == ["True"], done.stderr
+    (checkpoints / "scripts").mkdir(exist_ok=True)
+    (checkpoints / "scripts" / "beside.py").write_text(LOAD)
+    (checkpoints / "scripts" / "start.py").write_text("import beside")
+    for script in ("load.py", "scripts/start.py"):
+        done = run_client(environment, checkpoints, "-m", "optimum_ksparse", script, "{}", **{switch: "0"})
+        assert done.stdout.split() == ["True"], done.stderr
     done = run_client(environment, checkpoints, "-m", "optimum_ksparse", "info", "packed", **{switch: "0"})
     assert f"{switch}=0" in done.stdout
 
