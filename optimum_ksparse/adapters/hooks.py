@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.hira.model import HiraModel
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
-from transformers.utils import logging
+from transformers.utils import ADAPTER_CONFIG_NAME, logging
 
+from ..data import find_file
 from ..nn import SparseLinear
 from .config import with_mask
 from .layers import SPARSE_LAYERS, SparseHiraLinear, SparseLoraLinear
@@ -100,8 +102,8 @@ def save_pretrained(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def load_adapter(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses the adapter of another model; one that was trained over other masks is warned of, and its layers
-    remember it when they are to be merged."""
+    """Refuses the adapter of another model, and a masked one with settings that lost it; one that was trained over
+    other masks is warned of, and its layers remember it when they are to be merged."""
     signature = inspect.signature(load)
 
     @functools.wraps(load)
@@ -113,6 +115,7 @@ def load_adapter(load: Callable[..., Any]) -> Callable[..., Any]:
         name, options = given["adapter_name"], given.get("kwargs", {})
         if self.peft_config[name].peft_type in (PeftType.LORA, PeftType.HIRA):
             _check_whole(result, self.peft_config[name].peft_type, name)
+            _check_settings(self.peft_config[name], given["model_id"], name, options)
         why = mismatch(self, read_record(given["model_id"], **options), name)
         if why is not None:
             logger.warning(why)
@@ -133,6 +136,16 @@ def _check_whole(result: Any, kind: PeftType, name: str) -> None:
         raise ValueError(
             f"adapter {name!r}: tensor {min(missing or unexpected)}: the adapter was made for another base model, or "
             "with other settings than its adapter_config.json has"
+        )
+
+
+def _check_settings(config: Any, source: Any, name: str, options: dict[str, Any]) -> None:
+    """Raises ValueError where an adapter is masked, and its settings were read when PEFT could not know that."""
+    path = None if hasattr(config, "masked") else find_file(source, ADAPTER_CONFIG_NAME, quiet=True, **options)
+    if path is not None and json.loads(Path(path).read_text("utf-8")).get("masked"):
+        raise ValueError(
+            f"adapter {name!r} is masked, and its config= is a {type(config).__name__}, which does not say so: leave "
+            "config= out, or import optimum_ksparse before its settings are read"
         )
 
 

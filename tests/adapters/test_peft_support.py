@@ -285,6 +285,16 @@ def test_a_masked_adapter_in_a_fresh_process(folder, tmp_path, first):
     assert done.stdout.split() == ["SparseLoraLinear", "True"], done.stderr
 
 
+def test_settings_that_have_lost_that_an_adapter_is_masked(folder, tmp_path):
+    """As PEFT reads them in a process into which the package comes with the base."""
+    adapted(AutoModelForCausalLM.from_pretrained(folder), "masked").save_pretrained(tmp_path / "adapter")
+    read = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    plain = peft.LoraConfig(task_type="CAUSAL_LM", r=read.r, target_modules=read.target_modules)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="masked"):
+        peft.PeftModel.from_pretrained(base, tmp_path / "adapter", config=plain)
+
+
 def test_an_adapter_of_another_model(make_pruned, make_model, tmp_path):
     wide = make_model("llama", intermediate_size=96, num_hidden_layers=3)
     peft.get_peft_model(wide, peft.LoraConfig(target_modules=["up_proj"], r=2)).save_pretrained(tmp_path / "wide")
