@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py "$(MODEL)" "$(PATTERN)" "$(METHOD)" "$(DEMO_DIR)"
 
 # Processes with a thread each: two threads of one mostly wait for each other. One more of them than two cores, because
-# many tests wait for processes of their own: 8 minutes.
+# many tests wait for processes of their own: 6 minutes.
 test: $(VENV)/.dev check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not vllm"
 

@@ -156,6 +156,13 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)
 
 
+@pytest.fixture
+def without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that a test starts are as those of somebody who has not installed this package, until they import
+    it."""
+    monkeypatch.setenv("KSPARSE_AUTOLOAD", "0")
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., PreTrainedModel]:
     """Makes a tiny random causal LM: `make_model("llama", dtype=torch.bfloat16, num_hidden_layers=3)`."""

@@ -119,6 +119,7 @@ for folder in folders:
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("without_the_package")
 def test_without_the_plugin_packed_stops_and_dense_gives_the_same_logits(make_sparse, tmp_path, token_ids):
     models = {"packed": make_sparse(), "dense": make_sparse(storage="dense")}
     models["dequantized"] = make_sparse(dtype=torch.bfloat16).dequantize()

@@ -109,6 +109,7 @@ def test_merge(sparse, tmp_path):
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("without_the_package")
 def test_without_the_plugin_its_text_model_alone_is_not_made_of_random_weights(sparse):
     script = "import sys, transformers; transformers.Qwen3VLTextModel.from_pretrained(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", script, sparse], capture_output=True, text=True, cwd=sparse)

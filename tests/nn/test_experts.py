@@ -178,6 +178,7 @@ def test_stacks_are_pruned_saved_and_loaded_in_both_storages(kind: str, tmp_path
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("without_the_package")
 def test_dense_storage_is_the_ordinary_format_and_loads_without_the_plugin(tmp_path: Path) -> None:
     kinds = ["mixtral", "granitemoe"]
     expected = {}
