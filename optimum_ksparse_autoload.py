@@ -20,10 +20,12 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = "optimum_ksparse"
-QUANT_METHOD = "optimum-ksparse"
+QUANT_METHOD, COMPRESSED_TENSORS = "optimum-ksparse", "compressed-tensors"
+# Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes
+# would choke on the keyword argument of that name.
+DENSE_CONFIG_KEY = "ksparse"
 # What stands in the config of packed weights for the name of their file: it stops any transformers that reads it.
 GUARD = "packed sparse weights, for which you need: pip install optimum-ksparse"
-_FOREIGN = "compressed-tensors"
 _is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
 _undo: list[Callable[[], object]] = []
 
@@ -105,7 +107,7 @@ def _wait_for_config(module: ModuleType) -> None:
     table = getattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
     if not isinstance(table, dict) or QUANT_METHOD in table:
         return
-    for method in (QUANT_METHOD, _FOREIGN):
+    for method in (QUANT_METHOD, COMPRESSED_TENSORS):
         theirs = table.get(method)
         table[method] = _stand_in(table, method, theirs)
         undo = functools.partial(table.pop, method)
@@ -176,7 +178,8 @@ def _wrap(module: ModuleType) -> None:
 
 def _is_sparse(config: Any) -> bool:
     """Whether a model's config is that of a checkpoint that this package reads, packed or dense."""
-    return _is_ours(getattr(config, "quantization_config", None)) or isinstance(getattr(config, "ksparse", None), dict)
+    stored_dense = isinstance(getattr(config, DENSE_CONFIG_KEY, None), dict)
+    return stored_dense or _is_ours(getattr(config, "quantization_config", None))
 
 
 def _is_ours(settings: Any) -> bool:
@@ -186,5 +189,5 @@ def _is_ours(settings: Any) -> bool:
     sparsity, method = settings.get("sparsity_config"), settings.get("quant_method")
     form = sparsity.get("format") if isinstance(sparsity, dict) else None
     is_dense = form is None or (form == "dense" and bool(settings.get("config_groups")))
-    is_foreign = method == _FOREIGN and (not is_dense or settings.get("format") == "marlin-24")
+    is_foreign = method == COMPRESSED_TENSORS and (not is_dense or settings.get("format") == "marlin-24")
     return method == QUANT_METHOD or is_foreign

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypedDict, TypeVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optimum_ksparse_autoload import QUANT_METHOD
+from optimum_ksparse_autoload import DENSE_CONFIG_KEY, QUANT_METHOD
 
 from .checks import check_boolean, check_integer, check_keys, check_names, check_one_of
 from .data import CalibrationData
@@ -31,9 +31,6 @@ from .records import (
     sparse_format,
 )
 
-# Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes
-# would choke on the keyword argument of that name.
-DENSE_CONFIG_KEY = "ksparse"
 # The settings by which a sparse model that this package has not made is read.
 FOREIGN_RECORD = {"quant_method": QUANT_METHOD, "method": "existing"}
 # Setting → its values, where they are a few.

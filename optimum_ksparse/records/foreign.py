@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from optimum_ksparse_autoload import COMPRESSED_TENSORS
+
 from .files import printable
 
-COMPRESSED_TENSORS = "compressed-tensors"
 TWO_OF_FOUR, BITMASK, DENSE = "sparse-24-bitmask", "sparse-bitmask", "dense"
 # Layers packed to 2:4, packed by any mask, or dense with zeros in them.
 FORMATS = (TWO_OF_FOUR, BITMASK, DENSE)
