@@ -18,6 +18,7 @@ ROOMS = [
     ["pattern"],
     ["records"],
     ["packing"],
+    ["quantization"],
     ["kernels"],
     ["nn"],
     ["pruners"],
