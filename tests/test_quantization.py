@@ -12,7 +12,9 @@ from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.quantization import LIMITS, dequantize, pack_integers, unpack_integers
 
 
-@given(values=st.sampled_from(sorted(LIMITS)), rows=st.integers(0, 4), count=st.integers(0, 17), seed=st.integers(0, 99))
+@given(
+    values=st.sampled_from(sorted(LIMITS)), rows=st.integers(0, 4), count=st.integers(0, 17), seed=st.integers(0, 99)
+)
 def test_packed_integers_are_unpacked(values: str, rows: int, count: int, seed: int) -> None:
     low, high = LIMITS[values]
     generator = torch.Generator().manual_seed(seed)
