@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import torch
 
-from .packing import unpack, unpack_mask
+from .packing import unpack_mask
 
 # Least and greatest integer of a type of values.
 LIMITS = {"int8": (-127, 127), "int4": (-8, 7)}
+BITS = {"int8": 8, "int4": 4}
 # dtype of the packed tensor → its type of values.
 TYPES = {torch.int8: "int8", torch.uint8: "int4"}
 # A group begins where eight bytes of the mask do, which native code reads at a time.
@@ -42,7 +43,9 @@ def unpack_integers(packed: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def by_column(scale: torch.Tensor, group_size: int, in_features: int) -> torch.Tensor:
-    """The scale of each weight [out, in_features]."""
+    """The scale of each weight: [out, in_features], or [out, 1] where a row has one."""
+    if scale.shape[1] == 1:
+        return scale
     return scale.repeat_interleave(group_size, dim=1)[:, :in_features]
 
 
@@ -51,8 +54,9 @@ def dequantize(
 ) -> torch.Tensor:
     """The dense weight [out, in_features] in the dtype of `scale`: each integer times its scale, rounded once."""
     mask = unpack_mask(bits, in_features)
-    count = int(mask.sum())
-    per_row = count // len(bits) if packed.dim() == 2 and len(bits) else count
-    integers = unpack_integers(packed, per_row).reshape(-1).float()
-    wide = unpack(integers, bits, in_features) * by_column(scale, group_size, in_features)
-    return wide.to(scale.dtype)
+    halves = packed.dtype is torch.uint8
+    # Rows of n:m keep equally many; behind the last value of a flat tensor nothing is read.
+    per_row = int(mask[:1].sum()) if halves and packed.dim() == 2 else 2 * packed.numel()
+    integers = unpack_integers(packed, per_row).to(scale.dtype)  # exact in every dtype
+    weight = torch.zeros(mask.shape, dtype=scale.dtype, device=scale.device).masked_scatter_(mask, integers)
+    return weight.mul_(by_column(scale, group_size, in_features))

@@ -10,6 +10,6 @@ from .cpu import NativeWeight, why_not_native
 from .dispatch import BUCKETS, DENSE, bucket, choose, forget, measure, measured, prepare, time_dense, time_kernels
 from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values
-from .operators import apply, decompress, gains_natively, linear, native_weight, runs_plainly
+from .operators import apply, decompress, differentiable, gains_natively, linear, native_weight, runs_plainly
 from .products import fast_products, mm, product_dtype
 from .timing import sample_weights, time_calls

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from ..packing import unpack
 from ..pattern import Pattern
+from ..quantization import BITS, TYPES, dequantize
 from . import hardware
 from .cpu import DTYPES, NativeWeight, why_not_native
 from .hardware import on_device_of
@@ -36,23 +37,53 @@ Config = dict[str, Any]
 
 
 class PackedWeight(NamedTuple):
-    """A packed weight (table in `packing`), and torch's semi-structured form of it, where a layer keeps that: the
-    `values` then are a view of it, and it counts for nothing where they are not."""
+    """A packed weight (tables in `packing`, and with a `scale` in `quantization`), and torch's semi-structured form of
+    it, where a layer keeps that: the `values` then are a view of it, and it counts for nothing where they are not."""
 
     values: torch.Tensor
     bits: torch.Tensor
     in_features: int
     pattern: str
     library: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    group_size: int = 0
 
     @property
     def out_features(self) -> int:
         return self.bits.shape[0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return self.values.dtype if self.scale is None else self.scale.dtype
+
+    @property
+    def value_type(self) -> str | None:
+        """The type of quantised values, such as "int8"; None of others."""
+        return None if self.scale is None else TYPES[self.values.dtype]
+
+    def cast(self, dtype: torch.dtype) -> PackedWeight:
+        """The weight for products in another dtype."""
+        if self.scale is None:
+            return self._replace(values=self.values.to(dtype))
+        return self._replace(scale=self.scale.to(dtype))
+
+    def dense(self) -> torch.Tensor:
+        """The weight [out, in], in plain PyTorch."""
+        if self.scale is None:
+            return unpack(self.values, self.bits, self.in_features)
+        return dequantize(self.values, self.bits, self.in_features, self.scale, self.group_size)
+
     def problem(self, tokens: int) -> Problem:
         """What there is to compute for an input of so many tokens."""
         return Problem(
-            self.out_features, self.in_features, tokens, self.pattern, self.values.dtype, self.values.device
+            self.out_features,
+            self.in_features,
+            tokens,
+            self.pattern,
+            self.dtype,
+            self.values.device,
+            self.value_type,
         )
 
     @property
@@ -63,7 +94,8 @@ class PackedWeight(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """A product to compute: W [out, in] of a pattern and dtype on a device, with so many tokens."""
+    """A product to compute: W [out, in] of a pattern and dtype on a device, with so many tokens; of quantised values,
+    of which type they are."""
 
     out_features: int
     in_features: int
@@ -71,6 +103,7 @@ class Problem:
     pattern: str
     dtype: torch.dtype
     device: torch.device
+    value_type: str | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -79,13 +112,15 @@ class Problem:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of W packed: kept values, and a bit for each weight."""
+        """Bytes of W packed, without scales: kept values, and a bit for each weight."""
         weights = self.out_features * self.in_features
-        return int(weights * (Pattern(self.pattern).density * self.dtype.itemsize + 1 / 8))
+        value_bytes = self.dtype.itemsize if self.value_type is None else BITS[self.value_type] / 8
+        return int(weights * (Pattern(self.pattern).density * value_bytes + 1 / 8))
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.pattern} {dtype} {self.out_features}x{self.in_features} t{self.tokens}"
+        values = "" if self.value_type is None else f"{self.value_type} "
+        return f"{self.pattern} {values}{dtype} {self.out_features}x{self.in_features} t{self.tokens}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +169,18 @@ def _why_not_packed(problem: Problem) -> str | None:
         reason = f"there are kernels for {' and '.join(GROUPS)}, not for {problem.pattern}"
     elif reason is None and problem.dtype not in (torch.bfloat16, torch.float16):
         reason = f"the kernels take bfloat16 and float16, not {problem.dtype}"
+    elif reason is None:
+        reason = _why_not_quantised(problem)
     return reason
+
+
+def _why_not_quantised(problem: Problem) -> str | None:
+    """What kernels without quantised values say of them."""
+    return (
+        None
+        if problem.value_type is None
+        else f"it takes values in the dtype of the products, not {problem.value_type}"
+    )
 
 
 def _why_not_gemv(problem: Problem) -> str | None:
@@ -154,6 +200,8 @@ def _why_not_library(problem: Problem) -> str | None:
         return f"torch's semi-structured tensors are 2:4, not {problem.pattern}"
     if not torch.backends.cusparselt.is_available():
         return "this torch has no cuSPARSELt"
+    if (reason := _why_not_quantised(problem)) is not None:
+        return reason
     limits = torch.sparse.SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS.get(problem.dtype)
     if limits is None:
         return f"torch's semi-structured tensors do not take {problem.dtype}"
@@ -265,7 +313,7 @@ def _why_not_native(problem: Problem) -> str | None:
         return f"native code is for CPUs, not for {problem.device.type}"
     if problem.dtype not in DTYPES:
         return f"native code takes float32, bfloat16 and float16, not {problem.dtype}"
-    return why_not_native()
+    return _why_not_quantised(problem) or why_not_native()
 
 
 def _run_native(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -274,7 +322,7 @@ def _run_native(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 
 
 def _run_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    return linear(x, unpack(weight.values, weight.bits, weight.in_features), bias)
+    return linear(x, weight.dense(), bias)
 
 
 KERNELS: dict[str, Kernel] = {

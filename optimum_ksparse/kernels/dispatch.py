@@ -48,13 +48,14 @@ def choose(weight: PackedWeight, tokens: int, kernel: str = "auto") -> Candidate
     kernel = os.environ.get(KERNEL_VARIABLE) or kernel
     if kernel != "auto":
         return _forced(check_one_of("kernel", kernel, ("auto", *KERNELS)), weight, weight.problem(tokens))
-    values, bits, in_features, pattern, _ = weight
+    values, bits, in_features, pattern = weight[:4]
     # Of tuples, and looked up without the lock: every forward pass of every layer comes here.
-    key = bits.shape[0], in_features, bucket(tokens), pattern, values.dtype, values.device, weight.has_library
+    shape = bits.shape[0], in_features, bucket(tokens)
+    key = *shape, pattern, weight.dtype, values.device, weight.value_type, weight.has_library
     candidate = _choices.get(key)
     if candidate is None:
         with _lock:
-            candidate = _choices[key] = _fastest(Problem(*key[:6]), weight.has_library)
+            candidate = _choices[key] = _fastest(Problem(*key[:7]), weight.has_library)
     return candidate
 
 

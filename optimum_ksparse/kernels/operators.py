@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from ..packing import unpack, unpack_mask
+from ..quantization import dequantize
 from .candidates import GROUPS, KERNELS, PackedWeight, Problem, aligned
 from .cpu import NativeWeight, multiplies_in
 from .dispatch import choose
@@ -19,8 +20,18 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 @torch.library.custom_op("ksparse::decompress", mutates_args=())
-def decompress(values: torch.Tensor, bits: torch.Tensor, in_features: int, pattern: str = "") -> torch.Tensor:
-    """Packed weight to dense [out, in_features]; with its `pattern`, by a kernel where there is one."""
+def decompress(
+    values: torch.Tensor,
+    bits: torch.Tensor,
+    in_features: int,
+    pattern: str = "",
+    scale: torch.Tensor | None = None,
+    group_size: int = 0,
+) -> torch.Tensor:
+    """Packed weight to dense [out, in_features]; with its `pattern`, by a kernel where there is one. Quantised values
+    have a `scale` (table in `quantization`)."""
+    if scale is not None:
+        return dequantize(values, bits, in_features, scale, group_size)
     if _has_kernel(values, bits, in_features, pattern):
         from .triton.dense import decompress
 
@@ -32,24 +43,37 @@ def decompress(values: torch.Tensor, bits: torch.Tensor, in_features: int, patte
 
 
 @decompress.register_fake
-def _(values: torch.Tensor, bits: torch.Tensor, in_features: int, *_: Any) -> torch.Tensor:
-    return values.new_empty(bits.shape[0], in_features)
+def _(
+    values: torch.Tensor,
+    bits: torch.Tensor,
+    in_features: int,
+    pattern: str = "",
+    scale: torch.Tensor | None = None,
+    group_size: int = 0,
+) -> torch.Tensor:
+    return (values if scale is None else scale).new_empty(bits.shape[0], in_features)
 
 
 @torch.library.custom_op("ksparse::grad_input", mutates_args=())
 def grad_input(
-    grad: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, in_features: int, pattern: str
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    bits: torch.Tensor,
+    in_features: int,
+    pattern: str,
+    scale: torch.Tensor | None = None,
+    group_size: int = 0,
 ) -> torch.Tensor:
     """grad·W: grad [..., out] to [..., in_features]."""
     if gains_natively(values, grad.dtype):
         values, bits = values.contiguous(), bits.contiguous()
         return NativeWeight(values, bits, in_features).grad_input(grad)
-    weight = decompress(values, bits, in_features, pattern)
+    weight = decompress(values, bits, in_features, pattern, scale, group_size)
     return mm(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], in_features)
 
 
 @grad_input.register_fake
-def _(grad: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, in_features: int, pattern: str) -> torch.Tensor:
+def _(grad: torch.Tensor, values: torch.Tensor, bits: torch.Tensor, in_features: int, *_: Any) -> torch.Tensor:
     return grad.new_empty(*grad.shape[:-1], in_features)
 
 
@@ -86,19 +110,22 @@ def linear(
     pattern: str = "",
     kernel_name: str = "auto",
     library: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    group_size: int = 0,
 ) -> torch.Tensor:
     """y = x·Wᵀ + b, W packed as in `packing`. x: [..., in_features], bias: [out]; y: [..., out].
 
     Args:
         pattern: of the weight, as `str(Pattern)`; without it no kernel is taken.
         kernel_name: "auto" or one of `KERNELS`.
-        library: as in `PackedWeight`.
+        library, scale, group_size: as in `PackedWeight`.
 
     Raises:
         RuntimeError: x has another width or dtype, as `F.linear` does.
         ValueError: `kernel_name` cannot take this product.
     """
-    return _compute(x, PackedWeight(values, bits, in_features, pattern, library), bias, kernel_name)
+    weight = PackedWeight(values, bits, in_features, pattern, library, scale, group_size)
+    return _compute(x, weight, bias, kernel_name)
 
 
 @linear.register_fake
@@ -132,11 +159,18 @@ def apply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kern
     """`linear`, without the operator where there is no need of it."""
     if runs_plainly(x):
         return _compute(x, weight, bias, kernel)
-    values, bits, in_features, pattern, library = weight
+    values, bits, in_features, pattern, library, scale, group_size = weight
     if not torch.compiler.is_compiling() and is_transformed():
-        dense = values.new_zeros(len(bits), in_features).masked_scatter(unpack_mask(bits, in_features), values)
-        return F.linear(x, dense, bias)
-    return linear(x, values, bits, bias, in_features, pattern, kernel, library)
+        return F.linear(x, differentiable(weight), bias)
+    return linear(x, values, bits, bias, in_features, pattern, kernel, library, scale, group_size)
+
+
+def differentiable(weight: PackedWeight) -> torch.Tensor:
+    """The dense weight [out, in], by operators of torch, through which gradients reach the values."""
+    values, bits, in_features = weight[:3]
+    if weight.scale is not None:
+        return weight.dense()
+    return values.new_zeros(len(bits), in_features).masked_scatter(unpack_mask(bits, in_features), values)
 
 
 def native_weight(weight: PackedWeight, kernel: str) -> NativeWeight | None:
@@ -150,9 +184,9 @@ def native_weight(weight: PackedWeight, kernel: str) -> NativeWeight | None:
 
 def _compute(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kernel: str) -> torch.Tensor:
     """`linear` without autograd."""
-    values, _, in_features, _, _ = weight
-    if x.shape[-1] != in_features or x.dtype != values.dtype:
-        raise RuntimeError(f"x is {x.dtype} {list(x.shape)}, this layer takes {values.dtype} [..., {in_features}]")
+    in_features = weight.in_features
+    if x.shape[-1] != in_features or x.dtype != weight.dtype:
+        raise RuntimeError(f"x is {x.dtype} {list(x.shape)}, this layer takes {weight.dtype} [..., {in_features}]")
     shape = (*x.shape[:-1], weight.out_features)
     tokens = x if x.ndim == 2 else x.reshape(-1, in_features)
     if tokens.shape[0] == 0:
@@ -180,21 +214,21 @@ def gains_natively(values: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, values, bits, _, ctx.in_features, ctx.pattern, _, _ = inputs
+    x, values, bits, _, ctx.in_features, ctx.pattern, _, _, scale, ctx.group_size = inputs
     # The input is needed for the gradient of the weight only: LoRA on frozen weights does not keep it.
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, bits)
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, bits, scale)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, values, bits = ctx.saved_tensors
+    x, values, bits, scale = ctx.saved_tensors
     grad_x = grad_kept = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad_input(grad, values, bits, ctx.in_features, ctx.pattern)
+        grad_x = grad_input(grad, values, bits, ctx.in_features, ctx.pattern, scale, ctx.group_size)
     if ctx.needs_input_grad[1]:
         grad_kept = grad_values(grad, x, values, bits, ctx.pattern)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, grad_kept, None, grad_bias, None, None, None, None
+    return grad_x, grad_kept, None, grad_bias, None, None, None, None, None, None
 
 
 linear.register_autograd(_backward, setup_context=_save)
