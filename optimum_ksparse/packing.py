@@ -59,9 +59,9 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_mask(bits: torch.Tensor, in_features: int) -> torch.Tensor:
-    """[out, ceil(in/8)] uint8 to [out, in_features] bool."""
+    """[..., out, ceil(in/8)] uint8 to [..., out, in_features] bool."""
     powers = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return bits.unsqueeze(-1).bitwise_and(powers).ne(0).flatten(-2)[:, :in_features]
+    return bits.unsqueeze(-1).bitwise_and(powers).ne(0).flatten(-2)[..., :in_features]
 
 
 def values_shape(pattern: Pattern, out_features: int, in_features: int, num_values: int) -> tuple[int, ...]:

@@ -11,8 +11,11 @@ Of two integers in a byte, in two's complement, the first one is in the lower ha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from .checks import check_integer, check_one_of
 from .packing import unpack_mask
 
 # Least and greatest integer of a type of values.
@@ -22,6 +25,42 @@ BITS = {"int8": 8, "int4": 4}
 TYPES = {torch.int8: "int8", torch.uint8: "int4"}
 # A group begins where eight bytes of the mask do, which native code reads at a time.
 GROUP_STEP = 64
+# As a group size: a row has one scale.
+ROW = -1
+
+
+def check_group_size(name: str, value: int) -> int:
+    """Gives a number of columns, or `ROW`, back. Raises TypeError or ValueError for what is neither."""
+    if check_integer(name, value, ROW) != ROW and (value <= 0 or value % GROUP_STEP):
+        raise ValueError(
+            f"{name}={value} must be a multiple of {GROUP_STEP} columns, or {ROW}, by which a row has one scale"
+        )
+    return value
+
+
+def columns_of_group(group_size: int, in_features: int) -> int:
+    """How many columns share a scale, a multiple of `GROUP_STEP`; of a row, so many that it has one group."""
+    return -(-in_features // GROUP_STEP) * GROUP_STEP if group_size == ROW else group_size
+
+
+def empty_quantised(
+    values: str, shape: tuple[int, ...], scale_shape: tuple[int, ...], **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised tensors, for a scale of this shape and so many integers: packed integers, and scale. `options`,
+    those of `torch.empty`, are the scale's."""
+    check_one_of("values", values, tuple(LIMITS))
+    last = shape[-1] if values == "int8" else -(-shape[-1] // 2)
+    dtype = next(dtype for dtype, name in TYPES.items() if name == values)
+    return torch.empty(*shape[:-1], last, **{**options, "dtype": dtype}), torch.empty(scale_shape, **options)
+
+
+def check_quantised(packed: torch.Tensor, scale: torch.Tensor, name: str) -> None:
+    """Checks tensors that were read from files. Raises ValueError, naming the one of layer `name` that cannot be
+    right."""
+    if not bool((scale.isfinite() & (scale >= 0)).all()):
+        raise ValueError(f"{name}.weight_scale holds NaN, infinity or negative scales; the file is damaged")
+    if packed.dtype is torch.int8 and bool((packed < LIMITS["int8"][0]).any()):
+        raise ValueError(f"{name}.weight holds -128, integers are from -127 to 127; the file is damaged")
 
 
 def pack_integers(integers: torch.Tensor, values: str) -> torch.Tensor:
@@ -60,3 +99,10 @@ def dequantize(
     integers = unpack_integers(packed, per_row).to(scale.dtype)  # exact in every dtype
     weight = torch.zeros(mask.shape, dtype=scale.dtype, device=scale.device).masked_scatter_(mask, integers)
     return weight.mul_(by_column(scale, group_size, in_features))
+
+
+def to_integers(weight: torch.Tensor, scale: torch.Tensor, group_size: int, values: str) -> torch.Tensor:
+    """The integers [out, in], int8, whose products with the scales are nearest to `weight` [out, in]; 0 where a scale
+    is 0."""
+    wide = by_column(scale.float(), group_size, weight.shape[1])
+    return (weight.float() / wide).nan_to_num(0, 0, 0).round().clamp(*LIMITS[values]).to(torch.int8)

@@ -102,7 +102,7 @@ def _merge(
     return MergedLayer(
         name=path,
         shape=(base.out_features, base.in_features),
-        num_values=base.weight.numel(),
+        num_values=base.num_values,
         how=how,
         relative_output_error=error,
         discarded=float(lost / size) if size > 0 else 0.0,

@@ -230,7 +230,7 @@ def foreign_record(model: PreTrainedModel) -> dict[str, Any]:
     """The `quantization_config` by which compressed-tensors 0.14 reads what `compressed_state_dict` gives."""
     sparse = sparse_layers(model)
     dense = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in sparse]
-    num_zeros = sum(m.out_features * m.in_features - m.weight.numel() for m in sparse.values())
+    num_zeros = sum(m.out_features * m.in_features - m.num_values for m in sparse.values())
     return {
         "quant_method": COMPRESSED_TENSORS,
         "format": "dense",

@@ -48,7 +48,7 @@ def is_our_record(settings: Any) -> bool:
 def layer_records(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """What `config.json` says of each sparse layer: path in the decoder → pattern and number of values."""
     return {
-        stored_name(name): {"pattern": str(module.pattern), "num_values": module.weight.numel()}
+        stored_name(name): {"pattern": str(module.pattern), "num_values": module.num_values}
         for name, module in sparse_modules(decoder_of(model)).items()
     }
 

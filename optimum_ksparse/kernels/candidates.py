@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..packing import unpack
+from ..packing import unpack, unpack_mask
 from ..pattern import Pattern
 from ..quantization import BITS, TYPES, dequantize
 from . import hardware
@@ -61,6 +61,12 @@ class PackedWeight(NamedTuple):
     def value_type(self) -> str | None:
         """The type of quantised values, such as "int8"; None of others."""
         return None if self.scale is None else TYPES[self.values.dtype]
+
+    @property
+    def num_values(self) -> int:
+        """How many weights are kept."""
+        halves = self.scale is not None and self.values.dtype is torch.uint8
+        return int(unpack_mask(self.bits, self.in_features).sum()) if halves else self.values.numel()
 
     def cast(self, dtype: torch.dtype) -> PackedWeight:
         """The weight for products in another dtype."""

@@ -11,10 +11,12 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from .. import kernels
-from ..packing import check_bits, pack, unpack_mask
+from ..packing import check_bits, pack
 from ..pattern import Pattern
+from ..quantization import ROW
 from .linear import in_autocast_dtype
-from .packed import PackedModule, onloaded
+from .packed import PackedModule
+from .placement import onloaded
 
 _EAGER = 'run the model with model.set_experts_implementation("eager")'
 
@@ -29,12 +31,14 @@ class SparseExperts(PackedModule):
         pattern: which weights of a matrix are kept.
         num_values: how many are kept in the whole stack, as many in each matrix; `n:m` fixes it, other
             patterns need it.
+        values, group_size: as in `SparseLinear`.
         device, dtype: of the tensors, which are left uninitialised.
 
     Attributes:
         weight: kept values, n:m: [experts, out, in·n/m], otherwise: [experts, nnz of a matrix].
         weight_mask: [experts, out, ceil(in/8)] uint8.
-        kernel: as in `PackedModule`.
+        weight_scale: None, or [experts, out, ceil(in/group_size)].
+        num_values, values, group_size, kernel: as in `PackedModule`.
     """
 
     def __init__(
@@ -43,13 +47,15 @@ class SparseExperts(PackedModule):
         *,
         pattern: Pattern,
         num_values: int | None = None,
+        values: str | None = None,
+        group_size: int = ROW,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_experts, self.out_features, self.in_features = shape
         self.pattern = pattern
-        self._make_tensors((self.num_experts,), num_values, device=device, dtype=dtype)
+        self._make_tensors((self.num_experts,), num_values, values, group_size, device=device, dtype=dtype)
 
     @classmethod
     def from_dense(cls, weight: torch.Tensor, mask: torch.Tensor, pattern: Pattern) -> SparseExperts:
@@ -58,31 +64,35 @@ class SparseExperts(PackedModule):
         Raises:
             ValueError: the mask does not fit the weight or the pattern, or keeps more in one matrix than in another.
         """
-        pairs = (pack(matrix, kept, pattern) for matrix, kept in zip(weight.detach(), mask, strict=True))
-        return cls.from_packed(pairs, weight.shape[-1], pattern, weight.requires_grad)
+        pairs = zip(weight.detach(), mask, strict=True)
+        packed = (kernels.PackedWeight(*pack(w, m, pattern), weight.shape[-1], str(pattern)) for w, m in pairs)
+        return cls.from_packed(packed, weight.requires_grad)
 
     @classmethod
     @torch.no_grad()
-    def from_packed(
-        cls,
-        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
-        in_features: int,
-        pattern: Pattern,
-        requires_grad: bool = True,
-    ) -> SparseExperts:
-        """The stack of packed matrices, each the `values` and `bits` that `pack` gives.
+    def from_packed(cls, matrices: Iterable[kernels.PackedWeight], requires_grad: bool = True) -> SparseExperts:
+        """The stack of packed matrices, of one shape, pattern and dtype.
 
         Raises:
             ValueError: the matrices do not keep the same number of weights.
         """
-        values, bits = zip(*pairs, strict=True)
-        counts = sorted({matrix.numel() for matrix in values})
+        packed = list(matrices)
+        counts, first = sorted({matrix.num_values for matrix in packed}), packed[0]
         if len(counts) > 1:
             raise ValueError(f"matrices of a stack must keep equally many weights, found {counts[0]} to {counts[-1]}")
-        shape = len(values), len(bits[0]), in_features
-        stack = cls(shape, pattern=pattern, num_values=counts[0] * len(values), device="meta")
-        stack.weight = nn.Parameter(torch.stack(values), requires_grad=requires_grad)
-        stack.weight_mask = torch.stack(bits)
+        stack = cls(
+            (len(packed), first.out_features, first.in_features),
+            pattern=Pattern(first.pattern),
+            num_values=counts[0] * len(packed),
+            values=first.value_type,
+            group_size=first.group_size,
+            device="meta",
+        )
+        quantised = first.scale is not None
+        stack.weight = nn.Parameter(torch.stack([m.values for m in packed]), requires_grad and not quantised)
+        stack.weight_mask = torch.stack([m.bits for m in packed])
+        if quantised:
+            stack.weight_scale = torch.stack([m.scale for m in packed if m.scale is not None])
         stack._prepare()
         return stack
 
@@ -96,8 +106,7 @@ class SparseExperts(PackedModule):
         if self._dense_weight is not None:
             return self._dense_weight[expert]
         # No forward pass of this module brings in what is offloaded.
-        values, bits = (onloaded(self, name)[expert] for name in ("weight", "weight_mask"))
-        return PackedMatrix(self._packed(values, bits), self.kernel)
+        return PackedMatrix(self._packed(expert), self.kernel)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -109,24 +118,27 @@ class SparseExperts(PackedModule):
                 ) from None
             raise error
 
-    def _packed(self, values: torch.Tensor, bits: torch.Tensor) -> kernels.PackedWeight:
-        return kernels.PackedWeight(values, bits, self.in_features, str(self.pattern))
+    def _packed(self, expert: int) -> kernels.PackedWeight:
+        values, bits = (onloaded(self, name)[expert] for name in ("weight", "weight_mask"))
+        scale = None if self.weight_scale is None else onloaded(self, "weight_scale")[expert]
+        return kernels.PackedWeight(values, bits, self.in_features, self.pattern.text, None, scale, self.group_size)
 
     def _prepare(self) -> None:
-        kernels.prepare(self._packed(self.weight[0].detach(), self.weight_mask[0]))
+        kernels.prepare(self._packed(0))
 
     def to_dense_weight(self) -> torch.Tensor:
         """The weights [experts, out, in] with their zeros."""
         self._check_whole()
-        pairs = zip(self.weight.detach(), self.weight_mask, strict=True)
-        return torch.stack([kernels.decompress(v, b, self.in_features, str(self.pattern)) for v, b in pairs])
+        packed = [self._packed(expert) for expert in range(self.num_experts)]
+        return torch.stack([kernels.decompress(*m[:4], m.scale, m.group_size) for m in packed]).detach()
 
     def to_dense(self) -> nn.Parameter:
         """The dense parameter that this one stands for, with the zeros written out."""
-        return nn.Parameter(self.to_dense_weight(), requires_grad=self.weight.requires_grad)
+        trains = self.weight.requires_grad or self.values is not None
+        return nn.Parameter(self.to_dense_weight(), requires_grad=trains)
 
     def _check_bits(self, bits: torch.Tensor, name: str) -> None:
-        num_values = self.weight.shape[1:].numel()
+        num_values = self.num_values // self.num_experts
         for expert, rows in enumerate(bits):
             check_bits(rows, self.pattern, self.in_features, num_values, f"{name}[{expert}]")
 
@@ -163,15 +175,14 @@ class PackedMatrix:
 
     def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         # Tensors that accelerate has offloaded come to where they are needed.
-        values, bits = self._weight.values.to(x.device), self._weight.bits.to(x.device)
-        x, values, bias = in_autocast_dtype(x, values, bias)
-        return kernels.apply(x, self._weight._replace(values=values, bits=bits), bias, self._kernel)
+        tensors = {name: getattr(self._weight, name) for name in ("values", "bits", "scale")}
+        here = {name: tensor.to(x.device) for name, tensor in tensors.items() if tensor is not None}
+        x, weight, bias = in_autocast_dtype(x, self._weight._replace(**here), bias)
+        return kernels.apply(x, weight, bias, self._kernel)
 
     def to_dense(self) -> torch.Tensor:
         """The matrix [out, in] with its zeros."""
-        values, bits, in_features = self._weight[:3]
-        dense = values.new_zeros(bits.shape[0], in_features)
-        return dense.masked_scatter(unpack_mask(bits, in_features), values)
+        return kernels.differentiable(self._weight)
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:

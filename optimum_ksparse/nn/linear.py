@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.distributed.utils import is_dtensor
 from transformers.pytorch_utils import Conv1D
 
 from .. import kernels
 from ..packing import check_bits, pack, unpack_mask
 from ..pattern import Pattern
-from .packed import PackedModule, local
+from ..quantization import ROW, pack_integers, to_integers
+from .packed import PackedModule
+from .placement import local
 
 
 def is_linear_map(module: nn.Module) -> bool:
@@ -28,15 +29,15 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
 
 
 def in_autocast_dtype(
-    x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Input, packed values and bias as autocast would cast those of `F.linear`."""
+    x: torch.Tensor, weight: kernels.PackedWeight, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, kernels.PackedWeight, torch.Tensor | None]:
+    """Input, packed weight and bias as autocast would cast those of `F.linear`."""
     device = x.device.type
     # The meta device has no autocast, and torch 2.11 cannot trace the question whether a device has.
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return x, values, bias
+        return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+    return x.to(dtype), weight.cast(dtype), None if bias is None else bias.to(dtype)
 
 
 class SparseLinear(PackedModule, nn.Linear):
@@ -46,7 +47,7 @@ class SparseLinear(PackedModule, nn.Linear):
     in 16 bit on NVIDIA GPUs from Ampere on, by code that reads the packed weight (`kernels`), everywhere else by
     decompressing it in the forward pass. NaN and infinite inputs at weights that are not kept may or may not count.
     Its weight trains like any other: the gradient has the shape of the packed values, so that zeros stay zero under
-    any optimizer.
+    any optimizer. Quantised values do not train; gradients reach the input.
 
     Under the tensor parallelism of transformers values and mask are parameters that are spread over processes: each
     has some rows of both, or some columns, which are whole groups and bytes. `in_features`, `out_features` and the
@@ -57,13 +58,16 @@ class SparseLinear(PackedModule, nn.Linear):
         pattern: which weights are kept.
         num_values: how many are kept; `n:m` fixes it, other patterns need it.
         dense_type: class of the module it stands for, which `to_dense` gives back (`nn.Linear`, a subclass, `Conv1D`).
+        values: None, or the type of quantised values.
+        group_size: how many columns of a row share a scale then; a multiple of 64, or -1: all.
         device, dtype: of the parameters, which are left uninitialised.
 
     Attributes:
-        weight: kept values, n:m: [out, in·n/m], otherwise: [nnz].
+        weight: kept values, n:m: [out, in·n/m], otherwise: [nnz]; of quantised ones as in `quantization`.
         weight_mask: [out, ceil(in/8)] uint8.
+        weight_scale: None, or [out, ceil(in/group_size)].
         bias: [out] or None.
-        kernel: as in `PackedModule`.
+        num_values, values, group_size, kernel: as in `PackedModule`.
     """
 
     # torch's semi-structured form of the weight, which is a view of it then; set by `keep_library_form`.
@@ -81,6 +85,8 @@ class SparseLinear(PackedModule, nn.Linear):
         pattern: Pattern,
         num_values: int | None = None,
         dense_type: type[nn.Module] = nn.Linear,
+        values: str | None = None,
+        group_size: int = ROW,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -88,7 +94,7 @@ class SparseLinear(PackedModule, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.pattern = pattern
         self.dense_type = dense_type
-        self._make_tensors((), num_values, device=device, dtype=dtype)
+        self._make_tensors((), num_values, values, group_size, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
 
     @classmethod
@@ -123,19 +129,30 @@ class SparseLinear(PackedModule, nn.Linear):
             if not 0 < kept < mask.numel():
                 raise ValueError(f"mask keeps {kept} of {mask.numel()} weights: give the pattern")
             pattern = Pattern(f"{mask.numel() - kept}/{mask.numel()}")
-        values, bits = pack(weight, mask, pattern)
-        sparse = cls.empty_like(linear, pattern, kept, "meta")
-        sparse.weight = nn.Parameter(values, requires_grad=sparse.weight.requires_grad)
-        sparse.weight_mask, sparse.bias = bits, linear.bias  # type: ignore[assignment]
+        packed = kernels.PackedWeight(*pack(weight, mask, pattern), weight.shape[1], str(pattern))
+        return cls.from_packed(linear, packed)
+
+    @classmethod
+    def from_packed(cls, linear: nn.Module, packed: kernels.PackedWeight) -> SparseLinear:
+        """One that stands for `linear`, with its bias, and has this weight."""
+        quantisation = {"values": packed.value_type, "group_size": packed.group_size}
+        sparse = cls.empty_like(linear, Pattern(packed.pattern), packed.num_values, "meta", **quantisation)
+        sparse.weight = nn.Parameter(packed.values, requires_grad=sparse.weight.requires_grad)
+        sparse.weight_mask, sparse.weight_scale, sparse.bias = packed.bits, packed.scale, linear.bias  # type: ignore[assignment]
         sparse._prepare()
         return sparse
 
     @classmethod
     def empty_like(
-        cls, linear: nn.Module, pattern: Pattern, num_values: int, device: torch.device | str | None = None
+        cls,
+        linear: nn.Module,
+        pattern: Pattern,
+        num_values: int,
+        device: torch.device | str | None = None,
+        **quantisation: Any,
     ) -> SparseLinear:
         """One that stands for `linear`, dense or sparse itself, with its bias, on its device or on another one, and
-        with a weight still to be filled in.
+        with a weight still to be filled in; of quantised values with `values` and `group_size`.
 
         Raises:
             ValueError: `num_values` cannot be right for this pattern and shape.
@@ -150,9 +167,10 @@ class SparseLinear(PackedModule, nn.Linear):
             num_values=num_values,
             dense_type=linear.dense_type if isinstance(linear, cls) else type(linear),
             device=source.device if device is None else device,
-            dtype=source.dtype,
+            dtype=linear.dtype if isinstance(linear, cls) else source.dtype,
+            **quantisation,
         )
-        sparse.weight.requires_grad_(source.requires_grad)
+        sparse.weight.requires_grad_(source.requires_grad and sparse.values is None)
         if device is None and linear.bias is not None:
             sparse.bias = linear.bias  # type: ignore[assignment]
         return sparse.train(linear.training)
@@ -172,21 +190,23 @@ class SparseLinear(PackedModule, nn.Linear):
                 native = self._native = kernels.native_weight(self.packed(), self.kernel)
             if native is not None:
                 return native.linear(x, bias)
-        x, values, bias = in_autocast_dtype(x, self.weight, bias)
-        return kernels.apply(x, self._with(values, self.weight_mask), bias, self.kernel)
+        packed = self._with(self.weight, self.weight_mask, self.weight_scale)
+        x, packed, bias = in_autocast_dtype(x, packed, bias)
+        return kernels.apply(x, packed, bias, self.kernel)
 
     def packed(self) -> kernels.PackedWeight:
         """The packed weight with the form that is kept beside it, for the dispatch; of one that is spread over
         processes, what is local."""
-        return self._with(local(self.weight.detach()), local(self.weight_mask))
+        scale = None if self.weight_scale is None else local(self.weight_scale)
+        return self._with(local(self.weight.detach()), local(self.weight_mask), scale)
 
-    def _with(self, values: torch.Tensor, bits: torch.Tensor) -> kernels.PackedWeight:
-        return kernels.PackedWeight(values, bits, self._columns(values), self.pattern.text, self._library_form)
+    def _with(self, values: torch.Tensor, bits: torch.Tensor, scale: torch.Tensor | None) -> kernels.PackedWeight:
+        columns, form = self._columns(bits), self._library_form
+        return kernels.PackedWeight(values, bits, columns, self.pattern.text, form, scale, self.group_size)
 
-    def _columns(self, values: torch.Tensor) -> int:
-        """Of how many columns of the weight the values are."""
-        n, m = self.pattern.n, self.pattern.m
-        return self.in_features if n is None or m is None else values.shape[-1] // n * m
+    def _columns(self, bits: torch.Tensor) -> int:
+        """Of how many columns of the weight the mask is."""
+        return min(self.in_features, 8 * bits.shape[-1])
 
     def keep_library_form(self, form: torch.Tensor, shared: torch.Tensor) -> None:
         """Keeps torch's semi-structured form of the weight for the kernel of that name. `shared` is a view of it that
@@ -220,11 +240,13 @@ class SparseLinear(PackedModule, nn.Linear):
     def to_dense_weight(self) -> torch.Tensor:
         """The weight [out, in] with its zeros."""
         self._check_whole()
-        return kernels.decompress(self.weight.detach(), self.weight_mask, self.in_features, self.pattern.text)
+        values, bits, in_features, pattern, _, scale, group_size = self.packed()
+        return kernels.decompress(values, bits, in_features, pattern, scale, group_size)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
-        """A dense module of the class that this one stands for, with the zeros written out."""
+        """A dense module of the class that this one stands for, with the zeros written out; what was quantised may be
+        trained then."""
         conv1d = issubclass(self.dense_type, Conv1D)
         with torch.device("meta"):
             if conv1d:
@@ -232,9 +254,8 @@ class SparseLinear(PackedModule, nn.Linear):
             else:
                 dense = self.dense_type(self.in_features, self.out_features, bias=self.bias is not None)
         weight = self.to_dense_weight()
-        dense.weight = nn.Parameter(
-            weight.T.contiguous() if conv1d else weight, requires_grad=self.weight.requires_grad
-        )
+        trains = self.weight.requires_grad or self.values is not None
+        dense.weight = nn.Parameter(weight.T.contiguous() if conv1d else weight, requires_grad=trains)
         dense.bias = self.bias
         return dense.train(self.training)
 
@@ -242,8 +263,10 @@ class SparseLinear(PackedModule, nn.Linear):
         kernels.prepare(self.packed())
 
     def _check_bits(self, bits: torch.Tensor, name: str) -> None:
-        values = local(self.weight) if is_dtensor(bits) else self.weight
-        check_bits(local(bits), self.pattern, self._columns(values), values.numel(), name)
+        bits, pattern, count = local(bits), self.pattern, self.num_values
+        if pattern.m is not None and pattern.n is not None:  # of the rows and columns that are here
+            count = bits.shape[0] * self._columns(bits) // pattern.m * pattern.n
+        check_bits(bits, pattern, self._columns(bits), count, name)
 
     def _packed_state(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
         """A state dict that may come from dense storage, with this layer's weight gathered at its mask."""
@@ -256,5 +279,11 @@ class SparseLinear(PackedModule, nn.Linear):
         mask = unpack_mask(self.weight_mask, self.in_features).to(weight.device)
         if bool((weight[~mask] != 0).any()):
             raise ValueError(f"{prefix}weight is dense and not zero where this layer's mask is")
-        packed = {f"{prefix}weight": weight[mask].view(self.weight.shape), f"{prefix}weight_mask": self.weight_mask}
-        return {**state_dict, **packed}
+        values = weight[mask].view(self._values_shape(()))
+        if self.weight_scale is not None:
+            integers = to_integers(weight, self.weight_scale, self.group_size, str(self.values))[mask]
+            values = pack_integers(integers.view(values.shape), str(self.values))
+            if not torch.equal(self._with(values, self.weight_mask, self.weight_scale).dense(), weight):
+                raise ValueError(f"{prefix}weight is dense, and not integers times this layer's scales")
+        packed = {"weight": values, "weight_mask": self.weight_mask, "weight_scale": self.weight_scale}
+        return {**state_dict, **{f"{prefix}{name}": tensor for name, tensor in packed.items() if tensor is not None}}

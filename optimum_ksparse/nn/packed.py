@@ -12,22 +12,33 @@ from torch import nn
 from transformers.distributed.utils import is_dtensor
 
 from .. import kernels
-from ..packing import values_shape
+from ..packing import unpack_mask, values_shape
 from ..pattern import Pattern
+from ..quantization import TYPES, check_group_size, check_quantised, columns_of_group, empty_quantised
+from .placement import local
 
 
 class PackedModule(nn.Module):
     """Base class of modules whose `weight` is the kept values of a sparse weight, and `weight_mask` where they are.
+    Quantised values (table in `quantization`) have a `weight_scale`, and are not trained: `dequantize_values` makes
+    ordinary ones of them.
 
     Attributes:
+        num_values: how many weights are kept.
+        values: type of quantised values, "int8" or "int4"; None of others.
+        group_size: how many columns of a row share a scale; 0 without scales.
         kernel: how to compute: "auto" (what was measured to be fastest, or a rule of thumb), or one of `KERNELS`.
     """
 
     weight: torch.Tensor
     weight_mask: torch.Tensor
+    weight_scale: torch.Tensor | None
     pattern: Pattern
     in_features: int
     out_features: int
+    num_values: int
+    values: str | None
+    group_size: int
     kernel: str = "auto"
     # The dense weight, which the forward pass uses as it is; set by `densified` for a while.
     _dense_weight: torch.Tensor | None = None
@@ -36,18 +47,34 @@ class PackedModule(nn.Module):
     # What is not copied or pickled.
     _run_time: tuple[str, ...] = ("_dense_weight", "_native")
 
-    def _make_tensors(self, stack: tuple[int, ...], num_values: int | None, **options: Any) -> None:
-        """Makes `weight` and `weight_mask`, uninitialised, for a stack of matrices of that shape."""
+    def _make_tensors(
+        self, stack: tuple[int, ...], num_values: int | None, values: str | None, group_size: int, **options: Any
+    ) -> None:
+        """Makes `weight`, `weight_mask` and, with a type of quantised `values`, `weight_scale`, uninitialised, for a
+        stack of matrices of that shape."""
         if num_values is None:
             if self.pattern.m is None or self.pattern.n is None:
                 raise ValueError(f"num_values must be given for pattern {self.pattern}, which does not fix it")
             num_values = math.prod(stack) * (self.out_features * self.in_features // self.pattern.m * self.pattern.n)
         if not isinstance(num_values, int) or num_values % math.prod(stack):
             raise ValueError(f"num_values is {num_values!r}, which {math.prod(stack)} matrices cannot share equally")
-        shape = values_shape(self.pattern, self.out_features, self.in_features, num_values // math.prod(stack))
-        self.weight = nn.Parameter(torch.empty(*stack, *shape, **options))
+        self.num_values, self.values, self.group_size = num_values, values, 0
+        shape = (*stack, *self._values_shape(stack))
+        scale = None
+        if values is None:
+            self.weight = nn.Parameter(torch.empty(shape, **options))
+        else:
+            self.group_size = columns_of_group(check_group_size("group_size", group_size), self.in_features)
+            scales = (*stack, self.out_features, -(-self.in_features // self.group_size))
+            integers, scale = empty_quantised(values, shape, scales, **options)
+            self.weight = nn.Parameter(integers, requires_grad=False)
+        self.register_buffer("weight_scale", scale)
         bits = torch.empty(*stack, self.out_features, -(-self.in_features // 8), **{**options, "dtype": torch.uint8})
         self.register_buffer("weight_mask", bits)
+
+    def _values_shape(self, stack: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the kept values of one of a stack of matrices, were they not quantised."""
+        return values_shape(self.pattern, self.out_features, self.in_features, self.num_values // math.prod(stack))
 
     def to_dense_weight(self) -> torch.Tensor:
         """The weight with its zeros."""
@@ -79,24 +106,59 @@ class PackedModule(nn.Module):
         return torch.Size((*self.weight_mask.shape[:-1], self.in_features))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs and outputs."""
+        return self.weight.dtype if self.weight_scale is None else self.weight_scale.dtype
+
+    @property
     def density(self) -> float:
         """Share of the weights that is kept."""
-        return self.weight.numel() / self.shape.numel()
+        return self.num_values / self.shape.numel()
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the weight, were it dense in its dtype."""
-        return self.shape.numel() * self.weight.element_size()
+        return self.shape.numel() * self.dtype.itemsize
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of values and mask."""
-        return self.weight.nbytes + self.weight_mask.nbytes
+        """Bytes of values, mask and scales."""
+        return (
+            self.weight.nbytes
+            + self.weight_mask.nbytes
+            + (0 if self.weight_scale is None else self.weight_scale.nbytes)
+        )
 
     def check_mask(self, name: str) -> None:
-        """Raises ValueError, naming the module `name`, where the mask does not fit the values or the pattern."""
+        """Raises ValueError, naming the module `name`, where the mask does not fit the values or the pattern, or
+        integers or scales cannot be right."""
         self._check_bits(self.weight_mask, f"{name}.weight_mask")
+        if self.weight_scale is not None:
+            check_quantised(local(self.weight), local(self.weight_scale), name)
         self._prepare()
+
+    @torch.no_grad()
+    def dequantize_values(self) -> None:
+        """Makes ordinary kept values of quantised ones, on the same mask, in the dtype of the scale, which training
+        may change; the weight stays the same one. Without quantised values it does nothing."""
+        if self.values is None:
+            return
+        stack = self.weight_mask.shape[:-2]
+        kept = self.to_dense_weight()[unpack_mask(self.weight_mask, self.in_features)]
+        self._part()
+        self.weight = nn.Parameter(kept.view(*stack, *self._values_shape(stack)))
+        self.values, self.group_size, self.weight_scale = None, 0, None
+        self._prepare()
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedModule:
+        """As in `nn.Module`. Raises ValueError where quantised values were to be trained."""
+        if requires_grad and self.values is not None:
+            raise ValueError(
+                f"the kept values are {self.values}, which cannot be trained: call dequantize_values() on the model, "
+                "or train an adapter"
+            )
+        super().requires_grad_(requires_grad)
+        return self
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in `nn.Module`, which also comes here for `module.weight = nn.Parameter(...)`.
@@ -144,28 +206,26 @@ class PackedModule(nn.Module):
             bits = state_dict.get(f"{prefix}weight_mask")
             if bits is not None and bits.shape == self.weight_mask.shape and bits.device.type != "meta":
                 self._check_bits(bits, f"{prefix}weight_mask")
+            self._check_values(state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}weight_scale"), prefix)
         except ValueError as error:
             rest[-1].append(str(error))
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
+    def _check_values(self, values: torch.Tensor | None, scale: torch.Tensor | None, prefix: str) -> None:
+        """Raises ValueError where the values of a state dict are of another type, or cannot be right."""
+        found = None if values is None or values.is_floating_point() else TYPES.get(values.dtype, str(values.dtype))
+        if values is not None and found != self.values:
+            raise ValueError(
+                f"{prefix}weight holds {found or 'values that are not quantised'}, this layer "
+                f"{self.values or 'values that are not quantised'}"
+            )
+        if values is not None and scale is not None and not (values.is_meta or scale.is_meta):
+            check_quantised(local(values), local(scale), prefix.removesuffix("."))
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}"
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor that may be spread over several, by tensor parallelism or FSDP."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
-
-
-def onloaded(module: nn.Module, name: str) -> torch.Tensor:
-    """A parameter or buffer of the module itself; one that accelerate has offloaded from where it is kept."""
-    tensor: torch.Tensor = getattr(module, name)
-    hook: Any = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]) if tensor.is_meta else ():
-        if getattr(one, "weights_map", None) is not None:
-            tensor = one.weights_map[name]
-    return tensor
+        values = "" if self.values is None else f", values={self.values}, group_size={self.group_size}"
+        return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}{values}"
 
 
 @contextmanager
@@ -180,7 +240,7 @@ def densified(root: nn.Module, dtype: torch.dtype | None = None) -> Iterator[Non
         if isinstance(module, PackedModule)
         and not (module.weight.is_meta or is_dtensor(module.weight))
         and module._dense_weight is None
-        and not kernels.gains_natively(module.weight, dtype or module.weight.dtype)
+        and not kernels.gains_natively(module.weight, dtype or module.dtype)
     ]
     try:
         for module in modules:

@@ -72,7 +72,7 @@ def _receive(
 
     def header() -> tuple[LayerReport, int]:
         if isinstance(done, tuple):
-            return done[1], done[0].weight.numel()
+            return done[1], done[0].num_values
         raise done or RuntimeError("a layer before this one could not be pruned")
 
     row, num_values = processes.once(header, owner)

@@ -13,6 +13,7 @@ from ..blocks import ExpertStack
 from ..blocks.experts import matrix_name
 from ..checkpoint import SparseModule
 from ..config import SparsityConfig
+from ..kernels import PackedWeight
 from ..nn import SparseExperts, SparseLinear
 from ..packing import pack
 from ..pattern import Pattern
@@ -53,7 +54,7 @@ def prune_layer(
         least = config.statistics.min_tokens
         notes[f"fewer than {least} calibration tokens each, pruned with the statistics of all experts' tokens"] = few
 
-    def matrices() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def matrices() -> Iterator[PackedWeight]:
         for number, matrix in enumerate(weight if is_stack else weight.unsqueeze(0)):
             with collected_notes() as messages:
                 name = matrix_name(path, number) if is_stack else path
@@ -63,17 +64,16 @@ def prune_layer(
             if (inputs := statistics[number]) is not None:
                 norms.append(_output_norms(inputs.sample, matrix, pruned))
             statistics[number] = seen[number] = inputs = None
-            yield pruned, mask
+            yield PackedWeight(*pack(pruned, mask, pattern), weight.shape[-1], str(pattern))
 
     sparse: SparseModule
     if isinstance(layer, ExpertStack):
-        packed = (pack(pruned, mask, pattern) for pruned, mask in matrices())
-        sparse = SparseExperts.from_packed(packed, weight.shape[-1], pattern, layer.weight.requires_grad)
+        sparse = SparseExperts.from_packed(matrices(), layer.weight.requires_grad)
         sparse.train(layer.owner.training)
     else:
-        [(pruned, mask)] = matrices()
-        sparse = SparseLinear.from_dense(layer, mask, pattern, pruned)
-        del pruned, mask
+        [packed] = matrices()
+        sparse = SparseLinear.from_packed(layer, packed)
+        del packed
     if sparse.dense_bytes >= _LARGE:
         trim_heap()
     lines = [f"experts {', '.join(map(str, at))}: {note}" if is_stack else note for note, at in notes.items()]
@@ -88,7 +88,7 @@ def row_of(
         name=path,
         shape=(getattr(sparse, "num_experts", 1) * sparse.out_features, sparse.in_features),
         pattern=str(sparse.pattern),
-        num_values=sparse.weight.numel(),
+        num_values=sparse.num_values,
         dense_bytes=sparse.dense_bytes,
         packed_bytes=sparse.packed_bytes,
         relative_output_error=output_error,
