@@ -20,10 +20,12 @@ from .pruners import METHODS, REFINEMENTS, Setting, statistics_of
 from .pruners.allocation import ALLOCATIONS, check_allocation
 from .pruners.settings import number, share, switch, whole
 from .pruners.statistics import ColumnNorms
+from .quantization import GROUP_SIZES, LIMITS, check_group_size
 from .records import (
     COMPRESSED_TENSORS,
     Count,
     PatternText,
+    Version,
     build,
     check_depth,
     describe_source,
@@ -40,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reconstruct": ("block",),
     "activations": ("pruned", "dense", "mixed"),
     "allocation": tuple(ALLOCATIONS),
+    "values": tuple(LIMITS),
     "calibration_dtype": ("bfloat16", "float16"),
     "storage": ("packed", "dense", COMPRESSED_TENSORS),
 }
@@ -62,7 +65,9 @@ READERS: dict[str, dict[str, Setting]] = {
 # They may differ when a sparse checkpoint is loaded again: settings of the run, not of what was asked for.
 RUN_TIME_SETTINGS = ("batch_size", "storage")
 # What a checkpoint records of its tensors, beside what was asked for.
-RECORDED = ("layers", "names")
+RECORDED = ("layers", "names", "format_version")
+# Of a record with quantised values, which earlier versions refuse; others have none, so that they read them.
+FORMAT_VERSION = 2
 MODULE_NAMES = "modules"
 _Config = TypeVar("_Config")
 # Settings of earlier versions, which their checkpoints record.
@@ -120,6 +125,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "pattern": lambda name, value: str(Pattern(value)),
     "batch_size": partial(check_integer, least=1),
     "calibration_dtype": _optional(_choice),
+    "values": _optional(_choice),
+    "group_size": _optional(check_group_size),
     "refine": _refinements,
     "reconstruct": _optional(_choice),
     "activations": _optional(_choice),
@@ -168,6 +175,10 @@ class SparsityConfig(QuantizationConfigMixin):
             that fraction of whole tiles of r outputs x c inputs (`"50%/32x32"`), by the sum of the method's scores in
             each, over the layer (`sparsegpt`: over each `block_size` columns). With `"existing"` each layer's own is
             found, and none is passed.
+        values: how the kept values are stored: None: in the dtype of the weights; `"int8"` (5.0 bits for each weight
+            at 50 %, instead of 9) or `"int4"` (3.1): integers, each times the scale of its group.
+        group_size: so many columns of a row share a scale, a multiple of 64; -1: all of a row. None takes what was
+            measured to be best for the type of values.
         dataset: calibration text: `"mc4-ko"`, `"c4"`, `"kowiki"` (streamed from the Hub), `"self"` (the model writes
             its own), a path to a `.txt` (paragraphs apart by blank lines) or `.jsonl` file, a list of texts, a
             `datasets.Dataset` with a `text` or `messages` column, or token ids [num_samples, seq_len], used as they
@@ -226,6 +237,8 @@ class SparsityConfig(QuantizationConfigMixin):
     method: str = "admm"
     pattern: Any = "2:4"
     _: KW_ONLY
+    values: str | None = None
+    group_size: int | None = None
     dataset: Any = "mc4-ko"
     tokenizer: Any = None
     num_samples: int = 128
@@ -259,6 +272,7 @@ class SparsityConfig(QuantizationConfigMixin):
         if METHODS[self.method].recognise and (self.refine or self.reconstruct):
             raise ValueError(f"method={self.method!r} changes no weight: leave refine and reconstruct out")
         self._check_pattern(Pattern(self.pattern))
+        self._check_values()
         data = self.calibration  # checked
         self.num_samples, self.seq_len = data.num_samples, data.seq_len
         # Now, because a file may be gone when the pruned model is saved.
@@ -295,6 +309,20 @@ class SparsityConfig(QuantizationConfigMixin):
                 "out; refine='exact' works on any mask"
             )
 
+    def _check_values(self) -> None:
+        """Raises ValueError where quantised values do not go together with other settings."""
+        if self.values is None and self.group_size is not None:
+            raise ValueError(f"group_size={self.group_size} is read with values={' or '.join(map(repr, LIMITS))}")
+        if self.values is not None and self.group_size is None:
+            self.group_size = GROUP_SIZES[self.values]
+        if self.values is not None and self.storage == COMPRESSED_TENSORS:
+            raise ValueError(
+                f"values={self.values!r} cannot be stored as {COMPRESSED_TENSORS}, whose sparse layers hold values in "
+                "the dtype of the model: take storage='packed' or 'dense', or leave values out"
+            )
+        if self.values is not None and self.reconstruct is not None:
+            raise ValueError(f"reconstruct={self.reconstruct!r} does not go together with values={self.values!r}")
+
     @property
     def given(self) -> set[str]:
         """Names of the settings that were passed; the others have their defaults."""
@@ -309,6 +337,11 @@ class SparsityConfig(QuantizationConfigMixin):
         """A setting of `method_settings`, or its default; None where that is the method's own, or nothing reads it."""
         setting = self.read_settings.get(name)
         return self.method_settings.get(name, setting and setting.default)
+
+    @property
+    def quantisation(self) -> dict[str, Any]:
+        """What sparse modules take besides their pattern: `values` and `group_size`, where values are quantised."""
+        return {} if self.values is None else {"values": self.values, "group_size": self.group_size}
 
     @property
     def statistics(self) -> type[ColumnNorms] | None:
@@ -350,6 +383,10 @@ class SparsityConfig(QuantizationConfigMixin):
         described by a checksum; folders that name a place on this machine are cut to their last part."""
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "method_settings"}
         special = {name: self.method_setting(name) for name in self.read_settings}
+        if self.values is None:
+            del settings["values"], settings["group_size"]
+        else:
+            settings["format_version"] = FORMAT_VERSION
         settings["dataset"] = self._description
         settings["tokenizer"] = describe_source(getattr(self.tokenizer, "name_or_path", self.tokenizer))
         return settings | {name: value for name, value in special.items() if value is not None}
@@ -441,6 +478,8 @@ def _checked_record(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     except ValueError as error:
         newer = "" if "did you mean" in str(error) else "; a newer optimum-ksparse may have written it: then upgrade"
         raise ValueError(f"{error}{newer}") from None
+    version = build(int, settings.pop("format_version", FORMAT_VERSION), "format_version")
+    Version(FORMAT_VERSION).check("format_version", version)
     build(Annotated[Any, recorded_dataset], settings.get("dataset"), "dataset")
     build(str | None, settings.get("tokenizer"), "tokenizer")
     build(str, settings.get("method", SparsityConfig.method), "method")

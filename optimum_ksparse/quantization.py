@@ -27,6 +27,8 @@ TYPES = {torch.int8: "int8", torch.uint8: "int4"}
 GROUP_STEP = 64
 # As a group size: a row has one scale.
 ROW = -1
+# Where none is asked for.
+GROUP_SIZES = {"int8": ROW, "int4": 128}
 
 
 def check_group_size(name: str, value: int) -> int:

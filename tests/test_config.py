@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from optimum_ksparse import Pattern, SparsityConfig, SparsityReport
 from optimum_ksparse.config import METHOD_SETTINGS, QUANT_METHOD, SETTINGS
+from optimum_ksparse.quantization import GROUP_SIZES
 
 NAMES = "'mc4-ko', 'c4', 'kowiki', 'self'"
 IDS = [[5, 6, 7], [8, 9, 10]]
@@ -38,6 +39,7 @@ settings_drawn = st.fixed_dictionaries(
         "dataset": st.sampled_from(["mc4-ko", "c4", "kowiki", "self"])
         | st.lists(st.text(), min_size=1, max_size=3)
         | st.lists(st.lists(st.integers(0, 2**31), min_size=4, max_size=4), min_size=1, max_size=3),
+        "values": st.none() | st.sampled_from(["int8", "int4"]),
         "tokenizer": st.none() | st.sampled_from(["EleutherAI/polyglot-ko-1.3b", "gpt2"]),
         "num_samples": st.integers(1, 10**6),
         "seq_len": st.integers(2, 10**6),
@@ -69,6 +71,8 @@ method_settings_drawn = st.fixed_dictionaries(
 @given(settings_drawn, method_settings_drawn, st.booleans())
 @hypothesis_settings(max_examples=30)
 def test_json_round_trip_keeps_every_setting(drawn, own, has_layers):
+    if drawn.get("values") and drawn.get("reconstruct"):
+        drawn["values"] = None
     read = SparsityConfig(**drawn).read_settings
     own = {name: value for name, value in own.items() if name in read}
     config = SparsityConfig(**drawn, method_settings=own)
@@ -76,8 +80,10 @@ def test_json_round_trip_keeps_every_setting(drawn, own, has_layers):
     first = recorded(config)
     again = SparsityConfig.from_dict(first)
     assert again.to_dict() == first == config.to_dict()
-    assert {*SETTINGS, "quant_method", "layers", "names", *own} - {"method_settings"} <= set(first)
-    assert set(first) - {*SETTINGS, "quant_method", "layers", "names"} <= set(read)
+    always = {*SETTINGS, "quant_method", "layers", "names"} - {"method_settings", "values", "group_size"}
+    of_values = set() if config.values is None else {"values", "group_size", "format_version"}
+    assert {*always, *of_values, *own} <= set(first)
+    assert set(first) - {*always, *of_values} <= set(read)
     assert own.items() <= again.method_settings.items()
     for name in drawn.keys() - {"dataset", "pattern", "num_samples", "seq_len"}:
         assert getattr(again, name) == drawn[name]
@@ -102,6 +108,12 @@ REFUSED = {
         {"num_samples": 0},
         {"seq_len": 1},
         {"calibration_dtype": "int8"},
+        *({"values": "int3"}, {"values": "int8", "group_size": 32}, {"values": "int8", "group_size": -64}),
+        *(
+            {"values": "int8", "group_size": 0},
+            {"group_size": 64},
+            {"storage": "compressed-tensors", "values": "int8"},
+        ),
         {"batch_size": 0},
         {"seed": -1},
         {"method": "sparsegpt", "pattern": "3:5", "block_size": 128},
@@ -127,6 +139,7 @@ REFUSED = {
         {"pattern": None},
         {"storage": None},
         {"num_samples": 8.0},
+        *({"values": 8}, {"values": "int8", "group_size": "row"}, {"values": "int8", "group_size": True}),
         {"num_samples": True},
         {"seq_len": "2048"},
         {"batch_size": None},
@@ -188,7 +201,7 @@ def test_a_setting_that_nothing_reads_is_refused_and_its_reader_named(settings, 
 
 def test_method_settings_have_names_of_their_own():
     assert not {*SETTINGS} & {*METHOD_SETTINGS}
-    assert len(SETTINGS) - 1 <= 20  # one of them is to go
+    assert len(SETTINGS) - 1 <= 21  # one of them is to go
     with pytest.raises(ValueError, match="method_settings has no setting 'dampng': did you mean 'damping'"):
         SparsityConfig(method_settings={"dampng": 0.1})
     with pytest.raises(TypeError, match="method_settings"):
@@ -378,3 +391,9 @@ def test_settings_that_are_refused_can_be_shown():
         SparsityConfig(seq_len=1)
     refused = [frame.frame.f_locals.get("self") for frame in raised.traceback]
     assert {repr(value) for value in refused if isinstance(value, SparsityConfig)} == {"SparsityConfig (seq_len)"}
+
+
+def test_a_group_size_that_was_not_passed_is_recorded():
+    assert SparsityConfig(values="int4").to_dict()["group_size"] == GROUP_SIZES["int4"]
+    assert SparsityConfig(values="int8", group_size=192).quantisation == {"values": "int8", "group_size": 192}
+    assert SparsityConfig().quantisation == {}

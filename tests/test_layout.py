@@ -74,7 +74,7 @@ def test_a_file_imports_only_from_rooms_above(path):
 
 def test_the_check_above_can_fail():
     assert imported_rooms(PACKAGE / "pruners" / "wanda.py") - {"pruners"} == {"pattern"}
-    assert imported_rooms(PACKAGE / "config.py") == {"checks", "data", "pattern", "pruners", "records"}
+    assert imported_rooms(PACKAGE / "config.py") == {"checks", "data", "pattern", "pruners", "quantization", "records"}
 
 
 @pytest.mark.processes

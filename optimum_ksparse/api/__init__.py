@@ -2,4 +2,4 @@
 
 from .checkpoint import prune_checkpoint
 from .layer import prune_weight
-from .model import sparsify
+from .model import dequantize_values, sparsify

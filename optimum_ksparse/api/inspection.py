@@ -19,6 +19,8 @@ from ..kernels import describe_device
 from ..records import REPORT_NAME, printable
 from ..report import SparsityReport
 
+_TOTALS = ("density", "dense_bytes", "packed_bytes", "bits_per_weight")  # of a report
+
 
 @dataclass
 class CheckpointSummary:
@@ -45,7 +47,7 @@ class CheckpointSummary:
     def to_dict(self) -> dict[str, Any]:
         totals: dict[str, Any] = {}
         if self.report is not None:
-            totals = {name: getattr(self.report, name) for name in ("density", "dense_bytes", "packed_bytes")}
+            totals = {name: getattr(self.report, name) for name in _TOTALS}
         return {
             "checkpoint": self.source,
             "settings": self.settings,

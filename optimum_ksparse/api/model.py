@@ -1,4 +1,4 @@
-"""Pruning a loaded model in place."""
+"""Pruning a loaded model in place, and making ordinary values of quantised ones."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import time
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..blocks import find_blocks
-from ..checkpoint import facts_of, sparse_modules
+from ..checkpoint import facts_of, is_offloaded, made_with, sparse_modules
 from ..config import SparsityConfig
 from ..data import load_tokenizer, usual_context
-from ..evaluation import mark_weights
+from ..evaluation import mark_weights, settle_records
 from ..hub import card_of_source, tag_model
 from ..pruning.distributed import current
 from ..pruning.job import Place
-from ..pruning.model import attach, check_model, make_report, record_settings
+from ..pruning.model import attach, check_model, make_report, note_values, record_settings
 from ..pruning.plan import run
 from ..report import SparsityReport
 
@@ -74,3 +74,25 @@ def sparsify(
     mark_weights(model, pruned_here=True)
     tag_model(model, report, recorded)
     return report
+
+
+def dequantize_values(model: PreTrainedModel) -> PreTrainedModel:
+    """`model.dequantize_values()` of every `PreTrainedModel`: makes ordinary kept values of quantised ones, on the
+    same masks, in the dtype of the model, so that they can be trained. It stays a sparse model of the same weights.
+
+    Raises:
+        ValueError: the model is not sparse, or its weights are elsewhere, by accelerate or spread over processes.
+    """
+    config = made_with(model)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} is not sparse: it has no quantised values")
+    if is_offloaded(model):
+        raise ValueError("accelerate has offloaded weights of the model: load it without that")
+    settle_records(model)  # what is known of its weights holds of them in another form
+    for module in sparse_modules(model).values():
+        module.dequantize_values()
+    config.values = config.group_size = None
+    note_values(model)
+    if (mark := facts_of(model).mark) is not None:
+        mark_weights(model, mark.fingerprint, pruned_here=mark.pruned_here)
+    return model

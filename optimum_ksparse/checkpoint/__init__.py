@@ -6,6 +6,7 @@ from .files import WeightFiles, changed_files, check_index, check_space, find_we
 from .loading import check_finite, check_headers, check_loaded, random_weights
 from .modules import (
     MASK_SUFFIX,
+    SCALE_SUFFIX,
     SparseModule,
     aligned,
     empty_like,

@@ -12,10 +12,15 @@ from transformers import PreTrainedModel
 from ..blocks import DecoderBlocks
 from ..nn import local
 from .files import Header
-from .modules import MASK_SUFFIX, SparseModule, stored_tensors
+from .modules import MASK_SUFFIX, SCALE_SUFFIX, SparseModule, stored_tensors
 
 # Set to "1", a sparse model whose weights hold NaN or infinity is loaded all the same.
 NONFINITE_VARIABLE = "KSPARSE_ALLOW_NONFINITE"
+
+
+# What headers call the dtypes.
+_FLOATS = ("F32", "F16", "BF16")
+_INTEGERS = {torch.int8: ("I8",), torch.uint8: ("U8",)}
 
 
 def check_headers(headers: Mapping[str, Header], modules: Mapping[str, SparseModule]) -> None:
@@ -33,10 +38,13 @@ def check_headers(headers: Mapping[str, Header], modules: Mapping[str, SparseMod
     stored = {layer.split(".", depth)[-1]: layer for layer in layers for depth in range(layer.count(".") + 1)}
     for name, module in modules.items():
         layer = stored.get(name, name)
-        for tensor, expected, dtypes in (
+        needed: list[tuple[str, torch.Tensor, tuple[str, ...]]] = [
             (f"{layer}{MASK_SUFFIX}", module.weight_mask, ("U8",)),
-            (f"{layer}.weight", module.weight, ("F32", "F16", "BF16")),
-        ):
+            (f"{layer}.weight", module.weight, _INTEGERS.get(module.weight.dtype, _FLOATS)),
+        ]
+        if module.weight_scale is not None:
+            needed.append((f"{layer}{SCALE_SUFFIX}", module.weight_scale, _FLOATS))
+        for tensor, expected, dtypes in needed:
             if tensor not in headers:
                 raise ValueError(
                     f"tensor {tensor} is missing from the checkpoint, whose config records a sparse layer {name}"

@@ -15,7 +15,7 @@ from ..blocks import decoder_of, use_eager_experts
 from ..nn import SparseExperts, SparseLinear, is_linear_map, onloaded
 from ..pattern import Pattern
 
-MASK_SUFFIX = ".weight_mask"
+MASK_SUFFIX, SCALE_SUFFIX = ".weight_mask", ".weight_scale"
 SparseModule = SparseLinear | SparseExperts
 _WRAPPER = re.compile(r"\b_(checkpoint|fsdp)_wrapped_module\.")
 
@@ -48,8 +48,11 @@ def logical_parameters(model: PreTrainedModel) -> int:
     return int(model.num_parameters()) - stored + sum(module.shape.numel() for module in modules)
 
 
-def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
+def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]], **quantisation: Any) -> None:
     """Puts an empty sparse module on the meta device in the place of each layer that a checkpoint records.
+
+    Args:
+        quantisation: that of `SparsityConfig`.
 
     Raises:
         ValueError: a record names no linear map or stack of matrices of the model, or cannot be true of its shape.
@@ -58,7 +61,7 @@ def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
     for name, record in layers.items():
         dense = dense_layer(decoder, name, type(model).__name__)
         try:
-            sparse = empty_like(dense, Pattern(record["pattern"]), record["num_values"], "meta")
+            sparse = empty_like(dense, Pattern(record["pattern"]), record["num_values"], "meta", **quantisation)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the checkpoint's record of layer {name} cannot be right: {error}") from error
         # transformers initialises what it has not loaded, by rules for dense weights; here everything must be loaded.
@@ -69,13 +72,14 @@ def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
 
 
 def empty_like(
-    dense: nn.Module | nn.Parameter, pattern: Pattern, num_values: int, device: str | None = None
+    dense: nn.Module | nn.Parameter, pattern: Pattern, num_values: int, device: str | None = None, **quantisation: Any
 ) -> SparseModule:
     """A sparse module that stands for a dense linear map, or for a parameter [experts, out, in], with a weight still
-    to be filled in; on its device or on another one. Raises ValueError where `num_values` cannot be right."""
+    to be filled in; on its device or on another one; with the `quantisation` of `SparsityConfig`. Raises ValueError
+    where `num_values` cannot be right."""
     if isinstance(dense, nn.Module):
-        return SparseLinear.empty_like(dense, pattern, num_values, device)
-    settings: dict[str, Any] = {"dtype": dense.dtype, "device": device or dense.device}
+        return SparseLinear.empty_like(dense, pattern, num_values, device, **quantisation)
+    settings: dict[str, Any] = {"dtype": dense.dtype, "device": device or dense.device, **quantisation}
     return SparseExperts(dense.shape, pattern=pattern, num_values=num_values, **settings)
 
 

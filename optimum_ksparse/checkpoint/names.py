@@ -25,7 +25,7 @@ from .bitmask import VALUES, read_layers
 from .files import read_headers
 from .loading import check_headers
 from .modules import dense_layer, install_layers, sparse_modules, stored_tensors
-from .records import layer_records
+from .records import layer_records, made_with
 
 _UNWRAP = (
     "Modules that were wrapped or replaced since (by an adapter, by torch.compile) have to be unwrapped first: merge "
@@ -81,7 +81,8 @@ def check_saved(model: PreTrainedModel, folder: Path, storage: str) -> None:
     decoder, layers = decoder_of(anew), layer_records(model)
     try:
         if packed:
-            install_layers(anew, layers)
+            settings = made_with(model)
+            install_layers(anew, layers, **({} if settings is None else settings.quantisation))
             check_headers(headers, sparse_modules(decoder))
         if storage == COMPRESSED_TENSORS and read_layers(anew, files).keys() != layers.keys():
             raise ValueError("the packed layers are others than those of the model.")

@@ -4,10 +4,12 @@
 |---|---|---|
 | `<layer>.weight` | n:m: [out, in·n/m]; unstructured: [nnz] | the model's |
 | `<layer>.weight_mask` | [out, ceil(in/8)] | uint8 |
+| `<layer>.weight_scale`, of quantised values | [out, ceil(in / group_size)] | the model's |
 | `<layer>.bias` | [out] | the model's |
 
-Experts stacked in one parameter have `<parameter>.weight` and `<parameter>.weight_mask`, with the number of the expert
-as one more dimension before these.
+Quantised values are integers, of other dtypes and shapes (table in `quantization`). Experts stacked in one parameter
+have `<parameter>.weight`, `<parameter>.weight_mask` and `<parameter>.weight_scale`, with the number of the expert as
+one more dimension before these.
 
 A packed checkpoint names all its tensors as the model's modules do, which `names="modules"` in its config records:
 the renamings and conversions by which transformers stores some families are for dense tensors. Earlier versions
@@ -35,6 +37,7 @@ from ..records import COMPRESSED_TENSORS
 from .bitmask import compressed_state_dict
 from .modules import (
     MASK_SUFFIX,
+    SCALE_SUFFIX,
     aligned,
     dense_layer,
     is_offloaded,
@@ -87,6 +90,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     for path, module in sparse_modules(model).items():
         name = stored_name(path)
         del state[f"{name}.weight"], state[f"{name}{MASK_SUFFIX}"]
+        state.pop(f"{name}{SCALE_SUFFIX}", None)
         with aligned(module):
             dense = module.to_dense()
         if isinstance(dense, nn.Parameter):

@@ -28,6 +28,8 @@ SETTINGS_TEXTS = {
     "activations": "calibration inputs and targets (default: the measured best)",
     "pattern": "2:4, 4:8, any n:m (n nonzero weights in every m), a share of zeros such as 50%, the same of whole "
     "blocks of outputs x inputs such as 50%/32x32; none prunes nothing, with --drop-layers",
+    "values": "quantise the kept values: int8, or int4 (default: as they are)",
+    "group_size": "columns of a row that share a scale, a multiple of 64, or -1: all (default: the measured best)",
     "allocation": "owl: each layer its own pattern, by what it would lose",
     "dataset": "calibration text: mc4-ko (Korean web text), c4 (English), kowiki (Korean Wikipedia), self (the model "
     "writes it), a .txt or .jsonl file, or a mix: mc4-ko=0.5,self=0.5 (default: mc4-ko, which is Korean)",

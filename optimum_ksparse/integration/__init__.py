@@ -8,6 +8,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 
 from optimum_ksparse_autoload import withdraw
 
+from ..api import dequantize_values
 from ..checkpoint import sparsity_report
 from ..config import QUANT_METHOD, SparsityConfig
 from ..runtime import autotune_kernels
@@ -26,4 +27,5 @@ def register() -> None:
     apply_patches()
     describe_functions()
     PreTrainedModel.sparsity_report = property(sparsity_report)  # type: ignore[attr-defined]
+    PreTrainedModel.dequantize_values = dequantize_values  # type: ignore[attr-defined]
     PreTrainedModel.autotune_kernels = autotune_kernels  # type: ignore[attr-defined]

@@ -108,11 +108,11 @@ def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:
     passed, saved = config.to_dict(), recorded.to_dict()
     differences = []
     for name in {*config.given, *config.method_settings} - {*RUN_TIME_SETTINGS, "tokenizer", "method_settings"}:
-        same = passed[name] == saved.get(name)
+        same = passed.get(name) == saved.get(name)
         if name == "pattern" and None not in (passed[name], saved[name]):
             same = Pattern(passed[name]) == Pattern(saved[name])
         if not same:
-            differences.append(f"{name}: passed {passed[name]!r}, recorded {saved.get(name)!r}")
+            differences.append(f"{name}: passed {passed.get(name)!r}, recorded {saved.get(name)!r}")
     if differences:
         raise ValueError(
             "the checkpoint is sparse already, with other settings ("

@@ -32,7 +32,7 @@ from ..config import DENSE_CONFIG_KEY, RUN_TIME_SETTINGS, ForeignConfig, Sparsit
 from ..evaluation import EvaluationResults, mark_weights
 from ..hub import card_of_source, tag_model
 from ..pruners.existing import commonest
-from ..pruning.model import attach, report_of
+from ..pruning.model import attach, note_values, report_of
 from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 from ..report import SparsityReport
 from ..runtime import configure
@@ -165,6 +165,7 @@ def _read_records(model: PreTrainedModel, source: Source) -> None:
             logger.warning(f"The model has no {name}: {error}")
     if facts.report is not None and facts.merge is not None and not facts.report.changes:
         facts.report.changes.append(facts.merge.change())  # merged by a version that did not note it
+    note_values(model)
     mark_weights(model, None if facts.report is None else facts.report.fingerprint)
     tag_model(model, facts.report, made_with(model))
 

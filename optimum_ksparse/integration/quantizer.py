@@ -63,10 +63,15 @@ class SparsityQuantizer(HfQuantizer):
     """Prunes dense models when they are loaded; loads, saves and undoes packed sparse ones."""
 
     requires_calibration = False
-    is_trainable = is_qat_trainable = is_compileable = True
+    is_trainable = is_compileable = True
     quantization_config: SparsityConfig
     # What `save_pretrained(state_dict=...)` was given: transformers asks here, and forgets it.
     state_dict: dict[str, torch.Tensor] | None = None
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the weights themselves can be trained."""
+        return self.quantization_config.values is None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if is_deepspeed_zero3_enabled():
@@ -108,7 +113,7 @@ class SparsityQuantizer(HfQuantizer):
             return model
         if headers and not any(name.endswith(MASK_SUFFIX) for name in headers):
             return model  # its config is that of a sparse model, its weights are not
-        install_layers(model, config.layers or {})
+        install_layers(model, config.layers or {}, **config.quantisation)
         if distributed is not None:
             prepare_parallel(model, distributed)
         if headers:

@@ -182,7 +182,9 @@ def _config_for_storage(model: PreTrainedModel, config: SparsityConfig) -> Itera
         model.config.quantization_config = foreign_record(model)
     else:
         del model.config.quantization_config
-    setattr(model.config, DENSE_CONFIG_KEY, {**config.to_dict(), "names": None})
+    # Its values are in the dtype of the weights, whatever they are integers times.
+    settings = {name: value for name, value in config.to_dict().items() if name not in config.quantisation}
+    setattr(model.config, DENSE_CONFIG_KEY, {**settings, "names": None})
     try:
         with dense_shapes(model):
             yield

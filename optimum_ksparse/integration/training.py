@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.trainer_callback import TrainerCallback
 
-from ..checkpoint import facts_of
+from ..checkpoint import facts_of, sparse_modules
 from ..evaluation import TrainingRun, settle_records
 from ..hub import CARD_NAME, is_adapter, is_ours, write_trained_card
 from ..kernels import fast_products
@@ -29,12 +29,24 @@ def recording(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, *args, **kwargs)
         if is_ours(self.model):
+            _check_trains(self.model)
             self.add_callback(_Provenance(self))
             self.create_model_card = _with_section(self, self.create_model_card)
             self.training_step = _with_fast_products(self, self.training_step)
             self.prediction_step = _with_fast_products(self, self.prediction_step)
 
     return __init__
+
+
+def _check_trains(model: Any) -> None:
+    """Raises ValueError where the weights of a model were to be trained, and are integers."""
+    values = next((module.values for module in sparse_modules(model).values() if module.values is not None), None)
+    if values is not None and not is_adapter(model):
+        raise ValueError(
+            f"the kept values of {type(model).__name__} are {values}, which cannot be trained: call "
+            "model.dequantize_values() before, which makes ordinary values of them on the same masks, or train an "
+            "adapter (LoRA)"
+        )
 
 
 def _with_section(trainer: Any, original: Any) -> Any:

@@ -80,7 +80,8 @@ def _receive(
         sparse = done[0]
     else:
         dense = layer.weight if isinstance(layer, ExpertStack) else layer
-        sparse = empty_like(dense, Pattern(config.pattern), num_values)
-    processes.broadcast(sparse.weight.data, owner)
-    processes.broadcast(sparse.weight_mask, owner)
+        sparse = empty_like(dense, Pattern(config.pattern), num_values, **config.quantisation)
+    for tensor in (sparse.weight.data, sparse.weight_mask, sparse.weight_scale):
+        if tensor is not None:
+            processes.broadcast(tensor, owner)
     return sparse, row

@@ -18,7 +18,9 @@ from ..nn import SparseExperts, SparseLinear
 from ..packing import pack
 from ..pattern import Pattern
 from ..pruners import collected_notes, prune
+from ..pruners.rounding import quantise
 from ..pruners.statistics import ColumnNorms
+from ..quantization import columns_of_group, pack_integers
 from ..report import LayerReport
 from .memory import trim_heap
 from .targets import Layer, weight_of
@@ -45,7 +47,7 @@ def prune_layer(
             matrix.
         ArithmeticError: a Gram matrix stays singular; names the matrix.
     """
-    started, pattern, weight = time.perf_counter(), Pattern(config.pattern), weight_of(layer).detach()
+    started, weight = time.perf_counter(), weight_of(layer).detach()
     is_stack = isinstance(layer, ExpertStack)
     seen, few = with_shared(statistics) if is_stack else (list(statistics), [])
     notes: dict[str, list[int]] = {}  # what is to be said → numbers of the matrices
@@ -59,12 +61,14 @@ def prune_layer(
             with collected_notes() as messages:
                 name = matrix_name(path, number) if is_stack else path
                 pruned, mask = _prune_matrix(name, matrix, seen[number], config)
+                packed = _pack(pruned, mask, config)
             for message in messages:
                 notes.setdefault(message, []).append(number)
             if (inputs := statistics[number]) is not None:
-                norms.append(_output_norms(inputs.sample, matrix, pruned))
+                reached = pruned if config.values is None else packed.dense()
+                norms.append(_output_norms(inputs.sample, matrix, reached))
             statistics[number] = seen[number] = inputs = None
-            yield PackedWeight(*pack(pruned, mask, pattern), weight.shape[-1], str(pattern))
+            yield packed
 
     sparse: SparseModule
     if isinstance(layer, ExpertStack):
@@ -122,6 +126,18 @@ def _prune_matrix(
         return prune(config.method, weight, statistics, Pattern(config.pattern), **config.pruner_settings)
     except (ArithmeticError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
+
+
+def _pack(pruned: torch.Tensor, mask: torch.Tensor, config: SparsityConfig) -> PackedWeight:
+    """A pruned matrix [out, in] under its mask, packed, with its values quantised where the settings say so."""
+    pattern, in_features = Pattern(config.pattern), pruned.shape[1]
+    if config.values is None or config.group_size is None:
+        return PackedWeight(*pack(pruned, mask, pattern), in_features, str(pattern))
+    group_size = columns_of_group(config.group_size, in_features)
+    integers, scale = quantise(pruned, config.values, group_size)
+    kept, bits = pack(integers, mask, pattern)
+    values = pack_integers(kept, config.values)
+    return PackedWeight(values, bits, in_features, str(pattern), None, scale, group_size)
 
 
 def relative_output_error(

@@ -43,7 +43,7 @@ def settings_of(config: SparsityConfig) -> dict[str, Any]:
     """The settings as a report and a journal hold them: without the list of layers."""
     settings = config.to_dict()
     for name in RECORDED:
-        settings.pop(name)
+        settings.pop(name, None)
     return settings
 
 
@@ -90,6 +90,19 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
+
+
+def note_values(model: PreTrainedModel) -> None:
+    """Lets the report of a sparse model say how its values are stored now; the weights are those of the report."""
+    report, config = facts_of(model).report, made_with(model)
+    if report is None or config is None or report.config.get("values") == config.values:
+        return
+    modules = sparse_modules(decoder_of(model))
+    for row in report.layers:
+        if row.name in modules:
+            row.packed_bytes = modules[row.name].packed_bytes
+    settings = {name: value for name, value in report.config.items() if name not in ("values", "group_size")}
+    report.config = settings | config.quantisation
 
 
 def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:

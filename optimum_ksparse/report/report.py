@@ -111,13 +111,18 @@ class SparsityReport:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the sparse layers' values and masks."""
+        """Bytes of the sparse layers' values, masks and scales."""
         return sum(layer.packed_bytes for layer in self.layers)
 
     @property
     def packed_ratio(self) -> float:
         """Packed bytes as a share of the dense ones."""
         return self.packed_bytes / max(1, self.dense_bytes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Packed bits for each weight of the sparse layers, zeros included."""
+        return 8 * self.packed_bytes / max(1, self.num_weights)
 
     @property
     def patterns(self) -> list[str]:

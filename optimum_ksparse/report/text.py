@@ -27,10 +27,11 @@ def _table(report: SparsityReport) -> list[str]:
         shape, density = f"{kind.shape[0]} x {kind.shape[1]}", f"{kind.density:.4f}"
         rows.append((kind.name, str(len(kind.layers)), shape, kind.pattern, density, error, f"{seconds:.1f}"))
     lines = aligned(rows)
+    values = f"{report.config['values']} values, " if report.config.get("values") else ""
     lines.append(
         f"{len(report.layers)} sparse layers, density {report.density:.4f}; {report.num_weights:,} of "
         f"{report.num_parameters:,} parameters; packed {report.packed_bytes:,} of {report.dense_bytes:,} bytes "
-        f"({report.packed_ratio:.4f})"
+        f"({report.packed_ratio:.4f}), {values}{report.bits_per_weight:.2f} bits a weight"
     )
     if report.reconstruction_losses is not None:
         seconds = sum(row.seconds for row in report.reconstruction)

@@ -96,7 +96,8 @@ def test_table_has_a_row_for_each_kind_and_the_totals(report):
     assert q_proj.split() == ["layers.*.q_proj", "2", "8", "x", "16", "2:4", "0.5000", "0.5000", "1.0"]
     assert up_proj.split() == ["layers.*.up_proj", "2", "32", "x", "16", "2:4", "0.5000", "0.1250", "1.0"]
     assert totals == (
-        "4 sparse layers, density 0.5000; 1,280 of 12,345 parameters; packed 576 of 1,024 bytes (0.5625)"
+        "4 sparse layers, density 0.5000; 1,280 of 12,345 parameters; packed 576 of 1,024 bytes (0.5625), "
+        "3.60 bits a weight"
     )
     assert skipped == "left dense: layers.0.down_proj: 15 input features, 한글"
     assert note == "note: layers.0.up_proj: damping raised"

@@ -152,6 +152,7 @@ def _empty(modules: Iterable[nn.Module]) -> None:
             if parameter is not None and not parameter.is_meta:
                 empty = torch.empty_like(parameter, device="meta")
                 module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        mask = module._buffers.get("weight_mask")
-        if mask is not None:
-            module._buffers["weight_mask"] = torch.empty_like(mask, device="meta")
+        for name in ("weight_mask", "weight_scale"):
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="meta")

@@ -17,6 +17,7 @@ from ...config import SparsityConfig
 from ...data import CalibrationTokens
 from ...nn import densified
 from ...pattern import Pattern
+from ...quantization import BITS
 from ...report import PrunedBlock
 from ..job import Place
 from ..memory import peak_memory
@@ -78,7 +79,7 @@ class DiskPlace(Place):
         if replay is not None and config.activations == "dense":
             self._catch_up(replay, lambda snapshot: snapshot.files)
         for index, block in enumerate(self.workspace.journal.blocks):
-            install_layers(self.model, block.layers)
+            install_layers(self.model, block.layers, **config.quantisation)
             self.disk.take_shard(index, self.workspace.path / block.file)
         if replay is not None and config.activations != "dense":
             self._catch_up(replay, lambda snapshot: snapshot.files)
@@ -164,7 +165,9 @@ def check_run_space(
     size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
     pruned = [weight_of(layer) for layers in targets for layer in layers.values()]
     dense = sum(weight.nbytes for weight in pruned)
-    packed = dense * density + sum(weight.numel() for weight in pruned) / 8
+    number = sum(weight.numel() for weight in pruned)
+    of_values = dense if config.values is None else number * BITS[config.values] / 8
+    packed = of_values * density + number / 8
     needed = sum(size.values()) - dense + packed
     if config.storage == "dense":  # packed blocks are written first, and become dense ones at the end
         needed += dense

@@ -1,0 +1,211 @@
+"""Models whose kept values are quantised: pruned, saved, loaded and streamed as others are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingArguments
+
+from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint
+from optimum_ksparse.checkpoint import fingerprint, sparse_modules
+from optimum_ksparse.config import METHOD_SETTINGS
+from optimum_ksparse.pruning.streaming import Workspace
+from optimum_ksparse.quantization import LIMITS
+
+from ..nn.test_experts import COMMON, IDS
+from .test_streaming import assert_same_tensors, contents, fails, tensors
+
+EVERY = pytest.mark.parametrize("values", sorted(LIMITS))
+NAME = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def saved(make_pruned: Any, tmp_path: Path) -> Any:
+    """A model with quantised values, and the folder that it was saved into."""
+
+    def make(values: str = "int8", pattern: str = "2:4", **settings: Any) -> tuple[Any, Path]:
+        model = make_pruned("llama", pattern, torch.bfloat16, values=values, **settings)
+        model.save_pretrained(tmp_path / "saved")
+        return model, tmp_path / "saved"
+
+    return make
+
+
+def assert_same_model(found: Any, expected: Any) -> None:
+    assert_same_tensors(found.state_dict(), expected.state_dict())
+    assert fingerprint(found) == fingerprint(expected)
+    for module, other in zip(sparse_modules(found).values(), sparse_modules(expected).values(), strict=True):
+        assert (module.values, module.group_size) == (other.values, other.group_size)
+
+
+@EVERY
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "50%"])
+def test_what_is_saved_is_loaded(saved, values, pattern):
+    model, folder = saved(values, pattern, group_size=64)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same_model(loaded, model)
+    assert str(loaded.sparsity_report) == str(model.sparsity_report)
+    assert values in str(loaded.sparsity_report)
+    stored, report = load_file(folder / "model.safetensors"), loaded.sparsity_report
+    layers = [name.removesuffix(".weight_mask") for name in stored if name.endswith(".weight_mask")]
+    kinds = ("weight", "weight_mask", "weight_scale")
+    assert report.packed_bytes == sum(stored[f"{layer}.{kind}"].nbytes for layer in layers for kind in kinds)
+    assert report.bits_per_weight == 8 * report.packed_bytes / report.num_weights
+
+
+@EVERY
+def test_another_dtype_is_that_of_the_products(saved, values):
+    model, folder = saved(values)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    for module, other in zip(sparse_modules(loaded).values(), sparse_modules(model).values(), strict=True):
+        assert module.dtype is torch.float32 and torch.equal(module.weight, other.weight)
+        torch.testing.assert_close(module.to_dense_weight(), other.to_dense_weight().float(), rtol=1e-2, atol=0)
+
+
+@EVERY
+def test_dense_storage_holds_integers_times_scales(saved, values, tmp_path):
+    model, _ = saved(values, storage="dense")
+    stored = load_file(tmp_path / "saved/model.safetensors")
+    assert torch.equal(stored[f"{NAME}.weight"], dict(model.named_modules())[NAME].to_dense_weight())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert fingerprint(loaded) == fingerprint(model)
+    assert loaded.config.quantization_config.values is None and loaded.sparsity_report.config.get("values") is None
+    assert loaded.sparsity_report.bits_per_weight == 9
+
+
+def test_experts(tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MixtralConfig(**COMMON)).save_pretrained(tmp_path / "dense")
+    config = SparsityConfig("wanda", "2:4", dataset=IDS, values="int4")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", sparsity_config=config)
+    pruned.save_pretrained(tmp_path / "memory")
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "memory"), pruned)
+    prune_checkpoint(tmp_path / "dense", tmp_path / "disk", config)
+    assert_same_tensors(tensors(tmp_path / "disk"), tensors(tmp_path / "memory"))
+
+
+@EVERY
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_from_disk_to_disk_it_is_the_same(values, storage, tmp_path, source, config):
+    asked = config("wanda", values=values, storage=storage, group_size=64)
+    model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=asked)
+    model.save_pretrained(tmp_path / "memory")
+    report = prune_checkpoint(source, tmp_path / "disk", asked)
+    assert_same_tensors(tensors(tmp_path / "disk"), tensors(tmp_path / "memory"))
+    assert (tmp_path / "disk/config.json").read_bytes() == (tmp_path / "memory/config.json").read_bytes()
+    expected = SparsityReport.load(tmp_path / "memory/sparsity_report.json")
+    assert report.fingerprint == expected.fingerprint and report.packed_bytes == expected.packed_bytes
+    for row, other in zip(report.layers, expected.layers, strict=True):
+        assert row.relative_output_error == other.relative_output_error
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path, source, config, monkeypatch, always_snapshot):
+    asked = config("sparsegpt", values="int8")
+    prune_checkpoint(source, tmp_path / "whole", asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "add_block", fails(Workspace.add_block, 2, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(source, tmp_path / "disk", asked)
+    with pytest.raises(ValueError, match="values"):
+        prune_checkpoint(source, tmp_path / "disk", config("sparsegpt"))
+    prune_checkpoint(source, tmp_path / "disk", asked)
+    assert contents(tmp_path / "disk") == contents(tmp_path / "whole")
+
+
+def test_the_error_counts_the_rounding(source, config):
+    errors = {}
+    for values in (None, "int8", "int4"):
+        model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config("wanda", values=values))
+        errors[values] = [row.relative_output_error for row in model.sparsity_report.layers]
+    assert all(a <= 1.01 * b for a, b in zip(errors["int8"], errors["int4"], strict=True))
+    assert errors["int8"] != errors[None] and sum(errors["int4"]) > sum(errors[None])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("weight_scale", lambda t: t.fill_(float("nan"))),
+        ("weight_scale", lambda t: t.fill_(float("inf"))),
+        ("weight_scale", lambda t: t.fill_(-1.0)),
+        ("weight_scale", lambda t: t.repeat(1, 2)),
+        ("weight_scale", lambda t: t.to(torch.int8)),
+        ("weight_scale", lambda t: None),
+        ("weight", lambda t: t.fill_(-128)),
+        ("weight", lambda t: t.float()),
+        ("weight", lambda t: t.view(torch.uint8)),
+        ("weight", lambda t: t[:, :-1].contiguous()),
+        ("weight_mask", lambda t: t.fill_(255)),
+    ],
+)
+def test_files_that_cannot_be_right_are_refused(saved, name, spoil):
+    _, folder = saved()
+    stored = load_file(folder / "model.safetensors")
+    changed = spoil(stored.pop(f"{NAME}.{name}"))
+    if changed is not None:
+        stored[f"{NAME}.{name}"] = changed
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{NAME}.{name}".removeprefix("model.")):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("name", "value"), [("values", None), ("values", "int4"), ("group_size", 32), ("values", 8)])
+def test_a_config_that_cannot_be_right_is_refused(saved, name, value):
+    _, folder = saved()
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"][name] = value
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="values|group_size|weight"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_an_earlier_version_refuses_and_says_what_to_do(saved, monkeypatch):
+    _, folder = saved()
+    recorded = json.loads((folder / "config.json").read_text())["quantization_config"]
+    earlier = [name for name in SparsityConfig().to_dict() if name in recorded]
+    assert recorded.keys() - {*earlier, "names", "layers"} == {"values", "group_size", "format_version"}
+    recorded["format_version"] += 1
+    with pytest.raises(ValueError, match="upgrade"):
+        SparsityConfig.from_dict(recorded)
+    monkeypatch.setattr("optimum_ksparse.config.FLAT_SETTINGS", [*earlier, *METHOD_SETTINGS])
+    monkeypatch.setattr("optimum_ksparse.config.RECORDED", ("layers", "names"))
+    with pytest.raises(ValueError, match="upgrade"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_weights_that_cannot_be_scaled_well(make_model):
+    """Rows and groups of zeros, and one huge value in a group, are exact, or as near as integers are."""
+    from optimum_ksparse import sparsify
+
+    model = make_model("llama", torch.float16, intermediate_size=128)
+    weight = model.model.layers[0].mlp.down_proj.weight.data
+    weight[0], weight[1, :64], weight[2, 5], weight[3, 70] = 0, 0, 65504.0, 1e-7
+    sparsify(model, SparsityConfig("magnitude", "2:4", values="int8", group_size=64))
+    dense = model.model.layers[0].mlp.down_proj.to_dense_weight()
+    assert dense.isfinite().all() and not dense[0].any() and not dense[1, :64].any()
+    assert dense[2, 5] > 65000 and dense[1, 64:].any()
+
+
+@EVERY
+def test_dequantized_values_are_the_same_weights_and_train(saved, values, tmp_path):
+    model, folder = saved(values)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="dequantize_values"):
+        Trainer(loaded, TrainingArguments(str(tmp_path / "run"), report_to=[]))
+    assert loaded.dequantize_values() is loaded
+    assert fingerprint(loaded) == fingerprint(model)
+    assert loaded.sparsity_report.bits_per_weight == 9 and "values" not in loaded.sparsity_report.config
+    loaded(torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
+    assert all(module.weight.grad is not None for module in sparse_modules(loaded).values())
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), loaded)
+    assert SparsityReport.load(tmp_path / "again/sparsity_report.json").fingerprint == fingerprint(model)
+
+
+def test_a_dense_model_has_no_values_to_dequantize(make_model):
+    with pytest.raises(ValueError, match="sparse"):
+        make_model("llama").dequantize_values()
