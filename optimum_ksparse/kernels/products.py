@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 # Of a panel in float32. Narrower ones take longer with many tokens, wider ones with few, for fresh memory.
 _PANEL_BYTES = 16 << 20
+# With more tokens at a time each processor reads rows that another one has just written.
+_CPU_TOKENS = 256
 # Operator → the places of its factors [..., rows, inner] and [..., inner, columns] among its arguments.
 _PRODUCTS = {
     "aten::mm": (0, 1),
@@ -93,13 +95,15 @@ def linear_by_rows(
     """`F.linear` of x [tokens, in] with a weight of which `dense` makes some rows, `height` at a time; without
     autograd."""
     y = x.new_empty(x.shape[0], out_features)
+    tokens = _CPU_TOKENS if x.is_cpu else max(1, len(x))
     for start in range(0, out_features, height):
         rows = slice(start, min(start + height, out_features))
         weight = dense(rows).T
-        if bias is None:
-            torch.mm(x, weight, out=y[:, rows])
-        else:
-            torch.addmm(bias[rows], x, weight, out=y[:, rows])
+        for part, out in zip(x.split(tokens), y[:, rows].split(tokens), strict=True):
+            if bias is None:
+                torch.mm(part, weight, out=out)
+            else:
+                torch.addmm(bias[rows], part, weight, out=out)
     return y
 
 

@@ -25,8 +25,8 @@ from .loading import UNIT_VARIABLE, choose_unit, load_library
 logger = logging.get_logger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# On a CPU with fast products in 16 bit, from so many tokens on those take less time; of a panel of dense rows.
-_PANEL_TOKENS, _PANEL_BYTES = 48, 4 << 20
+# On a CPU with fast products in 16 bit, from so many tokens on torch's take less time; bytes of a panel of dense rows.
+_PANEL_TOKENS, _PANEL_BYTES = 96, 4 << 20
 
 _WRONG_MASK = 2  # of `enum failure`
 

@@ -9,7 +9,8 @@
 #define UNIT avx2
 #define LANES 8
 #define STEP 8
-#define BLOCK_TOKENS 3
+#define TILE_ROWS 6
+#define BLOCK_TOKENS 2
 
 typedef __m256 vec;
 /* A byte of the mask times 32: where its row begins in a table of rows of 32 bytes. That is two instructions, and has as

@@ -12,6 +12,7 @@
 #endif
 #define LANES 16
 #define STEP 32
+#define TILE_ROWS 6
 #define BLOCK_TOKENS 4
 
 typedef __m512 vec;
@@ -43,12 +44,19 @@ static inline __m512i cleared(void) {
     return zero;
 }
 
+/* In a register: expanding from memory is done by microcode on Zen 4. */
+static inline __m512i loaded(const void *values) {
+    __m512i kept = _mm512_loadu_si512(values);
+    __asm__("" : "+v"(kept));
+    return kept;
+}
+
 static inline __m512i expand_32_halves(const void *values, mask_t mask) {
-    return _mm512_mask_expand_epi16(cleared(), mask, _mm512_loadu_si512(values));
+    return _mm512_mask_expand_epi16(cleared(), mask, loaded(values));
 }
 
 static inline vec expand_16_floats(const float *values, __mmask16 mask) {
-    return _mm512_mask_expand_ps(_mm512_castsi512_ps(cleared()), mask, _mm512_loadu_ps(values));
+    return _mm512_mask_expand_ps(_mm512_castsi512_ps(cleared()), mask, _mm512_castsi512_ps(loaded(values)));
 }
 
 static inline void expand_bf16(const void *values, mask_t mask, vec *weights) {

@@ -66,8 +66,8 @@ struct task {
     struct product product;
 };
 
-/* From SOME tokens on only kept weights are multiplied, but where pairs are. SLAB tokens are widened at a time; GRAIN multiplications make
- * it worth waking another thread. */
+/* From SOME tokens on only kept weights are multiplied, but where pairs are. SLAB tokens are multiplied at a time; GRAIN
+ * multiplications make it worth waking another thread. */
 enum { SOME = 24, SLAB = 512, GRAIN = 1 << 15 };
 
 static int64_t size_of(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
@@ -84,7 +84,7 @@ static void multiply_rows(int64_t begin, int64_t end, void *context) {
     const struct task *task = context;
     const struct unit *unit = task->unit;
     const struct product *p = &task->product;
-    (p->tokens <= FEW ? unit->few : are_many(unit, p->w.dtype, p->tokens) ? unit->many : unit->some)(p, begin, end);
+    (p->x ? unit->many : p->tokens <= FEW ? unit->few : unit->some)(p, begin, end);
 }
 
 static void input_columns(int64_t begin, int64_t end, void *context) {
@@ -102,28 +102,16 @@ static void expand_rows(int64_t begin, int64_t end, void *context) {
     task->unit->expand(&task->product, begin, end);
 }
 
-/* Tokens [count, features] of a dtype on their way to floats, or, in pairs, as they are. */
+static int64_t padded(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
+
+/* Tokens [count, features] of a dtype on their way to floats, transposed. */
 struct copying {
     const struct unit *unit;
     int32_t dtype;
     const char *from;
     int64_t count, features, stride;
     float *to;
-    int pairs;
 };
-
-/* Tokens [begin, end), one after the other, zero behind the features: for `few` and `some`. */
-static void widen_tokens(int64_t begin, int64_t end, void *context) {
-    const struct copying *c = context;
-    const int64_t size = size_of(c->dtype), to_size = c->pairs ? size : (int64_t)sizeof(float);
-    for (int64_t token = begin; token < end; token++) {
-        char *row = (char *)c->to + token * c->stride * to_size;
-        const char *from = c->from + token * c->features * size;
-        if (c->pairs) memcpy(row, from, c->features * size);
-        else c->unit->widen(c->dtype, from, c->features, (float *)row);
-        memset(row + c->features * to_size, 0, (c->stride - c->features) * to_size);
-    }
-}
 
 /* Pieces [begin, end) of 64 features of a block of tokens, transposed: for `many` and the gradients. */
 static void transpose_tokens(int64_t begin, int64_t end, void *context) {
@@ -145,22 +133,19 @@ static void transpose_tokens(int64_t begin, int64_t end, void *context) {
     }
 }
 
-static int64_t padded(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
-
-/* Room for `tokens` tokens, or SLAB of them, as floats. */
+/* Room for `tokens` tokens, or SLAB of them, as floats, in blocks. */
 static float *room(int64_t tokens, int64_t features) {
     void *memory = NULL;
-    const int64_t most = padded(tokens < SLAB ? tokens : SLAB, tokens < SOME ? 1 : BLOCK);
+    const int64_t most = padded(tokens < SLAB ? tokens : SLAB, BLOCK);
     return posix_memalign(&memory, 64, most * padded(features, 64) * sizeof(float)) ? NULL : memory;
 }
 
-static int32_t copy_tokens(parallel_for run, struct copying c, int transposed) {
+static int32_t transpose(parallel_for run, struct copying c) {
     c.stride = padded(c.features, 64);
-    if (transposed) return run(0, padded(c.count, BLOCK) / BLOCK * (c.stride / 64), 8, transpose_tokens, &c);
-    return run(0, c.count, grain(c.features), widen_tokens, &c);
+    return run(0, padded(c.count, BLOCK) / BLOCK * (c.stride / 64), 8, transpose_tokens, &c);
 }
 
-/* A product of tokens, which are widened and multiplied SLAB at a time. */
+/* A product of tokens, SLAB at a time. */
 struct call {
     parallel_for run;
     const struct unit *unit;
@@ -168,7 +153,7 @@ struct call {
     int64_t tokens;
     const char *x, *gradient; /* [tokens, x_features]; for the gradient of the values [tokens, out], else NULL */
     int64_t x_features;
-    int transposed; /* whether x is, however few the tokens are */
+    int transposed; /* whether `body` takes them as floats, transposed */
     const void *bias;
     char *y;
     int64_t y_bytes; /* of a token; 0 where all tokens are summed */
@@ -177,21 +162,21 @@ struct call {
 /* `body` over `items` of each slab, at least `least` of them in a thread. 0, or one of `failure`. */
 static int32_t compute(const struct call *call, void (*body)(int64_t, int64_t, void *), int64_t items, int64_t least) {
     const struct weight *w = call->w;
-    const int64_t size = size_of(w->dtype), most = call->transposed ? padded(call->tokens, BLOCK) : call->tokens;
-    float *x = room(most, call->x_features), *gradient = call->gradient ? room(most, w->out_features) : NULL;
-    const int pairs = !call->transposed && in_pairs(call->unit, w->dtype);
-    int32_t error = !x || (call->gradient && !gradient) ? NO_MEMORY : 0;
+    const int64_t size = size_of(w->dtype);
+    float *x = call->transposed ? room(call->tokens, call->x_features) : NULL;
+    float *gradient = call->gradient ? room(call->tokens, w->out_features) : NULL;
+    int32_t error = (call->transposed && !x) || (call->gradient && !gradient) ? NO_MEMORY : 0;
     for (int64_t token = 0; token < call->tokens && !error; token += SLAB) {
         const int64_t count = call->tokens - token < SLAB ? call->tokens - token : SLAB;
-        const char *from = call->x + token * call->x_features * size;
-        const struct copying c = {call->unit, w->dtype, from, count, call->x_features, 0, x, pairs};
-        if (copy_tokens(call->run, c, call->transposed || are_many(call->unit, w->dtype, count))) error = NO_MEMORY;
+        const char *raw = call->x + token * call->x_features * size;
+        if (x && transpose(call->run, (struct copying){call->unit, w->dtype, raw, count, call->x_features, 0, x}))
+            error = NO_MEMORY;
         if (gradient && !error) {
-            from = call->gradient + token * w->out_features * size;
-            const struct copying g = {call->unit, w->dtype, from, count, w->out_features, 0, gradient, 0};
-            if (copy_tokens(call->run, g, 1)) error = NO_MEMORY;
+            const char *from = call->gradient + token * w->out_features * size;
+            if (transpose(call->run, (struct copying){call->unit, w->dtype, from, count, w->out_features, 0, gradient}))
+                error = NO_MEMORY;
         }
-        struct task task = {call->unit, {*w, x, gradient, count, padded(call->x_features, 64), call->bias,
+        struct task task = {call->unit, {*w, raw, x, gradient, count, padded(call->x_features, 64), call->bias,
                                          call->y + token * call->y_bytes, 0, &error}};
         if (!error && call->run(0, items, least, body, &task)) error = NO_MEMORY;
     }
@@ -203,7 +188,8 @@ static int32_t compute(const struct call *call, void (*body)(int64_t, int64_t, v
 /* y [tokens, out] = x [tokens, in] · Wᵀ + bias, x, bias and y of the weight's dtype. */
 EXPORT int32_t ksparse_linear(parallel_for run, int32_t unit, const struct weight *w, const void *x, int64_t tokens,
                               const void *bias, void *y) {
-    const struct call call = {run, units[unit].unit, w, tokens, x, NULL, w->in_features, 0, bias, y,
+    const int many = are_many(units[unit].unit, w->dtype, tokens);
+    const struct call call = {run, units[unit].unit, w, tokens, x, NULL, w->in_features, many, bias, y,
                               w->out_features * size_of(w->dtype)};
     const int64_t work = w->in_features * (tokens < 8 ? tokens : 8);
     return compute(&call, multiply_rows, w->out_features, grain(work));
@@ -238,6 +224,6 @@ EXPORT void ksparse_row_starts(const uint8_t *bits, int64_t out_features, int64_
 EXPORT int32_t ksparse_expand(parallel_for run, int32_t unit, const struct weight *w, int64_t begin, int64_t end,
                               void *out) {
     int32_t error = 0;
-    struct task task = {units[unit].unit, {*w, NULL, NULL, 0, 0, NULL, out, begin, &error}};
+    struct task task = {units[unit].unit, {*w, NULL, NULL, NULL, 0, 0, NULL, out, begin, &error}};
     return run(begin, end, grain(w->in_features), expand_rows, &task) ? NO_MEMORY : error;
 }

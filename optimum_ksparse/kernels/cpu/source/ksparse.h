@@ -24,12 +24,12 @@ struct weight {
     int32_t dtype;
 };
 
-/* y [tokens, out] = x · Wᵀ + bias. x: floats (but see `dots`) [tokens, stride], zero from in_features on, stride a
- * multiple of 64; bias and y of the weight's dtype. */
+/* y [tokens, out] = x · Wᵀ + bias; tokens, bias and y of the weight's dtype. */
 struct product {
     struct weight w;
-    const float *x, *gradient; /* the latter for `grad_values` */
-    int64_t tokens, stride;
+    const void *raw; /* x [tokens, in] as it came: for `few` and `some` */
+    const float *x, *gradient; /* the same as floats, transposed; the latter for `grad_values` */
+    int64_t tokens, stride; /* stride: the features of x, filled up to a multiple of 64 */
     const void *bias;
     void *y;
     int64_t first_row; /* of `expand` */
@@ -39,7 +39,7 @@ struct product {
 /* A unit: the same functions compiled for one instruction set. All take rows [begin, end). */
 struct unit {
     const char *name;
-    int32_t dots; /* whether `few` and `some` take x as it is where it is bfloat16, instead of floats */
+    int32_t dots; /* whether `few` and `some` multiply bfloat16 as it is, instead of floats */
     /* Once, before the others. Nothing of a unit may run before the CPU was asked, so no constructors. */
     void (*start)(void);
     /* Up to FEW tokens: each row's packed weights are read once, straight into the sums. */

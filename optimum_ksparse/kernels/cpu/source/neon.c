@@ -9,6 +9,7 @@
 #define UNIT neon
 #define LANES 4
 #define STEP 8
+#define TILE_ROWS 6
 #define BLOCK_TOKENS 4
 
 typedef float32x4_t vec;

@@ -4,6 +4,7 @@
 #define UNIT portable
 #define LANES 8
 #define STEP 8
+#define TILE_ROWS 1
 #define BLOCK_TOKENS 1
 
 typedef struct { float lane[8]; } vec;

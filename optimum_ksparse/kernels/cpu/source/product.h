@@ -5,7 +5,7 @@
  *   LANES           floats in a vector `vec`: v_zero, v_load, v_store, v_fma(a, b, sum), v_sum
  *   STEP            weights that are expanded together, 8 or more; `step_mask` takes their mask, a `mask_t`, out of 64
  *                   bits, `count_bits` counts what it keeps
- *   BLOCK_TOKENS    tokens of the inner product of `some`: 4 * BLOCK_TOKENS sums must fit the registers
+ *   TILE_ROWS, BLOCK_TOKENS   of `some`: as many sums fit the registers
  *   expand_32, expand_bf16, expand_16(values, mask, vec weights[STEP / LANES]): the kept values, of which as many as
  *                   STEP may be read, at their places, zeros between them
  *   expand_2_bytes(values, mask, out): the same for 16-bit values, as they are
@@ -20,7 +20,7 @@
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 
-enum { PARTS = STEP / LANES, COLUMNS = 512, ROWS = 8, VECTORS = BLOCK / LANES, PANEL = 256, AHEAD = 4 };
+enum { PARTS = STEP / LANES, COLUMNS = 512, PIECE = 16, VECTORS = BLOCK / LANES, PANEL = 256, AHEAD = 4 };
 /* As a dtype: bfloat16 that is multiplied in pairs. HALVES: bfloat16 as `few` and `some` multiply it. */
 enum { DOTS = 3 };
 #ifdef v_dot
@@ -100,10 +100,10 @@ INLINE void expand(int32_t dtype, const char *values, mask_t mask, vec *weights)
     else expand_16(values, mask, weights);
 }
 
-/* Up to 8 bytes of a row's mask; those behind its end are zero. */
+/* Up to 8 bytes of a row's mask, of which `bytes` are left; those behind its end are zero. */
 INLINE uint64_t load_bits(const uint8_t *bits, int64_t bytes) {
     uint64_t word = 0;
-    memcpy(&word, bits, bytes < 8 ? bytes : 8);
+    if (bytes > 0) memcpy(&word, bits, bytes < 8 ? bytes : 8);
     return word;
 }
 
@@ -151,7 +151,8 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
     int64_t column = 0;
     for (; column + 64 <= w->in_features && last_of(offset, rows) + 64 <= w->num_values; column += 64) {
         for (int r = 0; r < rows; r++) {
-            __builtin_prefetch(values + offset[r] * size + 1024);
+            for (int64_t line = 0; line < 32 * size; line += 64)
+                __builtin_prefetch(values + offset[r] * size + 1024 + line);
             uint64_t word = load_bits(bits[r] + column / 8, 8);
             for (int step = 0; step < 64 / STEP; step++) {
                 mask_t mask = step_mask(word, step);
@@ -204,28 +205,64 @@ INLINE void few_of(int32_t dtype, int tokens, const struct product *p, int64_t b
     }
 }
 
-#define FEW_TOKENS(dtype)                                                                                              \
-    if (p->tokens == 1) few_of(dtype, 1, p, begin, end);                                                               \
-    else if (p->tokens == 2) few_of(dtype, 2, p, begin, end);                                                          \
-    else if (p->tokens == 3) few_of(dtype, 3, p, begin, end);                                                          \
-    else few_of(dtype, 4, p, begin, end);
-
-static void few(const struct product *p, int64_t begin, int64_t end) {
-    if (p->w.dtype == FLOAT32) { FEW_TOKENS(FLOAT32) }
-    else if (p->w.dtype == BFLOAT16) { FEW_TOKENS(HALVES) }
-    else { FEW_TOKENS(FLOAT16) }
+/* Each thread makes what it needs of x: fetching it from another processor's cache would take longer. */
+static void widen(int32_t dtype, const void *from, int64_t count, float *to) {
+    if (dtype == FLOAT32) memcpy(to, from, count * sizeof(float));
+    else if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) to[i] = load_number(BFLOAT16, from, i);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = load_number(FLOAT16, from, i);
 }
 
-/* The weights of one row from `column` on, as floats or pairs; gives the offset behind them. */
+/* `features` of x, from `column` of a token on, as they are multiplied, and zeros up to `most`. */
+INLINE void copy_features(int32_t dtype, const struct product *p, int64_t token, int64_t column, int64_t most, float *to) {
+    const int64_t size = size_of(p->w.dtype), to_size = dtype == DOTS ? 2 : 4, left = p->w.in_features - column;
+    const int64_t features = token >= p->tokens || left < 0 ? 0 : left < most ? left : most;
+    const char *from = (const char *)p->raw + (token * p->w.in_features + column) * size;
+    if (dtype == DOTS) memcpy(to, from, features * size);
+    else if (features) widen(dtype, from, features, to);
+    memset((char *)to + features * to_size, 0, (most - features) * to_size);
+}
+
+INLINE void few_in(int32_t dtype, struct product p, int64_t begin, int64_t end) {
+    const int as_it_is = (dtype == DOTS || dtype == FLOAT32) && p.stride == p.w.in_features;
+    float *x = NULL;
+    if (as_it_is) p.x = p.raw;
+    else if (posix_memalign((void **)&x, 64, p.tokens * p.stride * sizeof(float))) {
+        *p.failed = NO_MEMORY;
+        return;
+    } else {
+        p.x = x;
+        for (int64_t token = 0; token < p.tokens; token++)
+            copy_features(dtype, &p, token, 0, p.stride, x + token * p.stride / in_lane(dtype));
+    }
+    if (p.tokens == 1) few_of(dtype, 1, &p, begin, end);
+    else if (p.tokens == 2) few_of(dtype, 2, &p, begin, end);
+    else if (p.tokens == 3) few_of(dtype, 3, &p, begin, end);
+    else few_of(dtype, 4, &p, begin, end);
+    free(x);
+}
+
+static void few(const struct product *p, int64_t begin, int64_t end) {
+    if (p->w.dtype == FLOAT32) few_in(FLOAT32, *p, begin, end);
+    else if (p->w.dtype == BFLOAT16) few_in(HALVES, *p, begin, end);
+    else few_in(FLOAT16, *p, begin, end);
+}
+
+/* The weights of one row from `column` on, as floats or pairs; gives the offset behind them. What lies `ahead` rows on
+ * is to be read soon. */
 INLINE int64_t expand_row(int32_t dtype, const struct weight *w, int64_t row, int64_t column, int64_t columns,
-                          int64_t offset, float *out) {
+                          int64_t offset, int64_t ahead, float *out) {
     const uint8_t *bits = w->bits + row * w->row_bytes;
     const int64_t end = column + columns, size = size_of(dtype);
     vec weights[PARTS];
     const int parts = PARTS / in_lane(dtype);
+    const int64_t bytes = row + ahead < w->out_features ? (row_start(w, row + ahead) - row_start(w, row)) * size : 0;
     for (; column + 64 <= end && offset + 64 <= w->num_values && column + 64 <= w->in_features; column += 64) {
         const uint64_t word = load_bits(bits + column / 8, 8);
-        __builtin_prefetch((const char *)w->values + offset * size + 1024);
+        for (int64_t line = 0; line < 32 * size; line += 64)
+            __builtin_prefetch((const char *)w->values + offset * size + bytes + line, 0, 2);
+        __builtin_prefetch(bits + column / 8 + ahead * w->row_bytes, 0, 2);
         for (int step = 0; step < 64 / STEP; step++) {
             mask_t mask = step_mask(word, step);
             expand(dtype, (const char *)w->values + offset * size, mask, weights);
@@ -243,51 +280,61 @@ INLINE int64_t expand_row(int32_t dtype, const struct weight *w, int64_t row, in
     return offset;
 }
 
-/* sums[4 rows][tokens] += tile · x over `width` floats of each. */
-INLINE void inner(int32_t dtype, int tokens, const float *tile, const float *x, int64_t stride, int64_t width,
-                  float *sums, int64_t next_row) {
-    vec sum[4 * BLOCK_TOKENS];
-    for (int r = 0; r < 4; r++)
-        for (int token = 0; token < tokens; token++)
-            sum[r * tokens + token] = v_load(sums + r * next_row + token * LANES);
-    for (int64_t i = 0; i < width; i += LANES) {
-        vec one[BLOCK_TOKENS];
-        for (int token = 0; token < tokens; token++) one[token] = v_load(x + token * stride + i);
-        for (int r = 0; r < 4; r++) {
-            const vec weights = v_load(tile + r * COLUMNS + i);
-            for (int token = 0; token < tokens; token++)
-                sum[r * tokens + token] = multiply_add(dtype, weights, one[token], sum[r * tokens + token]);
+/* sums[TILE_ROWS][tokens of the block] += tile · x over `width` lanes of each; x [width / PIECE][tokens][PIECE]. */
+INLINE void tile_times_block(int32_t dtype, const float *tile, const float *x, int64_t width, float *sums,
+                             int64_t next_row) {
+    vec sum[TILE_ROWS * BLOCK_TOKENS];
+    for (int r = 0; r < TILE_ROWS; r++)
+        for (int token = 0; token < BLOCK_TOKENS; token++)
+            sum[r * BLOCK_TOKENS + token] = v_load(sums + r * next_row + token * LANES);
+    for (int64_t i = 0; i < width; i += PIECE, tile += PIECE, x += PIECE * BLOCK_TOKENS)
+        for (int lane = 0; lane < PIECE; lane += LANES) {
+            vec one[BLOCK_TOKENS];
+            for (int token = 0; token < BLOCK_TOKENS; token++) one[token] = v_load(x + token * PIECE + lane);
+            for (int r = 0; r < TILE_ROWS; r++) {
+                const vec weights = v_load(tile + r * COLUMNS + lane);
+                for (int token = 0; token < BLOCK_TOKENS; token++)
+                    sum[r * BLOCK_TOKENS + token] =
+                        multiply_add(dtype, weights, one[token], sum[r * BLOCK_TOKENS + token]);
+            }
         }
-    }
-    for (int r = 0; r < 4; r++)
-        for (int token = 0; token < tokens; token++)
-            v_store(sums + r * next_row + token * LANES, sum[r * tokens + token]);
+    for (int r = 0; r < TILE_ROWS; r++)
+        for (int token = 0; token < BLOCK_TOKENS; token++)
+            v_store(sums + r * next_row + token * LANES, sum[r * BLOCK_TOKENS + token]);
 }
 
-INLINE void some_rows(int32_t dtype, const struct product *p, int64_t begin, int64_t end, float *sums) {
+/* x in blocks of tokens, the last one filled up by zeros: [columns / PIECE][BLOCK_TOKENS][PIECE]. */
+INLINE void make_blocks(int32_t dtype, const struct product *p, float *x) {
+    const int64_t lanes = p->stride / in_lane(dtype);
+    for (int64_t token = 0; token < (p->tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS * BLOCK_TOKENS; token++) {
+        float *to = x + token / BLOCK_TOKENS * BLOCK_TOKENS * lanes + token % BLOCK_TOKENS * PIECE;
+        for (int64_t lane = 0; lane < lanes; lane += PIECE)
+            copy_features(dtype, p, token, lane * in_lane(dtype), PIECE * in_lane(dtype), to + lane * BLOCK_TOKENS);
+    }
+}
+
+/* TILE_ROWS rows at a time: COLUMNS lanes of them are expanded once for all tokens. */
+INLINE void some_rows(int32_t dtype, const struct product *p, int64_t begin, int64_t end, float *blocks_of_x,
+                      float *sums) {
     const struct weight *w = &p->w;
-    const int64_t next_row = p->tokens * LANES, stride = p->stride / in_lane(dtype);
-    float tile[ROWS * COLUMNS] __attribute__((aligned(64)));
-    for (int64_t row = begin; row < end; row += ROWS) {
-        const int rows = end - row < ROWS ? (int)(end - row) : ROWS;
-        int64_t offset[ROWS];
-        memset(sums, 0, ROWS * next_row * sizeof(float));
-        if (rows < ROWS) memset(tile, 0, sizeof(tile));
+    const int64_t blocks = (p->tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS, next_row = blocks * BLOCK_TOKENS * LANES;
+    const int64_t most = COLUMNS * in_lane(dtype), stride = p->stride / in_lane(dtype);
+    float tile[TILE_ROWS * COLUMNS] __attribute__((aligned(64)));
+    make_blocks(dtype, p, blocks_of_x);
+    for (int64_t row = begin; row < end; row += TILE_ROWS) {
+        const int rows = end - row < TILE_ROWS ? (int)(end - row) : TILE_ROWS;
+        int64_t offset[TILE_ROWS] = {0};
+        memset(sums, 0, TILE_ROWS * next_row * sizeof(float));
+        if (rows < TILE_ROWS) memset(tile, 0, sizeof(tile));
         for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r);
-        for (int64_t column = 0; column < w->in_features; column += COLUMNS * in_lane(dtype)) {
-            int64_t columns = (w->in_features - column + STEP - 1) / STEP * STEP;
-            if (columns > COLUMNS * in_lane(dtype)) columns = COLUMNS * in_lane(dtype);
+        for (int64_t column = 0; column < w->in_features; column += most) {
+            const int64_t left = (w->in_features - column + 63) / 64 * 64, columns = left < most ? left : most;
+            const int64_t width = columns / in_lane(dtype);
             for (int r = 0; r < rows; r++)
-                offset[r] = expand_row(dtype, w, row + r, column, columns, offset[r], tile + r * COLUMNS);
-            for (int r = 0; r < rows; r += 4)
-                for (int64_t token = 0, tokens; token < p->tokens; token += tokens) {
-                    const float *x = p->x + token * stride + column / in_lane(dtype);
-                    const int64_t width = columns / in_lane(dtype);
-                    float *out = sums + r * next_row + token * LANES;
-                    tokens = p->tokens - token >= BLOCK_TOKENS ? BLOCK_TOKENS : 1;
-                    if (tokens > 1) inner(dtype, BLOCK_TOKENS, tile + r * COLUMNS, x, stride, width, out, next_row);
-                    else inner(dtype, 1, tile + r * COLUMNS, x, stride, width, out, next_row);
-                }
+                offset[r] = expand_row(dtype, w, row + r, column, columns, offset[r], TILE_ROWS, tile + r * COLUMNS);
+            const float *x = blocks_of_x + column / in_lane(dtype) * BLOCK_TOKENS;
+            for (int64_t block = 0; block < blocks; block++, x += BLOCK_TOKENS * stride)
+                tile_times_block(dtype, tile, x, width, sums + block * BLOCK_TOKENS * LANES, next_row);
         }
         for (int r = 0; r < rows; r++) check_end(p, row + r, offset[r]);
         for (int64_t token = 0; token < p->tokens; token++)
@@ -297,15 +344,17 @@ INLINE void some_rows(int32_t dtype, const struct product *p, int64_t begin, int
 }
 
 static void some(const struct product *p, int64_t begin, int64_t end) {
-    float *sums = NULL;
-    if (posix_memalign((void **)&sums, 64, ROWS * p->tokens * LANES * sizeof(float))) {
+    const int64_t tokens = (p->tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS * BLOCK_TOKENS;
+    float *memory = NULL;
+    if (posix_memalign((void **)&memory, 64, tokens * (p->stride + TILE_ROWS * LANES) * sizeof(float))) {
         *p->failed = NO_MEMORY;
         return;
     }
-    if (p->w.dtype == FLOAT32) some_rows(FLOAT32, p, begin, end, sums);
-    else if (p->w.dtype == BFLOAT16) some_rows(HALVES, p, begin, end, sums);
-    else some_rows(FLOAT16, p, begin, end, sums);
-    free(sums);
+    float *sums = memory + tokens * p->stride;
+    if (p->w.dtype == FLOAT32) some_rows(FLOAT32, p, begin, end, memory, sums);
+    else if (p->w.dtype == BFLOAT16) some_rows(HALVES, p, begin, end, memory, sums);
+    else some_rows(FLOAT16, p, begin, end, memory, sums);
+    free(memory);
 }
 
 /* sums[vectors] += the kept weights of 64 columns, whose mask is `word`, times their rows of xt [64][vectors]. */
@@ -341,7 +390,10 @@ INLINE void many_rows(int32_t dtype, int vectors, const struct product *p, int64
                 __builtin_prefetch(values + offset[r + AHEAD] * size + 64);
                 __builtin_prefetch(bits + AHEAD * w->row_bytes);
                 const int count = __builtin_popcountll(word);
-                if (offset[r] + count > w->num_values) continue; /* a mask that lies */
+                if (offset[r] + count > w->num_values) {
+                    *p->failed = WRONG_MASK;
+                    continue;
+                }
                 kept_columns(dtype, vectors, values + offset[r] * size, word, xt + column * width, sums + r * width);
                 offset[r] += count;
             }
@@ -396,14 +448,18 @@ INLINE void transpose_bits(uint64_t *words) {
 }
 
 /* A tile of 64 x 64 weights by column: bits [column], and the kept values of a column after those of the one before. */
-INLINE void transpose_tile(int32_t dtype, const struct weight *w, int64_t row, int64_t column, int64_t *offset,
+INLINE void transpose_tile(int32_t dtype, const struct product *p, int64_t row, int64_t column, int64_t *offset,
                            uint64_t *words, float *values) {
+    const struct weight *w = &p->w;
     uint64_t rows[64] = {0};
     const int64_t size = size_of(dtype);
     for (int r = 0; r < 64 && row + r < w->out_features; r++) {
         const uint8_t *bits = w->bits + (row + r) * w->row_bytes + column / 8;
         rows[r] = load_bits(bits, w->row_bytes - column / 8);
-        if (offset[row + r] + __builtin_popcountll(rows[r]) > w->num_values) rows[r] = 0; /* a mask that lies */
+        if (offset[row + r] + __builtin_popcountll(rows[r]) > w->num_values) {
+            *p->failed = WRONG_MASK;
+            rows[r] = 0;
+        }
         __builtin_prefetch((const char *)w->values + offset[row + r] * size);
         __builtin_prefetch((const char *)w->values + offset[row + r] * size + 64);
     }
@@ -441,7 +497,7 @@ INLINE void input_columns(int32_t dtype, const struct product *p, int64_t column
     uint64_t words[64];
     memset(sums, 0, (p->tokens + BLOCK - 1) / BLOCK * BLOCK * 64 * sizeof(float));
     for (int64_t row = 0; row < w->out_features; row += 64) {
-        transpose_tile(dtype, w, row, column, offset, words, values);
+        transpose_tile(dtype, p, row, column, offset, words, values);
         for (int64_t token = 0; token < p->tokens; token += BLOCK) {
             const int vectors = block_vectors(p->tokens - token);
             const float *gt = p->x + token * p->stride + row * vectors * LANES;
@@ -510,7 +566,10 @@ INLINE void correlate(int32_t dtype, int vectors, const struct product *p, int64
                 __builtin_prefetch((float *)p->y + offset[r + AHEAD]);
                 __builtin_prefetch((float *)p->y + offset[r + AHEAD] + 16);
                 __builtin_prefetch(bits + AHEAD * w->row_bytes);
-                if (offset[r] + count > w->num_values) continue; /* a mask that lies */
+                if (offset[r] + count > w->num_values) {
+                    *p->failed = WRONG_MASK;
+                    continue;
+                }
                 kept_products(vectors, word, gt + (row + r) * width, xt + column * width, (float *)p->y + offset[r]);
                 offset[r] += count;
             }
@@ -526,10 +585,10 @@ static void grad_values(const struct product *p, int64_t begin, int64_t end) {
 
 INLINE int64_t expand_floats(const struct weight *w, int64_t row, float *out) {
     const int64_t whole = w->in_features / STEP * STEP;
-    int64_t offset = expand_row(FLOAT32, w, row, 0, whole, row_start(w, row), out);
+    int64_t offset = expand_row(FLOAT32, w, row, 0, whole, row_start(w, row), 1, out);
     float rest[STEP];
     if (whole == w->in_features) return offset;
-    offset = expand_row(FLOAT32, w, row, whole, STEP, offset, rest);
+    offset = expand_row(FLOAT32, w, row, whole, STEP, offset, 1, rest);
     memcpy(out + whole, rest, (w->in_features - whole) * sizeof(float));
     return offset;
 }
@@ -557,14 +616,6 @@ static void expand_rows(const struct product *p, int64_t begin, int64_t end) {
                   w->dtype == FLOAT32 ? expand_floats(w, row, (float *)p->y + place)
                                       : expand_halves(w, row, (uint16_t *)p->y + place));
     }
-}
-
-static void widen(int32_t dtype, const void *from, int64_t count, float *to) {
-    if (dtype == FLOAT32) memcpy(to, from, count * sizeof(float));
-    else if (dtype == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) to[i] = load_number(BFLOAT16, from, i);
-    else
-        for (int64_t i = 0; i < count; i++) to[i] = load_number(FLOAT16, from, i);
 }
 
 #define NAME_(unit) #unit
