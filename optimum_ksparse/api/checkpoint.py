@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..checkpoint import commit_of, find_weight_files, is_dense_record
+from ..checkpoint import commit_of, find_weight_files, is_dense_record, is_our_record
 from ..checkpoint.model_class import class_for_source
 from ..checkpoint.staging import check_apart, check_output, recover
 from ..checks import check_integer
 from ..config import FOREIGN_RECORD, SparsityConfig, recorded_settings
-from ..data import usual_context
+from ..data import find_file, usual_context
 from ..data.dataset import holds
 from ..hub import card_of_source
+from ..pruners import METHODS
 from ..pruning.distributed import joined
 from ..pruning.model import settings_of
 from ..pruning.streaming import OURS, Workspace
 from ..pruning.streaming.loading import Source
 from ..pruning.streaming.run import CheckpointRun
+from ..records import REPORT_NAME
 from ..report import SparsityReport
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
@@ -55,7 +57,8 @@ def prune_checkpoint(
     the work (and `output`, which all must see).
 
     Args:
-        source: folder or Hub id of a dense checkpoint in safetensors.
+        source: folder or Hub id of a dense checkpoint in safetensors; with `SparsityConfig("existing", values="int8")`
+            of a sparse one, whose values are quantised.
         output: folder; new, empty, or with the unfinished run; not that of `source`, nor in it.
         config: what to do.
         resume: go on with an unfinished run, or return the report of a finished one; False starts over, and replaces a
@@ -90,7 +93,7 @@ def prune_checkpoint(
         files = processes.once(lambda: find_weight_files(source, **_hub(loading)))  # one downloads them for all
         if not processes.is_main:
             files = find_weight_files(source, **_hub(loading))
-        _check_dense(source, config, loading)
+        made, earlier = _check_source(source, config, loading)
         model_class = model_class or class_for_source(source, **loading)
         config = config.fitted(usual_context(AutoConfig.from_pretrained(source, **loading)))
         job = {
@@ -103,8 +106,10 @@ def prune_checkpoint(
         how = {"output": os.path.basename(output), "resume": resume, "activation_memory": limit}
         processes.agree({**job, **job["source"], **job["settings"], **how, "source": None, "settings": None})
         card = partial(card_of_source, token=loading.get("token"))
-        dense = Source(source, files, model_class, dtype, loading)
-        return CheckpointRun(dense, config, Workspace(output, job), processes, place, limit, card)(resume, overwrite)
+        read_from = Source(source, files, model_class, dtype, loading, made, earlier)
+        return CheckpointRun(read_from, config, Workspace(output, job), processes, place, limit, card)(
+            resume, overwrite
+        )
 
 
 def _hub(loading: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +140,11 @@ def _check_arguments(config: SparsityConfig, loading: dict[str, Any]) -> None:
         )
 
 
-def _check_dense(source: str | os.PathLike[str], config: SparsityConfig, loading: dict[str, Any]) -> None:
+def _check_source(
+    source: str | os.PathLike[str], config: SparsityConfig, loading: dict[str, Any]
+) -> tuple[SparsityConfig | None, SparsityReport | None]:
+    """Of a sparse model of this package whose values are to be quantised, its settings and its report; None of any
+    other source, which is dense or sparse by other means. Raises ValueError where it cannot be read so."""
     values, _ = PreTrainedConfig.get_config_dict(source, **_hub(loading))
     if values.get("transformers_weights") is not None:
         raise ValueError(
@@ -143,13 +152,21 @@ def _check_dense(source: str | os.PathLike[str], config: SparsityConfig, loading
             f"read block by block; save it once as others are: from_pretrained, then save_pretrained"
         )
     settings = recorded_settings(values)
+    if settings is None or is_dense_record(settings):
+        return None, None
     if settings == FOREIGN_RECORD and settings["method"] == config.method:
-        return
-    if settings is not None and not is_dense_record(settings):
+        return None, None
+    recognises = METHODS[config.method].recognise is not None
+    if not (recognises and config.values is not None and is_our_record(settings)):
         raise ValueError(
             f"{source} is quantized or sparse already ({settings.get('quant_method')}): prune the model that it "
             "was made from"
         )
+    made = SparsityConfig.from_dict(settings)
+    if made.values is not None:
+        raise ValueError(f"the values of {source} are {made.values} already: take the model that it was made from")
+    path = find_file(source, REPORT_NAME, **_hub(loading))
+    return made, None if path is None else SparsityReport.load(path)
 
 
 def _bytes(name: str, size: int | str) -> int:

@@ -14,7 +14,7 @@ from ..evaluation import mark_weights, settle_records
 from ..hub import card_of_source, tag_model
 from ..pruning.distributed import current
 from ..pruning.job import Place
-from ..pruning.model import attach, check_model, make_report, note_values, record_settings
+from ..pruning.model import as_pruned, attach, check_model, make_report, note_values, quantised_report, record_settings
 from ..pruning.plan import run
 from ..report import SparsityReport
 
@@ -53,6 +53,7 @@ def sparsify(
     started = time.perf_counter()
     processes, blocks = current(), find_blocks(model)
     processes.agree({"model": type(model).__name__, "blocks": len(blocks.blocks), **config.to_dict()})
+    earlier, made = facts_of(model).report, made_with(model)
     recorded = record_settings(config)
     place = Place(
         model, blocks, processes, lambda: tokenizer or load_tokenizer(config.calibration, model.name_or_path)
@@ -63,12 +64,15 @@ def sparsify(
         if sparse_modules(model):
             error.add_note("The model is pruned in part, and cannot be saved: load it again.")
         raise
-    recorded = recorded.changed(pattern=job.config.pattern)  # that was found, with method="existing"
+    recorded = as_pruned(recorded.changed(pattern=job.config.pattern), made)  # that was found, with method="existing"
     attach(model, recorded)
     if config.tokenizer is not None:
         facts_of(model).tokenizer = config.tokenizer  # the object or the whole path, for `push_to_hub`
     report = make_report(job)
-    report.base_card = processes.once(lambda: card_of_source(model))
+    if made is not None and earlier is not None:
+        report = quantised_report(report, earlier, recorded)
+    else:
+        report.base_card = processes.once(lambda: card_of_source(model))
     report.seconds = round(time.perf_counter() - started, 2)
     facts_of(model).report = report
     mark_weights(model, pruned_here=True)

@@ -15,6 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..nn import SparseExperts
+
 # Classes without the marks of transformers whose forward reads its stacks as marked ones do.
 _UNMARKED = ("JetMoeParallelExperts", "LongcatFlashExperts", "Step3p7Experts")
 
@@ -65,12 +67,12 @@ def layer_of(name: str) -> str:
 
 
 def observable(layers: Mapping[str, nn.Module | ExpertStack]) -> dict[str, nn.Module | ExpertMatrix]:
-    """What has inputs: linear maps by their own names, and the matrices of stacks."""
+    """What has inputs to observe: linear maps by their own names, and the matrices of stacks that are not packed."""
     observed: dict[str, nn.Module | ExpertMatrix] = {}
     for name, layer in layers.items():
         if isinstance(layer, ExpertStack):
             observed |= {matrix_name(name, i): ExpertMatrix(layer, i) for i in range(len(layer.weight))}
-        else:
+        elif not isinstance(layer, SparseExperts):
             observed[name] = layer
     return observed
 

@@ -72,26 +72,29 @@ def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
 
 
 def empty_like(
-    dense: nn.Module | nn.Parameter, pattern: Pattern, num_values: int, device: str | None = None, **quantisation: Any
+    layer: nn.Module | nn.Parameter, pattern: Pattern, num_values: int, device: str | None = None, **quantisation: Any
 ) -> SparseModule:
-    """A sparse module that stands for a dense linear map, or for a parameter [experts, out, in], with a weight still
-    to be filled in; on its device or on another one; with the `quantisation` of `SparsityConfig`. Raises ValueError
-    where `num_values` cannot be right."""
-    if isinstance(dense, nn.Module):
-        return SparseLinear.empty_like(dense, pattern, num_values, device, **quantisation)
-    settings: dict[str, Any] = {"dtype": dense.dtype, "device": device or dense.device, **quantisation}
-    return SparseExperts(dense.shape, pattern=pattern, num_values=num_values, **settings)
+    """A sparse module that stands for a linear map, or for a parameter [experts, out, in], dense or sparse itself,
+    with a weight still to be filled in; on its device or on another one; with the `quantisation` of `SparsityConfig`.
+    Raises ValueError where `num_values` cannot be right."""
+    if isinstance(layer, nn.Module) and not isinstance(layer, SparseExperts):
+        return SparseLinear.empty_like(layer, pattern, num_values, device, **quantisation)
+    weight = layer.weight if isinstance(layer, SparseExperts) else layer
+    options: dict[str, Any] = {"dtype": layer.dtype, "device": device or weight.device, **quantisation}
+    return SparseExperts(layer.shape, pattern=pattern, num_values=num_values, **options)
 
 
 def dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | nn.Parameter:
-    """What a record of a sparse layer stands for: a linear map, or a parameter [experts, out, in]."""
+    """What a record of a sparse layer stands for: a linear map, or a parameter [experts, out, in]; it may be sparse
+    already."""
     owner, _, attribute = name.rpartition(".")
     try:
         holder = decoder.get_submodule(owner)
         dense: Any = holder._modules.get(attribute, holder._parameters.get(attribute))
     except AttributeError:
         dense = None
-    if is_linear_map(dense) or (isinstance(dense, nn.Parameter) and dense.dim() == 3):
+    is_stack = isinstance(dense, SparseExperts) or (isinstance(dense, nn.Parameter) and dense.dim() == 3)
+    if is_linear_map(dense) or is_stack:
         return dense
     raise ValueError(
         f"the checkpoint records a sparse layer {name}, where {kind} has "

@@ -14,12 +14,14 @@ from .merge import MergeCommand
 from .parser import Parser
 from .prune import PruneCommand
 from .publish import CardCommand, PushCommand
+from .quantize import QuantizeCommand
 
 PROGRAM = "optimum-cli ksparse"
 # Name → what it does, and its class or its own commands.
 Commands = Mapping[str, tuple[str, Any]]
 COMMANDS: Commands = {
     "prune": ("Prune a model and save it.", PruneCommand),
+    "quantize": ("Quantise the values of a sparse model.", QuantizeCommand),
     "convert": ("Change the format of a sparse model.", ConvertCommand),
     "eval": ("Measure perplexity and KoBEST.", EvalCommand),
     "card": ("Write the model card.", CardCommand),

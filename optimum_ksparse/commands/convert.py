@@ -13,7 +13,7 @@ from ..checkpoint import is_our_record, sparse_modules
 from ..checkpoint.staging import check_output, staged
 from ..config import CHOICES, FOREIGN_RECORD, SparsityConfig, recorded_settings
 from ..data import save_tokenizer
-from ..records import HEAD_NAME, TUNING_NAME
+from ..records import COMPRESSED_TENSORS, HEAD_NAME, TUNING_NAME
 from .base import LOADING_TEXTS, OVERWRITE, TRUST, Command, load_checkpoint
 from .errors import describe_error
 
@@ -53,6 +53,8 @@ class ConvertCommand(Command):
         model = load_checkpoint(source, settings)
         if not sparse_modules(model):
             raise ValueError(f"{source} holds no sparse weights, though its config says so: convert a copy that does")
+        if storage == COMPRESSED_TENSORS:
+            model.dequantize_values()  # it has no other ones
         model.config.quantization_config.storage = storage
         where = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
         with staged(output) as folder:

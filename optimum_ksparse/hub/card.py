@@ -114,7 +114,9 @@ def _view_of_report(report: SparsityReport, dtype: str) -> dict[str, Any]:
         "left_dense": LEFT_DENSE,
         "not_sparse": NOT_SPARSE,
         "found": pruner in METHODS and METHODS[pruner].recognise is not None,  # it was pruned elsewhere
-        "has_kernels": all(name in GROUPS for name in report.patterns) and dtype in ("bfloat16", "float16"),
+        "has_kernels": all(name in GROUPS for name in report.patterns)
+        and dtype in ("bfloat16", "float16")
+        and not report.config.get("values"),
     }
 
 

@@ -18,6 +18,7 @@ from ..data import reached_or_cached
 from ..data.documents import HUB_DATASETS
 from ..evaluation import task_of
 from ..pruners import METHODS
+from ..quantization import LIMITS
 from ..records import recorded_repository
 from ..report import BaseCard, SparsityReport
 from .model_index import METRICS, index_entries
@@ -92,10 +93,10 @@ def _tags(report: SparsityReport | None, settings: SparsityConfig | None = None)
     """The tags of a sparse model: by its report, or by its settings where it has none."""
     how: list[str] = []
     if report is not None:
-        how = [str(report.pruner), *map(_pattern_tag, report.patterns)]
+        how = [str(report.pruner), *map(_pattern_tag, report.patterns), report.config.get("values") or ""]
     elif settings is not None:
-        how = [settings.method, _pattern_tag(str(settings.pattern))]
-    return list(dict.fromkeys(("optimum-ksparse", _SPARSE, "pruned", *how)))
+        how = [settings.method, _pattern_tag(str(settings.pattern)), settings.values or ""]
+    return list(dict.fromkeys(filter(None, ("optimum-ksparse", _SPARSE, "pruned", *how))))
 
 
 def tag_model(model: PreTrainedModel, report: SparsityReport | None, settings: SparsityConfig | None) -> None:
@@ -107,7 +108,7 @@ def tag_model(model: PreTrainedModel, report: SparsityReport | None, settings: S
 
 
 def _is_our_tag(tag: Any) -> bool:
-    names = ("optimum-ksparse", "pruned", _SPARSE, *METHODS)
+    names = ("optimum-ksparse", "pruned", _SPARSE, *METHODS, *LIMITS)
     return tag in names or _PATTERN_TAG.fullmatch(str(tag)) is not None
 
 

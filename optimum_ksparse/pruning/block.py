@@ -12,7 +12,7 @@ from ..blocks.experts import ExpertMatrix, layer_of, observable
 from ..blocks.in_step import InStep, OutOfStepError
 from ..checkpoint import put
 from ..kernels import fast_products
-from ..nn import dense_weight, densified
+from ..nn import SparseLinear, dense_weight, densified
 from ..pruners.statistics import ColumnNorms
 from ..report import LayerReport, PrunedBlock
 from .group import prune_group
@@ -123,8 +123,11 @@ def collect_statistics(
 
 def _empty(job: Job, kind: type[ColumnNorms], replay: BlockReplay, layer: nn.Module | ExpertMatrix) -> ColumnNorms:
     """Statistics of a layer, without inputs so far."""
-    weight = layer.stack.weight if isinstance(layer, ExpertMatrix) else dense_weight(layer)
-    return kind(weight.shape[-1], replay.hidden.device, replay.num_rows * job.processes.size)
+    if isinstance(layer, SparseLinear):
+        columns = layer.in_features
+    else:
+        columns = (layer.stack.weight if isinstance(layer, ExpertMatrix) else dense_weight(layer)).shape[-1]
+    return kind(columns, replay.hidden.device, replay.num_rows * job.processes.size)
 
 
 def _added_up(
@@ -138,7 +141,7 @@ def _added_up(
     observed = observable(layers)
     statistics = job.processes.add_up(mine, lambda name: make(observed[name]))
     reached = {layer_of(name) for name in statistics}
-    for name in layers:
+    for name in dict.fromkeys(map(layer_of, observed)):
         if name not in reached:
             raise ValueError(
                 f"{job.blocks.name_in_decoder(index, name)}: no calibration token reached it; use more samples, or "

@@ -28,6 +28,8 @@ def prune_group(
     over the samples of all processes, are taken out on the way."""
     rows, processes = [], job.processes
     packed = {name: layer for name, layer in layers.items() if isinstance(layer, SparseLinear)}  # by the source
+    if job.config.values is not None:
+        packed = {}  # their values are to be quantised
     for name, sparse_layer in packed.items():
         take_pattern(sparse_layer)
         rows.append(row_of(job.blocks.name_in_decoder(index, name), sparse_layer))

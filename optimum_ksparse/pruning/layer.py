@@ -15,7 +15,7 @@ from ..checkpoint import SparseModule
 from ..config import SparsityConfig
 from ..kernels import PackedWeight
 from ..nn import SparseExperts, SparseLinear
-from ..packing import pack
+from ..packing import pack, unpack_mask
 from ..pattern import Pattern
 from ..pruners import collected_notes, prune
 from ..pruners.rounding import quantise
@@ -32,7 +32,8 @@ _LARGE = 2**23
 def prune_layer(
     path: str, layer: Layer, statistics: list[ColumnNorms | None], config: SparsityConfig
 ) -> tuple[SparseModule, LayerReport]:
-    """Prunes a layer of the dense model, which is not changed.
+    """Prunes a layer of the dense model, which is not changed; or quantises the values of a sparse layer, whose mask
+    stays.
 
     Args:
         path: in the decoder.
@@ -48,7 +49,9 @@ def prune_layer(
         ArithmeticError: a Gram matrix stays singular; names the matrix.
     """
     started, weight = time.perf_counter(), weight_of(layer).detach()
-    is_stack = isinstance(layer, ExpertStack)
+    is_stack = weight.dim() == 3
+    masks = _masks(layer)
+    statistics = statistics or [None] * len(masks)  # of packed experts there are none
     seen, few = with_shared(statistics) if is_stack else (list(statistics), [])
     notes: dict[str, list[int]] = {}  # what is to be said → numbers of the matrices
     norms: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -60,7 +63,9 @@ def prune_layer(
         for number, matrix in enumerate(weight if is_stack else weight.unsqueeze(0)):
             with collected_notes() as messages:
                 name = matrix_name(path, number) if is_stack else path
-                pruned, mask = _prune_matrix(name, matrix, seen[number], config)
+                pruned, mask = matrix, masks[number]
+                if mask is None:
+                    pruned, mask = _prune_matrix(name, matrix, seen[number], config)
                 packed = _pack(pruned, mask, config)
             for message in messages:
                 notes.setdefault(message, []).append(number)
@@ -71,9 +76,9 @@ def prune_layer(
             yield packed
 
     sparse: SparseModule
-    if isinstance(layer, ExpertStack):
+    if isinstance(layer, ExpertStack | SparseExperts):
         sparse = SparseExperts.from_packed(matrices(), layer.weight.requires_grad)
-        sparse.train(layer.owner.training)
+        sparse.train((layer.owner if isinstance(layer, ExpertStack) else layer).training)
     else:
         [packed] = matrices()
         sparse = SparseLinear.from_packed(layer, packed)
@@ -82,6 +87,14 @@ def prune_layer(
         trim_heap()
     lines = [f"experts {', '.join(map(str, at))}: {note}" if is_stack else note for note, at in notes.items()]
     return sparse, row_of(path, sparse, _ratio(norms), time.perf_counter() - started, "; ".join(lines))
+
+
+def _masks(layer: Layer) -> list[torch.Tensor | None]:
+    """Of each matrix of a sparse layer its mask, [out, in]; None of those that are to be pruned."""
+    if isinstance(layer, SparseLinear | SparseExperts):
+        mask = unpack_mask(layer.weight_mask, layer.in_features)
+        return list(mask if mask.dim() == 3 else mask.unsqueeze(0))
+    return [None] * (len(layer.weight) if isinstance(layer, ExpertStack) else 1)
 
 
 def row_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ..checkpoint import (
 from ..config import QUANT_METHOD, RECORDED, SparsityConfig
 from ..kernels import product_dtype
 from ..pruners import METHODS
-from ..report import SparsityReport
+from ..report import Change, SparsityReport
 from ..version import library_versions
 from .job import Job
 from .layer import row_of
@@ -65,6 +66,37 @@ def make_report(job: Job) -> SparsityReport:
         product_dtype=None if job.data is None else products,
         versions=library_versions("torch", "transformers", "accelerate", "datasets"),
     )
+
+
+def as_pruned(config: SparsityConfig, made: SparsityConfig | None) -> SparsityConfig:
+    """The settings of a sparse model that was made of one of ours, by the settings `made`, if by quantising alone: how
+    that was pruned, and how values are stored now. Of any other model, those that it was pruned with."""
+    if made is None or METHODS[config.method].recognise is None:
+        return config
+    return made.changed(values=config.values, group_size=config.group_size, storage=config.storage)
+
+
+def quantised_report(report: SparsityReport, earlier: SparsityReport, config: SparsityConfig) -> SparsityReport:
+    """The report on a model of ours whose values were quantised: that on the sparse model that it was made of, with
+    the sizes of now, and the change. `config`: of `as_pruned`."""
+    rows = {row.name: row for row in earlier.layers}
+    for row in report.layers:
+        if row.name in rows:
+            row.relative_output_error = rows[row.name].relative_output_error
+            row.sensitivity = rows[row.name].sensitivity
+    change = Change("quantised", by=config.values, dataset=_name_of(report.calibration.get("dataset")))
+    return replace(
+        earlier,
+        config=settings_of(config),
+        layers=report.layers,
+        changes=[*earlier.changes, change],
+        versions=report.versions,
+        fingerprint=None,
+    )
+
+
+def _name_of(dataset: Any) -> str | None:
+    return dataset if isinstance(dataset, str) else None
 
 
 def report_of(model: PreTrainedModel, config: SparsityConfig) -> SparsityReport:
@@ -122,8 +154,17 @@ def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
             "outside of it (torch.no_grad() is no hindrance)"
         )
     made = made_with(model)
-    if sparse_modules(model) and not (recognises and made is not None and made.method == config.method):
-        raise ValueError("the model is sparse already; model.dequantize() makes it dense again")
+    if made is not None and made.values is not None:
+        raise ValueError(
+            f"the values of the model are {made.values} already: take the model that it was made from, or "
+            "model.dequantize_values() first"
+        )
+    takes_sparse = config.values is not None or (made is not None and made.method == config.method)
+    if sparse_modules(model) and not (recognises and made is not None and takes_sparse):
+        raise ValueError(
+            "the model is sparse already: model.dequantize() makes it dense again, and "
+            "SparsityConfig('existing', values=...) quantises its values"
+        )
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not sparse_modules(model):
         method = quantizer.quantization_config.quant_method

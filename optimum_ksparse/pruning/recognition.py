@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.bitmask import found_pattern
-from ..nn import SparseLinear
+from ..nn import SparseExperts, SparseLinear
 from ..pruners import METHODS
 from ..pruners.allocation import Allocation
 from ..pruners.existing import NOT_SPARSE, commonest
@@ -48,5 +48,7 @@ def recognise_patterns(job: Job) -> None:
 def _pattern(job: Job, layer: Layer) -> str | None:
     recognise = METHODS[job.config.method].recognise
     assert recognise is not None
+    if isinstance(layer, SparseExperts):
+        return str(layer.pattern)
     pattern = found_pattern(layer) if isinstance(layer, SparseLinear) else recognise(weight_of(layer))
     return None if pattern is None else str(pattern)

@@ -13,7 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..blocks import DecoderBlocks, ExpertStack, find_read, find_routers
 from ..blocks.experts import find_stacks
 from ..config import SparsityConfig
-from ..nn import SparseLinear, dense_weight, is_linear_map
+from ..nn import SparseExperts, SparseLinear, dense_weight, is_linear_map
 from ..pattern import Pattern
 from ..pruners import METHODS
 
@@ -22,8 +22,17 @@ Layer = nn.Module | ExpertStack
 
 
 def weight_of(layer: Layer) -> torch.Tensor:
-    """The dense weight of a layer, [out, in] or [experts, out, in]."""
+    """The weight of a layer, [out, in] or [experts, out, in]; of a sparse one, with its zeros written out."""
+    if isinstance(layer, SparseLinear | SparseExperts):
+        return layer.to_dense_weight()
     return layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)
+
+
+def stored_bytes(layer: Layer) -> int:
+    """Bytes of the weight of a layer as it is."""
+    if isinstance(layer, SparseLinear | SparseExperts):
+        return layer.packed_bytes
+    return weight_of(layer).nbytes
 
 
 def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[dict[str, Layer]], dict[str, str]]:
@@ -75,14 +84,16 @@ def find_targets(blocks: DecoderBlocks, config: SparsityConfig) -> tuple[list[di
 
 
 def _candidates(block: nn.Module) -> dict[str, Layer]:
-    """The linear maps and the stacks of a block by name."""
+    """The linear maps and the stacks of a block by name; sparse ones too."""
     modules = block.named_modules(remove_duplicate=False)  # one module at two places is shared
-    return {**{name: module for name, module in modules if is_linear_map(module)}, **find_stacks(block)}
+    layers = {name: module for name, module in modules if is_linear_map(module) or isinstance(module, SparseExperts)}
+    stacks = {name: stack for name, stack in find_stacks(block).items() if not isinstance(stack.owner, SparseExperts)}
+    return {**layers, **stacks}
 
 
 def _unsupported(layer: Layer, pattern: Pattern | None, owners: list[str], path: str) -> str | None:
     """Why a layer cannot be pruned; None where it can. `owners`: paths of all that use its weight."""
-    if isinstance(layer, SparseLinear):
+    if isinstance(layer, SparseLinear | SparseExperts):
         return None if pattern is None else "it is sparse already; model.dequantize() makes it dense"
     weight, each = weight_of(layer), "it"
     if isinstance(layer, ExpertStack):

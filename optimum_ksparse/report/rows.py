@@ -174,8 +174,8 @@ class LayerKind:
 @dataclass
 class Change:
     """What was done to the weights after pruning, as far as it is known: "trained", "merged" (an adapter, of the kinds
-    in `adapters`, became part of them), or "unknown" (they are others than before, and nothing recorded why); by which
-    class of trainer or method of merging; on what, and how long."""
+    in `adapters`, became part of them), "quantised", or "unknown" (they are others than before, and nothing recorded
+    why); by which class of trainer or method of merging, or to which type; on what, and how long."""
 
     kind: str
     by: str | None = None
@@ -185,6 +185,8 @@ class Change:
     adapters: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        if self.kind == "quantised":
+            return f"kept values quantised to {self.by}"
         if self.kind not in ("trained", "merged"):
             return "changed by something that left no record"
         what = f"an adapter merged in ({', '.join(self.adapters)})" if self.kind == "merged" else "trained"

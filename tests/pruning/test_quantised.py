@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingArguments
 
-from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint
+from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.checkpoint import fingerprint, sparse_modules
 from optimum_ksparse.config import METHOD_SETTINGS
 from optimum_ksparse.pruning.streaming import Workspace
 from optimum_ksparse.quantization import LIMITS
 
+from ..compressed_tensors import FORMATS, write, zero
 from ..nn.test_experts import COMMON, IDS
 from .test_streaming import assert_same_tensors, contents, fails, tensors
 
@@ -179,8 +180,6 @@ def test_an_earlier_version_refuses_and_says_what_to_do(saved, monkeypatch):
 
 def test_weights_that_cannot_be_scaled_well(make_model):
     """Rows and groups of zeros, and one huge value in a group, are exact, or as near as integers are."""
-    from optimum_ksparse import sparsify
-
     model = make_model("llama", torch.float16, intermediate_size=128)
     weight = model.model.layers[0].mlp.down_proj.weight.data
     weight[0], weight[1, :64], weight[2, 5], weight[3, 70] = 0, 0, 65504.0, 1e-7
@@ -209,3 +208,101 @@ def test_dequantized_values_are_the_same_weights_and_train(saved, values, tmp_pa
 def test_a_dense_model_has_no_values_to_dequantize(make_model):
     with pytest.raises(ValueError, match="sparse"):
         make_model("llama").dequantize_values()
+
+
+# ---- models that are sparse already
+
+
+def quantising(values: str = "int8", **settings: Any) -> SparsityConfig:
+    return SparsityConfig("existing", values=values, group_size=64, **settings)
+
+
+def dense_weights(folder: Path) -> dict[str, torch.Tensor]:
+    modules = sparse_modules(AutoModelForCausalLM.from_pretrained(folder))
+    assert all(module.values == "int8" for module in modules.values())
+    return {name: module.to_dense_weight() for name, module in modules.items()}
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_a_sparse_model_of_ours_gets_quantised_values_and_keeps_its_records(
+    storage, pattern, tmp_path, source, config
+):
+    prune_checkpoint(source, tmp_path / "sparse", config("wanda", pattern, storage=storage))
+    report = prune_checkpoint(tmp_path / "sparse", tmp_path / "disk", quantising())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    before = model.sparsity_report
+    in_memory = sparsify(model, quantising())
+    model.save_pretrained(tmp_path / "memory")
+    found, expected = dense_weights(tmp_path / "disk"), dense_weights(tmp_path / "memory")
+    assert_same_tensors(found, expected)
+    for made in (report, in_memory, AutoModelForCausalLM.from_pretrained(tmp_path / "disk").sparsity_report):
+        assert (made.config["method"], made.config["pattern"], made.config["values"]) == ("wanda", pattern, "int8")
+        assert made.config["storage"] == "packed" and made.calibration == before.calibration
+        assert str(made.changes[-1]) == "kept values quantised to int8" and made.base_model == before.base_model
+        assert made.fingerprint in (fingerprint(model), None) and made.packed_ratio < 0.2
+        assert [row.relative_output_error for row in made.layers] == [
+            row.relative_output_error for row in before.layers
+        ]
+    assert report.fingerprint == fingerprint(model)
+    again = prune_checkpoint(tmp_path / "sparse", tmp_path / "disk", quantising())
+    assert again == report
+    with pytest.raises(FileExistsError):
+        prune_checkpoint(tmp_path / "sparse", tmp_path / "disk", quantising("int4"))
+
+
+def test_sparse_models_of_others(tmp_path, make_model):
+    for form in (*FORMATS, "plain"):
+        model = make_model("llama", torch.bfloat16)
+        zero(model)
+        if form == "plain":
+            model.save_pretrained(tmp_path / form)
+        else:
+            write(model, tmp_path / form, form)
+        report = prune_checkpoint(tmp_path / form, tmp_path / f"{form}-int8", quantising())
+        assert report.config["method"] == "existing" and not report.changes
+        found = dense_weights(tmp_path / f"{form}-int8")
+        for name, weight in found.items():
+            expected = dict(model.named_modules())[name].weight
+            assert torch.equal(weight != 0, (expected != 0) & (weight != 0))
+            torch.testing.assert_close(weight, expected, rtol=0, atol=float(expected.abs().max()) / 127)
+
+
+def test_packed_experts_get_quantised_values(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**COMMON))
+    sparsify(model, SparsityConfig("magnitude", "50%"))
+    model.save_pretrained(tmp_path / "sparse")
+    prune_checkpoint(tmp_path / "sparse", tmp_path / "disk", quantising())
+    found = dense_weights(tmp_path / "disk")
+    assert found.keys() == sparse_modules(model).keys()
+    for name, module in sparse_modules(model).items():
+        expected = module.to_dense_weight()
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=float(expected.abs().max()) / 127)
+
+
+def test_a_cut_off_run_over_a_sparse_model_goes_on(tmp_path, monkeypatch, always_snapshot):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**COMMON))
+    sparsify(model, SparsityConfig("magnitude", "50%"))
+    model.save_pretrained(tmp_path / "sparse")
+    prune_checkpoint(tmp_path / "sparse", tmp_path / "whole", quantising())
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "add_block", fails(Workspace.add_block, 1, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(tmp_path / "sparse", tmp_path / "disk", quantising())
+    prune_checkpoint(tmp_path / "sparse", tmp_path / "disk", quantising())
+    assert contents(tmp_path / "disk") == contents(tmp_path / "whole")
+
+
+def test_what_cannot_be_quantised_is_refused(saved, tmp_path, make_model, make_pruned):
+    _, folder = saved()
+    with pytest.raises(ValueError, match="int8 already"):
+        prune_checkpoint(folder, tmp_path / "out", quantising("int4"))
+    with pytest.raises(ValueError, match="int8 already"):
+        sparsify(AutoModelForCausalLM.from_pretrained(folder), quantising("int4"))
+    with pytest.raises(ValueError, match="existing"):
+        sparsify(make_pruned(), SparsityConfig("magnitude", values="int8"))
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="sparse"):
+        prune_checkpoint(tmp_path / "dense", tmp_path / "out", quantising())

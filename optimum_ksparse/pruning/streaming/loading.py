@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ...blocks import DecoderBlocks, find_blocks
 from ...blocks.experts import find_stacks
-from ...checkpoint import check_loaded, sparse_modules
+from ...checkpoint import check_loaded, drop_record, sparse_modules
 from ...checkpoint.files import WeightFiles, check_space
+from ...config import SparsityConfig
+from ...report import SparsityReport
 from .blocks import DiskBlocks
 
 
@@ -29,6 +31,8 @@ class Source:
         model_class: `AutoModelForCausalLM`, another Auto class, or a model's class.
         dtype: as in `from_pretrained`.
         loading: further arguments of `from_pretrained` that say where the files are.
+        made: of a sparse model of this package, which is to be quantised: the settings by which it was pruned.
+        report: and the report on it, where it has one.
     """
 
     path: str | os.PathLike[str]
@@ -36,6 +40,8 @@ class Source:
     model_class: Any
     dtype: torch.dtype | str
     loading: dict[str, Any]
+    made: SparsityConfig | None = None
+    report: SparsityReport | None = None
 
 
 def open_checkpoint(
@@ -49,6 +55,11 @@ def open_checkpoint(
     checkpoint's own files. Raises ValueError where there are no decoder blocks, or weights are missing.
     """
     arguments = {"dtype": source.dtype, "use_safetensors": True, "output_loading_info": True, **source.loading}
+    if (
+        source.made is not None and source.made.storage == "dense"
+    ):  # a dense model, as long as its blocks are elsewhere
+        arguments["config"] = AutoConfig.from_pretrained(source.path, **source.loading)
+        drop_record(arguments["config"])
     load = partial(source.model_class.from_pretrained, source.path, **arguments)
     # Reads no weights: it tells where the blocks are, which dtype each weight gets, which are one and the same, and
     # whether all are there.

@@ -21,7 +21,7 @@ from ...quantization import BITS
 from ...report import PrunedBlock
 from ..job import Place
 from ..memory import peak_memory
-from ..targets import Layer, weight_of
+from ..targets import Layer, stored_bytes, weight_of
 from .blocks import DiskBlocks
 from .journal import Snapshot, is_whole
 from .workspace import Workspace
@@ -163,12 +163,12 @@ def check_run_space(
     """Raises OSError where the disk is too small for what is still to be written, as far as can be told."""
     density = config.method_setting("target_density") or Pattern(config.pattern).density
     size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
-    pruned = [weight_of(layer) for layers in targets for layer in layers.values()]
-    dense = sum(weight.nbytes for weight in pruned)
-    number = sum(weight.numel() for weight in pruned)
+    pruned = [layer for layers in targets for layer in layers.values()]
+    dense = sum(weight_of(layer).nbytes for layer in pruned)
+    number = sum(weight_of(layer).numel() for layer in pruned)
     of_values = dense if config.values is None else number * BITS[config.values] / 8
     packed = of_values * density + number / 8
-    needed = sum(size.values()) - dense + packed
+    needed = sum(size.values()) - sum(map(stored_bytes, pruned)) + packed
     if config.storage == "dense":  # packed blocks are written first, and become dense ones at the end
         needed += dense
     if config.needs_data and workspace.journal.phase == "pruning":

@@ -23,7 +23,7 @@ from ...report import SparsityReport
 from ...version import library_versions
 from ..distributed import Processes
 from ..memory import peak_memory
-from ..model import attach, check_model, make_report, record_settings
+from ..model import as_pruned, attach, check_model, make_report, quantised_report, record_settings, settings_of
 from ..plan import run
 from .loading import Source, open_checkpoint
 from .place import DiskPlace
@@ -66,7 +66,8 @@ class CheckpointRun:
         self.workspace.journal.environment = {**self._environment(), "threads": torch.get_num_threads()}
         finished = None
         if resume and not self.workspace.is_unfinished:
-            finished = _finished_report(self.workspace, self.source.files.sha256(), overwrite)
+            asked = settings_of(as_pruned(self.config, self.source.made))
+            finished = _finished_report(self.workspace, self.source.files.sha256(), asked, overwrite)
         if finished is None:
             check_places(self.workspace.output)
             self.workspace.open(resume)
@@ -117,15 +118,20 @@ class CheckpointRun:
         )
         job = run(place, config)
         self.config = job.config  # with the pattern that was found, where one was
-        report = make_report(job)
+        report, made = make_report(job), self.source.made
+        if made is not None:
+            self.config = as_pruned(self.config, made)
+            if self.source.report is not None:
+                report = quantised_report(report, self.source.report, self.config)
         processes.once(lambda: self._finish(place, report))
 
     def _finish(self, place: DiskPlace, report: SparsityReport) -> None:
         model, disk = place.model, place.disk
         attach(model, record_settings(self.config))
-        if subfolder := self.source.loading.get("subfolder"):
-            report.base_arguments = {"subfolder": subfolder}
-        report.base_card = self.base_card(model)
+        if self.source.report is None:
+            subfolder = self.source.loading.get("subfolder")
+            report.base_arguments = {"subfolder": subfolder} if subfolder else {}
+            report.base_card = self.base_card(model)
         self.source.files.check()
         report.source_fingerprint = self.source.files.sha256()
         blocks = zip(disk.blocks.blocks, self.workspace.journal.blocks, strict=True)
@@ -143,9 +149,11 @@ class CheckpointRun:
             logger.warning(f"The checkpoint has no tokenizer: none could be loaded from {self.source.path}: {reason}")
 
 
-def _finished_report(workspace: Workspace, source_sha256: str, overwrite: bool) -> SparsityReport | None:
-    """The report of a checkpoint that the same job has made already; None where there is none, or another job's may be
-    replaced.
+def _finished_report(
+    workspace: Workspace, source_sha256: str, asked: dict[str, Any], overwrite: bool
+) -> SparsityReport | None:
+    """The report of a checkpoint that the same job, which was `asked` for, has made already; None where there is none,
+    or another job's may be replaced.
 
     Raises:
         FileExistsError: the folder holds a checkpoint that another job made, and may not be replaced.
@@ -156,9 +164,9 @@ def _finished_report(workspace: Workspace, source_sha256: str, overwrite: bool) 
     report = SparsityReport.load(workspace.output / REPORT_NAME)
     values, _ = PreTrainedConfig.get_config_dict(workspace.output)
     job = workspace.journal.job
-    recognises = METHODS[job["settings"]["method"]].recognise is not None  # then the report has the pattern found
+    if METHODS[job["settings"]["method"]].recognise is not None:  # then the report has the pattern found
+        asked = {**asked, "pattern": report.config["pattern"]}
     same_dtype = job["dtype"] in ("auto", values.get("dtype"))
-    asked = {**job["settings"], "pattern": report.config["pattern"]} if recognises else job["settings"]
     same_storage = (recorded_settings(values) or asked)["storage"] == asked["storage"]  # it may have been saved anew
     if report.source_fingerprint == source_sha256 and report.config == asked and same_dtype and same_storage:
         try:
