@@ -22,8 +22,8 @@ from ..nn import SparseLinear
 
 def prepare_parallel(model: PreTrainedModel, config: Any) -> None:
     """Makes the empty sparse modules of a model ready for a `DistributedConfig`. Under tensor parallelism their masks
-    become parameters, which transformers then splits, reads and gathers as it does the values. FSDP needs nothing: it
-    leaves buffers whole.
+    and scales become parameters, which transformers then splits, reads and gathers as it does the values. FSDP needs
+    nothing: it leaves buffers whole.
 
     Raises:
         ValueError: the plan would split a layer as its packed form cannot be; names it.
@@ -53,6 +53,10 @@ def prepare_parallel(model: PreTrainedModel, config: Any) -> None:
             )
         if isinstance(module, SparseLinear):
             module.weight_mask = nn.Parameter(module.weight_mask, requires_grad=False)
+            # The one scale of a row holds of all its columns.
+            by_rows = not isinstance(ALL_PARALLEL_STYLES.get(rule), RowwiseParallel)
+            if module.weight_scale is not None and (by_rows or module.weight_scale.shape[1] > 1):
+                module.weight_scale = nn.Parameter(module.weight_scale, requires_grad=False)
 
 
 def _why_not(module: Any, style: Any, ranks: int) -> str | None:
@@ -71,4 +75,16 @@ def _why_not(module: Any, style: Any, ranks: int) -> str | None:
             f"its {module.in_features} inputs must be a multiple of {multiple}, so that no process gets part of a "
             f"byte of the mask or of a group of {module.pattern.m}"
         )
+    if isinstance(style, RowwiseParallel) and module.weight_scale is not None:
+        return _why_not_scaled(module, ranks)
+    return None
+
+
+def _why_not_scaled(module: SparseLinear, ranks: int) -> str | None:
+    """Why the columns of a layer with quantised values cannot be split; None where they can."""
+    columns = module.in_features // ranks
+    if module.in_features > module.group_size and columns % module.group_size:
+        return f"no process may get part of a group of {module.group_size} columns, which has one scale"
+    if module.values == "int4" and columns // (module.pattern.m or 1) * (module.pattern.n or 1) % 2:
+        return "its rows would keep an odd number of int4 values in each process, and a byte holds two"
     return None

@@ -30,13 +30,16 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="forked processes cannot use a GPU"),
 ]
 RANKS = 2
-TENSOR_PARALLEL = ("llama 2:4", "llama 1:8", "qwen3 4:8", "gpt_neox 2:4")
-FSDP = ("llama 2:4", "llama 50%")
+WIDE = "llama 2:4 int4 256"  # layers of several groups
+TENSOR_PARALLEL = ("llama 2:4", "llama 1:8", "qwen3 4:8", "gpt_neox 2:4", "llama 2:4 int8", WIDE)
+FSDP = ("llama 2:4", "llama 50%", "llama 2:4 int8")
 REFUSED = {  # and which layer is named
     "llama 50%": "self_attn.q_proj",
     "llama 50%/4x4": "self_attn.q_proj",
     "narrow 2:4": "model.layers.0.mlp.down_proj",
     "mixtral 2:4": "model.layers.0.mlp.experts",
+    "llama 2:4 int8 192": "model.layers.0.mlp.down_proj",
+    "llama 1:16 int4": "model.layers.0.self_attn.o_proj",
 }
 
 
@@ -143,12 +146,18 @@ def scene(tmp_path_factory: pytest.TempPathFactory, make_model: Any, token_ids: 
     """The folder of the checkpoints, and what two processes made of them."""
     folder = tmp_path_factory.mktemp("parallel")
     torch.save(token_ids, folder / "ids.pt")
-    cases = {*TENSOR_PARALLEL, *FSDP, "llama 50%/4x4"}
-    models = {case: make_model(case.split()[0]) for case in sorted(cases)}
+    cases = {*TENSOR_PARALLEL, *FSDP, *REFUSED} - {"narrow 2:4", "mixtral 2:4"}
+    widths = {case: [int(width) for width in case.split()[3:]] for case in cases}
+    models = {
+        case: make_model(case.split()[0], **({"intermediate_size": widths[case][0]} if widths[case] else {}))
+        for case in sorted(cases)
+    }
     models["narrow 2:4"] = make_model("llama", intermediate_size=40)
     models["mixtral 2:4"] = make_mixtral()
     for case, model in models.items():
-        sparsify(model, SparsityConfig("magnitude", case.split()[1], dataset=token_ids))
+        _, pattern, *values = case.split()
+        quantisation = {"values": values[0], "group_size": 64} if values else {}
+        sparsify(model, SparsityConfig("magnitude", pattern, dataset=token_ids, **quantisation))
         model.save_pretrained(folder / case)
     models["llama 2:4"].config.quantization_config.storage = "dense"
     models["llama 2:4"].save_pretrained(folder / "stored dense")

@@ -58,6 +58,7 @@ prune_checkpoint(source, folder / "wanda", config(allocation="owl", method_setti
 assert not dist.is_initialized()
 prune_checkpoint(source, folder / "sparsegpt", config("sparsegpt"), activation_memory=0)
 prune_checkpoint(source, folder / "in-step", config("sparsegpt", true_sequential=True))
+prune_checkpoint(source, folder / "int4", config("sparsegpt", values="int4", group_size=64))
 with joined() as processes:
     for kind in ("experts", "sorted"):
         model = make_routed(kind)
@@ -134,6 +135,17 @@ def test_two_processes_give_nearly_the_masks_of_one(scene: Any, source: Path) ->
     for name, true_sequential in {"sparsegpt": False, "in-step": True}.items():
         expected = alone(source, folder, f"{name}-alone", "sparsegpt", true_sequential=true_sequential)
         assert_close(tensors(folder / name), tensors(expected))
+
+
+@pytest.mark.processes
+def test_two_processes_quantise_nearly_as_one(scene: Any, source: Path) -> None:
+    folder, *_ = scene
+    expected = alone(source, folder, "int4-alone", "sparsegpt", values="int4", group_size=64)
+    assert_close(tensors(folder / "int4"), tensors(expected))
+    scales = {name: tensor for name, tensor in tensors(expected).items() if name.endswith("scale")}
+    for name, tensor in scales.items():
+        torch.testing.assert_close(tensors(folder / "int4")[name], tensor, rtol=0.05, atol=1e-5)
+    assert len(scales) == 21
 
 
 @pytest.mark.processes
