@@ -132,8 +132,10 @@ def _all(weights: list[NativeWeight], x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def whole_models(name: str) -> Tasks:
-    """Dense and packed (2:4), in float32 and bfloat16."""
-    for kind, dtype in (("dense", 1), ("dense", 0), ("packed", 0), ("packed", 1)):
+    """Dense and packed (2:4), in float32 and bfloat16, the latter without oneDNN too: for one token torch's own dense
+    product may be the faster one, and for many it is the slower one by far."""
+    kinds = ("dense", 1), ("dense, oneDNN off", 0), ("dense", 0), ("packed", 0), ("packed, oneDNN off", 0), ("packed", 1)
+    for kind, dtype in kinds:
         key = {"model": name, "kind": kind, "dtype": str(DTYPES[dtype])[6:]}
         yield key, functools.partial(_whole_model, name, kind, DTYPES[dtype])
 
@@ -143,16 +145,18 @@ _last: dict[str, PreTrainedModel] = {}
 
 def _whole_model(name: str, kind: str, dtype: torch.dtype) -> Row:
     model = _last.get(name)
-    if model is None or (kind == "dense" and sparse_modules(model)):
+    if model is None or (kind.startswith("dense") and sparse_modules(model)):
         _last.clear()
         model = _last[name] = AutoModelForCausalLM.from_config(MODELS[name]).eval()
-    if kind == "packed" and not sparse_modules(model):
+    if kind.startswith("packed") and not sparse_modules(model):
         sparsify(model, SparsityConfig("magnitude", "2:4"))
     model.to(dtype)
     # A dense prefill in bfloat16, without instructions for it, takes minutes for a model of 1.1B.
     prefills = kind == "packed" or kernels.product_dtype(dtype, CPU) == dtype or name == "gemma-3-270m"
+    prefills = prefills and not kind.endswith("off")
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    return {"bytes": sum(tensors.values()), **speeds(model, prefills)}
+    with torch.backends.mkldnn.flags(enabled=not kind.endswith("off")):
+        return {"bytes": sum(tensors.values()), **speeds(model, prefills)}
 
 
 @torch.inference_mode()
@@ -163,7 +167,7 @@ def speeds(model: PreTrainedModel, time_prefill: bool) -> Row:
     if time_prefill:
         prefill = PROMPT / _seconds(lambda: model(ids, use_cache=False, logits_to_keep=1))
     cache = DynamicCache(config=model.config)
-    with fast_products(model):
+    with fast_products(model), torch.backends.mkldnn.flags(enabled=True):
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     times = []
     for _ in range(NEW):

@@ -15,7 +15,9 @@ WORDS = {
         "to": "{:.1f} ({:.1f} to {:.1f})",
         "any": "{dtype}, any pattern",
         "dense": "dense {dtype}",
+        "dense, oneDNN off": "dense {dtype}, oneDNN off",
         "packed": "**packed 2:4 {dtype}**",
+        "packed, oneDNN off": "**packed 2:4 {dtype}**, oneDNN off",
         "llama.cpp": "llama.cpp {dtype}",
     },
     "ko": {
@@ -24,7 +26,9 @@ WORDS = {
         "to": "{:.1f} ({:.1f}~{:.1f})",
         "any": "{dtype}, 어떤 패턴이든",
         "dense": "밀집 {dtype}",
+        "dense, oneDNN off": "밀집 {dtype}, oneDNN 없이",
         "packed": "**압축 2:4 {dtype}**",
+        "packed, oneDNN off": "**압축 2:4 {dtype}**, oneDNN 없이",
         "llama.cpp": "llama.cpp {dtype}",
     },
 }
@@ -70,7 +74,7 @@ def models(results: dict[str, Any]) -> Rows:
     return [
         row
         for model in sorted({row["model"] for row in rows})
-        for kind in ("dense", "packed", "llama.cpp")
+        for kind in ("dense", "dense, oneDNN off", "packed", "packed, oneDNN off", "llama.cpp")
         for row in sorted(rows, key=lambda row: -row["bytes"])
         if (row["model"], row["kind"], row["threads"]) == (model, kind, most)
     ]
@@ -133,17 +137,18 @@ def write_figure(results: dict[str, Any], path: Path) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(1.2 + 5 * len(names), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    colors = {"dense": "#9aa5b1", "packed": "#1f6feb", "llama.cpp": "#d1702c"}
+    colors = {"dense": "#9aa5b1", "dense, oneDNN off": "#5b6570", "packed": "#1f6feb", "packed, oneDNN off": "#0b3d91"}
+    colors["llama.cpp"] = "#d1702c"
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for kind, color in colors.items():
             some = [row for row in rows if (row["model"], row["kind"]) == (name, kind)]
-            label = "packed 2:4" if kind == "packed" else kind
+            label = kind.replace("packed", "packed 2:4")
             points = [row["bytes"] / 1e6 for row in some], [row["decoding"] for row in some]
             if some:
                 axes.plot(*points, "o", color=color, markersize=8, label=label)
             for row in some:
                 place = row["bytes"] / 1e6, row["decoding"]
-                offset = (7, -12 if kind == "dense" else 5)
+                offset = (7, -12 if kind.startswith("dense") else 5)
                 axes.annotate(row["dtype"], place, offset, textcoords="offset points", fontsize=8, color=color)
         axes.set_xlim(0, 1.2 * max(row["bytes"] for row in rows if row["model"] == name) / 1e6)
         axes.set_ylim(0, 1.15 * max(row["decoding"] for row in rows if row["model"] == name))

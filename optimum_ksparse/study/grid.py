@@ -88,7 +88,9 @@ def identity_of(config: SparsityConfig) -> dict[str, Any]:
     # The batches are what reconstruction steps by, and what is held out.
     counted |= {"batch_size"} if config.reconstruct is not None else set()
     identity = {name: settings[name] for name in _ALWAYS}
-    identity |= {name: settings[name] for name in sorted(counted) if settings[name] != defaults[name]}
+    identity |= {
+        name: settings[name] for name in sorted(counted & settings.keys()) if settings[name] != defaults.get(name)
+    }
     return {name: value for name, value in identity.items() if config.needs_data or name not in _OF_DATA}
 
 
