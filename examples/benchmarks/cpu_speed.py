@@ -134,8 +134,8 @@ def _all(weights: list[NativeWeight], x: torch.Tensor) -> list[torch.Tensor]:
 def whole_models(name: str) -> Tasks:
     """Dense and packed (2:4), in float32 and bfloat16, the latter without oneDNN too: for one token torch's own dense
     product may be the faster one, and for many it is the slower one by far."""
-    kinds = ("dense", 1), ("dense, oneDNN off", 0), ("dense", 0), ("packed", 0), ("packed, oneDNN off", 0), ("packed", 1)
-    for kind, dtype in kinds:
+    half = ("dense, oneDNN off", 0), ("dense", 0), ("packed", 0), ("packed, oneDNN off", 0)
+    for kind, dtype in (("dense", 1), *half, ("packed", 1)):
         key = {"model": name, "kind": kind, "dtype": str(DTYPES[dtype])[6:]}
         yield key, functools.partial(_whole_model, name, kind, DTYPES[dtype])
 
