@@ -53,7 +53,7 @@ def sparsify(
     started = time.perf_counter()
     processes, blocks = current(), find_blocks(model)
     processes.agree({"model": type(model).__name__, "blocks": len(blocks.blocks), **config.to_dict()})
-    earlier, made = facts_of(model).report, made_with(model)
+    earlier, made = facts_of(model).report, made_with(model) if sparse_modules(model) else None
     recorded = record_settings(config)
     place = Place(
         model, blocks, processes, lambda: tokenizer or load_tokenizer(config.calibration, model.name_or_path)

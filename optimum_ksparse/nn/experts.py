@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -118,13 +118,13 @@ class SparseExperts(PackedModule):
                 ) from None
             raise error
 
-    def _packed(self, expert: int) -> kernels.PackedWeight:
-        values, bits = (onloaded(self, name)[expert] for name in ("weight", "weight_mask"))
-        scale = None if self.weight_scale is None else onloaded(self, "weight_scale")[expert]
+    def _packed(self, expert: int, read: Callable[[nn.Module, str], torch.Tensor] = onloaded) -> kernels.PackedWeight:
+        values, bits = (read(self, name)[expert] for name in ("weight", "weight_mask"))
+        scale = None if self.weight_scale is None else read(self, "weight_scale")[expert]
         return kernels.PackedWeight(values, bits, self.in_features, self.pattern.text, None, scale, self.group_size)
 
     def _prepare(self) -> None:
-        kernels.prepare(self._packed(0))
+        kernels.prepare(self._packed(0, getattr))
 
     def to_dense_weight(self) -> torch.Tensor:
         """The weights [experts, out, in] with their zeros."""

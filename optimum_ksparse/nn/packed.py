@@ -15,7 +15,7 @@ from .. import kernels
 from ..packing import unpack_mask, values_shape
 from ..pattern import Pattern
 from ..quantization import TYPES, check_group_size, check_quantised, columns_of_group, empty_quantised
-from .placement import local
+from .placement import local, onloaded
 
 
 class PackedModule(nn.Module):
@@ -134,7 +134,9 @@ class PackedModule(nn.Module):
         integers or scales cannot be right."""
         self._check_bits(self.weight_mask, f"{name}.weight_mask")
         if self.weight_scale is not None:
-            check_quantised(local(self.weight), local(self.weight_scale), name)
+            values, scale = (local(onloaded(self, tensor)) for tensor in ("weight", "weight_scale"))
+            if not (values.is_meta or scale.is_meta):
+                check_quantised(values, scale, name)
         self._prepare()
 
     @torch.no_grad()

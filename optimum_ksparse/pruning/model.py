@@ -153,20 +153,20 @@ def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
             "tensors made under torch.inference_mode() cannot be changed nor learn: load the model, and prune it, "
             "outside of it (torch.no_grad() is no hindrance)"
         )
-    made = made_with(model)
-    if made is not None and made.values is not None:
+    made, is_sparse = made_with(model), bool(sparse_modules(model))
+    if is_sparse and made is not None and made.values is not None:
         raise ValueError(
             f"the values of the model are {made.values} already: take the model that it was made from, or "
             "model.dequantize_values() first"
         )
     takes_sparse = config.values is not None or (made is not None and made.method == config.method)
-    if sparse_modules(model) and not (recognises and made is not None and takes_sparse):
+    if is_sparse and not (recognises and made is not None and takes_sparse):
         raise ValueError(
             "the model is sparse already: model.dequantize() makes it dense again, and "
             "SparsityConfig('existing', values=...) quantises its values"
         )
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not sparse_modules(model):
+    if quantizer is not None and not is_sparse:
         method = quantizer.quantization_config.quant_method
         raise ValueError(f"the model is quantized ({method}); prune the model that it was made from")
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):

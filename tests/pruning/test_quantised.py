@@ -210,6 +210,30 @@ def test_a_dense_model_has_no_values_to_dequantize(make_model):
         make_model("llama").dequantize_values()
 
 
+@EVERY
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_offloaded_weights_compute_and_are_checked(values, kind, tmp_path, make_model):
+    torch.manual_seed(0)
+    model = make_model("llama") if kind == "llama" else AutoModelForCausalLM.from_config(MixtralConfig(**COMMON))
+    sparsify(model, SparsityConfig("magnitude", "2:4", values=values))
+    model.save_pretrained(tmp_path / "saved")
+    places = {f"model.layers.{index}": "disk" for index in range(2)}
+    places |= dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    offloading = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **offloading)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS[:1]).logits, model(IDS[:1]).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_tensors(tensors(tmp_path / "again"), tensors(tmp_path / "saved"))
+    if values == "int8":
+        stored = load_file(tmp_path / "saved/model.safetensors")
+        name = next(name for name in stored if stored[name].dtype is torch.int8)
+        stored[name].fill_(-128)
+        save_file(stored, tmp_path / "saved/model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=name.removeprefix("model.")):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **offloading)
+
+
 # ---- models that are sparse already
 
 
