@@ -148,8 +148,10 @@ def write_figure(results: dict[str, Any], path: Path) -> None:
                 axes.plot(*points, "o", color=color, markersize=8, label=label)
             for row in some:
                 place = row["bytes"] / 1e6, row["decoding"]
-                offset = (7, -12 if kind.startswith("dense") else 5)
-                axes.annotate(row["dtype"], place, offset, textcoords="offset points", fontsize=8, color=color)
+                left = kind.startswith("packed")
+                offset = (-7 if left else 7, -12 if kind.startswith("dense") else 5)
+                style: Any = {"fontsize": 8, "color": color, "ha": "right" if left else "left"}
+                axes.annotate(row["dtype"], place, offset, textcoords="offset points", **style)
         axes.set_xlim(0, 1.2 * max(row["bytes"] for row in rows if row["model"] == name) / 1e6)
         axes.set_ylim(0, 1.15 * max(row["decoding"] for row in rows if row["model"] == name))
         axes.set_xlabel("bytes of the model, MB")
