@@ -268,3 +268,13 @@ def test_nothing_tells_of_the_machine(
     assert not any(b"secret" in request.body for request in hub.requests)
     for content in (content for path, content in files.items() if path.endswith(".png")):
         assert not any(kind in content for kind in (b"tEXt", b"iTXt", b"tIME", b"eXIf"))
+
+
+def test_quantised_values_are_published_and_described(hub: LoopbackHub, make_pruned: Any) -> None:
+    model = make_pruned("llama", values="int8", group_size=64)
+    model.push_to_hub(NAME, tokenizer=False)
+    assert len(pushed(hub)) == 1
+    again = AutoModelForCausalLM.from_pretrained(NAME)
+    assert {module.values for module in sparse_modules(again).values()} == {"int8"}
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert "int8" in metadata(hub)["tags"] and "bits a weight" in " ".join(card_of(hub).split())
