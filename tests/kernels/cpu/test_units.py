@@ -67,6 +67,7 @@ def test_avx512_emulated(tmp_path):
 def test_neon_emulated(tmp_path):
     if not (emulator := shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")):
         pytest.skip("there is no qemu-aarch64 (package qemu-user)")
-    units = {"ksparse.c": (), "check.c": (), "portable.c": (), "neon.c": ()}
+    units = {"ksparse.c": (), "check.c": (), "portable.c": (), **build._ARM}
     program = compile_test(tmp_path, ARM, units, ("-O1", "-static"))
-    run_test("neon", 100, emulator, program)
+    for unit in ("neon", "neonbf16"):
+        run_test(unit, 100, emulator, "-cpu", "max", program)

@@ -39,6 +39,22 @@ static int runs_avx512bf16(void) {
 }
 #endif
 
+#if defined(__aarch64__)
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+
+static int runs_neonbf16(void) {
+    int has = 0;
+    size_t size = sizeof(has);
+    return !sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, NULL, 0) && has;
+}
+#else
+#include <sys/auxv.h>
+
+static int runs_neonbf16(void) { return getauxval(AT_HWCAP2) >> 14 & 1; } /* HWCAP2_BF16 */
+#endif
+#endif
+
 static int always(void) { return 1; }
 
 /* The fastest first. */
@@ -48,6 +64,7 @@ static const struct { const struct unit *unit; int (*runs)(void); } units[] = {
     {&unit_avx512, runs_avx512},
     {&unit_avx2, runs_avx2},
 #elif defined(__aarch64__)
+    {&unit_neonbf16, runs_neonbf16},
     {&unit_neon, always},
 #endif
     {&unit_portable, always},

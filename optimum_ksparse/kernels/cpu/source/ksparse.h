@@ -65,7 +65,7 @@ extern const struct unit unit_portable;
 #if defined(__x86_64__)
 extern const struct unit unit_avx2, unit_avx512, unit_avx512bf16;
 #elif defined(__aarch64__)
-extern const struct unit unit_neon;
+extern const struct unit unit_neon, unit_neonbf16;
 #endif
 
 #define EXPORT __attribute__((visibility("default")))

@@ -1,4 +1,4 @@
-/* NEON of 64-bit Arm: any of them.
+/* NEON of 64-bit Arm: any of them. With BF16 (another unit) `bfdot` multiplies pairs as they are.
  *
  * Eight weights at a time: a byte of the mask chooses a row of a table that shuffles the kept values to their places.
  * A bfloat16 value goes into the upper half of its lane, which makes a float of it. */
@@ -6,7 +6,9 @@
 
 #include "ksparse.h"
 
+#ifndef UNIT
 #define UNIT neon
+#endif
 #define LANES 4
 #define STEP 8
 #define TILE_ROWS 6
@@ -70,5 +72,12 @@ static inline void expand_32(const void *values, mask_t mask, vec *weights) {
     weights[0] = vreinterpretq_f32_u8(vqtbl2q_u8(all, vld1q_u8(words[mask])));
     weights[1] = vreinterpretq_f32_u8(vqtbl2q_u8(all, vld1q_u8(words[mask] + 16)));
 }
+
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#define v_dot(a, b, sum) vbfdotq_f32(sum, vreinterpretq_bf16_f32(a), vreinterpretq_bf16_f32(b))
+static inline void expand_pairs(const void *values, mask_t mask, vec *weights) {
+    weights[0] = vreinterpretq_f32_u16(expand_8_halves(values, mask));
+}
+#endif
 
 #include "product.h"
