@@ -1,5 +1,5 @@
-"""The study's figures: perplexity by pattern, quality against the time of pruning, and against the number of
-calibration tokens."""
+"""The study's figures: perplexity by pattern, and quality against the time of pruning, the number of calibration
+tokens, and bits a weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.figures import hangul_fonts, new_figure, save_figure
-from .quantities import MEAN_F1
+from .quantities import BITS, MEAN_F1
 from .recipe import DENSE
 from .results import Row, StudyResults
 
@@ -121,11 +121,25 @@ def _by_tokens(results: StudyResults, rows: Sequence[Row]) -> _Drawing:
     return points, finish
 
 
+def _by_bits(results: StudyResults, rows: Sequence[Row]) -> _Drawing:
+    """Quality against bits a weight, where they differ for a pattern: a marker for each method and calibration set, a
+    colour for each pattern."""
+    bits = {row.place: row.spread.mean for row in rows if row.quantity == BITS}
+    points = [
+        _Point(row, bits[row.place], row.pattern, _name(results, row))
+        for row in rows
+        if row.quantity == _quality(rows) and row.place in bits
+    ]
+    varied = len({(point.row.pattern, point.x) for point in points}) > len({point.row.pattern for point in points})
+    return points if varied else [], lambda axes: axes.set_xlim(left=0)
+
+
 # File → label of its axis, and its points.
 _FIGURES = {
     "perplexity_by_pattern.png": ("pattern", _by_pattern),
     "quality_by_time.png": ("seconds of pruning", _by_time),
     "quality_by_calibration.png": ("calibration tokens", _by_tokens),
+    "quality_by_bits.png": ("bits for each weight of the pruned layers", _by_bits),
 }
 
 

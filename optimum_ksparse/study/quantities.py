@@ -105,9 +105,11 @@ TABLES = {
     "kobest": "KoBEST, macro F1 in % (higher is better)",
     "korquad": "KorQuAD after LoRA, in % (higher is better)",
     "nsmc": "NSMC, accuracy in % (higher is better)",
+    "bits": "Bits for each weight of the pruned layers, masks and scales included, where floating point has 16",
     "cost": "What pruning took",
 }
 MEAN_F1 = "kobest_mean_f1"
+BITS = "bits_per_weight"
 _NSMC = {
     f"nsmc_{prompt}_accuracy{end}": Quantity("nsmc", f"prompt {prompt}, {when}", name, "acc", 100, not end)
     for prompt, name in enumerate(NSMC_TASKS, start=1)
@@ -121,6 +123,7 @@ QUANTITIES: dict[str, Quantity] = {
     "korquad_exact_match": Quantity("korquad", "exact match", "korquad", "exact_match", tuned=True),
     "korquad_f1": Quantity("korquad", "F1", "korquad", "f1", tuned=True),
     **_NSMC,
+    BITS: Quantity("bits", "bits a weight"),
     "pruning_seconds": Quantity("cost", "seconds", digits=1),
     "peak_memory_gb": Quantity("cost", "peak memory of the process in GB"),
     "peak_gpu_memory_gb": Quantity("cost", "peak memory of the GPU in GB"),
@@ -142,6 +145,7 @@ def figures_of(measurements: Iterable[Measurement], pruning: Mapping[str, Any] |
     shots = {row.num_fewshot for row in untuned if row.name in STUDY_TASKS}
     mean = EvaluationResults("", sparse=untuned).mean_f1("sparse", shots.pop()) if len(shots) == 1 else None
     figures[MEAN_F1] = None if mean is None else 100 * mean
+    figures[BITS] = 16.0 if pruning is None else pruning["report"].get(BITS)
     if pruning is not None:
         memory = {name: number / 1e9 for name, number in pruning["peak_memory_bytes"].items()}
         figures |= {"pruning_seconds": pruning["seconds"], "output_error": pruning["report"]["mean_output_error"]}

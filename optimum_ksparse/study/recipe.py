@@ -12,6 +12,7 @@ from ..config import FLAT_SETTINGS
 from ..data.dataset import is_mix
 from ..evaluation import EvaluationProtocol
 from ..pattern import Pattern
+from ..quantization import LIMITS
 from ..records import Count, Positive, build
 from ..runtime import RuntimeConfig
 from .finetuning import KoAlpacaSettings, KorQuADSettings, study_settings
@@ -39,7 +40,7 @@ Settings = dict[str, Any]
 
 @dataclass
 class Recipe:
-    """A study: methods × patterns × calibration sets × seeds. Made by `from_dict`, which checks it.
+    """A study: methods × values × patterns × calibration sets × seeds. Made by `from_dict`, which checks it.
 
     Args:
         model: folder or Hub id of a dense model with safetensors. output: folder for all that comes of it.
@@ -47,6 +48,8 @@ class Recipe:
         patterns: as in `SparsityConfig`; in YAML in quotes.
         dtype, device_map, revision, trust_remote_code: of the dense model, as in `from_pretrained`.
         settings: of `SparsityConfig`, for every cell.
+        values: how kept values are stored, as in `SparsityConfig`: with `[null, int8]` a method `admm` is there as
+            `admm` and as `admm int8`.
         calibration: each a `dataset`, `num_samples`, `seq_len`, `prepend_bos`, `tokenizer`, and perhaps a `name`.
         seeds: of the calibration samples.
         evaluation: settings of `EvaluationProtocol`; None measures neither perplexity nor KoBEST.
@@ -69,6 +72,7 @@ class Recipe:
     revision: str | None = None
     trust_remote_code: bool = False
     settings: Settings = field(default_factory=dict)
+    values: list[str | None] = field(default_factory=lambda: [None])
     calibration: list[Settings] = field(default_factory=lambda: [{}])
     seeds: list[Count] = field(default_factory=lambda: [0])
     evaluation: Settings | None = None
@@ -94,10 +98,11 @@ class Recipe:
         """Completes names, and checks what types do not say."""
         check_one_of("dtype", self.dtype, _DTYPES)
         check_keys(self.settings, _COMMON, "settings")
-        self.methods = [_method(f"methods[{i}]", entry) for i, entry in enumerate(self.methods)]
+        methods = [_method(f"methods[{i}]", entry) for i, entry in enumerate(self.methods)]
+        self.methods = [with_values for entry in methods for with_values in self._with_values(entry)]
         self.patterns = [pattern_label(pattern) for pattern in self.patterns]
         self.calibration = [_calibration(f"calibration[{i}]", entry) for i, entry in enumerate(self.calibration)]
-        for part, names in self.grid.items():
+        for part, names in {"values": self.values, **self.grid}.items():
             if not names:
                 raise ValueError(f"{part} is empty: there is nothing to try")
             if twice := [name for i, name in enumerate(names) if name in names[:i]]:
@@ -106,6 +111,19 @@ class Recipe:
             raise ValueError(f"methods: {DENSE!r} is what tables call the dense model, name it anew")
         self.published = _published(self.published)
         self._check_sections()
+
+    def _with_values(self, method: Settings) -> list[Settings]:
+        """A method with each type of values, which is part of its name."""
+        for values in filter(None, self.values):
+            check_one_of("values", values, tuple(LIMITS))
+        if self.values == [None]:
+            return [method]
+        if "values" in {**self.settings, **method}:
+            raise ValueError(f"values={self.values} are tried: leave values out of method {method['name']} and settings")
+        return [
+            {**method, "name": f"{method['name']} {values}", "values": values} if values else method
+            for values in self.values
+        ]
 
     def _check_sections(self) -> None:
         for name, allowed in SECTIONS.items():

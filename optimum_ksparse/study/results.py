@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from ..evaluation import Measurement
+from ..quantization import columns_of_group
 from ..records import Amount, As, Count, Share, read_record
 from ..report import SparsityReport
-from .quantities import QUANTITIES, Spread, figures_of, spread
+from .quantities import BITS, QUANTITIES, Spread, figures_of, spread
 from .record import Record
 
 CELLS = "cells"
@@ -59,6 +60,18 @@ class CellResult:
         return figures_of(self.measurements, self.pruning)
 
 
+def _bits_per_weight(report: SparsityReport) -> float:
+    """Of the sparse layers, with masks and scales, where floating point has 16 bits, whatever a study computes in."""
+    values, group_size = (report.config.get(name) for name in ("values", "group_size"))
+    bits = 8 * report.packed_bytes
+    for layer in report.layers:
+        rows, columns = layer.shape
+        group = columns if group_size is None else columns_of_group(group_size, columns)
+        floats = layer.num_values if values is None else rows * -(-columns // group)
+        bits -= floats * (8 * layer.dense_bytes // (rows * columns) - 16)
+    return bits / max(1, report.num_weights)
+
+
 def summary_of(report: SparsityReport) -> dict[str, Any]:
     """What a cell keeps of the report of its pruning."""
     errors = [row.relative_output_error for row in report.layers if row.relative_output_error is not None]
@@ -70,6 +83,7 @@ def summary_of(report: SparsityReport) -> dict[str, Any]:
         **more,
         "density": report.density,
         "packed_ratio": report.packed_ratio,
+        BITS: _bits_per_weight(report),
         "mean_output_error": sum(errors) / len(errors) if errors else None,
         "num_layers": len(report.layers),
         "skipped": list(report.skipped),

@@ -165,6 +165,11 @@ REFUSED = [
     ({"published": {"perplexty": {}}}, "published .*'perplexity'"),
     ({"model": None}, "model is missing"),
     ({"methods": []}, "methods is empty"),
+    ({"values": []}, "values is empty"),
+    ({"values": ["int3"]}, "values='int3'"),
+    ({"values": ["int8", "int8"]}, "values: 'int8' comes twice"),
+    ({"values": [None, "int8"], "settings": {"values": "int4"}}, "leave values out"),
+    ({"values": ["int8"], "methods": [{"method": "wanda", "values": None}]}, "leave values out of method wanda"),
     ({"methods": "wanda"}, "methods"),
     ({"methods": [{"name": "dense", "method": "wanda"}]}, "methods: 'dense'"),
     ({"methods": [{"name": "x"}]}, r"methods\[0\] has no method"),
@@ -219,12 +224,12 @@ def test_what_cannot_be_is_refused_before_any_work(workplace, changes, said):
 
 def test_recipes_in_configs_and_readme_are_valid():
     texts = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "configs/study").glob("*.yaml"))]
-    assert len(texts) == 4 and max(len(text.splitlines()) for text in texts) <= 20
+    assert len(texts) == 5 and max(len(text.splitlines()) for text in texts) <= 20
     for name in ("README.md", "README_ko.md"):
         texts.append((REPOSITORY / name).read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0])
     for text in texts:
         found = yaml.safe_load(text)
-        parts = [len(found[part]) for part in ("methods", "patterns", "calibration", "seeds")]
+        parts = [len(found.get(part, [None])) for part in ("methods", "values", "patterns", "calibration", "seeds")]
         assert len(grid(Recipe.from_dict(found))) == 1 + math.prod(parts)
 
 
@@ -284,7 +289,42 @@ def test_a_setting_makes_another_cell_where_the_method_reads_it_and_another_valu
     assert len(grid(recipe(methods=["sparsegpt", *read], seeds=[0]))) == 1 + 3 * 2
 
 
+def test_values_are_tried_with_each_method(workplace):
+    chosen = recipe(methods=["wanda", "magnitude"], values=[None, "int8", "int4"], patterns=["2:4"], seeds=[0])
+    names = ["wanda", "wanda int8", "wanda int4", "magnitude", "magnitude int8", "magnitude int4"]
+    assert chosen.grid["methods"] == names
+    cells = {str(cell).split(",")[0]: cell for cell in list(grid(chosen).values())[1:]}
+    assert list(cells) == names
+    assert [cells[name].identity.get("values") for name in names] == [None, "int8", "int4"] * 2
+    assert cells["wanda"].identity == list(grid(recipe(patterns=["2:4"], seeds=[0])).values())[1].identity
+    by_hand = [{"name": "wanda int8", "method": "wanda", "values": "int8"}]
+    [_, same] = grid(recipe(methods=by_hand, patterns=["2:4"], seeds=[0])).values()
+    assert same == cells["wanda int8"]
+
+
 # Running
+
+
+@pytest.mark.slow
+def test_cells_with_quantised_values_are_measured_and_say_their_bits(in_process):
+    """Of a float32 model: what has no integers is counted with 16 bits."""
+    values = {"magnitude": None, "magnitude int8": "int8", "magnitude int4": "int4"}
+    more = {"patterns": ["2:4"], "keep_checkpoints": True}
+    results = run_study(recipe(methods=["magnitude"], values=list(values.values()), **more), str)
+    rows = {(row.quantity, row.method): row.spread.mean for row in results.rows()}
+    assert len({rows["perplexity", name] for name in ("dense", *values)}) == 4
+    assert rows["bits_per_weight", "dense"] == 16
+    for cell in list(results.cells.values())[1:]:
+        tensors = load_file(f"out/cells/{cell.id}/checkpoint/model.safetensors")
+        masks = {name: mask for name, mask in tensors.items() if name.endswith("weight_mask")}
+        bits = weights = 0
+        for name, mask in masks.items():
+            bits += 8 * mask.nbytes
+            weights += 8 * mask.numel()
+            parts = [tensors.get(name.replace("_mask", end)) for end in ("", "_scale")]
+            bits += sum(p.numel() * (16 if p.is_floating_point() else 8) for p in parts if p is not None)
+        assert rows["bits_per_weight", results.record.cells[cell.id].places[0].method] == bits / weights
+    assert "| magnitude | 16.00 | 9.00 |" in Path("out/tables.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -715,7 +755,8 @@ def made_up(methods: list[Any], calibration: list[dict[str, Any]], seeds: list[i
         rows = [Measurement("perplexity", {"perplexity": value, "bits_per_byte": 1.0}, protocol, {})]
         for number, task in enumerate(("copa", "hellaswag", "boolq", "sentineg", "wic")):
             rows.append(Measurement(task, {"acc": 0.5, "f1": (50 + number + seed) / 100}, {**items, **common}, {}))
-        report = {"density": 0.5, "mean_output_error": 0.2}
+        bits = 5.0 if "values" in cell.identity else 9.0
+        report = {"density": 0.5, "mean_output_error": 0.2, "bits_per_weight": bits}
         pruning = {"seconds": 40.0 + value, "peak_memory_bytes": {"process": 2.5e9}, "report": report}
         hardware = {"device": "CPU" if seed < 2 else "GPU"}
         done = {"seconds": {}, "peak_memory_bytes": {}, "hardware": hardware, "versions": {"torch": "2"}}
@@ -742,6 +783,7 @@ def test_tables_say_what_was_found_and_how(workplace):
         "| COPA | wanda | 50.00 | 51.00 ± 1.00 | 51.00 ± 1.00 |",
         f"| {mean} | wanda | 51.50 | 52.50 ± 1.00 | 52.50 ± 1.00 |",
         f"| {mean} | *published, wanda* | 50.87 |  |  |",
+        "| wanda | 16.00 | 9.00 ± 0.00 | 9.00 ± 0.00 |",
         "| seconds | wanda | 76.0 ± 2.0 | 76.0 ± 2.0 |",
         "| peak memory of the process in GB | magnitude | 2.50 | 2.50 |",
         "seeds 0, 1, 2 (n = 3)",
@@ -784,5 +826,7 @@ def test_figures_are_drawn_where_there_is_something_to_draw(workplace):
     names = write_figures(several, workplace)
     assert names == ["perplexity_by_pattern.png", "quality_by_time.png", "quality_by_calibration.png"]
     assert all((workplace / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    quantised = made_up([{"name": "int8", "method": "wanda", "values": "int8"}, "wanda"], [DATA], [0, 1], {})
+    assert write_figures(quantised, workplace)[-1] == "quality_by_bits.png"
     assert write_figures(StudyResults(plain.record, {}), workplace) == []
     assert not list(workplace.glob("*.png")), "old figures go"
