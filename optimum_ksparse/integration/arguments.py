@@ -117,5 +117,6 @@ def _check_agreement(config: SparsityConfig, recorded: SparsityConfig) -> None:
         raise ValueError(
             "the checkpoint is sparse already, with other settings ("
             + "; ".join(sorted(differences))
-            + "): load it without a sparsity_config, or prune the dense model that it was made from"
+            + "): load it without a sparsity_config, or prune the dense model that it was made from; "
+            "`optimum-cli ksparse quantize` quantises its values"
         )
