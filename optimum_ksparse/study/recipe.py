@@ -119,7 +119,8 @@ class Recipe:
         if self.values == [None]:
             return [method]
         if "values" in {**self.settings, **method}:
-            raise ValueError(f"values={self.values} are tried: leave values out of method {method['name']} and settings")
+            where = f"method {method['name']} and settings"
+            raise ValueError(f"values={self.values} are tried: leave values out of {where}")
         return [
             {**method, "name": f"{method['name']} {values}", "values": values} if values else method
             for values in self.values
