@@ -83,6 +83,14 @@ def unpack_integers(packed: torch.Tensor, count: int) -> torch.Tensor:
     return halves.flatten(-2)[..., :count]
 
 
+def kept_integers(packed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The integers of the weights that `mask` [out, in] keeps, int8: n:m: [out, in·n/m]; otherwise: [nnz], or one zero
+    more."""
+    # Rows of n:m keep equally many; behind the last value of a flat tensor nothing is read.
+    rows_are_alike = packed.dtype is torch.uint8 and packed.dim() == 2
+    return unpack_integers(packed, int(mask[:1].sum()) if rows_are_alike else 2 * packed.numel())
+
+
 def by_column(scale: torch.Tensor, group_size: int, in_features: int) -> torch.Tensor:
     """The scale of each weight: [out, in_features], or [out, 1] where a row has one."""
     if scale.shape[1] == 1:
@@ -95,10 +103,7 @@ def dequantize(
 ) -> torch.Tensor:
     """The dense weight [out, in_features] in the dtype of `scale`: each integer times its scale, rounded once."""
     mask = unpack_mask(bits, in_features)
-    halves = packed.dtype is torch.uint8
-    # Rows of n:m keep equally many; behind the last value of a flat tensor nothing is read.
-    per_row = int(mask[:1].sum()) if halves and packed.dim() == 2 else 2 * packed.numel()
-    integers = unpack_integers(packed, per_row).to(scale.dtype)  # exact in every dtype
+    integers = kept_integers(packed, mask).to(scale.dtype)  # exact in every dtype
     weight = torch.zeros(mask.shape, dtype=scale.dtype, device=scale.device).masked_scatter_(mask, integers)
     return weight.mul_(by_column(scale, group_size, in_features))
 

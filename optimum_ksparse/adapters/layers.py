@@ -13,21 +13,26 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.variants import VeloraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
+from ..kernels import PackedWeight
 from ..nn import SparseLinear, masked_linear
-from ..packing import unpack, unpack_mask
-from .variants import MaskedVariant, SparseAloraVariant, SparseDoraVariant, onloaded, packed_tensors
+from ..packing import pack, unpack_mask
+from ..pruners.rounding import quantise
+from ..pruners.statistics import GramMatrix
+from ..quantization import pack_integers
+from .variants import MaskedVariant, SparseAloraVariant, SparseDoraVariant, onloaded, packed_weight
 
 
 class _KeepsZeros:
     """Merging for both: the packed values become those of the effective weight at the mask, which is computed in
-    float32 from the values before, with all merged adapters, and rounded once; unmerging puts the same bits back."""
+    float32 from the values before, with all merged adapters, and rounded once, to integers with scales of their own
+    where the values are quantised; unmerging puts the same bits back."""
 
     merged_adapters: list[str]
     other_param_names: tuple[str, ...]
     fan_in_fan_out: bool
     get_base_layer: Callable[[], SparseLinear]
     _get_available_adapters: Callable[[], set[str]]
-    _before_merge: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    _before_merge: tuple[PackedWeight, torch.Tensor | None] | None = None
 
     def __init__(self, base_layer: SparseLinear, adapter_name: str, config: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)  # type: ignore[call-arg]
@@ -35,6 +40,10 @@ class _KeepsZeros:
         self.refused_merges: dict[str, str | None] = {}
         self.other_param_names = (*self.other_param_names, "refused_merges")
         self.fan_in_fan_out = False  # the dense weight of a sparse layer is [out, in], that of GPT-2 too
+
+    def _get_base_layer_device_and_dtype(self, base_layer: SparseLinear) -> tuple[torch.device, torch.dtype]:
+        """Of PEFT, whose adapters are made so: not of the dtype of quantised values."""
+        return base_layer.weight.device, base_layer.dtype
 
     def _adapt(self, name: str, effective: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The effective weight with one more adapter; `weight` is that without adapters. All are [out, in], in float32
@@ -84,12 +93,13 @@ class _KeepsZeros:
         base, merged = self.get_base_layer(), [*self.merged_adapters, *names]
         before = self._original()
         effective, mask = self._effective(merged)
-        values = effective[mask].view_as(before[0]).to(base.weight.dtype)
         bias = self._merged_bias(before[1], merged)
-        if safe_merge and not all(bool(t.isfinite().all()) for t in (values, bias) if t is not None):
+        kept = effective[mask].to(base.dtype)
+        if safe_merge and not all(bool(t.isfinite().all()) for t in (kept, bias) if t is not None):
             raise ValueError(f"merging gives values that are not finite: an adapter of {', '.join(names)} is broken")
+        values, scale = kept_values(base, effective, mask)
         self._before_merge = before
-        self._put(values, bias)
+        self._put(values, scale, bias)
         self.merged_adapters[:] = merged
 
     @torch.no_grad()
@@ -98,7 +108,8 @@ class _KeepsZeros:
         if self._before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._put(*self._before_merge)
+        packed, bias = self._before_merge
+        self._put(packed.values, packed.scale, bias)
         self._before_merge = None
         self.merged_adapters.clear()
 
@@ -115,27 +126,44 @@ class _KeepsZeros:
 
     def _effective(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The effective weight, in float32 or float64, and the mask, [out, in] both."""
-        in_features, bits = self.get_base_layer().in_features, packed_tensors(self.get_base_layer())[1]
-        values = self._original()[0].to(bits.device)
-        weight = unpack(values.to(torch.promote_types(values.dtype, torch.float32)), bits, in_features)
-        effective, mask = weight, unpack_mask(bits, in_features)
+        packed, device = self._original()[0], onloaded(self.get_base_layer(), "weight").device
+        packed = packed.to(device).cast(torch.promote_types(packed.dtype, torch.float32))
+        weight = effective = packed.dense()
+        mask = unpack_mask(packed.bits, packed.in_features)
         for name in names:
             effective = self._adapt(name, effective, weight, mask)
         return effective, mask
 
-    def _original(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values and bias without adapters. A merged layer keeps them in the computer's own memory, as PEFT does."""
+    def _original(self) -> tuple[PackedWeight, torch.Tensor | None]:
+        """Packed weight and bias without adapters. A merged layer keeps them in the computer's own memory, as PEFT
+        does."""
         if self._before_merge is not None:
             return self._before_merge
         base = self.get_base_layer()
         bias = None if base.bias is None else onloaded(base, "bias").detach().cpu()
-        return packed_tensors(base)[0].detach().cpu(), bias
+        weight = packed_weight(base, torch.device("cpu"))
+        # Tensors of their own, in which what is written into those of the layer does not come.
+        scale = None if weight.scale is None else weight.scale.detach()
+        return weight._replace(values=weight.values.detach(), scale=scale), bias
 
-    def _put(self, values: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def _put(self, values: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> None:
         base = self.get_base_layer()
-        base.replace_values(values.to(base.weight.device, base.weight.dtype))
+        device = base.weight.device
+        base.replace_values(values.to(device), None if scale is None else scale.to(device))
         if bias is not None and base.bias is not None:
             base.bias.data = bias.to(base.bias.device, base.bias.dtype)
+
+
+def kept_values(
+    base: SparseLinear, weight: torch.Tensor, mask: torch.Tensor, statistics: GramMatrix | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a layer keeps of a weight, [out, in] in any floating dtype, at its mask: packed values and, where its own
+    values are quantised, the scale of theirs, rounded by the statistics of the inputs, where there are some."""
+    kept, scale = weight.to(base.dtype).masked_fill(~mask, 0), None
+    if base.values is not None:
+        kept, scale = quantise(kept, base.values, base.group_size)
+    values = pack(kept, mask, base.pattern)[0]
+    return values if base.values is None else pack_integers(values, base.values), scale
 
 
 class SparseLoraLinear(_KeepsZeros, lora.Linear):
@@ -164,7 +192,7 @@ class SparseLoraLinear(_KeepsZeros, lora.Linear):
         delta = super().get_delta_weight(adapter)
         if self.is_masked(adapter):
             base = self.get_base_layer()
-            delta = delta * unpack_mask(packed_tensors(base)[1].to(delta.device), base.in_features)
+            delta = delta * unpack_mask(packed_weight(base, delta.device).bits, base.in_features)
         return delta
 
     def _leaves_mask(self, name: str) -> bool:
@@ -210,8 +238,8 @@ class SparseHiraLinear(_KeepsZeros, hira.Linear):
                 continue
             a, b = onloaded(self.hira_A, name), onloaded(self.hira_B, name)
             x = self._cast_input_dtype(x, a.dtype)
-            values, bits = packed_tensors(self.get_base_layer())
-            result = result + masked_linear(self.hira_dropout[name](x), a, b, bits, values)
+            weight = packed_weight(self.get_base_layer())
+            result = result + masked_linear(self.hira_dropout[name](x), a, b, weight)
         return result.to(dtype)
 
     def _adapt(self, name: str, effective: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

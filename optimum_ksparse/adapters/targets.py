@@ -96,10 +96,10 @@ def _check(config: Any, name: str, module: nn.Module, parameter: str | None) -> 
     if isinstance(module, BaseTunerLayer) and not isinstance(module, _LAYERS[config.peft_type]):
         raise TypeError(f"{name} has adapters of {type(module).__name__} already: it takes one kind only")
     if isinstance(config, LoraConfig):
-        _check_lora(config, name)
+        _check_lora(config, name, base_of(module).values)
 
 
-def _check_lora(config: LoraConfig, name: str) -> None:
+def _check_lora(config: LoraConfig, name: str, values: str | None) -> None:
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_DENSE_INITS):
         raise ValueError(
@@ -110,3 +110,8 @@ def _check_lora(config: LoraConfig, name: str) -> None:
     refused = [variant for variant in variants if variant not in _VARIANTS | {"target_parameters"}]
     if refused:
         raise ValueError(f"LoRA with {', '.join(refused)} cannot adapt {name}, which is a sparse layer: {SUPPORTED}")
+    if "velora_config" in variants and values is not None:
+        raise ValueError(
+            f"LoRA with velora_config cannot adapt {name}, whose values are {values}: leave it out, or call "
+            "model.dequantize_values() before"
+        )

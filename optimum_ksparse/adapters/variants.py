@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from torch import nn
 
+from ..kernels import PackedWeight
 from ..nn import SparseLinear, masked_linear, row_norms
 
 
@@ -22,10 +23,12 @@ def onloaded(module: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
-def packed_tensors(base: SparseLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and mask of a sparse layer, on one device."""
-    values = onloaded(base, "weight")
-    return values, onloaded(base, "weight_mask").to(values.device)
+def packed_weight(base: SparseLinear, device: torch.device | None = None) -> PackedWeight:
+    """The packed weight of a sparse layer, all of it on one device: that of the values, or another. Gradients reach
+    the values."""
+    values, scale = onloaded(base, "weight"), None if base.weight_scale is None else onloaded(base, "weight_scale")
+    weight = base.packed()._replace(values=values, bits=onloaded(base, "weight_mask"), scale=scale)
+    return weight.to(values.device if device is None else device)
 
 
 class MaskedVariant(LoraVariant):
@@ -43,9 +46,9 @@ class MaskedVariant(LoraVariant):
         lora_b = module.lora_B[active_adapter]
         a, b = onloaded(module.lora_A[active_adapter], "weight"), onloaded(lora_b, "weight")
         scaling = float(module.scaling[active_adapter])
-        bits = packed_tensors(module.get_base_layer())[1].to(x.device)
+        bits = packed_weight(module.get_base_layer(), x.device).bits
         dropped = module.lora_dropout[active_adapter](x)
-        result = result + masked_linear(dropped, a, b, bits, scale=scaling)
+        result = result + masked_linear(dropped, a, b, bits, scaling)
         return result if lora_b.bias is None else result + onloaded(lora_b, "bias") * scaling
 
 
@@ -63,9 +66,7 @@ class SparseDoraLayer(DoraLinearLayer):
         adapter_name: str | None = None,
     ) -> torch.Tensor:
         """‖W + s·B·A‖₂ of each row, [out], in the dtype of A."""
-        values, bits = packed_tensors(base_layer)
-        values = values.detach()
-        return row_norms(values.to(lora_a.device), bits.to(lora_a.device), lora_a.detach(), lora_b.detach(), scaling)
+        return row_norms(packed_weight(base_layer, lora_a.device), lora_a.detach(), lora_b.detach(), scaling)
 
     def update_layer(
         self,
@@ -110,7 +111,7 @@ class SparseDoraVariant(DoraLinearVariant):
         base_result = result
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)
-            base_result = base(x.to(base.weight.dtype))
+            base_result = base(x.to(base.dtype))
         if base.bias is not None:
             base_result = base_result - onloaded(base, "bias")
         a, b = onloaded(lora_a, "weight"), onloaded(lora_b, "weight")

@@ -27,9 +27,10 @@ def recording(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        _check_trains(args[0] if args else kwargs.get("model"))
         original(self, *args, **kwargs)
         if is_ours(self.model):
-            _check_trains(self.model)
+            _check_trains(self.model)  # what `model_init` gave
             self.add_callback(_Provenance(self))
             self.create_model_card = _with_section(self, self.create_model_card)
             self.training_step = _with_fast_products(self, self.training_step)
@@ -40,7 +41,8 @@ def recording(original: Callable[..., None]) -> Callable[..., None]:
 
 def _check_trains(model: Any) -> None:
     """Raises ValueError where the weights of a model were to be trained, and are integers."""
-    values = next((module.values for module in sparse_modules(model).values() if module.values is not None), None)
+    layers = sparse_modules(model).values() if is_ours(model) else ()
+    values = next((module.values for module in layers if module.values is not None), None)
     if values is not None and not is_adapter(model):
         raise ValueError(
             f"the kept values of {type(model).__name__} are {values}, which cannot be trained: call "

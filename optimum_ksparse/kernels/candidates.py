@@ -74,6 +74,11 @@ class PackedWeight(NamedTuple):
             return self._replace(values=self.values.to(dtype))
         return self._replace(scale=self.scale.to(dtype))
 
+    def to(self, device: torch.device) -> PackedWeight:
+        """The weight on another device, without torch's form of it."""
+        scale = None if self.scale is None else self.scale.to(device)
+        return self._replace(values=self.values.to(device), bits=self.bits.to(device), scale=scale, library=None)
+
     def dense(self) -> torch.Tensor:
         """The weight [out, in], in plain PyTorch."""
         if self.scale is None:

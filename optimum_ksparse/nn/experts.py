@@ -175,9 +175,7 @@ class PackedMatrix:
 
     def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         # Tensors that accelerate has offloaded come to where they are needed.
-        tensors = {name: getattr(self._weight, name) for name in ("values", "bits", "scale")}
-        here = {name: tensor.to(x.device) for name, tensor in tensors.items() if tensor is not None}
-        x, weight, bias = in_autocast_dtype(x, self._weight._replace(**here), bias)
+        x, weight, bias = in_autocast_dtype(x, self._weight.to(x.device), bias)
         return kernels.apply(x, weight, bias, self._kernel)
 
     def to_dense(self) -> torch.Tensor:

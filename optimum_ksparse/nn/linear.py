@@ -221,11 +221,13 @@ class SparseLinear(PackedModule, nn.Linear):
             self.weight.data = self.weight.data.clone()
         self._library_form = None
 
-    def replace_values(self, values: torch.Tensor) -> None:
-        """Takes other packed values, of the shape, dtype and device of the present ones, for the same mask; the
-        parameter stays the same object."""
+    def replace_values(self, values: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """Takes other packed values, of the shape, dtype and device of the present ones, for the same mask, and the
+        scale of quantised ones; the parameter stays the same object."""
         self._part()
         self.weight.data = values
+        if self.weight_scale is not None and scale is not None:
+            self.weight_scale.data = scale
 
     def _part(self) -> None:
         super()._part()

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_ksparse import Pattern
+from optimum_ksparse.kernels import PackedWeight
 from optimum_ksparse.nn import masked, masked_linear, row_norms
 from optimum_ksparse.packing import pack, unpack
+from optimum_ksparse.quantization import LIMITS, by_column, pack_integers
 
 from ..conftest import thinned
 
@@ -32,6 +34,11 @@ def make(pattern="2:4", out_features=5, in_features=24, rank=3, dtype=torch.floa
     return x, a, b, bits, values, mask
 
 
+def packed(bits, values=None, in_features=24):
+    """What `masked_linear` takes: the packed weight, or the bits of the mask alone."""
+    return bits if values is None else PackedWeight(values, bits, in_features, "")
+
+
 def dense(x, a, b, bits, values, scale, mask):
     weight = mask.to(x.dtype) if values is None else unpack(values, bits, a.shape[1]).to(x.dtype)
     return F.linear(x, weight * (b @ a)) * scale
@@ -46,7 +53,7 @@ def test_gradcheck(pattern, with_values):
         leaf.requires_grad_()
 
     def product(x, a, b, values=None):
-        return masked_linear(x, a, b, bits, values, scale=0.7)
+        return masked_linear(x, a, b, packed(bits, values), 0.7)
 
     torch.testing.assert_close(product(*leaves), dense(x, a, b, bits, values if with_values else None, 0.7, mask))
     assert torch.autograd.gradcheck(product, leaves)
@@ -58,9 +65,12 @@ def test_inputs_of_any_rank(shape, pattern):
     _, a, b, bits, values, mask = make(pattern)
     x = torch.randn(shape, dtype=torch.float64)
     results = []
-    for product in (masked_linear, lambda *inputs: dense(*inputs, 1.0, mask)):
+    for product in (
+        lambda *inputs: masked_linear(*inputs, packed(bits, values)),
+        lambda *inputs: dense(*inputs, bits, values, 1.0, mask),
+    ):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
-        y = product(*leaves, bits, values)
+        y = product(*leaves)
         results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
     torch.testing.assert_close(results[0], results[1])
 
@@ -71,7 +81,7 @@ def test_16_bit(dtype, autocast):
     x, a, b, bits, _, mask = make("4:8", dtype=torch.float32 if autocast else dtype)
     leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
     with torch.autocast("cpu", dtype, enabled=autocast):
-        y = masked_linear(*leaves, bits, scale=2.0)
+        y = masked_linear(*leaves, bits, 2.0)
     assert y.dtype == dtype
     exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
     expected = dense(*exact, bits, None, 2.0, mask)
@@ -85,7 +95,7 @@ def test_16_bit(dtype, autocast):
 def test_only_what_needs_gradients_gets_them():
     x, a, b, bits, values, _ = make()
     b.requires_grad_()
-    masked_linear(x, a, b, bits, values).sum().backward()
+    masked_linear(x, a, b, packed(bits, values)).sum().backward()
     assert b.grad is not None
     assert (x.grad, a.grad, values.grad) == (None, None, None)
 
@@ -96,7 +106,7 @@ def test_nothing_dense_is_saved():
     saved = []
     leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda t: t):
-        masked_linear(*leaves, bits, values)
+        masked_linear(*leaves, packed(bits, values, 48))
     given = {tensor.data_ptr() for tensor in (x, a, b, bits, values)}
     assert {tensor.data_ptr() for tensor in saved} <= given
 
@@ -120,7 +130,7 @@ def test_shapes_that_do_not_fit(x, a, b):
 def test_compiles():
     x, a, b, bits, values, mask = make(dtype=torch.float32)
     b.requires_grad_()
-    y = torch.compile(masked_linear, backend="aot_eager", fullgraph=True)(x, a, b, bits, values, 2.0)
+    y = torch.compile(masked_linear, backend="aot_eager", fullgraph=True)(x, a, b, packed(bits, values), 2.0)
     torch.testing.assert_close(y, dense(x, a, b, bits, values, 2.0, mask))
     torch.testing.assert_close(
         torch.autograd.grad(y.sum(), b), torch.autograd.grad(dense(x, a, b, bits, values, 2.0, mask).sum(), b)
@@ -138,4 +148,24 @@ def test_compiles():
 def test_row_norms(pattern, out_features, groups, rank, seed):
     _, a, b, bits, values, _ = make(pattern, out_features, 24 * groups, rank, seed=seed)
     weight = unpack(values, bits, a.shape[1])
-    torch.testing.assert_close(row_norms(values, bits, a, b, 0.3), (weight + 0.3 * b @ a).norm(dim=1))
+    torch.testing.assert_close(
+        row_norms(packed(bits, values, a.shape[1]), a, b, 0.3), (weight + 0.3 * b @ a).norm(dim=1)
+    )
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "29%"])
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_quantised_values(pattern, values, in_features=144, group_size=64):
+    x, a, b, bits, floats, _ = make(pattern, 7, in_features)
+    least, greatest = LIMITS[values]
+    generator = torch.Generator().manual_seed(1)
+    integers = torch.randint(least, greatest + 1, floats.shape, generator=generator).to(torch.int8)
+    scale = torch.rand(7, 3, generator=generator, dtype=torch.float64)
+    weight = PackedWeight(pack_integers(integers, values), bits, in_features, "", None, scale, group_size)
+    exact = unpack(integers.double(), bits, in_features) * by_column(scale, group_size, in_features)
+    leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
+    results = [masked_linear(*leaves, weight, 0.7), F.linear(x, exact * (b @ a)) * 0.7]
+    grads = [torch.autograd.grad(y.sin().sum(), leaves) for y in results]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(row_norms(weight, a, b, 0.3), (exact + 0.3 * b @ a).norm(dim=1).detach())
