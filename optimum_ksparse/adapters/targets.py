@@ -55,11 +55,13 @@ def check_targets(tuner: BaseTuner, config: Any, model: nn.Module, names: set[st
 
     Raises:
         TypeError: the tuner cannot wrap a sparse module, which is named.
-        ValueError: settings of LoRA cannot; or the delta is to be masked and no target is sparse.
+        ValueError: settings of LoRA cannot; the delta is to be masked and no target is sparse; or quantised values
+            were to be trained.
     """
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
     targeted = False
     for name, module in _sparse_modules(model):
+        _check_whole(config, name, base_of(module).values)
         parameter = _targeted_parameter(config, name)
         if parameter or (name in names if names is not None else tuner._check_target_module_exists(config, name)):
             _check(config, name, module, parameter)
@@ -83,6 +85,16 @@ def _targeted_parameter(config: Any, name: str) -> str | None:
         if any(path == target or path.endswith(f".{target}") for path in (name, f"{name}.weight")):
             return str(target)
     return None
+
+
+def _check_whole(config: Any, name: str, values: str | None) -> None:
+    """Raises ValueError where a module is to be trained as a whole, and its values are integers."""
+    saved = getattr(config, "modules_to_save", None) or []
+    if values is not None and any(f".{module}." in f".{name}." for module in saved):
+        raise ValueError(
+            f"modules_to_save={saved!r} has {name}, whose values are {values}, which cannot be trained: take it out, "
+            "or call model.dequantize_values() before"
+        )
 
 
 def _check(config: Any, name: str, module: nn.Module, parameter: str | None) -> None:
