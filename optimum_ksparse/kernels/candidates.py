@@ -324,12 +324,13 @@ def _why_not_native(problem: Problem) -> str | None:
         return f"native code is for CPUs, not for {problem.device.type}"
     if problem.dtype not in DTYPES:
         return f"native code takes float32, bfloat16 and float16, not {problem.dtype}"
-    return _why_not_quantised(problem) or why_not_native()
+    return why_not_native()
 
 
 def _run_native(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     values, bits = weight.values.contiguous(), weight.bits.contiguous()
-    return NativeWeight(values, bits, weight.in_features).linear(x, bias)
+    scale = None if weight.scale is None else weight.scale.contiguous()
+    return NativeWeight(values, bits, weight.in_features, scale, weight.group_size).linear(x, bias)
 
 
 def _run_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

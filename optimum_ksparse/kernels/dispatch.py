@@ -214,7 +214,8 @@ def _is_last_resort(problem: Problem) -> bool:
 def _call(candidate: Candidate, x: torch.Tensor, weight: PackedWeight) -> Callable[[], torch.Tensor]:
     """What a layer calls: one that runs natively keeps its weight as native code takes it."""
     if candidate.kernel == "native":
-        return functools.partial(NativeWeight(weight.values, weight.bits, weight.in_features).linear, x, None)
+        native = NativeWeight(weight.values, weight.bits, weight.in_features, weight.scale, weight.group_size)
+        return functools.partial(native.linear, x, None)
     return functools.partial(candidate.run, x, weight, None)
 
 

@@ -30,15 +30,14 @@ def decompress(
 ) -> torch.Tensor:
     """Packed weight to dense [out, in_features]; with its `pattern`, by a kernel where there is one. Quantised values
     have a `scale` (table in `quantization`)."""
-    if scale is not None:
-        return dequantize(values, bits, in_features, scale, group_size)
-    if _has_kernel(values, bits, in_features, pattern):
+    if scale is None and _has_kernel(values, bits, in_features, pattern):
         from .triton.dense import decompress
 
         return decompress(aligned(values), aligned(bits), in_features, GROUPS[pattern])
-    if _is_native(values):
-        values, bits = values.contiguous(), bits.contiguous()
-        return NativeWeight(values, bits, in_features).dense()
+    if _is_native(values, scale):
+        return _native(values, bits, in_features, scale, group_size).dense()
+    if scale is not None:
+        return dequantize(values, bits, in_features, scale, group_size)
     return unpack(values, bits, in_features)
 
 
@@ -65,9 +64,8 @@ def grad_input(
     group_size: int = 0,
 ) -> torch.Tensor:
     """grad·W: grad [..., out] to [..., in_features]."""
-    if gains_natively(values, grad.dtype):
-        values, bits = values.contiguous(), bits.contiguous()
-        return NativeWeight(values, bits, in_features).grad_input(grad)
+    if gains_natively(values, grad.dtype, scale):
+        return _native(values, bits, in_features, scale, group_size).grad_input(grad)
     weight = decompress(values, bits, in_features, pattern, scale, group_size)
     return mm(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], in_features)
 
@@ -84,8 +82,7 @@ def grad_values(
     """gradᵀ·x at the mask, in the shape of the values; grad [..., out], x [..., in]."""
     in_features = x.shape[-1]
     if gains_natively(values, grad.dtype):
-        values, bits = values.contiguous(), bits.contiguous()
-        sums = NativeWeight(values, bits, in_features).grad_values(grad, x)
+        sums = _native(values, bits, in_features).grad_values(grad, x)
         return sums.view(values.shape).to(values.dtype)
     full = mm(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, in_features))
     if _has_kernel(full, bits, in_features, pattern):
@@ -176,10 +173,13 @@ def differentiable(weight: PackedWeight) -> torch.Tensor:
 def native_weight(weight: PackedWeight, kernel: str) -> NativeWeight | None:
     """The weight for native code on the CPU, to be kept for one call after the other; None where something else
     computes it."""
-    values, bits = weight.values, weight.bits
-    if not values.is_cpu or not values.is_contiguous() or not bits.is_contiguous() or not values.numel():
+    values, bits, in_features, _, _, scale, group_size = weight
+    tensors = (values, bits) if scale is None else (values, bits, scale)
+    if not values.is_cpu or not values.numel() or not all(tensor.is_contiguous() for tensor in tensors):
         return None
-    return NativeWeight(values, bits, weight.in_features) if choose(weight, 1, kernel).kernel == "native" else None
+    if choose(weight, 1, kernel).kernel != "native":
+        return None
+    return NativeWeight(values, bits, in_features, scale, group_size)
 
 
 def _compute(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kernel: str) -> torch.Tensor:
@@ -202,15 +202,23 @@ def _has_kernel(values: torch.Tensor, bits: torch.Tensor, in_features: int, patt
     return values.is_cuda and values.numel() > 0 and KERNELS["decompress"].why_not(problem) is None
 
 
-def _is_native(values: torch.Tensor) -> bool:
-    problem = Problem(1, 1, 1, "", values.dtype, values.device)
+def _is_native(values: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
+    problem = Problem(1, 1, 1, "", values.dtype if scale is None else scale.dtype, values.device)
     return values.numel() > 0 and KERNELS["native"].why_not(problem) is None
 
 
-def gains_natively(values: torch.Tensor, dtype: torch.dtype) -> bool:
+def _native(
+    values: torch.Tensor, bits: torch.Tensor, in_features: int, scale: torch.Tensor | None = None, group_size: int = 0
+) -> NativeWeight:
+    scale = None if scale is None else scale.contiguous()
+    return NativeWeight(values.contiguous(), bits.contiguous(), in_features, scale, group_size)
+
+
+def gains_natively(values: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> bool:
     """Whether products with many tokens of `dtype` take less time from the packed weight, by native code, than from
     the dense one."""
-    return dtype == values.dtype and _is_native(values) and not multiplies_in(dtype)
+    own = values.dtype if scale is None else scale.dtype
+    return dtype == own and _is_native(values, scale) and not multiplies_in(dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from ..packing import pack
 from ..pattern import Pattern
+from ..quantization import GROUP_SIZES, columns_of_group, pack_integers
 from .candidates import PackedWeight, Problem
 
 _REPEATS = 11
@@ -99,7 +100,7 @@ def _time_wall(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
 
 
 def sample_weights(problem: Problem, copies: int) -> list[PackedWeight]:
-    """Random weights of a problem's shape, pattern and dtype; `copies` that lie apart in memory."""
+    """Random weights of a problem's shape, pattern, dtype and type of values; `copies` that lie apart in memory."""
     rows, columns, pattern = problem.out_features, problem.in_features, Pattern(problem.pattern)
     repeats = 1 if rows % _SAMPLE_ROWS or _SAMPLE_ROWS % (pattern.tile or (1, 1))[0] else rows // _SAMPLE_ROWS
     generator = torch.Generator(problem.device).manual_seed(0)
@@ -107,5 +108,10 @@ def sample_weights(problem: Problem, copies: int) -> list[PackedWeight]:
     values, bits = pack(drawn.to(problem.dtype), pattern.mask(drawn.abs()), pattern)
     values = values.repeat(repeats, 1) if values.dim() == 2 else values.repeat(repeats)
     first = PackedWeight(values, bits.repeat(repeats, 1), columns, problem.pattern)
-    others = [first._replace(values=first.values.clone(), bits=first.bits.clone()) for _ in range(copies - 1)]
-    return [first, *others]
+    if problem.value_type is not None:
+        size = columns_of_group(GROUP_SIZES[problem.value_type], columns)
+        integers = (values * 3).round().clamp(-7, 7).to(torch.int8)
+        scale = torch.ones(rows, -(-columns // size), dtype=problem.dtype, device=problem.device)
+        values = pack_integers(integers, problem.value_type)
+        first = first._replace(values=values, scale=scale, group_size=size)
+    return [first, *(first._replace(values=first.values.clone(), bits=first.bits.clone()) for _ in range(copies - 1))]

@@ -186,7 +186,7 @@ class SparseLinear(PackedModule, nn.Linear):
             native = self._native
             # Held while it computes: another thread may replace them.
             weight, bits = self.weight, self.weight_mask
-            if native is None or not native.is_of(weight, bits):
+            if native is None or not native.is_of(weight, bits, self.weight_scale):
                 native = self._native = kernels.native_weight(self.packed(), self.kernel)
             if native is not None:
                 return native.linear(x, bias)

@@ -242,7 +242,7 @@ def densified(root: nn.Module, dtype: torch.dtype | None = None) -> Iterator[Non
         if isinstance(module, PackedModule)
         and not (module.weight.is_meta or is_dtensor(module.weight))
         and module._dense_weight is None
-        and not kernels.gains_natively(module.weight, dtype or module.dtype)
+        and not kernels.gains_natively(module.weight, dtype or module.dtype, module.weight_scale)
     ]
     try:
         for module in modules:

@@ -19,12 +19,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import logging
 
+from ...quantization import GROUP_STEP
 from ..products import linear_by_rows, product_dtype
 from .loading import UNIT_VARIABLE, choose_unit, load_library
 
 logger = logging.get_logger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INTEGERS = {torch.int8: 3, torch.uint8: 4}  # the latter two integers of 4 bits
 # On a CPU with fast products in 16 bit, from so many tokens on torch's take less time; bytes of a panel of dense rows.
 _PANEL_TOKENS, _PANEL_BYTES = 96, 4 << 20
 
@@ -46,6 +48,10 @@ class _Weight(ctypes.Structure):
         ("in_features", _int64),
         ("row_bytes", _int64),
         ("dtype", _int32),
+        ("x_dtype", _int32),
+        ("scales", _pointer),
+        ("groups", _int64),
+        ("group_size", _int64),
     )
 
 
@@ -90,40 +96,56 @@ class NativeWeight:
 
     Args:
         values, bits: contiguous, on the CPU. in_features: of the weight.
+        scale, group_size: of values that are integers (table in `quantization`); contiguous, on the CPU. The layer's
+            dtype is that of the scale.
     """
 
-    def __init__(self, values: torch.Tensor, bits: torch.Tensor, in_features: int) -> None:
+    def __init__(
+        self,
+        values: torch.Tensor,
+        bits: torch.Tensor,
+        in_features: int,
+        scale: torch.Tensor | None = None,
+        group_size: int = 0,
+    ) -> None:
         library = _loaded()
         self.out_features, row_bytes = bits.shape
         if row_bytes != -(-in_features // 8) or bits.dtype is not torch.uint8 or not bits.is_cpu or not values.is_cpu:
             raise ValueError(
                 f"bits are {bits.dtype} {list(bits.shape)} on {bits.device}, not of {in_features} columns"
             )
-        self.in_features, self.dtype = in_features, values.dtype
+        self.in_features, self.dtype = in_features, values.dtype if scale is None else scale.dtype
+        if scale is not None:
+            _check_scale(scale, values, (self.out_features, in_features), group_size)
+        halves = 2 if values.dtype is torch.uint8 else 1
         # A row of n:m has as many values as every other one.
         self._starts = None if values.ndim == 2 else _row_starts(bits)
-        per_row = values.shape[1] if values.ndim == 2 else 0
+        per_row = halves * values.shape[1] if values.ndim == 2 else 0
         self._struct = _Weight(
             values.data_ptr(),
             bits.data_ptr(),
             None if self._starts is None else self._starts.data_ptr(),
-            values.numel(),
+            halves * values.numel(),
             per_row,
             self.out_features,
             in_features,
             row_bytes,
-            DTYPES[values.dtype],
+            DTYPES[values.dtype] if scale is None else _INTEGERS[values.dtype],
+            DTYPES[self.dtype],
+            None if scale is None else scale.data_ptr(),
+            0 if scale is None else scale.shape[1],
+            -(-group_size // GROUP_STEP) * GROUP_STEP,
         )
-        self._identity = _identity(values, bits)
+        self._identity = _identity(values, bits, scale)
         self.in_panels = multiplies_in(self.dtype)
         self.address = ctypes.addressof(self._struct)
         self._linear = functools.partial(
             library.functions.ksparse_linear, library.parallel_for, library.unit, self.address
         )
 
-    def is_of(self, values: torch.Tensor, bits: torch.Tensor) -> bool:
-        """Whether these are still the tensors that it was made of; both may have been written to."""
-        return _identity(values, bits) == self._identity
+    def is_of(self, values: torch.Tensor, bits: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
+        """Whether these are still the tensors that it was made of; all may have been written to."""
+        return _identity(values, bits, scale) == self._identity
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """y [..., out] = x [..., in]·Wᵀ + b; all of the weight's dtype.
@@ -205,8 +227,25 @@ class NativeWeight:
             raise MemoryError("out of memory in a product of a sparse layer on the CPU: give fewer tokens at a time")
 
 
-def _identity(values: torch.Tensor, bits: torch.Tensor) -> tuple[object, ...]:
-    return values.data_ptr(), bits.data_ptr(), values.numel(), bits.shape[0], values.dtype
+def _identity(values: torch.Tensor, bits: torch.Tensor, scale: torch.Tensor | None) -> tuple[object, ...]:
+    of_scale = None if scale is None else (scale.data_ptr(), scale.shape, scale.dtype)
+    return values.data_ptr(), bits.data_ptr(), values.numel(), bits.shape[0], values.dtype, of_scale
+
+
+def _check_scale(scale: torch.Tensor, values: torch.Tensor, shape: tuple[int, int], group_size: int) -> None:
+    out_features, in_features = shape
+    if values.dtype not in _INTEGERS or scale.dtype not in DTYPES or not scale.is_cpu or not scale.is_contiguous():
+        raise ValueError(
+            f"values are {values.dtype}, the scale is {scale.dtype} on {scale.device}: native code takes int8 and "
+            f"uint8 with a contiguous scale in {', '.join(map(str, DTYPES))} on the CPU"
+        )
+    groups = -(-in_features // group_size) if group_size > 0 else 0
+    if scale.shape != (out_features, groups) or (group_size % GROUP_STEP and groups > 1):
+        raise ValueError(
+            f"scale is {list(scale.shape)} with group_size={group_size}, allowed for a weight {list(shape)}: "
+            f"[{out_features}, ceil({in_features} / group_size)], and group_size a multiple of {GROUP_STEP} or at "
+            f"least {in_features}"
+        )
 
 
 # Where the values of a mask's rows begin, by where the mask lies, and a reference to its storage: though weak, it

@@ -48,6 +48,8 @@ static void release(void) {
 }
 
 static double number(int32_t dtype, const void *from, int64_t index) {
+    if (dtype == INT8) return ((const int8_t *)from)[index];
+    if (dtype == INT4) return (int)((((const uint8_t *)from)[index / 2] >> index % 2 * 4 & 15) ^ 8) - 8;
     if (dtype == FLOAT32) return ((const float *)from)[index];
     const int bits = ((const uint16_t *)from)[index], fraction_bits = dtype == FLOAT16 ? 10 : 7;
     const int exponent = (bits & 0x7fff) >> fraction_bits, fraction = bits & ((1 << fraction_bits) - 1);
@@ -57,10 +59,15 @@ static double number(int32_t dtype, const void *from, int64_t index) {
     return bits & 0x8000 ? -size : size;
 }
 
-/* Random numbers from 1/16 to 1, some of them zero or tiny, of either sign. */
+/* Random numbers from 1/16 to 1, some of them zero or tiny, of either sign; integers, of INT4 an even number of them. */
 static void *numbers(int32_t dtype, int64_t length) {
-    void *to = array(length * (dtype == FLOAT32 ? 4 : 2));
-    for (int64_t i = 0; i < length; i++) {
+    void *to = array(dtype == INT4 ? length / 2 : dtype == INT8 ? length : length * (dtype == FLOAT32 ? 4 : 2));
+    for (int64_t i = 0; i < (dtype == INT4 ? length / 2 : length); i++) {
+        if (dtype >= INT8) {
+            const int8_t integer = below(255) - 127;
+            ((uint8_t *)to)[i] = dtype == INT8 ? (uint8_t)integer : (uint8_t)below(256);
+            continue;
+        }
         const float value = (float)ldexp(1 + below(128) / 128.0, -(int)below(5)) * (below(2) ? 0.5f : -0.5f);
         uint32_t bits;
         memcpy(&bits, &value, 4);
@@ -88,18 +95,19 @@ static void compare(const char *what, int32_t dtype, double is, double should, d
 }
 
 /* A weight with a random mask of `kind`: n:m (0), any (1), any with empty and full rows (2), one that lies (3, 4). */
-static struct weight make_weight(int kind, int32_t dtype, int64_t out, int64_t in) {
-    struct weight w = {.out_features = out, .in_features = in, .row_bytes = (in + 7) / 8, .dtype = dtype};
+static struct weight make_weight(int kind, int32_t dtype, int32_t x_dtype, int64_t out, int64_t in) {
+    struct weight w = {.out_features = out, .in_features = in, .row_bytes = (in + 7) / 8, .dtype = dtype,
+                       .x_dtype = x_dtype, .group_size = 64 * (1 + below(4))};
     uint8_t *bits = array(out * w.row_bytes);
     int64_t *starts = array(out * 8), kept = 0;
-    const int64_t density = 1 + below(8);
-    w.per_row = kind == 0 || kind == 3 ? in / 4 * 2 : 0;
+    const int64_t density = 1 + below(8), of_four = kind == 0 ? 1 + below(2) : 2;
+    w.per_row = kind == 0 || kind == 3 ? in / 4 * of_four : 0;
     memset(bits, 0, out * w.row_bytes);
     for (int64_t row = 0; row < out; row++) {
         const int64_t all = kind == 2 ? below(3) : 1;
         starts[row] = kept;
         for (int64_t column = 0, left = 0; column < in; column++) {
-            if (column % 4 == 0) left = in - column >= 4 ? 2 : 0;
+            if (column % 4 == 0) left = in - column >= 4 ? of_four : 0;
             int keep = kind == 0 || kind == 3 ? below(4 - column % 4) < left : all == 0 ? 0 : all == 2 ? 1 : below(8) < density;
             left -= keep, kept += keep;
             bits[row * w.row_bytes + column / 8] |= keep << column % 8;
@@ -107,9 +115,13 @@ static struct weight make_weight(int kind, int32_t dtype, int64_t out, int64_t i
     }
     if (kind == 3) /* more bits than values, in the padding too */
         for (int64_t row = 0; row < out; row++) memset(bits + row * w.row_bytes, -below(2), w.row_bytes);
-    w.num_values = kind == 3 ? out * w.per_row / 2 : kind == 4 ? below(kept + 1) : kept;
+    if (dtype == INT4) w.per_row += w.per_row % 2; /* half a byte is unused */
+    w.num_values = kind == 0 ? out * w.per_row : kind == 3 ? out * w.per_row / 2 : kind == 4 ? below(kept + 1) : kept;
     if (kind == 3) w.per_row /= 2;
     w.starts = kind == 0 || kind == 3 ? NULL : starts;
+    if (dtype == INT4) w.num_values += w.num_values % 2;
+    w.groups = (in + w.group_size - 1) / w.group_size;
+    w.scales = numbers(x_dtype, out * w.groups);
     w.values = numbers(dtype, w.num_values), w.bits = bits;
     return w;
 }
@@ -121,7 +133,9 @@ static int64_t count_kept(const struct weight *w) {
 }
 
 static void check_round(int32_t unit, int kind, int32_t dtype, int64_t out, int64_t in, int64_t tokens) {
-    const struct weight w = make_weight(kind, dtype, out, in);
+    const int32_t values_dtype = dtype, quantised = dtype >= INT8;
+    if (quantised) dtype = (int32_t)below(3);
+    const struct weight w = make_weight(kind, values_dtype, dtype, out, in);
     const int64_t size = dtype == FLOAT32 ? 4 : 2;
     const void *x = numbers(dtype, tokens * in), *grad = numbers(dtype, tokens * out);
     const void *bias = below(2) ? numbers(dtype, out) : NULL;
@@ -129,21 +143,25 @@ static void check_round(int32_t unit, int kind, int32_t dtype, int64_t out, int6
     float *grads = array(w.num_values * 4);
     void *lower = array((out - out / 2) * in * size);
     /* A mask that lies is told, wherever it is used as a whole. */
-    const int32_t expected = w.num_values == count_kept(&w) && kind != 3 ? 0 : WRONG_MASK;
+    const int64_t kept = count_kept(&w), stored = values_dtype == INT4 ? kept + kept % 2 : kept;
+    const int32_t expected = kind == 0 || (w.num_values == stored && kind != 3) ? 0 : WRONG_MASK;
     if (ksparse_linear(serial, unit, &w, x, tokens, bias, y) != expected) fail("linear", 1, 0);
     if (ksparse_grad_input(serial, unit, &w, grad, tokens, grad_x) != expected) fail("grad_input", 1, 0);
-    if (ksparse_grad_values(serial, unit, &w, grad, x, tokens, grads) != expected) fail("grad_values", 1, 0);
+    if (!quantised && ksparse_grad_values(serial, unit, &w, grad, x, tokens, grads) != expected) fail("grad_values", 1, 0);
     if (ksparse_expand(serial, unit, &w, 0, out, same) != expected) fail("expand", 1, 0);
     if (ksparse_expand(serial, unit, &w, out / 2, out, lower) && !expected) fail("expand", 1, 0);
     double *sum = calloc(3 * tokens * (out + in), sizeof(double)), *size_of_sum = sum + tokens * (out + in);
-    for (int64_t row = 0, index = 0; row < out && kind < 3; row++)
+    for (int64_t row = 0, index; row < out && kind < 3; row++) {
+        index = w.starts ? w.starts[row] : row * w.per_row;
         for (int64_t column = 0; column < in; column++) {
             const int keep = w.bits[row * w.row_bytes + column / 8] >> column % 8 & 1;
-            const double weight = keep ? number(dtype, w.values, index) : 0;
+            const double scale = quantised ? number(dtype, w.scales, row * w.groups + column / w.group_size) : 1;
+            const double weight = keep ? number(values_dtype, w.values, index) * scale : 0;
             double gradient = 0, gradient_size = 0;
-            compare("expand", FLOAT32, number(dtype, same, row * in + column), weight, 0);
+            const int32_t rounded = quantised ? dtype : FLOAT32;
+            compare("expand", rounded, number(dtype, same, row * in + column), weight, 0);
             const int64_t place = (row - out / 2) * in + column;
-            if (row >= out / 2) compare("expand a part", FLOAT32, number(dtype, lower, place), weight, 0);
+            if (row >= out / 2) compare("expand a part", rounded, number(dtype, lower, place), weight, 0);
             if (!keep) continue;
             for (int64_t t = 0; t < tokens; t++) {
                 const double g = number(dtype, grad, t * out + row), one = number(dtype, x, t * in + column);
@@ -152,8 +170,10 @@ static void check_round(int32_t unit, int kind, int32_t dtype, int64_t out, int6
                 size_of_sum[tokens * out + t * in + column] += fabs(weight * g);
                 gradient += g * one, gradient_size += fabs(g * one);
             }
-            compare("grad_values", FLOAT32, grads[index++], gradient, gradient_size);
+            if (!quantised) compare("grad_values", FLOAT32, grads[index], gradient, gradient_size);
+            index++;
         }
+    }
     for (int64_t i = 0; i < tokens * out && kind < 3; i++) {
         const double added = bias ? number(dtype, bias, i % out) : 0;
         compare("linear", dtype, number(dtype, y, i), sum[i] + added, size_of_sum[i] + fabs(added));
@@ -162,7 +182,7 @@ static void check_round(int32_t unit, int kind, int32_t dtype, int64_t out, int6
         compare("grad_input", dtype, number(dtype, grad_x, i), sum[tokens * out + i], size_of_sum[tokens * out + i]);
     free(sum);
     release();
-    if (failures) printf("^ mask %d, dtype %d, %d x %d, tokens %d\n", kind, dtype, (int)out, (int)in, (int)tokens);
+    if (failures) printf("^ mask %d, dtype %d of %d, %d x %d, tokens %d\n", kind, dtype, values_dtype, (int)out, (int)in, (int)tokens);
 }
 
 /* All numbers of 16 bits, one in each row, times one; `dots`: of a unit that multiplies them in pairs. */
@@ -171,7 +191,7 @@ static void check_numbers(int32_t unit, int32_t dtype, int dots) {
     uint8_t *bits = array(65536);
     for (int i = 0; i < 65536; i++) values[i] = i;
     memset(bits, 1, 65536);
-    const struct weight w = {values, bits, NULL, 65536, 1, 65536, 1, 1, dtype};
+    const struct weight w = {values, bits, NULL, 65536, 1, 65536, 1, 1, dtype, dtype, NULL, 0, 0};
     if (ksparse_linear(serial, unit, &w, &one, 1, NULL, y)) fail("linear", 1, 0);
     for (int i = 0; i < 65536; i++) {
         const double should = number(dtype, values, i), is = number(dtype, y, i);
@@ -201,7 +221,7 @@ int main(int argc, char **argv) {
         const int long_rows = round % 16 == 15;
         const int64_t tokens = long_rows ? 1 + below(2) : few[below(round % 8 ? 13 : 16)];
         const int64_t in = long_rows ? 6145 + below(300) : 1 + below(round % 3 ? 150 : 600);
-        check_round(unit, round % 5, round / 5 % 3, 1 + below(round % 8 == 7 ? 12 : tokens > 64 ? 20 : 70), in, tokens);
+        check_round(unit, round % 5, round / 5 % 5, 1 + below(round % 8 == 7 ? 12 : tokens > 64 ? 20 : 70), in, tokens);
     }
     return failures != 0;
 }

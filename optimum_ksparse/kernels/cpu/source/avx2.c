@@ -18,10 +18,11 @@ typedef __m256 vec;
 typedef uint64_t mask_t;
 #define step_mask(word, step) ((step) ? (word) >> (8 * (step) - 5) & 0x1fe0 : (word) << 5 & 0x1fe0)
 
-/* By mask: places in bytes of the values in 32-bit lanes, upper half; in 16-bit lanes; and numbers of the values,
- * negative for none. Filled by `start`. */
+/* By mask: places in bytes of the values in 32-bit lanes, upper half; in 16-bit lanes; of 8-bit values in 32-bit
+ * lanes, highest byte; and numbers of the values, negative for none. Filled by `start`. */
 static uint8_t upper_halves[256][32] __attribute__((aligned(64)));
 static uint8_t halves[256][16] __attribute__((aligned(64)));
+static uint8_t top_bytes[256][32] __attribute__((aligned(64)));
 static int8_t words[256][8] __attribute__((aligned(64)));
 
 static void start(void) {
@@ -33,6 +34,7 @@ static void start(void) {
                 upper_halves[mask][4 * lane + 2 + byte] = keep ? 2 * kept + byte : 0x80;
                 halves[mask][2 * lane + byte] = keep ? 2 * kept + byte : 0x80;
             }
+            for (int byte = 0; byte < 4; byte++) top_bytes[mask][4 * lane + byte] = keep && byte == 3 ? kept : 0x80;
             words[mask][lane] = keep ? kept : -1;
             kept += keep;
         }
@@ -73,6 +75,19 @@ static inline void expand_32(const void *values, mask_t mask, vec *weights) {
     __m256i lanes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)((const char *)words + mask / 4)));
     __m256 kept = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
     weights[0] = _mm256_blendv_ps(kept, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
+}
+
+/* The shuffle puts an integer into the highest byte of its lane: 2^24 times its number. */
+#define INTEGER_UNIT 0x1p-24f
+
+#define INTEGER_STEP 8
+
+static inline int64_t expand_int8(const char *values, uint64_t word, int step, vec *weights) {
+    const mask_t mask = step_mask(word, step);
+    const __m256i all = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)values));
+    const __m256i places = *(const __m256i *)((const char *)top_bytes + mask);
+    weights[0] = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(all, places));
+    return count_bits(mask);
 }
 
 #include "product.h"

@@ -29,12 +29,14 @@ typedef uint32_t mask_t;
 #define count_bits(mask) __builtin_popcount(mask)
 
 /* For each byte of 16 lanes of 32 bits the byte of 16-bit value `lane` that `vpermb` puts there; the lower half of a
- * lane is masked away. The other 16 values lie 32 bytes behind. */
-static uint8_t upper_halves[2][64] __attribute__((aligned(64)));
+ * lane is masked away. The other 16 values lie 32 bytes behind. `top_bytes`: of 8-bit values. */
+static uint8_t upper_halves[2][64] __attribute__((aligned(64))), top_bytes[4][64] __attribute__((aligned(64)));
 
 static void start(void) {
     for (int part = 0; part < 2; part++)
         for (int byte = 0; byte < 64; byte++) upper_halves[part][byte] = 32 * part + byte / 4 * 2 + byte % 2;
+    for (int part = 0; part < 4; part++)
+        for (int byte = 0; byte < 64; byte++) top_bytes[part][byte] = 16 * part + byte / 4;
 }
 
 /* On Zen 4 an expansion waits for the register that it writes, zeros or not, unless that was just cleared. */
@@ -82,6 +84,22 @@ static inline void expand_32(const void *values, mask_t mask, vec *weights) {
     const __mmask16 low = (__mmask16)mask;
     weights[0] = expand_16_floats(values, low);
     weights[1] = expand_16_floats((const float *)values + count_bits(low), (__mmask16)(mask >> 16));
+}
+
+/* `vpermb` puts an integer into the highest byte of its lane: 2^24 times its number. */
+#define INTEGER_UNIT 0x1p-24f
+
+#define INTEGER_STEP 64
+
+static inline int64_t expand_int8(const char *values, uint64_t word, int step, vec *weights) {
+    (void)step;
+    const __mmask64 top = 0x8888888888888888;
+    const __m512i bytes = _mm512_mask_expand_epi8(cleared(), word, loaded(values));
+    for (int part = 0; part < 4; part++) {
+        const __m512i places = _mm512_load_si512(top_bytes[part]);
+        weights[part] = _mm512_cvtepi32_ps(_mm512_maskz_permutexvar_epi8(top, places, bytes));
+    }
+    return __builtin_popcountll(word);
 }
 
 #ifdef __AVX512BF16__

@@ -5,7 +5,7 @@
 #include <string.h>
 
 /* What the Python side was written for: it refuses another number. */
-EXPORT int32_t ksparse_version(void) { return 2; }
+EXPORT int32_t ksparse_version(void) { return 3; }
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -179,18 +179,18 @@ struct call {
 /* `body` over `items` of each slab, at least `least` of them in a thread. 0, or one of `failure`. */
 static int32_t compute(const struct call *call, void (*body)(int64_t, int64_t, void *), int64_t items, int64_t least) {
     const struct weight *w = call->w;
-    const int64_t size = size_of(w->dtype);
+    const int64_t size = size_of(w->x_dtype);
     float *x = call->transposed ? room(call->tokens, call->x_features) : NULL;
     float *gradient = call->gradient ? room(call->tokens, w->out_features) : NULL;
     int32_t error = (call->transposed && !x) || (call->gradient && !gradient) ? NO_MEMORY : 0;
     for (int64_t token = 0; token < call->tokens && !error; token += SLAB) {
         const int64_t count = call->tokens - token < SLAB ? call->tokens - token : SLAB;
         const char *raw = call->x + token * call->x_features * size;
-        if (x && transpose(call->run, (struct copying){call->unit, w->dtype, raw, count, call->x_features, 0, x}))
+        if (x && transpose(call->run, (struct copying){call->unit, w->x_dtype, raw, count, call->x_features, 0, x}))
             error = NO_MEMORY;
         if (gradient && !error) {
             const char *from = call->gradient + token * w->out_features * size;
-            if (transpose(call->run, (struct copying){call->unit, w->dtype, from, count, w->out_features, 0, gradient}))
+            if (transpose(call->run, (struct copying){call->unit, w->x_dtype, from, count, w->out_features, 0, gradient}))
                 error = NO_MEMORY;
         }
         struct task task = {call->unit, {*w, raw, x, gradient, count, padded(call->x_features, 64), call->bias,
@@ -202,21 +202,21 @@ static int32_t compute(const struct call *call, void (*body)(int64_t, int64_t, v
     return error;
 }
 
-/* y [tokens, out] = x [tokens, in] · Wᵀ + bias, x, bias and y of the weight's dtype. */
+/* y [tokens, out] = x [tokens, in] · Wᵀ + bias, x, bias and y of x_dtype. */
 EXPORT int32_t ksparse_linear(parallel_for run, int32_t unit, const struct weight *w, const void *x, int64_t tokens,
                               const void *bias, void *y) {
     const int many = are_many(units[unit].unit, w->dtype, tokens);
     const struct call call = {run, units[unit].unit, w, tokens, x, NULL, w->in_features, many, bias, y,
-                              w->out_features * size_of(w->dtype)};
+                              w->out_features * size_of(w->x_dtype)};
     const int64_t work = w->in_features * (tokens < 8 ? tokens : 8);
     return compute(&call, multiply_rows, w->out_features, grain(work));
 }
 
-/* grad_x [tokens, in] = grad [tokens, out] · W, all of the weight's dtype. */
+/* grad_x [tokens, in] = grad [tokens, out] · W, both of x_dtype. */
 EXPORT int32_t ksparse_grad_input(parallel_for run, int32_t unit, const struct weight *w, const void *grad,
                                   int64_t tokens, void *grad_x) {
     const struct call call = {run, units[unit].unit, w, tokens, grad, NULL, w->out_features, 1, NULL, grad_x,
-                              w->in_features * size_of(w->dtype)};
+                              w->in_features * size_of(w->x_dtype)};
     return compute(&call, input_columns, padded(w->in_features, 64) / 64, 1);
 }
 
@@ -237,7 +237,7 @@ EXPORT void ksparse_row_starts(const uint8_t *bits, int64_t out_features, int64_
     }
 }
 
-/* out [end - begin, in]: rows of the dense weight in its dtype. */
+/* out [end - begin, in]: rows of the dense weight in x_dtype. */
 EXPORT int32_t ksparse_expand(parallel_for run, int32_t unit, const struct weight *w, int64_t begin, int64_t end,
                               void *out) {
     int32_t error = 0;

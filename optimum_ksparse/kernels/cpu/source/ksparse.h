@@ -7,7 +7,7 @@
 /* What a call gives: memory ran out; a row's bits keep another number of weights than it has values. */
 enum failure { NO_MEMORY = 1, WRONG_MASK = 2 };
 
-enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
+enum dtype { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
 
 /* torch_parallel_for of libtorch_cpu: splits a range over torch's own threads. */
 typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void *),
@@ -15,16 +15,22 @@ typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void 
 
 /* A packed weight (table in `packing.py`): values, row-major; bits [out, row_bytes], little-endian; row r begins at
  * value starts[r], or at r * per_row where starts is NULL. Nothing is read beyond values[num_values], whatever the
- * bits say. */
+ * bits say.
+ *
+ * Values may be integers; INT4 are two in a byte, the lower half first, and behind those of a row of n:m, or behind the
+ * last of other ones, half a byte may be unused: per_row and num_values count it. An integer times the scale
+ * [out, groups] of its row and of its group_size columns, a multiple of 64, is the weight. */
 struct weight {
     const void *values;
     const uint8_t *bits;
     const int64_t *starts;
     int64_t num_values, per_row, out_features, in_features, row_bytes;
-    int32_t dtype;
+    int32_t dtype, x_dtype; /* of the values; of x, y, bias and scales, which differs where values are integers */
+    const void *scales;
+    int64_t groups, group_size;
 };
 
-/* y [tokens, out] = x · Wᵀ + bias; tokens, bias and y of the weight's dtype. */
+/* y [tokens, out] = x · Wᵀ + bias; tokens, bias and y of x_dtype. */
 struct product {
     struct weight w;
     const void *raw; /* x [tokens, in] as it came: for `few` and `some` */
@@ -53,7 +59,7 @@ struct unit {
     void (*grad_input)(const struct product *, int64_t begin, int64_t end);
     /* Backward, over rows: y, floats in the places of the values, += gradientᵀ · x at the mask, both transposed. */
     void (*grad_values)(const struct product *, int64_t begin, int64_t end);
-    /* Rows of the dense weight in its dtype: y [rows from first_row on, in]; without x. */
+    /* Rows of the dense weight in x_dtype: y [rows from first_row on, in]; without x. */
     void (*expand)(const struct product *, int64_t begin, int64_t end);
     /* count numbers of a dtype to floats. */
     void (*widen)(int32_t dtype, const void *from, int64_t count, float *to);

@@ -18,10 +18,11 @@ typedef float32x4_t vec;
 typedef uint8_t mask_t;
 #define step_mask(word, step) (mask_t)((word) >> (step) * STEP)
 
-/* By mask: the places in bytes of the values in lanes of 16 and of 32 bits, 255 for none, which gives zero; and how
+/* By mask: the places in bytes of the values in lanes of 16, 32 and 8 bits, 255 for none, which gives zero; and how
  * many there are, which one load gives faster than NEON counts. Filled by `start`. */
 static uint8_t halves[256][16] __attribute__((aligned(64)));
 static uint8_t words[256][32] __attribute__((aligned(64)));
+static uint8_t bytes[256][8] __attribute__((aligned(64)));
 static uint8_t counts[256] __attribute__((aligned(64)));
 
 static void start(void) {
@@ -31,6 +32,7 @@ static void start(void) {
             const int keep = mask >> lane & 1;
             for (int byte = 0; byte < 2; byte++) halves[mask][2 * lane + byte] = keep ? 2 * kept + byte : 255;
             for (int byte = 0; byte < 4; byte++) words[mask][4 * lane + byte] = keep ? 4 * kept + byte : 255;
+            bytes[mask][lane] = keep ? kept : 255;
             kept += keep;
         }
         counts[mask] = kept;
@@ -71,6 +73,18 @@ static inline void expand_32(const void *values, mask_t mask, vec *weights) {
     const uint8x16x2_t all = {{vld1q_u8(bytes), vld1q_u8(bytes + 16)}};
     weights[0] = vreinterpretq_f32_u8(vqtbl2q_u8(all, vld1q_u8(words[mask])));
     weights[1] = vreinterpretq_f32_u8(vqtbl2q_u8(all, vld1q_u8(words[mask] + 16)));
+}
+
+#define INTEGER_UNIT 1
+#define INTEGER_STEP 8
+
+static inline int64_t expand_int8(const char *values, uint64_t word, int step, vec *weights) {
+    const mask_t mask = step_mask(word, step);
+    const int8x16_t kept = vcombine_s8(vld1_s8((const int8_t *)values), vdup_n_s8(0));
+    const int16x8_t integers = vmovl_s8(vqtbl1_s8(kept, vld1_u8(bytes[mask])));
+    weights[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(integers)));
+    weights[1] = vcvtq_f32_s32(vmovl_high_s16(integers));
+    return count_bits(mask);
 }
 
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC

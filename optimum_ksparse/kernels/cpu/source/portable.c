@@ -47,4 +47,14 @@ static inline void expand_2_bytes(const void *values, mask_t mask, uint16_t *out
     }
 }
 
+#define INTEGER_UNIT 1
+#define INTEGER_STEP 8
+
+static inline int64_t expand_int8(const char *values, uint64_t word, int step, vec *weights) {
+    int kept = 0;
+    for (int lane = 0; lane < 8; lane++)
+        weights[0].lane[lane] = word >> (8 * step + lane) & 1 ? ((const int8_t *)values)[kept++] : 0;
+    return kept;
+}
+
 #include "product.h"

@@ -9,6 +9,9 @@
  *   expand_32, expand_bf16, expand_16(values, mask, vec weights[STEP / LANES]): the kept values, of which as many as
  *                   STEP may be read, at their places, zeros between them
  *   expand_2_bytes(values, mask, out): the same for 16-bit values, as they are
+ *   expand_int8(values, word, step, vec weights[INTEGER_STEP / LANES]): the same for bytes, of INTEGER_STEP columns,
+ *                   whose mask is part `step` of 64 bits; times INTEGER_UNIT they are the integers. Gives how many
+ *                   are kept
  *   v_dot(a, b, sum), expand_pairs(values, mask, vec weights[STEP / LANES / 2]): only where the instruction set
  *                   multiplies pairs of bfloat16: each lane holds two, and so does each lane of x
  */
@@ -21,8 +24,9 @@
 #define JOIN(a, b) JOIN_(a, b)
 
 enum { PARTS = STEP / LANES, COLUMNS = 512, PIECE = 16, VECTORS = BLOCK / LANES, PANEL = 256, AHEAD = 4 };
-/* As a dtype: bfloat16 that is multiplied in pairs. HALVES: bfloat16 as `few` and `some` multiply it. */
-enum { DOTS = 3 };
+/* As a dtype: bfloat16 that is multiplied in pairs; either type of integers, where it is asked only when it runs which.
+ * HALVES: bfloat16 as `few` and `some` multiply it. */
+enum { DOTS = -1, INTEGERS = -2 };
 #ifdef v_dot
 enum { HALVES = DOTS, HAS_DOTS = 1 };
 #else
@@ -81,14 +85,19 @@ INLINE void store_number(int32_t dtype, void *to, int64_t index, float value) {
     else ((uint16_t *)to)[index] = (uint16_t)((wide.bits + 0x7fff + (wide.bits >> 16 & 1)) >> 16);
 }
 
-INLINE int64_t size_of(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+INLINE int64_t size_of(int32_t dtype) { return dtype == FLOAT32 ? 4 : dtype == INTEGERS ? 1 : 2; }
+
+/* The dtype of x and y where the values are of `dtype`. */
+INLINE int32_t dtype_of_x(int32_t dtype, const struct weight *w) { return dtype == INTEGERS ? w->x_dtype : dtype; }
 
 INLINE int64_t row_start(const struct weight *w, int64_t row) { return w->starts ? w->starts[row] : row * w->per_row; }
 
 /* Where a row's values must end, once its bits are read: they may have changed since `starts` was counted. */
 INLINE void check_end(const struct product *p, int64_t row, int64_t offset) {
     const struct weight *w = &p->w;
-    if (offset != (row + 1 < w->out_features ? row_start(w, row + 1) : w->num_values)) *p->failed = WRONG_MASK;
+    const int64_t left = (row + 1 < w->out_features ? row_start(w, row + 1) : w->num_values) - offset;
+    const int half_unused = w->dtype == INT4 && left == 1 && (!w->starts || row + 1 == w->out_features);
+    if (left && !half_unused) *p->failed = WRONG_MASK;
 }
 
 INLINE void expand(int32_t dtype, const char *values, mask_t mask, vec *weights) {
@@ -184,15 +193,19 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
 }
 
 INLINE void finish(int32_t dtype, const struct product *p, int64_t row, int64_t token, float sum) {
+    dtype = dtype_of_x(dtype, &p->w);
     if (p->bias) sum += load_number(dtype, p->bias, row);
     store_number(dtype, p->y, token * p->w.out_features + row, sum);
 }
+
+#include "integers.h"
 
 INLINE void few_of(int32_t dtype, int tokens, const struct product *p, int64_t begin, int64_t end) {
     /* Rows alternate where x does not stay in the first cache. */
     const int together = tokens == 1 && p->w.in_features > 6144 ? 4 : 1;
     float sums[4 * FEW];
     int64_t row = begin;
+    if (dtype == INTEGERS) few_integers(tokens, p, row, end), row = end;
     while (row < end) {
         int rows = 1;
         if (together == 4 && row + 4 <= end && row_start(&p->w, row + 3) <= p->w.num_values) {
@@ -216,16 +229,16 @@ static void widen(int32_t dtype, const void *from, int64_t count, float *to) {
 
 /* `features` of x, from `column` of a token on, as they are multiplied, and zeros up to `most`. */
 INLINE void copy_features(int32_t dtype, const struct product *p, int64_t token, int64_t column, int64_t most, float *to) {
-    const int64_t size = size_of(p->w.dtype), to_size = dtype == DOTS ? 2 : 4, left = p->w.in_features - column;
+    const int64_t size = size_of(p->w.x_dtype), to_size = dtype == DOTS ? 2 : 4, left = p->w.in_features - column;
     const int64_t features = token >= p->tokens || left < 0 ? 0 : left < most ? left : most;
     const char *from = (const char *)p->raw + (token * p->w.in_features + column) * size;
     if (dtype == DOTS) memcpy(to, from, features * size);
-    else if (features) widen(dtype, from, features, to);
+    else if (features) widen(dtype_of_x(dtype, &p->w), from, features, to);
     memset((char *)to + features * to_size, 0, (most - features) * to_size);
 }
 
 INLINE void few_in(int32_t dtype, struct product p, int64_t begin, int64_t end) {
-    const int as_it_is = (dtype == DOTS || dtype == FLOAT32) && p.stride == p.w.in_features;
+    const int as_it_is = (dtype == DOTS || dtype_of_x(dtype, &p.w) == FLOAT32) && p.stride == p.w.in_features;
     float *x = NULL;
     if (as_it_is) p.x = p.raw;
     else if (posix_memalign((void **)&x, 64, p.tokens * p.stride * sizeof(float))) {
@@ -246,13 +259,15 @@ INLINE void few_in(int32_t dtype, struct product p, int64_t begin, int64_t end) 
 static void few(const struct product *p, int64_t begin, int64_t end) {
     if (p->w.dtype == FLOAT32) few_in(FLOAT32, *p, begin, end);
     else if (p->w.dtype == BFLOAT16) few_in(HALVES, *p, begin, end);
-    else few_in(FLOAT16, *p, begin, end);
+    else if (p->w.dtype == FLOAT16) few_in(FLOAT16, *p, begin, end);
+    else few_in(INTEGERS, *p, begin, end);
 }
 
 /* The weights of one row from `column` on, as floats or pairs; gives the offset behind them. What lies `ahead` rows on
  * is to be read soon. */
 INLINE int64_t expand_row(int32_t dtype, const struct weight *w, int64_t row, int64_t column, int64_t columns,
                           int64_t offset, int64_t ahead, float *out) {
+    if (dtype == INTEGERS) return expand_integers(w, row, column, columns, offset, out);
     const uint8_t *bits = w->bits + row * w->row_bytes;
     const int64_t end = column + columns, size = size_of(dtype);
     vec weights[PARTS];
@@ -353,7 +368,8 @@ static void some(const struct product *p, int64_t begin, int64_t end) {
     float *sums = memory + tokens * p->stride;
     if (p->w.dtype == FLOAT32) some_rows(FLOAT32, p, begin, end, memory, sums);
     else if (p->w.dtype == BFLOAT16) some_rows(HALVES, p, begin, end, memory, sums);
-    else some_rows(FLOAT16, p, begin, end, memory, sums);
+    else if (p->w.dtype == FLOAT16) some_rows(FLOAT16, p, begin, end, memory, sums);
+    else some_rows(INTEGERS, p, begin, end, memory, sums);
     free(memory);
 }
 
@@ -394,7 +410,11 @@ INLINE void many_rows(int32_t dtype, int vectors, const struct product *p, int64
                     *p->failed = WRONG_MASK;
                     continue;
                 }
-                kept_columns(dtype, vectors, values + offset[r] * size, word, xt + column * width, sums + r * width);
+                const float *x = xt + column * width;
+                float weights[64];
+                if (dtype == INTEGERS) load_weights(w, row + r, column, offset[r], count, weights);
+                if (dtype == INTEGERS) kept_columns(FLOAT32, vectors, weights, word, x, sums + r * width);
+                else kept_columns(dtype, vectors, values + offset[r] * size, word, x, sums + r * width);
                 offset[r] += count;
             }
         for (int r = 0; r < rows; r++) check_end(p, row + r, offset[r]);
@@ -415,7 +435,8 @@ INLINE void many_rows(int32_t dtype, int vectors, const struct product *p, int64
 #define FOR_BLOCKS(body, ...)                                                                                          \
     if (p->w.dtype == FLOAT32) { FOR_BLOCKS_OF(FLOAT32, body, __VA_ARGS__) }                                           \
     else if (p->w.dtype == BFLOAT16) { FOR_BLOCKS_OF(BFLOAT16, body, __VA_ARGS__) }                                    \
-    else { FOR_BLOCKS_OF(FLOAT16, body, __VA_ARGS__) }
+    else if (p->w.dtype == FLOAT16) { FOR_BLOCKS_OF(FLOAT16, body, __VA_ARGS__) }                                      \
+    else { FOR_BLOCKS_OF(INTEGERS, body, __VA_ARGS__) }
 
 static void many(const struct product *p, int64_t begin, int64_t end) {
     float *sums = NULL;
@@ -472,10 +493,16 @@ INLINE void transpose_tile(int32_t dtype, const struct product *p, int64_t row, 
     }
     for (int r = 0; r < 64 && row + r < w->out_features; r++) {
         const void *from = (const char *)w->values + offset[row + r] * size;
+        const int32_t from_dtype = dtype == INTEGERS ? FLOAT32 : dtype;
+        float weights[64];
         int64_t index = 0;
+        if (dtype == INTEGERS) {
+            load_weights(w, row + r, column, offset[row + r], __builtin_popcountll(rows[r]), weights);
+            from = weights;
+        }
         for (uint64_t word = rows[r]; word; word &= word - 1) {
             float **place = next + __builtin_ctzll(word);
-            *(*place)++ = load_number(dtype, from, index++);
+            *(*place)++ = load_number(from_dtype, from, index++);
         }
         offset[row + r] += index;
     }
@@ -513,7 +540,7 @@ INLINE void input_columns(int32_t dtype, const struct product *p, int64_t column
         const float *sum = sums + block * 64 + token % BLOCK;
         const int width = block_vectors(p->tokens - block) * LANES;
         for (int64_t c = 0; c < columns; c++)
-            store_number(dtype, p->y, token * w->in_features + column + c, sum[c * width]);
+            store_number(dtype_of_x(dtype, w), p->y, token * w->in_features + column + c, sum[c * width]);
     }
 }
 
@@ -527,7 +554,8 @@ static void grad_input(const struct product *p, int64_t begin, int64_t end) {
         for (int64_t column = begin * 64; column < end * 64 && column < p->w.in_features; column += 64)
             if (dtype == FLOAT32) input_columns(FLOAT32, p, column, offset, sums);
             else if (dtype == BFLOAT16) input_columns(BFLOAT16, p, column, offset, sums);
-            else input_columns(FLOAT16, p, column, offset, sums);
+            else if (dtype == FLOAT16) input_columns(FLOAT16, p, column, offset, sums);
+            else input_columns(INTEGERS, p, column, offset, sums);
         for (int64_t row = 0; row < p->w.out_features && end * 64 >= p->w.in_features; row++)
             check_end(p, row, offset[row]);
     } else *p->failed = NO_MEMORY;
@@ -611,10 +639,11 @@ INLINE int64_t expand_halves(const struct weight *w, int64_t row, uint16_t *out)
 static void expand_rows(const struct product *p, int64_t begin, int64_t end) {
     const struct weight *w = &p->w;
     for (int64_t row = begin; row < end; row++) {
-        const int64_t place = (row - p->first_row) * w->in_features;
+        void *to = (char *)p->y + (row - p->first_row) * w->in_features * size_of(w->x_dtype);
         check_end(p, row,
-                  w->dtype == FLOAT32 ? expand_floats(w, row, (float *)p->y + place)
-                                      : expand_halves(w, row, (uint16_t *)p->y + place));
+                  w->dtype == FLOAT32 ? expand_floats(w, row, to)
+                  : w->dtype == BFLOAT16 || w->dtype == FLOAT16 ? expand_halves(w, row, to)
+                                                               : expand_integer_row(w, row, to));
     }
 }
 

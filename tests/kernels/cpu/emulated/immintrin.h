@@ -52,7 +52,7 @@ EMULATED float _mm512_reduce_add_ps(__m512 v) {
     return v.lane[0];
 }
 
-/* VEXPANDPS, VPEXPANDW: where a bit of the mask is set, the next element; that of v elsewhere. */
+/* VEXPANDPS, VPEXPANDW, VPEXPANDB: where a bit of the mask is set, the next element; that of v elsewhere. */
 EMULATED __m512 _mm512_mask_expand_ps(__m512 v, __mmask16 mask, __m512 a) {
     for (int j = 0, k = 0; j < 16; j++)
         if (mask >> j & 1) v.lane[j] = a.lane[k++];
@@ -64,11 +64,28 @@ EMULATED __m512i _mm512_mask_expand_epi16(__m512i v, __mmask32 mask, __m512i a) 
     return v;
 }
 
+EMULATED __m512i _mm512_mask_expand_epi8(__m512i v, __mmask64 mask, __m512i a) {
+    for (int j = 0, k = 0; j < 64; j++)
+        if (mask >> j & 1) v.byte[j] = a.byte[k++];
+    return v;
+}
+
 /* VPERMB: byte j is byte index[j] (6 bits) of a; zero where the mask's bit is. */
 EMULATED __m512i _mm512_maskz_permutexvar_epi8(__mmask64 mask, __m512i index, __m512i a) {
     __m512i v = {{0}};
     for (int j = 0; j < 64; j++)
         if (mask >> j & 1) v.byte[j] = a.byte[index.byte[j] & 63];
+    return v;
+}
+
+/* VCVTDQ2PS. */
+EMULATED __m512 _mm512_cvtepi32_ps(__m512i a) {
+    __m512 v;
+    for (int j = 0; j < 16; j++) {
+        int32_t integer;
+        memcpy(&integer, a.byte + 4 * j, 4);
+        v.lane[j] = (float)integer;
+    }
     return v;
 }
 
