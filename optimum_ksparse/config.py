@@ -320,8 +320,6 @@ class SparsityConfig(QuantizationConfigMixin):
                 f"values={self.values!r} cannot be stored as {COMPRESSED_TENSORS}, whose sparse layers hold values in "
                 "the dtype of the model: take storage='packed' or 'dense', or leave values out"
             )
-        if self.values is not None and self.reconstruct is not None:
-            raise ValueError(f"reconstruct={self.reconstruct!r} does not go together with values={self.values!r}")
 
     @property
     def given(self) -> set[str]:
@@ -346,7 +344,7 @@ class SparsityConfig(QuantizationConfigMixin):
     @property
     def statistics(self) -> type[ColumnNorms] | None:
         """What is to be collected of each layer's inputs; None where the method reads no data."""
-        return statistics_of(self.method, self.refine)
+        return statistics_of(self.method, self.refine, self.values is not None)
 
     @property
     def calibration(self) -> CalibrationData:

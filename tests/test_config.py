@@ -71,8 +71,6 @@ method_settings_drawn = st.fixed_dictionaries(
 @given(settings_drawn, method_settings_drawn, st.booleans())
 @hypothesis_settings(max_examples=30)
 def test_json_round_trip_keeps_every_setting(drawn, own, has_layers):
-    if drawn.get("values") and drawn.get("reconstruct"):
-        drawn["values"] = None
     read = SparsityConfig(**drawn).read_settings
     own = {name: value for name, value in own.items() if name in read}
     config = SparsityConfig(**drawn, method_settings=own)

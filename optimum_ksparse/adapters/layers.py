@@ -161,7 +161,8 @@ def kept_values(
     values are quantised, the scale of theirs, rounded by the statistics of the inputs, where there are some."""
     kept, scale = weight.to(base.dtype).masked_fill(~mask, 0), None
     if base.values is not None:
-        kept, scale = quantise(kept, base.values, base.group_size)
+        rounded = quantise(weight, kept, mask, statistics, base.values, base.group_size)
+        kept, scale = rounded.integers, rounded.scale
     values = pack(kept, mask, base.pattern)[0]
     return values if base.values is None else pack_integers(values, base.values), scale
 

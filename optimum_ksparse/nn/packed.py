@@ -152,6 +152,14 @@ class PackedModule(nn.Module):
         self.values, self.group_size, self.weight_scale = None, 0, None
         self._prepare()
 
+    @torch.no_grad()
+    def take_integers(self, packed: torch.Tensor, scale: torch.Tensor, group_size: int) -> None:
+        """Takes packed integers and their scales in the place of ordinary kept values, on the same mask."""
+        self._part()
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.values, self.group_size, self.weight_scale = TYPES[packed.dtype], group_size, scale
+        self._prepare()
+
     def requires_grad_(self, requires_grad: bool = True) -> PackedModule:
         """As in `nn.Module`. Raises ValueError where quantised values were to be trained."""
         if requires_grad and self.values is not None:

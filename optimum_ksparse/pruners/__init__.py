@@ -6,7 +6,7 @@ in], bool, True = kept) is False. A method says by `note` what the user should k
 block loop writes it into the report. To add a method: its file, its line in `METHODS`, a test; flags, help, checks,
 the README's table and the card's citation come from these. `sweep` and `sweep_kernel` are the inner loop of SparseGPT,
 in torch and for a GPU; `scaled` is what `admm` and `alps` share; `solve` and `swaps` are what `refine` lets follow on
-any of them.
+any of them, `rounding` makes integers of what is kept at the end.
 """
 
 from __future__ import annotations
@@ -65,9 +65,11 @@ METHODS = {
 REFINEMENTS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"exact": solve.exact, "swaps": swaps.swap}
 
 
-def statistics_of(method: str, refine: Sequence[str] = ()) -> type[ColumnNorms] | None:
-    """The statistics that a method with refinements reads; None where it reads no data."""
-    return GramMatrix if refine else METHODS[method].statistics
+def statistics_of(method: str, refine: Sequence[str] = (), quantised: bool = False) -> type[ColumnNorms] | None:
+    """The statistics that a method with refinements reads, and the rounding that may follow; None where no data are
+    read."""
+    statistics = METHODS[method].statistics
+    return GramMatrix if refine or (quantised and statistics is not None) else statistics
 
 
 def prune(

@@ -51,7 +51,7 @@ def prune(
     if block_size % pattern.width:
         raise ValueError(f"block_size={block_size} is not a multiple of {pattern.width}, as pattern {pattern} needs")
     columns = weight.shape[1]
-    factor, scale = (tensor.to(weight.device) for tensor in _inverse_factor(statistics, damping))
+    factor, scale = (tensor.to(weight.device) for tensor in inverse_factor(statistics, damping))
     dead = (statistics.squared_norms == 0).to(weight.device).unsqueeze(1)
     # Transposed, so that each column of the sweep is contiguous in memory; in units of U_jj until the end.
     updated = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -86,7 +86,7 @@ _Factor = tuple[torch.Tensor, torch.Tensor]
 _FACTORS: weakref.WeakKeyDictionary[GramMatrix, tuple[tuple[int, float], _Factor, float]] = weakref.WeakKeyDictionary()
 
 
-def _inverse_factor(statistics: GramMatrix, damping: float) -> _Factor:
+def inverse_factor(statistics: GramMatrix, damping: float) -> _Factor:
     """Upper Cholesky factor U of (H + damping·mean(diag H)·I)⁻¹, as `sweep` takes it: U_jk/U_kk for k > j,
     otherwise 0, [in, in] float32, and U_jj, [in, 1]. Where H is singular in float32 and in float64 the damping is
     raised by ten times up to 1, with a warning."""

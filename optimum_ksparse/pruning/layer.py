@@ -18,13 +18,15 @@ from ..nn import SparseExperts, SparseLinear
 from ..packing import pack, unpack_mask
 from ..pattern import Pattern
 from ..pruners import collected_notes, prune
-from ..pruners.rounding import quantise
-from ..pruners.statistics import ColumnNorms
+from ..pruners.rounding import Rounded, quantise
+from ..pruners.statistics import ColumnNorms, GramMatrix
 from ..quantization import columns_of_group, pack_integers
 from ..report import LayerReport
 from .memory import trim_heap
 from .targets import Layer, weight_of
 
+# Of a difference, and of what it is a share of.
+_Norms = tuple[torch.Tensor, torch.Tensor] | tuple[float, float]
 # From this size on the heap is trimmed after a layer, which takes some milliseconds.
 _LARGE = 2**23
 
@@ -54,7 +56,8 @@ def prune_layer(
     statistics = statistics or [None] * len(masks)  # of packed experts there are none
     seen, few = with_shared(statistics) if is_stack else (list(statistics), [])
     notes: dict[str, list[int]] = {}  # what is to be said → numbers of the matrices
-    norms: list[tuple[torch.Tensor, torch.Tensor]] = []
+    norms: list[_Norms] = []
+    nearest: list[_Norms] = []  # by rounding to nearest
     if few and config.statistics is not None:
         least = config.statistics.min_tokens
         notes[f"fewer than {least} calibration tokens each, pruned with the statistics of all experts' tokens"] = few
@@ -66,12 +69,14 @@ def prune_layer(
                 pruned, mask = matrix, masks[number]
                 if mask is None:
                     pruned, mask = _prune_matrix(name, matrix, seen[number], config)
-                packed = _pack(pruned, mask, config)
+                packed, rounded = _pack(name, matrix, pruned, mask, seen[number], config)
             for message in messages:
                 notes.setdefault(message, []).append(number)
-            if (inputs := statistics[number]) is not None:
-                reached = pruned if config.values is None else packed.dense()
-                norms.append(_output_norms(inputs.sample, matrix, reached))
+            if rounded is not None and rounded.errors is not None:
+                norms.append((rounded.errors.reached, rounded.errors.dense))
+                nearest.append((rounded.errors.nearest, rounded.errors.dense))
+            elif (inputs := statistics[number]) is not None:
+                norms.append(_output_norms(inputs.sample, matrix, pruned))
             statistics[number] = seen[number] = inputs = None
             yield packed
 
@@ -86,7 +91,9 @@ def prune_layer(
     if sparse.dense_bytes >= _LARGE:
         trim_heap()
     lines = [f"experts {', '.join(map(str, at))}: {note}" if is_stack else note for note, at in notes.items()]
-    return sparse, row_of(path, sparse, _ratio(norms), time.perf_counter() - started, "; ".join(lines))
+    row = row_of(path, sparse, _ratio(norms), time.perf_counter() - started, "; ".join(lines))
+    row.nearest_output_error = _ratio(nearest)
+    return sparse, row
 
 
 def _masks(layer: Layer) -> list[torch.Tensor | None]:
@@ -141,16 +148,28 @@ def _prune_matrix(
         raise type(error)(f"{name}: {error}") from error
 
 
-def _pack(pruned: torch.Tensor, mask: torch.Tensor, config: SparsityConfig) -> PackedWeight:
-    """A pruned matrix [out, in] under its mask, packed, with its values quantised where the settings say so."""
+def _pack(
+    name: str,
+    weight: torch.Tensor,
+    pruned: torch.Tensor,
+    mask: torch.Tensor,
+    statistics: ColumnNorms | None,
+    config: SparsityConfig,
+) -> tuple[PackedWeight, Rounded | None]:
+    """A pruned matrix [out, in] under its mask, packed, with its values quantised where the settings say so; errors
+    name the matrix."""
     pattern, in_features = Pattern(config.pattern), pruned.shape[1]
     if config.values is None or config.group_size is None:
-        return PackedWeight(*pack(pruned, mask, pattern), in_features, str(pattern))
+        return PackedWeight(*pack(pruned, mask, pattern), in_features, str(pattern)), None
     group_size = columns_of_group(config.group_size, in_features)
-    integers, scale = quantise(pruned, config.values, group_size)
-    kept, bits = pack(integers, mask, pattern)
+    inputs = statistics if isinstance(statistics, GramMatrix) else None
+    try:
+        rounded = quantise(weight, pruned, mask, inputs, config.values, group_size)
+    except ArithmeticError as error:
+        raise ArithmeticError(f"{name}: {error}") from error
+    kept, bits = pack(rounded.integers, mask, pattern)
     values = pack_integers(kept, config.values)
-    return PackedWeight(values, bits, in_features, str(pattern), None, scale, group_size)
+    return PackedWeight(values, bits, in_features, str(pattern), None, rounded.scale, group_size), rounded
 
 
 def relative_output_error(
@@ -171,7 +190,7 @@ def _output_norms(
     return torch.linalg.norm(x @ pruned.float().T - dense), torch.linalg.norm(dense)
 
 
-def _ratio(norms: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float | None:
+def _ratio(norms: Sequence[_Norms]) -> float | None:
     """The relative error of several matrices, each with its own inputs."""
     difference, dense = (math.hypot(*(pair[i] for pair in norms)) for i in (0, 1))
     return None if dense == 0 else float(torch.tensor(difference) / torch.tensor(dense))

@@ -22,6 +22,7 @@ from ..report import BlockReport
 from .distributed import Processes
 from .job import Job
 from .loss import LOW_PRECISION, OutputLoss, held_out, norms_and_biases, values_of
+from .straight_through import StraightThrough, straight_through
 
 # One step of the optimizer sees at least so many tokens of each process, where it has as many.
 _STEP_TOKENS = 2048
@@ -45,9 +46,19 @@ def reconstruct_block(job: Job, index: int, replay: BlockReplay, targets: Activa
     is that of these same batches; it says where more epochs lowered the loss on the other batches alone. Memory beside
     the activations: what is tuned, in float32, five times.
 
+    Quantised values are tuned with their scales, and are integers times scales in each of these losses
+    (`straight_through`).
+
     Gradients are averaged over processes. Parameters that the block shares with others stay as they are. Gives the
     block's row for the report.
     """
+    with straight_through(job.blocks.blocks[index]) as quantised:
+        return _reconstruct(job, index, replay, targets, quantised)
+
+
+def _reconstruct(
+    job: Job, index: int, replay: BlockReplay, targets: Activations, quantised: list[StraightThrough]
+) -> BlockReport:
     started, block = time.perf_counter(), job.blocks.blocks[index]
     loss = OutputLoss(index, block, replay, targets, job.processes)
     steps = _Steps(loss)
@@ -59,6 +70,8 @@ def reconstruct_block(job: Job, index: int, replay: BlockReplay, targets: Activa
     tuned = _tuned(job, index)
     if not tuned:
         return row(before, "nothing to tune")
+    quantised = [one for one in quantised if any(one.weight is parameter for parameter in tuned)]
+    tuned += [one.growth for one in quantised]
     original = [parameter.data.clone() for parameter in tuned]
     if job.replaced is not None:
         values = values_of(block)
@@ -66,7 +79,7 @@ def reconstruct_block(job: Job, index: int, replay: BlockReplay, targets: Activa
     best, lowest, learned, overfitted = original, before, math.inf, 0
     note = "" if steps.holds_out else "one sample alone: nothing was held out"
     with _in_float32(block, tuned):
-        for epoch, (training, judged) in enumerate(_epochs(loss, steps, tuned, job.config), start=1):
+        for epoch, (training, judged) in enumerate(_epochs(loss, steps, tuned, quantised, job.config), 1):
             if not judged <= _DIVERGED * before:
                 note = f"diverged in epoch {epoch} and was stopped; a lower reconstruction_lr may help"
                 break
@@ -118,9 +131,15 @@ def _in_float32(block: nn.Module, tuned: list[nn.Parameter]) -> Iterator[None]:
 
 
 def _epochs(
-    loss: OutputLoss, steps: _Steps, parameters: list[nn.Parameter], config: SparsityConfig
+    loss: OutputLoss,
+    steps: _Steps,
+    tuned: list[nn.Parameter],
+    quantised: list[StraightThrough],
+    config: SparsityConfig,
 ) -> Iterator[tuple[float, float]]:
     """Trains, and yields after each epoch the mean loss that its steps met, and the loss on what is held out."""
+    learned = {one.weight: one.learned for one in quantised}
+    parameters = [learned.get(parameter, parameter) for parameter in tuned]
     sizes = [float(parameter.square().mean().sqrt()) or _LEAST_SIZE for parameter in parameters]
     epochs, rate_at_height = (config.method_setting(f"reconstruction_{name}") for name in ("epochs", "lr"))
     groups = [{"params": [p], "lr": rate_at_height * s} for p, s in zip(parameters, sizes, strict=True)]
@@ -141,9 +160,13 @@ def _epochs(
                     error = loss.of(batch)
                     (error / len(batches)).backward()
                     met.append(error.detach())
+            for one in quantised:
+                one.pass_on_gradient()
             _average_gradients(parameters, loss.processes)
             optimizer.step()
             optimizer.zero_grad()
+            for one in quantised:
+                one.round_()
             schedule.step()
         yield float(torch.stack(met).mean()), loss.mean(steps.held_out)
 

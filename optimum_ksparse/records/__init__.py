@@ -13,6 +13,7 @@ from .files import (
     REPORT_NAME,
     RESULTS_NAME,
     TUNING_NAME,
+    UNWRITTEN,
     aligned,
     check_depth,
     printable,

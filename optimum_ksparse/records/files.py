@@ -20,6 +20,9 @@ MERGE_REPORT_NAME = "merge_report.json"  # what merging an adapter did; see `fin
 MASKS_NAME = "ksparse_adapter.json"  # which masks an adapter was trained over; see `finetuning.masks`
 HEAD_NAME = "korquad_head.safetensors"  # of a span model; see `finetuning.korquad.saving`
 
+# Metadata of a field that is left out where it is None, so that earlier versions, which do not know it, read the file.
+UNWRITTEN = {"where": "not None"}
+
 _MOST_BYTES = 64 * 2**20  # a report of 100,000 layers is half as large
 _MOST_LEVELS = 32
 _MOST_CHARACTERS = 2**17  # of one text
@@ -47,8 +50,13 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _without_nan(dataclasses.asdict(value))
+        written = [item.name for item in dataclasses.fields(value) if _is_written(item, value)]
+        return _without_nan({name: getattr(value, name) for name in written})
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_written(item: dataclasses.Field[Any], value: Any) -> bool:
+    return item.metadata != UNWRITTEN or getattr(value, item.name) is not None
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-from ..records import Amount, Count, PatternText, Positive, RelativePath
+from ..records import UNWRITTEN, Amount, Count, PatternText, Positive, RelativePath
 
 OVERFLOWED = "the output error could not be computed: the outputs overflow float32"
 
@@ -100,7 +100,8 @@ class LayerReport(KeptWeights):
     """One pruned layer. `shape` is [out, in]; `relative_output_error` is ‖X(Ŵ − W)ᵀ‖_F / ‖XWᵀ‖_F on a sample of the
     calibration tokens, None where the method read no data; `note` is what the method warned of; `sensitivity` is what
     `allocation="owl"` measured: the share of outliers in the layer's block, or, for `n:m`, its predicted squared
-    relative output error under the pattern that was asked for."""
+    relative output error under the pattern that was asked for. With quantised values `nearest_output_error` is what
+    rounding to nearest would have given, both on all calibration tokens."""
 
     name: str
     shape: tuple[Positive, Positive]
@@ -112,10 +113,13 @@ class LayerReport(KeptWeights):
     seconds: Amount
     note: str = ""
     sensitivity: float | None = None
+    nearest_output_error: Amount | None = field(default=None, metadata=UNWRITTEN)
 
     def __post_init__(self) -> None:
         if not is_finite(self.relative_output_error):
             self.relative_output_error, self.note = None, with_note(self.note, OVERFLOWED)
+        if not is_finite(self.nearest_output_error):
+            self.nearest_output_error = None
 
 
 @dataclass

@@ -33,6 +33,11 @@ def _table(report: SparsityReport) -> list[str]:
         f"{report.num_parameters:,} parameters; packed {report.packed_bytes:,} of {report.dense_bytes:,} bytes "
         f"({report.packed_ratio:.4f}), {values}{report.bits_per_weight:.2f} bits a weight"
     )
+    both = [(row.relative_output_error, row.nearest_output_error) for row in report.layers]
+    errors = [(reached, nearest) for reached, nearest in both if reached is not None and nearest is not None]
+    if errors:
+        reached, nearest = (sum(error) / len(errors) for error in zip(*errors, strict=True))
+        lines.append(f"mean output error of the layers {reached:.4f}, with values rounded to nearest {nearest:.4f}")
     if report.reconstruction_losses is not None:
         seconds = sum(row.seconds for row in report.reconstruction)
         before, after = report.reconstruction_losses

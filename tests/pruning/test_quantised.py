@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingA
 from optimum_ksparse import SparsityConfig, SparsityReport, prune_checkpoint, sparsify
 from optimum_ksparse.checkpoint import fingerprint, sparse_modules
 from optimum_ksparse.config import METHOD_SETTINGS
+from optimum_ksparse.pruners.statistics import GramMatrix
 from optimum_ksparse.pruning.streaming import Workspace
 from optimum_ksparse.quantization import LIMITS
+from optimum_ksparse.records import to_json
 
 from ..compressed_tensors import FORMATS, write, zero
 from ..nn.test_experts import COMMON, IDS
@@ -118,13 +120,34 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, source, config, monkeypatch, a
     assert contents(tmp_path / "disk") == contents(tmp_path / "whole")
 
 
-def test_the_error_counts_the_rounding(source, config):
+def test_the_error_counts_the_rounding(tmp_path, source, config):
     errors = {}
     for values in (None, "int8", "int4"):
-        model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config("wanda", values=values))
-        errors[values] = [row.relative_output_error for row in model.sparsity_report.layers]
+        model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config("admm", values=values))
+        rows = model.sparsity_report.layers
+        errors[values] = [row.relative_output_error for row in rows]
+        if values is not None:
+            assert all(row.relative_output_error <= row.nearest_output_error for row in rows)
+            assert values in str(model.sparsity_report) and "nearest" in str(model.sparsity_report)
     assert all(a <= 1.01 * b for a, b in zip(errors["int8"], errors["int4"], strict=True))
     assert errors["int8"] != errors[None] and sum(errors["int4"]) > sum(errors[None])
+    model.sparsity_report.save(tmp_path)
+    assert SparsityReport.load(tmp_path / "sparsity_report.json").layers == rows
+
+
+def test_a_report_without_quantised_values_is_one_that_earlier_versions_read(source, config):
+    model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config("wanda"))
+    assert "nearest_output_error" not in to_json(model.sparsity_report)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+def test_rounding_reads_what_the_method_reads(source, config, method):
+    """Of a method with data Gram matrices; magnitude stays without."""
+    asked = config(method, values="int4")
+    assert asked.statistics is (None if method == "magnitude" else GramMatrix)
+    model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=asked)
+    measured = [row.nearest_output_error is not None for row in model.sparsity_report.layers]
+    assert all(measured) if method != "magnitude" else not any(measured)
 
 
 @pytest.mark.parametrize(
