@@ -19,6 +19,7 @@ from ..pruners.solve import solve_on_mask
 from ..pruners.statistics import ColumnNorms, CrossMatrix, GramMatrix
 from ..pruning import blocks_with_progress, relative_output_error
 from .adapted import adapted_layers, adapters_of, is_sparse
+from .layers import kept_values
 from .report import MergedLayer
 
 
@@ -82,7 +83,7 @@ def _merge(
     path: str, layer: Any, names: list[str], inputs: _Inputs | None, solver: Mapping[str, Any] | None
 ) -> MergedLayer:
     """Merges adapters into a layer and describes it."""
-    started, error = time.perf_counter(), None
+    started = time.perf_counter()
     base: SparseLinear = layer.get_base_layer()
     mask = unpack_mask(base.weight_mask, base.in_features)
     effective = layer.effective_weight(names)
@@ -90,24 +91,34 @@ def _merge(
     size, lost = torch.linalg.norm(change), torch.linalg.norm(change.masked_fill(mask, 0))
     how = "masked" if lost > 0 else "exact"
     layer.merge_kept(names)
-    if inputs is not None and solver is not None and lost > 0:
-        cross = None if inputs.cross is None else effective @ inputs.cross.matrix.to(effective.device)
-        gram = inputs.gram.gram.to(effective.device)
-        weight = solve_on_mask(effective, gram, mask, start=effective * mask, cross=cross, **solver)
-        base.replace_values(weight[mask].view_as(base.weight).to(base.weight.dtype))
-        how = "solved"
-    if inputs is not None:
-        original = None if inputs.cross is None else inputs.unmerged.sample
-        error = relative_output_error(inputs.gram.sample, effective, base.to_dense_weight(), original)
+    weight = effective.masked_fill(~mask, 0)
+    if inputs is not None and solver is not None:
+        if lost > 0:
+            cross = None if inputs.cross is None else effective @ inputs.cross.matrix.to(effective.device)
+            gram = inputs.gram.gram.to(effective.device)
+            weight, how = solve_on_mask(effective, gram, mask, start=weight, cross=cross, **solver), "solved"
+        if lost > 0 or base.values is not None:
+            base.replace_values(*kept_values(base, weight, mask, inputs.gram))
+    merged, rounds = base.to_dense_weight(), base.values is not None
     return MergedLayer(
         name=path,
         shape=(base.out_features, base.in_features),
         num_values=base.num_values,
         how=how,
-        relative_output_error=error,
+        relative_output_error=_output_error(inputs, effective, merged),
         discarded=float(lost / size) if size > 0 else 0.0,
         seconds=round(time.perf_counter() - started, 4),
+        unrounded_output_error=_output_error(inputs, effective, weight) if rounds else None,
+        rounding=float(torch.linalg.norm(merged - weight) / size) if rounds and size > 0 else None,
     )
+
+
+def _output_error(inputs: _Inputs | None, effective: torch.Tensor, merged: torch.Tensor) -> float | None:
+    """The relative output error of a merged weight; None where nothing was measured."""
+    if inputs is None:
+        return None
+    original = None if inputs.cross is None else inputs.unmerged.sample
+    return relative_output_error(inputs.gram.sample, effective, merged, original)
 
 
 def _collect(

@@ -109,7 +109,11 @@ class _KeepsZeros:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         packed, bias = self._before_merge
-        self._put(packed.values, packed.scale, bias)
+        values, scale = packed.values, packed.scale
+        if packed.value_type != self.get_base_layer().values:  # dequantised since
+            mask = unpack_mask(packed.bits, packed.in_features)
+            values, scale = kept_values(self.get_base_layer(), packed.dense(), mask)
+        self._put(values, scale, bias)
         self._before_merge = None
         self.merged_adapters.clear()
 
@@ -159,12 +163,11 @@ def kept_values(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a layer keeps of a weight, [out, in] in any floating dtype, at its mask: packed values and, where its own
     values are quantised, the scale of theirs, rounded by the statistics of the inputs, where there are some."""
-    kept, scale = weight.to(base.dtype).masked_fill(~mask, 0), None
-    if base.values is not None:
-        rounded = quantise(weight, kept, mask, statistics, base.values, base.group_size)
-        kept, scale = rounded.integers, rounded.scale
-    values = pack(kept, mask, base.pattern)[0]
-    return values if base.values is None else pack_integers(values, base.values), scale
+    kept = weight.to(base.dtype).masked_fill(~mask, 0)
+    if base.values is None:
+        return pack(kept, mask, base.pattern)[0], None
+    rounded = quantise(weight, kept, mask, statistics, base.values, base.group_size)
+    return pack_integers(pack(rounded.integers, mask, base.pattern)[0], base.values), rounded.scale
 
 
 class SparseLoraLinear(_KeepsZeros, lora.Linear):

@@ -51,6 +51,10 @@ def merge_adapter(
     the layers merged before it give, comes nearest to its outputs in the unmerged model, on calibration text. Layers
     that are not sparse are merged as PEFT does it, and modules trained as a whole (`modules_to_save`) are taken over.
 
+    Quantised values become integers again, of other scales: with "masked" those nearest to the merged weight, with
+    "solve" those whose outputs are. `peft_model.get_base_model().dequantize_values()` before makes ordinary values of
+    them, which merging then does not round.
+
     Args:
         peft_model: a PEFT model on a sparse transformers model; it is used up, as by `merge_and_unload`.
         method: "masked", or "solve", which needs `dataset`.

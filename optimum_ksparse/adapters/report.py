@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..checkpoint.staging import write_text
-from ..records import MERGE_REPORT_NAME, Amount, Count, Positive, Version, read_record, to_json
+from ..records import MERGE_REPORT_NAME, UNWRITTEN, Amount, Count, Positive, Version, read_record, to_json
 from ..report import Change
 from ..report.rows import OVERFLOWED, KeptWeights, is_finite, with_note
 
@@ -36,6 +36,9 @@ class MergedLayer(KeptWeights):
             X in the unmerged one. None where no data were read, or none reached it.
         discarded: the share of the adapter's change ΔW that lies outside the mask M, ‖ΔW∘(1 − M)‖_F / ‖ΔW‖_F; None
             where it could not be computed, as `note` says.
+        unrounded_output_error: of quantised values, the output error of the weight before they were rounded again.
+        rounding: of quantised values, what rounding them changes, as a share of the adapter's change: ‖W' − W''‖_F /
+            ‖ΔW‖_F with W'' the weight before. It may be above one, and is None where the adapter changes nothing.
     """
 
     name: str
@@ -46,12 +49,16 @@ class MergedLayer(KeptWeights):
     discarded: Amount | None
     seconds: Amount
     note: str = ""
+    unrounded_output_error: Amount | None = field(default=None, metadata=UNWRITTEN)
+    rounding: Amount | None = field(default=None, metadata=UNWRITTEN)
 
     def __post_init__(self) -> None:
         figures = (self.relative_output_error, self.discarded)
         if not all(map(is_finite, figures)):
             self.relative_output_error, self.discarded = (value if is_finite(value) else None for value in figures)
             self.note = with_note(self.note, OVERFLOWED)
+        if not all(map(is_finite, (self.unrounded_output_error, self.rounding))):
+            self.unrounded_output_error = self.rounding = None
 
 
 @dataclass
@@ -119,11 +126,25 @@ class MergeReport:
         if totals["worst_output_error"] is not None:
             errors = (totals["mean_output_error"], totals["worst_output_error"])
             lines.append("output error: mean {:.2e}, worst {:.2e}".format(*errors))
+        lines += self._of_rounding()
         if self.layers and totals["layers"]["exact"] == len(self.layers):
-            lines.append("the adapter changes kept weights alone: merging is exact, there is nothing to solve")
+            but = "" if all(row.rounding is None for row in self.layers) else " but for rounding"
+            lines.append(f"the adapter changes kept weights alone: merging is exact{but}, there is nothing to solve")
         if self.dense_layers:
             lines.append(f"merged as dense layers: {', '.join(self.dense_layers)}")
         lines += [f"note: {row.name}: {row.note}" for row in self.layers if row.note]
         names = ", ".join(f"{entry['name']} ({entry['peft_type']})" for entry in self.adapters)
         lines.append(f"merged {names} by method={self.method!r} in {self.seconds:.1f} s")
         return "\n".join(lines)
+
+    def _of_rounding(self) -> list[str]:
+        """What is to be said of layers with quantised values."""
+        shares = [row.rounding for row in self.layers if row.rounding is not None]
+        errors = [row.unrounded_output_error for row in self.layers if row.unrounded_output_error is not None]
+        before = f"; output error before: mean {sum(errors) / len(errors):.2e}" if errors else ""
+        mean = (
+            f"rounding the values again changes {sum(shares) / len(shares):.2f} as much as the adapter"
+            if shares
+            else ""
+        )
+        return [mean + before] if mean else []
