@@ -176,17 +176,21 @@ class SparseLinear(PackedModule, nn.Linear):
         return sparse.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x, self.bias)
+        parameters = self._parameters
+        return self.linear(x, parameters["bias"] if "bias" in parameters else self.bias)  # noqa: SIM401 `self.bias` is slow
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product with another bias than the module's own."""
         if self._dense_weight is not None:
             return F.linear(x, self._dense_weight, bias)
-        if x.is_cpu and self.kernel == "auto" and kernels.runs_plainly(x) and not torch.is_autocast_enabled("cpu"):
+        # One look-up for all: that of `self.weight` takes half a microsecond. A parametrised weight is not among them.
+        tensors: dict[str, Any] = {**self._parameters, **self._buffers}
+        plain = x.is_cpu and self.kernel == "auto" and "weight" in tensors
+        if plain and kernels.runs_plainly(x) and not torch.is_autocast_enabled("cpu"):
             native = self._native
             # Held while it computes: another thread may replace them.
-            weight, bits = self.weight, self.weight_mask
-            if native is None or not native.is_of(weight, bits, self.weight_scale):
+            weight, bits, scale = tensors["weight"], tensors["weight_mask"], tensors["weight_scale"]
+            if native is None or not native.is_of(weight, bits, scale):
                 native = self._native = kernels.native_weight(self.packed(), self.kernel)
             if native is not None:
                 return native.linear(x, bias)
