@@ -32,20 +32,21 @@ class ServingConfig(QuantizationConfig):
 
     Attributes:
         layers: what the checkpoint records of them: path in the decoder → pattern and number of values.
+        quantisation: that of the checkpoint's `SparsityConfig`.
         in_features: of those that vLLM's model has; several where another tower of it has layers of the same name.
     """
 
-    def __init__(self, layers: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, layers: dict[str, dict[str, Any]], quantisation: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers, self.quantisation = layers, quantisation or {}
         self.in_features: dict[str, set[int]] = {}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ServingConfig:
-        layers = SparsityConfig.from_dict(dict(config)).layers
-        if layers is None:
+        settings = SparsityConfig.from_dict(dict(config))
+        if settings.layers is None:
             raise ValueError("quantization_config of the checkpoint records no `layers`: nothing says what is sparse")
-        return cls(layers)
+        return cls(settings.layers, settings.quantisation)
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -108,4 +109,4 @@ def _all_weights(loader: Any, model_config: Any, model: nn.Module) -> Iterator[t
         return tensors
     config.check_layers()
     transposed = model_config.hf_config.model_type in _CONV1D_MODELS
-    return dense_weights(tensors, config.layers, config.in_features, transposed)
+    return dense_weights(tensors, config.layers, config.in_features, transposed, config.quantisation)

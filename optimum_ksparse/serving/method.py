@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from ..nn import SparseLinear
-from ..pattern import Pattern
+from .packed import packed
 
 if TYPE_CHECKING:
     from .config import ServingConfig
@@ -35,6 +36,8 @@ class SparseLinearMethod(LinearMethodBase):
 
     def __init__(self, config: ServingConfig, names: list[str | None]) -> None:
         self.config, self.names = config, names
+        # Whether scales have come: not to a layer of another tower, which has the name of a sparse one.
+        self.is_scaled = False
 
     def create_weights(
         self,
@@ -59,7 +62,18 @@ class SparseLinearMethod(LinearMethodBase):
         weight = torch.empty(sum(sizes), input_size_per_partition, dtype=params_dtype, device="meta")
         loader = options["weight_loader"]
         layer.weight = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
+        if self.config.quantisation:
+            loader = self._noting(loader)
+            layer.weight_scale = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
         initialize_online_processing(layer)
+
+    def _noting(self, loader: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(loader)
+        def load_scale(*args: Any, **kwargs: Any) -> Any:
+            self.is_scaled = True
+            return loader(*args, **kwargs)
+
+        return load_scale
 
     @torch.no_grad()
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -68,39 +82,16 @@ class SparseLinearMethod(LinearMethodBase):
         setattr(layer, _DONE, True)
         patterns, heights = zip(*self.parts, strict=True)
         weight = layer.weight.data
-        layer.parts = nn.ModuleList(map(_packed, weight.split(heights), patterns))
+        scales = layer.weight_scale.data.split(heights) if self.is_scaled else [None] * len(heights)
+        parts = zip(weight.split(heights), patterns, scales, strict=True)
+        layer.parts = nn.ModuleList([packed(*part, self.config.quantisation) for part in parts])
         # It tells others of the layer's device: LoRA layers ask for that.
         layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        if self.config.quantisation:
+            layer.weight_scale = nn.Parameter(weight.new_empty(0), requires_grad=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if len(self.parts) == 1:
             return layer.parts[0].linear(x, bias)
         biases = [None] * len(self.parts) if bias is None else bias.split([height for _, height in self.parts])
         return torch.cat([part.linear(x, own) for part, own in zip(layer.parts, biases, strict=True)], -1)
-
-
-class _DenseLinear(nn.Module):
-    """A dense layer among sparse ones, by vLLM's own method."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
-        self.method = UnquantizedLinearMethod()
-        self.method.process_weights_after_loading(self)
-
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self.method.apply(self, x, bias)
-
-
-def _packed(weight: torch.Tensor, recorded: str | None) -> nn.Module:
-    """A weight [out, in] packed by the zeros that it has: in the recorded pattern, or in none where the share of a
-    rank cuts its groups. Dense where that gains nothing, as in a tower whose layers have the names of sparse ones."""
-    pattern, mask = None, weight != 0
-    if recorded is not None and (group := Pattern(recorded)).is_semi_structured and not group.misfit(*weight.shape):
-        kept = group.mask(weight.abs())  # some of them may be zero
-        pattern, mask = (None, mask) if bool((mask & ~kept).any()) else (group, kept)
-    number = int(mask.sum())
-    if number == 0 or number * weight.element_size() + mask.numel() / 8 >= weight.nbytes:
-        return _DenseLinear(weight)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
-    return SparseLinear.from_dense(linear.requires_grad_(False), mask, pattern, weight)

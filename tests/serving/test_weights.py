@@ -10,6 +10,7 @@ import torch
 
 from optimum_ksparse.packing import pack
 from optimum_ksparse.pattern import Pattern
+from optimum_ksparse.quantization import pack_integers
 from optimum_ksparse.serving.weights import dense_weights, recorded_name
 
 IN_FEATURES = 24
@@ -107,6 +108,41 @@ def test_a_layer_that_is_recorded_and_not_there_is_told():
     records["layers.1.mlp.up_proj"] = records["layers.0.mlp.up_proj"]
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         made_dense(tensors, records)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("pattern", ["2:4", "29%"])
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_integers_and_the_scale_of_each_are_made_dense(values, pattern, group_size):
+    width, quantisation = 72, {"values": values, "group_size": group_size}
+    mask = Pattern(pattern).mask(torch.rand(5, width, generator=torch.Generator().manual_seed(1)))
+    integers = torch.randint(1, 8, mask.shape, generator=torch.Generator().manual_seed(2)).to(torch.int8) * mask
+    kept, bits = pack(integers, mask, Pattern(pattern))
+    scale = torch.arange(1.0, 6 if group_size == -1 else 11).view(5, -1)
+    tensors = {"weight": pack_integers(kept, values), "weight_mask": bits, "weight_scale": scale}
+    tensors = {f"{LAYER}.{kind}": tensor for kind, tensor in tensors.items()}
+    records = {"layers.0.mlp.up_proj": {"pattern": pattern, "num_values": int(mask.sum())}}
+    sizes = {name: {width} for name in records}
+    for transposed in (False, True):
+        dense = dict(dense_weights(tensors.items(), records, sizes, transposed, quantisation))
+        found, wide = dense.pop(f"{LAYER}.weight"), dense.pop(f"{LAYER}.weight_scale")
+        assert not dense and torch.equal(found.T if transposed else found, integers)
+        assert torch.equal(
+            wide, scale.repeat_interleave(group_size, 1)[:, :width] if group_size > 0 else scale.expand(5, width)
+        )
+    other = torch.randn(5, width)
+    towers = {"vision.layers.0.mlp.up_proj.weight": other, **tensors}
+    assert (
+        dict(dense_weights(towers.items(), records, sizes, False, quantisation))["vision.layers.0.mlp.up_proj.weight"]
+        is other
+    )
+    for kind in ("weight", "weight_mask", "weight_scale"):
+        rest = {key: tensor for key, tensor in tensors.items() if key != f"{LAYER}.{kind}"}
+        with pytest.raises(ValueError, match=f"{LAYER}.{kind} is missing"):
+            dict(dense_weights(rest.items(), records, sizes, False, quantisation))
+    damaged = {**tensors, f"{LAYER}.weight_scale": -scale}
+    with pytest.raises(ValueError, match=f"{LAYER}.weight_scale"):
+        dict(dense_weights(damaged.items(), records, sizes, False, quantisation))
 
 
 @pytest.mark.processes
