@@ -6,11 +6,17 @@
 /* Columns of a row that are read at a time; rows that share the columns of x, which then stay in the first cache. */
 enum { SPAN = 4096, TOGETHER = 32 };
 
-/* Words of the mask of one row, 64 columns each, and what belongs to them. */
+static void widen(int32_t dtype, const void *from, int64_t count, float *to);
+
+/* Columns of some rows: in words of the mask, 64 columns each; the groups that they are of, how many words each has, and
+ * how many the first one has; how far on lies, in bytes, what is to be read soon. */
+struct columns { int64_t first, words, group, groups, in_group, in_first, ahead; };
+
+/* What one row has there. */
 struct span {
     const uint8_t *bits;
     const char *values; /* bytes; as many may be read as there are columns */
-    float scales[SPAN / 64]; /* of the words */
+    float scales[SPAN / 64 + 1]; /* of the groups */
     uint8_t last_bits[SPAN / 8];
     char copy[SPAN + 64];
 };
@@ -28,21 +34,26 @@ INLINE void bytes_of_halves(const char *from, char *to) {
 }
 
 /* `count` integers of half a byte from `offset` on as bytes, zero behind the last one; `to` has room for 64 more. */
-INLINE const char *as_bytes(const struct weight *w, int64_t offset, int64_t count, char *to) {
+INLINE const char *as_bytes(const struct weight *w, int64_t offset, int64_t count, int64_t ahead, char *to) {
     const int64_t first = offset / 2, size = (offset % 2 + count + 1) / 2, left = w->num_values / 2 - first;
     const char *from = (const char *)w->values + first;
-    for (int64_t i = 0; i < size; i += 16) {
+    int64_t i = 0;
+    for (; i < size && i + 16 <= left; i += 16) {
+        __builtin_prefetch(from + i + ahead);
+        bytes_of_halves(from + i, to + 2 * i);
+    }
+    for (; i < size; i += 16) {
         char copy[16] = {0};
-        if (left - i < 16 && left > i) memcpy(copy, from + i, left - i);
-        bytes_of_halves(left - i < 16 ? copy : from + i, to + 2 * i);
-        __builtin_prefetch(from + i + 1024);
+        if (left > i) memcpy(copy, from + i, left - i < 16 ? left - i : 16);
+        bytes_of_halves(copy, to + 2 * i);
     }
     return to + offset % 2;
 }
 
 /* The same of any integers; in place where they are bytes, `most` of which may then be read. */
-INLINE const char *load_bytes(const struct weight *w, int64_t offset, int64_t count, int64_t most, char *copy) {
-    if (w->dtype == INT4) return as_bytes(w, offset, count, copy);
+INLINE const char *load_bytes(const struct weight *w, int64_t offset, int64_t count, int64_t most, int64_t ahead,
+                              char *copy) {
+    if (w->dtype == INT4) return as_bytes(w, offset, count, ahead, copy);
     const int64_t left = w->num_values - offset;
     if (left >= most) return (const char *)w->values + offset;
     memset(copy, 0, most);
@@ -50,50 +61,62 @@ INLINE const char *load_bytes(const struct weight *w, int64_t offset, int64_t co
     return copy;
 }
 
-INLINE float scale_of(const struct weight *w, int64_t row, int64_t group) {
-    return load_number(w->x_dtype, w->scales, row * w->groups + group);
+INLINE struct columns columns_of(const struct weight *w, int64_t first, int64_t most) {
+    const int64_t left = w->in_features - first, words = ((left < most ? left : most) + 63) / 64;
+    const int64_t in_group = w->group_size / 64, group = first / w->group_size;
+    const int64_t in_first = (group + 1) * in_group - first / 64, after = words > in_first ? words - in_first : 0;
+    const int64_t row = w->num_values / w->out_features, ahead = words * 64 >= w->in_features ? 1024 : row;
+    return (struct columns){first, words, group, 1 + (after + in_group - 1) / in_group, in_group, in_first,
+                            w->dtype == INT4 && ahead == row ? row / 2 : ahead};
 }
 
-INLINE void load_span(const struct weight *w, int64_t row, int64_t column, int64_t words, int64_t offset,
-                      struct span *span) {
-    const int64_t bytes = w->row_bytes - column / 8, in_group = w->group_size / 64;
-    int64_t group = column / w->group_size, end = (group + 1) * in_group - column / 64, kept = 0;
-    span->bits = w->bits + row * w->row_bytes + column / 8;
+INLINE void load_span(const struct weight *w, int64_t row, const struct columns *c, int64_t offset, struct span *span) {
+    const int64_t words = c->words, bytes = w->row_bytes - c->first / 8;
+    const void *scales = (const char *)w->scales + (row * w->groups + c->group) * size_of(w->x_dtype);
+    int64_t kept = 0;
+    span->bits = w->bits + row * w->row_bytes + c->first / 8;
     if (bytes < 8 * words) {
         memset(span->last_bits, 0, 8 * words);
         span->bits = memcpy(span->last_bits, span->bits, bytes);
     }
-    for (int64_t word = 0; word < words; group++, end += in_group) {
-        const float scale = scale_of(w, row, group);
-        for (; word < end && word < words; word++) span->scales[word] = scale;
-    }
+    widen(w->x_dtype, scales, c->groups, span->scales);
     for (int64_t word = 0; word < words && w->dtype == INT4; word++)
         kept += __builtin_popcountll(load_bits(span->bits + 8 * word, 8));
-    span->values = load_bytes(w, offset, kept, 64 * words, span->copy);
+    span->values = load_bytes(w, offset, kept, 64 * words, c->ahead, span->copy);
 }
 
-/* totals[tokens] += the integers of a span, divided by INTEGER_UNIT, times x. Gives how many there are. */
-INLINE int64_t add_span(int tokens, const struct span *span, int64_t words, const float *x, int64_t stride, vec *totals) {
+/* sums[tokens] = the integers of 64 columns, divided by INTEGER_UNIT, times x. Gives how many there are. */
+INLINE int64_t multiply_word(int tokens, uint64_t mask, const char *values, const float *x, int64_t stride, vec *sums) {
     enum { PARTS_OF_STEP = INTEGER_STEP / LANES };
+    vec halves[2 * FEW]; /* of each sum */
+    int64_t kept = 0;
+    for (int i = 0; i < 2 * tokens; i++) halves[i] = v_zero();
+    for (int step = 0; step < 64 / INTEGER_STEP; step++) {
+        vec weights[PARTS_OF_STEP];
+        kept += expand_int8(values + kept, mask, step, weights);
+        for (int part = 0; part < PARTS_OF_STEP; part++)
+            for (int token = 0; token < tokens; token++) {
+                vec *sum = halves + (step * PARTS_OF_STEP + part) % 2 * tokens + token;
+                *sum = v_fma(weights[part], v_load(x + token * stride + step * INTEGER_STEP + part * LANES), *sum);
+            }
+    }
+    for (int token = 0; token < tokens; token++) sums[token] = v_add(halves[token], halves[tokens + token]);
+    return kept;
+}
+
+/* totals[tokens] += a span, divided by INTEGER_UNIT, times x. Gives how many integers it has. */
+INLINE int64_t add_span(int tokens, const struct span *span, const struct columns *c, const float *x, int64_t stride,
+                        vec *totals) {
     const char *values = span->values;
-    vec total[FEW];
+    vec total[FEW], sums[FEW];
     for (int token = 0; token < tokens; token++) total[token] = totals[token];
-    for (int64_t i = 0; i < words; i++, x += 64) {
-        const uint64_t word = load_bits(span->bits + 8 * i, 8);
-        vec sums[2 * FEW];
-        __builtin_prefetch(values + 1024);
-        for (int j = 0; j < 2 * tokens; j++) sums[j] = v_zero();
-        for (int step = 0; step < 64 / INTEGER_STEP; step++) {
-            vec weights[PARTS_OF_STEP];
-            values += expand_int8(values, word, step, weights);
-            for (int part = 0; part < PARTS_OF_STEP; part++)
-                for (int token = 0; token < tokens; token++) {
-                    vec *sum = sums + (step * PARTS_OF_STEP + part) % 2 * tokens + token;
-                    *sum = v_fma(weights[part], v_load(x + token * stride + step * INTEGER_STEP + part * LANES), *sum);
-                }
+    for (int64_t word = 0, end = c->in_first, group = 0; word < c->words; end += c->in_group, group++) {
+        const vec scale = v_splat(span->scales[group]);
+        for (; word < end && word < c->words; word++, x += 64) {
+            __builtin_prefetch(values + c->ahead);
+            values += multiply_word(tokens, load_bits(span->bits + 8 * word, 8), values, x, stride, sums);
+            for (int token = 0; token < tokens; token++) total[token] = v_fma(sums[token], scale, total[token]);
         }
-        for (int token = 0; token < tokens; token++)
-            total[token] = v_fma(v_add(sums[token], sums[tokens + token]), v_splat(span->scales[i]), total[token]);
     }
     for (int token = 0; token < tokens; token++) totals[token] = total[token];
     return values - span->values;
@@ -109,11 +132,11 @@ INLINE void few_integers(int tokens, const struct product *p, int64_t begin, int
         for (int i = 0; i < rows * tokens; i++) totals[i] = v_zero();
         for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r);
         for (int64_t column = 0; column < w->in_features; column += most) {
-            const int64_t left = w->in_features - column, words = ((left < most ? left : most) + 63) / 64;
+            const struct columns columns = columns_of(w, column, most);
             for (int r = 0; r < rows; r++) {
                 struct span span;
-                load_span(w, row + r, column, words, offset[r], &span);
-                offset[r] += add_span(tokens, &span, words, p->x + column, p->stride, totals + r * tokens);
+                load_span(w, row + r, &columns, offset[r], &span);
+                offset[r] += add_span(tokens, &span, &columns, p->x + column, p->stride, totals + r * tokens);
             }
         }
         for (int r = 0; r < rows; r++) {
@@ -125,23 +148,22 @@ INLINE void few_integers(int tokens, const struct product *p, int64_t begin, int
 }
 
 /* As `expand_row`: the weights as floats. */
-static int64_t expand_integers(const struct weight *w, int64_t row, int64_t column, int64_t columns, int64_t offset,
+static int64_t expand_integers(const struct weight *w, int64_t row, int64_t column, int64_t most, int64_t offset,
                                float *out) {
     struct span span;
-    const int64_t words = (columns + 63) / 64;
-    load_span(w, row, column, words, offset, &span);
+    const struct columns c = columns_of(w, column, most);
+    load_span(w, row, &c, offset, &span);
     const char *values = span.values;
-    for (int64_t i = 0; i < words; i++) {
-        const uint64_t word = load_bits(span.bits + 8 * i, 8);
-        for (int step = 0; step < 64 / INTEGER_STEP; step++) {
-            vec weights[INTEGER_STEP / LANES];
-            values += expand_int8(values, word, step, weights);
-            for (int part = 0; part < INTEGER_STEP / LANES; part++, out += LANES) {
-                const vec integers = v_fma(weights[part], v_splat(INTEGER_UNIT), v_zero());
-                v_store(out, v_fma(integers, v_splat(span.scales[i]), v_zero()));
+    for (int64_t word = 0, end = c.in_first, group = 0; word < c.words; end += c.in_group, group++)
+        for (; word < end && word < c.words; word++)
+            for (int step = 0; step < 64 / INTEGER_STEP; step++) {
+                vec weights[INTEGER_STEP / LANES];
+                values += expand_int8(values, load_bits(span.bits + 8 * word, 8), step, weights);
+                for (int part = 0; part < INTEGER_STEP / LANES; part++, out += LANES) {
+                    const vec integers = v_fma(weights[part], v_splat(INTEGER_UNIT), v_zero());
+                    v_store(out, v_fma(integers, v_splat(span.scales[group]), v_zero()));
+                }
             }
-        }
-    }
     return offset + (values - span.values);
 }
 
@@ -160,7 +182,7 @@ static int64_t expand_integer_row(const struct weight *w, int64_t row, void *out
 /* The weights [count], at most 64, that a row keeps from `column` on, as floats. */
 static void load_weights(const struct weight *w, int64_t row, int64_t column, int64_t offset, int64_t count, float *to) {
     char copy[128];
-    const int8_t *integers = (const int8_t *)load_bytes(w, offset, count, count, copy);
-    const float scale = scale_of(w, row, column / w->group_size);
+    const int8_t *integers = (const int8_t *)load_bytes(w, offset, count, count, 1024, copy);
+    const float scale = load_number(w->x_dtype, w->scales, row * w->groups + column / w->group_size);
     for (int64_t i = 0; i < count; i++) to[i] = integers[i] * scale;
 }
