@@ -77,6 +77,24 @@ def large_layers() -> Tasks:
     yield from layers(LARGE, DTYPES[:2], (1, 16, 256), ("2:4", "50%"))
 
 
+def values() -> Tasks:
+    """One token, by the type of the kept values, beside dense bfloat16 with oneDNN and without."""
+    shapes = [(2048, 640), (640, 2048), (4096, 4096), (16384, 4096), (4096, 16384)]
+    for (out, in_), pattern in itertools.product(shapes, ("2:4", "50%")):
+        yield {"shape": [out, in_], "pattern": pattern}, functools.partial(_values, out, in_, pattern)
+
+
+def _values(out: int, in_: int, pattern: str) -> Row:
+    row: Row = {}
+    for name, with_onednn in (("dense", True), ("dense, oneDNN off", False)):
+        with torch.backends.mkldnn.flags(enabled=with_onednn):
+            row[name] = kernels.time_dense(Problem(out, in_, 1, "", torch.bfloat16, CPU))
+    for name, value_type in (("bfloat16", None), ("int8", "int8"), ("int4", "int4")):
+        timed = kernels.time_kernels(Problem(out, in_, 1, pattern, torch.bfloat16, CPU, value_type))
+        row[name] = timed["native"][1]
+    return row
+
+
 def backward() -> Tasks:
     """Gradients of the input and of the weight, packed, beside dense float32."""
     shapes = [(2048, 640), (640, 2048), (4096, 4096)]
@@ -262,6 +280,7 @@ PARTS: dict[str, tuple[str, Callable[[], Tasks]]] = {
     "layers-4096": ("layers", lambda: layers([(4096, 4096)], DTYPES[:2], TOKENS)),
     "layers-float16": ("layers", lambda: layers([(2048, 640), (4096, 4096)], DTYPES[2:], (1, 16, 256))),
     "layers-large": ("layers", large_layers),
+    "values": ("values", values),
     "backward": ("backward", backward),
     "calls": ("calls", calls),
     "fusing": ("fusing", fusing),

@@ -93,6 +93,12 @@ def write_table(results: dict[str, Any], path: Path) -> None:
     rows = results.get("layers", [])
     cells = [[*_product(row), row["sparse_us"], *(row["rivals_us"].get(d) for d in DENSE)] for row in rows]
     lines += _markdown([*head, "× float32", "× bfloat16"], [[*some, *_times(some[4:])] for some in cells])
+    keys = ["dense", "dense, oneDNN off", "bfloat16", "int8", "int4"]
+    names = [f"{'' if 'dense' in key else 'packed '}{key} µs" for key in keys]
+    cells = [
+        ["{} x {}".format(*row["shape"]), *_cells([row], ["pattern", *keys])[0]] for row in results.get("values", [])
+    ]
+    lines += _markdown(["one token, out x in", "pattern", *names], cells)
     rows = results.get("backward", [])
     cells = [[*_product(row), row["of"], row["packed_us"], row["dense_float32_us"]] for row in rows]
     head = [*head[:4], "gradient of the", *head[4:6], "× float32"]
