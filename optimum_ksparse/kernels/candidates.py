@@ -180,9 +180,11 @@ def _why_not_packed(problem: Problem) -> str | None:
         reason = f"there are kernels for {' and '.join(GROUPS)}, not for {problem.pattern}"
     elif reason is None and problem.dtype not in (torch.bfloat16, torch.float16):
         reason = f"the kernels take bfloat16 and float16, not {problem.dtype}"
-    elif reason is None:
-        reason = _why_not_quantised(problem)
     return reason
+
+
+def _why_not_decompress(problem: Problem) -> str | None:
+    return _why_not_packed(problem) or _why_not_quantised(problem)
 
 
 def _why_not_quantised(problem: Problem) -> str | None:
@@ -295,6 +297,8 @@ def _triton(name: str) -> Callable[..., torch.Tensor]:
     def run(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, **config: Any) -> torch.Tensor:
         kernel = getattr(import_module(f".triton.{name}", __package__), name)
         values, bits = aligned(weight.values), aligned(weight.bits)
+        if weight.scale is not None:
+            config |= {"scale": weight.scale.contiguous(), "group_size": weight.group_size}
         return kernel(aligned(x), values, bits, bias, GROUPS[weight.pattern], **config)
 
     return run
@@ -340,7 +344,7 @@ def _run_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | N
 KERNELS: dict[str, Kernel] = {
     "gemv": Kernel(_triton("gemv"), _why_not_gemv, _gemv_configs),
     "dot": Kernel(_triton("dot"), _why_not_dot, _dot_configs),
-    "decompress": Kernel(_run_decompress, _why_not_packed, _decompress_configs),
+    "decompress": Kernel(_run_decompress, _why_not_decompress, _decompress_configs),
     "library": Kernel(_run_library, _why_not_library),
     "native": Kernel(_run_native, _why_not_native),
     "reference": Kernel(_run_reference),

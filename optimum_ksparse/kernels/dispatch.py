@@ -71,7 +71,8 @@ def prepare(weight: PackedWeight) -> None:
 def rule_of_thumb(problem: Problem) -> Candidate:
     """What to take where nothing was measured."""
     order = ("gemv",) if problem.tokens <= 2 else ("dot",) if problem.tokens <= 64 else ()
-    name = next((name for name in order if KERNELS[name].why_not(problem) is None), "decompress")
+    names = (*order, "decompress", "reference")  # the last one takes anything
+    name = next(name for name in names if KERNELS[name].why_not(problem) is None)
     return Candidate(name, KERNELS[name].configs(problem)[0])
 
 
@@ -185,7 +186,7 @@ def _time_candidates(problem: Problem) -> Iterator[tuple[Candidate, float]]:
     except torch.OutOfMemoryError:
         return
     for name, kernel in KERNELS.items():
-        if kernel.why_not(problem) is not None or (name == "reference" and not _is_last_resort(problem)):
+        if kernel.why_not(problem) is not None or not _may_be_fastest(name, problem):
             continue
         try:
             forms = [_library(weight) for weight in weights] if name == "library" else weights
@@ -209,6 +210,11 @@ def _sample_input(problem: Problem) -> torch.Tensor:
 def _is_last_resort(problem: Problem) -> bool:
     """Whether nothing but `reference` takes a problem by itself."""
     return not has_kernels(problem) and KERNELS["native"].why_not(problem) is not None
+
+
+def _may_be_fastest(name: str, problem: Problem) -> bool:
+    """`reference` decompresses in plain PyTorch; of quantised values with many tokens nothing else does."""
+    return name != "reference" or problem.value_type is not None or _is_last_resort(problem)
 
 
 def _call(candidate: Candidate, x: torch.Tensor, weight: PackedWeight) -> Callable[[], torch.Tensor]:

@@ -30,6 +30,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int16: "i16",
     torch.uint8: "u8",
+    torch.int8: "i8",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -52,11 +53,14 @@ class Product:
     capability: int = 90
     out_features: int = 4096
     in_features: int = 4096
+    values: str | None = None  # the type of quantised ones
+    group_size: int = 4096
 
     def __str__(self) -> str:
         config = " ".join(f"{name}={value}" for name, value in self.config.items())
         shape = f"{self.out_features}x{self.in_features} t{self.tokens}"
-        return f"sm_{self.capability} {self.kernel} {self.pattern} {self.dtype} {shape} {config}"
+        values = f"{self.values}/{self.group_size} " if self.values else ""
+        return f"sm_{self.capability} {self.kernel} {self.pattern} {values}{self.dtype} {shape} {config}"
 
 
 @dataclass
@@ -143,7 +147,13 @@ def _launch(product: Product) -> Launch:
     values = torch.empty(rows, columns // 2, dtype=dtype)
     bits = torch.empty(rows, -(-columns // 8), dtype=torch.uint8)
     run = {"gemv": gemv, "dot": dot}[product.kernel]
-    (launch,) = record_launches(lambda: run(x, values, bits, bias, GROUPS[product.pattern], **product.config))
+    config = dict(product.config)
+    if product.values is not None:
+        packed = {"int8": (torch.int8, columns // 2), "int4": (torch.uint8, columns // 4)}[product.values]
+        values = torch.empty(rows, packed[1], dtype=packed[0])
+        scale = torch.empty(rows, -(-columns // product.group_size), dtype=dtype)
+        config |= {"scale": scale, "group_size": product.group_size}
+    (launch,) = record_launches(lambda: run(x, values, bits, bias, GROUPS[product.pattern], **config))
     return launch
 
 

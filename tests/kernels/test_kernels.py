@@ -26,6 +26,7 @@ from optimum_ksparse.kernels.triton.dense import decompress, gather
 from optimum_ksparse.kernels.triton.dot import dot
 from optimum_ksparse.kernels.triton.gemv import gemv
 from optimum_ksparse.packing import pack_mask, unpack, unpack_mask
+from optimum_ksparse.quantization import LIMITS, pack_integers
 
 from ..conftest import thinned
 
@@ -77,6 +78,19 @@ def make_weight(out_features, in_features, pattern="2:4", dtype=torch.bfloat16, 
     return kernels.PackedWeight(values.to(DEVICE), pack_mask(mask).to(DEVICE), in_features, pattern)
 
 
+def make_quantised(out_features, in_features, pattern, dtype, values, group_size, seed=0):
+    """The same with values that are integers, and the weight in float64."""
+    weight = make_weight(out_features, in_features, pattern, torch.float32, seed)
+    low, high = LIMITS[values]
+    integers = (weight.values * high / 3).round().clamp(low, high).to(torch.int8)
+    groups = -(-in_features // group_size)
+    scale = torch.rand(out_features, groups, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    by_column = scale.double().repeat_interleave(group_size, 1)[:, :in_features]
+    exact_weight = unpack(integers.double(), weight.bits, in_features) * by_column
+    packed = pack_integers(integers, values)
+    return weight._replace(values=packed, scale=scale, group_size=group_size), exact_weight
+
+
 def random_tensor(*shape, dtype=torch.bfloat16, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
@@ -119,6 +133,34 @@ def products(draw, divisor=4, most_tokens=4):
     weight = make_weight(out_features, in_features, pattern, dtype, seed)
     bias = random_tensor(out_features, dtype=dtype, seed=seed + 1) if draw(st.booleans()) else None
     return random_tensor(tokens, in_features, dtype=dtype, seed=seed + 2), weight, bias
+
+
+@given(
+    pattern=st.sampled_from(sorted(GROUPS)),
+    dtype=st.sampled_from(sorted(TOLERANCE, key=str)),
+    values=st.sampled_from(sorted(LIMITS)),
+    group_size=st.sampled_from([64, 128, 1024]),
+    in_features=st.sampled_from([40, 64, 136, 528]),
+    out_features=st.integers(1, 3),
+    name=st.sampled_from(["gemv", "dot"]),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+@EXAMPLES
+def test_products_with_quantised_values(
+    pattern, dtype, values, group_size, in_features, out_features, name, seed, data
+):
+    weight, exact_weight = make_quantised(out_features, in_features, pattern, dtype, values, group_size, seed)
+    x = random_tensor(data.draw(st.integers(1, 3)), in_features, dtype=dtype, seed=seed)
+    bias = random_tensor(out_features, dtype=dtype, seed=seed + 1) if data.draw(st.booleans()) else None
+    configs = kernels.KERNELS[name].configs(weight.problem(len(x)))
+    config = data.draw(st.sampled_from(configs)) if name == "gemv" else dict(TILES[0])
+    y = run(name, x, weight, bias, config)
+    expected = x.double() @ exact_weight.T + (0 if bias is None else bias.double())
+    # A weight of several scales a row is rounded by `dot` before it is multiplied.
+    assert y.dtype is dtype
+    size = x.double().abs() @ exact_weight.abs().T
+    assert float((y.double() - expected).norm()) <= TOLERANCE[dtype] * float(size.norm() + expected.norm())
 
 
 @given(products(), st.data())

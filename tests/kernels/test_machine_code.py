@@ -6,6 +6,8 @@ All is compiled once, in one process, by the first test; that takes a minute or 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,6 +38,18 @@ GEMV = [
     *(offered("gemv", tokens, "4:8", dtype)[0] for tokens, dtype in ((1, "float16"), (4, "bfloat16"))),
     *(offered("gemv", 1, capability=capability)[0] for capability in OTHERS),
 ]
+QUANTISED = [
+    replace(offered(kernel, tokens, pattern)[0], values=values, group_size=size)
+    for kernel, tokens, pattern, values, size in (
+        ("gemv", 1, "2:4", "int8", 4096),
+        ("gemv", 1, "2:4", "int4", 128),
+        ("gemv", 4, "4:8", "int8", 128),
+        ("gemv", 1, "4:8", "int4", 128),
+        ("dot", 16, "2:4", "int8", 4096),
+        ("dot", 16, "2:4", "int4", 128),
+        ("dot", 64, "4:8", "int4", 128),
+    )
+]
 # A width that 512 does not divide, as real models have.
 WIDTHS = [offered("gemv", 1, in_features=640)[0]]
 DOT = [
@@ -59,7 +73,7 @@ TOO_LARGE = Product(
 @pytest.fixture(scope="module")
 def compiled():
     """Machine code by product."""
-    products = [*GEMV, *WIDTHS, *DOT, *FIRST, *SWEEP, TOO_LARGE]
+    products = [*GEMV, *QUANTISED, *WIDTHS, *DOT, *FIRST, *SWEEP, TOO_LARGE]
     return dict(zip(map(str, products), compile_products(products), strict=True))
 
 
@@ -101,6 +115,20 @@ def test_gemv_takes_few_instructions_for_a_group_of_four(product, compiled):
     groups = 4 * product.config["rows"]
     assert code.count_in_loop("FFMA") + code.count_in_loop("FFMA2") == 2 * groups  # FFMA2 does two at once
     assert code.loop.total() <= 16 * groups
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("product", QUANTISED, ids=str)
+def test_quantised_values_are_read_wide_and_spill_nothing(product, compiled):
+    code = compiled[str(product)]
+    assert spilled(code) == (0, 0)
+    if product.kernel == "dot":
+        assert code.count_in_loop("HMMA", "HGMMA") > 0
+        return
+    # 64 or 32 bits of values a lane, row and step.
+    wide = "LDG.E.EF.64" if product.values == "int8" else "LDG.E.EF"
+    assert code.count_in_loop(wide) == code.count("LDG.E.EF") == product.config["rows"]
+    assert code.count_in_loop("LDS", "STS", "BAR", "SHFL") == 0
 
 
 @pytest.mark.processes

@@ -65,7 +65,7 @@ def test_another_dtype_than_that_of_the_scale_is_refused(values):
     assert kernels.apply(torch.randn(1, 132), weight.cast(torch.float32), None).dtype is torch.float32
 
 
-@pytest.mark.parametrize("kernel", ["gemv", "dot", "decompress", "library"])
+@pytest.mark.parametrize("kernel", ["decompress", "library"])
 def test_a_kernel_that_cannot_take_them_says_so(kernel):
     weight, _ = quantised("int8", "2:4", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=kernel):

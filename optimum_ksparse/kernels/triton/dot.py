@@ -11,7 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .permute import INTERPRETED, next_of_8, place_in_4, place_selectors
+from .permute import (
+    INTERPRETED,
+    columns_of_scale,
+    integer,
+    next_of_8,
+    pair_of,
+    place_in_4,
+    place_selectors,
+    value_bits,
+)
 
 
 @triton.jit
@@ -30,6 +39,7 @@ def _dot(
     values_ptr,
     bits_ptr,
     bias_ptr,
+    scale_ptr,
     y_ptr,
     partial_ptr,
     rows,
@@ -39,6 +49,9 @@ def _dot(
     x_place,
     x_byte,
     M: tl.constexpr,
+    BITS: tl.constexpr,  # of a value: 16, or 8 and 4 of integers
+    GROUP: tl.constexpr,  # columns that share a scale; 0: all of a row
+    SCALES: tl.constexpr,  # of a row
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     BYTES: tl.constexpr,
@@ -64,7 +77,17 @@ def _dot(
         other = None if EVEN else 0
         values = tl.load(values_ptr + row_start + start + k[None, :], mask=in_row, other=other)
         byte = tl.load(bits_ptr + row_start + start + k[None, :], mask=in_row, other=other).to(tl.int32)
-        front, back = values.to(tl.int32), (values >> 32).to(tl.int32)
+        if BITS == 16:
+            front, back = values.to(tl.int32), (values >> 32).to(tl.int32)
+        else:
+            word = values.to(tl.int32)
+            w0, w1 = integer(word, 0, BITS), integer(word, 1, BITS)
+            w2, w3 = integer(word, 2, BITS), integer(word, 3, BITS)
+            if GROUP:
+                scale_at = scale_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * SCALES
+                scale = tl.load(scale_at + (start + k)[None, :] * 8 // GROUP, mask=in_row, other=other).to(tl.float32)
+                w0, w1, w2, w3 = w0 * scale, w1 * scale, w2 * scale, w3 * scale
+            front, back = pair_of(w0, w1, DTYPE), pair_of(w2, w3, DTYPE)
         at = x_ptr + token_start + (start + k)[:, None] * x_byte
         in_column = None if EVEN else inside[:, None]
         if M == 4:
@@ -81,6 +104,8 @@ def _dot(
                 x = tl.load(at + p * x_place, mask=in_column, other=other)
                 total = _product(w, x, total, DTYPE)
 
+    if BITS != 16 and not GROUP:
+        total *= tl.load(scale_ptr + row, mask=row < rows, other=0).to(tl.float32)[:, None]
     is_inside = (row < rows)[:, None] & (token < tokens)[None, :]
     out = token.to(tl.int64)[None, :] * rows + row[:, None]
     if SPLITS == 1:
@@ -98,6 +123,8 @@ def dot(
     bias: torch.Tensor | None,
     m: int,
     *,
+    scale: torch.Tensor | None = None,
+    group_size: int = 0,
     rows: int,
     tokens: int,
     bytes: int,
@@ -112,6 +139,8 @@ def dot(
     Args:
         x: contiguous; 8 must divide in_features.
         m: 4 for 2:4, 8 for 4:8.
+        scale, group_size: of values that are integers (table in `quantization`), contiguous. Where a row has several
+            scales, weights are rounded to the dtype of x.
         rows, tokens, bytes: of W, of x and of a mask row in a tile.
         warps, stages: a program's warps, and tiles in flight.
         splits: programs that share the sum over columns; their parts are added in a fixed order.
@@ -127,9 +156,10 @@ def dot(
     place, byte = (num_bytes, 1) if permute else (1, 8)
     _dot[(triton.cdiv(out_features, rows) * triton.cdiv(num_tokens, tokens), splits)](
         x,
-        values.view(torch.int64),
+        values.view({16: torch.int64, 8: torch.int32, 4: torch.int16}[value_bits(values)]),
         bits,
         bias,
+        scale,
         y,
         partial,
         out_features,
@@ -139,6 +169,9 @@ def dot(
         place,
         byte,
         M=m,
+        BITS=value_bits(values),
+        GROUP=columns_of_scale(scale, group_size),
+        SCALES=0 if scale is None else scale.shape[1],
         ROWS=rows,
         TOKENS=tokens,
         BYTES=bytes,

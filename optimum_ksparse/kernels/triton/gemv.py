@@ -10,7 +10,25 @@ import torch
 import triton
 import triton.language as tl
 
-from .permute import kept_of_4, kept_of_8, kept_selectors, load_nibbles, selector_table, widen
+from .permute import (
+    columns_of_scale,
+    integer,
+    kept_of_4,
+    kept_of_8,
+    kept_selectors,
+    load_nibbles,
+    selector_table,
+    value_bits,
+    widen,
+)
+
+# Bits of the values of a group → the word that holds them.
+_WORDS = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
+
+
+@triton.jit
+def _scale(row_ptr, group, inside, other):
+    return tl.load(row_ptr + group, mask=inside, other=other).to(tl.float32)
 
 
 @triton.jit
@@ -19,6 +37,7 @@ def _gemv(
     values_ptr,
     bits_ptr,
     bias_ptr,
+    scale_ptr,
     table_ptr,
     y_ptr,
     rows,
@@ -26,6 +45,9 @@ def _gemv(
     steps,  # in_features / 16
     groups,  # in_features / 4
     M: tl.constexpr,
+    BITS: tl.constexpr,  # of a value: 16, or 8 and 4 of integers
+    GROUP: tl.constexpr,  # columns that share a scale; 0: all of a row
+    SCALES: tl.constexpr,  # of a row
     TOKENS: tl.constexpr,
     WARPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -67,7 +89,13 @@ def _gemv(
                 values = tl.load(at, mask=inside, other=other, eviction_policy="evict_first")
                 word, group = load_nibbles(bits_ptr, row, steps, groups, step, lane, place, inside, ALIGNED)
                 first, second = kept_selectors(word)
-                w0, w1 = widen(values, DTYPE)
+                if BITS == 16:
+                    w0, w1 = widen(values, DTYPE)
+                else:
+                    w0, w1 = integer(values.to(tl.int32), 0, BITS), integer(values.to(tl.int32), 1, BITS)
+                if GROUP:
+                    scale = _scale(scale_ptr + row * SCALES, (step * PARTS + place) * M // GROUP, inside, other)
+                    w0, w1 = w0 * scale, w1 * scale
                 for t in tl.static_range(TOKENS):
                     pair = kept_of_4(low[t].to(tl.int32), (low[t] >> 32).to(tl.int32), first, second, group)
                     x0, x1 = widen(pair, DTYPE)
@@ -77,8 +105,15 @@ def _gemv(
                 values = tl.load(values_ptr + at, mask=inside, other=other, eviction_policy="evict_first")
                 byte = tl.load(bits_ptr + at, mask=inside, other=other).to(tl.int32)
                 selectors = tl.load(table_ptr + byte, eviction_policy="evict_last")
-                w0, w1 = widen(values.to(tl.int32), DTYPE)
-                w2, w3 = widen((values >> 32).to(tl.int32), DTYPE)
+                if BITS == 16:
+                    w0, w1 = widen(values.to(tl.int32), DTYPE)
+                    w2, w3 = widen((values >> 32).to(tl.int32), DTYPE)
+                else:
+                    w0, w1 = integer(values.to(tl.int32), 0, BITS), integer(values.to(tl.int32), 1, BITS)
+                    w2, w3 = integer(values.to(tl.int32), 2, BITS), integer(values.to(tl.int32), 3, BITS)
+                if GROUP:
+                    scale = _scale(scale_ptr + row * SCALES, (step * PARTS + place) * M // GROUP, inside, other)
+                    w0, w1, w2, w3 = w0 * scale, w1 * scale, w2 * scale, w3 * scale
                 for t in tl.static_range(TOKENS):
                     x01, x23 = low[t].to(tl.int32), (low[t] >> 32).to(tl.int32)
                     x45, x67 = high[t].to(tl.int32), (high[t] >> 32).to(tl.int32)
@@ -93,6 +128,8 @@ def _gemv(
         out = first_row + r2
         for t2 in tl.static_range(TOKENS):
             total = tl.sum(tl.sum(sums[r2 * TOKENS + t2], 1), 0)
+            if BITS != 16 and not GROUP:
+                total *= tl.load(scale_ptr + tl.minimum(out, rows - 1)).to(tl.float32)
             if HAS_BIAS:
                 total += tl.load(bias_ptr + tl.minimum(out, rows - 1)).to(tl.float32)
             at = y_ptr + tl.full([], t2, tl.int64) * rows + out
@@ -106,6 +143,8 @@ def gemv(
     bias: torch.Tensor | None,
     m: int,
     *,
+    scale: torch.Tensor | None = None,
+    group_size: int = 0,
     warps: int,
     rows: int,
 ) -> torch.Tensor:
@@ -115,18 +154,21 @@ def gemv(
     Args:
         x: contiguous, 16-byte aligned, 1 to 4 tokens.
         m: 4 for 2:4 (m must divide in_features), 8 for 4:8.
+        scale, group_size: of values that are integers (table in `quantization`), contiguous.
         warps: of a program; the order of the sums depends on it. rows: of W that a program takes.
     """
     tokens, in_features = x.shape
     out_features = bits.shape[0]
     y = x.new_empty(tokens, out_features)
     aligned = in_features % 16 == 0
-    word = torch.int32 if m == 4 else torch.int64
+    bits_of_value = value_bits(values)
+    word = _WORDS[bits_of_value * m // 2]
     _gemv[(triton.cdiv(out_features, rows),)](
         x.view(torch.int64),
         values.view(word),
         bits.view(torch.int16) if aligned and m == 4 else bits,
         bias,
+        scale,
         selector_table(x.device) if m == 8 else None,
         y,
         out_features,
@@ -134,6 +176,9 @@ def gemv(
         in_features // 16,
         in_features // 4,
         M=m,
+        BITS=bits_of_value,
+        GROUP=columns_of_scale(scale, group_size),
+        SCALES=0 if scale is None else scale.shape[1],
         TOKENS=1 if tokens == 1 else 2 if tokens == 2 else 4,
         WARPS=warps,
         ROWS=rows,

@@ -19,6 +19,16 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+def value_bits(values: torch.Tensor) -> int:
+    """Bits of one of the packed values."""
+    return {torch.int8: 8, torch.uint8: 4}.get(values.dtype, 16)
+
+
+def columns_of_scale(scale: torch.Tensor | None, group_size: int) -> int:
+    """How many columns share a scale; 0 where all of a row do, or there is none."""
+    return 0 if scale is None or scale.shape[1] == 1 else group_size
+
+
 @triton.jit
 def prmt(a, b, selector):
     """PTX `prmt.b32`: byte k of the result is the byte of (a, b) that nibble k of `selector` (0 to 7) names."""
@@ -53,6 +63,19 @@ def load_nibbles(bits_ptr, row, steps, groups, step, lane, place, inside, ALIGNE
         group = step * 4 + place
         byte = tl.load(bits_ptr + row * ((groups + 1) // 2) + group // 2, mask=inside, other=0).to(tl.int32)
         return (byte >> (group % 2 * 4)) & 15, 0
+
+
+@triton.jit
+def integer(word, place: tl.constexpr, BITS: tl.constexpr):
+    """The integer of BITS bits at a place of an int32 word, as a float."""
+    return ((word << (32 - BITS * (place + 1))) >> (32 - BITS)).to(tl.float32)
+
+
+@triton.jit
+def pair_of(low, high, DTYPE: tl.constexpr):
+    """Two floats, rounded to 16 bit, as a pair."""
+    first = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return first | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
