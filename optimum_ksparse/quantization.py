@@ -41,8 +41,10 @@ def check_group_size(name: str, value: int) -> int:
 
 
 def columns_of_group(group_size: int, in_features: int) -> int:
-    """How many columns share a scale, a multiple of `GROUP_STEP`; of a row, so many that it has one group."""
-    return -(-in_features // GROUP_STEP) * GROUP_STEP if group_size == ROW else group_size
+    """How many columns share a scale, a multiple of `GROUP_STEP`: no more than it takes for a row to have one group,
+    whatever a file asks for."""
+    whole = -(-in_features // GROUP_STEP) * GROUP_STEP
+    return whole if group_size == ROW else min(group_size, whole)
 
 
 def empty_quantised(
@@ -61,6 +63,12 @@ def check_quantised(packed: torch.Tensor, scale: torch.Tensor, name: str) -> Non
     right."""
     if not bool((scale.isfinite() & (scale >= 0)).all()):
         raise ValueError(f"{name}.weight_scale holds NaN, infinity or negative scales; the file is damaged")
+    greatest = LIMITS[TYPES[packed.dtype]][1]
+    if not bool((scale * greatest).isfinite().all()):
+        raise ValueError(
+            f"{name}.weight_scale holds scales of which {greatest} times have no room in {scale.dtype}: load it "
+            "in bfloat16 or float32, or the file is damaged"
+        )
     if packed.dtype is torch.int8 and bool((packed < LIMITS["int8"][0]).any()):
         raise ValueError(f"{name}.weight holds -128, integers are from -127 to 127; the file is damaged")
 

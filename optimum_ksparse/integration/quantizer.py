@@ -68,6 +68,10 @@ class SparsityQuantizer(HfQuantizer):
     # What `save_pretrained(state_dict=...)` was given: transformers asks here, and forgets it.
     state_dict: dict[str, torch.Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the reference to the model, which cannot be pickled and is needed while it is loaded."""
+        return {name: value for name, value in vars(self).items() if name != "_model"}
+
     @property
     def is_qat_trainable(self) -> bool:
         """Whether the weights themselves can be trained."""

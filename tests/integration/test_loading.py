@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import pickle
 import weakref
 
 import pytest
@@ -355,6 +356,12 @@ def test_the_casts_of_torch_modules_are_those_of_to(packed, token_ids, cast):
     assert model is first and {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert {module.weight_mask.dtype for module in sparse_modules(model).values()} == {torch.uint8}
     assert torch.equal(logits(model, token_ids), logits(expected, token_ids))
+
+
+def test_a_loaded_model_is_pickled(packed, token_ids):
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(twin, token_ids), logits(model, token_ids))
 
 
 def test_other_quantized_models_are_cast_as_before(make_model):

@@ -155,6 +155,7 @@ def test_rounding_reads_what_the_method_reads(source, config, method):
     [
         ("weight_scale", lambda t: t.fill_(float("nan"))),
         ("weight_scale", lambda t: t.fill_(float("inf"))),
+        ("weight_scale", lambda t: t.fill_(3e38)),
         ("weight_scale", lambda t: t.fill_(-1.0)),
         ("weight_scale", lambda t: t.repeat(1, 2)),
         ("weight_scale", lambda t: t.to(torch.int8)),
@@ -185,6 +186,30 @@ def test_a_config_that_cannot_be_right_is_refused(saved, name, value):
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="values|group_size|weight"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("group_size", [2**63, 2**64, 2**70])
+def test_a_group_larger_than_a_row_is_the_row(saved, group_size):
+    _, folder = saved()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"]["group_size"] = group_size
+    (folder / "config.json").write_text(json.dumps(settings))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same_model(loaded, model)
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS[:1]).logits, model(IDS[:1]).logits)
+    loaded(IDS[:1], labels=IDS[:1]).loss.backward()
+
+
+def test_scales_without_room_in_the_dtype_are_refused(saved):
+    _, folder = saved()
+    stored = load_file(folder / "model.safetensors")
+    stored[f"{NAME}.weight_scale"].fill_(1000.0)  # 127 times that is no float16
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"up_proj\.weight_scale.*bfloat16"):
+        AutoModelForCausalLM.from_pretrained(folder, dtype="float16")
 
 
 def test_an_earlier_version_refuses_and_says_what_to_do(saved, monkeypatch):

@@ -134,7 +134,7 @@ class NativeWeight:
             DTYPES[self.dtype],
             None if scale is None else scale.data_ptr(),
             0 if scale is None else scale.shape[1],
-            -(-group_size // GROUP_STEP) * GROUP_STEP,
+            -(-min(group_size, in_features) // GROUP_STEP) * GROUP_STEP,
         )
         self._identity = _identity(values, bits, scale)
         self.in_panels = multiplies_in(self.dtype)

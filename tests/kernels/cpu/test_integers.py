@@ -131,6 +131,15 @@ def test_a_scale_that_does_not_fit_is_refused(scale, group_size):
         )
 
 
+@torch.no_grad()
+def test_a_group_may_be_larger_than_any_number_of_the_library():
+    mask = torch.ones(3, 70, dtype=torch.bool)
+    (*tensors, _), dense = quantised(mask, True, "int8", 128, torch.float32, torch.Generator().manual_seed(0))
+    x = torch.randn(1, 70)
+    result = NativeWeight(*tensors, 2**64).linear(x, None)
+    torch.testing.assert_close(result.double(), x.double() @ dense.T, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("values", sorted(LIMITS))
 @torch.no_grad()
 def test_a_layer_takes_native_code_and_sees_other_scales(monkeypatch, values):
