@@ -153,7 +153,7 @@ def whole_models(name: str) -> Tasks:
     """Dense and packed (2:4), in float32 and bfloat16, the latter without oneDNN too: for one token torch's own dense
     product may be the faster one, and for many it is the slower one by far."""
     half = ("dense, oneDNN off", 0), ("dense", 0), ("packed", 0), ("packed, oneDNN off", 0)
-    for kind, dtype in (("dense", 1), *half, ("packed", 1)):
+    for kind, dtype in (("dense", 1), *half, ("packed", 1), ("packed int8", 0), ("packed int4", 0)):
         key = {"model": name, "kind": kind, "dtype": str(DTYPES[dtype])[6:]}
         yield key, functools.partial(_whole_model, name, kind, DTYPES[dtype])
 
@@ -163,14 +163,15 @@ _last: dict[str, PreTrainedModel] = {}
 
 def _whole_model(name: str, kind: str, dtype: torch.dtype) -> Row:
     model = _last.get(name)
-    if model is None or (kind.startswith("dense") and sparse_modules(model)):
+    values = kind.removeprefix("packed ") if kind in ("packed int8", "packed int4") else None
+    if model is None or values or (kind.startswith("dense") and sparse_modules(model)):
         _last.clear()
         model = _last[name] = AutoModelForCausalLM.from_config(MODELS[name]).eval()
     if kind.startswith("packed") and not sparse_modules(model):
-        sparsify(model, SparsityConfig("magnitude", "2:4"))
+        sparsify(model, SparsityConfig("magnitude", "2:4", values=values))
     model.to(dtype)
     # A dense prefill in bfloat16, without instructions for it, takes minutes for a model of 1.1B.
-    prefills = kind == "packed" or kernels.product_dtype(dtype, CPU) == dtype or name == "gemma-3-270m"
+    prefills = kind.startswith("packed") or kernels.product_dtype(dtype, CPU) == dtype or name == "gemma-3-270m"
     prefills = prefills and not kind.endswith("off")
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
     with torch.backends.mkldnn.flags(enabled=not kind.endswith("off")):

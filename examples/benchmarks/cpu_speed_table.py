@@ -7,6 +7,15 @@ from typing import Any
 
 Rows = list[dict[str, Any]]
 DENSE = ("float32", "bfloat16")
+KINDS = {
+    "dense": "#9aa5b1",
+    "dense, oneDNN off": "#5b6570",
+    "packed": "#1f6feb",
+    "packed, oneDNN off": "#0b3d91",
+    "packed int8": "#2da44e",
+    "packed int4": "#8250df",
+    "llama.cpp": "#d1702c",
+}
 CALM = 0.1  # the largest share of the processors' time that others may take
 WORDS = {
     "en": {
@@ -18,6 +27,8 @@ WORDS = {
         "dense, oneDNN off": "dense {dtype}, oneDNN off",
         "packed": "**packed 2:4 {dtype}**",
         "packed, oneDNN off": "**packed 2:4 {dtype}**, oneDNN off",
+        "packed int8": "**packed 2:4 int8** in {dtype}",
+        "packed int4": "**packed 2:4 int4** in {dtype}",
         "llama.cpp": "llama.cpp {dtype}",
     },
     "ko": {
@@ -29,6 +40,8 @@ WORDS = {
         "dense, oneDNN off": "밀집 {dtype}, oneDNN 없이",
         "packed": "**압축 2:4 {dtype}**",
         "packed, oneDNN off": "**압축 2:4 {dtype}**, oneDNN 없이",
+        "packed int8": "**압축 2:4 int8**, {dtype}",
+        "packed int4": "**압축 2:4 int4**, {dtype}",
         "llama.cpp": "llama.cpp {dtype}",
     },
 }
@@ -74,7 +87,7 @@ def models(results: dict[str, Any]) -> Rows:
     return [
         row
         for model in sorted({row["model"] for row in rows})
-        for kind in ("dense", "dense, oneDNN off", "packed", "packed, oneDNN off", "llama.cpp")
+        for kind in KINDS
         for row in sorted(rows, key=lambda row: -row["bytes"])
         if (row["model"], row["kind"], row["threads"]) == (model, kind, most)
     ]
@@ -143,10 +156,8 @@ def write_figure(results: dict[str, Any], path: Path) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(1.2 + 5 * len(names), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    colors = {"dense": "#9aa5b1", "dense, oneDNN off": "#5b6570", "packed": "#1f6feb", "packed, oneDNN off": "#0b3d91"}
-    colors["llama.cpp"] = "#d1702c"
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for kind, color in colors.items():
+        for kind, color in KINDS.items():
             some = [row for row in rows if (row["model"], row["kind"]) == (name, kind)]
             label = kind.replace("packed", "packed 2:4")
             points = [row["bytes"] / 1e6 for row in some], [row["decoding"] for row in some]
