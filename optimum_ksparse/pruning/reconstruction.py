@@ -46,8 +46,8 @@ def reconstruct_block(job: Job, index: int, replay: BlockReplay, targets: Activa
     is that of these same batches; it says where more epochs lowered the loss on the other batches alone. Memory beside
     the activations: what is tuned, in float32, five times.
 
-    Quantised values are tuned with their scales, and are integers times scales in each of these losses
-    (`straight_through`).
+    Values that are quantised already are tuned with their scales, and are integers times scales in each of these
+    losses (`straight_through`).
 
     Gradients are averaged over processes. Parameters that the block shares with others stay as they are. Gives the
     block's row for the report.
@@ -96,6 +96,13 @@ def _reconstruct(
         _put(tuned, original, original)
         return row(before, note or "no epoch was better than the beginning, on tokens held out: nothing was changed")
     return row(lowest, note)
+
+
+@torch.no_grad()
+def output_loss(job: Job, index: int, replay: BlockReplay, targets: Activations) -> float:
+    """The loss of a block as it is, on the batches that `reconstruct_block` holds out."""
+    loss = OutputLoss(index, job.blocks.blocks[index], replay, targets, job.processes)
+    return loss.mean(_Steps(loss).held_out)
 
 
 def _tuned(job: Job, index: int) -> list[nn.Parameter]:

@@ -101,7 +101,8 @@ class LayerReport(KeptWeights):
     calibration tokens, None where the method read no data; `note` is what the method warned of; `sensitivity` is what
     `allocation="owl"` measured: the share of outliers in the layer's block, or, for `n:m`, its predicted squared
     relative output error under the pattern that was asked for. With quantised values `nearest_output_error` is what
-    rounding to nearest would have given, both on all calibration tokens."""
+    rounding to nearest would have given, both on all calibration tokens; None where a block was tuned in between, and
+    the other error is that before it."""
 
     name: str
     shape: tuple[Positive, Positive]
@@ -127,7 +128,7 @@ class BlockReport:
     """A reconstructed block: its number, and the loss on calibration tokens that were held out, when its layers had
     been pruned and when it had been tuned (1 is the energy of the outputs; None where it could not be computed).
     `loss_after` is the least over the epochs on the very tokens that chose the epoch: a little below that of other
-    tokens. `note` says what went wrong."""
+    tokens; where values were quantised after that, with these. `note` says what went wrong."""
 
     block: Count
     loss_before: float | None

@@ -107,6 +107,14 @@ def test_from_disk_to_disk_it_is_the_same(values, storage, tmp_path, source, con
         assert row.relative_output_error == other.relative_output_error
 
 
+def test_blocks_tuned_from_disk_to_disk_are_the_same(tmp_path, source, config):
+    asked = config("sparsegpt", values="int4", reconstruct="block", reconstruction_epochs=1)
+    model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=asked)
+    model.save_pretrained(tmp_path / "memory")
+    prune_checkpoint(source, tmp_path / "disk", asked)
+    assert_same_tensors(tensors(tmp_path / "disk"), tensors(tmp_path / "memory"))
+
+
 def test_a_run_that_was_cut_off_goes_on(tmp_path, source, config, monkeypatch, always_snapshot):
     asked = config("sparsegpt", values="int8")
     prune_checkpoint(source, tmp_path / "whole", asked)

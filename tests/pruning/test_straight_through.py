@@ -1,4 +1,4 @@
-"""Blocks are tuned with the rounding of their values in the loop."""
+"""Tuned blocks are quantised; packed experts are tuned with the rounding of their values in the loop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
@@ -16,6 +17,7 @@ from optimum_ksparse.pruning.layer import _pack
 from optimum_ksparse.pruning.straight_through import straight_through
 from optimum_ksparse.quantization import LIMITS
 
+from ..nn.test_experts import COMMON
 from .test_reconstruction import TOKENS, block_error, make_settings
 
 EVERY = pytest.mark.parametrize("values", sorted(LIMITS))
@@ -84,26 +86,61 @@ def test_gradients_are_those_of_the_rounding_passed_by(values):
 
 @EVERY
 @DTYPES
-def test_a_block_comes_nearer_to_the_dense_one_and_stays_quantised(make_model, values, dtype):
+def test_a_tuned_block_is_quantised(make_model, values, dtype):
     dense = make_model("llama", dtype)
-    plain, tuned = copy.deepcopy(dense), copy.deepcopy(dense)
+    plain, tuned, ordinary = (copy.deepcopy(dense) for _ in range(3))
     sparsify(plain, make_settings(reconstruct=None, method="admm", values=values))
-    report = sparsify(tuned, make_settings(method="admm", values=values, reconstruction_epochs=4))
-    assert all(row.loss_after <= row.loss_before for row in report.reconstruction)
-    assert any(row.loss_after < row.loss_before for row in report.reconstruction)
-    assert block_error(dense, tuned) < 1.01 * block_error(dense, plain)
+    report = sparsify(tuned, make_settings(method="admm", values=values))
+    sparsify(ordinary, make_settings(method="admm"))
+    assert block_error(dense, tuned) < block_error(dense, plain)
+    if values == "int8":
+        assert block_error(dense, tuned) < 1.05 * block_error(dense, ordinary)
     for name, module in sparse_modules(tuned).items():
-        assert module.values == values and module.dtype is dtype, name
-        assert not module.weight.requires_grad
+        assert module.values == values and module.dtype is dtype and not module.weight.requires_grad
         module.check_mask(name)
+    sizes = {row.name: row.packed_bytes for row in report.layers}
+    assert sizes == {
+        name.removeprefix("model."): module.packed_bytes for name, module in sparse_modules(tuned).items()
+    }
     assert bool(tuned(TOKENS[:2]).logits.isfinite().all())
 
 
-def test_what_diverges_leaves_integers_and_scales_as_they_were(make_model):
-    plain = make_model("llama")
-    tuned = copy.deepcopy(plain)
-    sparsify(plain, make_settings(reconstruct=None, method="admm", values="int4", activations="pruned"))
-    report = sparsify(tuned, make_settings(method="admm", values="int4", activations="pruned", reconstruction_lr=1.0))
+def test_what_is_replaced_comes_back_on_an_error(make_model, monkeypatch):
+    model = make_model("llama")
+    before = state(model)
+    calls = []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return 0.0
+
+    monkeypatch.setattr("optimum_ksparse.pruning.block.output_loss", fails)
+    with pytest.raises(KeyboardInterrupt):
+        sparsify(model, make_settings(values="int4"), restore_on_error=True)
+    after = state(model)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def routed(**settings):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**COMMON)).eval()
+    return model, sparsify(model, make_settings(values="int4", activations="pruned", batch_size=2, **settings))
+
+
+def test_packed_experts_are_tuned_with_rounding_in_the_loop():
+    model, report = routed()
+    assert all(row.loss_after <= row.loss_before for row in report.reconstruction)
+    assert any(row.loss_after < row.loss_before for row in report.reconstruction)
+    for name, module in sparse_modules(model).items():
+        assert module.values == "int4"
+        module.check_mask(name)
+
+
+def test_what_diverges_leaves_integers_and_scales_as_they_were():
+    plain, _ = routed(reconstruct=None)
+    tuned, report = routed(reconstruction_lr=1.0)
     assert all("diverged" in row.note or "no epoch" in row.note for row in report.reconstruction)
     before, after = state(plain), state(tuned)
     assert all(torch.equal(before[name], after[name]) for name in before)
