@@ -30,6 +30,11 @@ class Patch(NamedTuple):
 
 PATCHES = (
     Patch(
+        "torch.nn.modules.module:Module.requires_grad_",
+        "nn.packed:requires_grad_",
+        "it asks none of the modules in a model, and torch's error names neither the layer nor what to do",
+    ),
+    Patch(
         "transformers.modeling_utils:PreTrainedModel.from_pretrained",
         "integration.loading:from_pretrained",
         "dense storage has no quantizer, and no hook of a quantizer is told where on the Hub a model is read",

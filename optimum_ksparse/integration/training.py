@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers.trainer_callback import TrainerCallback
 
-from ..checkpoint import facts_of, sparse_modules
+from ..checkpoint import facts_of
 from ..evaluation import TrainingRun, settle_records
 from ..hub import CARD_NAME, is_adapter, is_ours, write_trained_card
 from ..kernels import fast_products
+from ..nn import check_trainable
 from ..records import MERGE_REPORT_NAME, REPORT_NAME, RESULTS_NAME
 
 # Builders of `datasets` that read files, of which they say nothing.
@@ -41,14 +42,8 @@ def recording(original: Callable[..., None]) -> Callable[..., None]:
 
 def _check_trains(model: Any) -> None:
     """Raises ValueError where the weights of a model were to be trained, and are integers."""
-    layers = sparse_modules(model).values() if is_ours(model) else ()
-    values = next((module.values for module in layers if module.values is not None), None)
-    if values is not None and not is_adapter(model):
-        raise ValueError(
-            f"the kept values of {type(model).__name__} are {values}, which cannot be trained: call "
-            "model.dequantize_values() before, which makes ordinary values of them on the same masks, or train an "
-            "adapter (LoRA)"
-        )
+    if is_ours(model) and not is_adapter(model):
+        check_trainable(model)
 
 
 def _with_section(trainer: Any, original: Any) -> Any:

@@ -3,5 +3,5 @@
 from .experts import SparseExperts
 from .linear import SparseLinear, dense_weight, is_linear_map
 from .masked import masked_linear, row_norms
-from .packed import densified
+from .packed import check_trainable, densified
 from .placement import local, onloaded

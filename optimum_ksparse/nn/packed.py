@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -160,16 +161,6 @@ class PackedModule(nn.Module):
         self.values, self.group_size, self.weight_scale = TYPES[packed.dtype], group_size, scale
         self._prepare()
 
-    def requires_grad_(self, requires_grad: bool = True) -> PackedModule:
-        """As in `nn.Module`. Raises ValueError where quantised values were to be trained."""
-        if requires_grad and self.values is not None:
-            raise ValueError(
-                f"the kept values are {self.values}, which cannot be trained: call dequantize_values() on the model, "
-                "or train an adapter"
-            )
-        super().requires_grad_(requires_grad)
-        return self
-
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in `nn.Module`, which also comes here for `module.weight = nn.Parameter(...)`.
 
@@ -236,6 +227,30 @@ class PackedModule(nn.Module):
     def extra_repr(self) -> str:
         values = "" if self.values is None else f", values={self.values}, group_size={self.group_size}"
         return f"{super().extra_repr()}, pattern={self.pattern}, density={self.density:.4f}{values}"
+
+
+def check_trainable(root: nn.Module) -> None:
+    """Raises ValueError, which names the first of them, where modules under `root` have quantised values."""
+    for name, module in root.named_modules():
+        if isinstance(module, PackedModule) and module.values is not None:
+            raise ValueError(
+                f"{name or type(module).__name__} has {module.values} values, which cannot be trained: call "
+                "dequantize_values() on the model before, which makes ordinary values of them on the same masks, or "
+                "train an adapter (LoRA)"
+            )
+
+
+def requires_grad_(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of `nn.Module`: as it was, but for modules with quantised values in them, of which torch does not say where they
+    are and what to do."""
+
+    @functools.wraps(original)
+    def requires_grad_(self: nn.Module, requires_grad: bool = True) -> Any:
+        if requires_grad:
+            check_trainable(self)
+        return original(self, requires_grad)
+
+    return requires_grad_
 
 
 @contextmanager

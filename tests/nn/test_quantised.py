@@ -106,10 +106,15 @@ def test_another_dtype_is_that_of_the_scale(values):
 def test_dequantized_values_train(values, pattern, make):
     module = make(values, pattern)
     dense = module.to_dense_weight()
+    parent = nn.ModuleDict({"norm": nn.LayerNorm(4), "up": module}).requires_grad_(False)
+    with pytest.raises(ValueError, match=rf"^up .*{values}.*dequantize_values"):
+        parent.requires_grad_(True)
+    assert not any(parameter.requires_grad for parameter in parent.parameters())
     with pytest.raises(ValueError, match="dequantize_values"):
         module.requires_grad_(True)
     module.dequantize_values()
     module.dequantize_values()
+    assert parent.requires_grad_(True) is parent and module.weight.requires_grad
     assert torch.equal(module.to_dense_weight(), dense) and module.values is None and module.dtype is torch.float32
     assert set(module.state_dict()) <= {"weight", "weight_mask", "bias"}
     matrix = module[0] if isinstance(module, SparseExperts) else module.weight
