@@ -155,13 +155,15 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
     const uint8_t *bits[4];
     vec sums[4 * CHAINS * FEW];
     const int chains = rows * tokens > 2 ? 1 : CHAINS;
+    /* What is read a little later, in this row or, when several are read, behind them all. */
+    const int64_t soon = 2048 + (row_start(w, row + rows - 1) - row_start(w, row)) * size;
     for (int i = 0; i < rows * tokens * chains; i++) sums[i] = v_zero();
     for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r), bits[r] = w->bits + (row + r) * w->row_bytes;
     int64_t column = 0;
     for (; column + 64 <= w->in_features && last_of(offset, rows) + 64 <= w->num_values; column += 64) {
         for (int r = 0; r < rows; r++) {
             for (int64_t line = 0; line < 32 * size; line += 64)
-                __builtin_prefetch(values + offset[r] * size + 1024 + line);
+                __builtin_prefetch(values + offset[r] * size + soon + line);
             uint64_t word = load_bits(bits[r] + column / 8, 8);
             for (int step = 0; step < 64 / STEP; step++) {
                 mask_t mask = step_mask(word, step);
