@@ -50,7 +50,8 @@ FIGURES_STEP = (0.05, [sys.executable, "-c", FIGURES, "{folder}"])
 # name: share of the time, command.
 STEPS = {
     "test": (0.20, [*TEST, "tests/kernels/test_gpu.py", "tests/kernels/test_kernels.py", "-m", "gpu", "--maxfail=10"]),
-    "layers": (0.36, [*BENCH, "--models", "polyglot-ko-5.8b", "llama-3-8b"]),
+    "layers": (0.30, [*BENCH, "--models", "polyglot-ko-5.8b", "llama-3-8b"]),
+    "values": (0.09, [*BENCH, "--shapes", "4096x4096", "--tokens", "1", "16", "256", "--values", "int8", "int4"]),
     "decode": (0.20, [*BENCH, "--whole-models", "polyglot-ko-5.8b", "--patterns", "2:4"]),
     "autotune": (0.06, [sys.executable, "-c", AUTOTUNE]),
     "small": (0.10, [*BENCH, "--models", "gemma-3-270m", "--tokens", "1", "16", "128"]),

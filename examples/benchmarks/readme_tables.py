@@ -13,7 +13,7 @@ from cpu_speed_table import readme_table
 
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.study import Spread
-from optimum_ksparse.study.benchmark import BenchResults
+from optimum_ksparse.study.benchmark import BenchResults, weights_of
 
 HERE = Path(__file__).parent
 READMES = {"en": HERE.parents[1] / "README.md", "ko": HERE.parents[1] / "README_ko.md"}
@@ -157,26 +157,22 @@ def speed_table(results: Sequence[BenchResults], language: str = "en") -> str:
 
 def _rows(results: BenchResults, texts: dict[str, Any]) -> list[str]:
     lines = []
-    for pattern, dtype in dict.fromkeys((row["pattern"], row["dtype"]) for row in results.chosen()):
+    for weights in dict.fromkeys(weights_of(row) for row in results.chosen()):
         for least, most in _RANGES:
-            rows = [
-                row
-                for row in results.chosen()
-                if (row["pattern"], row["dtype"]) == (pattern, dtype) and least <= row["tokens"] <= most
-            ]
+            rows = [row for row in results.chosen() if weights_of(row) == weights and least <= row["tokens"] <= most]
             if rows:
                 numbers = sorted({row["tokens"] for row in rows})
                 tokens = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
                 speed = _span([row["speedup"] for row in rows], texts)
                 names = ", ".join(dict.fromkeys(row["kernel"] for row in rows))
                 machine = _name(results, texts)
-                lines.append(f"| {machine} | {pattern}, {dtype} | {tokens} | {speed} | {names} |")
+                lines.append(f"| {machine} | {', '.join(weights)} | {tokens} | {speed} | {names} |")
     return lines
 
 
 def _models(results: BenchResults, texts: dict[str, Any]) -> list[str]:
     return [
-        f"| {_name(results, texts)} | {row['model']} | {row['pattern']}, {row['dtype']} | "
+        f"| {_name(results, texts)} | {row['model']} | {', '.join(weights_of(row))} | "
         f"{row['prefill_speedup']:.2f} | {row['decode_speedup']:.2f} | {texts['yes'][row['cuda_graphs']]} |"
         for row in results.models
     ]

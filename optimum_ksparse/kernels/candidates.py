@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from ..packing import unpack, unpack_mask
 from ..pattern import Pattern
-from ..quantization import BITS, TYPES, dequantize
+from ..quantization import BITS, GROUP_SIZES, TYPES, columns_of_group, dequantize
 from . import hardware
 from .cpu import DTYPES, NativeWeight, why_not_native
 from .hardware import on_device_of
@@ -123,10 +123,13 @@ class Problem:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of W packed, without scales: kept values, and a bit for each weight."""
-        weights = self.out_features * self.in_features
-        value_bytes = self.dtype.itemsize if self.value_type is None else BITS[self.value_type] / 8
-        return int(weights * (Pattern(self.pattern).density * value_bytes + 1 / 8))
+        """Bytes of W packed: kept values, a bit for each weight, and scales of the usual groups."""
+        weights, value_bytes, groups = self.out_features * self.in_features, float(self.dtype.itemsize), 0
+        if self.value_type is not None:
+            value_bytes = BITS[self.value_type] / 8
+            groups = -(-self.in_features // columns_of_group(GROUP_SIZES[self.value_type], self.in_features))
+        packed = weights * (Pattern(self.pattern).density * value_bytes + 1 / 8)
+        return int(packed) + self.out_features * groups * self.dtype.itemsize
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

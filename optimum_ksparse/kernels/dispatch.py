@@ -213,8 +213,9 @@ def _is_last_resort(problem: Problem) -> bool:
 
 
 def _may_be_fastest(name: str, problem: Problem) -> bool:
-    """`reference` decompresses in plain PyTorch; of quantised values with many tokens nothing else does."""
-    return name != "reference" or problem.value_type is not None or _is_last_resort(problem)
+    """`reference` decompresses in plain PyTorch; on a GPU nothing else does of quantised values with many tokens."""
+    is_only = problem.value_type is not None and has_kernels(problem)
+    return name != "reference" or is_only or _is_last_resort(problem)
 
 
 def _call(candidate: Candidate, x: torch.Tensor, weight: PackedWeight) -> Callable[[], torch.Tensor]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -495,15 +496,15 @@ def test_calls_are_timed_in_turn():
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:10", "50%", "25%", "50%/16x8"])
-@pytest.mark.parametrize("rows", [512, 64])
-def test_random_weights_have_the_pattern_and_the_bytes(pattern, rows):
-    problem = make_problem(1, rows, 40, pattern)
+@pytest.mark.parametrize(("rows", "values"), [(512, None), (64, None), (512, "int8"), (64, "int4")])
+def test_random_weights_have_the_pattern_and_the_bytes(pattern, rows, values):
+    problem = replace(make_problem(1, rows, 40, pattern), value_type=values)
     first, second = kernels.sample_weights(problem, 2)
-    assert problem.packed_bytes == first.values.nbytes + first.bits.nbytes
+    scale = 0 if first.scale is None else first.scale.nbytes
+    assert problem.packed_bytes == first.values.nbytes + first.bits.nbytes + scale and problem == first.problem(1)
     assert first.values.data_ptr() != second.values.data_ptr()
-    dense = kernels.decompress(first.values, first.bits, 40)
-    Pattern(pattern).verify(dense)
-    assert torch.equal(dense, kernels.decompress(second.values, second.bits, 40))
+    Pattern(pattern).verify(first.dense())
+    assert torch.equal(first.dense(), second.dense())
 
 
 def test_products_of_a_cpu_are_timed_as_layers_compute_them():

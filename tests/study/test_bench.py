@@ -88,6 +88,42 @@ def test_a_run_on_shapes(tmp_path):
     assert "32 x 64" in str(BenchResults.load(tmp_path / RESULTS_NAME))
 
 
+@pytest.mark.slow
+def test_values_are_an_axis(tmp_path):
+    """Quantised ones beside those in the dtype, with the same dense rival, and the kernel that the dispatch takes."""
+    how = {"shapes": ["64x128"], "tokens": [1, 3], "patterns": ["2:4"], "dtype": "float32", "device": "cpu"}
+    rows = run(values=["int8", "int4"], output=str(tmp_path), **how).chosen()
+    weights = 64 * 128
+    scales = {None: 0, "int8": 64 * 4, "int4": 64 * 4}  # one a row
+    widths = {None: 4, "int8": 1, "int4": 0.5}
+    products = [(values, tokens) for values in widths for tokens in (1, 3)]
+    assert [(row["values"], row["tokens"]) for row in rows] == products
+    for row in rows:
+        assert row["packed_bytes"] == weights / 2 * widths[row["values"]] + weights / 8 + scales[row["values"]]
+        problem = kernels.Problem(64, 128, row["tokens"], "2:4", torch.float32, torch.device("cpu"), row["values"])
+        (weight,) = kernels.sample_weights(problem, 1)
+        assert row["kernel"] == kernels.choose(weight, row["tokens"]).kernel
+        tensors = weight.values, weight.bits, *(() if weight.scale is None else (weight.scale,))
+        assert sum(tensor.nbytes for tensor in tensors) == row["packed_bytes"]
+    for tokens in (1, 3):
+        assert len({row["dense_us"] for row in rows if row["tokens"] == tokens}) == 1
+    lines = [line.split() for line in str(BenchResults.load(tmp_path / RESULTS_NAME)).splitlines()]
+    named = [line[3:-5] for line in lines if line[:1] == ["64"]]
+    assert named == [["2:4", *filter(None, [values]), "float32"] for values, _ in products]
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_what_is_chosen_on_a_cpu_is_what_the_dispatch_takes(monkeypatch, tokens):
+    """Whatever else is faster in a measurement."""
+    monkeypatch.setattr(
+        kernels.dispatch, "time_calls", lambda calls, device: 5.0 if hasattr(calls[0].func.__self__, "kernel") else 9.0
+    )
+    problem = kernels.Problem(64, 128, tokens, "2:4", torch.float32, torch.device("cpu"), "int8")
+    (weight,) = kernels.sample_weights(problem, 1)
+    (row,) = (row for row in bench_layers(problem) if row["chosen"])
+    assert row["kernel"] == kernels.choose(weight, tokens).kernel
+
+
 def test_every_kernel_has_a_row_and_the_dispatch_takes_the_chosen_one(monkeypatch, tmp_path):
     pytest.importorskip("triton")
     monkeypatch.setattr(hardware, "runs_kernels", lambda device: True)
@@ -126,13 +162,14 @@ def test_a_library_form_that_shares_no_values_has_no_row(monkeypatch, shares):
     assert [name for name, row in rows.items() if row["chosen"]] == ["library" if shares else "dot"]
 
 
+@pytest.mark.parametrize("values", [None, "int8"])
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
-def test_a_whole_model(make_model, kind):
+def test_a_whole_model(make_model, kind, values):
     model = make_model("llama")
     if kind == "sparse":
-        sparsify(model, SparsityConfig("magnitude", "4:8"))
-    row = bench_model(model, "tiny", prompt_tokens=16, new_tokens=4)
-    assert row["pattern"] == ("4:8" if kind == "sparse" else "2:4")
+        sparsify(model, SparsityConfig("magnitude", "4:8", values=values))
+    row = bench_model(model, "tiny", values=None if kind == "sparse" else values, prompt_tokens=16, new_tokens=4)
+    assert (row["pattern"], row["values"]) == ("4:8" if kind == "sparse" else "2:4", values)
     assert row["prompt_tokens"] == 16 and row["cuda_graphs"] is False
     for phase in ("prefill", "decode"):
         rates = [row[f"{one}_{phase}_tokens_per_s"] for one in ("dense", "sparse")]
@@ -141,13 +178,15 @@ def test_a_whole_model(make_model, kind):
 
 
 @pytest.mark.slow
-def test_a_checkpoint(make_model, tmp_path):
+@pytest.mark.parametrize("values", [None, "int4"])
+def test_a_checkpoint(make_model, tmp_path, values):
     model = make_model("llama")
-    sparsify(model, SparsityConfig("magnitude"))
+    sparsify(model, SparsityConfig("magnitude", values=values))
     model.save_pretrained(tmp_path / "sparse")
     results = run(str(tmp_path / "sparse"), tokens=[1], prompt_tokens=8, output=str(tmp_path / "out"), device="cpu")
     assert {tuple(row["shape"]) for row in results.rows} == {(32, 32), (16, 32), (64, 32), (32, 64)}
-    assert [row["model"] for row in results.models] == ["sparse"]
+    assert {row["values"] for row in results.rows} == {values}
+    assert [(row["model"], row["values"]) for row in results.models] == [("sparse", values)]
     make_model("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="is a dense checkpoint"):
         run(str(tmp_path / "dense"), output=str(tmp_path / "other"), device="cpu")
@@ -184,6 +223,7 @@ def test_what_was_measured_stays(tmp_path, monkeypatch):
         ({"patterns": ["5:4"]}, "pattern='5:4'"),
         ({"tokens": [0]}, r"tokens\[0\] is 0"),
         ({"dtype": "int8"}, "dtype='int8'"),
+        ({"values": ["int3"]}, "values='int3'"),
         ({"layers": 0}, "layers is 0"),
         ({"device": "cuda:x"}, "device='cuda:x'"),
         ({"device": "cuda:99"}, "torch sees no such CUDA GPU here"),
@@ -202,8 +242,15 @@ def test_files_that_hold_no_results(tmp_path, text):
         BenchResults.load(tmp_path / "x.json")
 
 
-def test_the_figure(tmp_path):
-    assert draw_speedup(make_results(), tmp_path / "a.png")
+def test_the_figure(tmp_path, monkeypatch):
+    results = make_results()
+    results.rows += [{**row, "values": "int8", "packed_bytes": row["dense_bytes"] // 3} for row in results.rows]
+    results.rows[0] |= {"speedup": 7.0}
+    panels = {}
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, title, **how: panels.update({title: axes}))
+    assert draw_speedup(results, tmp_path / "a.png")
+    assert all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 7 for axes in panels.values())
+    assert list(panels) == ["2:4 bfloat16", "2:4 int8 bfloat16", "4:8 bfloat16", "4:8 int8 bfloat16"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert not draw_speedup(BenchResults({"device": ""}, {}), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
@@ -212,11 +259,13 @@ def test_the_figure(tmp_path):
 def test_a_table_says_what_was_measured_and_what_was_not():
     speed_table = load_script("readme_tables").speed_table
     hopper = make_results(capability="9.0")
+    hopper.rows += [{**row, "values": "int8", "speedup": 2 * row["speedup"]} for row in hopper.rows]
     model = {"model": "m", "pattern": "2:4", "dtype": "bfloat16", "prefill_speedup": 0.97, "decode_speedup": 1.5}
     hopper.models = [{**model, "cuda_graphs": True}]
     text = speed_table([hopper])
     assert "| Some GPU | 2:4, bfloat16 | 1 | 1.50 | gemv |" in text
     assert "| Some GPU | 4:8, bfloat16 | 1024 | 0.95 | gemv |" in text
+    assert "| Some GPU | 4:8, int8 bfloat16 | 1024 | 1.89 | gemv |" in text
     assert "| Some GPU | m | 2:4, bfloat16 | 0.97 | 1.50 | yes |" in text
     assert "Ampere itself is compiled for and not measured" in text and "Not measured yet" not in text
     assert "Ampere" not in speed_table([make_results(capability="8.0")])

@@ -5,5 +5,5 @@
 
 from .layers import bench_layers
 from .models import MODELS, bench_model, layer_shapes
-from .results import FIGURE_NAME, RESULTS_NAME, BenchResults, draw_speedup
+from .results import FIGURE_NAME, RESULTS_NAME, BenchResults, draw_speedup, weights_of
 from .run import BenchSettings, run

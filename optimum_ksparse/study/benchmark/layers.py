@@ -20,6 +20,7 @@ def bench_layers(problem: kernels.Problem) -> list[dict[str, Any]]:
     | key | meaning |
     |---|---|
     | shape, tokens, dtype, pattern | the product; W is [out, in] |
+    | values | the type of quantised values, int8 or int4; None of those in the dtype |
     | dense_bytes, packed_bytes | of W |
     | kernel, config | what computes it |
     | rivals_us | median microseconds of `F.linear` with a dense weight, by dtype: the own; on a CPU float32 \
@@ -47,6 +48,7 @@ the faster one of oneDNN, which torch takes, and torch's own product |
             "tokens": problem.tokens,
             "dtype": _name(problem.dtype),
             "pattern": problem.pattern,
+            "values": problem.value_type,
             "kernel": name,
             "config": candidate.config,
             "rivals_us": rivals,
@@ -71,7 +73,7 @@ def _rivals(problem: kernels.Problem) -> dict[str, float]:
     if problem.device.type == "cpu":
         is_slow = kernels.product_dtype(torch.bfloat16, problem.device) != torch.bfloat16
         dtypes = [torch.float32] if is_slow and problem.tokens > _MOST_TOKENS else [torch.float32, torch.bfloat16]
-    times = {_name(dtype): _time_dense(replace(problem, pattern="", dtype=dtype)) for dtype in dtypes}
+    times = {_name(dtype): _time_dense(replace(problem, pattern="", dtype=dtype, value_type=None)) for dtype in dtypes}
     return {name: round(microseconds, 3) for name, microseconds in times.items() if microseconds is not None}
 
 

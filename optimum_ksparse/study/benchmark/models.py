@@ -34,25 +34,28 @@ def bench_model(
     name: str,
     pattern: str = "2:4",
     *,
+    values: str | None = None,
     prompt_tokens: int = 1024,
     new_tokens: int = 32,
     batch: int = 1,
 ) -> dict[str, Any]:
-    """A row of results for a model, sparse, or pruned by magnitude to `pattern`: it is left as the other one. The
-    prompt is cut to the context. Decoding takes one token a step, `new_tokens` in all, into a static cache, on a GPU
-    as a CUDA graph, for the dense model too."""
+    """A row of results for a model, sparse, or pruned by magnitude to `pattern` and `values` (as SparsityConfig has
+    them): it is left as the other one. The prompt is cut to the context. Decoding takes one token a step, `new_tokens`
+    in all, into a static cache, on a GPU as a CUDA graph, for the dense model too."""
     context = getattr(model.config, "max_position_embeddings", prompt_tokens + new_tokens)
     prompt_tokens = max(1, min(prompt_tokens, context - new_tokens - 16))
-    patterns = {str(module.pattern) for module in sparse_modules(model).values()} or {pattern}
+    modules = sparse_modules(model).values()
+    patterns = {str(module.pattern) for module in modules} or {pattern}
     named = patterns.pop() if len(patterns) == 1 else "mixed"
     row: dict[str, Any] = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "pattern": named}
+    row["values"] = next((module.values for module in modules), values)  # a model has one type
     row |= {"batch": batch, "prompt_tokens": prompt_tokens}
     for kind in ("sparse", "dense") if sparse_modules(model) else ("dense", "sparse"):
         if kind == "dense" and sparse_modules(model):
             model.dequantize()
         if kind == "sparse":
             if not sparse_modules(model):
-                sparsify(model, SparsityConfig("magnitude", pattern))
+                sparsify(model, SparsityConfig("magnitude", pattern, values=values))
             autotune_kernels(model)
         prefill, decode, graphs = _speeds(model, batch, prompt_tokens, new_tokens)
         row[f"{kind}_prefill_tokens_per_s"] = round(prefill, 2)

@@ -77,17 +77,22 @@ class BenchResults:
             table = [["shape", "pattern", "dtype", "tokens", "dense us", "sparse us", "speed-up", "kernel"]]
             for row in self.chosen():
                 numbers = [f"{row['dense_us']:.1f}", f"{row['sparse_us']:.1f}", f"{row['speedup']:.2f}"]
-                what = [" x ".join(map(str, row["shape"])), row["pattern"], row["dtype"], str(row["tokens"])]
+                what = [" x ".join(map(str, row["shape"])), *weights_of(row), str(row["tokens"])]
                 table.append([*what, *numbers, row["kernel"]])
             lines += ["", *aligned(table)]
         if self.models:
             table = [["model", "pattern", "dtype", "batch", "phase", "dense tokens/s", "sparse tokens/s", "speed-up"]]
             for row, phase in itertools.product(self.models, ("prefill", "decode")):
                 rates = [f"{row[f'{kind}_{phase}_tokens_per_s']:.1f}" for kind in ("dense", "sparse")]
-                what = [row["model"], row["pattern"], row["dtype"], str(row["batch"]), phase]
+                what = [row["model"], *weights_of(row), str(row["batch"]), phase]
                 table.append([*what, *rates, f"{row[f'{phase}_speedup']:.2f}"])
             lines += ["", *aligned(table)]
         return "\n".join(lines)
+
+
+def weights_of(row: dict[str, Any]) -> tuple[str, str]:
+    """The pattern of the weights that a row is of, and their dtype, with the type of quantised values before it."""
+    return row["pattern"], " ".join(filter(None, (row.get("values"), row["dtype"])))
 
 
 def _first(pattern: str, path: str) -> str | None:
@@ -100,17 +105,19 @@ def _first(pattern: str, path: str) -> str | None:
 
 
 def draw_speedup(results: BenchResults, path: Path) -> bool:
-    """Draws the speed-up of what the dispatch takes: a panel for each pattern and dtype, a line for each shape, and
+    """Draws the speed-up of what the dispatch takes: a panel for each of `weights_of`, a line for each shape, and
     the limit of a product that is bound by memory. False, and nothing written, without matplotlib or rows."""
     rows = results.chosen()
-    panels = sorted({(row["pattern"], row["dtype"]) for row in rows})
+    panels = sorted({weights_of(row) for row in rows})
     shapes = sorted({tuple(row["shape"]) for row in rows}, key=lambda shape: (-shape[0] * shape[1], shape))
     if not rows or find_spec("matplotlib") is None:
         return False
     figure = new_figure(2 + 5 * len(panels))
+    most = 0.0
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
-        _draw_panel(axes, [row for row in rows if (row["pattern"], row["dtype"]) == panel], shapes)
+        most = max(most, _draw_panel(axes, [row for row in rows if weights_of(row) == panel], shapes))
         axes.set_title(" ".join(panel), fontsize=10)
+    figure.axes[0].set_ylim(0, 1.15 * most)  # of all: they share it
     figure.suptitle(f"Speed of sparse layers beside dense ones, {results.hardware['device']}", fontsize=11)
     how = {"loc": "outside right upper", "fontsize": 8, "frameon": False, "title": "out x in"}
     figure.legend(*figure.axes[0].get_legend_handles_labels(), **how)
@@ -118,7 +125,8 @@ def draw_speedup(results: BenchResults, path: Path) -> bool:
     return True
 
 
-def _draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[Any]) -> None:
+def _draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[Any]) -> float:
+    """Draws rows of one pattern and dtype; the greatest speed-up that is drawn."""
     tokens = sorted({row["tokens"] for row in rows})
     for shape in shapes:
         points = sorted((row["tokens"], row["speedup"]) for row in rows if tuple(row["shape"]) == shape)
@@ -140,7 +148,7 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]], shapes: list[Any]) -> Non
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [str(number) for number in tokens], fontsize=8)
     axes.minorticks_off()
-    axes.set_ylim(0, 1.15 * max(limit, *(row["speedup"] for row in rows)))
     axes.set_xlabel("tokens in a product")
     axes.set_ylabel("speed-up over the fastest F.linear")
     axes.grid(alpha=0.3)
+    return max(limit, *(row["speedup"] for row in rows))

@@ -18,6 +18,7 @@ from ...checkpoint.staging import check_output
 from ...checks import check_one_of
 from ...kernels import GROUPS, Problem
 from ...pattern import Pattern
+from ...quantization import LIMITS
 from ...records import Positive
 from ..settings import check_types, setting
 from .layers import bench_layers
@@ -37,6 +38,7 @@ class BenchSettings:
     patterns: list[str] | None = setting(
         None, "2:4, 4:8 or any other (default: both, on a CPU 0.5 too; a checkpoint's own)"
     )
+    values: list[str] = setting((), "quantised ones to measure too: int8, int4 (default: none; a checkpoint's own)")
     dtype: str | None = setting(None, "of weights (default: bfloat16; a checkpoint's own)")
     whole_models: list[str] = setting((), "models by name to run whole, with random weights (default: none)")
     layers: Positive | None = setting(None, "blocks of a whole model (default: as many as it has)")
@@ -56,6 +58,8 @@ class BenchSettings:
                 raise ValueError(f"shapes: {shape!r} {misfits[0]}")
         for pattern in self.patterns or ():
             Pattern(pattern)
+        for values in self.values:
+            check_one_of("values", values, tuple(LIMITS))
         if self.dtype is not None:
             check_one_of("dtype", self.dtype, DTYPES)
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,6 +104,7 @@ def _problems(settings: BenchSettings, model: Any) -> list[Problem]:
     """Products to measure: of a checkpoint, of models and shapes by name; where none is named, of all models. None
     where whole models alone are asked for."""
     patterns: Sequence[str] = settings.patterns or (*GROUPS, *(["50%"] if settings.device == "cpu" else []))
+    values: Sequence[str | None] = (None, *settings.values)
     dtype = getattr(torch, settings.dtype or "bfloat16")
     shapes = [parse_shape(shape) for shape in settings.shapes]
     names: Sequence[str] = settings.models or ()
@@ -107,15 +112,16 @@ def _problems(settings: BenchSettings, model: Any) -> list[Problem]:
         modules = sparse_modules(model).values()
         shapes += [(module.out_features, module.in_features) for module in modules]
         patterns = list(dict.fromkeys(str(module.pattern) for module in modules))
+        values = list(dict.fromkeys(module.values for module in modules))
         dtype = model.dtype
     elif settings.models is None and not shapes and not settings.whole_models:
         names = MODELS
     shapes += [shape for name in names for shape in layer_shapes(model_config(name))]
     device = torch.empty(0, device=settings.device).device  # with its number, as tensors name it
-    products = itertools.product(dict.fromkeys(shapes), patterns, settings.tokens)
+    products = itertools.product(dict.fromkeys(shapes), patterns, values, settings.tokens)
     return [
-        Problem(shape[0], shape[1], tokens, pattern, dtype, device)
-        for shape, pattern, tokens in products
+        Problem(shape[0], shape[1], tokens, pattern, dtype, device, value_type)
+        for shape, pattern, value_type, tokens in products
         if not Pattern(pattern).misfit(*shape)
     ]
 
@@ -126,11 +132,12 @@ def _whole_models(settings: BenchSettings, model: Any, checkpoint: str | None) -
     if model is not None:
         yield bench_model(model, os.path.basename(os.path.normpath(str(checkpoint))), **how)
     dtype = getattr(torch, settings.dtype or "bfloat16")
-    for name, pattern in itertools.product(settings.whole_models, settings.patterns or ("2:4",)):
+    variants = itertools.product(settings.whole_models, settings.patterns or ("2:4",), (None, *settings.values))
+    for name, pattern, values in variants:
         config, label = model_config(name), name
         if settings.layers is not None:
             config.num_hidden_layers, label = settings.layers, f"{name} ({settings.layers} blocks)"
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[: settings.layers]
         made = random_model(config, dtype, torch.device(settings.device or "cpu"))
-        yield bench_model(made, label, pattern, **how)
+        yield bench_model(made, label, pattern, values=values, **how)
