@@ -85,7 +85,7 @@ class Command:
         except Exception as error:
             if os.environ.get("KSPARSE_TRACEBACK"):
                 traceback.print_exc()
-            self.say(f"error: {describe_error(error, self.flags)}")
+            self.say(f"error: {describe_error(error, self.flags, self.SWITCHES)}")
             return 2 if isinstance(error, UsageError) else 1
         return 0
 

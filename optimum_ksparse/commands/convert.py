@@ -59,7 +59,7 @@ class ConvertCommand(Command):
         where = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
         with staged(output) as folder:
             if (error := save_tokenizer(source, folder, **where)) is not None:
-                reason = describe_error(error, self.flags)
+                reason = describe_error(error, self.flags, self.SWITCHES)
                 self.say(f"{output} has no tokenizer: none could be loaded from {source}: {reason}")
             model.save_pretrained(folder)
             for path in (os.path.join(source, name) for name in (TUNING_NAME, HEAD_NAME)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..records import printable
 
@@ -19,9 +19,9 @@ class UsageError(ValueError):
     """The words of a command, or its recipe, cannot be: status 2."""
 
 
-def describe_error(error: BaseException, flags: Mapping[str, str]) -> str:
+def describe_error(error: BaseException, flags: Mapping[str, str], switches: Collection[str] = ()) -> str:
     """An error in one line. `flags` has for each setting how the command line writes it: its flag, or its own name
-    where it has none."""
+    where it has none. `switches` are those whose flag has no value."""
     text = printable(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None and text.startswith("[Errno"):
         text = f"{error.filename}: {error.strerror}"
@@ -36,14 +36,17 @@ def describe_error(error: BaseException, flags: Mapping[str, str]) -> str:
         text = f"{type(error).__name__}: {text}"
     if len(text) > _MOST_CHARACTERS:  # such as transformers' list of all classes
         text = f"{text[:_MOST_CHARACTERS].rpartition(' ')[0]} …"
-    return in_flags(text, flags)
+    return in_flags(text, flags, switches)
 
 
-def in_flags(text: str, flags: Mapping[str, str]) -> str:
+def in_flags(text: str, flags: Mapping[str, str], switches: Collection[str]) -> str:
     """A message in which settings are written as flags: `seq_len=512` as `--seq-len 512`, `resume=False` as
-    `--resume false`. A bare word is taken for a setting where it can be nothing else: with `_` in it, or first."""
+    `--resume false`, the switch `overwrite=True` as `--overwrite`. A bare word is taken for a setting where it can be
+    nothing else: with `_` in it, or first."""
     for name, flag in sorted(flags.items(), key=lambda item: -len(item[0])):
         word = rf"(?<![\w.\-/'\"?&]){re.escape(name)}"
+        if name in switches:
+            text = re.sub(rf"{word}=True\b", flag, text)
         for python, written in _WORDS.items():
             text = re.sub(rf"{word}={python}\b", f"{flag} {written}", text)
         text = re.sub(rf"{word}=(?=[\w'\"<\[({{.\-/…])", f"{flag} ", text)

@@ -133,7 +133,7 @@ class PruneCommand(Command):
             return report
         with staged(output) as folder:
             if (error := save_tokenizer(source, folder, **where)) is not None:
-                reason = describe_error(error, self.flags)
+                reason = describe_error(error, self.flags, self.SWITCHES)
                 self.say(f"{output} has no tokenizer: none could be loaded from {source}: {reason}")
             model.save_pretrained(folder, **save)
         return report

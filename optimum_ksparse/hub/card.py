@@ -90,6 +90,7 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "install": install_command("finetune" if subject.adapter is not None else None),
         "citations": _citations(report, everything),
         "has_kernels": False,
+        "quantised": None,
         "version": __version__,
     }
     return view if report is None else view | _view_of_report(report, subject.dtype)
@@ -114,9 +115,8 @@ def _view_of_report(report: SparsityReport, dtype: str) -> dict[str, Any]:
         "left_dense": LEFT_DENSE,
         "not_sparse": NOT_SPARSE,
         "found": pruner in METHODS and METHODS[pruner].recognise is not None,  # it was pruned elsewhere
-        "has_kernels": all(name in GROUPS for name in report.patterns)
-        and dtype in ("bfloat16", "float16")
-        and not report.config.get("values"),
+        "quantised": report.config.get("values"),
+        "has_kernels": all(name in GROUPS for name in report.patterns) and dtype in ("bfloat16", "float16"),
     }
 
 

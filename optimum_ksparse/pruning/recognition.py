@@ -36,7 +36,8 @@ def recognise_patterns(job: Job) -> None:
     def measure() -> Allocation:
         patterns = dict(over_blocks("Recognising patterns", job, None, step))
         if not any(patterns.values()):
-            raise NotSparseError(f"no layer of {type(job.place.model).__name__} is sparse: all weights are dense")
+            name = type(job.place.model).__name__
+            raise NotSparseError(f"no layer of {name} is sparse, all weights are dense: prune it by another method")
         return Allocation(patterns, {})
 
     job.allocation = job.place.measured("patterns", Allocation, measure)

@@ -266,9 +266,11 @@ def test_any_error_is_one_line_with_status_1(capsys):
 
 def test_settings_are_named_as_flags_and_other_words_stay():
     flags = {name: f"--{name.replace('_', '-')}" for name in SETTINGS} | {"model": "model", "resume": "--resume"}
+    flags["overwrite"] = "--overwrite"
     for python, written in {
         "dataset='x.txt': there is no such file": "--dataset 'x.txt': there is no such file",
         "resume=False starts over": "--resume false starts over",
+        "name another folder, or pass overwrite=True": "name another folder, or pass --overwrite",
         "pass tokenizer=, or pattern=None": "pass --tokenizer, or --pattern none",
         'leave out dataset="self" (dataset=["a"])': 'leave out --dataset "self" (--dataset ["a"])',
         "seed must be an integer": "--seed must be an integer",
@@ -276,7 +278,7 @@ def test_settings_are_named_as_flags_and_other_words_stay():
         "model='m': there is no such folder": "model 'm': there is no such folder",
         "the dataset of a method, /a/seq_len/b, x.seq_len": "the dataset of a method, /a/seq_len/b, x.seq_len",
     }.items():
-        assert describe_error(ValueError(python), flags) == written
+        assert describe_error(ValueError(python), flags, ["overwrite"]) == written
 
 
 # Where this package cannot be loaded

@@ -56,6 +56,8 @@ def test_other_forms_hold_the_same_weights(quantised, tmp_path, storage):
         ([], "values is missing"),
         (["--values", "int3"], "int3"),
         (["--values", "int4", "--group-size", "100"], "group-size"),
+        (["--values", "int4", "--group-size", "0"], "group-size"),
+        (["--values", "int4", "--group-size", "-64"], "group-size"),
         (["--values", "int8", "--storage", "compressed-tensors"], "compressed-tensors"),
     ],
 )
@@ -66,6 +68,44 @@ def test_words_that_cannot_be(sparse, tmp_path, capsys, words, message):
         status = error.code
     assert status == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_sources_and_outputs_that_cannot_be(quantised, sparse, make_model, tmp_path, capsys):
+    """One line that says what to do; nothing is written, and nothing that lies there is touched."""
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    before = (quantised / "config.json").read_bytes()
+    for source, output, message in (
+        (quantised, "out", "int8 already"),
+        (tmp_path / "dense", "out", "prune it"),
+        (sparse, "int8", "--overwrite"),
+        (sparse, "sparse", "another folder"),
+    ):
+        capsys.readouterr()
+        assert main(["quantize", str(source), str(tmp_path / output), "--values", "int4"]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("error: ") and message in said and "--overwrite true" not in said
+        assert not (tmp_path / "out").exists()
+    assert (quantised / "config.json").read_bytes() == before
+    assert main(["quantize", str(sparse), str(quantised), "--values", "int4", "--overwrite"]) == 0
+    assert {module.values for module in sparse_modules(AutoModelForCausalLM.from_pretrained(quantised)).values()} == {
+        "int4"
+    }
+
+
+def test_a_model_on_the_hub(hub, sparse, quantised, tmp_path, capsys):
+    hub.add_repo("user/sparse", {path.name: path.read_bytes() for path in sparse.iterdir()})
+    words = ["--values", "int8", "--group-size", "64"]
+    assert main(["quantize", "user/sparse", str(tmp_path / "out"), *words]) == 0
+    for path in quantised.glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    hub.add_repo(
+        "user/int8", {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    )
+    capsys.readouterr()
+    assert main(["info", "user/int8"]) == 0
+    assert "values: int8" in capsys.readouterr().out
+    assert main(["quantize", "user/int8", str(tmp_path / "other"), *words]) == 1
+    assert "user/int8" in capsys.readouterr().err
 
 
 def test_prune_takes_values(make_model, tokenizer, tmp_path, capsys):

@@ -143,6 +143,25 @@ def test_where_it_is_faster_and_where_not(pattern: str, dtype: str) -> None:
     assert "On CPUs" in card
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(("values", "limit"), [(None, "1.78"), ("int8", "3.20"), ("int4", "5.12")])
+def test_what_runs_where_of_quantised_values(language: str, values: str | None, limit: str) -> None:
+    """GPUs run them packed, and are bound by the bytes that they have; many tokens at a time are decompressed."""
+    report = make_report()
+    if values is not None:
+        report.config |= {"values": values, "group_size": 128}
+        for layer in report.layers:
+            layer.packed_bytes = round(layer.dense_bytes / float(limit))
+    card = render_card(make_subject(report), language)
+    speed = next(line for line in card.splitlines() if "Ampere" in line)
+    assert limit in speed and ("autotune_kernels()" in speed) == (values is not None)
+    size = next(line for line in card.splitlines() if "1,862,345,678" in line)
+    assert (values is None and "bfloat16)" in size) or f"{values}" in size
+    dense = render_card(make_subject(report, storage="dense"), language)
+    assert f"{values}" not in next(line for line in dense.splitlines() if "1,862,345,678" in line)
+    assert "Ampere" not in render_card(make_subject(report, dtype="float32"), language)
+
+
 @pytest.mark.parametrize("source", ["git+https://example.org/x/y.git@v1", None])
 def test_a_card_names_no_package_that_anybody_may_register(
     source: str | None, monkeypatch: pytest.MonkeyPatch

@@ -240,7 +240,7 @@ def _finished(output: Path, job: dict[str, Any], *, overwrite: bool) -> dict[str
         if (method == "full") != (job["method"] == "full"):
             raise ValueError(f"{output} holds a run with {method=}, which {job['method']!r} does not replace")
         return None
-    record = _check_job(path, job, "overwrite=True (--overwrite) to replace it")
+    record = _check_job(path, job, "overwrite=True to replace it")
     logger.warning(f"{output} holds this run, finished already; overwrite=True (--overwrite) makes it again.")
     return record
 
