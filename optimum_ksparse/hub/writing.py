@@ -22,7 +22,7 @@ from .subject import CardSubject, Subject
 
 CARD_NAME = "README.md"
 LANGUAGES = ("en", "ko")
-_SHOWN_OF_TUNING = ("method", "steps", "num_epochs", "learning_rate", "r")
+_SHOWN_OF_TUNING = ("method", "teacher", "tokens", "steps", "num_epochs", "learning_rate", "temperature", "r")
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ def write_card_of(
     inherited = report.base_card if report is not None and adapter is None else {}
     tuned = facts.tuning or {}
     shown = {name: tuned[name] for name in _SHOWN_OF_TUNING if tuned.get(name) is not None}
+    if shown.get("method") == "full":
+        shown.pop("r", None)  # of an adapter
     # An adapter may have been merged before the weights became others.
     is_merge_last = report is None or not report.changes or report.changes[-1].kind == "merged"
     card = CardSubject(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from ..adapters import require_peft
 from ..commands.base import DTYPES, LOADING_TEXTS, TRUST, Command, usage
@@ -14,7 +14,7 @@ from ..pruners.settings import switch
 from . import RECIPE_KEYS, Recipe, list_cells, run_study, tabulate_study
 from .benchmark import BenchSettings, run
 from .benchmark.run import DTYPES as BENCH_DTYPES
-from .finetuning import FinetuningSettings, KoAlpacaSettings, KorQuADSettings
+from .finetuning import DistillSettings, FinetuningSettings, KoAlpacaSettings, KorQuADSettings
 from .finetuning.settings import TUNING_METHODS
 from .settings import help_texts
 
@@ -37,8 +37,8 @@ _LOADING_TEXTS = {name: LOADING_TEXTS[name] for name in ("tokenizer", "dtype", "
 
 class KoAlpacaCommand(Command):
     SETTINGS: type[FinetuningSettings] = KoAlpacaSettings
-    MODELS = ("model", "tokenizer")
-    REQUIRED = ("model", "output")
+    MODELS: ClassVar[tuple[str, ...]] = ("model", "tokenizer")
+    REQUIRED: ClassVar[tuple[str, ...]] = ("model", "output")
     WORDS = {
         "model": "folder or Hub id of a sparse (or a dense) model",
         "output": "folder for the adapter or the model",
@@ -55,11 +55,21 @@ class KoAlpacaCommand(Command):
         from .finetuning.run import finetune  # needs PEFT
 
         model, tokenizer, output = given.pop("model"), given.pop("tokenizer", None), given.pop("output")
-        results = finetune(model, tokenizer, settings, output, **given).get("results")
-        if results:
+        record = finetune(model, tokenizer, settings, output, **given)
+        if results := record.get("results"):
             print(f"exact match {results['exact_match']:.2f}, F1 {results['f1']:.2f} of {results['num_samples']}")
+        for row in record.get("history", ()):
+            if "perplexity" in row:
+                print(f"perplexity {row['perplexity']:.2f} after step {row['step']}")
         if os.environ.get("RANK", "0") == "0":
             print(f"saved in {output}")
+
+
+class DistillCommand(KoAlpacaCommand):
+    SETTINGS = DistillSettings
+    MODELS = ("model", "tokenizer", "teacher")
+    REQUIRED = ("model", "output", "teacher")
+    FLAGS = ((help_texts(SETTINGS), SETTINGS), *KoAlpacaCommand.FLAGS[1:])
 
 
 class KorQuADCommand(KoAlpacaCommand):
@@ -130,11 +140,12 @@ class StudyCommand(Command):
 
 
 _TASKS = {
+    "distill": ("Learn the dense model's logits.", DistillCommand),
     "koalpaca": ("Answer instructions in Korean.", KoAlpacaCommand),
     "korquad": ("Find answers in Korean texts.", KorQuADCommand),
 }
 COMMANDS: dict[str, tuple[str, Any]] = {
-    "finetune": ("Fine-tune on a task.", _TASKS),
+    "finetune": ("Fine-tune, or distil.", _TASKS),
     "study": ("Compare methods, patterns, data.", StudyCommand),
     "bench": ("Measure speed beside dense.", BenchCommand),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, field, fields
+from dataclasses import field, fields
 from typing import Any, get_type_hints
 
 from ..records.build import build_fields
@@ -20,4 +20,5 @@ def help_texts(kind: type[Any]) -> dict[str, str]:
 
 def check_types(settings: Any) -> None:
     """Raises ValueError, which names the setting, where one is not of its annotated type, or out of its limits."""
-    build_fields({}, get_type_hints(type(settings), include_extras=True), asdict(settings), "")
+    hints = {name: h for name, h in get_type_hints(type(settings), include_extras=True).items() if h is not Any}
+    build_fields({}, hints, {name: getattr(settings, name) for name in hints}, "")

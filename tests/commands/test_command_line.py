@@ -24,7 +24,9 @@ from ..conftest import REPOSITORY
 from ..loopback_hub import LoopbackHub
 
 TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ01234567"
-LEAVES = [[name] for name in COMMANDS if name != "finetune"] + [["finetune", name] for name in ("koalpaca", "korquad")]
+LEAVES = [[name] for name in COMMANDS if name != "finetune"] + [
+    ["finetune", name] for name in ("distill", "koalpaca", "korquad")
+]
 
 
 def said(capsys, *words):
@@ -75,6 +77,7 @@ def test_an_unknown_option_is_never_taken_for_another_nor_its_value_shown(flag, 
         f"push sparse user/{TOKEN}",
         f"info {TOKEN}",
         f"finetune koalpaca {TOKEN} out",
+        f"finetune distill sparse out --teacher {TOKEN}",
     ],
 )
 def test_a_token_in_the_place_of_a_name_is_neither_sent_nor_shown(

@@ -32,7 +32,7 @@ NOT_RUN = {
     "torchrun ": "holds an ellipsis; test_distributed runs several processes",
     "vllm ": "needs vLLM; tests/serving runs it",
     "optimum-cli ksparse bench ": "multiplies layers of full size; test_bench runs it on small ones",
-    "optimum-cli ksparse finetune ": "needs KorQuAD and KoAlpaca; test_korquad_finetuning and test_tuning train",
+    "optimum-cli ksparse finetune ": "needs KorQuAD, KoAlpaca or a real model; tests/study trains",
     "optimum-cli ksparse convert RedHatAI/": "is not on the Hub of the tests; test_convert converts such models",
     "optimum-cli ksparse merge ": "needs the adapter of the fine-tuning; test_commands merges",
     "optimum-cli ksparse eval koalpaca-2of4 ": "needs NSMC; test_nsmc measures it",

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,20 +33,30 @@ logger = logging.get_logger(__name__)
 CHECKPOINTS = ".checkpoints"  # of an unfinished run, in its output
 _JOB = "job.json"  # whose they are
 _LOCK = ".finetuning.lock"
-_PATHS = ("data", "train_file", "eval_file")  # settings in whose place the trainer describes what it read
-_OUTCOMES = ("steps", "loss", "history", "results", "num_trained")
+# Settings in whose place the trainer describes what it read; and those that no record has.
+_PATHS = ("data", "train_file", "eval_file", "teacher", "dataset", "texts")
+_UNRECORDED = (*_PATHS, "cache")
+_OUTCOMES = ("steps", "loss", "history", "results", "num_trained", "tokens")
 
 
 class TaskTrainer(Trainer):
     """The `Trainer` of a task: made of a model, its tokenizer, the settings, and arguments of `TrainingArguments`."""
 
     task: str
+    figure = ""  # that `evaluate` logs
     described: dict[str, Any]  # the data, as JSON holds them, and what else tells one job from another
     model: Any
+
+    def prepare(self) -> None:
+        """What takes long, and is done before training alone."""
 
     def save(self, folder: Path) -> None:
         """Writes what was trained."""
         self.model.save_pretrained(folder)
+
+    def outcome(self, steps: int) -> dict[str, Any]:
+        """What the record says beside what all tasks have."""
+        return {}
 
     def measure(self) -> dict[str, Any] | None:
         """The row of results that the task has."""
@@ -73,13 +83,13 @@ def finetune(
     overwrite: bool = False,
     **loading: Any,
 ) -> dict[str, Any]:
-    """Tunes a causal LM, sparse or dense, on the task that `settings` are of (`KoAlpacaSettings`, `KorQuADSettings`),
-    saves and measures it. The model is changed in place; it, and the tokenizer (None: the one beside the model), may
-    be named by folder or Hub id, with `loading` arguments of `from_pretrained`; the dtype is that of the weights
-    otherwise.
+    """Tunes a causal LM, sparse or dense, on the task that `settings` are of (`DistillSettings`, `KoAlpacaSettings`,
+    `KorQuADSettings`), saves and measures it. The model is changed in place; it, and the tokenizer (None: the one
+    beside the model), may be named by folder or Hub id, with `loading` arguments of `from_pretrained`; the dtype is
+    that of the weights otherwise.
 
     `output` then holds the adapter (with `method="full"` the weights), the tokenizer and `finetuning.json`, whose
-    content is returned (by the first process): what the run was, `loss` of each step, for KorQuAD `results` and
+    content is returned (by the first process): what the run was, `loss` of each step, for KorQuAD `results`, and
     `history`, the figures on the way. After KorQuAD it also holds the span head (`load_korquad_model` reads it), and
     `evaluation_results.json` with the figures as rows after tuning of the model that was tuned
     (`EvaluationResults.take_tuned`). A run that was cut off goes on from its last checkpoint when it is called again,
@@ -103,7 +113,7 @@ def finetune(
             remote = {name: loading[name] for name in names if name in loading}
             tokenizer = read_tokenizer(tokenizer or base["base"], **remote)
         trainer = settings.trainer_class()(model, tokenizer, settings, trainer_arguments(settings, output))
-        chosen = {name: value for name, value in asdict(settings).items() if name not in _PATHS}
+        chosen = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _UNRECORDED}
         job = {"task": trainer.task, **base, **chosen, **trainer.described, "num_processes": trainer.args.world_size}
         with suppress(OSError):
             (Path(output) / CHECKPOINTS).rmdir()  # `Trainer` made it; where there is something in it, it stays
@@ -120,12 +130,14 @@ def finetune(
         if (row := trainer.measure()) is not None:
             results.add(part, Measurement.from_row(trainer.task, {**row, "tuning": tuning_settings(job)}))
             results.save(output)
+        steps = max((entry["step"] for entry in log), default=0)
         record = {
             **job,
-            "steps": max((entry["step"] for entry in log), default=0),
+            "steps": steps,
             "loss": [round(entry["loss"], 6) for entry in log if "loss" in entry],
-            "history": [entry for entry in log if "exact_match" in entry],
+            "history": [entry for entry in log if trainer.figure in entry],
             "results": row,
+            **trainer.outcome(steps),
             "num_trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         }
         write_text(Path(output) / TUNING_NAME, to_json(record))  # it says that everything else is written
@@ -208,6 +220,7 @@ def _train(trainer: TaskTrainer, job: dict[str, Any], *, resume: bool) -> list[d
         return list(state.log_history)
     if last is not None:
         logger.warning(f"Going on from step {state.global_step}.")
+    trainer.prepare()
     with fast_products(trainer.model, torch.bfloat16 if trainer.args.bf16 else None):
         trainer.train(resume_from_checkpoint=last)
     return list(trainer.state.log_history)

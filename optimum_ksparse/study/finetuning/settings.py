@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from ...blocks import find_blocks
 from ...checks import check_keys, check_one_of
+from ...data import CalibrationData
 from ...nn import is_linear_map
-from ...records import Between, Count, Positive
+from ...records import Between, Count, Positive, Share
 from ..settings import check_types, setting
 
 # What is trained: low-rank adapters of three kinds, one whose delta is masked, or the sparse weights themselves.
@@ -20,6 +21,7 @@ TUNING_METHODS = ("lora", "masked", "dora", "hira", "full")
 KOALPACA = "beomi/KoAlpaca-v1.1a"
 _LEAST_ROOM = 8  # paragraph tokens that a window must have room for
 _AboveZero = Annotated[float, Between(1e-12)]
+_MAX_EXAMPLES = "use the first ones alone (default: all)"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,6 @@ class FinetuningSettings:
     micro_batch_size: Positive = setting(4, "examples in one forward pass")
     num_epochs: _AboveZero = setting(3, "passes over the examples")
     max_steps: Positive | None = setting(None, "ends earlier (default: after the passes)")
-    max_examples: Positive | None = setting(None, "use the first ones alone (default: all)")
     seed: Count = setting(0, "of the order of examples, of dropout and of new weights")
     bf16: bool = setting(False, "matrix products in bfloat16, for weights in float32")
     gradient_checkpointing: bool = setting(False, "less memory for activations, more time")
@@ -63,6 +64,7 @@ class KoAlpacaSettings(FinetuningSettings):
 
     data: Any = setting(KOALPACA, "JSON lines with instruction and output, or a Hub id (default: KoAlpaca v1.1a)")
     max_length: Annotated[int, Between(2)] = setting(512, "tokens; longer answers are cut, longer prompts left out")
+    max_examples: Positive | None = setting(None, _MAX_EXAMPLES)
 
     def trainer_class(self) -> Any:
         from .koalpaca import KoAlpacaTrainer
@@ -78,6 +80,7 @@ class KorQuADSettings(FinetuningSettings):
     eval_file: str | None = setting(
         None, "the same, to measure on (default: a fifth of the articles of --train-file, drawn with --seed)"
     )
+    max_examples: Positive | None = setting(None, _MAX_EXAMPLES)
     max_eval_questions: Positive | None = setting(None, "measure on the first ones alone (default: on all)")
     eval_every: Positive | None = setting(None, "steps after which these are measured too (default: at the end alone)")
     head_only: bool = setting(False, "train the span head without an adapter")
@@ -103,6 +106,66 @@ class KorQuADSettings(FinetuningSettings):
         from .korquad.trainer import KorQuADTrainer
 
         return KorQuADTrainer
+
+
+@dataclass(frozen=True)
+class DistillSettings(FinetuningSettings):
+    """Settings of distillation. `dataset` has the forms of that of `SparsityConfig`."""
+
+    method: str = setting("full", "full: kept values, norms and biases; or an adapter: lora, masked, dora, hira")
+    learning_rate: _AboveZero | None = setting(  # type: ignore[assignment]
+        None, "at its highest; it falls as a cosine (default: 1e-4 below a billion parameters, 2e-5 from there on)"
+    )
+    warmup_steps: Count | None = setting(  # type: ignore[assignment]
+        None, "steps over which the learning rate rises (default: a twentieth of all)"
+    )
+    batch_size: Positive = setting(8, "samples a step, over all processes")
+    micro_batch_size: Positive = setting(1, "samples in one forward pass")
+    num_epochs: _AboveZero = setting(1, "passes over the samples")
+    teacher: str | None = setting(None, "folder or Hub id of the dense model, whose logits are learnt")
+    teacher_revision: str | None = setting(None, "branch, tag or commit of the teacher (default: main)")
+    dataset: Any = setting(
+        "mc4-ko",
+        "text: mc4-ko (Korean web text), c4 (English), kowiki (Korean Wikipedia), self (the teacher writes it), a "
+        ".txt or .jsonl file, or a mix: mc4-ko=0.5,self=0.5 (default: mc4-ko, which is Korean)",
+    )
+    num_samples: Positive = setting(2048, "sequences of text")
+    seq_len: Annotated[int, Between(2)] = setting(512, "tokens in each of them")
+    prepend_bos: bool | None = setting(
+        None, "begin each sequence with the beginning token (default: where the tokenizer does)"
+    )
+    top_k: Positive = setting(64, "largest logits of the teacher that are kept of each position")
+    temperature: _AboveZero = setting(1.0, "of both models' distributions")
+    cross_entropy: Share = setting(0.0, "weight of the cross entropy with the text; the divergence has the rest")
+    cache: str | None = setting(
+        None, "folder for the teacher's logits, which other runs read too (default: in the output, while it runs)"
+    )
+    texts: str | None = setting(
+        None, "to measure perplexity on: kowiki, a .txt or .jsonl file (default: do not measure)"
+    )
+    eval_every: Positive | None = setting(None, "steps from one measurement to the next (default: before and after)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.calibration()
+
+    @property
+    def checked_teacher(self) -> str:
+        """Raises ValueError where there is none."""
+        if not self.teacher:
+            raise ValueError("teacher is missing: name the dense model, a folder or Hub id, whose logits are learnt")
+        return self.teacher
+
+    def calibration(self, tokenizer: Any = None) -> CalibrationData:
+        """What the text is drawn from."""
+        return CalibrationData(
+            self.dataset, tokenizer, self.num_samples, self.seq_len, self.seed, prepend_bos=self.prepend_bos
+        )
+
+    def trainer_class(self) -> Any:
+        from .distill.trainer import DistillTrainer
+
+        return DistillTrainer
 
 
 S = TypeVar("S", bound=FinetuningSettings)

@@ -24,7 +24,7 @@ class KorQuADTrainer(TaskTrainer):
     """Trains on all windows, those without the answer towards their end, and measures exact match and F1 in the place
     of a loss."""
 
-    task = "korquad"
+    task, figure = "korquad", "exact_match"
 
     def __init__(
         self,

@@ -1,0 +1,165 @@
+"""Distillation by transformers' `Trainer`. TRL's `DistillationTrainer` learns from text that the student writes, for
+which the teacher is in memory, or served, at every step; here the text is given, and the teacher runs over it once."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from ....checkpoint import find_weight_files, logical_parameters
+from ....checkpoint.model_class import load_model
+from ....data import calibration_tokens
+from ....data.dataset import describe_dataset
+from ....data.texts import describe_texts
+from ....data.tokens import check_context
+from ....evaluation import evaluate_perplexity
+from ....nn import check_trainable
+from ....pruning.distributed import current
+from ....records import describe_source
+from ..run import TaskTrainer, add_adapter
+from ..settings import DistillSettings
+from .loss import distillation_loss
+from .teacher import TeacherLogits, check_teacher, vocabulary_digest
+
+# The learning rates of models below so many parameters, and of others.
+_SMALL = 10**9
+_LEARNING_RATES = (1e-4, 2e-5)
+
+
+class DistillTrainer(TaskTrainer):
+    """Trains kept values, norms and biases, or an adapter, on the teacher's logits. Weights are in float32 while they
+    train, and are saved in their own dtype."""
+
+    task, figure = "distill", "perplexity"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: DistillSettings,
+        arguments: dict[str, Any],
+    ) -> None:
+        self.settings, self.tokenizer, self.data = settings, tokenizer, settings.calibration(tokenizer)
+        self._check(model)
+        files = find_weight_files(settings.checked_teacher, revision=settings.teacher_revision)
+        record = {
+            "teacher": describe_source(settings.teacher),
+            "teacher_sha256": files.sha256(),
+            "tokenizer_sha256": vocabulary_digest(tokenizer),
+            "dataset": describe_dataset(self.data.dataset),
+            **{name: getattr(self.data, name) for name in ("num_samples", "seq_len", "seed", "prepend_bos")},
+            **{name: getattr(settings, name) for name in ("top_k", "temperature")},
+        }
+        rate = settings.learning_rate or _LEARNING_RATES[logical_parameters(model) >= _SMALL]
+        texts = None if settings.texts is None else describe_texts(settings.texts)
+        self.described = {**record, "learning_rate": rate, "texts": texts}
+        logits = TeacherLogits(Path(settings.cache or Path(arguments["output_dir"], "teacher")), record)
+        self.dtype, self.dtypes = model.dtype, {name: tensor.dtype for name, tensor in model.named_parameters()}
+        if settings.method == "full":
+            model.float()
+        tuned = add_adapter(model, settings, "CAUSAL_LM")
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
+                module.requires_grad_(False)
+        config = self._arguments({**arguments, "learning_rate": rate})
+        super().__init__(
+            model=tuned, args=config, train_dataset=logits, eval_dataset=logits, callbacks=[_Restore(self)]
+        )
+        self.logits = logits
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, over samples of one length
+
+    def _check(self, model: PreTrainedModel) -> None:
+        settings, data = self.settings, self.data
+        if settings.method == "full":
+            check_trainable(model)
+        check_context(model, data.seq_len)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        if settings.top_k >= vocabulary:
+            raise ValueError(f"top_k={settings.top_k} must be below the vocabulary of {vocabulary} tokens")
+        if data.num_samples % settings.batch_size:
+            raise ValueError(
+                f"num_samples={data.num_samples} is not a multiple of batch_size={settings.batch_size}: the last step "
+                "would have fewer samples"
+            )
+        check_teacher(settings.checked_teacher, settings.teacher_revision, model, self.tokenizer)
+
+    def _arguments(self, arguments: dict[str, Any]) -> TrainingArguments:
+        settings = self.settings
+        steps = settings.max_steps or math.ceil(settings.num_epochs * self.data.num_samples / settings.batch_size)
+        warmup_steps = math.ceil(steps / 20) if settings.warmup_steps is None else settings.warmup_steps
+        config = TrainingArguments(
+            **{**arguments, "warmup_steps": warmup_steps},
+            lr_scheduler_type="cosine",
+            remove_unused_columns=False,
+            eval_strategy="no" if settings.texts is None else "steps",
+            eval_steps=settings.eval_every or steps,
+            eval_on_start=settings.texts is not None,
+        )
+        config._n_gpu = min(1, config.n_gpu)  # one device a process: a step has `batch_size` samples
+        return config
+
+    def prepare(self) -> None:
+        def load() -> PreTrainedModel:
+            teacher = load_model(self.settings.checked_teacher, revision=self.settings.teacher_revision)
+            moved: PreTrainedModel = teacher.to(self.args.device)
+            return moved
+
+        def draw(teacher: PreTrainedModel) -> torch.Tensor:
+            return calibration_tokens(self.data, teacher, self.tokenizer).ids
+
+        self.logits.fill(load, draw, self.settings.micro_batch_size, current())
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        logits = model(input_ids=inputs["input_ids"]).logits
+        temperature, weight = self.settings.temperature, self.settings.cross_entropy
+        return distillation_loss(logits, **inputs, temperature=temperature, weight=weight)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        step, settings = self.state.global_step, self.settings
+        assert settings.texts is not None and self.args.eval_steps is not None
+        measured = any(entry["step"] == step and self.figure in entry for entry in self.state.log_history)
+        if measured or step % self.args.eval_steps:  # `eval_on_start` comes here when a run goes on, too
+            return {}
+        how: dict[str, Any] = {"seq_len": self.data.seq_len, "prepend_bos": settings.prepend_bos, "batch_size": 1}
+        row = evaluate_perplexity(self.model, self.tokenizer, settings.texts, **how)
+        figures = {self.figure: round(row[self.figure], 4)}
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+    def outcome(self, steps: int) -> dict[str, Any]:
+        """The tokens that were learnt from."""
+        return {"tokens": steps * self.settings.batch_size * self.data.seq_len}
+
+    def restore_dtypes(self) -> None:
+        """Gives each weight the dtype that it came with."""
+        if self.settings.method == "full":
+            others = {
+                name: parameter.detach().to(self.dtypes[name])
+                for name, parameter in self.model.named_parameters()
+                if self.dtypes[name] != self.dtype
+            }
+            self.model.to(self.dtype)
+            for name, values in others.items():
+                self.model.get_parameter(name).data = values
+
+    def save(self, folder: Path) -> None:
+        self.restore_dtypes()  # a run that was cut off while it was saved has not trained again
+        super().save(folder)
+
+
+class _Restore(TrainerCallback):
+    """Restores the dtypes when training ends, before the report notes what training made of the weights."""
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.restore_dtypes()
