@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from optimum_ksparse.packing import pack
 from optimum_ksparse.pattern import Pattern
-from optimum_ksparse.quantization import LIMITS, dequantize, pack_integers, unpack_integers
+from optimum_ksparse.quantization import (
+    LIMITS,
+    check_quantised,
+    dequantize,
+    pack_integers,
+    to_integers,
+    unpack_integers,
+)
 
 
 @given(
@@ -37,3 +44,22 @@ def test_the_dense_weight_is_each_integer_times_its_scale(values: str, pattern: 
     groups = torch.arange(132) // group_size
     assert dense.dtype is torch.bfloat16
     assert torch.equal(dense, (integers.double() * mask * scale.double()[:, groups]).bfloat16())
+
+
+@pytest.mark.parametrize("values", sorted(LIMITS))
+def test_integers_are_the_nearest_ones_and_zero_where_a_scale_is(values: str) -> None:
+    low, high = LIMITS[values]
+    weight = torch.tensor([[0.0, 1.4, -1.6, 1e9, -1e9], [0.0, 1.0, -1.0, 1e9, float("-inf")]])
+    integers = to_integers(weight, torch.tensor([[1.0], [0.0]]), 64, values)
+    assert integers.tolist() == [[0, 1, -2, high, low], [0, 0, 0, 0, 0]] and integers.dtype is torch.int8
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), float("-inf"), -1.0])
+@pytest.mark.parametrize("values", sorted(LIMITS))
+def test_a_scale_that_is_none_is_told_from_one_without_room(values: str, spoilt: float) -> None:
+    packed, scale = pack_integers(torch.ones(2, 4, dtype=torch.int8), values), torch.ones(2, 1).half()
+    check_quantised(packed, scale, "up")
+    for wrong, message in ((spoilt, "NaN, infinity or negative.*damaged"), (60000.0, "no room in torch.float16")):
+        scale[1] = wrong
+        with pytest.raises(ValueError, match=f"^up.weight_scale .*{message}"):
+            check_quantised(packed, scale, "up")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_ksparse import kernels
+from optimum_ksparse.kernels import candidates
 from optimum_ksparse.packing import pack
 from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.quantization import LIMITS, TYPES, dequantize, pack_integers
@@ -66,7 +69,13 @@ def test_another_dtype_than_that_of_the_scale_is_refused(values):
 
 
 @pytest.mark.parametrize("kernel", ["decompress", "library"])
-def test_a_kernel_that_cannot_take_them_says_so(kernel):
+def test_a_kernel_that_cannot_take_them_says_so(monkeypatch, kernel):
+    """On a GPU that has it for other values."""
+    monkeypatch.setattr(candidates.hardware, "why_no_kernels", lambda device: None)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    problem = kernels.Problem(256, 256, 1, "2:4", torch.bfloat16, torch.device("cuda"))
+    assert candidates.KERNELS[kernel].why_not(problem) is None
+    assert "int8" in candidates.KERNELS[kernel].why_not(replace(problem, value_type="int8"))
     weight, _ = quantised("int8", "2:4", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=kernel):
         kernels.choose(weight, 1, kernel)
