@@ -82,7 +82,7 @@ def quantise(
     problem.sweep(pruned, *(tensor.to(weight.device) for tensor in inverse_factor(statistics, _DAMPING)))
     for _ in range(_ROUNDS):
         problem.descend()
-    scale = grid.representable(_groups(pruned.float(), group_size).abs().amax(-1) / grid.greatest)
+    scale = grid.reaching(_groups(pruned.float(), group_size).abs().amax(-1) / grid.greatest)
     integers = to_integers(pruned, scale, group_size, values)
     nearest = _errors(integers * by_column(scale.float(), group_size, len(gram)), weight, gram)
     reached = _errors(problem.rounded.T, weight, gram)
@@ -111,8 +111,19 @@ class Grid:
 
     def representable(self, scale: torch.Tensor) -> torch.Tensor:
         """Scales rounded to their dtype, in which each integer times its scale has room."""
+        return self._with_room(scale).to(self.dtype)
+
+    def reaching(self, scale: torch.Tensor) -> torch.Tensor:
+        """The same, none rounded down: float16 is coarse below 6e-5, and a weight that is the greatest integer times
+        its scale would lose several of these."""
+        wanted = self._with_room(scale)
+        nearest = wanted.to(self.dtype)
+        bits = nearest.view(getattr(torch, f"int{8 * self.dtype.itemsize}"))  # one more is the next number
+        return (bits + (nearest < wanted)).view(self.dtype)
+
+    def _with_room(self, scale: torch.Tensor) -> torch.Tensor:
         limits = torch.finfo(self.dtype)
-        return scale.clamp(max=limits.max / -self.least * (1 - limits.eps)).to(self.dtype)
+        return scale.clamp(max=limits.max / -self.least * (1 - limits.eps))
 
     def round_(self, quotients: torch.Tensor) -> torch.Tensor:
         return quotients.round_().clamp_(self.least, self.greatest)
@@ -131,7 +142,7 @@ def _searched(weight: torch.Tensor, importance: torch.Tensor, group_size: int, g
     groups = groups * _inverse(whole).unsqueeze(-1)  # in units of it squares do not overflow
     scale, lowest = torch.zeros_like(whole, dtype=grid.dtype), torch.full_like(whole, torch.inf)
     for share in _SHARES:
-        tried = grid.representable(share * whole)
+        tried = grid.reaching(share * whole)
         unit = (tried.float() * _inverse(whole)).unsqueeze(-1)
         rounded = grid.round_(groups * _inverse(unit)).mul_(unit)
         error = rounded.sub_(groups).square_().mul_(weights).sum(-1)

@@ -46,7 +46,7 @@ def row_errors(found, weight, statistics):
 
 def to_nearest(pruned, values, group_size):
     padded = torch.nn.functional.pad(pruned, (0, -pruned.shape[1] % group_size)).unflatten(1, (-1, group_size))
-    scale = (padded.float().abs().amax(-1) / LIMITS[values][1]).to(pruned.dtype)
+    scale = rounding.Grid(*LIMITS[values], pruned.dtype).reaching(padded.float().abs().amax(-1) / LIMITS[values][1])
     integers = to_integers(pruned, scale, group_size, values)
     return integers.float() * by_column(scale.float(), group_size, pruned.shape[1])
 
@@ -75,10 +75,12 @@ def test_no_row_is_worse_than_rounded_to_nearest(rows, columns, tokens, values, 
     reached = row_errors(dense(rounded, group_size), weight, statistics)
     nearest = row_errors(to_nearest(weight * mask, values, group_size), weight, statistics)
     energy = row_errors(torch.zeros_like(weight), weight, statistics)
-    assert bool((reached <= nearest + 1e-5 * energy).all())
+    # Of few tokens the quadratic form is a small difference of large float32 numbers.
+    slack = 1e-5 * energy + 1e-6 * statistics.gram.trace() * weight.float().square().sum(1)
+    assert bool((reached <= nearest + slack).all())
     assert rounded.errors.reached <= rounded.errors.nearest
     for found, expected in ((rounded.errors.reached, reached), (rounded.errors.dense, energy)):
-        assert abs(found - float(expected.sum().sqrt())) <= 2e-3 * float(energy.sum().sqrt())
+        assert abs(found**2 - float(expected.sum())) <= 4e-3 * float(energy.sum()) + float(slack.sum())
 
 
 def test_what_a_column_loses_the_others_make_good():
@@ -153,6 +155,22 @@ def test_rows_and_groups_that_are_hard_to_scale(values, dtype, has_data):
     found = dense(rounded, 64)
     assert not found[0].any() and not found[1, :64].any() and not found[4, 64:128].any()
     assert abs(float(found[2, 5]) / huge - 1) < 0.13 and bool(found.to(dtype).isfinite().all())
+
+
+@EVERY
+@pytest.mark.parametrize("has_data", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3e-6, 1e-5, 1e-4, 1e-3, 1.0])
+def test_where_scales_are_coarse_no_weight_loses_more_than_half_of_one(values, has_data, dtype, size):
+    """Scales of float16 are multiples of 2^-24: rounded down, the largest weights would lose several of them."""
+    signs = torch.where(torch.rand(8, 64, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
+    weight = (signs * torch.linspace(0.5, 1, 8).unsqueeze(1) * size).to(dtype)
+    inputs = statistics_of(torch.eye(64)) if has_data else None
+    rounded = quantise(weight, weight, torch.ones_like(weight, dtype=torch.bool), inputs, values, 64)
+    exact = weight.float().abs().amax(1, keepdim=True) / LIMITS[values][1]
+    limits = torch.finfo(dtype)
+    step = torch.maximum(exact * (1 + limits.eps), exact + limits.smallest_normal * limits.eps)
+    assert bool(((dense(rounded, 64) - weight.float()).abs() <= step / 2 * 1.0001).all())
 
 
 @pytest.mark.parametrize(
