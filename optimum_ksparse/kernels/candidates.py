@@ -87,15 +87,8 @@ class PackedWeight(NamedTuple):
 
     def problem(self, tokens: int) -> Problem:
         """What there is to compute for an input of so many tokens."""
-        return Problem(
-            self.out_features,
-            self.in_features,
-            tokens,
-            self.pattern,
-            self.dtype,
-            self.values.device,
-            self.value_type,
-        )
+        shape, device = (self.out_features, self.in_features), self.values.device
+        return Problem(*shape, tokens, self.pattern, self.dtype, device, self.value_type)
 
     @property
     def has_library(self) -> bool:
@@ -192,11 +185,8 @@ def _why_not_decompress(problem: Problem) -> str | None:
 
 def _why_not_quantised(problem: Problem) -> str | None:
     """What kernels without quantised values say of them."""
-    return (
-        None
-        if problem.value_type is None
-        else f"it takes values in the dtype of the products, not {problem.value_type}"
-    )
+    values = problem.value_type
+    return None if values is None else f"it takes values in the dtype of the products, not {values}"
 
 
 def _why_not_gemv(problem: Problem) -> str | None:

@@ -124,11 +124,8 @@ class PackedModule(nn.Module):
     @property
     def packed_bytes(self) -> int:
         """Bytes of values, mask and scales."""
-        return (
-            self.weight.nbytes
-            + self.weight_mask.nbytes
-            + (0 if self.weight_scale is None else self.weight_scale.nbytes)
-        )
+        of_scales = 0 if self.weight_scale is None else self.weight_scale.nbytes
+        return self.weight.nbytes + self.weight_mask.nbytes + of_scales
 
     def check_mask(self, name: str) -> None:
         """Raises ValueError, naming the module `name`, where the mask does not fit the values or the pattern, or

@@ -46,14 +46,14 @@ class StraightThrough:
     def scale(self) -> torch.Tensor:
         return self._grid.representable(self._first.float() * self.growth.detach().clamp(min=0))
 
-    def _quotients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is to be rounded, and the scale, of each value."""
+    def _quotients(self, values: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each value what is to be rounded, and the scale."""
         scale = self.scale.float().view(-1)[self._places]
-        return (self.learned.detach() / scale).nan_to_num_(0, 0, 0), scale
+        return (values.detach().float() / scale).nan_to_num_(0, 0, 0), scale
 
     def round_(self) -> None:
         """Gives the module the values as they are rounded now."""
-        quotients, scale = self._quotients()
+        quotients, scale = self._quotients(self.learned)
         self.weight.data = self._grid.round_(quotients).mul_(scale)
 
     def pass_on_gradient(self) -> None:
@@ -61,7 +61,7 @@ class StraightThrough:
         gradient, self.weight.grad = self.weight.grad, None
         if gradient is None:
             return
-        quotients, _ = self._quotients()
+        quotients, _ = self._quotients(self.learned)
         rounded = self._grid.round_(quotients.clone())
         inside = quotients.round() == rounded
         self.learned.grad = gradient * inside
@@ -72,10 +72,8 @@ class StraightThrough:
 
     def finish(self) -> None:
         """Gives the module integers and scales: those that its weight, which may have another dtype, was made of."""
-        scale = self.scale
-        wide = scale.float().view(-1)[self._places]
-        integers = self._grid.round_((self.weight.detach().float() / wide).nan_to_num_(0, 0, 0)).to(torch.int8)
-        self._module.take_integers(pack_integers(integers, self._values), scale, self._group_size)
+        integers = self._grid.round_(self._quotients(self.weight)[0]).to(torch.int8)
+        self._module.take_integers(pack_integers(integers, self._values), self.scale, self._group_size)
 
 
 @contextmanager
