@@ -64,7 +64,7 @@ static void *numbers(int32_t dtype, int64_t length) {
     void *to = array(dtype == INT4 ? length / 2 : dtype == INT8 ? length : length * (dtype == FLOAT32 ? 4 : 2));
     for (int64_t i = 0; i < (dtype == INT4 ? length / 2 : length); i++) {
         if (dtype >= INT8) {
-            const int8_t integer = below(255) - 127;
+            const int8_t integer = below(256) - 128;
             ((uint8_t *)to)[i] = dtype == INT8 ? (uint8_t)integer : (uint8_t)below(256);
             continue;
         }

@@ -5,6 +5,8 @@
  * `vdpbf16ps` multiplies pairs as they are: twice as many at once; subnormal numbers count as zero there. */
 #include <immintrin.h>
 
+#include <string.h>
+
 #include "ksparse.h"
 
 #ifndef UNIT
@@ -32,11 +34,28 @@ typedef uint32_t mask_t;
  * lane is masked away. The other 16 values lie 32 bytes behind. `top_bytes`: of 8-bit values. */
 static uint8_t upper_halves[2][64] __attribute__((aligned(64))), top_bytes[4][64] __attribute__((aligned(64)));
 
+#ifdef __AVX512BF16__
+/* Of `expand_integer_pairs`: the bytes of bfloat16 by the size of an integer (128 is the first one), and by half a byte,
+ * lower ones and upper ones; for 8 halves of bytes the 5 bytes that they may be in, and the bits that they begin at. */
+static uint8_t of_sizes[2][128] __attribute__((aligned(64))), of_halves[2][64] __attribute__((aligned(64)));
+static uint8_t five_bytes[64] __attribute__((aligned(64))), shifts[2][64] __attribute__((aligned(64)));
+#endif
+
 static void start(void) {
     for (int part = 0; part < 2; part++)
         for (int byte = 0; byte < 64; byte++) upper_halves[part][byte] = 32 * part + byte / 4 * 2 + byte % 2;
     for (int part = 0; part < 4; part++)
         for (int byte = 0; byte < 64; byte++) top_bytes[part][byte] = 16 * part + byte / 4;
+#ifdef __AVX512BF16__
+    for (int i = 0; i < 128; i++)
+        for (int part = 0; part < 2; part++) {
+            const union { float value; uint8_t byte[4]; } size = {i ? i : 128}, half = {(i % 16 ^ 8) - 8};
+            of_sizes[part][i] = size.byte[2 + part];
+            of_halves[part][i % 64] = half.byte[2 + part];
+            five_bytes[i % 64] = i % 64 / 8 * 4 + i % 8 % 5;
+            shifts[part][i % 64] = i % 8 * 4 + part * 4;
+        }
+#endif
 }
 
 /* On Zen 4 an expansion waits for the register that it writes, zeros or not, unless that was just cleared. */
@@ -107,6 +126,40 @@ static inline int64_t expand_int8(const char *values, uint64_t word, int step, v
 static inline void expand_pairs(const void *values, mask_t mask, vec *weights) {
     weights[0] = _mm512_castsi512_ps(expand_32_halves(values, mask));
 }
+
+/* 64 integers from half a byte on, the first or the second one, each in the lower half of a byte. */
+static inline __m512i halves_to_bytes(__m512i halves, int odd) {
+    const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(five_bytes), halves);
+    return _mm512_multishift_epi64_epi8(_mm512_load_si512(shifts[odd]), words);
+}
+
+/* 64 integers as bfloat16, in the order of `order_pairs`; tables have its lower and upper bytes. */
+static inline void expand_integer_pairs(int halves, const char *values, int odd, uint64_t mask, vec *weights) {
+    __m512i kept = loaded(values), low, high;
+    if (halves) kept = halves_to_bytes(kept, odd);
+    const __m512i all = _mm512_mask_expand_epi8(cleared(), mask, kept);
+    if (halves) {
+        low = _mm512_permutexvar_epi8(all, _mm512_load_si512(of_halves[0]));
+        high = _mm512_permutexvar_epi8(all, _mm512_load_si512(of_halves[1]));
+    } else {
+        /* `vpermi2b` takes a size of 128 for 0: the tables have it there, and zeros are masked away. */
+        const __m512i size = _mm512_abs_epi8(all), *table = (const __m512i *)of_sizes;
+        const __mmask64 any = _mm512_test_epi8_mask(all, all);
+        low = _mm512_permutex2var_epi8(table[0], size, table[1]);
+        high = _mm512_maskz_permutex2var_epi8(any, table[2], size, table[3]);
+        high = _mm512_ternarylogic_epi64(high, all, _mm512_set1_epi8(-128), 0xf8); /* high | (all & sign) */
+    }
+    weights[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi8(low, high));
+    weights[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi8(low, high));
+}
+
+/* 64 bfloat16, 8 at a time: first the ones with even numbers. */
+static inline void order_pairs(void *x) {
+    uint64_t from[16], *to = x;
+    memcpy(from, x, sizeof(from));
+    for (int i = 0; i < 16; i++) to[i / 2 % 2 * 8 + i / 4 * 2 + i % 2] = from[i];
+}
+#define expand_integer_pairs expand_integer_pairs
 #endif
 
 #include "product.h"

@@ -30,10 +30,13 @@ static void fill(int32_t dtype, uint32_t *state, int64_t count, void *to) {
     }
 }
 
-static int32_t x_dtype_of(int32_t dtype) { return dtype == INT8 ? FLOAT32 : dtype == INT4 ? BFLOAT16 : dtype; }
+/* Integers come with x of either dtype, for few tokens as for many. */
+static int32_t x_dtype_of(int32_t dtype, int64_t tokens) {
+    return dtype < INT8 ? dtype : (dtype + tokens) % 2 ? BFLOAT16 : FLOAT32;
+}
 
 static int32_t compute(int32_t unit, int32_t dtype, int64_t tokens, struct results *results) {
-    const int32_t x_dtype = x_dtype_of(dtype);
+    const int32_t x_dtype = x_dtype_of(dtype, tokens);
     uint32_t state = 1 + dtype, values[OUT * IN], x[MOST], grad[TOKENS * OUT], bias[OUT], scales[OUT * GROUPS];
     uint8_t bits[OUT * ROW];
     int64_t starts[OUT];
@@ -73,7 +76,7 @@ EXPORT int32_t ksparse_check(int32_t index) {
     for (int32_t dtype = 0; dtype <= INT4 && results; dtype++)
         for (int i = 0; i < 4 && agrees; i++) {
             const int64_t tokens = counts[i];
-            const int32_t x_dtype = x_dtype_of(dtype);
+            const int32_t x_dtype = x_dtype_of(dtype, tokens);
             agrees = !compute(index, dtype, tokens, results) && !compute(portable, dtype, tokens, expected) &&
                      !differ(x_dtype, results->y, expected->y, tokens * OUT) &&
                      !differ(x_dtype, results->grad_x, expected->grad_x, tokens * IN) &&

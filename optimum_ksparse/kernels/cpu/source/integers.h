@@ -1,22 +1,22 @@
 /* Values that are integers, each times the scale of its row and group of columns: included by `product.h`.
  *
- * `few` sums the integers of 64 columns times x, then multiplies the sum with their scale. All else takes the weights as
- * floats. Integers of half a byte become whole bytes first, in a buffer that stays in the first cache. */
+ * `few` sums the integers of a group times x, then multiplies the sum with their scale. Where the unit has
+ * `expand_integer_pairs` and x is bfloat16, they are multiplied as such, which is exact; else as floats, and integers of
+ * half a byte become whole bytes first, in a buffer that stays in the first cache. All but `few` takes the weights as
+ * floats. */
 
-/* Columns of a row that are read at a time; rows that share the columns of x, which then stay in the first cache. */
-enum { SPAN = 4096, TOGETHER = 32 };
+/* Columns of a row that are read at a time; how far on lies, in bytes, what is to be read soon. */
+enum { SPAN = 4096, MOST_GROUPS = SPAN / 64, SOON = 2048 };
 
 static void widen(int32_t dtype, const void *from, int64_t count, float *to);
 
-/* Columns of some rows: in words of the mask, 64 columns each; the groups that they are of, how many words each has, and
- * how many the first one has; how far on lies, in bytes, what is to be read soon. */
-struct columns { int64_t first, words, group, groups, in_group, in_first, ahead; };
-
-/* What one row has there. */
+/* Up to SPAN columns of a row: in words of the mask, 64 columns each; how many words a group has, and how many the first
+ * one has there. */
 struct span {
+    int64_t words, in_group, in_first;
     const uint8_t *bits;
-    const char *values; /* bytes; as many may be read as there are columns */
-    float scales[SPAN / 64 + 1]; /* of the groups */
+    const char *values; /* as many bytes may be read as there are columns */
+    float scales[MOST_GROUPS];
     uint8_t last_bits[SPAN / 8];
     char copy[SPAN + 64];
 };
@@ -34,12 +34,12 @@ INLINE void bytes_of_halves(const char *from, char *to) {
 }
 
 /* `count` integers of half a byte from `offset` on as bytes, zero behind the last one; `to` has room for 64 more. */
-INLINE const char *as_bytes(const struct weight *w, int64_t offset, int64_t count, int64_t ahead, char *to) {
+INLINE const char *as_bytes(const struct weight *w, int64_t offset, int64_t count, char *to) {
     const int64_t first = offset / 2, size = (offset % 2 + count + 1) / 2, left = w->num_values / 2 - first;
     const char *from = (const char *)w->values + first;
     int64_t i = 0;
     for (; i < size && i + 16 <= left; i += 16) {
-        __builtin_prefetch(from + i + ahead);
+        __builtin_prefetch(from + i + SOON);
         bytes_of_halves(from + i, to + 2 * i);
     }
     for (; i < size; i += 16) {
@@ -50,100 +50,113 @@ INLINE const char *as_bytes(const struct weight *w, int64_t offset, int64_t coun
     return to + offset % 2;
 }
 
-/* The same of any integers; in place where they are bytes, `most` of which may then be read. */
-INLINE const char *load_bytes(const struct weight *w, int64_t offset, int64_t count, int64_t most, int64_t ahead,
-                              char *copy) {
-    if (w->dtype == INT4) return as_bytes(w, offset, count, ahead, copy);
-    const int64_t left = w->num_values - offset;
-    if (left >= most) return (const char *)w->values + offset;
+/* Where `words` times 64 integers from `offset` on may be read 64 bytes at a time: in place, or, near the end of them, a
+ * copy. */
+INLINE const char *readable_integers(const struct weight *w, int64_t offset, int64_t words, char *copy) {
+    const int64_t in_byte = w->dtype == INT4 ? 2 : 1, most = 64 * words / in_byte + 64 * (in_byte - 1);
+    const int64_t left = (w->num_values - offset + offset % in_byte) / in_byte;
+    const char *values = (const char *)w->values + offset / in_byte;
+    if (left >= most) return values;
     memset(copy, 0, most);
-    if (left > 0) memcpy(copy, (const char *)w->values + offset, left);
+    if (left > 0) memcpy(copy, values, left);
     return copy;
 }
 
-INLINE struct columns columns_of(const struct weight *w, int64_t first, int64_t most) {
-    const int64_t left = w->in_features - first, words = ((left < most ? left : most) + 63) / 64;
-    const int64_t in_group = w->group_size / 64, group = first / w->group_size;
-    const int64_t in_first = (group + 1) * in_group - first / 64, after = words > in_first ? words - in_first : 0;
-    const int64_t row = w->num_values / w->out_features, ahead = words * 64 >= w->in_features ? 1024 : row;
-    return (struct columns){first, words, group, 1 + (after + in_group - 1) / in_group, in_group, in_first,
-                            w->dtype == INT4 && ahead == row ? row / 2 : ahead};
-}
-
-INLINE void load_span(const struct weight *w, int64_t row, const struct columns *c, int64_t offset, struct span *span) {
-    const int64_t words = c->words, bytes = w->row_bytes - c->first / 8;
-    const void *scales = (const char *)w->scales + (row * w->groups + c->group) * size_of(w->x_dtype);
-    int64_t kept = 0;
-    span->bits = w->bits + row * w->row_bytes + c->first / 8;
+INLINE void load_span(int32_t dtype, const struct weight *w, int64_t row, int64_t column, int64_t columns,
+                      int64_t offset, struct span *span) {
+    const int64_t left = w->in_features - column, words = ((left < columns ? left : columns) + 63) / 64;
+    const int64_t bytes = w->row_bytes - column / 8, group = column ? column / w->group_size : 0; /* it takes time */
+    const void *scales = (const char *)w->scales + (row * w->groups + group) * size_of(w->x_dtype);
+    const int64_t groups = w->groups - group < MOST_GROUPS ? w->groups - group : MOST_GROUPS;
+    span->words = words, span->in_group = w->group_size / 64;
+    span->in_first = (group + 1) * span->in_group - column / 64;
+    span->bits = w->bits + row * w->row_bytes + column / 8;
     if (bytes < 8 * words) {
         memset(span->last_bits, 0, 8 * words);
         span->bits = memcpy(span->last_bits, span->bits, bytes);
     }
-    widen(w->x_dtype, scales, c->groups, span->scales);
-    for (int64_t word = 0; word < words && w->dtype == INT4; word++)
-        kept += __builtin_popcountll(load_bits(span->bits + 8 * word, 8));
-    span->values = load_bytes(w, offset, kept, 64 * words, c->ahead, span->copy);
+    widen(w->x_dtype, scales, groups, span->scales);
+    if (dtype == INTEGERS && w->dtype == INT4) {
+        int64_t kept = 0;
+        for (int64_t word = 0; word < words; word++) kept += __builtin_popcountll(load_bits(span->bits + 8 * word, 8));
+        span->values = as_bytes(w, offset, kept, span->copy);
+    } else span->values = readable_integers(w, offset, words, span->copy);
 }
 
-/* sums[tokens] = the integers of 64 columns, divided by INTEGER_UNIT, times x. Gives how many there are. */
-INLINE int64_t multiply_word(int tokens, uint64_t mask, const char *values, const float *x, int64_t stride, vec *sums) {
+/* sums[tokens][chains] += the integers of 64 columns, divided by the unit, times x. `halves`: where they are halves of
+ * bytes. Gives how many there are. */
+INLINE int64_t multiply_word(int32_t dtype, int tokens, int chains, int halves, uint64_t mask, const char *values,
+                             int64_t first, const float *x, int64_t stride, vec *sums) {
+#ifdef expand_integer_pairs
+    if (dtype == INTEGER_DOTS) {
+        vec weights[2];
+        expand_integer_pairs(halves, values + (halves ? first >> 1 : first), halves && first & 1, mask, weights);
+        for (int part = 0; part < 2; part++)
+            for (int token = 0; token < tokens; token++) {
+                vec *sum = sums + token * chains + part % chains;
+                *sum = v_dot(weights[part], v_load(x + token * stride + part * LANES), *sum);
+            }
+        return __builtin_popcountll(mask);
+    }
+#endif
+    (void)dtype, (void)halves;
     enum { PARTS_OF_STEP = INTEGER_STEP / LANES };
-    vec halves[2 * FEW]; /* of each sum */
     int64_t kept = 0;
-    for (int i = 0; i < 2 * tokens; i++) halves[i] = v_zero();
     for (int step = 0; step < 64 / INTEGER_STEP; step++) {
         vec weights[PARTS_OF_STEP];
-        kept += expand_int8(values + kept, mask, step, weights);
+        kept += expand_int8(values + first + kept, mask, step, weights);
         for (int part = 0; part < PARTS_OF_STEP; part++)
             for (int token = 0; token < tokens; token++) {
-                vec *sum = halves + (step * PARTS_OF_STEP + part) % 2 * tokens + token;
+                vec *sum = sums + token * chains + (step * PARTS_OF_STEP + part) % chains;
                 *sum = v_fma(weights[part], v_load(x + token * stride + step * INTEGER_STEP + part * LANES), *sum);
             }
     }
-    for (int token = 0; token < tokens; token++) sums[token] = v_add(halves[token], halves[tokens + token]);
     return kept;
 }
 
-/* totals[tokens] += a span, divided by INTEGER_UNIT, times x. Gives how many integers it has. */
-INLINE int64_t add_span(int tokens, const struct span *span, const struct columns *c, const float *x, int64_t stride,
-                        vec *totals) {
+/* totals[tokens] += a span, divided by the unit, times x. Gives how many integers it has. */
+INLINE int64_t add_span(int32_t dtype, int tokens, int halves, const struct span *span, int64_t first, const float *x,
+                        int64_t stride, vec *totals) {
+    enum { CHAINS = 4 };
+    const int chains = tokens > 2 ? 1 : dtype == INTEGERS ? CHAINS : 2;
     const char *values = span->values;
-    vec total[FEW], sums[FEW];
+    const uint8_t *bits = span->bits, *end = bits + 8 * span->words, *of_group = bits + 8 * span->in_first;
+    int64_t at = first;
+    vec total[FEW], sums[CHAINS * FEW];
     for (int token = 0; token < tokens; token++) total[token] = totals[token];
-    for (int64_t word = 0, end = c->in_first, group = 0; word < c->words; end += c->in_group, group++) {
-        const vec scale = v_splat(span->scales[group]);
-        for (; word < end && word < c->words; word++, x += 64) {
-            __builtin_prefetch(values + c->ahead);
-            values += multiply_word(tokens, load_bits(span->bits + 8 * word, 8), values, x, stride, sums);
-            for (int token = 0; token < tokens; token++) total[token] = v_fma(sums[token], scale, total[token]);
+    for (const float *scale = span->scales; bits < end; of_group += 8 * span->in_group, scale++) {
+        if (of_group > end) of_group = end;
+        for (int i = 0; i < tokens * chains; i++) sums[i] = v_zero();
+        for (; bits < of_group; bits += 8, x += 64 / in_lane(dtype)) {
+            __builtin_prefetch(values + (halves ? at >> 1 : at) + SOON);
+            at += multiply_word(dtype, tokens, chains, halves, load_bits(bits, 8), values, at, x, stride, sums);
         }
+        for (int token = 0; token < tokens; token++)
+            for (int chain = 0; chain < chains; chain++)
+                total[token] = v_fma(sums[token * chains + chain], v_splat(*scale), total[token]);
     }
     for (int token = 0; token < tokens; token++) totals[token] = total[token];
-    return values - span->values;
+    return at - first;
 }
 
-INLINE void few_integers(int tokens, const struct product *p, int64_t begin, int64_t end) {
+INLINE void few_integers(int32_t dtype, int tokens, const struct product *p, int64_t begin, int64_t end) {
     const struct weight *w = &p->w;
-    const int64_t most = tokens == 1 ? SPAN : SPAN / 4;
-    for (int64_t row = begin; row < end; row += TOGETHER) {
-        const int rows = end - row < TOGETHER ? (int)(end - row) : TOGETHER;
-        vec totals[TOGETHER * FEW];
-        int64_t offset[TOGETHER];
-        for (int i = 0; i < rows * tokens; i++) totals[i] = v_zero();
-        for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r);
-        for (int64_t column = 0; column < w->in_features; column += most) {
-            const struct columns columns = columns_of(w, column, most);
-            for (int r = 0; r < rows; r++) {
-                struct span span;
-                load_span(w, row + r, &columns, offset[r], &span);
-                offset[r] += add_span(tokens, &span, &columns, p->x + column, p->stride, totals + r * tokens);
-            }
+    const int64_t stride = p->stride / in_lane(dtype);
+    for (int64_t row = begin; row < end; row++) {
+        int64_t offset = row_start(w, row);
+        vec totals[FEW];
+        for (int token = 0; token < tokens; token++) totals[token] = v_zero();
+        for (int64_t column = 0; column < w->in_features; column += SPAN) {
+            const float *x = p->x + column / in_lane(dtype);
+            struct span span;
+            load_span(dtype, w, row, column, SPAN, offset, &span);
+            if (dtype == INTEGER_DOTS && w->dtype == INT4)
+                offset += add_span(dtype, tokens, 1, &span, offset % 2, x, stride, totals);
+            else offset += add_span(dtype, tokens, 0, &span, 0, x, stride, totals);
         }
-        for (int r = 0; r < rows; r++) {
-            check_end(p, row + r, offset[r]);
-            for (int token = 0; token < tokens; token++)
-                finish(INTEGERS, p, row + r, token, v_sum(totals[r * tokens + token]) * INTEGER_UNIT);
-        }
+        check_end(p, row, offset);
+        for (int token = 0; token < tokens; token++)
+            finish(dtype, p, row, token, v_sum(totals[token]) * (dtype == INTEGERS ? INTEGER_UNIT : 1));
     }
 }
 
@@ -151,11 +164,10 @@ INLINE void few_integers(int tokens, const struct product *p, int64_t begin, int
 static int64_t expand_integers(const struct weight *w, int64_t row, int64_t column, int64_t most, int64_t offset,
                                float *out) {
     struct span span;
-    const struct columns c = columns_of(w, column, most);
-    load_span(w, row, &c, offset, &span);
+    load_span(INTEGERS, w, row, column, most, offset, &span);
     const char *values = span.values;
-    for (int64_t word = 0, end = c.in_first, group = 0; word < c.words; end += c.in_group, group++)
-        for (; word < end && word < c.words; word++)
+    for (int64_t word = 0, end = span.in_first, group = 0; word < span.words; end += span.in_group, group++)
+        for (; word < end && word < span.words; word++)
             for (int step = 0; step < 64 / INTEGER_STEP; step++) {
                 vec weights[INTEGER_STEP / LANES];
                 values += expand_int8(values, load_bits(span.bits + 8 * word, 8), step, weights);
@@ -182,7 +194,8 @@ static int64_t expand_integer_row(const struct weight *w, int64_t row, void *out
 /* The weights [count], at most 64, that a row keeps from `column` on, as floats. */
 static void load_weights(const struct weight *w, int64_t row, int64_t column, int64_t offset, int64_t count, float *to) {
     char copy[128];
-    const int8_t *integers = (const int8_t *)load_bytes(w, offset, count, count, 1024, copy);
+    const int8_t *integers = (const int8_t *)(w->dtype == INT4 ? as_bytes(w, offset, count, copy)
+                                                               : readable_integers(w, offset, 1, copy));
     const float scale = load_number(w->x_dtype, w->scales, row * w->groups + column / w->group_size);
     for (int64_t i = 0; i < count; i++) to[i] = integers[i] * scale;
 }

@@ -14,6 +14,9 @@
  *                   are kept
  *   v_dot(a, b, sum), expand_pairs(values, mask, vec weights[STEP / LANES / 2]): only where the instruction set
  *                   multiplies pairs of bfloat16: each lane holds two, and so does each lane of x
+ *   expand_integer_pairs(halves, values, odd, word, vec weights[64 / LANES / 2]), order_pairs(x): where that is the
+ *                   faster way for integers, too; the first takes 64 of them in the order that the second gives 64
+ *                   bfloat16. `halves`: of bytes, from half number `odd` on. 64 bytes may be read
  */
 #include <stddef.h>
 #include <stdlib.h>
@@ -24,9 +27,10 @@
 #define JOIN(a, b) JOIN_(a, b)
 
 enum { PARTS = STEP / LANES, COLUMNS = 512, PIECE = 16, VECTORS = BLOCK / LANES, PANEL = 256, AHEAD = 4 };
-/* As a dtype: bfloat16 that is multiplied in pairs; either type of integers, where it is asked only when it runs which.
+/* As a dtype: bfloat16 that is multiplied in pairs; either type of integers, where it is asked only when it runs which;
+ * the same, multiplied in pairs.
  * HALVES: bfloat16 as `few` and `some` multiply it. */
-enum { DOTS = -1, INTEGERS = -2 };
+enum { DOTS = -1, INTEGERS = -2, INTEGER_DOTS = -3 };
 #ifdef v_dot
 enum { HALVES = DOTS, HAS_DOTS = 1 };
 #else
@@ -34,7 +38,7 @@ enum { HALVES = BFLOAT16, HAS_DOTS = 0 };
 #endif
 
 /* How many numbers of x, or weights to be multiplied with it, a lane holds. */
-INLINE int in_lane(int32_t dtype) { return dtype == DOTS ? 2 : 1; }
+INLINE int in_lane(int32_t dtype) { return dtype == DOTS || dtype == INTEGER_DOTS ? 2 : 1; }
 
 INLINE float half_to_float(uint16_t half) {
 #if defined(__F16C__)
@@ -85,10 +89,10 @@ INLINE void store_number(int32_t dtype, void *to, int64_t index, float value) {
     else ((uint16_t *)to)[index] = (uint16_t)((wide.bits + 0x7fff + (wide.bits >> 16 & 1)) >> 16);
 }
 
-INLINE int64_t size_of(int32_t dtype) { return dtype == FLOAT32 ? 4 : dtype == INTEGERS ? 1 : 2; }
+INLINE int64_t size_of(int32_t dtype) { return dtype == FLOAT32 ? 4 : dtype <= INTEGERS ? 1 : 2; }
 
 /* The dtype of x and y where the values are of `dtype`. */
-INLINE int32_t dtype_of_x(int32_t dtype, const struct weight *w) { return dtype == INTEGERS ? w->x_dtype : dtype; }
+INLINE int32_t dtype_of_x(int32_t dtype, const struct weight *w) { return dtype <= INTEGERS ? w->x_dtype : dtype; }
 
 INLINE int64_t row_start(const struct weight *w, int64_t row) { return w->starts ? w->starts[row] : row * w->per_row; }
 
@@ -126,7 +130,7 @@ INLINE const char *readable(const struct weight *w, int32_t dtype, int64_t offse
 
 INLINE vec multiply_add(int32_t dtype, vec a, vec b, vec sum) {
 #ifdef v_dot
-    if (dtype == DOTS) return v_dot(a, b, sum);
+    if (in_lane(dtype) == 2) return v_dot(a, b, sum);
 #endif
     (void)dtype;
     return v_fma(a, b, sum);
@@ -207,7 +211,7 @@ INLINE void few_of(int32_t dtype, int tokens, const struct product *p, int64_t b
     const int together = tokens == 1 && p->w.in_features > 6144 ? 4 : 1;
     float sums[4 * FEW];
     int64_t row = begin;
-    if (dtype == INTEGERS) few_integers(tokens, p, row, end), row = end;
+    if (dtype <= INTEGERS) few_integers(dtype, tokens, p, row, end), row = end;
     while (row < end) {
         int rows = 1;
         if (together == 4 && row + 4 <= end && row_start(&p->w, row + 3) <= p->w.num_values) {
@@ -231,10 +235,10 @@ static void widen(int32_t dtype, const void *from, int64_t count, float *to) {
 
 /* `features` of x, from `column` of a token on, as they are multiplied, and zeros up to `most`. */
 INLINE void copy_features(int32_t dtype, const struct product *p, int64_t token, int64_t column, int64_t most, float *to) {
-    const int64_t size = size_of(p->w.x_dtype), to_size = dtype == DOTS ? 2 : 4, left = p->w.in_features - column;
+    const int64_t size = size_of(p->w.x_dtype), to_size = 4 / in_lane(dtype), left = p->w.in_features - column;
     const int64_t features = token >= p->tokens || left < 0 ? 0 : left < most ? left : most;
     const char *from = (const char *)p->raw + (token * p->w.in_features + column) * size;
-    if (dtype == DOTS) memcpy(to, from, features * size);
+    if (in_lane(dtype) == 2) memcpy(to, from, features * size);
     else if (features) widen(dtype_of_x(dtype, &p->w), from, features, to);
     memset((char *)to + features * to_size, 0, (most - features) * to_size);
 }
@@ -250,6 +254,9 @@ INLINE void few_in(int32_t dtype, struct product p, int64_t begin, int64_t end) 
         p.x = x;
         for (int64_t token = 0; token < p.tokens; token++)
             copy_features(dtype, &p, token, 0, p.stride, x + token * p.stride / in_lane(dtype));
+#ifdef expand_integer_pairs
+        for (int64_t i = 0; i < p.tokens * p.stride && dtype == INTEGER_DOTS; i += 64) order_pairs(x + i / 2);
+#endif
     }
     if (p.tokens == 1) few_of(dtype, 1, &p, begin, end);
     else if (p.tokens == 2) few_of(dtype, 2, &p, begin, end);
@@ -262,6 +269,9 @@ static void few(const struct product *p, int64_t begin, int64_t end) {
     if (p->w.dtype == FLOAT32) few_in(FLOAT32, *p, begin, end);
     else if (p->w.dtype == BFLOAT16) few_in(HALVES, *p, begin, end);
     else if (p->w.dtype == FLOAT16) few_in(FLOAT16, *p, begin, end);
+#ifdef expand_integer_pairs
+    else if (p->w.x_dtype == BFLOAT16) few_in(INTEGER_DOTS, *p, begin, end);
+#endif
     else few_in(INTEGERS, *p, begin, end);
 }
 
