@@ -176,7 +176,7 @@ class SparsityConfig(QuantizationConfigMixin):
             each, over the layer (`sparsegpt`: over each `block_size` columns). With `"existing"` each layer's own is
             found, and none is passed.
         values: how the kept values are stored: None: in the dtype of the weights; `"int8"` (5.0 bits for each weight
-            at 50 %, instead of 9) or `"int4"` (3.1): integers, each times the scale of its group.
+            at 50 %, instead of 9) or `"int4"` (3.3): integers, each times the scale of its group.
         group_size: so many columns of a row share a scale, a multiple of 64; -1: all of a row. None takes what was
             measured to be best for the type of values.
         dataset: calibration text: `"mc4-ko"`, `"c4"`, `"kowiki"` (streamed from the Hub), `"self"` (the model writes

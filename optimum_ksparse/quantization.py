@@ -27,8 +27,9 @@ TYPES = {torch.int8: "int8", torch.uint8: "int4"}
 GROUP_STEP = 64
 # As a group size: a row has one scale.
 ROW = -1
-# Where none is asked for.
-GROUP_SIZES = {"int8": ROW, "int4": 128}
+# Where none is asked for. int4 with 128 columns: 0.125 bits a weight less, and 1.7 times the loss of perplexity on
+# SmolLM2-135M at 50 %.
+GROUP_SIZES = {"int8": ROW, "int4": 64}
 
 
 def check_group_size(name: str, value: int) -> int:
