@@ -419,16 +419,30 @@ sys.exit(main(sys.argv[1:]))
         torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_command(folders, settings, tmp_path, capsys):
+def test_the_command(folders, tokenizer, settings, tmp_path, capsys):
     output, chosen = tmp_path / "out", settings()
     texts = tmp_path / "texts.txt"
     texts.write_text(sample_texts("evaluation")[0], encoding="utf-8")
     recipe = REPOSITORY / "configs/finetune/distill.yaml"
-    flags = ["--teacher", chosen.teacher, "--dataset", chosen.dataset, "--texts", texts, "--max-steps", 1]
+    flags = [
+        "--teacher",
+        chosen.teacher,
+        "--dataset",
+        chosen.dataset,
+        "--texts",
+        texts,
+        "--max-tokens",
+        48,
+        "--max-steps",
+        1,
+    ]
     for name in ("num_samples", "seq_len", "batch_size", "micro_batch_size"):
         flags += [f"--{name.replace('_', '-')}", SMALL[name]]
     words = ["finetune", "distill", folders[1], output, "--config", recipe, *flags]
     parse_words(list(map(str, words))).execute()
     shown = capsys.readouterr().out
-    assert f"saved in {output}" in shown and shown.count("perplexity ") == 2
+    record = json.loads((output / "finetuning.json").read_text(encoding="utf-8"))
+    assert f"saved in {output}" in shown and shown.count("perplexity ") == 2 == len(record["history"])
+    expected = evaluate_perplexity(load(folders[1]).float(), tokenizer, str(texts), seq_len=24, max_tokens=48)
+    assert record["history"][0]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
     assert len(sparse_modules(load(output))) == len(sparse_modules(load(folders[1])))

@@ -143,6 +143,7 @@ class DistillSettings(FinetuningSettings):
     texts: str | None = setting(
         None, "to measure perplexity on: kowiki, a .txt or .jsonl file (default: do not measure)"
     )
+    max_tokens: Annotated[int, Between(2)] | None = setting(None, "of these texts at most (default: all)")
     eval_every: Positive | None = setting(None, "steps from one measurement to the next (default: before and after)")
 
     def __post_init__(self) -> None:

@@ -127,7 +127,8 @@ class DistillTrainer(TaskTrainer):
         measured = any(entry["step"] == step and self.figure in entry for entry in self.state.log_history)
         if measured or step % self.args.eval_steps:  # `eval_on_start` comes here when a run goes on, too
             return {}
-        how: dict[str, Any] = {"seq_len": self.data.seq_len, "prepend_bos": settings.prepend_bos, "batch_size": 1}
+        how: dict[str, Any] = {name: getattr(settings, name) for name in ("prepend_bos", "max_tokens")}
+        how |= {"seq_len": self.data.seq_len, "batch_size": 1}
         row = evaluate_perplexity(self.model, self.tokenizer, settings.texts, **how)
         figures = {self.figure: round(row[self.figure], 4)}
         self.log(figures)
