@@ -20,7 +20,7 @@ from .hub import write_card
 from .integration import register
 from .nn import SparseLinear
 from .pattern import Pattern
-from .pruning import drop_layers
+from .pruning import drop_experts, drop_layers
 from .report import SparsityReport
 from .runtime import RuntimeConfig, configure
 from .version import __version__
@@ -40,6 +40,7 @@ __all__ = [
     "SparsityReport",
     "__version__",
     "configure",
+    "drop_experts",
     "drop_layers",
     "evaluate_kobest",
     "evaluate_model",

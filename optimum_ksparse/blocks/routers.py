@@ -24,7 +24,7 @@ def find_routers(model: PreTrainedModel, block: nn.Module) -> set[str]:
         for name, module in block.named_modules()
         if is_linear_map(module) and any("router" in part.lower() for part in name.split("."))
     }
-    for holder, experts, number in _experts(block, set(counts.values())):
+    for holder, experts, number in find_experts(model, block):
         scores = {1, number, *(number + more for more in nothing)}
         for child, module in block.get_submodule(holder).named_children():
             path = f"{holder}.{child}".lstrip(".")
@@ -46,9 +46,10 @@ def _hidden_size(model: PreTrainedModel) -> int:
     return size if isinstance(size, int) else int(model.get_input_embeddings().weight.shape[1])  # type: ignore
 
 
-def _experts(block: nn.Module, numbers: set[int]) -> Iterator[tuple[str, str, int]]:
+def find_experts(model: PreTrainedModel, block: nn.Module) -> Iterator[tuple[str, str, int]]:
     """Experts of a block: the path of the module that holds them, their own, and how many they are. A list, or a stack
     of matrices, is one of experts where it is called so, or has as many as the config counts."""
+    numbers = {number for _, number in _expert_counts(model.config.get_text_config(decoder=True).to_dict())}
     lists = {name: len(module) for name, module in block.named_modules() if isinstance(module, nn.ModuleList)}
     stacks = {name.rpartition(".")[0]: len(stack.weight) for name, stack in find_stacks(block).items()}
     for path, number in {**lists, **stacks}.items():

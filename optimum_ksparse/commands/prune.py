@@ -13,8 +13,8 @@ from ..checkpoint.staging import check_output, staged
 from ..config import CHOICES, FLAT_SETTINGS, METHOD_SETTINGS, SparsityConfig
 from ..data import load_tokenizer, save_tokenizer
 from ..pruners import METHODS
-from ..pruners.settings import whole
-from ..pruning import drop_layers
+from ..pruners.settings import share, whole
+from ..pruning import drop_experts, drop_layers
 from ..pruning.distributed import joined
 from ..pruning.progress import listening
 from .base import DTYPES, LOADING_TEXTS, OVERWRITE, TRUST, Command, usage
@@ -27,7 +27,7 @@ SETTINGS_TEXTS = {
     "reconstruct": "tune each block to its dense outputs; slower, much more accurate (default: do not)",
     "activations": "calibration inputs and targets (default: the measured best)",
     "pattern": "2:4, 4:8, any n:m (n nonzero weights in every m), a share of zeros such as 50%, the same of whole "
-    "blocks of outputs x inputs such as 50%/32x32; none prunes nothing, with --drop-layers",
+    "blocks of outputs x inputs such as 50%/32x32; none prunes nothing, with --drop-layers or --drop-experts",
     "values": "quantise the kept values: int8, or int4 (default: as they are)",
     "group_size": "columns of a row that share a scale, a multiple of 64, or -1: all (default: the measured best)",
     "allocation": "owl: each layer its own pattern, by what it would lose",
@@ -57,7 +57,11 @@ _STREAM_TEXTS = {
     "device": "with --stream: where blocks run: cpu, cuda:0, … (default: a GPU where there is one)",
     "activation_memory": "with --stream: calibration activations to keep in memory",
 }
-_DROP_LAYERS = whole("decoder blocks to drop first: those that change the hidden states least (default: none)")
+_DROPS: dict[str, Any] = {"drop_layers": drop_layers, "drop_experts": drop_experts}
+_DROP_TEXTS = {
+    "drop_layers": whole("decoder blocks to drop first: those that change the hidden states least (default: none)"),
+    "drop_experts": share("experts of each layer to drop first: those that add least to its output (default: none)"),
+}
 
 
 class PruneCommand(Command):
@@ -72,7 +76,7 @@ class PruneCommand(Command):
     }
     FLAGS = (
         (SETTINGS_TEXTS, SparsityConfig),
-        ({"drop_layers": _DROP_LAYERS, **METHOD_SETTINGS},),
+        ({**_DROP_TEXTS, **METHOD_SETTINGS},),
         (_LOADING_TEXTS,),
         (_STREAM_TEXTS, prune_checkpoint),
     )
@@ -82,14 +86,17 @@ class PruneCommand(Command):
         settings = self.settings()
         model, output = settings.pop("model"), settings.pop("output")
         stream, as_json = settings.pop("stream", False), settings.pop("json", False)
-        self.dropped = settings.pop("drop_layers", None)
+        self.dropped = {name: settings.pop(name) for name in _DROPS if name in settings}
         self.drops_alone = str(settings.get("pattern", "")).lower() == "none"
-        if self.drops_alone and self.dropped is None:
-            raise UsageError("pattern=none prunes nothing: name a pattern, or drop blocks with --drop-layers")
-        if self.dropped is not None and stream:
+        if self.drops_alone and not self.dropped:
             raise UsageError(
-                "drop_layers= needs the whole model in memory: leave out --stream and pass --pattern none, then prune "
-                "the model that comes out with --stream"
+                "pattern=none prunes nothing: name a pattern, or drop blocks with --drop-layers, experts with "
+                "--drop-experts"
+            )
+        if self.dropped and stream:
+            raise UsageError(
+                f"{min(self.dropped)}= needs the whole model in memory: leave out --stream and pass --pattern none, "
+                "then prune the model that comes out with --stream"
             )
         if self.drops_alone:
             del settings["pattern"]
@@ -99,6 +106,8 @@ class PruneCommand(Command):
             if name in loading:
                 raise UsageError(f"{name}= has no meaning with{'' if stream else 'out'} --stream; leave it out")
         with usage():
+            for name, value in self.dropped.items():
+                _DROP_TEXTS[name].check(name, value)
             config = SparsityConfig.from_flat(**settings)
         print_block = lambda done: print(json.dumps({"event": "block", **asdict(done)}), flush=True)  # noqa: E731
         with joined() as processes:
@@ -123,7 +132,7 @@ class PruneCommand(Command):
                 pass
         where = {name: loading[name] for name in ("revision", "gguf_file", "trust_remote_code") if name in loading}
         model_class = class_for_source(source, **where)
-        if self.dropped is None:
+        if not self.dropped:
             model = model_class.from_pretrained(source, sparsity_config=config, **loading)
         else:
             model = model_class.from_pretrained(source, **loading)
@@ -139,11 +148,13 @@ class PruneCommand(Command):
         return report
 
     def _drop(self, model: Any, config: Any, where: Any) -> None:
-        """Drops blocks, and prunes the others unless that is all."""
+        """Drops blocks and experts, and prunes what is left unless that is all."""
         tokenizer = load_tokenizer(config.calibration, model.name_or_path, **where)
         names = ("num_samples", "seq_len", "batch_size", "seed", "prepend_bos")
         given = {name: getattr(config, name) for name in names if name in config.given}
-        drop_layers(model, self.dropped, config.dataset, tokenizer, **given)
+        for name, drop in _DROPS.items():
+            if name in self.dropped:
+                drop(model, self.dropped[name], config.dataset, tokenizer, **given)
         if not self.drops_alone:
             sparsify(model, config, tokenizer)
 

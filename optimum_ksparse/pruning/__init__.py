@@ -1,5 +1,6 @@
 """Pruning a model: the block loop, one block, one layer or stack of experts."""
 
+from .expert_dropping import drop_experts
 from .layer import relative_output_error
 from .layer_dropping import drop_layers
 from .loop import prune_blocks
@@ -7,6 +8,7 @@ from .progress import blocks_with_progress
 
 __all__ = [
     "blocks_with_progress",
+    "drop_experts",
     "drop_layers",
     "prune_blocks",
     "relative_output_error",

@@ -40,6 +40,12 @@ def remove_blocks(blocks: DecoderBlocks, dropped: Sequence[int]) -> None:
     kept = [index for index in range(len(blocks.blocks)) if index not in dropped]
     changes, attributes = plan_removal(blocks, kept)
     _keep(model, blocks, kept)
+    apply(model, changes, attributes)
+
+
+def apply(model: PreTrainedModel, changes: Mapping[str, Any], attributes: Sequence[tuple[str, str, Any]]) -> None:
+    """Changes settings of a model's (text) config, wherever its modules hold it, and attributes of its modules (path,
+    name, value)."""
     text_config = model.config.get_text_config(decoder=True)
     configs = [getattr(module, "config", None) for module in model.modules()]
     for config in [text_config, *(config for config in configs if isinstance(config, type(text_config)))]:
@@ -61,7 +67,7 @@ def plan_removal(blocks: DecoderBlocks, kept: list[int]) -> tuple[dict[str, Any]
             raise refusal(blocks, f"{reason} ({name} of its config)")
     changes = smaller(config, kept)
     try:
-        before, after = _skeleton(model, {}), _skeleton(model, changes)
+        before, after = skeleton(model, {}), skeleton(model, changes)
     except (TypeError, ValueError, KeyError, IndexError, StrictDataclassError) as error:
         raise refusal(blocks, f"no config of {len(kept)} blocks can be made of its own: {error}") from error
     if _shapes(model) != _shapes(before):
@@ -74,7 +80,7 @@ def plan_removal(blocks: DecoderBlocks, kept: list[int]) -> tuple[dict[str, Any]
         other = modules.get(path)
         if other is None or type(module) is not type(other):
             raise refusal(blocks, f"{path} would be {type(other).__name__}")
-        for name, old, value in _differences(module, other):
+        for name, old, value in differences(module, other):
             if path.startswith(prefix) and name not in _NUMBERS and not (value and value == changes.get(name)):
                 raise refusal(blocks, f"{name} of {path} would change from {old!r} to {value!r}, by its place alone")
             attributes.append((path, name, value))
@@ -112,7 +118,7 @@ def smaller(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     return changes
 
 
-def _skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTrainedModel:
+def skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTrainedModel:
     """A model on the meta device by the config of `model` with changes, as it comes out of `config.json`."""
     config = copy.deepcopy(model.config)
     for name, value in changes.items():
@@ -125,7 +131,7 @@ def _skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTrainedM
     return built
 
 
-def _differences(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+def differences(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """Name and both values of plain attributes in which two modules differ."""
 
     def is_plain(value: Any) -> bool:
