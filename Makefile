@@ -2,6 +2,7 @@
 # make test   sets everything up, checks and tests
 # make test-fast  the tests that start no process, run no real model and do not take long
 # make test-vllm  the tests with vLLM, in an environment of their own
+# make release-check  builds wheel and source distribution, checks both, runs each in an environment of its own
 #
 # The demo with another model: make demo MODEL=<Hub id or folder> PATTERN=4:8 METHOD=sparsegpt
 
@@ -15,8 +16,9 @@ PATTERN ?= 2:4
 METHOD ?= admm
 DEMO_DIR ?= .demo
 VLLM_VENV ?= .venv-vllm
+RELEASE := build/release
 
-.PHONY: demo test test-fast test-vllm check clean
+.PHONY: demo test test-fast test-vllm check release-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py "$(MODEL)" "$(PATTERN)" "$(METHOD)" "$(DEMO_DIR)"
@@ -36,6 +38,20 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The wheel is built from the source distribution, which so is seen to be whole.
+release-check:
+	rm -rf $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)/tools
+	$(RELEASE)/tools/bin/pip install --quiet "build>=1.3" "check-wheel-contents>=0.6.3" "twine>=6.2"
+	$(RELEASE)/tools/bin/python -m build --outdir $(RELEASE)/dist
+	$(RELEASE)/tools/bin/twine check --strict $(RELEASE)/dist/*
+	$(RELEASE)/tools/bin/check-wheel-contents $(RELEASE)/dist
+	set -e; for file in $(RELEASE)/dist/*; do \
+		$(PYTHON) -m venv --clear $(RELEASE)/environment; \
+		$(RELEASE)/environment/bin/pip install --quiet --constraint constraints.txt $$file; \
+		OMP_NUM_THREADS=1 $(RELEASE)/environment/bin/python .ci/check_installed.py; \
+	done
 
 # One environment; each stamp says that an extra's requirements are in it.
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python

@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAME = "optimum-ksparse"
 # Set it to where readers of a model's card get this package: `git+https://…`, the URL of a wheel, or, once it is

@@ -78,6 +78,7 @@ def test_the_wheel_holds_the_package_and_the_command(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "optimum_ksparse/__init__.py" in names
     assert "optimum/commands/register/register_ksparse.py" in names
+    assert "optimum_ksparse/py.typed" in names
     templates = ("card.md.jinja", "phrases.yaml", "citations.bib")
     assert {f"optimum_ksparse/hub/templates/{name}" for name in templates} <= set(names)
     assert not [name for name in names if name.startswith("optimum/") and name.endswith("__init__.py")]
