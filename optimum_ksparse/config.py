@@ -26,6 +26,7 @@ from .records import (
     Count,
     PatternText,
     Version,
+    as_html,
     build,
     check_depth,
     describe_source,
@@ -417,6 +418,16 @@ class SparsityConfig(QuantizationConfigMixin):
         if "_description" not in vars(self):  # debuggers and tracebacks show what has been refused
             return f"{type(self).__name__} ({', '.join(sorted(self.given))})"
         return str(super().__repr__())
+
+    def _repr_html_(self) -> str:
+        """The settings that are read, the ones that were passed marked."""
+        settings = {name: value for name, value in self.to_dict().items() if name not in (*RECORDED, "quant_method")}
+        given = self.given | self.method_settings.keys()
+        marked = [number for number, name in enumerate(settings) if name in given]
+        rows = [(name, "" if value is None else str(value)) for name, value in settings.items()]
+        return as_html(
+            [("setting", "value"), *rows], "SparsityConfig", ["Marked settings were passed."], marked=marked
+        )
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()

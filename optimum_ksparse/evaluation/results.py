@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypedDict
 from ..checkpoint.staging import locked, write_text
 from ..records import RESULTS_NAME, As, Count, Positive, Version, build, build_fields, read_record, to_json
 from .kobest import STUDY_TASKS, mean_f1
+from .table import results_html
 from .tasks import DATA, TASKS, task_of
 
 # 2: kinds beside perplexity and KoBEST, and `tuning`, which files of version 1 lack: they are of models before it.
@@ -254,6 +255,9 @@ class EvaluationResults:
     def _keys(self) -> frozenset[tuple[str, Any]]:
         """Part and key of each row."""
         return frozenset((part, row.key) for part in _PARTS for row in getattr(self, part))
+
+    def _repr_html_(self) -> str:
+        return results_html(self)
 
     def check_record(self, where: str) -> None:
         """Raises ValueError where a measurement is there twice."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..records import aligned
+from ..records import aligned, as_html
 from .kobest import KOBEST_TASKS, STUDY_TASKS
-from .results import EvaluationResults, Measurement
 from .tasks import TASKS, task_of
 from .tuning import tuning_title
 
+if TYPE_CHECKING:
+    from .results import EvaluationResults, Measurement
+
+    Pair = tuple[Measurement | None, Measurement | None]
+
 MEAN_TITLE = "KoBEST mean (COPA, HellaSwag, BoolQ, SentiNeg)"
-Pair = tuple[Measurement | None, Measurement | None]
 
 
 @dataclass
@@ -99,6 +103,16 @@ def _result_row(metric: str, ours: Measurement | None, other: Measurement | None
 
 def results_table(results: EvaluationResults) -> str:
     """A table for a terminal."""
+    return "\n".join(aligned(_cells(results)))
+
+
+def results_html(results: EvaluationResults) -> str:
+    """A table for a notebook, with a bar for what the sparse model recovers of the dense one's figure."""
+    title = f"evaluation, dense: {results.dense_model}" if results.dense_model else "evaluation"
+    return as_html(_cells(results), title, bars={4: [row.recovered for row in result_rows(results)]})
+
+
+def _cells(results: EvaluationResults) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "", "dense", "sparse", "recovered")]
     for row in result_rows(results):
         shots = f", {row.num_fewshot}-shot" if row.num_fewshot != row.usual_shots else ""
@@ -107,4 +121,4 @@ def results_table(results: EvaluationResults) -> str:
         differences = f"not comparable: {', '.join(row.differences)}" if row.differences else recovered
         tuning = f", after {row.tuning} tuning" if row.tuning is not None else ""
         rows.append((row.title + shots + tuning, row.metric, *figures, differences))
-    return "\n".join(aligned(rows))
+    return rows

@@ -22,5 +22,6 @@ from .files import (
     to_json,
 )
 from .foreign import BITMASK, COMPRESSED_TENSORS, TWO_OF_FOUR, sparse_format
+from .html import as_html
 from .kinds import Amount, As, Between, Count, PatternText, Positive, RelativePath, Revision, Share, Version
 from .sources import describe_source, is_repo_id, names_repository, recorded_repository

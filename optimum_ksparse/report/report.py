@@ -22,7 +22,7 @@ from .rows import (
     LayerReport,
     Nothing,
 )
-from .text import in_words
+from .text import in_html, in_words
 
 SCHEMA_VERSION = 1
 
@@ -166,6 +166,9 @@ class SparsityReport:
     def __str__(self) -> str:
         """A table with a row for each kind of layer (same path but for the block's number), and the totals."""
         return in_words(self)
+
+    def _repr_html_(self) -> str:
+        return in_html(self)
 
 
 def _earlier(record: dict[str, Any]) -> dict[str, Any]:

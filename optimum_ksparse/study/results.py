@@ -23,6 +23,7 @@ from ..records import Amount, As, Count, Share, read_record
 from ..report import SparsityReport
 from .quantities import BITS, QUANTITIES, Spread, figures_of, spread
 from .record import Record
+from .tables import html
 
 CELLS = "cells"
 RESULT_NAME, FAILURE_NAME = "result.json", "failure.json"
@@ -117,6 +118,9 @@ class StudyResults:
     record: Record
     cells: dict[str, CellResult]
     failed: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        return html(self)
 
     def titles(self, cells: Any) -> list[str]:
         """What messages call cells."""

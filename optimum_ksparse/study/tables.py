@@ -1,21 +1,24 @@
-"""The study's tables: Markdown and JSON."""
+"""The study's tables: Markdown, JSON, and HTML for notebooks."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..checkpoint.staging import write_text
-from ..records import to_json
+from ..records import as_html, to_json
 from .quantities import QUANTITIES, TABLES
 from .recipe import CALIBRATION, DENSE
-from .results import Row, StudyResults
+
+if TYPE_CHECKING:
+    from .results import Row, StudyResults
 
 
 def write_tables(results: StudyResults, output: Path) -> None:
@@ -45,23 +48,47 @@ def write_tables(results: StudyResults, output: Path) -> None:
 
 def markdown(results: StudyResults) -> str:
     """All tables that there are figures for, and how they were measured."""
-    job, seeds = results.record.job, results.record.grid["seeds"]
+    lines = [f"# Pruning study of {results.record.job['model']}", "", _state(results), ""]
+    for title, texts, note in _tables(results):
+        cells = [[text.replace("|", r"\|") for text in line] for line in texts]
+        head, *body = [f"| {' | '.join(line)} |" for line in cells]
+        lines += [f"## {title}", "", head, "|" + "---|" * len(cells[0]), *body, *(["", note] if note else []), ""]
+    lines += ["## How it was measured", "", "```yaml", _how(results), "```"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def html(results: StudyResults) -> str:
+    """All tables that there are figures for."""
+    head = f"Pruning study of {results.record.job['model']}: {_state(results)}"
+    tables = [
+        as_html(
+            [[text.replace("**", "").strip("*") for text in line] for line in texts], title, [note] if note else []
+        )
+        for title, texts, note in _tables(results)
+    ]
+    return f"<div><p>{escape(head)}</p>{''.join(tables)}</div>"
+
+
+def _state(results: StudyResults) -> str:
+    """How far it is, and what its figures are."""
+    seeds = results.record.grid["seeds"]
     state = f"{len(results.cells)} of {len(results.record.cells)} cells are done."
     if len(seeds) > 1:
         state += (
             f" Figures are mean ± sample standard deviation over the calibration seeds {', '.join(map(str, seeds))} "
             f"(n = {len(seeds)}); what has no ± is one run, or infinite."
         )
-    state += f" Failed: {'; '.join(results.titles(results.failed))}." if results.failed else ""
-    lines = [f"# Pruning study of {job['model']}", "", state, ""]
-    texts = (job.get("evaluation") or {}).get("texts") or {}
+    return state + (f" Failed: {'; '.join(results.titles(results.failed))}." if results.failed else "")
+
+
+def _tables(results: StudyResults) -> Iterator[tuple[str, list[list[str]], str]]:
+    """Of each table its title, its lines, those of the head first, and where published figures are from."""
+    texts = (results.record.job.get("evaluation") or {}).get("texts") or {}
     for table, title in TABLES.items():
         rows = [row for row in results.rows() if QUANTITIES[row.quantity].table == table]
         if rows:
             title = title.format(text=texts.get("name") or texts.get("file") or "texts")
-            lines += [f"## {title}", "", *_table(results, table, rows), ""]
-    lines += ["## How it was measured", "", "```yaml", _how(results), "```"]
-    return "\n".join(lines).rstrip() + "\n"
+            yield title, *_table(results, table, rows)
 
 
 def _how(results: StudyResults) -> str:
@@ -91,8 +118,8 @@ def _distinct(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for number, entry in enumerate(entries) if entry not in entries[:number]]
 
 
-def _table(results: StudyResults, table: str, rows: Sequence[Row]) -> list[str]:
-    """Rows by figure, method and calibration set, columns by pattern."""
+def _table(results: StudyResults, table: str, rows: Sequence[Row]) -> tuple[list[list[str]], str]:
+    """Lines by figure, method and calibration set, columns by pattern; and where published figures are from."""
     record, published = results.record, results.record.published
     quantities = list(dict.fromkeys(row.quantity for row in rows))
     patterns = [*([] if table == "cost" else [DENSE]), *record.grid["patterns"]]
@@ -114,8 +141,6 @@ def _table(results: StudyResults, table: str, rows: Sequence[Row]) -> list[str]:
         if values := published.get(name):
             cells = [f"{values[pattern]:,.{quantity.digits}f}" if pattern in values else "" for pattern in patterns]
             lines.append([quantity.label, whose, "", *cells])
-    texts = [[text.replace("|", r"\|") for text in itertools.compress(line, columns)] for line in lines]
-    head, *body = [f"| {' | '.join(line)} |" for line in texts]
     is_published = "source" in published and any(name in published for name in quantities)
-    end = ["", f"Published: {published['source']}"] if is_published else []
-    return [head, "|" + "---|" * len(texts[0]), *body, *end]
+    source = f"Published: {published['source']}" if is_published else ""
+    return [list(itertools.compress(line, columns)) for line in lines], source

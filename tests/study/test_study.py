@@ -803,6 +803,15 @@ def test_tables_say_what_was_found_and_how(workplace):
     assert len(written["cells"]) == 1 + 6 + 2 and len(written["rows"]) == len(rows)
 
 
+def test_a_notebook_shows_the_tables(workplace):
+    results = made_up([{"name": "<b>*w*</b>", "method": "wanda"}, "magnitude"], [DATA], [0, 1], {})
+    text = results._repr_html_()
+    assert text.count("<table>") == text.count("</table>") == markdown(results).count("\n## ") - 1
+    for cell in ("&lt;b&gt;*w*&lt;/b&gt;", "35.00 ± 1.41", "mean of COPA, HellaSwag, BoolQ, SentiNeg"):
+        assert f"<td>{cell}</td>" in text
+    assert "<b>" not in text and "seeds 0, 1 (n = 2)" in text
+
+
 def test_a_row_for_each_calibration_set_where_there_are_several(workplace):
     sets = [{**DATA, "num_samples": n} for n in (2, 8)]
     text = markdown(made_up(["wanda", "magnitude"], sets, [0], {}))
