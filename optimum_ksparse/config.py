@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "refine": tuple(REFINEMENTS),
     "reconstruct": ("block",),
     "activations": ("pruned", "dense", "mixed"),
+    "permute": ("free",),
     "allocation": tuple(ALLOCATIONS),
     "values": tuple(LIMITS),
     "calibration_dtype": ("bfloat16", "float16"),
@@ -60,10 +61,7 @@ READERS: dict[str, dict[str, Setting]] = {
         "target_density": share("with owl and n:m, which need it: the mean share of weights to store, such as 0.6")
     },
     "calibration data": {
-        "bos_in_statistics": switch("count the beginning token's position in the statistics", default=True),
-        "first_position_share": number(
-            "least share of a sample's first position, the attention sink, in the statistics (admm 0.1, others 0)", 0.9
-        ),
+        "bos_in_statistics": switch("count the beginning token's position in the statistics", default=True)
     },
 }
 # They may differ when a sparse checkpoint is loaded again: settings of the run, not of what was asked for.
@@ -134,6 +132,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "refine": _refinements,
     "reconstruct": _optional(_choice),
     "activations": _optional(_choice),
+    "permute": _optional(_choice),
     "allocation": _choice,
     "true_sequential": check_boolean,
     "modules_to_not_convert": check_names,
@@ -207,6 +206,9 @@ class SparsityConfig(QuantizationConfigMixin):
             pruned so far, for both), `"dense"` (the dense model, for both) or `"mixed"` (the inputs of the pruned
             model, the outputs of the dense one). None takes what was measured to be best: `"pruned"` for layers,
             `"mixed"` for reconstruction.
+        permute: `"free"`: before a block is pruned, channels that may change places without changing what it computes
+            (those of the MLP, and value channels within a head) do so, for `n:m` to lose less. The layers' weights are
+            then in another order than those of the dense model.
         allocation: `"uniform"` gives every layer the pattern. `"owl"` gives each its own, from what a pass of the
             calibration data through the dense model measures (the time of one more forward pass): with a fraction of
             zeros each decoder block its own, with the same mean (OWL); with `n:m` some layers stay dense, and `2n:2m`
@@ -254,6 +256,7 @@ class SparsityConfig(QuantizationConfigMixin):
     refine: Sequence[str] = ()
     reconstruct: str | None = None
     activations: str | None = None
+    permute: str | None = None
     allocation: str = "uniform"
     true_sequential: bool = False
     modules_to_not_convert: list[str] | None = None
@@ -275,6 +278,11 @@ class SparsityConfig(QuantizationConfigMixin):
             )
         if METHODS[self.method].recognise and (self.refine or self.reconstruct):
             raise ValueError(f"method={self.method!r} changes no weight: leave refine and reconstruct out")
+        if self.permute is not None and (self.statistics is None or not Pattern(self.pattern).is_semi_structured):
+            raise ValueError(
+                f"permute={self.permute!r} reorders channels by their inputs, so that n:m loses less: it needs a "
+                f"pattern n:m and a method that reads data, found {self.pattern!r} and method={self.method!r}"
+            )
         self._check_pattern(Pattern(self.pattern))
         self._check_values()
         data = self.calibration  # checked
@@ -385,6 +393,8 @@ class SparsityConfig(QuantizationConfigMixin):
         described by a checksum; folders that name a place on this machine are cut to their last part."""
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "method_settings"}
         special = {name: self.method_setting(name) for name in self.read_settings}
+        if self.permute is None:  # earlier versions do not know it
+            del settings["permute"]
         if self.values is None:
             del settings["values"], settings["group_size"]
         else:

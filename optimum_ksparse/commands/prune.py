@@ -30,6 +30,7 @@ SETTINGS_TEXTS = {
     "blocks of outputs x inputs such as 50%/32x32; none prunes nothing, with --drop-layers or --drop-experts",
     "values": "quantise the kept values: int8, or int4 (default: as they are)",
     "group_size": "columns of a row that share a scale, a multiple of 64, or -1: all (default: the measured best)",
+    "permute": "free: reorder channels first, where that changes nothing, so that n:m loses less",
     "allocation": "owl: each layer its own pattern, by what it would lose",
     "dataset": "calibration text: mc4-ko (Korean web text), c4 (English), kowiki (Korean Wikipedia), self (the model "
     "writes it), a .txt or .jsonl file, or a mix: mc4-ko=0.5,self=0.5 (default: mc4-ko, which is Korean)",

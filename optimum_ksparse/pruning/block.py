@@ -55,6 +55,17 @@ def _quantise(job: Job, index: int, names: list[str], replay: BlockReplay, prune
 
 
 def _prune_layers(job: Job, index: int, replay: BlockReplay | None) -> list[LayerReport]:
+    if job.permute is None:
+        return _prune_in_order(job, index, replay)
+    reordered = job.permute(index, lambda some: collect_statistics(job, index, some, job.config.statistics, replay))
+    rows = _prune_in_order(job, index, replay)
+    by_path = {job.blocks.name_in_decoder(index, name): writers for name, writers in reordered.items()}
+    for row in rows:
+        row.reordered_with = by_path.get(row.name)
+    return rows
+
+
+def _prune_in_order(job: Job, index: int, replay: BlockReplay | None) -> list[LayerReport]:
     layers, names = job.targets[index], tuple(job.targets[index])
     if replay is None or job.config.statistics is None or not job.config.true_sequential or not layers:
         return _prune_together(job, index, layers, replay)

@@ -23,6 +23,7 @@ from ..pruners.allocation import Allocation
 from ..records import COMPRESSED_TENSORS
 from .job import Job, Place, Replaced
 from .loop import needs_original, prune_blocks
+from .permutation import Permutation
 from .recognition import recognise_patterns
 from .sensitivity import leave_dense, measure_allocation
 from .targets import find_targets
@@ -79,6 +80,8 @@ def prune(job: Job) -> None:
     """Block by block, from the first that is not done."""
     place, config = job.place, job.config
     unfinished = len(place.done) < len(job.blocks.blocks)
+    if config.permute is not None and unfinished:
+        job.permute = Permutation(job)
     replay = job.replay() if config.needs_data and unfinished else None
     original = replay.fork("original") if replay is not None and needs_original(config, replay) else None
     place.resume(replay, original, config)

@@ -102,7 +102,8 @@ class LayerReport(KeptWeights):
     `allocation="owl"` measured: the share of outliers in the layer's block, or, for `n:m`, its predicted squared
     relative output error under the pattern that was asked for. With quantised values `nearest_output_error` is what
     rounding to nearest would have given, both on all calibration tokens; None where a block was tuned in between, and
-    the other error is that before it."""
+    the other error is that before it. With `permute`, `reordered_with` are the layers whose outputs have another order
+    than in the dense model, and with them the inputs of this one."""
 
     name: str
     shape: tuple[Positive, Positive]
@@ -115,6 +116,7 @@ class LayerReport(KeptWeights):
     note: str = ""
     sensitivity: float | None = None
     nearest_output_error: Amount | None = field(default=None, metadata=UNWRITTEN)
+    reordered_with: list[str] | None = field(default=None, metadata=UNWRITTEN)
 
     def __post_init__(self) -> None:
         if not is_finite(self.relative_output_error):

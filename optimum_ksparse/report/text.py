@@ -57,6 +57,8 @@ def _lines(report: SparsityReport) -> list[str]:
             f"{len(report.reconstruction)} blocks reconstructed in {seconds:.1f} s: mean loss of their outputs "
             f"{before:.4f} -> {after:.4f}, on the held-out tokens that chose the epochs"
         )
+    if reordered := [layer for layer in report.layers if layer.reordered_with]:
+        lines.append(f"channels reordered: inputs of {len(reordered)} layers, and the outputs that feed them")
     if report.config.get("allocation") == "owl":
         if "%" in report.patterns[0]:
             densities = [layer.density for layer in report.layers]
