@@ -61,7 +61,10 @@ READERS: dict[str, dict[str, Setting]] = {
         "target_density": share("with owl and n:m, which need it: the mean share of weights to store, such as 0.6")
     },
     "calibration data": {
-        "bos_in_statistics": switch("count the beginning token's position in the statistics", default=True)
+        "bos_in_statistics": switch("count the beginning token's position in the statistics", default=True),
+        "first_position_share": number(
+            "least share of a sample's first position, the attention sink, in the statistics (admm 0.1, others 0)", 0.9
+        ),
     },
 }
 # They may differ when a sparse checkpoint is loaded again: settings of the run, not of what was asked for.

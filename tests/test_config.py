@@ -64,6 +64,7 @@ method_settings_drawn = st.fixed_dictionaries(
         "reconstruction_epochs": st.integers(1, 10),
         "reconstruction_lr": st.floats(0, 1),
         "bos_in_statistics": st.booleans(),
+        "first_position_share": st.floats(0, 0.9),
     },
 )
 

@@ -164,7 +164,7 @@ def test_the_beginning_token_is_left_out_of_hidden_states_of_four_dimensions():
     settings |= {"altup_num_inputs": 2, "vocab_size_per_layer_input": 64, "activation_sparsity_pattern": [0.0, 0.0]}
     blocks = find_blocks(build("Gemma3nTextConfig", num_hidden_layers=2, **GEMMA, **settings))
     with torch.no_grad():
-        replay = BlockReplay(blocks, IDS, 2, skip_first=True)
+        replay = BlockReplay(blocks, IDS, 2, first_weight=0)
         layers = {"q": blocks.blocks[0].self_attn.q_proj}
         found = replay.collect(0, blocks.blocks[0], layers, lambda layer: ColumnNorms(32))
     assert replay.hidden[0].dim() == 4 and found["q"].num_tokens == IDS.numel() - len(IDS)

@@ -134,7 +134,7 @@ def _collect(
 
     pairs = zip(batches(replay, block, leaders), batches(unmerged, original, {}), strict=True)
     for hidden, (batch, others) in zip(replay.hidden, pairs, strict=True):
-        rows = hidden.shape[0] * (hidden.shape[1] - replay.skip_first)
+        rows = hidden.shape[0] * (hidden.shape[1] - (not replay.first_weight))
         for name, x in batch.items():
             if name not in inputs:
                 size, tokens = (x.shape[-1], hidden.device), replay.tokens.numel()

@@ -36,7 +36,7 @@ class BlockReplay:
         decoder_blocks: the model's blocks.
         tokens: [num_samples, seq_len] int64.
         batch_size: samples in one call of a block.
-        skip_first: leave the first position out of the statistics.
+        first_weight: how many positions the first one of a sample counts as in the statistics; 0 leaves it out.
         resident: within `resident(index)` the weights of a block are there; needed only where they are not always.
         hidden: where the activations go; None keeps them in memory.
         dtype: of the matrix products in the blocks, by autocast; None: that of the weights.
@@ -54,12 +54,12 @@ class BlockReplay:
         decoder_blocks: DecoderBlocks,
         tokens: torch.Tensor,
         batch_size: int,
-        skip_first: bool = False,
+        first_weight: float = 1,
         resident: Callable[[int], AbstractContextManager[None]] = _always_there,
         hidden: Activations | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.tokens, self.batch_size, self.skip_first = tokens, batch_size, skip_first
+        self.tokens, self.batch_size, self.first_weight = tokens, batch_size, first_weight
         self._decoder_blocks, self._resident, self.dtype = decoder_blocks, resident, dtype
         self.hidden = Activations(-(-len(tokens) // batch_size)) if hidden is None else hidden
         # calls[block][batch]
@@ -253,10 +253,13 @@ class BlockReplay:
         return Watch(block, layers, run, self.counted, leaders)
 
     def counted(self, batch: int, x: torch.Tensor) -> torch.Tensor:
-        """The rows of a layer's input in a batch that count in the statistics. Some models flatten samples and
-        positions; tokens routed to experts have lost their positions, and all count."""
-        if self.skip_first:
-            shape = self.hidden[batch].shape[-3:-1]
-            if len(shape) == 2 and x.numel() == shape.numel() * x.shape[-1]:
-                return x.reshape(*shape, x.shape[-1])[:, 1:]
-        return x
+        """The rows of a layer's input in a batch that count in the statistics, the first of each sample times
+        √first_weight. Some models flatten samples and positions; tokens routed to experts have lost their positions,
+        and count once each."""
+        shape = self.hidden[batch].shape[-3:-1]
+        if self.first_weight == 1 or len(shape) != 2 or x.numel() != shape.numel() * x.shape[-1]:
+            return x
+        x = x.reshape(*shape, x.shape[-1])
+        if not self.first_weight:
+            return x[:, 1:]
+        return torch.cat([x[:, :1] * self.first_weight**0.5, x[:, 1:]], dim=1)

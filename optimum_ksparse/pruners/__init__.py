@@ -29,12 +29,14 @@ from .statistics import ColumnNorms, GramMatrix
 @dataclass(frozen=True)
 class Method:
     """A pruning method: its function, the statistics it reads, and over what it ranks an unstructured pattern. Where
-    it takes the zeros that a weight has, what finds their pattern (None: the weight is dense)."""
+    it takes the zeros that a weight has, what finds their pattern (None: the weight is dense). The least share of a
+    sample's first position in the statistics: every later one attends to it, so that its errors are read by all."""
 
     prune: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     statistics: type[ColumnNorms] | None
     scope: str
     recognise: Callable[[torch.Tensor], Pattern | None] | None = None
+    first_position_share: float = 0
 
     @cached_property
     def settings(self) -> dict[str, Setting]:
@@ -57,7 +59,7 @@ METHODS = {
     "magnitude": Method(magnitude.prune, None, "whole layer"),
     "wanda": Method(wanda.prune, ColumnNorms, "output row"),
     "sparsegpt": Method(sparsegpt.prune, GramMatrix, "block of columns over all rows"),
-    "admm": Method(admm.prune, GramMatrix, "output row"),
+    "admm": Method(admm.prune, GramMatrix, "output row", first_position_share=0.1),
     "alps": Method(alps.prune, GramMatrix, "whole layer"),
     "existing": Method(existing.prune, None, "nothing", existing.recognise),
 }

@@ -15,6 +15,7 @@ from ..blocks import Activations, BlockReplay, DecoderBlocks, ExpertStack
 from ..checkpoint import put
 from ..config import SparsityConfig
 from ..data import CalibrationTokens
+from ..pruners import METHODS
 from ..pruners.allocation import Allocation
 from ..report import PrunedBlock
 from .distributed import Processes
@@ -145,6 +146,15 @@ class Job:
             return config.batch_size
         return max(1, min(config.batch_size, config.num_samples // HELD_OUT))
 
+    def _first_weight(self, positions: int) -> float:
+        """How many positions the first one of a sample of so many counts as in the statistics."""
+        assert self.data is not None
+        if self.data.begins_with_bos and self.config.method_setting("bos_in_statistics") is False:
+            return 0
+        share = self.config.method_setting("first_position_share")
+        share = METHODS[self.config.method].first_position_share if share is None else share
+        return max(1, share / (1 - share) * (positions - 1))
+
     def replay(self, name: str = "activations") -> BlockReplay:
         """This process's calibration activations at the first block; under that name where they are in files.
 
@@ -166,7 +176,7 @@ class Job:
             place.blocks,
             ids,
             batch_size,
-            self.data.begins_with_bos and config.method_setting("bos_in_statistics") is False,
+            self._first_weight(ids.shape[1]),
             place.resident,
             place.activations(-(-len(ids) // batch_size), name),
             None if config.calibration_dtype is None else getattr(torch, config.calibration_dtype),

@@ -15,7 +15,7 @@ from ..runtime import RuntimeConfig
 from .recipe import CALIBRATION, DENSE, RUNTIME, Recipe
 
 # Settings that change nothing in a cell that reads no calibration data.
-_OF_DATA = (*CALIBRATION, "seed", "bos_in_statistics", "calibration_dtype", "true_sequential")
+_OF_DATA = (*CALIBRATION, "seed", "bos_in_statistics", "first_position_share", "calibration_dtype", "true_sequential")
 # In an identity even where they are the defaults.
 _ALWAYS = ("method", "pattern", "dataset", "num_samples", "seq_len", "seed")
 

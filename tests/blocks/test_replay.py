@@ -76,10 +76,10 @@ def collect(
 
 
 @torch.no_grad()
-def replay_at(model: PreTrainedModel, tokens: torch.Tensor, index: int, skip_first: bool = False) -> BlockReplay:
+def replay_at(model: PreTrainedModel, tokens: torch.Tensor, index: int, first_weight: float = 1) -> BlockReplay:
     """A replay that has gone through the dense blocks before `index`."""
     blocks = find_blocks(model)
-    replay = BlockReplay(blocks, tokens, 4, skip_first)
+    replay = BlockReplay(blocks, tokens, 4, first_weight)
     for i in range(index):
         replay.advance(i, blocks.blocks[i])
     return replay
@@ -109,21 +109,22 @@ def test_blocks_one_by_one_give_the_models_hidden_states(
         torch.testing.assert_close(torch.cat(list(replay.hidden)), expected[index], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("last", "skip_first"), [(False, True), (True, False)])
+@pytest.mark.parametrize(("last", "first_weight"), [(False, 0), (True, 1), (False, 9)])
 @pytest.mark.parametrize("name", EVERY_ARCHITECTURE)
 def test_statistics_are_those_of_the_models_own_inputs(
-    name: str, last: bool, skip_first: bool, make_model: MakeModel, token_ids: torch.Tensor
+    name: str, last: bool, first_weight: float, make_model: MakeModel, token_ids: torch.Tensor
 ) -> None:
     model = make_model(name)
     blocks = find_blocks(model)
     index = len(blocks.blocks) - 1 if last else 0
     expected = layer_inputs(model, blocks.blocks[index], token_ids)
-    replay = replay_at(model, token_ids, index, skip_first)
+    replay = replay_at(model, token_ids, index, first_weight)
     grams = collect(replay, index)
     norms = collect(replay, index, lambda linear: ColumnNorms(dense_weight(linear).shape[1]))
     assert grams.keys() == norms.keys() == linear_maps(blocks.blocks[index]).keys()
     for layer, inputs in expected.items():
-        rows = (inputs[:, 1:] if skip_first else inputs).flatten(0, 1)
+        counted = torch.cat([inputs[:, :1] * first_weight**0.5, inputs[:, 1:]], dim=1)
+        rows = (counted if first_weight else inputs[:, 1:]).flatten(0, 1)
         gram = rows.T @ rows / len(rows)
         scale = float(gram.diagonal().max())
         assert grams[layer].num_tokens == norms[layer].num_tokens == len(rows)
@@ -236,6 +237,23 @@ def test_bos_in_statistics_counts_the_first_position_or_not(
     expected, _ = prune_weight(weight, inputs if counted else inputs[:, 1:], method="sparsegpt", pattern="2:4")
     found = model.model.decoder.layers[0].fc1.to_dense_weight()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "share"), [("sparsegpt", 0.5), ("admm", 0.25), ("admm", None), ("wanda", None)])
+def test_the_first_position_has_at_least_its_share_of_the_statistics(
+    method: str, share: float | None, make_model: MakeModel, token_ids: torch.Tensor
+) -> None:
+    model = make_model("opt")
+    layer = model.model.decoder.layers[0].fc1
+    weight = layer.weight.detach().clone()
+    inputs = layer_inputs(model, model.model.decoder.layers[0], token_ids)["fc1"].float()
+    settings = {} if share is None else {"first_position_share": share}
+    sparsify(model, SparsityConfig(method=method, dataset=token_ids, method_settings=settings))
+    share = (0.1 if method == "admm" else 0) if share is None else share
+    others = inputs.shape[1] - 1
+    inputs[:, 0] *= max(1, share / (1 - share) * others) ** 0.5
+    expected, _ = prune_weight(weight, inputs, method=method, pattern="2:4")
+    torch.testing.assert_close(model.model.decoder.layers[0].fc1.to_dense_weight(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "last_layer"), [("llama", "mlp.down_proj"), ("gpt2", "mlp.c_proj"), ("opt", "fc2")])
