@@ -19,6 +19,9 @@ from ..nn import SparseExperts
 
 # Classes without the marks of transformers whose forward reads its stacks as marked ones do.
 _UNMARKED = ("JetMoeParallelExperts", "LongcatFlashExperts", "Step3p7Experts")
+# Those that give all experts as many tokens, with zeros for the tokens of others.
+_BATCHED = ("Llama4TextExperts",)
+_MATMUL = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,28 @@ class ExpertStack:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter, [experts, out, in] where `reads_matrices`."""
+        """The parameter, [experts, out, in], or [experts, in, out] where `is_transposed`."""
         return getattr(self.owner, self.name)
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the owner multiplies with the matrices from the right, `x @ self.<name>[expert]`, or, in Llama 4,
+        `torch.bmm(x, self.<name>)`."""
+        return getattr(self.owner, "is_transposed", type(self.owner).__name__ in _BATCHED) is True
+
+    @property
+    def matrices(self) -> torch.Tensor:
+        """The parameter as [experts, out, in], a view."""
+        return self.weight.mT if self.is_transposed else self.weight
+
     def reads_matrices(self) -> bool:
-        """Whether the owner reads the parameter as `F.linear(x, self.<name>[expert])` and in no other way, which makes
-        it [experts, out, in]: by the marks that transformers' `use_experts_implementation` sets."""
+        """Whether the owner reads the parameter as `F.linear(x, self.<name>[expert])`, or in the way of
+        `is_transposed`, and in no other: by the marks that transformers' `use_experts_implementation` sets."""
         owner: Any = self.owner
-        if type(owner).__name__ in _UNMARKED:
+        if type(owner).__name__ in (*_UNMARKED, *_BATCHED):
             return True
         first = "gate_up_proj" if getattr(owner, "has_gate", True) else "up_proj"
-        return getattr(owner, "is_transposed", True) is False and self.name in (first, "down_proj")
+        return hasattr(owner, "is_transposed") and self.name in (first, "down_proj")
 
 
 @dataclass(frozen=True)
@@ -111,15 +125,29 @@ class observed_matrices(TorchFunctionMode):  # noqa: N801 (used like a function)
         kwargs = kwargs or {}
         if func is F.linear:
             x, weight = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("input", "weight")))
-            hook = getattr(weight, "_ksparse_hook", None)
-            if hook is not None and len(x):
-                hook(None, (x,))
+            self._call(weight, x)
+        elif func in _MATMUL and len(args) == 2:
+            self._call(args[1], args[0])
+        elif func is torch.bmm and len(args) == 2:
+            for stack in self._stacks:
+                if args[1] is stack.weight:
+                    for expert, x in enumerate(args[0]):
+                        hook = self._hooks.get((stack, expert))
+                        rows = x[x.any(-1)]
+                        if hook is not None and len(rows):
+                            hook(None, (rows,))
         result = func(*args, **kwargs)
         if func is torch.Tensor.__getitem__ and result.dim() == 2:
             for stack in self._stacks:
                 if args[0] is stack.weight:
                     result._ksparse_hook = self._hooks.get((stack, int(args[1]) % len(args[0])))
         return result
+
+    @staticmethod
+    def _call(weight: Any, x: torch.Tensor) -> None:
+        hook = getattr(weight, "_ksparse_hook", None)
+        if hook is not None and len(x):
+            hook(None, (x,))
 
 
 def use_eager_experts(model: PreTrainedModel) -> None:

@@ -45,7 +45,7 @@ def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
         yield from module.to_dense().state_dict().values()
         return
     if isinstance(module, SparseExperts):
-        yield module.to_dense_weight()
+        yield module.to_dense()
         return
     yield from module.parameters(recurse=False)
     for name, buffer in module.named_buffers(recurse=False):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..blocks import decoder_of, use_eager_experts
+from ..blocks import ExpertStack, decoder_of, use_eager_experts
 from ..nn import SparseExperts, SparseLinear, is_linear_map, onloaded
 from ..pattern import Pattern
 
@@ -72,19 +72,21 @@ def install_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
 
 
 def empty_like(
-    layer: nn.Module | nn.Parameter, pattern: Pattern, num_values: int, device: str | None = None, **quantisation: Any
+    layer: nn.Module | ExpertStack, pattern: Pattern, num_values: int, device: str | None = None, **quantisation: Any
 ) -> SparseModule:
     """A sparse module that stands for a linear map, or for a parameter [experts, out, in], dense or sparse itself,
     with a weight still to be filled in; on its device or on another one; with the `quantisation` of `SparsityConfig`.
     Raises ValueError where `num_values` cannot be right."""
     if isinstance(layer, nn.Module) and not isinstance(layer, SparseExperts):
         return SparseLinear.empty_like(layer, pattern, num_values, device, **quantisation)
-    weight = layer.weight if isinstance(layer, SparseExperts) else layer
-    options: dict[str, Any] = {"dtype": layer.dtype, "device": device or weight.device, **quantisation}
-    return SparseExperts(layer.shape, pattern=pattern, num_values=num_values, **options)
+    is_stack = isinstance(layer, ExpertStack)
+    dtype, shape = (layer.weight.dtype, layer.matrices.shape) if is_stack else (layer.dtype, layer.shape)
+    options: dict[str, Any] = {"dtype": dtype, "device": device or layer.weight.device, **quantisation}
+    options["transposed"] = layer.is_transposed if is_stack else layer.transposed
+    return SparseExperts(shape, pattern=pattern, num_values=num_values, **options)
 
 
-def dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | nn.Parameter:
+def dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | ExpertStack:
     """What a record of a sparse layer stands for: a linear map, or a parameter [experts, out, in]; it may be sparse
     already."""
     owner, _, attribute = name.rpartition(".")
@@ -93,9 +95,10 @@ def dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | nn.Para
         dense: Any = holder._modules.get(attribute, holder._parameters.get(attribute))
     except AttributeError:
         dense = None
-    is_stack = isinstance(dense, SparseExperts) or (isinstance(dense, nn.Parameter) and dense.dim() == 3)
-    if is_linear_map(dense) or is_stack:
+    if is_linear_map(dense) or isinstance(dense, SparseExperts):
         return dense
+    if isinstance(dense, nn.Parameter) and dense.dim() == 3:
+        return ExpertStack(holder, attribute)
     raise ValueError(
         f"the checkpoint records a sparse layer {name}, where {kind} has "
         f"{'nothing' if dense is None else type(dense).__name__}; is it for another model?"

@@ -9,7 +9,9 @@
 
 Quantised values are integers, of other dtypes and shapes (table in `quantization`). Experts stacked in one parameter
 have `<parameter>.weight`, `<parameter>.weight_mask` and `<parameter>.weight_scale`, with the number of the expert as
-one more dimension before these.
+one more dimension before these. A parameter that is stored transposed, [experts, in, out] (GPT-OSS, Llama 4, Aria), is
+packed as [experts, out, in]: its shapes are those of the table, and patterns lie along the inputs as everywhere; only
+the dense form has the parameter's own layout. Which it is follows from the model's class and is not recorded.
 
 A packed checkpoint names all its tensors as the model's modules do, which `names="modules"` in its config records:
 the renamings and conversions by which transformers stores some families are for dense tensors. Earlier versions
@@ -30,7 +32,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.distributed.utils import is_dtensor
 
-from ..blocks import decoder_of
+from ..blocks import ExpertStack, decoder_of
 from ..nn import SparseExperts, SparseLinear, dense_weight
 from ..pattern import Pattern, lowest
 from ..records import COMPRESSED_TENSORS
@@ -116,13 +118,16 @@ def sparsify_dense(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any
         _kept(_weight(layer), layers[name], name)
     for name, layer in dense.items():
         mask, pattern = _kept(_weight(layer), layers[name], name), Pattern(layers[name]["pattern"])
-        sparse: Any = SparseExperts if isinstance(layer, nn.Parameter) else SparseLinear
-        replace_module(decoder, name, sparse.from_dense(layer, mask, pattern))
+        if isinstance(layer, ExpertStack):
+            sparse: Any = SparseExperts.from_dense(layer.matrices, mask, pattern, layer.is_transposed)
+        else:
+            sparse = SparseLinear.from_dense(layer, mask, pattern)
+        replace_module(decoder, name, sparse)
 
 
-def _weight(layer: nn.Module | nn.Parameter) -> torch.Tensor:
+def _weight(layer: nn.Module | ExpertStack) -> torch.Tensor:
     """[out, in], or [experts, out, in]."""
-    return layer if isinstance(layer, nn.Parameter) else dense_weight(layer)
+    return layer.matrices if isinstance(layer, ExpertStack) else dense_weight(layer)
 
 
 def _kept(weight: torch.Tensor, record: Mapping[str, Any], name: str) -> torch.Tensor:

@@ -18,6 +18,7 @@ from .linear import in_autocast_dtype
 from .packed import PackedModule
 from .placement import onloaded
 
+_MATMUL = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
 _EAGER = 'run the model with model.set_experts_implementation("eager")'
 
 
@@ -33,6 +34,8 @@ class SparseExperts(PackedModule):
             patterns need it.
         values, group_size: as in `SparseLinear`.
         device, dtype: of the tensors, which are left uninitialised.
+        transposed: whether the parameter is [experts, in, out], which a module reads as `x @ self.<name>[expert]`, or
+            as `torch.bmm(x, self.<name>)`. It is packed as [experts, out, in] all the same.
 
     Attributes:
         weight: kept values, n:m: [experts, out, in·n/m], otherwise: [experts, nnz of a matrix].
@@ -51,14 +54,18 @@ class SparseExperts(PackedModule):
         group_size: int = ROW,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
+        self.transposed = transposed
         self.num_experts, self.out_features, self.in_features = shape
         self.pattern = pattern
         self._make_tensors((self.num_experts,), num_values, values, group_size, device=device, dtype=dtype)
 
     @classmethod
-    def from_dense(cls, weight: torch.Tensor, mask: torch.Tensor, pattern: Pattern) -> SparseExperts:
+    def from_dense(
+        cls, weight: torch.Tensor, mask: torch.Tensor, pattern: Pattern, transposed: bool = False
+    ) -> SparseExperts:
         """Packs `weight` [experts, out, in] under `mask` [experts, out, in] (bool, True = kept).
 
         Raises:
@@ -66,11 +73,13 @@ class SparseExperts(PackedModule):
         """
         pairs = zip(weight.detach(), mask, strict=True)
         packed = (kernels.PackedWeight(*pack(w, m, pattern), weight.shape[-1], str(pattern)) for w, m in pairs)
-        return cls.from_packed(packed, weight.requires_grad)
+        return cls.from_packed(packed, weight.requires_grad, transposed)
 
     @classmethod
     @torch.no_grad()
-    def from_packed(cls, matrices: Iterable[kernels.PackedWeight], requires_grad: bool = True) -> SparseExperts:
+    def from_packed(
+        cls, matrices: Iterable[kernels.PackedWeight], requires_grad: bool = True, transposed: bool = False
+    ) -> SparseExperts:
         """The stack of packed matrices, of one shape, pattern and dtype.
 
         Raises:
@@ -87,6 +96,7 @@ class SparseExperts(PackedModule):
             values=first.value_type,
             group_size=first.group_size,
             device="meta",
+            transposed=transposed,
         )
         quantised = first.scale is not None
         stack.weight = nn.Parameter(torch.stack([m.values for m in packed]), requires_grad and not quantised)
@@ -104,9 +114,18 @@ class SparseExperts(PackedModule):
             raise TypeError(f"sparse experts are read one by one, by a number; {_EAGER}")
         expert = int(expert)
         if self._dense_weight is not None:
-            return self._dense_weight[expert]
+            return self._dense_weight[expert].mT if self.transposed else self._dense_weight[expert]
         # No forward pass of this module brings in what is offloaded.
-        return PackedMatrix(self._packed(expert), self.kernel)
+        return PackedMatrix(self._packed(expert), self.kernel, self.transposed)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.bmm and not kwargs and len(args) == 2 and isinstance(args[1], cls) and args[1].transposed:
+            x, stack = args
+            return torch.stack([rows @ stack[expert] for expert, rows in enumerate(x)])
+        raise TypeError(f"sparse experts are read one by one, by a number; {_EAGER}")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -135,7 +154,11 @@ class SparseExperts(PackedModule):
     def to_dense(self) -> nn.Parameter:
         """The dense parameter that this one stands for, with the zeros written out."""
         trains = self.weight.requires_grad or self.values is not None
-        return nn.Parameter(self.to_dense_weight(), requires_grad=trains)
+        return nn.Parameter(self._as_parameter(self.to_dense_weight()), requires_grad=trains)
+
+    def _as_parameter(self, weight: torch.Tensor) -> torch.Tensor:
+        """[experts, out, in] as the parameter has it."""
+        return weight.mT.contiguous() if self.transposed else weight
 
     def _check_bits(self, bits: torch.Tensor, name: str) -> None:
         num_values = self.num_values // self.num_experts
@@ -151,8 +174,8 @@ class PackedMatrix:
     """A sparse matrix [out, in]. `F.linear` computes with it as a `SparseLinear` does; whatever else is done with it
     is done with its dense weight, through which gradients reach the packed values."""
 
-    def __init__(self, weight: kernels.PackedWeight, kernel: str) -> None:
-        self._weight, self._kernel = weight, kernel
+    def __init__(self, weight: kernels.PackedWeight, kernel: str, transposed: bool = False) -> None:
+        self._weight, self._kernel, self._transposed = weight, kernel, transposed
 
     @classmethod
     def __torch_function__(
@@ -162,6 +185,10 @@ class PackedMatrix:
             x, matrix, bias = _linear_arguments(*args, **(kwargs or {}))
             if isinstance(matrix, cls) and isinstance(x, torch.Tensor):
                 return matrix._linear(x, bias)
+        if func in _MATMUL and len(args) == 2 and isinstance(args[0], torch.Tensor):
+            x, matrix = args
+            if matrix._transposed:
+                return matrix._linear(x, None)
         args, kwargs = tree_map_only(cls, lambda matrix: matrix.to_dense(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -179,8 +206,9 @@ class PackedMatrix:
         return kernels.apply(x, weight, bias, self._kernel)
 
     def to_dense(self) -> torch.Tensor:
-        """The matrix [out, in] with its zeros."""
-        return kernels.differentiable(self._weight)
+        """The matrix [out, in], or [in, out] of a transposed stack, with its zeros."""
+        dense = kernels.differentiable(self._weight)
+        return dense.mT if self._transposed else dense
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:

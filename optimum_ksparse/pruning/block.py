@@ -160,7 +160,7 @@ def _empty(job: Job, kind: type[ColumnNorms], replay: BlockReplay, layer: nn.Mod
     if isinstance(layer, SparseLinear):
         columns = layer.in_features
     else:
-        columns = (layer.stack.weight if isinstance(layer, ExpertMatrix) else dense_weight(layer)).shape[-1]
+        columns = (layer.stack.matrices if isinstance(layer, ExpertMatrix) else dense_weight(layer)).shape[-1]
     return kind(columns, replay.hidden.device, replay.num_rows * job.processes.size)
 
 

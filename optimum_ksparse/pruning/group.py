@@ -81,8 +81,7 @@ def _receive(
     if isinstance(done, tuple):
         sparse = done[0]
     else:
-        dense = layer.weight if isinstance(layer, ExpertStack) else layer
-        sparse = empty_like(dense, Pattern(config.pattern), num_values, **config.quantisation)
+        sparse = empty_like(layer, Pattern(config.pattern), num_values, **config.quantisation)
     for tensor in (sparse.weight.data, sparse.weight_mask, sparse.weight_scale):
         if tensor is not None:
             processes.broadcast(tensor, owner)

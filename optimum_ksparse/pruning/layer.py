@@ -82,7 +82,8 @@ def prune_layer(
 
     sparse: SparseModule
     if isinstance(layer, ExpertStack | SparseExperts):
-        sparse = SparseExperts.from_packed(matrices(), layer.weight.requires_grad)
+        transposed = layer.is_transposed if isinstance(layer, ExpertStack) else layer.transposed
+        sparse = SparseExperts.from_packed(matrices(), layer.weight.requires_grad, transposed)
         sparse.train((layer.owner if isinstance(layer, ExpertStack) else layer).training)
     else:
         [packed] = matrices()

@@ -25,7 +25,7 @@ def weight_of(layer: Layer) -> torch.Tensor:
     """The weight of a layer, [out, in] or [experts, out, in]; of a sparse one, with its zeros written out."""
     if isinstance(layer, SparseLinear | SparseExperts):
         return layer.to_dense_weight()
-    return layer.weight if isinstance(layer, ExpertStack) else dense_weight(layer)
+    return layer.matrices if isinstance(layer, ExpertStack) else dense_weight(layer)
 
 
 def stored_bytes(layer: Layer) -> int:
@@ -100,8 +100,8 @@ def _unsupported(layer: Layer, pattern: Pattern | None, owners: list[str], path:
         each = f"it is one parameter {list(weight.shape)}, a stack of matrices (such as fused experts), each of which"
         if weight.dim() != 3 or not layer.reads_matrices():
             return (
-                f"{each} may be stored transposed, or multiplied all at once: {type(layer.owner).__name__} does not "
-                f"read it as F.linear(x, self.{layer.name}[expert])"
+                f"{each} may be stored or multiplied in another way: {type(layer.owner).__name__} reads it neither "
+                f"as F.linear(x, self.{layer.name}[expert]) nor as x @ self.{layer.name}[expert]"
             )
     if weight.dtype not in _DTYPES:
         return f"its weight is {weight.dtype}; supported: float32, bfloat16, float16"
