@@ -79,11 +79,12 @@ def empty_like(
     Raises ValueError where `num_values` cannot be right."""
     if isinstance(layer, nn.Module) and not isinstance(layer, SparseExperts):
         return SparseLinear.empty_like(layer, pattern, num_values, device, **quantisation)
-    is_stack = isinstance(layer, ExpertStack)
-    dtype, shape = (layer.weight.dtype, layer.matrices.shape) if is_stack else (layer.dtype, layer.shape)
+    if isinstance(layer, ExpertStack):
+        shape, dtype, transposed = layer.matrices.shape, layer.weight.dtype, layer.is_transposed
+    else:
+        shape, dtype, transposed = layer.shape, layer.dtype, layer.transposed
     options: dict[str, Any] = {"dtype": dtype, "device": device or layer.weight.device, **quantisation}
-    options["transposed"] = layer.is_transposed if is_stack else layer.transposed
-    return SparseExperts(shape, pattern=pattern, num_values=num_values, **options)
+    return SparseExperts(shape, pattern=pattern, num_values=num_values, transposed=transposed, **options)
 
 
 def dense_layer(decoder: nn.Module, name: str, kind: str) -> nn.Module | ExpertStack:

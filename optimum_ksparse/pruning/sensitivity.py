@@ -131,6 +131,6 @@ def _matrices(
     """Each matrix [out, in] of a layer with the statistics that it would be pruned with."""
     inputs = [statistics.get(matrix) for matrix in observable({name: layer})]
     if isinstance(layer, ExpertStack):
-        yield from zip(layer.weight.detach(), with_shared(inputs)[0], strict=True)
+        yield from zip(layer.matrices.detach(), with_shared(inputs)[0], strict=True)
     else:
         yield dense_weight(layer), statistics[name]

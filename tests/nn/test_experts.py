@@ -22,7 +22,15 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from optimum_ksparse import RuntimeConfig, SparsityConfig, SparsityReport, configure, prune_weight, sparsify
+from optimum_ksparse import (
+    RuntimeConfig,
+    SparsityConfig,
+    SparsityReport,
+    configure,
+    prune_checkpoint,
+    prune_weight,
+    sparsify,
+)
 from optimum_ksparse.blocks.experts import ExpertStack, observable, observed_matrices
 from optimum_ksparse.checkpoint import fingerprint, sparse_experts, sparsify_dense
 from optimum_ksparse.nn import SparseExperts, SparseLinear, densified
@@ -428,6 +436,30 @@ def test_true_sequential_sees_the_pruned_inputs_of_the_second_stack() -> None:
     first, second = (sparse_experts(model.model.layers[0]) for model in (one_by_one, together))
     assert not torch.equal(first["mlp.experts.down_proj"].weight_mask, second["mlp.experts.down_proj"].weight_mask)
     assert fingerprint(one_by_one) != fingerprint(together)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "admm", "values": "int8"},
+        {"method": "wanda", "reconstruct": "block", "reconstruction_epochs": 1},
+        {"method": "wanda", "pattern": "50%", "allocation": "owl"},
+    ],
+    ids=lambda settings: next(reversed(settings)),
+)
+@pytest.mark.parametrize("kind", TRANSPOSED)
+def test_transposed_stacks_pruned_in_memory_and_from_disk_to_disk(kind: str, settings: dict, tmp_path: Path) -> None:
+    make(kind).save_pretrained(tmp_path / "dense")
+    routers = ["feed_forward.router"] if kind == "llama4_text" else None
+    asked = {"dataset": IDS, "modules_to_not_convert": routers, **settings}
+    report = prune_checkpoint(tmp_path / "dense", tmp_path / "disk", SparsityConfig.from_flat(**asked))
+    assert not any("experts" in name for name in report.skipped)
+    model = make(kind)
+    sparsify(model, SparsityConfig.from_flat(**asked))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
+    loaded.dequantize()
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_modules_to_not_convert_leaves_a_stack_dense(tmp_path: Path) -> None:
