@@ -14,15 +14,29 @@ from torch.autograd.function import once_differentiable
 
 # Logits held in float32 at a time, beside those of the model.
 _PART_BYTES = 128 * 2**20
-# Log of a probability that counts as none; float16 holds it. And a logit of none, whose gradient is no NaN.
-_LEAST, _NONE = -1e4, -1e30
+# Log of a probability that counts as none; float16 holds it.
+_LEAST = -1e4
 
 
 def log_outcomes(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [..., k + 1] of the tokens `indices` [..., k], and of all others together, by `logits`
-    [..., vocabulary]."""
-    others = logits.scatter(-1, indices, _NONE).logsumexp(-1, keepdim=True)
-    return torch.cat([logits.gather(-1, indices), others], -1).log_softmax(-1).clamp(min=_LEAST)
+    [..., vocabulary], which are overwritten."""
+    return _log_softmax(_outcomes(logits, indices)[0])
+
+
+def _log_softmax(outcomes: torch.Tensor) -> torch.Tensor:
+    return outcomes.log_softmax(-1).clamp(min=_LEAST)
+
+
+def _outcomes(logits: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [..., k + 1] of the outcomes; and, in the place of `logits`, the shares of the other tokens in their sum
+    [..., 1], neither of them divided by anything, and zeros for `indices`. One exponential for each logit: with a
+    large vocabulary this takes as long as the model's products."""
+    peak = logits.amax(-1, keepdim=True)
+    largest = logits.gather(-1, indices) - peak
+    others = logits.sub_(peak).exp_().scatter_(-1, indices, 0)
+    total = others.sum(-1, keepdim=True).clamp_(min=torch.finfo(others.dtype).tiny)
+    return torch.cat([largest, total.log()], -1), others, total
 
 
 def distillation_loss(
@@ -45,6 +59,18 @@ def distillation_loss(
     return loss
 
 
+def _divergence(
+    logits: torch.Tensor, indices: torch.Tensor, teacher: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed KL(teacher ‖ student), and its gradient in the place of `logits`."""
+    outcomes, others, total = _outcomes(logits, indices)
+    with torch.enable_grad():
+        outcomes.requires_grad_()
+        loss = F.kl_div(_log_softmax(outcomes), teacher, reduction="sum", log_target=True)
+        (grad,) = torch.autograd.grad(loss, outcomes)
+    return loss.detach(), others.mul_(grad[..., -1:] / total).scatter_(-1, indices, grad[..., :-1])
+
+
 class _Loss(torch.autograd.Function):
     """The gradient is computed with the loss, a part of the positions at a time: beside logits and gradient nothing is
     as large as they are."""
@@ -53,24 +79,23 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, *targets: Any) -> torch.Tensor:
         input_ids, indices, log_probs, temperature, weight = targets
         samples, positions, vocabulary = logits.shape
+        count = samples * (positions - 1)
         total, grad = logits.new_zeros((), dtype=torch.float32), torch.zeros_like(logits)
         step = max(1, _PART_BYTES // (4 * samples * vocabulary))
         for start in range(0, positions - 1, step):
             part = slice(start, min(start + step, positions - 1))
-            with torch.enable_grad():
+            if weight < 1:
+                student = logits[:, part].float().div(temperature)
+                teacher = log_probs[:, part].float().log_softmax(-1)
+                loss, of_student = _divergence(student, indices[:, part].long(), teacher)
+                total += (1 - weight) * temperature**2 / count * loss
+                grad[:, part] = of_student.mul_((1 - weight) * temperature / count)
+            if weight > 0:
                 student = logits[:, part].detach().float().requires_grad_()
-                loss = student.new_zeros(())
-                if weight < 1:
-                    teacher = log_probs[:, part].float().log_softmax(-1)
-                    outcomes = log_outcomes(student / temperature, indices[:, part].long())
-                    divergence = F.kl_div(outcomes, teacher, reduction="sum", log_target=True)
-                    loss = loss + (1 - weight) * temperature**2 * divergence
-                if weight > 0:
-                    labels = input_ids[:, 1:][:, part]
-                    loss = loss + weight * F.cross_entropy(student.mT, labels, reduction="sum")
-                loss = loss / (samples * (positions - 1))
-                grad[:, part] = torch.autograd.grad(loss, student)[0]
-            total += loss.detach()
+                with torch.enable_grad():
+                    loss = weight / count * F.cross_entropy(student.mT, input_ids[:, 1:][:, part], reduction="sum")
+                total += loss.detach()
+                grad[:, part] += torch.autograd.grad(loss, student)[0]
         ctx.save_for_backward(grad)
         return total
 
