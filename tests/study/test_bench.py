@@ -94,7 +94,7 @@ def test_values_are_an_axis(tmp_path):
     how = {"shapes": ["64x128"], "tokens": [1, 3], "patterns": ["2:4"], "dtype": "float32", "device": "cpu"}
     rows = run(values=["int8", "int4"], output=str(tmp_path), **how).chosen()
     weights = 64 * 128
-    scales = {None: 0, "int8": 64 * 4, "int4": 64 * 4}  # one a row
+    scales = {None: 0, "int8": 64 * 4, "int4": 64 * 2 * 4}  # one a row; one for 64 columns of it
     widths = {None: 4, "int8": 1, "int4": 0.5}
     products = [(values, tokens) for values in widths for tokens in (1, 3)]
     assert [(row["values"], row["tokens"]) for row in rows] == products
