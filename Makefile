@@ -2,6 +2,7 @@
 # make test   sets everything up, checks and tests
 # make test-fast  the tests that start no process, run no real model and do not take long
 # make test-vllm  the tests with vLLM, in an environment of their own
+# make docs   builds the documentation into site/, in an environment of its own
 # make release-check  builds wheel and source distribution, checks both, runs each in an environment of its own
 #
 # The demo with another model: make demo MODEL=<Hub id or folder> PATTERN=4:8 METHOD=sparsegpt
@@ -16,9 +17,10 @@ PATTERN ?= 2:4
 METHOD ?= admm
 DEMO_DIR ?= .demo
 VLLM_VENV ?= .venv-vllm
+DOCS_VENV ?= .venv-docs
 RELEASE := build/release
 
-.PHONY: demo test test-fast test-vllm check release-check clean
+.PHONY: demo test test-fast test-vllm check docs release-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py "$(MODEL)" "$(PATTERN)" "$(METHOD)" "$(DEMO_DIR)"
@@ -38,6 +40,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(DOCS_VENV)/.done
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	@echo "The documentation is in site/index.html"
 
 # The wheel is built from the source distribution, which so is seen to be whole.
 release-check:
@@ -65,8 +71,13 @@ $(VLLM_VENV)/.done: pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+$(DOCS_VENV)/.done: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --requirement docs/requirements.txt
+	touch $@
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_DIR) build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) $(DEMO_DIR) build dist site

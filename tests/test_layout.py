@@ -111,9 +111,8 @@ def test_no_file_names_this_machine():
         assert str(Path.home()) + "/" not in text or str(Path.home()) == "/", name
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_ko.md"])
-def test_the_table_of_rooms_in_readme_is_the_order_of_rooms(readme):
-    text = (REPOSITORY / readme).read_text(encoding="utf-8")
+def test_the_table_of_rooms_in_the_docs_is_the_order_of_rooms():
+    text = (REPOSITORY / "docs/design.md").read_text(encoding="utf-8")
     rows = [
         re.findall(r"`(\w+)/?`", row)
         for row in re.findall(r"^\| (`[^|]*) \|", text.split("tests/test_layout.py")[1], re.M)

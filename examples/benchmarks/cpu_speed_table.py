@@ -1,4 +1,4 @@
-"""The table and the figure of `cpu_speed.py`, and README's short form of them, from its results.json."""
+"""The table and the figure of `cpu_speed.py`, and their short forms in docs and README, from its results.json."""
 
 import statistics
 from collections.abc import Iterable
@@ -21,6 +21,7 @@ WORDS = {
     "en": {
         "layers": "| packed weights of a layer, {threads} threads | tokens | × dense float32 | × dense bfloat16 |",
         "models": "| whole model, tokens per second | MB | prefill | decoding |",
+        "decoding": "| tokens per second (MB) | dense | packed | packed int8 | packed int4 | llama.cpp Q8_0 |",
         "to": "{:.1f} ({:.1f} to {:.1f})",
         "any": "{dtype}, any pattern",
         "dense": "dense {dtype}",
@@ -34,6 +35,7 @@ WORDS = {
     "ko": {
         "layers": "| 층의 압축 가중치, 스레드 {threads}개 | 토큰 | 밀집 float32의 몇 배 | 밀집 bfloat16의 몇 배 |",
         "models": "| 모델 전체, 초당 토큰 | MB | 프리필 | 디코딩 |",
+        "decoding": "| 초당 토큰 (MB) | 밀집 | 압축 | 압축 int8 | 압축 int4 | llama.cpp Q8_0 |",
         "to": "{:.1f} ({:.1f}~{:.1f})",
         "any": "{dtype}, 어떤 패턴이든",
         "dense": "밀집 {dtype}",
@@ -77,6 +79,25 @@ def readme_table(results: dict[str, Any], language: str) -> str:
     for row in models(results):
         name = f"{row['model']}, {words[row['kind']].format(dtype=row['dtype'])}"
         lines.append(f"| {name} | {row['bytes'] / 1e6:,.0f} | {' | '.join(_rates(row))} |")
+    return "\n".join(lines) + "\n"
+
+
+def decoding_table(results: dict[str, Any], language: str) -> str:
+    """Decoding in bfloat16 by whole models, of which those without oneDNN count as well where they are faster."""
+    rows = models(results)
+    lines = [WORDS[language]["decoding"], "|---|---|---|---|---|---|"]
+    kinds = [("dense", "bfloat16"), *((f"packed{values}", "bfloat16") for values in ("", " int8", " int4"))]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = []
+        for kind, dtype in [*kinds, ("llama.cpp", "Q8_0")]:
+            some = [
+                row
+                for row in rows
+                if (row["model"], row["kind"].removesuffix(", oneDNN off"), row["dtype"]) == (model, kind, dtype)
+            ]
+            best = max(some, key=lambda row: row["decoding"], default=None)
+            cells.append(f"{best['decoding']:.1f} ({best['bytes'] / 1e6:,.0f})" if best else "")
+        lines.append(f"| {' | '.join([model, *cells])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Writes what the files in `results/` hold into README.md and README_ko.md, between the marks of their tables.
+"""Writes what the files in `results/` hold into READMEs and pages of `docs/`, between the marks of their tables.
 
 python examples/benchmarks/readme_tables.py
 """
@@ -9,15 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpu_speed_table import readme_table
+from cpu_speed_table import decoding_table, readme_table
 
 from optimum_ksparse.pruners import METHODS
 from optimum_ksparse.study import Spread
 from optimum_ksparse.study.benchmark import BenchResults, weights_of
 
 HERE = Path(__file__).parent
-READMES = {"en": HERE.parents[1] / "README.md", "ko": HERE.parents[1] / "README_ko.md"}
-TABLES = ("quality", "methods", "cpu-avx2", "cpu-avx512", "speed")
+_ROOT = HERE.parents[1]
+PAGES = {
+    "en": [_ROOT / "README.md", *(_ROOT / f"docs/{page}.md" for page in ("prune", "speed", "results"))],
+    "ko": [_ROOT / "README_ko.md", *(_ROOT / f"docs/{page}.ko.md" for page in ("prune", "speed", "results"))],
+}
+TABLES = ("quality", "decoding", "methods", "cpu-avx2", "cpu-avx512", "speed")
 CPUS = [HERE / "results" / f"cpu-{unit}-2-threads" / "results.json" for unit in ("avx2", "avx512")]
 STUDY = HERE / "results" / "study-gemma-3-270m-methods" / "results.json"
 TITLES = {
@@ -87,10 +91,12 @@ _TEXTS: dict[str, dict[str, Any]] = {
 
 
 def filled(text: str, language: str) -> str:
-    """A README with the tables as the files have them now."""
+    """A page with the tables as the files have them now."""
     results = [BenchResults.load(path) for path in sorted((HERE / "results").glob("*.json"))]
-    cpus = [readme_table(json.loads(path.read_text(encoding="utf-8")), language) for path in CPUS]
-    tables = quality_table(language), methods_table(language), *cpus, speed_table(results, language)
+    measured = [json.loads(path.read_text(encoding="utf-8")) for path in CPUS]
+    cpus = [readme_table(one, language) for one in measured]
+    short = quality_table(language), decoding_table(measured[-1], language)
+    tables = *short, methods_table(language), *cpus, speed_table(results, language)
     for name, table in zip(TABLES, tables, strict=True):
         pattern = f"(?<=<!-- {name} table -->\n).*?(?=<!-- /{name} table -->)"
         text = re.sub(pattern, lambda _, new=table: new, text, count=1, flags=re.DOTALL)
@@ -189,6 +195,7 @@ def _name(results: BenchResults, texts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    for language, path in READMES.items():
-        path.write_text(filled(path.read_text(encoding="utf-8"), language), encoding="utf-8")
-        print(f"written: {path.name}")
+    for language, pages in PAGES.items():
+        for path in pages:
+            path.write_text(filled(path.read_text(encoding="utf-8"), language), encoding="utf-8")
+            print(f"written: {path.name}")

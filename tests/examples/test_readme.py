@@ -1,5 +1,6 @@
-"""README's examples: run here in their order, with tiny models and few texts on the loopback Hub in place of the named
-ones. What is not run is in `NOT_RUN`, with the reason; a command in it is parsed all the same."""
+"""The examples of README and of the pages of docs/, each in their order, run here with tiny models and few texts on
+the loopback Hub in place of the named ones. What is not run is in `NOT_RUN`, with the reason; a command in it is
+parsed all the same."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,17 @@ NOT_RUN = {
     "evaluate_kobest(": "needs KoBEST; test_kobest measures it",
     "evaluate_model(": "needs KoBEST; test_measure measures with it",
 }
+PAGES = [
+    f"docs/{name}.md"
+    for name in (
+        *("index", "quickstart", "prune", "settings", "large", "formats", "speed", "evaluate", "finetune", "publish"),
+        *("study", "results", "limits", "design", "algorithms", "compatibility"),
+    )
+]
+UPSTREAM = ["docs/upstream.md"]  # code for other projects
+LANGUAGES = ("python", "bash")
 RUN = ("optimum-cli ksparse study recipe.yaml --dry-run",)
-# What is smaller here than in README, and where no GPU and no KoBEST is.
+# What is smaller here than there, and where no GPU and no KoBEST is.
 IN_PLACE = {
     "SparsityConfig(": f"SparsityConfig(num_samples=8, seq_len={CONTEXT}, ",
     "dataset='kowiki')": f"dataset=CalibrationData('kowiki', num_samples=8, seq_len={CONTEXT}))",
@@ -74,7 +85,7 @@ def skipped(step: str) -> bool:
 
 @pytest.fixture
 def hub(hub: Any, make_model: Any, tokenizer: Any, tmp_path: Path) -> Any:
-    """Holds what README names."""
+    """Holds what README and docs name."""
     for size in ("5.8b", "12.8b"):
         make_model("gpt_neox").save_pretrained(tmp_path / size)
         tokenizer.save_pretrained(tmp_path / size)
@@ -91,11 +102,11 @@ def hub(hub: Any, make_model: Any, tokenizer: Any, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A new working directory with the recipes, of which README's study is one."""
+    """A new working directory with the recipes, of which that in docs/study.md is one."""
     folder = tmp_path / "workplace"
     folder.mkdir()
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
-    (recipe,) = [text for language, text in blocks("README.md") if language == "yaml"]
+    (recipe,) = [text for language, text in blocks("docs/study.md") if language == "yaml"]
     (folder / "recipe.yaml").write_text(recipe)
     (folder / "held_out.txt").write_text("\n\n".join(sample_texts("evaluation")[:4]), encoding="utf-8")
     monkeypatch.chdir(folder)
@@ -115,28 +126,42 @@ def run(language: str, step: str, names: dict[str, Any]) -> None:
             assert main([*words, *FLAGS.get(words[0], [])]) == 0, step
 
 
+def examples(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Language and text of every statement and command in some pages."""
+    every = [block for name in names for block in blocks(name)]
+    return [(language, step) for language, text in every if language in LANGUAGES for step in steps(language, text)]
+
+
 @pytest.mark.slow
-def test_readme_examples_run(hub: Any, workplace: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("names", [["README.md"], PAGES], ids=["README", "docs"])
+def test_examples_run(
+    names: list[str], hub: Any, workplace: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
     inputs = tokenizer("한국어", return_tensors="pt", return_token_type_ids=False)
-    names = {"tokenizer": tokenizer, "inputs": inputs, "EvaluationProtocol": optimum_ksparse.EvaluationProtocol}
-    names["CalibrationData"] = CalibrationData
-    unused = set(NOT_RUN)
-    for language, text in blocks("README.md"):
-        if language == "yaml":
-            continue
-        for step in steps(language, text):
-            unused -= {beginning for beginning in NOT_RUN if step.startswith(beginning)}
-            if language == "bash" or not skipped(step):
-                run(language, step, names)
-    assert not unused, "NOT_RUN names what README does not have"
-    assert {"polyglot-ko-5.8b-2of4", "polyglot-ko-12.8b-2of4", "my-adapter"} <= {p.name for p in workplace.iterdir()}
+    scope = {"tokenizer": tokenizer, "inputs": inputs, "EvaluationProtocol": optimum_ksparse.EvaluationProtocol}
+    scope["CalibrationData"] = CalibrationData
+    for language, step in examples(names):
+        if language == "bash" or not skipped(step):
+            run(language, step, scope)
+    written = {"polyglot-ko-5.8b-2of4"} if names != PAGES else {"polyglot-ko-12.8b-2of4", "my-adapter"}
+    assert written <= {path.name for path in workplace.iterdir()}
     assert AutoTokenizer.from_pretrained("polyglot-ko-5.8b-2of4").vocab_size == tokenizer.vocab_size
 
 
-def test_both_languages_show_the_same_examples() -> None:
-    english, korean = (
-        [(language, steps(language, text)) for language, text in blocks(name)]
-        for name in ("README.md", "README_ko.md")
-    )
-    assert english == korean
+def test_what_is_not_run_is_an_example() -> None:
+    every = [step for _, step in examples(["README.md", *PAGES])]
+    assert [beginning for beginning in NOT_RUN if not any(step.startswith(beginning) for step in every)] == []
+
+
+def test_every_page_with_examples_is_run() -> None:
+    pages = [f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md") if not path.name.endswith(".ko.md")]
+    pages = [page for page in pages if page not in UPSTREAM]
+    assert {page for page in pages if examples([page])} <= set(PAGES)
+
+
+@pytest.mark.parametrize("name", ["README.md", *PAGES])
+def test_both_languages_show_the_same_examples(name: str) -> None:
+    korean = "README_ko.md" if name == "README.md" else name.replace(".md", ".ko.md")
+    if (REPOSITORY / korean).exists():
+        assert examples([name]) == examples([korean])

@@ -1,0 +1,42 @@
+"""What MkDocs does with links to files outside `docs/`, and with pages that are not translated."""
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File
+
+DOCS = Path(__file__).parent
+_LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(\.\./([^)#]+)\)")
+_UNTRANSLATED = '!!! note "이 페이지는 아직 번역되지 않아 영어로 보여 드립니다."\n\n'
+
+
+def _served(path: str) -> str:
+    """Where the site has a file of the repository: figures as they are, text so that a browser shows it."""
+    return f"repository/{path}" if path.endswith(".png") else f"repository/{path}.txt"
+
+
+@event_priority(-200)  # after i18n, which makes all files anew
+def on_files(files: Any, config: Any) -> Any:
+    """Files of the repository that a page links to are served beside the pages."""
+    linked = {path for page in DOCS.glob("*.md") for _, path in _LINK.findall(page.read_text(encoding="utf-8"))}
+    for path in sorted(linked):
+        source = DOCS.parent / path
+        if source.is_file() and files.src_uris.get(_served(path)) is None:
+            files.append(File.generated(config, _served(path), abs_src_path=str(source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """Links to files of the repository lead to their copies, those to its folders are text."""
+
+    def moved(link: re.Match[str]) -> str:
+        text, path = link.groups()
+        return f"[{text}]({_served(path)})" if (DOCS.parent / path).is_file() else text
+
+    markdown = _LINK.sub(moved, markdown)
+    language = config.theme["language"]
+    if language != "en" and f".{language}" not in PurePosixPath(page.file.src_uri).suffixes:
+        return _UNTRANSLATED + markdown
+    return markdown
