@@ -369,13 +369,10 @@ def test_an_adapter_learns_from_the_teacher_too(folders, settings, tmp_path):
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
-def test_the_default_learning_rate_goes_by_size(folders, tokenizer, settings, tmp_path, monkeypatch):
-    chosen = settings(learning_rate=None)
-    trainer = make_trainer(folders[1], tokenizer, chosen, tmp_path)
-    assert trainer.args.learning_rate == trainer.described["learning_rate"] == 1e-4
+def test_the_learning_rate_falls_as_a_cosine_after_its_warm_up(folders, tokenizer, settings, tmp_path):
+    trainer = make_trainer(folders[1], tokenizer, settings(learning_rate=3e-5), tmp_path)
+    assert trainer.args.learning_rate == trainer.described["learning_rate"] == 3e-5
     assert trainer.args.lr_scheduler_type == "cosine" and trainer.args.warmup_steps == math.ceil(4 / 20)
-    monkeypatch.setattr(trainer_module, "logical_parameters", lambda model: 7_000_000_000)
-    assert make_trainer(folders[1], tokenizer, chosen, tmp_path).args.learning_rate == 2e-5
 
 
 @pytest.mark.processes

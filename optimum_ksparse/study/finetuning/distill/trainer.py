@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from ....checkpoint import find_weight_files, logical_parameters
+from ....checkpoint import find_weight_files
 from ....checkpoint.model_class import load_model
 from ....data import calibration_tokens
 from ....data.dataset import describe_dataset
@@ -25,10 +25,6 @@ from ..run import TaskTrainer, add_adapter
 from ..settings import DistillSettings
 from .loss import distillation_loss
 from .teacher import TeacherLogits, check_teacher, vocabulary_digest
-
-# The learning rates of models below so many parameters, and of others.
-_SMALL = 10**9
-_LEARNING_RATES = (1e-4, 2e-5)
 
 
 class DistillTrainer(TaskTrainer):
@@ -55,9 +51,8 @@ class DistillTrainer(TaskTrainer):
             **{name: getattr(self.data, name) for name in ("num_samples", "seq_len", "seed", "prepend_bos")},
             **{name: getattr(settings, name) for name in ("top_k", "temperature")},
         }
-        rate = settings.learning_rate or _LEARNING_RATES[logical_parameters(model) >= _SMALL]
         texts = None if settings.texts is None else describe_texts(settings.texts)
-        self.described = {**record, "learning_rate": rate, "texts": texts}
+        self.described = {**record, "learning_rate": settings.learning_rate, "texts": texts}
         logits = TeacherLogits(Path(settings.cache or Path(arguments["output_dir"], "teacher")), record)
         self.dtype, self.dtypes = model.dtype, {name: tensor.dtype for name, tensor in model.named_parameters()}
         if settings.method == "full":
@@ -66,7 +61,7 @@ class DistillTrainer(TaskTrainer):
         for module in model.modules():
             if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
                 module.requires_grad_(False)
-        config = self._arguments({**arguments, "learning_rate": rate})
+        config = self._arguments({**arguments, "learning_rate": settings.learning_rate})
         super().__init__(
             model=tuned, args=config, train_dataset=logits, eval_dataset=logits, callbacks=[_Restore(self)]
         )
