@@ -1,6 +1,7 @@
 """What MkDocs does with links to files outside `docs/`, and with pages that are not translated."""
 
 import re
+import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,3 +41,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     if language != "en" and f".{language}" not in PurePosixPath(page.file.src_uri).suffixes:
         return _UNTRANSLATED + markdown
     return markdown
+
+
+def on_post_build(config: Any) -> None:
+    """The theme looks for a map of the site in each language's folder."""
+    site = Path(config.site_dir)
+    for language in (folder for folder in site.iterdir() if (folder / "index.html").is_file()):
+        shutil.copy(site / "sitemap.xml", language)

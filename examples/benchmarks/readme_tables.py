@@ -110,7 +110,10 @@ def quality_table(language: str) -> str:
 
     def figure(name: str, method: str, pattern: str, digits: int) -> str:
         row = found.get((name, method, pattern))
-        return "" if row is None else Spread(row["mean"], row["deviation"], row["seeds"]).text(digits)
+        if row is None:
+            return ""
+        text = Spread(row["mean"], row["deviation"], row["seeds"]).text(digits)
+        return text.replace(" ", "\N{NO-BREAK SPACE}")
 
     words = WORDS[language]
     title = words["title"].format(dense=found["perplexity", "dense", "dense"]["mean"])
