@@ -222,10 +222,10 @@ def test_what_cannot_be_is_refused_before_any_work(workplace, changes, said):
     assert not Path("out").exists()
 
 
-def test_recipes_in_configs_and_readme_are_valid():
+def test_recipes_in_configs_and_docs_are_valid():
     texts = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "configs/study").glob("*.yaml"))]
     assert len(texts) == 5 and max(len(text.splitlines()) for text in texts) <= 20
-    for name in ("README.md", "README_ko.md"):
+    for name in ("docs/study.md", "docs/study.ko.md"):
         texts.append((REPOSITORY / name).read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0])
     for text in texts:
         found = yaml.safe_load(text)
