@@ -63,7 +63,8 @@ READERS: dict[str, dict[str, Setting]] = {
     "calibration data": {
         "bos_in_statistics": switch("count the beginning token's position in the statistics", default=True),
         "first_position_share": number(
-            "least share of a sample's first position, the attention sink, in the statistics (admm 0.1, others 0)", 0.9
+            "least share of a sample's first position, the attention sink, in the statistics (default: the method's)",
+            0.9,
         ),
     },
 }

@@ -10,8 +10,8 @@ already is not measured again; a table closes, with mean ± sample standard devi
 import argparse
 import json
 from pathlib import Path
-from pydoc_data.topics import topics
 
+import english
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity, sparsify
@@ -19,7 +19,6 @@ from optimum_ksparse.nn import densified
 from optimum_ksparse.study import spread
 
 PASSES = ("two", "one")
-ENGLISH = [topics[key] for key in sorted(topics)]
 WINDOW, WINDOWS = 512, 4  # of the validation text
 
 
@@ -60,7 +59,7 @@ def perplexity(args: argparse.Namespace, cell: dict) -> float:
     config = SparsityConfig(
         method,
         "2:4",
-        dataset=ENGLISH[1::2] if args.calibration == "english" else args.calibration,
+        dataset=english.CALIBRATION if args.calibration == "english" else args.calibration,
         num_samples=args.samples,
         seq_len=args.seq_len,
         batch_size=4,
@@ -69,7 +68,7 @@ def perplexity(args: argparse.Namespace, cell: dict) -> float:
         true_sequential=cell["passes"] == "one",
     )
     sparsify(model, config, tokenizer)
-    texts = ENGLISH[0::2] if args.validation == "english" else args.validation
+    texts = english.VALIDATION if args.validation == "english" else args.validation
     with densified(model):  # every pass on the CPU would decompress the packed weights anew
         found = evaluate_perplexity(model, tokenizer, texts, seq_len=WINDOW, max_tokens=WINDOWS * WINDOW, batch_size=1)
     return found["perplexity"]

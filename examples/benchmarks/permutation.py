@@ -14,22 +14,21 @@ import argparse
 import itertools
 import json
 from pathlib import Path
-from pydoc_data.topics import topics
 
+import english
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity, sparsify
 from optimum_ksparse.data import CalibrationData, calibration_tokens
 from optimum_ksparse.nn import densified
+from optimum_ksparse.pruners.order import best_order, importance
 from optimum_ksparse.pruners.statistics import GramMatrix
 
 KEPT, GROUP = 2, 4
 ORDERS = ("as it is", "dealt", "swept", "swept+residual")
-ENGLISH = [topics[key] for key in sorted(topics)]
-SAMPLES, WINDOW, WINDOWS, ROWS, SWEEPS = 8, 512, 12, 4096, 2
+SAMPLES, WINDOW, WINDOWS, ROWS = 8, 512, 12, 4096
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def measure(args: argparse.Namespace, method: str, order: str, seed: int) -> dic
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     calibration, texts = args.calibration, args.validation
     if calibration == "english":
-        calibration, texts = ENGLISH[1::2], ENGLISH[::2]
+        calibration, texts = english.CALIBRATION, english.VALIDATION
     data = CalibrationData(calibration, num_samples=SAMPLES, seq_len=WINDOW, seed=seed)
     ids = calibration_tokens(data, model, tokenizer).ids
     moved = {} if order == "as it is" else permute(model, ids, method, order)
@@ -120,29 +119,19 @@ def statistics(model: nn.Module, ids: torch.Tensor) -> dict[nn.Module, GramMatri
 
 def scores(module: nn.Linear, statistics: GramMatrix, method: str) -> torch.Tensor:
     """[out, in], the sum of each matrix being one."""
-    found, gram = module.weight.square(), statistics.gram.float()
     if method == "wanda":
-        found = found * gram.diagonal()
+        found = module.weight.square() * statistics.squared_norms
     else:
-        damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
-        found = found / torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal()
+        found = importance(module.weight, statistics)
     return found / found.sum()
 
 
 def arranged(scores: torch.Tensor, order: str) -> torch.Tensor:
     """Which old column each new place takes, by scores [rows, columns]."""
+    if order.startswith("swept"):
+        return best_order(scores, KEPT, GROUP)
     members = scores.sum(0).argsort(descending=True).view(GROUP, -1)  # [slot, group]
     members[1::2] = members[1::2].flip(1)
-    if order.startswith("swept"):
-        for _ in range(SWEEPS):
-            for slot in range(GROUP):
-                others = members[[other for other in range(GROUP) if other != slot]]
-                threshold = scores[:, others].topk(KEPT, dim=1).values[:, -1]  # [rows, groups]
-                gain = sum(
-                    (c[:, None] - t[..., None]).relu_().sum(0)
-                    for c, t in zip(scores[:, members[slot]].split(8), threshold.split(8), strict=True)
-                )
-                members[slot] = members[slot][torch.as_tensor(linear_sum_assignment(gain.numpy(), maximize=True)[1])]
     return members.T.flatten()
 
 

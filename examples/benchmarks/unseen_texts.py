@@ -11,8 +11,8 @@ sample standard deviation over the seeds.
 import argparse
 import json
 from pathlib import Path
-from pydoc_data.topics import topics
 
+import english
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from optimum_ksparse import evaluate_perplexity
@@ -57,7 +57,7 @@ def read(text: str) -> tuple[str, list[str]]:
     """The name and the texts, each once."""
     name, _, place = text.partition("=")
     if not place:
-        return name, [topics[key] for key in sorted(topics)]
+        return name, english.PAGES
     path, _, field = place.partition(":")
     found = [json.loads(line)[field or "text"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return name, list(dict.fromkeys(found))

@@ -16,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..nn import SparseExperts
+from ..nn.experts import MATMUL
 
 # Classes without the marks of transformers whose forward reads its stacks as marked ones do.
 _UNMARKED = ("JetMoeParallelExperts", "LongcatFlashExperts", "Step3p7Experts")
 # Those that give all experts as many tokens, with zeros for the tokens of others.
-_BATCHED = ("Llama4TextExperts",)
-_MATMUL = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
+BATCHED = ("Llama4TextExperts",)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ExpertStack:
     def is_transposed(self) -> bool:
         """Whether the owner multiplies with the matrices from the right, `x @ self.<name>[expert]`, or, in Llama 4,
         `torch.bmm(x, self.<name>)`."""
-        return getattr(self.owner, "is_transposed", type(self.owner).__name__ in _BATCHED) is True
+        return getattr(self.owner, "is_transposed", type(self.owner).__name__ in BATCHED) is True
 
     @property
     def matrices(self) -> torch.Tensor:
@@ -56,7 +56,7 @@ class ExpertStack:
         """Whether the owner reads the parameter as `F.linear(x, self.<name>[expert])`, or in the way of
         `is_transposed`, and in no other: by the marks that transformers' `use_experts_implementation` sets."""
         owner: Any = self.owner
-        if type(owner).__name__ in (*_UNMARKED, *_BATCHED):
+        if type(owner).__name__ in (*_UNMARKED, *BATCHED):
             return True
         first = "gate_up_proj" if getattr(owner, "has_gate", True) else "up_proj"
         return hasattr(owner, "is_transposed") and self.name in (first, "down_proj")
@@ -126,7 +126,7 @@ class observed_matrices(TorchFunctionMode):  # noqa: N801 (used like a function)
         if func is F.linear:
             x, weight = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("input", "weight")))
             self._call(weight, x)
-        elif func in _MATMUL and len(args) == 2:
+        elif func in MATMUL and len(args) == 2:
             self._call(args[1], args[0])
         elif func is torch.bmm and len(args) == 2:
             for stack in self._stacks:

@@ -18,7 +18,8 @@ from .linear import in_autocast_dtype
 from .packed import PackedModule
 from .placement import onloaded
 
-_MATMUL = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
+# Of a matrix from the right.
+MATMUL = (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
 _EAGER = 'run the model with model.set_experts_implementation("eager")'
 
 
@@ -185,7 +186,7 @@ class PackedMatrix:
             x, matrix, bias = _linear_arguments(*args, **(kwargs or {}))
             if isinstance(matrix, cls) and isinstance(x, torch.Tensor):
                 return matrix._linear(x, bias)
-        if func in _MATMUL and len(args) == 2 and isinstance(args[0], torch.Tensor):
+        if func in MATMUL and len(args) == 2 and isinstance(args[0], torch.Tensor):
             x, matrix = args
             if matrix._transposed:
                 return matrix._linear(x, None)

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..blocks import DecoderBlocks, eager_experts, evaluation_mode, find_blocks
+from ..blocks import DecoderBlocks, eager_experts, find_blocks
+from ..blocks.experts import BATCHED
 from ..blocks.running import replaced_forward, run_decoder
 from ..checkpoint import sparse_modules
 from ..checks import check_integer, check_share
-from ..data import CalibrationData, calibration_tokens, load_tokenizer, usual_context
-from .distributed import current
 from .smaller_experts import MoELayer, Removal, plan_removal, refusal, remove_experts
+from .smaller_model import measured
 
 logger = logging.get_logger(__name__)
 
@@ -59,16 +59,13 @@ def drop_experts(
     removal = plan_removal(blocks, share)
     for layer in removal.layers:
         _reader(model, layer)
-    longest = CalibrationData.seq_len
-    calibration.setdefault("seq_len", min(longest, usual_context(model.config) or longest))
-    data = CalibrationData(dataset, tokenizer, **calibration)
-    tokenizer = load_tokenizer(data, model.name_or_path)
-    with evaluation_mode(model):
-        scores = current().once(
-            lambda: expert_saliency(
-                blocks, removal.layers, calibration_tokens(data, model, tokenizer).ids, batch_size
-            ).tolist()
-        )
+    scores = measured(
+        model,
+        dataset,
+        tokenizer,
+        calibration,
+        lambda ids: expert_saliency(blocks, removal.layers, ids, batch_size).tolist(),
+    )
     kept = {layer.path: _best(own, removal) for layer, own in zip(removal.layers, scores, strict=True)}
     dropped = {layer.path: sorted({*range(layer.number)} - {*kept[layer.path]}) for layer in removal.layers}
     remove_experts(model, removal, kept)
@@ -130,7 +127,7 @@ def _reader(model: PreTrainedModel, layer: MoELayer) -> Callable[..., Any]:
     # By the marks of transformers, whose implementations of experts all take these arguments.
     if parameters == 3 and (hasattr(experts, "is_transposed") or type(experts).__name__ == "Step3p7Experts"):
         return _routed
-    if type(experts).__name__ == "Llama4TextExperts":
+    if type(experts).__name__ in BATCHED:
         return _all_at_once
     raise refusal(model, f"{layer.path} is a {type(experts).__name__}, of which it is not known what each adds")
 

@@ -12,15 +12,13 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..blocks import DecoderBlocks, evaluation_mode, find_blocks
+from ..blocks import DecoderBlocks, find_blocks
 from ..blocks.calls import split_call
 from ..blocks.probe import hidden_of
 from ..blocks.running import replaced_forward, run_decoder
 from ..checkpoint import sparse_modules
 from ..checks import check_integer
-from ..data import CalibrationData, calibration_tokens, load_tokenizer, usual_context
-from .distributed import current
-from .smaller_model import plan_removal, refusal, remove_blocks
+from .smaller_model import measured, plan_removal, refusal, remove_blocks
 
 logger = logging.get_logger(__name__)
 
@@ -57,14 +55,7 @@ def drop_layers(
         raise ValueError(f"number={number} does not fit {type(model).__name__}, which has {total} decoder blocks")
     plan_removal(blocks, list(range(total - number)))
     check_integer("batch_size", batch_size, 1)
-    longest = CalibrationData.seq_len
-    calibration.setdefault("seq_len", min(longest, usual_context(model.config) or longest))
-    data = CalibrationData(dataset, tokenizer, **calibration)
-    tokenizer = load_tokenizer(data, model.name_or_path)
-    with evaluation_mode(model):
-        scores = current().once(
-            lambda: block_influence(blocks, calibration_tokens(data, model, tokenizer).ids, batch_size)
-        )
+    scores = measured(model, dataset, tokenizer, calibration, lambda ids: block_influence(blocks, ids, batch_size))
     order = sorted(range(total), key=lambda index: (scores[index], index))
     # A hybrid cannot write text without attention: its cache counts the tokens there.
     has_attention = [any("Attention" in type(m).__name__ for m in block.modules()) for block in blocks.blocks]

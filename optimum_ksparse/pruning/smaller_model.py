@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..blocks import DecoderBlocks
+from ..blocks import DecoderBlocks, evaluation_mode
+from ..data import CalibrationData, calibration_tokens, load_tokenizer, usual_context
+from .distributed import current
 
 # Where a module keeps the number of its block, which the key-value cache goes by.
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
@@ -41,6 +43,22 @@ def remove_blocks(blocks: DecoderBlocks, dropped: Sequence[int]) -> None:
     changes, attributes = plan_removal(blocks, kept)
     _keep(model, blocks, kept)
     apply(model, changes, attributes)
+
+
+def measured(
+    model: PreTrainedModel,
+    dataset: Any,
+    tokenizer: Any,
+    calibration: dict[str, Any],
+    measure: Callable[[torch.Tensor], list[Any]],
+) -> list[Any]:
+    """What `measure` gives of the calibration tokens [samples, tokens] with the dense model, on one process alone."""
+    longest = CalibrationData.seq_len
+    calibration.setdefault("seq_len", min(longest, usual_context(model.config) or longest))
+    data = CalibrationData(dataset, tokenizer, **calibration)
+    tokenizer = load_tokenizer(data, model.name_or_path)
+    with evaluation_mode(model):
+        return current().once(lambda: measure(calibration_tokens(data, model, tokenizer).ids))
 
 
 def apply(model: PreTrainedModel, changes: Mapping[str, Any], attributes: Sequence[tuple[str, str, Any]]) -> None:

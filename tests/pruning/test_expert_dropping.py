@@ -243,7 +243,7 @@ def test_what_cannot_be_dropped(
     settings = {**_SIZES, **FAMILIES.get(family, {}), "num_experts_per_tok": picked, **more}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     state = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr("optimum_ksparse.pruning.expert_dropping.calibration_tokens", lambda *_: 1 / 0)
+    monkeypatch.setattr("optimum_ksparse.pruning.smaller_model.calibration_tokens", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=reason):
         drop_experts(model, share, "no-such-data")
     assert_same_tensors(model.state_dict(), state)
