@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 MODEL ?=
-PATTERN ?= 2:4
+PATTERN ?=
 METHOD ?= admm
 DEMO_DIR ?= .demo
 VLLM_VENV ?= .venv-vllm

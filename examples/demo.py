@@ -1,6 +1,9 @@
 """`make demo`: prune a model with one line, see what it cost and gained, save it, load it again in a fresh process.
 
-python examples/demo.py <Hub id or folder, "" for the embedded model> <pattern> <method> <working folder>
+python examples/demo.py MODEL PATTERN METHOD FOLDER
+
+MODEL is a Hub id or a folder, or "" for the embedded model; PATTERN may be "" for the one that suits this machine; all
+is written into FOLDER.
 """
 
 import subprocess
@@ -10,6 +13,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity
+from optimum_ksparse.pattern import default_pattern
 
 EXAMPLES = Path(__file__).parent
 
@@ -42,9 +46,11 @@ def main(model_name: str, pattern: str, method: str, folder: str) -> None:
     dense_bytes = sum(parameter.nbytes for parameter in dense.parameters())
     del dense
     data = str(EXAMPLES / "data/korean_calibration.txt")
-    config = SparsityConfig(method=method, pattern=pattern, dataset=data, num_samples=16, seq_len=256)
+    config = SparsityConfig(method=method, pattern=pattern or None, dataset=data, num_samples=16, seq_len=256)
+    if not pattern:
+        print(f"pattern {config.pattern}: {default_pattern()[1]}")
     model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config)  # the one line
-    measured[pattern] = evaluate_perplexity(model, tokenizer, texts, seq_len=256)
+    measured[config.pattern] = evaluate_perplexity(model, tokenizer, texts, seq_len=256)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     sparse_bytes = sum(file.stat().st_size for file in output.glob("*.safetensors"))

@@ -15,7 +15,7 @@ from optimum_ksparse_autoload import DENSE_CONFIG_KEY, QUANT_METHOD
 from .checks import check_boolean, check_integer, check_keys, check_names, check_one_of
 from .data import CalibrationData
 from .data.dataset import describe_dataset, is_token_ids, recorded_dataset
-from .pattern import Pattern
+from .pattern import Pattern, default_pattern
 from .pruners import METHODS, REFINEMENTS, Setting, statistics_of
 from .pruners.allocation import ALLOCATIONS, check_allocation
 from .pruners.settings import number, share, switch, whole
@@ -180,8 +180,9 @@ class SparsityConfig(QuantizationConfigMixin):
             layers that have none stay dense).
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), a fraction of zeros (`"50%"`, `0.5`), or
             that fraction of whole tiles of r outputs x c inputs (`"50%/32x32"`), by the sum of the method's scores in
-            each, over the layer (`sparsegpt`: over each `block_size` columns). With `"existing"` each layer's own is
-            found, and none is passed.
+            each, over the layer (`sparsegpt`: over each `block_size` columns). None takes `"2:4"` where torch sees a
+            GPU or with `permute`, and elsewhere `"50%"`: there all are equally fast and this one loses least. With
+            `"existing"` each layer's own is found, and none is passed.
         values: how the kept values are stored: None: in the dtype of the weights; `"int8"` (5.0 bits for each weight
             at 50 %, instead of 9) or `"int4"` (3.3): integers, each times the scale of its group.
         group_size: so many columns of a row share a scale, a multiple of 64; -1: all of a row. None takes what was
@@ -245,7 +246,7 @@ class SparsityConfig(QuantizationConfigMixin):
 
     quant_method: str = field(default=QUANT_METHOD, init=False)  # type: ignore[assignment]
     method: str = "admm"
-    pattern: Any = "2:4"
+    pattern: Any = None
     _: KW_ONLY
     values: str | None = None
     group_size: int | None = None
@@ -272,6 +273,8 @@ class SparsityConfig(QuantizationConfigMixin):
     names: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.pattern is None:
+            self.pattern = default_pattern()[0] if self.permute is None else "2:4"  # it needs n:m
         for name, check in _CHECKS.items():
             setattr(self, name, check(name, getattr(self, name)))
         self.method_settings = self._checked_method_settings()

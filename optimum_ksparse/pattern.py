@@ -28,6 +28,13 @@ _SHARE = re.compile(
 _PAIRWISE_LIMIT = 32
 
 
+def default_pattern() -> tuple[str, str]:
+    """The pattern where none is asked for, and the reason: half of the weights, where this machine is fast."""
+    if torch.cuda.is_available():
+        return "2:4", "of the patterns that GPUs multiply fast it is the one that their hardware knows"
+    return "50%", "on a CPU every pattern takes the same bytes and time, and this one loses least"
+
+
 class Pattern:
     """Which weights may be nonzero.
 

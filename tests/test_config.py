@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from optimum_ksparse import Pattern, SparsityConfig, SparsityReport
 from optimum_ksparse.config import METHOD_SETTINGS, QUANT_METHOD, SETTINGS
+from optimum_ksparse.pattern import default_pattern
 from optimum_ksparse.quantization import GROUP_SIZES
 
 NAMES = "'mc4-ko', 'c4', 'kowiki', 'self'"
@@ -86,7 +87,7 @@ def test_json_round_trip_keeps_every_setting(drawn, own, has_layers):
     assert own.items() <= again.method_settings.items()
     for name in drawn.keys() - {"dataset", "pattern", "num_samples", "seq_len"}:
         assert getattr(again, name) == drawn[name]
-    assert Pattern(again.pattern) == Pattern(drawn.get("pattern", "2:4"))
+    assert Pattern(again.pattern) == Pattern(drawn.get("pattern", default_pattern()[0]))
 
 
 def test_defaults_are_stored_in_full():
@@ -94,7 +95,16 @@ def test_defaults_are_stored_in_full():
     assert recorded(config)["quant_method"] == QUANT_METHOD == "optimum-ksparse"
     assert dict(config) == config.to_dict()
     assert json.loads(config.to_json_string(use_diff=False))["method"] == "admm"
-    assert '"pattern": "2:4"' in repr(config)
+    assert f'"pattern": "{config.pattern}"' in repr(config)
+
+
+@pytest.mark.parametrize(("has_gpu", "pattern"), [(True, "2:4"), (False, "50%")])
+def test_the_default_pattern_is_the_one_for_this_machine(monkeypatch, has_gpu, pattern):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    config = SparsityConfig()
+    assert config.pattern == pattern == default_pattern()[0]
+    assert "pattern" not in config.given
+    assert recorded(config)["pattern"] == pattern  # another machine reads what was pruned
 
 
 REFUSED = {
@@ -135,7 +145,6 @@ REFUSED = {
     ],
     TypeError: [
         {"method": 3},
-        {"pattern": None},
         {"storage": None},
         {"num_samples": 8.0},
         *({"values": 8}, {"values": "int8", "group_size": "row"}, {"values": "int8", "group_size": True}),

@@ -2,8 +2,8 @@
 
 python examples/benchmarks/bits_table.py
 
-Of each folder in `results/bits/` it reads `results.json`, of `optimum-cli ksparse study` with `values`, and
-`dense.json`, of `bits.py`, and writes `bits.md` and `bits.png` beside the folders.
+Of each folder in `results/bits/` it reads `sparse.json`, of `bits_sparse.py`, and `dense.json`, of `bits.py`, and
+writes `bits.md` and `bits.png` beside the folders.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optimum_ksparse.hub.figures import new_figure, save_figure
-from optimum_ksparse.study import Spread
+from optimum_ksparse.study import Spread, spread
 
 FOLDER = Path(__file__).parent / "results" / "bits"
 LIBRARIES = {"llmcompressor": "GPTQ", "torchao": "rounded"}
@@ -21,7 +21,6 @@ WORDS = {
         "bits": "bits",
         "perplexity": "perplexity",
         "dense": "dense",
-        "block": "blocks",
         "rounded": "rounded",
     },
     "ko": {
@@ -29,7 +28,6 @@ WORDS = {
         "bits": "비트",
         "perplexity": "퍼플렉시티",
         "dense": "밀집",
-        "block": "블록 재구성",
         "rounded": "반올림",
     },
 }
@@ -38,9 +36,7 @@ STYLES = {
     "dense, GPTQ": ("#000000", "o"),
     "dense, rounded": ("#999999", "s"),
     "50 %": ("#0072B2", "^"),
-    "50 %, block": ("#0072B2", "v"),
     "2:4": ("#D55E00", "D"),
-    "2:4, block": ("#D55E00", "P"),
 }
 
 
@@ -55,20 +51,14 @@ class Point(NamedTuple):
 
 def read(folder: Path) -> tuple[Spread, list[Point]]:
     """Perplexity of the dense model, and the others, those with the most bits first."""
-    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
-    found = {(row["figure"], row["method"], row["pattern"]): row for row in rows}
-    points, dense = [], Spread(0, None, 0)
-    for (figure, method, pattern), row in found.items():
-        if figure != "perplexity":
-            continue
-        spread = Spread(row["mean"], row["deviation"], row["seeds"])
-        if pattern == "dense":
-            dense = spread
-            continue
-        name, *rest = method.split(" int")
-        series = pattern.replace("%", " %") + (", block" if "block" in name else "")
-        bits = found["bits_per_weight", method, pattern]["mean"]
-        points.append(Point(series, f"int{rest[0]}" if rest else "16 bit", bits, spread))
+    cells: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for row in json.loads((folder / "sparse.json").read_text(encoding="utf-8")):
+        cells.setdefault((row["pattern"], row["values"]), []).append(row)
+    found = {cell: spread([row["perplexity"] for row in rows]) for cell, rows in cells.items()}
+    points, dense = [], found.pop(("dense", None))
+    for (pattern, values), perplexity in found.items():
+        bits = cells[pattern, values][0]["bits_per_weight"]
+        points.append(Point(pattern.replace("%", " %"), values or "16 bit", bits, perplexity))
     for row in json.loads((folder / "dense.json").read_text(encoding="utf-8")):
         series = f"dense, {LIBRARIES[row['library']]}"
         points.append(Point(series, f"int{row['bits']}", row["bits_per_weight"], Spread(row["perplexity"], None, 1)))
@@ -91,7 +81,7 @@ def bits_table(language: str = "en") -> str:
             cells.setdefault((point.series, point.values), {})[name] = point
     for (series, values), row in cells.items():
         text = [f"{row[name].bits:.2f} | {row[name].perplexity.text(2)}" if name in row else " | " for name in found]
-        for word in ("dense", "block", "rounded"):
+        for word in ("dense", "rounded"):
             series = series.replace(word, words[word])
         lines.append(f"| {series}, {values} | {' | '.join(text)} |")
     return "\n".join(lines) + "\n"

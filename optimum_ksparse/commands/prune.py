@@ -27,7 +27,8 @@ SETTINGS_TEXTS = {
     "reconstruct": "tune each block to its dense outputs; slower, much more accurate (default: do not)",
     "activations": "calibration inputs and targets (default: the measured best)",
     "pattern": "2:4, 4:8, any n:m (n nonzero weights in every m), a share of zeros such as 50%, the same of whole "
-    "blocks of outputs x inputs such as 50%/32x32; none prunes nothing, with --drop-layers or --drop-experts",
+    "blocks of outputs x inputs such as 50%/32x32; none prunes nothing, with --drop-layers or --drop-experts "
+    "(default: 2:4 where there is a GPU, 50% elsewhere)",
     "values": "quantise the kept values: int8, or int4 (default: as they are)",
     "group_size": "columns of a row that share a scale, a multiple of 64, or -1: all (default: the measured best)",
     "permute": "free: reorder channels first, where that changes nothing, so that n:m loses less",

@@ -233,7 +233,7 @@ def test_sparse_model_gives_the_same_as_its_dense_twin(
 ) -> None:
     how: dict[str, Any] = {"data_dir": data_dir}
     dense = figures(evaluate_kobest(model, answering, **how))
-    sparsify(model, SparsityConfig("magnitude"))
+    sparsify(model, SparsityConfig("magnitude", "2:4"))
     twin = copy.deepcopy(model)
     twin.dequantize()
     assert sparse_modules(model) and not sparse_modules(twin)

@@ -64,7 +64,7 @@ def dense(tmp_path: Path, make_model: MakeModel, tokenizer: Tokenizer) -> Path:
 
 @pytest.fixture
 def model(dense: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(dense, sparsity_config=SparsityConfig("magnitude"))
+    return AutoModelForCausalLM.from_pretrained(dense, sparsity_config=SparsityConfig("magnitude", "2:4"))
 
 
 @pytest.fixture
@@ -425,7 +425,7 @@ def test_recorded_baseline_of_a_hub_id_with_its_commit(
 ) -> None:
     hub.add_repo("team/dense", {path.name: path.read_bytes() for path in dense.iterdir()})
     commit = hub.commits("team/dense")[-1].id
-    model = AutoModelForCausalLM.from_pretrained("team/dense", sparsity_config=SparsityConfig("magnitude"))
+    model = AutoModelForCausalLM.from_pretrained("team/dense", sparsity_config=SparsityConfig("magnitude", "2:4"))
     hub.commit("team/dense", {"config.json": b"{}"}, "break it")
     assert recorded_baseline(model) == Baseline("team/dense", commit)
     model.save_pretrained(tmp_path / "saved")

@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     """A folder with a pruned model and its tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(make_config("llama", num_hidden_layers=1))
-    sparsify(model, SparsityConfig("sparsegpt", dataset=torch.randint(4, 300, (2, 32))))
+    sparsify(model, SparsityConfig("sparsegpt", "2:4", dataset=torch.randint(4, 300, (2, 32))))
     folder = tmp_path_factory.mktemp("ties") / "sparse"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -120,7 +120,7 @@ def test_a_change_is_told_and_the_errors_go(
     """Also between pruning and the first time that the model is saved."""
     if fresh:
         model = make_model("llama", num_hidden_layers=1)
-        sparsify(model, SparsityConfig("sparsegpt", dataset=torch.randint(4, 300, (2, 32))))
+        sparsify(model, SparsityConfig("sparsegpt", "2:4", dataset=torch.randint(4, 300, (2, 32))))
     CHANGES[name](model)
     model.save_pretrained(tmp_path)
     assert kinds(report_in(tmp_path)) == ["unknown"]

@@ -1,6 +1,7 @@
-"""The benchmark of quality against bits a weight: what counts as bits, and the table of a study and dense rivals."""
+"""The benchmark of quality against bits a weight: what counts as bits, and sparse models beside dense rivals."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from ..conftest import REPOSITORY, make_config
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "examples/benchmarks")
     import bits
+    import bits_sparse
     import bits_table
 
-    return bits, bits_table
+    return bits, bits_table, bits_sparse
 
 
 def test_bits_are_those_of_integers_scales_and_zero_points_of_the_pruned_linear_maps(scripts):
@@ -47,23 +49,37 @@ def test_torchao_quantises_in_place(scripts):
 
 
 def test_the_table_has_a_row_for_each_way_to_store_weights(scripts, tmp_path, monkeypatch):
-    def row(figure, method, pattern, mean):
-        return {"figure": figure, "method": method, "pattern": pattern, "mean": mean, "deviation": None, "seeds": 1}
+    def row(pattern, values, bits, perplexity):
+        return {"pattern": pattern, "values": values, "bits_per_weight": bits, "perplexity": perplexity}
 
-    rows = [row("perplexity", "dense", "dense", 10), row("perplexity", "admm", "2:4", 20)]
-    rows += [row("perplexity", "admm + block int8", "50%", 15), row("bits_per_weight", "admm", "2:4", 9)]
-    rows += [row("bits_per_weight", "admm + block int8", "50%", 5.03)]
+    rows = [row("dense", None, 16, 10), row("2:4", None, 9, 20)]
+    rows += [row("50%", "int8", 5.03, perplexity) for perplexity in (14, 16)]  # of two seeds
     (tmp_path / "a-model").mkdir()
-    (tmp_path / "a-model/results.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "a-model/sparse.json").write_text(json.dumps(rows))
     dense = [{"library": "torchao", "bits": 4, "perplexity": 12, "bits_per_weight": 4.125}]
     (tmp_path / "a-model/dense.json").write_text(json.dumps(dense))
     monkeypatch.setattr(scripts[1], "FOLDER", tmp_path)
     assert scripts[1].bits_table().splitlines()[2:] == [
         "| dense | 16.00 | 10.00 |",
         "| 2:4, 16 bit | 9.00 | 20.00 |",
-        "| 50 %, blocks, int8 | 5.03 | 15.00 |",
+        "| 50 %, int8 | 5.03 | 15.00 ± 1.41 |",
         "| dense, rounded, int4 | 4.12 | 12.00 |",
     ]
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     scripts[1].draw(tmp_path / "bits.png")
     assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_floats_and_integers_are_of_one_pruning(scripts, make_model, tokenizer, tmp_path, monkeypatch):
+    make_model("llama", num_hidden_layers=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for name, value in (("SAMPLES", 2), ("LENGTH", 16), ("WINDOWS", 2)):
+        monkeypatch.setattr(scripts[2], name, value)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"문장 {number} 입니다 그리고 또 있습니다" for number in range(40)), encoding="utf-8")
+    args = SimpleNamespace(model=tmp_path, calibration=str(text), texts=str(text))
+    floats, *integers = scripts[2].measured(args, "50%", 0)
+    assert [row["values"] for row in (floats, *integers)] == [None, "int8", "int4"]
+    assert floats["bits_per_weight"] == pytest.approx(9, abs=0.1)
+    assert 9 > integers[0]["bits_per_weight"] > integers[1]["bits_per_weight"] > 3
+    assert abs(integers[0]["perplexity"] / floats["perplexity"] - 1) < 0.05

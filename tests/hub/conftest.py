@@ -32,13 +32,13 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path
 @pytest.fixture(scope="session")
 def checkpoint(base: Path, tokenizer: Tokenizer, token_ids: torch.Tensor) -> Path:
     """A folder with the same model, pruned, and the tokenizer."""
-    return prune(base, SparsityConfig(dataset=token_ids), base.parent / "tiny-sparse", tokenizer)
+    return prune(base, SparsityConfig(pattern="2:4", dataset=token_ids), base.parent / "tiny-sparse", tokenizer)
 
 
 @pytest.fixture(scope="session")
 def simple(base: Path, tokenizer: Tokenizer) -> Path:
     """A folder with a sparse model whose card has no figures, which take time."""
-    return prune(base, SparsityConfig("magnitude"), base.parent / "tiny-simple", tokenizer)
+    return prune(base, SparsityConfig("magnitude", "2:4"), base.parent / "tiny-simple", tokenizer)
 
 
 @pytest.fixture

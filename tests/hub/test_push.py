@@ -250,7 +250,7 @@ def test_nothing_tells_of_the_machine(
     (tmp_path / "secret/held out.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     settings = {"tokenizer": str(tmp_path / "secret/base"), "num_samples": 2, "seq_len": 16}
-    config = SparsityConfig(dataset=str(tmp_path / "secret/calibration.txt"), **settings)
+    config = SparsityConfig(pattern="2:4", dataset=str(tmp_path / "secret/calibration.txt"), **settings)
     model = AutoModelForCausalLM.from_pretrained("secret/base", sparsity_config=config)
     monkeypatch.chdir(tmp_path / "secret")
     protocol = EvaluationProtocol(texts=str(tmp_path / "secret/held out.txt"), seq_len=32, tasks=())

@@ -87,7 +87,7 @@ def test_a_private_baseline_is_loaded_with_its_token(hub: LoopbackHub, base: Pat
 def test_a_base_that_only_a_file_names_is_not_asked_for_its_card(hub: LoopbackHub, base: Path, tmp_path: Path) -> None:
     theirs = b"---\nlicense: apache-2.0\nlanguage: [ko, 7]\npipeline_tag: text-generation\n---\n"
     hub.add_repo("org/tiny-base", {**read(base), "README.md": theirs})
-    model = AutoModelForCausalLM.from_pretrained("org/tiny-base", sparsity_config=SparsityConfig("magnitude"))
+    model = AutoModelForCausalLM.from_pretrained("org/tiny-base", sparsity_config=SparsityConfig("magnitude", "2:4"))
     assert model.sparsity_report.base_card == {"license": "apache-2.0", "pipeline_tag": "text-generation"}
     model.save_pretrained(tmp_path / "sparse")
     hub.requests.clear()

@@ -54,7 +54,7 @@ def test_an_error_that_stays(
 
 def test_an_upload_that_breaks_off(hub: LoopbackHub, naps: list[float], scratch: Path) -> None:
     model = make_dense(hidden_size=256, intermediate_size=1024)
-    sparsify(model, SparsityConfig("magnitude"))
+    sparsify(model, SparsityConfig("magnitude", "2:4"))
     hub.cut("^/lfs/", after_bytes=200_000, times=1000)
     with pytest.raises(ConnectionError, match=NAME):
         model.push_to_hub(NAME, tokenizer=False)

@@ -28,7 +28,9 @@ pytest.importorskip("matplotlib", reason="needs the extra plot")
 def prune_from_hub(hub: LoopbackHub, base: Path, token_ids: torch.Tensor, tmp_path: Path) -> PreTrainedModel:
     """A model that was pruned from the Hub, where a newer commit has come since."""
     hub.add_repo("org/tiny-base", read(base))
-    model = AutoModelForCausalLM.from_pretrained("org/tiny-base", sparsity_config=SparsityConfig(dataset=token_ids))
+    model = AutoModelForCausalLM.from_pretrained(
+        "org/tiny-base", sparsity_config=SparsityConfig(pattern="2:4", dataset=token_ids)
+    )
     make_dense(seed=1).save_pretrained(tmp_path / "newer")
     hub.commit("org/tiny-base", read(tmp_path / "newer"), "Other weights")
     return model
@@ -128,7 +130,7 @@ def test_the_tokenizer(hub: LoopbackHub, base: Path, tokenizer: Tokenizer, tmp_p
     other.add_tokens(["<other>"])
     other.save_pretrained(tmp_path / "tokenizer")
     hub.add_repo("org/tokenizer", read(tmp_path / "tokenizer"))
-    sparsify(model := AutoModelForCausalLM.from_pretrained(base), SparsityConfig("magnitude", tokenizer=other))
+    sparsify(model := AutoModelForCausalLM.from_pretrained(base), SparsityConfig("magnitude", "2:4", tokenizer=other))
     given: list[Any] = [None, other, tmp_path / "tokenizer", "org/tokenizer"]  # None: that of the calibration
     for i, value in enumerate(given):
         model.push_to_hub(f"user/{i}", tokenizer=value)

@@ -126,7 +126,7 @@ def test_write_card(checkpoint: Path, saved: tuple[PreTrainedModel, Path], monke
 def test_a_model_without_a_head_is_not_loaded_with_one(tmp_path: Path, no_matplotlib: None) -> None:
     """A head that is not in the checkpoint would be a random one."""
     model = AutoModel.from_config(make_config("llama", num_hidden_layers=1))
-    sparsify(model, SparsityConfig("magnitude", storage="dense"))
+    sparsify(model, SparsityConfig("magnitude", "2:4", storage="dense"))
     model.save_pretrained(tmp_path)
     card = write_card(model, tmp_path).read_text(encoding="utf-8")
     assert "AutoModelForCausalLM" not in card and "plain transformers" in card
@@ -181,7 +181,7 @@ BASE_CARD = (
 
 
 def prune_from(source: Any, out: Path) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=SparsityConfig("magnitude"))
+    model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=SparsityConfig("magnitude", "2:4"))
     model.save_pretrained(out)
     return model
 

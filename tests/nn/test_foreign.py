@@ -131,7 +131,7 @@ def test_sparse_settings_and_another_quantizer_do_not_go_together(make_pruned, t
     make_pruned(storage="dense").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="do not go together"):
         AutoModelForCausalLM.from_pretrained(
-            tmp_path, sparsity_config=SparsityConfig("magnitude"), quantization_config=rounding
+            tmp_path, sparsity_config=SparsityConfig("magnitude", "2:4"), quantization_config=rounding
         )
 
 

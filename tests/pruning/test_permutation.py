@@ -67,7 +67,7 @@ def test_the_report_says_what_was_reordered(
 
 def test_layers_lose_less(make_model: MakeModel, token_ids: torch.Tensor) -> None:
     def error(permute: str | None) -> float:
-        config = SparsityConfig("wanda", dataset=token_ids, batch_size=2, permute=permute)
+        config = SparsityConfig("wanda", "2:4", dataset=token_ids, batch_size=2, permute=permute)
         rows = sparsify(make_model(), config).layers
         errors = [row.relative_output_error for row in rows if row.name.endswith("down_proj")]
         return sum(errors) / len(errors)

@@ -328,7 +328,9 @@ def test_the_calibration_file_that_a_config_names_is_not_opened(form: str, saved
         edit_settings(saved, method="wanda", dataset={"path": path, "mix": {path: 1.0}}.get(form, record))
         with pytest.raises(ValueError, match=r"dataset.*(is not opened|no part of a mix)"):
             AutoModelForCausalLM.from_pretrained(saved)
-    assert SparsityConfig(dataset=tmp_path / "private.txt").to_dict()["dataset"]["file"] == "private.txt"
+    assert (
+        SparsityConfig(pattern="2:4", dataset=tmp_path / "private.txt").to_dict()["dataset"]["file"] == "private.txt"
+    )
 
 
 @pytest.mark.parametrize("storage", ["packed", "dense"])
@@ -344,7 +346,7 @@ def test_the_calibration_file_that_a_config_names_is_not_opened(form: str, saved
 )
 def test_recorded_layers_of_another_type_are_named(storage: str, layers: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SparsityConfig.from_dict({**SparsityConfig("magnitude", storage=storage).to_dict(), "layers": layers})
+        SparsityConfig.from_dict({**SparsityConfig("magnitude", "2:4", storage=storage).to_dict(), "layers": layers})
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "ksparse"])
@@ -356,7 +358,7 @@ def test_settings_of_a_config_that_are_no_object_or_nested(key: str, saved: Path
         with pytest.raises(ValueError, match=key):
             inspect_checkpoint(saved)
         with pytest.raises(ValueError, match=key):
-            prune_checkpoint(saved, saved.parent / "out", SparsityConfig("magnitude"))
+            prune_checkpoint(saved, saved.parent / "out", SparsityConfig("magnitude", "2:4"))
 
 
 def test_a_summary_of_settings_that_cannot_be(saved: Path) -> None:

@@ -202,7 +202,7 @@ def test_settings_reach_every_layer_and_are_not_saved(make_model, tmp_path):
     make_model("llama").save_pretrained(tmp_path / "dense")
     how = {"runtime_config": RuntimeConfig(kernel="reference")}
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", sparsity_config=SparsityConfig("magnitude"), **how
+        tmp_path / "dense", sparsity_config=SparsityConfig("magnitude", "2:4"), **how
     )
     model.save_pretrained(tmp_path / "sparse")
     assert '"kernel"' not in (tmp_path / "sparse/config.json").read_text()
@@ -229,7 +229,9 @@ def test_a_model_runs_on_kernels_that_were_measured(gpu, monkeypatch, make_model
     monkeypatch.setattr(dispatch, "time_calls", fake)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}  # the interpreter is slow
     model = make_model("llama", dtype=torch.bfloat16, **sizes)
-    sparsify(model, SparsityConfig("magnitude", modules_to_not_convert=["k_proj", "v_proj", "o_proj", "gate_proj"]))
+    sparsify(
+        model, SparsityConfig("magnitude", "2:4", modules_to_not_convert=["k_proj", "v_proj", "o_proj", "gate_proj"])
+    )
     dense = copy.deepcopy(model)
     dense.dequantize()
     report = model.autotune_kernels((1, 16))
@@ -251,7 +253,7 @@ def test_a_block_compiles_with_kernels_in_it(gpu, monkeypatch, make_model):
     torch._dynamo.reset()
     monkeypatch.setenv("KSPARSE_KERNEL", "dot")
     model = make_model("llama", dtype=torch.bfloat16, num_hidden_layers=1)
-    sparsify(model, SparsityConfig("magnitude"))
+    sparsify(model, SparsityConfig("magnitude", "2:4"))
     block = model.model.layers[0].mlp
     x = torch.randn(1, 3, 32, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -275,7 +277,7 @@ def test_autotune_kernels_of_a_model(make_model, token_ids):
     model = make_model("llama")
     with pytest.raises(ValueError, match="LlamaForCausalLM has no sparse layers"):
         model.autotune_kernels()
-    sparsify(model, SparsityConfig("magnitude"))
+    sparsify(model, SparsityConfig("magnitude", "2:4"))
     assert model.autotune_kernels() is model.kernel_report
     for arguments, message in [
         ({"tokens": (3,)}, r"tokens=\[3\] must be some of 1, 2, 4"),
@@ -287,7 +289,7 @@ def test_autotune_kernels_of_a_model(make_model, token_ids):
 
 def test_a_kernel_that_cannot_run_here_is_an_error_that_says_why(make_model, token_ids, monkeypatch):
     model = make_model("llama")
-    sparsify(model, SparsityConfig("magnitude"))
+    sparsify(model, SparsityConfig("magnitude", "2:4"))
     configure(model, RuntimeConfig(kernel="gemv"))
     with pytest.raises(ValueError, match="kernel='gemv' cannot compute 2:4 float32 .*: the kernels"):
         model(token_ids)
@@ -323,7 +325,7 @@ def test_settings_of_earlier_versions_do_no_harm(name, make_model, tmp_path):
         with pytest.raises(TypeError, match=name):
             config(**{name: None})
     model = make_model("llama")
-    sparsify(model, SparsityConfig("magnitude"))
+    sparsify(model, SparsityConfig("magnitude", "2:4"))
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
