@@ -17,6 +17,7 @@ from ..blocks import BlockReplay, evaluation_mode, find_blocks
 from ..checkpoint import facts_of
 from ..checks import check_integer, check_keys, check_number, check_one_of
 from ..data import CalibrationData, calibration_tokens, load_tokenizer
+from ..data.tokens import context_length
 from ..evaluation import note_merge
 from ..kernels import fast_products
 from ..version import library_versions
@@ -59,8 +60,9 @@ def merge_adapter(
         peft_model: a PEFT model on a sparse transformers model; it is used up, as by `merge_and_unload`.
         method: "masked", or "solve", which needs `dataset`.
         adapter_names: those to merge; None: the active ones.
-        dataset: calibration text or token ids, as in `SparsityConfig`, in 128 samples of 512 tokens; or
-            `CalibrationData`, which says how they are drawn. With "masked" it serves to measure the error.
+        dataset: calibration text or token ids, as in `SparsityConfig`, in 128 samples of 512 tokens, or of the
+            model's context where that is shorter; or `CalibrationData`, which says how they are drawn. With "masked"
+            it serves to measure the error.
         batch_size: calibration samples in one forward pass.
         method_settings: of the solver: `damping`, `max_steps`, `tolerance`, see `pruners.solve.solve_on_mask`.
 
@@ -84,7 +86,8 @@ def merge_adapter(
     started = time.perf_counter()
     data = None
     if dataset is not None:
-        drawn = dataset if isinstance(dataset, CalibrationData) else CalibrationData(dataset, seq_len=512)
+        length = min(512, context_length(model) or 512)
+        drawn = dataset if isinstance(dataset, CalibrationData) else CalibrationData(dataset, seq_len=length)
         with evaluation_mode(model), active(model, names):
             data = calibration_tokens(drawn, model, load_tokenizer(drawn, model.name_or_path))
     report = MergeReport(method, describe_adapters(peft_model, names), {} if data is None else data.description)

@@ -24,7 +24,7 @@ from optimum_ksparse.commands import parse_words
 from optimum_ksparse.evaluation import EvaluationResults
 from optimum_ksparse.records import MASKS_NAME
 
-from ..conftest import VOCABULARY, sample_texts, thinned
+from ..conftest import CONTEXT, VOCABULARY, sample_texts, thinned
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", module="peft")
@@ -366,6 +366,14 @@ def test_a_merged_model_in_the_place_of_its_adapter(folders, token_ids):
     run(folders / "adapter", folders / "adapter", "--base", folders / "base", "--overwrite")
     merged = [AutoModelForCausalLM.from_pretrained(folders / name) for name in ("adapter", "apart")]
     assert torch.equal(*(logits(model, token_ids) for model in merged))
+
+
+def test_texts_are_cut_to_the_context_of_a_model_where_that_is_short(adapted, tokenizer, tmp_path):
+    model = adapted()
+    tokenizer.save_pretrained(tmp_path)
+    model.get_base_model().config.name_or_path = model.get_base_model().name_or_path = str(tmp_path)
+    merged = merge_adapter(model, method="solve", dataset=sample_texts("calibration") * 8)
+    assert merged.ksparse.merge.calibration["seq_len"] == CONTEXT
 
 
 @pytest.mark.slow
