@@ -4,18 +4,38 @@ is allowed."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
+
+# What other programs call a setting → what it is called here.
+_MEANT = {"sparsity": "pattern", "sparsity_ratio": "pattern", "bits": "values"}
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str | None:
+    """The one of `allowed`, which may be flags, that was most likely meant; None where none is alike."""
+    options = {_plain(option): option for option in allowed}
+    plain = _plain(name)
+    near = [meant] if (meant := _MEANT.get(plain)) in options else difflib.get_close_matches(plain, options, n=1)
+    return options[near[0]] if near else None
+
+
+def _plain(name: str) -> str:
+    return name.lower().lstrip("-").replace("-", "_")
+
+
+def _hint(name: str, allowed: Iterable[str]) -> str:
+    near = nearest(name, allowed)
+    return f"did you mean {near!r}? " if near else ""
 
 
 def check_keys(settings: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
     """Raises ValueError for a key of `settings` that is not allowed, naming the nearest one that is."""
     for key in settings:
         if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{where} has no setting {key!r}: {hint}allowed: {', '.join(allowed)}")
+            raise ValueError(
+                f"{where} has no setting {key!r}: {_hint(str(key), allowed)}allowed: {', '.join(allowed)}"
+            )
 
 
 def check_one_of(name: str, value: Any, allowed: Any) -> str:
@@ -23,7 +43,7 @@ def check_one_of(name: str, value: Any, allowed: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, found {type(value).__name__}; allowed: {', '.join(allowed)}")
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
+        raise ValueError(f"{name}={value!r} is not known; {_hint(value, allowed)}allowed: {', '.join(allowed)}")
     return value
 
 

@@ -161,6 +161,10 @@ def _noting_what_is_given(cls: type[_Config]) -> type[_Config]:
                 )
             if name in METHOD_SETTINGS:
                 raise TypeError(f"{name} is read by one method or step: pass method_settings={{{name!r}: ...}}")
+        try:
+            check_keys(kwargs, SETTINGS, "SparsityConfig")
+        except ValueError as error:
+            raise TypeError(str(error)) from None
         self._given = {*SETTINGS[: len(args)], *kwargs}
         initialise(self, *args, **kwargs)
 

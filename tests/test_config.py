@@ -182,8 +182,11 @@ def test_refuses_and_names_the_argument(error, tmp_path, monkeypatch):
 
 
 def test_an_unknown_value_is_told_what_is_allowed():
-    with pytest.raises(ValueError, match="method='wandb' is not known; allowed: magnitude, wanda, sparsegpt"):
-        SparsityConfig("wandb")
+    for method in ("wandb", "WANDA"):
+        with pytest.raises(ValueError, match=f"method='{method}'.*'wanda'.* allowed: magnitude, wanda, sparsegpt"):
+            SparsityConfig(method)
+    with pytest.raises(TypeError, match="'sparsity'.* mean 'pattern'.* allowed: method, pattern"):
+        SparsityConfig(sparsity=0.5)
     with pytest.raises(ValueError, match=f"dataset='mc5' is not known; allowed: one of {NAMES}; a path to a .txt"):
         SparsityConfig(dataset="mc5")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
 import optimum_ksparse_autoload
 
@@ -85,7 +85,8 @@ def inspect_checkpoint(
     values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     recorded = recorded_settings(values) or {}
     if recorded.get("quant_method") != QUANT_METHOD:
-        raise ValueError(f"{source} is not a checkpoint of optimum-ksparse: its config has no sparsity settings")
+        why = "its config has no sparsity settings" if values else f"it has no {CONFIG_NAME}"
+        raise ValueError(f"{source} is not a checkpoint of optimum-ksparse: {why}")
     config = SparsityConfig.from_dict(recorded)
     layers = config.layers or {}
     hidden = ("quant_method", *RECORDED)

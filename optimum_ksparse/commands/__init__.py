@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from ..version import __version__
 from .base import Command
 from .convert import ConvertCommand
 from .eval import EvalCommand
@@ -21,20 +22,25 @@ PROGRAM = "optimum-cli ksparse"
 Commands = Mapping[str, tuple[str, Any]]
 COMMANDS: Commands = {
     "prune": ("Prune a model and save it.", PruneCommand),
-    "quantize": ("Quantise the values of a sparse model.", QuantizeCommand),
-    "convert": ("Change the format of a sparse model.", ConvertCommand),
+    "quantize": ("Quantise the kept values of a sparse model.", QuantizeCommand),
+    "convert": ("Change the storage format of a sparse model.", ConvertCommand),
     "eval": ("Measure perplexity and KoBEST.", EvalCommand),
-    "card": ("Write the model card.", CardCommand),
-    "push": ("Publish on the Hub, with card.", PushCommand),
-    "merge": ("Merge an adapter, keep the mask.", MergeCommand),
-    "info": ("What a sparse checkpoint holds.", InfoCommand),
+    "card": ("Write the card of a model.", CardCommand),
+    "push": ("Publish a model with its card on the Hub.", PushCommand),
+    "merge": ("Merge an adapter; every zero stays zero.", MergeCommand),
+    "info": ("Show what a sparse checkpoint holds.", InfoCommand),
 }
 
 
 def parse_words(words: Sequence[str] | None, prog: str = PROGRAM, commands: Commands = COMMANDS) -> Command:
     """The command that the words say, those of this process where they are None. What cannot be parsed, and
     `--help`, ends by SystemExit."""
-    parser = Parser(prog, description="Prune language models to 2:4, 4:8, any n:m or unstructured sparsity.")
+    parser = Parser(
+        prog,
+        description="Prune language models to 2:4, 4:8, any n:m or unstructured sparsity.",
+        epilog=f"{prog} COMMAND --help shows what a command takes, with an example.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
     _add_commands(parser, commands)
     args = parser.parse_args(words)
     command: Command = args.command(args)
@@ -49,8 +55,7 @@ def _add_commands(parser: Parser, commands: Commands) -> None:
             _add_commands(added, command)
             continue
         command.add_arguments(added)
-        added.add_argument("--token", help="of the Hub (default: HF_TOKEN, or that of `hf auth login`)")
-        added.add_argument(
-            "--cache-dir", metavar="FOLDER", help="for what is downloaded from the Hub (default: HF_HUB_CACHE)"
-        )
+        hub = added.add_argument_group("the Hub")
+        hub.add_argument("--token", help="to log in with (default: HF_TOKEN, or that of `hf auth login`)")
+        hub.add_argument("--cache-dir", metavar="FOLDER", help="for what is downloaded (default: HF_HUB_CACHE)")
         added.set_defaults(command=partial(command, added))

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from .recipes import read_recipe
 # Not settings: they say how the command runs, and no recipe holds them.
 _OF_THE_PROCESS = ("help", "config", "recipe", "token", "cache_dir")
 LOADING_TEXTS = {
-    "dtype": "auto is the checkpoint's (default: auto)",
+    "dtype": "of the weights; auto: as in the checkpoint (default: auto)",
     "device_map": "as in from_pretrained: auto, cpu, cuda:0, … (default: the CPU)",
     "tokenizer": "name or folder, where it is not beside the model",
     "revision": "branch, tag or commit of the model (default: main)",
@@ -48,9 +49,12 @@ class Command:
     # Settings that stand before the flags, and flags without a value: name → what it is.
     WORDS: ClassVar[Mapping[str, str]] = {}
     SWITCHES: ClassVar[Mapping[str, str]] = {}
-    # Flags with a value: arguments of `add_flags`, and the values of those that have a few.
-    FLAGS: ClassVar[Sequence[tuple[Any, ...]]] = ()
+    # Flags with a value, by the heading that they have in the help: arguments of `add_flags`.
+    FLAGS: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    # The values of those that have a few.
     CHOICES: ClassVar[Mapping[str, Sequence[Any]]] = {"dtype": DTYPES}
+    # What follows the name of the command in the example at the end of its help.
+    EXAMPLE: ClassVar[str] = ""
 
     def __init__(self, parser: Parser, args: argparse.Namespace) -> None:
         self.parser, self.args = parser, args
@@ -60,12 +64,16 @@ class Command:
         """Adds the words of the command to its parser."""
         for name, text in cls.WORDS.items():
             parser.add_argument(name, nargs="?", help=text)
+        required = (*cls.REQUIRED, "recipe")
+        words = (name.upper() if name in required else f"[{name.upper()}]" for name in cls.WORDS)
+        parser.usage = f"%(prog)s {' '.join(words)} [--OPTION VALUE ...]"
+        parser.epilog = f"example:\n  {parser.prog} {cls.EXAMPLE}"
         if "recipe" not in cls.WORDS:
             text = "YAML file with any of these settings; flags override"
             parser.add_argument("--config", metavar="RECIPE", help=text)
         add_switches(parser, cls.SWITCHES)
-        for texts, *source in cls.FLAGS:
-            add_flags(parser, texts, source[0] if source else None, cls.CHOICES)
+        for title, (texts, *source) in cls.FLAGS.items():
+            add_flags(parser.add_argument_group(title), texts, source[0] if source else None, cls.CHOICES)
 
     def execute(self) -> None:
         raise NotImplementedError
@@ -73,7 +81,8 @@ class Command:
     def run(self) -> int:
         """Does it, and returns the exit status."""
         try:
-            with hub_access(self.args.token, self.args.cache_dir):
+            with hub_access(self.args.token, self.args.cache_dir), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # is for those who write code
                 self.execute()
             sys.stdout.flush()
         except KeyboardInterrupt:

@@ -32,7 +32,8 @@ class ConvertCommand(Command):
         "output": "folder to write the converted checkpoint to",
     }
     SWITCHES = {**OVERWRITE, **TRUST}
-    FLAGS = ((_TEXTS,), (_STREAM_TEXTS, prune_checkpoint))
+    FLAGS = {"format and source": (_TEXTS,), "how to run": (_STREAM_TEXTS, prune_checkpoint)}
+    EXAMPLE = "polyglot-ko-5.8b-2of4 polyglot-ko-5.8b-2of4-dense --to dense"
     CHOICES = {"to": CHOICES["storage"]}
 
     def execute(self) -> None:

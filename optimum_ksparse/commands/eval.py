@@ -28,7 +28,8 @@ class EvalCommand(Command):
     REQUIRED = ("checkpoint",)
     WORDS = {"checkpoint": "folder or Hub id of a sparse (or a dense) model"}
     SWITCHES = {"overwrite": "discard results of other weights, and write into any folder", **TRUST}
-    FLAGS = (({**_TAKEN, **_OUTPUT, **LOADING_TEXTS},), PROTOCOL)
+    FLAGS = {"results": ({**_TAKEN, **_OUTPUT},), "loading": (LOADING_TEXTS,), "what to measure": PROTOCOL}
+    EXAMPLE = "polyglot-ko-5.8b-2of4 --baseline"
 
     @classmethod
     def add_arguments(cls, parser: Parser) -> None:

@@ -11,8 +11,9 @@ from .base import LOADING_TEXTS, TRUST, Command
 class InfoCommand(Command):
     REQUIRED = ("checkpoint",)
     WORDS = {"checkpoint": "folder or Hub id of a sparse checkpoint"}
-    SWITCHES = {"json": "for machines", **TRUST}
-    FLAGS = (({"revision": LOADING_TEXTS["revision"]},),)
+    SWITCHES = {"json": "print it as JSON, for machines", **TRUST}
+    FLAGS = {"loading": ({"revision": LOADING_TEXTS["revision"]},)}
+    EXAMPLE = "polyglot-ko-5.8b-2of4"
 
     def execute(self) -> None:
         settings = self.settings()

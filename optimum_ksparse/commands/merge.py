@@ -22,20 +22,20 @@ _CALIBRATION_TEXTS = {
     "dataset": "calibration text, which solve needs: mc4-ko (Korean web text), c4 (English), kowiki, self, a .txt or "
     ".jsonl file, or a mix: mc4-ko=0.5,self=0.5 (default: none)",
     "tokenizer": "name or folder (default: the base model's own)",
-    "seq_len": "tokens in each of them (default: 512)",
+    "seq_len": "tokens in each calibration sequence (default: 512)",
     **{name: SETTINGS_TEXTS[name] for name in ("num_samples", "batch_size", "seed", "prepend_bos")},
 }
 _SOLVER_TEXTS = {
-    "damping": "of solve: holds weights near those of masked (default: 0)",
-    "max_steps": "of solve: at most so many for each layer",
-    "tolerance": "of solve: residual at which a row is finished",
+    "damping": "holds weights near those of masked (default: 0)",
+    "max_steps": "steps for each layer, at most",
+    "tolerance": "residual at which a row is finished",
 }
 _TEXTS = {
     "method": "solve: the kept weights make up for what the mask discards (default: masked)",
     "base": "the sparse base model (default: the one on the Hub that the adapter names)",
     "dtype": LOADING_TEXTS["dtype"],
     "revision": "branch, tag or commit of the adapter (default: main)",
-    "base_revision": "the same of the base model",
+    "base_revision": "branch, tag or commit of the base model (default: main)",
     "max_shard_size": "of the saved files, such as 5GB",
 }
 
@@ -48,7 +48,12 @@ class MergeCommand(Command):
         "output": "folder to write the merged checkpoint to",
     }
     SWITCHES = {**OVERWRITE, **TRUST}
-    FLAGS = ((_TEXTS,), (_CALIBRATION_TEXTS, SparsityConfig), (_SOLVER_TEXTS, solve_on_mask))
+    FLAGS = {
+        "merging, loading and saving": (_TEXTS,),
+        "calibration text": (_CALIBRATION_TEXTS, SparsityConfig),
+        "with --method solve": (_SOLVER_TEXTS, solve_on_mask),
+    }
+    EXAMPLE = "koalpaca-2of4 merged-2of4 --base polyglot-ko-5.8b-2of4 --method solve --dataset kowiki"
     CHOICES = {"method": ("masked", "solve"), "dtype": DTYPES}
 
     def execute(self) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import inspect
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from ..checks import nearest
 from ..pruners import Setting
 from ..records.sources import redact
 
@@ -21,7 +21,8 @@ class Parser(argparse.ArgumentParser):
     between and after what has no name. What is wrong with the words ends with status 2 and one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+        raw = argparse.RawDescriptionHelpFormatter  # an example stays one line, to be copied
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False, "formatter_class": raw})
         self._intermixed = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -49,12 +50,12 @@ class Parser(argparse.ArgumentParser):
         option = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
         if option is None:
             self.error(f"one word too many: {redact(unknown[0])!r}")
-        self.error(f"there is no {redact(option)}{_nearest(option, self._option_string_actions)}")
+        self.error(f"there is no {redact(option)}{_hint(option, self._option_string_actions)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             allowed = [str(choice) for choice in action.choices]
-            hint = _nearest(str(value), allowed)
+            hint = _hint(str(value), allowed)
             raise argparse.ArgumentError(action, f"{value!r} is not known{hint}; allowed: {', '.join(allowed)}")
 
     def error(self, message: str) -> NoReturn:
@@ -62,13 +63,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def _nearest(name: str, names: Any) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+def _hint(name: str, allowed: Iterable[str]) -> str:
+    near = nearest(name, allowed)
+    return f" (did you mean {near}?)" if near else ""
 
 
 def add_flags(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     texts: Mapping[str, str | Setting],
     source: Callable[..., Any] | None = None,
     choices: Mapping[str, Sequence[Any]] | None = None,

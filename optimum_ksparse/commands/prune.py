@@ -31,14 +31,14 @@ SETTINGS_TEXTS = {
     "(default: 2:4 where there is a GPU, 50% elsewhere)",
     "values": "quantise the kept values: int8, or int4 (default: as they are)",
     "group_size": "columns of a row that share a scale, a multiple of 64, or -1: all (default: the measured best)",
-    "permute": "free: reorder channels first, where that changes nothing, so that n:m loses less",
+    "permute": "free: reorder channels first, where that changes nothing, so that n:m loses less (default: do not)",
     "allocation": "owl: each layer its own pattern, by what it would lose",
     "dataset": "calibration text: mc4-ko (Korean web text), c4 (English), kowiki (Korean Wikipedia), self (the model "
     "writes it), a .txt or .jsonl file, or a mix: mc4-ko=0.5,self=0.5 (default: mc4-ko, which is Korean)",
     "tokenizer": "name or folder (default: the model's own)",
     "num_samples": "calibration sequences",
-    "seq_len": "tokens in each of them",
-    "batch_size": "sequences in one forward pass",
+    "seq_len": "tokens in each calibration sequence",
+    "batch_size": "calibration sequences in one forward pass",
     "calibration_dtype": "of matrix products while calibrating (default: the weights')",
     "seed": "draws documents and crops",
     "true_sequential": "prune each layer with the inputs that the pruned layers before it in its block give",
@@ -46,18 +46,18 @@ SETTINGS_TEXTS = {
     "skip_unsupported": "leave what cannot be pruned dense, instead of an error",
     "prune_routers": "prune the layers that route tokens to experts as well",
     "storage": "packed; dense: zeros written out, which loads everywhere; or for compressed-tensors up to 0.14",
-    "prepend_bos": "begin each sequence with the beginning token (default: where the tokenizer does)",
+    "prepend_bos": "begin each calibration sequence with the beginning token (default: where the tokenizer does)",
 }
 _LOADING_TEXTS = {
     **{name: LOADING_TEXTS[name] for name in ("dtype", "device_map", "revision")},
-    "gguf_file": "the GGUF file in the model's folder or repository",
+    "gguf_file": "the GGUF file in the model's folder or repository (default: its safetensors)",
     "max_shard_size": "of the saved files, such as 5GB; with --stream a file is a block",
 }
 # Settings of prune_checkpoint.
 _STREAM_TEXTS = {
-    "resume": "with --stream: go on with an unfinished run, or start over",
-    "device": "with --stream: where blocks run: cpu, cuda:0, … (default: a GPU where there is one)",
-    "activation_memory": "with --stream: calibration activations to keep in memory",
+    "resume": "go on with an unfinished run, or start over",
+    "device": "where blocks run: cpu, cuda:0, … (default: a GPU where there is one)",
+    "activation_memory": "calibration activations to keep in memory",
 }
 _DROPS: dict[str, Any] = {"drop_layers": drop_layers, "drop_experts": drop_experts}
 _DROP_TEXTS = {
@@ -76,12 +76,14 @@ class PruneCommand(Command):
         "stream": "prune block by block from disk to disk: for models beyond memory; can be resumed",
         "json": "progress and report as a line of JSON each, for machines",
     }
-    FLAGS = (
-        (SETTINGS_TEXTS, SparsityConfig),
-        ({**_DROP_TEXTS, **METHOD_SETTINGS},),
-        (_LOADING_TEXTS,),
-        (_STREAM_TEXTS, prune_checkpoint),
-    )
+    FLAGS = {
+        "what to prune, and how": (SETTINGS_TEXTS, SparsityConfig),
+        "read by one method or step alone": (METHOD_SETTINGS,),
+        "before pruning": (_DROP_TEXTS,),
+        "loading and saving": (_LOADING_TEXTS,),
+        "with --stream": (_STREAM_TEXTS, prune_checkpoint),
+    }
+    EXAMPLE = "EleutherAI/polyglot-ko-5.8b polyglot-ko-5.8b-2of4 --pattern 2:4"
     CHOICES = {**CHOICES, "dtype": DTYPES}
 
     def execute(self) -> None:

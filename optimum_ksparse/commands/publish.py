@@ -32,7 +32,11 @@ class CardCommand(Command):
     REQUIRED = ("checkpoint",)
     WORDS = {"checkpoint": "folder of a sparse checkpoint, or of an adapter on one"}
     SWITCHES = TRUST
-    FLAGS = (({name: _TEXTS[name] for name in ("language", "tags")}, push_model), (_REPO_ID,))
+    FLAGS = {
+        "the card": ({name: _TEXTS[name] for name in ("language", "tags")}, push_model),
+        "where the model is published": (_REPO_ID,),
+    }
+    EXAMPLE = "polyglot-ko-5.8b-2of4 --language ko"
     CHOICES = {"language": LANGUAGES}
 
     def execute(self) -> None:
@@ -54,11 +58,12 @@ class PushCommand(Command):
     }
     SWITCHES = {
         "private": "make the repository private",
-        "create_pr": "as a pull request",
+        "create_pr": "publish as a pull request",
         "evaluate": "measure first, the dense base too, by the flags below",
         **TRUST,
     }
-    FLAGS = ((_TEXTS, push_model), (_LOADING_TEXTS,), PROTOCOL)
+    FLAGS = {"publishing": (_TEXTS, push_model), "loading": (_LOADING_TEXTS,), "with --evaluate": PROTOCOL}
+    EXAMPLE = "polyglot-ko-5.8b-2of4 me/polyglot-ko-5.8b-2of4"
     CHOICES = {"language": LANGUAGES, "dtype": DTYPES}
 
     def merged(self, recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,10 @@ from .base import DTYPES, LOADING_TEXTS, OVERWRITE, TRUST, Command, usage
 from .prune import SETTINGS_TEXTS
 
 _SETTINGS = ("values", "group_size", "storage")
+_VALUES_TEXTS = {
+    "values": "what to quantise the kept values to: int8, or int4",
+    "storage": "packed; dense: zeros written out, which loads everywhere",
+}
 _TEXTS = {"dtype": LOADING_TEXTS["dtype"], "revision": LOADING_TEXTS["revision"]}
 _STREAM_TEXTS = {
     "resume": "go on with an unfinished run, or start over",
@@ -23,12 +27,13 @@ class QuantizeCommand(Command):
         "output": "folder to write the checkpoint with quantised values to",
     }
     SWITCHES = {**OVERWRITE, **TRUST}
-    FLAGS = (
-        ({name: SETTINGS_TEXTS[name] for name in _SETTINGS}, SparsityConfig),
-        (_TEXTS,),
-        (_STREAM_TEXTS, prune_checkpoint),
-    )
-    CHOICES = {**CHOICES, "dtype": DTYPES}
+    FLAGS = {
+        "values": ({**{name: SETTINGS_TEXTS[name] for name in _SETTINGS}, **_VALUES_TEXTS}, SparsityConfig),
+        "loading": (_TEXTS,),
+        "how to run": (_STREAM_TEXTS, prune_checkpoint),
+    }
+    CHOICES = {**CHOICES, "storage": ("packed", "dense"), "dtype": DTYPES}
+    EXAMPLE = "polyglot-ko-5.8b-2of4 polyglot-ko-5.8b-2of4-int8 --values int8"
 
     def execute(self) -> None:
         settings = self.settings()

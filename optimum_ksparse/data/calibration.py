@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import check_boolean, check_integer
-from ..records import describe_source
+from ..records import describe_source, printable
 from .dataset import check_dataset, is_mix, is_token_ids, mix_shares, needs_tokenizer, token_ids_shape
 from .tokenizer import check_tokenizer, read_tokenizer
 
@@ -61,11 +61,13 @@ def load_tokenizer(data: CalibrationData, source: Any, **arguments: Any) -> PreT
         source = data.tokenizer
         arguments = {k: v for k, v in arguments.items() if k not in ("revision", "subfolder", "gguf_file")}
     try:
+        if not source:
+            raise OSError("the model was loaded from nowhere")
         return read_tokenizer(source, **arguments)
     except Exception as error:  # transformers and huggingface_hub raise many kinds here
         if not needs_tokenizer(data.dataset):
             return None
+        where = f" from {describe_source(source)!r}" if source else ""
         raise ValueError(
-            f"no tokenizer could be loaded from {describe_source(source)!r}: name one with tokenizer=, or pass token "
-            f"ids as the dataset; {error}"
+            f"no tokenizer could be loaded{where}: pass tokenizer=, or token ids as the dataset; {printable(error)}"
         ) from error

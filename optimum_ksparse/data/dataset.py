@@ -28,9 +28,9 @@ TEXT_SUFFIXES = (".txt", ".jsonl")
 # A checkpoint's record of a mix has this key, and a list under it; in a mix that a user passes all values are numbers.
 _RECORD_KEY = "mix"
 _DATASET_FORMS = (
-    f"one of {', '.join(map(repr, DATASET_NAMES))}; a path to a .txt or .jsonl file; a list of texts; a "
-    "datasets.Dataset; token ids [num_samples, seq_len]; a mix of names and files with their weights, such as "
-    '{"mc4-ko": 0.5, "self": 0.5}'
+    f"one of {', '.join(map(repr, DATASET_NAMES))}; a path to a .txt or .jsonl file; a mix of both with weights, such "
+    'as {"mc4-ko": 0.5, "self": 0.5}; in Python also a list of texts, a datasets.Dataset or token ids [samples, '
+    "positions]"
 )
 
 

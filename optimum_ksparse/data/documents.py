@@ -148,7 +148,8 @@ def _dataset_rows(dataset: Any, seed: int) -> Iterator[Any]:
     columns = list(dataset.column_names or ())  # a streamed dataset may not know its columns
     if columns and not {"text", "messages"} & set(columns):
         raise ValueError(
-            f"dataset has the columns {', '.join(columns)}; needed: `text`, or `messages` for conversations"
+            f"dataset has the columns {', '.join(columns)}; needed: `text`, or `messages` for conversations: "
+            f"dataset.rename_column({columns[0]!r}, 'text') makes one of another"
         )
     for number, row in enumerate(dataset.shuffle(seed=seed)):
         yield _checked_row(row, f"dataset, row {number} after shuffling")

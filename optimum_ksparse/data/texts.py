@@ -13,7 +13,7 @@ from .documents import HELD_OUT_EVERY, HUB_DATASETS, is_held_out, read_file, str
 # Of "kowiki": enough for a stable figure (some 200,000 tokens), little enough to stream in a minute.
 NUM_ARTICLES = 256
 
-_FORMS = 'allowed: "kowiki", a .txt or .jsonl file, or a list of texts ([text] for one)'
+_FORMS = 'allowed: "kowiki", or a .txt or .jsonl file; in Python also a list of texts ([text] for one)'
 
 
 def describe_texts(texts: str | os.PathLike[str] | Sequence[str]) -> dict[str, Any]:

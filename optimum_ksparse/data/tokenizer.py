@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .reaching import find_file
 
 # What a model that takes more than text has beside its tokenizer; one name serves images and sound.
 _PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME)
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 # The processor's and the tokenizer's: without a processor it is saved with the tokenizer, or not wanted.
 _TEMPLATES = (CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)
 
@@ -44,12 +46,18 @@ def read_tokenizer(source: str, **arguments: Any) -> PreTrainedTokenizerBase:
     """
     # Not left out: transformers would ask at the terminal whether to run what came with a checkpoint.
     arguments = {**arguments, "trust_remote_code": bool(arguments.get("trust_remote_code"))}
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **arguments)
-    if arguments.get("gguf_file") is None:
-        names = {"tokenizer.json", *filter(None, type(tokenizer).vocab_files_names.values())}
-        if not any(find_file(source, name, **arguments) for name in names):
-            raise OSError(f"it has no file of a tokenizer ({', '.join(sorted(names))})")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **arguments)
+    except ValueError:  # which asks for libraries to make a tokenizer with, also where there is nothing to make it of
+        _check_files(source, _FILES, arguments)
+        raise
+    _check_files(source, {_FILES[0], *filter(None, type(tokenizer).vocab_files_names.values())}, arguments)
     return tokenizer
+
+
+def _check_files(source: str, names: Collection[str], arguments: Mapping[str, Any]) -> None:
+    if arguments.get("gguf_file") is None and not any(find_file(source, name, **arguments) for name in names):
+        raise OSError(f"it has no file of a tokenizer ({', '.join(sorted(names))})")
 
 
 def save_tokenizer(

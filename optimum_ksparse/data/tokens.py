@@ -164,8 +164,8 @@ def _tokenize(data: CalibrationData, tokenizer: PreTrainedTokenizerBase, bos: bo
         if possible < data.num_samples:
             raise ValueError(
                 f"num_samples={data.num_samples} with seq_len={data.seq_len} needs "
-                f"{data.num_samples * length:,} tokens of text; the dataset has {len(read):,} documents with "
-                f"{num_tokens:,} tokens, enough for num_samples={possible}"
+                f"{data.num_samples * length:,} tokens of text: pass more text, or fewer or shorter samples; the "
+                f"dataset has {len(read):,} documents with {num_tokens:,} tokens, enough for num_samples={possible}"
             )
         crops = [stream[i * length : (i + 1) * length] for i in range(data.num_samples)]
     samples = torch.tensor(crops, dtype=torch.int64)

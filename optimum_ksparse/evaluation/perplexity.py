@@ -138,7 +138,7 @@ def evaluate_perplexity(
         ran: float32 on a CPU that is slow in `dtype`), `batch_size`, `device`, `versions`.
 
     Raises:
-        TypeError: the model has no language model head.
+        TypeError: the model has no language model head, or the tokenizer is none.
         ValueError: an argument is out of range, or the text has no token to score.
         FileNotFoundError: the file is missing.
         ConnectionError: `"kowiki"` cannot be read from the Hub.
@@ -147,10 +147,12 @@ def evaluate_perplexity(
     check_integer("batch_size", batch_size, 1)
     if max_tokens is not None:
         check_integer("max_tokens", max_tokens, 2)
+    check_causal_lm(model)
+    if not hasattr(tokenizer, "bos_token_id"):
+        raise TypeError(f"tokenizer must be the model's tokenizer, found {type(tokenizer).__name__}")
     check_context(model, seq_len)
     bos = prepends_bos(tokenizer, prepend_bos)
     _check_stride(stride, seq_len)
-    check_causal_lm(model)
     documents, description = evaluation_texts(texts)
     text = "\n\n".join(documents)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)

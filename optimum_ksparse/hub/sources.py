@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,7 +12,7 @@ from transformers.utils import logging
 from ..checkpoint import describe_model, facts_of, made_with
 from ..data import copy_processor, read_tokenizer
 from ..evaluation import Baseline
-from ..records import describe_source
+from ..records import describe_source, printable
 from ..report import BASE_ARGUMENTS
 
 logger = logging.get_logger(__name__)
@@ -51,7 +52,7 @@ def choose_tokenizer(
         try:
             return read_tokenizer(os.fspath(source), **place)
         except Exception as error:  # transformers and huggingface_hub raise many kinds here
-            failed.append(f"{describe_source(source)}: {type(error).__name__}")
+            failed.append(f"{describe_source(source)}: {textwrap.shorten(printable(error), 120)}")
     recorded = [getattr(made_with(model), "tokenizer", None), getattr(facts.report, "base_model", None)]
     named = " or ".join(dict.fromkeys(repr(name) for name in recorded if isinstance(name, str)))
     without = ", or tokenizer=False to publish without one" if can_lack else ""

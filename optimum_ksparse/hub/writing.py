@@ -60,9 +60,14 @@ def write_card(model: Any, directory: str | os.PathLike[str], *, existing: str |
         options: `language`, `repo_id`, `dense_revision`, `tags`, `token`: see `CardOptions`.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ValueError: the model's results are of other weights, or the metadata of the card that is there are damaged.
     """
     options["tags"] = list(options.get("tags") or [])
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(
+            f"directory={os.fspath(directory)!r}: there is no such folder; save the model there first"
+        )
     card, subject = CardOptions(**options), Subject.read(model)
     return write_card_of(subject, directory, subject.results(), card, existing=existing)
 

@@ -162,7 +162,7 @@ def _read_records(model: PreTrainedModel, source: Source) -> None:
         try:
             setattr(facts, attribute, None if path is None else kind.load(path))
         except ValueError as error:
-            logger.warning(f"The model has no {name}: {error}")
+            logger.warning(f"The model is loaded without its {name}: {error}")
     if facts.report is not None and facts.merge is not None and not facts.report.changes:
         facts.report.changes.append(facts.merge.change())  # merged by a version that did not note it
     note_values(model)

@@ -22,7 +22,8 @@ from .settings import help_texts
 class BenchCommand(Command):
     WORDS = {"checkpoint": "folder or Hub id of a sparse model"}
     SWITCHES = TRUST
-    FLAGS = ((help_texts(BenchSettings), BenchSettings),)
+    FLAGS = {"what to measure": (help_texts(BenchSettings), BenchSettings)}
+    EXAMPLE = "polyglot-ko-5.8b-2of4"
     CHOICES = {"dtype": BENCH_DTYPES}
 
     def execute(self) -> None:
@@ -44,7 +45,11 @@ class KoAlpacaCommand(Command):
         "output": "folder for the adapter or the model",
     }
     SWITCHES = {"overwrite": "replace a finished run in the output", **TRUST}
-    FLAGS = ((help_texts(SETTINGS), SETTINGS), (_RESUME,), (_LOADING_TEXTS,))
+    FLAGS = {
+        "training": (help_texts(SETTINGS), SETTINGS),
+        "loading and saving": ({**_LOADING_TEXTS, **_RESUME},),
+    }
+    EXAMPLE = "polyglot-ko-5.8b-2of4 koalpaca-2of4"
     CHOICES = {"method": TUNING_METHODS, "dtype": DTYPES}
 
     def execute(self) -> None:
@@ -69,12 +74,14 @@ class DistillCommand(KoAlpacaCommand):
     SETTINGS = DistillSettings
     MODELS = ("model", "tokenizer", "teacher")
     REQUIRED = ("model", "output", "teacher")
-    FLAGS = ((help_texts(SETTINGS), SETTINGS), *KoAlpacaCommand.FLAGS[1:])
+    FLAGS = {**KoAlpacaCommand.FLAGS, "training": (help_texts(SETTINGS), SETTINGS)}
+    EXAMPLE = "gemma-3-270m-2of4 gemma-3-270m-2of4-distilled --teacher google/gemma-3-270m"
 
 
 class KorQuADCommand(KoAlpacaCommand):
     SETTINGS = KorQuADSettings
-    FLAGS = ((help_texts(SETTINGS), SETTINGS), *KoAlpacaCommand.FLAGS[1:])
+    FLAGS = {**KoAlpacaCommand.FLAGS, "training": (help_texts(SETTINGS), SETTINGS)}
+    EXAMPLE = "polyglot-ko-5.8b-2of4 korquad-2of4"
 
 
 # Keys of the recipe that differ from machine to machine.
@@ -97,7 +104,8 @@ class StudyCommand(Command):
         "dry_run": "list the cells, and what is done",
         "tables_only": "write tables and figures of what is done; run nothing",
     }
-    FLAGS = ((_TEXTS,), (_PROCESSES, Recipe))
+    FLAGS = {"in place of what the recipe says": (_TEXTS,), "how to run": (_PROCESSES, Recipe)}
+    EXAMPLE = "configs/study/gemma-3-270m.yaml --output study"
 
     def execute(self) -> None:
         settings = self.settings()
@@ -140,12 +148,12 @@ class StudyCommand(Command):
 
 
 _TASKS = {
-    "distill": ("Learn the dense model's logits.", DistillCommand),
-    "koalpaca": ("Answer instructions in Korean.", KoAlpacaCommand),
-    "korquad": ("Find answers in Korean texts.", KorQuADCommand),
+    "distill": ("Train a sparse model to give a dense one's logits.", DistillCommand),
+    "koalpaca": ("Train a model to follow Korean instructions (KoAlpaca).", KoAlpacaCommand),
+    "korquad": ("Train a model to find answers in Korean texts (KorQuAD).", KorQuADCommand),
 }
 COMMANDS: dict[str, tuple[str, Any]] = {
-    "finetune": ("Fine-tune, or distil.", _TASKS),
-    "study": ("Compare methods, patterns, data.", StudyCommand),
-    "bench": ("Measure speed beside dense.", BenchCommand),
+    "finetune": ("Fine-tune a model, or distil a dense one into it.", _TASKS),
+    "study": ("Compare methods, patterns and calibration texts.", StudyCommand),
+    "bench": ("Measure the speed of sparse layers beside dense ones.", BenchCommand),
 }

@@ -7,11 +7,12 @@ import argparse
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from optimum_ksparse import SparsityConfig
+from optimum_ksparse import SparsityConfig, __version__
 from optimum_ksparse.__main__ import COMMANDS, main
 from optimum_ksparse.__main__ import parse as parse_words
 from optimum_ksparse.commands.base import Command
@@ -57,6 +58,32 @@ def test_each_flag_is_shown_once_with_its_default_and_the_hub_can_be_entered(wor
     status, line, shown = said(capsys, *words, "a", "b", "--toke", TOKEN)
     assert (status, TOKEN[4:] in shown) == (2, False)
     assert "did you mean --token?" in line
+
+
+@pytest.mark.parametrize("words", LEAVES, ids=" ".join)
+def test_the_help_has_an_example_that_gives_what_the_command_needs(words, capsys):
+    status, _, shown = said(capsys, *words, "--help")
+    text = " ".join(shown.split())
+    command = parse_words([*words, *(text.partition(f"example: optimum-cli ksparse {' '.join(words)} ")[2].split())])
+    given = {name: value for name, value in vars(command.args).items() if value is not None}
+    assert status == 0 and (command.REQUIRED or command.WORDS) and set(command.REQUIRED) <= given.keys()
+    for name in {*command.REQUIRED} & {*command.WORDS}:
+        assert f" {name.upper()} " in text.partition("[--OPTION VALUE ...]")[0]
+
+
+@pytest.mark.parametrize("words", LEAVES, ids=" ".join)
+def test_what_has_to_be_given_has_no_default_and_everything_has_its_help(words):
+    required = parse_words([*words, "x", *(["y"] if words == ["push"] else [])]).REQUIRED
+    for action in actions_of(words):
+        assert action.help and not (action.dest in required and "(default" in action.help), action.dest
+
+
+def test_the_version_is_shown(capsys):
+    assert said(capsys, "--version")[::2] == (0, f"{__version__}\n")
+
+
+def test_a_setting_by_the_name_that_others_give_it(capsys):
+    assert "did you mean --pattern?" in said(capsys, "prune", "a", "b", "--sparsity", "0.5")[1]
 
 
 @pytest.mark.parametrize("flag", ["--tok", "--tokn", "--t", "--token-file", f"--token{TOKEN}", "--revison", "-x"])
@@ -265,6 +292,13 @@ def test_any_error_is_one_line_with_status_1(capsys):
         shown = capsys.readouterr().err
         assert shown.startswith("error: ") and text in shown, shown
         assert shown.count("\n") == 1 and len(shown) < 800, shown
+
+
+def test_what_is_for_those_who_write_code_is_not_shown(recwarn):
+    parsed = parse_words(["prune", "a", "b"])
+    parsed.execute = lambda: [warnings.warn(*what, stacklevel=2) for what in (("renamed", FutureWarning), ("slow",))]
+    assert parsed.run() == 0
+    assert [str(warning.message) for warning in recwarn] == ["slow"]
 
 
 def test_settings_are_named_as_flags_and_other_words_stay():

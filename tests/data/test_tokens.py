@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.data import CalibrationData, CalibrationTokens, calibration_tokens, prepends_bos
@@ -189,6 +196,28 @@ def test_empty_texts_are_an_error(calibrate: Calibrate, tmp_path: Path) -> None:
     for dataset in (["", " \n"], tmp_path / "empty.txt", tmp_path / "empty.jsonl"):
         with pytest.raises(ValueError, match="0 documents with 0 tokens, enough for num_samples=0"):
             calibrate(dataset)
+
+
+def test_a_column_of_another_name_is_an_error_that_says_how_to_rename_it(calibrate: Calibrate) -> None:
+    data = datasets.Dataset.from_dict({"document": sample_texts("calibration")})
+    with pytest.raises(ValueError, match="columns document; needed: `text`") as caught:
+        calibrate(data)
+    (remedy,) = re.findall(r"dataset\.(\S+\(.*\))", str(caught.value))
+    assert calibrate(eval(f"data.{remedy}", {"data": data})).ids.shape == (4, 16)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "rwkv"])
+def test_where_there_is_no_tokenizer_that_is_said_and_nothing_else(
+    name: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    make_model(name).save_pretrained(tmp_path)
+    config = SparsityConfig("wanda", dataset=sample_texts("calibration"))
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.*pass tokenizer=.* has no file of a tokenizer") as caught:
+        AutoModelForCausalLM.from_pretrained(tmp_path, sparsity_config=config)
+    assert "sentencepiece" not in str(caught.value)
+    with pytest.raises(ValueError, match="no tokenizer could be loaded: pass tokenizer=") as caught:
+        sparsify(make_model(name), config)
+    assert "None" not in str(caught.value) and "''" not in str(caught.value)
 
 
 def test_empty_texts_are_left_out(calibrate: Calibrate, tokenizer: Tokenizer) -> None:

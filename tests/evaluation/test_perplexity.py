@@ -349,6 +349,12 @@ def test_training_mode_and_forward_are_restored_on_an_error(
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("wrong", [None, "gpt2"])
+def test_what_is_no_tokenizer_is_named(wrong: object, make_model: MakeModel) -> None:
+    with pytest.raises(TypeError, match=f"tokenizer must be .*{type(wrong).__name__}"):
+        evaluate_perplexity(make_model(), wrong, TEXTS, seq_len=16)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [

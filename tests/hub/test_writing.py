@@ -161,6 +161,8 @@ def test_what_cannot_be_right_is_refused(
     if name == "한글/이름":
         with pytest.raises(TypeError, match="no sparse model"):
             write_card(make_model("llama"), folder)
+        with pytest.raises(FileNotFoundError, match="directory=.*nowhere.*save the model there"):
+            write_card(model, folder / "nowhere")
     assert not (folder / "README.md").exists()
 
 

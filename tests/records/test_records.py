@@ -368,6 +368,11 @@ def test_a_summary_of_settings_that_cannot_be(saved: Path) -> None:
             inspect_checkpoint(saved)
 
 
+def test_a_folder_without_a_model_has_no_summary(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no config.json"):
+        inspect_checkpoint(tmp_path)
+
+
 def nested(levels: int) -> Any:
     value: Any = 1
     for _ in range(levels):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging as logging_of_transformers
 
 from ...blocks import DecoderBlocks, find_blocks
 from ...blocks.experts import find_stacks
@@ -63,15 +67,41 @@ def open_checkpoint(
     load = partial(source.model_class.from_pretrained, source.path, **arguments)
     # Reads no weights: it tells where the blocks are, which dtype each weight gets, which are one and the same, and
     # whether all are there.
-    skeleton, info = load(device_map={"": "meta"})
+    with _without_progress():
+        skeleton, info = load(device_map={"": "meta"})
     empty = find_blocks(skeleton)
     check_loaded(empty, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     if any(find_stacks(block) for block in empty.blocks):
         check_space(offload_folder, offload_space, "weights that are stored in another form than the model's")
     masks = bool(sparse_modules(skeleton))  # of a source that is packed, which are buffers
-    model, _ = load(device_map=_device_map(empty, device), offload_folder=offload_folder, offload_buffers=masks)
+    with _without_warnings():
+        model, _ = load(device_map=_device_map(empty, device), offload_folder=offload_folder, offload_buffers=masks)
     source.files.check()
     return model, DiskBlocks(empty.of(model), device, empty, source.files)
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Within it transformers shows no progress: there is nothing to wait for."""
+    shows = logging_of_transformers.is_progress_bar_enabled()
+    logging_of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows:
+            logging_of_transformers.enable_progress_bar()
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Within it accelerate does not warn that weights are on the disk, where they belong here."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _device_map(blocks: DecoderBlocks, device: torch.device) -> dict[str, str]:

@@ -196,6 +196,7 @@ def trainer_arguments(settings: FinetuningSettings, output: str | os.PathLike[st
         "num_train_epochs": settings.num_epochs,
         "max_steps": settings.max_steps or -1,
         "use_cpu": not torch.accelerator.is_available(),  # it has bf16 on a CPU that is asked for alone
+        "dataloader_pin_memory": torch.accelerator.is_available(),  # otherwise torch warns of it
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
         "logging_steps": 1,
         "save_total_limit": 2,

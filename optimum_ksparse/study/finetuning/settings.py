@@ -128,7 +128,7 @@ class DistillSettings(FinetuningSettings):
         ".txt or .jsonl file, or a mix: mc4-ko=0.5,self=0.5 (default: mc4-ko, which is Korean)",
     )
     num_samples: Positive = setting(2048, "sequences of text")
-    seq_len: Annotated[int, Between(2)] = setting(512, "tokens in each of them")
+    seq_len: Annotated[int, Between(2)] = setting(512, "tokens in each sequence of text")
     prepend_bos: bool | None = setting(
         None, "begin each sequence with the beginning token (default: where the tokenizer does)"
     )
