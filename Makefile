@@ -1,5 +1,6 @@
 # make demo   sets everything up, prunes a real model, shows what it cost and gained
 # make test   sets everything up, checks and tests
+# make space  shows the demo's models in the browser, dense and sparse side by side
 # make test-fast  the tests that start no process, run no real model and do not take long
 # make test-vllm  the tests with vLLM, in an environment of their own
 # make docs   builds the documentation into site/, in an environment of its own
@@ -20,10 +21,15 @@ VLLM_VENV ?= .venv-vllm
 DOCS_VENV ?= .venv-docs
 RELEASE := build/release
 
-.PHONY: demo test test-fast test-vllm check docs release-check clean
+.PHONY: demo space test test-fast test-vllm check docs release-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py "$(MODEL)" "$(PATTERN)" "$(METHOD)" "$(DEMO_DIR)"
+
+# The tokenizer is the last that the demo saves.
+space: $(VENV)/.space
+	test -f "$(DEMO_DIR)/sparse/tokenizer_config.json" || $(MAKE) demo
+	$(BIN)/python examples/space/app.py "$(or $(MODEL),$(DEMO_DIR)/gemma-3-270m)" "$(DEMO_DIR)/sparse"
 
 # Processes with a thread each: two threads of one mostly wait for each other. One more of them than two cores, because
 # many tests wait for processes of their own: 6 minutes.
@@ -60,7 +66,7 @@ release-check:
 	done
 
 # One environment; each stamp says that an extra's requirements are in it.
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.space: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable ".[$*]"
 	touch $@
 
