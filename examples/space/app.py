@@ -39,7 +39,8 @@ MOST_CHARACTERS, MOST_NEW_TOKENS = 300, 96  # of a beginning, and to write
 MOST_TEXT_CHARACTERS, MOST_TEXT_TOKENS = 2000, 256  # of a text to predict
 USERS, WAITING = 2, 16  # served at once, and in the queue
 
-TITLE, SPEED, PERPLEXITY = "What sparsity costs and gains", "tokens per second", "perplexity"
+TITLE, SPEED = "What sparsity costs and gains", "tokens per second"
+OF_DENSE, OF_SPARSE = "perplexity, dense", "perplexity, sparse"
 BEGINNINGS = ["대한민국의 수도는", "김치는 배추를", "도서관에서 책을 읽다가", "The capital of Korea is"]
 TEXT = (
     "우리 동네 도서관은 언덕 끝에 있어서 처음 가는 사람은 대개 숨을 한 번 고른 뒤에야 문을 민다. "
@@ -141,8 +142,8 @@ def show_mask(layer: SparseLinear) -> str:
     (height, width), rows = mask.shape, -(-len(mask) // 64)
     bands = torch.stack([band.float().mean(0) for band in mask[:, :640].split(rows)])
     pictures = (
-        picture(first, "Its first weights: zeros are empty, and large ones dark"),
-        picture(bands, f"{bands.shape[1]} of {width} columns, {height} rows by {rows}: dark where more are kept"),
+        picture(first, f"Its first weights, {len(first)} × {len(first.T)}: the empty ones are zero"),
+        picture(bands, f"{bands.shape[1]} of {width} columns, {height} rows by {rows}: the bluer, the more are kept"),
     )
     return f'<div class="pictures">{"".join(pictures)}</div>'
 
@@ -191,21 +192,21 @@ def build(dense: Side, sparse: Side) -> gr.Blocks:
         with LOCK, output_errors(dense.model, unknown) as errors:
             first = dense.perplexity(text)
         below = show_errors(errors, "measured on the text above") if errors else gr.skip()
-        yield figure(first, ".1f", PERPLEXITY), figure(None, "", PERPLEXITY), below
+        yield figure(first, ".1f", OF_DENSE), figure(None, "", OF_SPARSE), below
         with LOCK:
             second = sparse.perplexity(text)
-        yield figure(first, ".1f", PERPLEXITY), figure(second, ".1f", PERPLEXITY, first), gr.skip()
+        yield figure(first, ".1f", OF_DENSE), figure(second, ".1f", OF_SPARSE, first), gr.skip()
 
     kept = sum(layer.num_values for layer in layers.values()) / sum(layer.shape.numel() for layer in layers.values())
     packed = sum(layer.packed_bytes for layer in layers.values()) / sum(layer.dense_bytes for layer in layers.values())
     patterns = ", ".join(dict.fromkeys(str(layer.pattern) for layer in layers.values()))
-    method = "" if report is None else f", pruned by {report.method}"
+    method = "" if report is None else f", by {report.method}"
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(
             f"# {TITLE}\nOne model twice. In the sparse one {len(layers)} layers keep **{100 * kept:.0f} %** of their "
-            f"weights (**{patterns}**{method}), in **{100 * packed:.0f} %** of the bytes; all else is as it was."
+            f"weights (**{patterns}**{method}) in **{100 * packed:.0f} %** of the bytes. The rest is as it was."
         )
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=False):
             how = {"max_length": MOST_CHARACTERS, "elem_id": "beginning"}
             beginning = gr.Textbox(BEGINNINGS[0], label="A beginning", scale=5, **how)
             most = gr.Slider(8, MOST_NEW_TOKENS, 48, step=8, label="New tokens", scale=2)
@@ -215,19 +216,19 @@ def build(dense: Side, sparse: Side) -> gr.Blocks:
         with gr.Row():
             for name, side, base in (("dense", dense, None), ("sparse", sparse, dense.megabytes)):
                 with gr.Column():
-                    gr.HTML(f"<h2>{name.title()}</h2>{figure(side.megabytes, ',.0f', 'MB', base)}")
-                    answers.append(gr.Textbox(label=f"The {name} model writes", lines=6, elem_id=name))
+                    gr.HTML(f"<h2>{name.title()}</h2>{figure(side.megabytes, ',.1f', 'MB', base)}")
+                    answers.append(gr.Textbox(label=f"The {name} model writes", lines=6, max_lines=6, elem_id=name))
                     speeds.append(gr.HTML(figure(None, "", SPEED), elem_id=f"{name}-speed"))
         gr.Markdown(
             "## How well they predict a text\nPerplexity: among how many tokens a model hesitates, on average, over "
             f"the first {MOST_TEXT_TOKENS} of a text."
         )
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=False):
             text = gr.Textbox(TEXT, label="A text", lines=3, max_length=MOST_TEXT_CHARACTERS, scale=9)
             gauge = gr.Button("Measure", variant="primary", min_width=90, elem_id="measure")
         with gr.Row():
-            ids = ("dense-perplexity", "sparse-perplexity")
-            perplexities = [gr.HTML(figure(None, "", PERPLEXITY), elem_id=name) for name in ids]
+            places = {"dense-perplexity": OF_DENSE, "sparse-perplexity": OF_SPARSE}
+            perplexities = [gr.HTML(figure(None, "", what), elem_id=name) for name, what in places.items()]
         gr.Markdown("## What was pruned")
         layer = gr.Dropdown(list(layers), value=list(layers)[len(layers) // 2], label="Layer")
         mask = gr.HTML(show_mask(layers[layer.value]), elem_id="mask")
@@ -248,11 +249,16 @@ def serve(page: gr.Blocks, **options: Any) -> str:
     return page.launch(**look, **closed, **options)[1]
 
 
-if __name__ == "__main__":
-    demo = HERE / "../../.demo"
-    sources = sys.argv[1:] or [os.environ.get(name, "") for name in ("DENSE_MODEL", "SPARSE_MODEL")]
-    if sources == ["", ""] and demo.is_dir():
-        sources = [str(demo / "gemma-3-270m"), str(demo / "sparse")]
+def named(arguments: list[str]) -> list[str]:
+    """The dense and the sparse model; raises SystemExit, which says how to name them, where they are not."""
+    sources = arguments or [os.environ.get(name, "") for name in ("DENSE_MODEL", "SPARSE_MODEL")]
+    demo = [HERE / "../../.demo" / name for name in ("gemma-3-270m", "sparse")]
+    if not any(sources) and all(folder.is_dir() for folder in demo):
+        return list(map(str, demo))
     if len(sources) != 2 or not all(sources):
         sys.exit("Give a dense and a sparse model: as arguments, as DENSE_MODEL and SPARSE_MODEL, or by `make demo`")
-    serve(build(*map(Side, sources)))
+    return sources
+
+
+if __name__ == "__main__":
+    serve(build(*map(Side, named(sys.argv[1:]))))

@@ -256,6 +256,28 @@ def test_a_dense_model_as_the_sparse_one_is_refused(app: ModuleType, sides: Any)
         app.build(sides[0], sides[0])
 
 
+def test_models_are_named_by_arguments_the_environment_or_the_demo(
+    app: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "HERE", tmp_path / "examples/space")
+    for name in ("DENSE_MODEL", "SPARSE_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    for arguments in ([], ["one"], ["one", "two", "three"]):
+        with pytest.raises(SystemExit, match="DENSE_MODEL"):
+            app.named(arguments)
+    app.HERE.mkdir(parents=True)
+    demo = [tmp_path / ".demo" / name for name in ("gemma-3-270m", "sparse")]
+    for folder in demo:
+        folder.mkdir(parents=True)
+    assert [Path(source).resolve() for source in app.named([])] == demo
+    monkeypatch.setenv("DENSE_MODEL", "a/dense")
+    with pytest.raises(SystemExit):
+        app.named([])
+    monkeypatch.setenv("SPARSE_MODEL", "a/sparse")
+    assert app.named([]) == ["a/dense", "a/sparse"]
+    assert app.named(["one", "two"]) == ["one", "two"]
+
+
 def test_the_hub_runs_what_was_tested() -> None:
     head = yaml.safe_load((SPACE / "README.md").read_text(encoding="utf-8").split("---\n")[1])
     assert head["sdk"] == "gradio" and (SPACE / head["app_file"]).is_file()
