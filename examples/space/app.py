@@ -199,12 +199,13 @@ def build(dense: Side, sparse: Side) -> gr.Blocks:
 
     kept = sum(layer.num_values for layer in layers.values()) / sum(layer.shape.numel() for layer in layers.values())
     packed = sum(layer.packed_bytes for layer in layers.values()) / sum(layer.dense_bytes for layer in layers.values())
-    patterns = ", ".join(dict.fromkeys(str(layer.pattern) for layer in layers.values()))
+    most, least = (choose(layers.values(), key=lambda layer: layer.density).pattern for choose in (max, min))
+    pattern = str(most) if most == least else f"{most} … {least}"
     method = "" if report is None else f", by {report.method}"
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(
             f"# {TITLE}\nOne model twice. In the sparse one {len(layers)} layers keep **{100 * kept:.0f} %** of their "
-            f"weights (**{patterns}**{method}) in **{100 * packed:.0f} %** of the bytes. The rest is as it was."
+            f"weights (**{pattern}**{method}) in **{100 * packed:.0f} %** of the bytes. The rest is as it was."
         )
         with gr.Row(equal_height=False):
             how = {"max_length": MOST_CHARACTERS, "elem_id": "beginning"}

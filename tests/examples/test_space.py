@@ -46,10 +46,10 @@ def app() -> ModuleType:
 def load(app: ModuleType, make_model: Callable, tokenizer: Any, token_ids: torch.Tensor, tmp_path_factory: Any) -> Any:
     """Saves a tiny model, pruned by a method where one is given, and loads it as the app does."""
 
-    def load(method: str | None = None) -> Any:
+    def load(method: str | None = None, **settings: Any) -> Any:
         folder, model = tmp_path_factory.mktemp("model"), make_model("llama", max_position_embeddings=512)
         if method:
-            sparsify(model, SparsityConfig(method, "2:4", dataset=token_ids))
+            sparsify(model, SparsityConfig(method, **{"pattern": "2:4", "dataset": token_ids, **settings}))
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
         return app.Side(str(folder))
@@ -210,6 +210,16 @@ def test_output_errors_are_those_of_the_report(app: ModuleType, make_model: Call
     assert sorted(name.removeprefix("gpt_neox.") for name in errors) == sorted(row.name for row in report.layers)
     first = {f"gpt_neox.{row.name}": row.relative_output_error for row in report.layers if ".0." in row.name}
     assert {name: errors[name] for name in first} == pytest.approx(first, rel=1e-4)
+
+
+def test_layers_of_unequal_density_are_shown(app: ModuleType, sides: Any, load: Any) -> None:
+    sparse = load("wanda", pattern="50%", allocation="owl", values="int8")
+    layers = [part for part in sparse.model.modules() if isinstance(part, app.SparseLinear)]
+    most, least = (choose(layers, key=lambda layer: layer.density) for choose in (max, min))
+    assert most.density > least.density
+    shown = [str(part.value) for part in app.build(sides[0], sparse).blocks.values() if hasattr(part, "value")]
+    assert sum(f"**{most.pattern} … {least.pattern}**" in text for text in shown) == 1
+    assert sum(text.count("<img") for text in shown) == 2
 
 
 def test_known_output_errors_are_shown_from_the_start(app: ModuleType, sides: Any, load: Any) -> None:
