@@ -186,7 +186,7 @@ _TEXTS = {
     "seq_len": "window positions (default: the model's context, at most 2048)",
     "stride": "tokens from one window to the next (default: windows do not overlap)",
     "max_tokens": "window positions to use at most (default: all)",
-    "tasks": "copa, hellaswag, boolq, sentineg, wic (default: these five, of KoBEST); nsmc; or none",
+    "tasks": "copa, hellaswag, boolq, sentineg, wic (default: these five, of KoBEST); nsmc; speed; or none",
     "num_fewshot": "solved examples before each item of KoBEST",
     "limit": "items of each task, for trying out (default: all)",
     "data_dir": "folder of <task>/<split>.jsonl (default: the Hub)",

@@ -84,7 +84,11 @@ class EvaluationProtocol:
             "dtype": str(model.dtype).removeprefix("torch."),
             "tuning": tuning_of(model),
         }
-        return {task.name: {**task.request(model, self), **common} for task in self.chosen}
+
+        def known(task: Task) -> dict[str, Any]:
+            return {name: value for name, value in common.items() if name in (*task.protocol, "tuning")}
+
+        return {task.name: {**task.request(model, self), **known(task)} for task in self.chosen}
 
     def measure(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measurement:
         """Takes one of the measurements that `requests` names."""

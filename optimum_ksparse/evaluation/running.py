@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import platform
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +36,18 @@ def environment(model: PreTrainedModel, *libraries: str) -> dict[str, Any]:
         "device": ", ".join(dict.fromkeys(names)) or "cpu",
         "versions": library_versions("torch", "transformers", *libraries),
     }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a speed is measured on: the `machine`, by the name of its GPU or processor alone, and the `threads` with
+    which torch computes there, None on a GPU."""
+    if device.type == "cuda":
+        return {"machine": torch.cuda.get_device_name(device), "threads": None}
+    name = None
+    with suppress(OSError):
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    known = platform.processor() or platform.machine() if name is None else name[1].strip()
+    return {"machine": known, "threads": torch.get_num_threads()}
 
 
 def check_causal_lm(model: Any) -> None:

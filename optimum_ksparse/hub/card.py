@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..evaluation import KOBEST_TASKS, TASKS, Measurement, result_rows, task_of, tuning_title
+from ..evaluation import KOBEST_TASKS, SPEED, TASKS, Measurement, ResultRow, result_rows, task_of, tuning_title
 from ..kernels import GROUPS
 from ..pattern import Pattern
 from ..pruners import METHODS
@@ -22,6 +22,9 @@ from .existing import BEGIN, END, has_section, insert_section, is_unfilled_form,
 from .markdown import environment, phrases
 from .metadata import build_metadata, merge_metadata
 from .subject import CardSubject
+
+# Name and metric of rows.
+_DECISIVE = (("perplexity", "perplexity"), ("mean", "f1"), (SPEED.name, *SPEED.shown))
 
 
 def render_card(subject: CardSubject, language: str = "en", existing: str | None = None) -> str:
@@ -69,6 +72,9 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "report": None,
         "pattern": None,
         "results": results,
+        "decisive": _decisive(subject, measured),
+        "sizes": None if subject.adapter is not None or not subject.file_bytes else _megabytes(subject),
+        "bits": None,
         "rows": result_rows(results),
         "measured": measured,
         "perplexities": [row for row in measured if row.name == "perplexity"],
@@ -76,8 +82,9 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "others": [
             (task_of(row.name).full_title, row, [(k, v) for k, v in _flat(row.protocol) if not k.startswith("tuning")])
             for row in measured
-            if row.name not in ("perplexity", *KOBEST_TASKS)
+            if row.name not in ("perplexity", SPEED.name, *KOBEST_TASKS)
         ],
+        "speeds": [row for row in measured if row.name == SPEED.name],
         # Of a file only these may choose a phrase of the catalogue.
         "metrics": {name + end for task in TASKS.values() for name in task.metrics for end in ("", ", %")},
         "both": results is not None and bool(results.dense),
@@ -93,10 +100,33 @@ def _view(subject: CardSubject) -> dict[str, Any]:
         "quantised": None,
         "version": __version__,
     }
-    return view if report is None else view | _view_of_report(report, subject.dtype)
+    if report is None:
+        return view
+    is_packed = subject.storage == "packed" and subject.adapter is None
+    return view | _view_of_report(report, subject.dtype, is_packed)
 
 
-def _view_of_report(report: SparsityReport, dtype: str) -> dict[str, Any]:
+def _decisive(subject: CardSubject, measured: list[Measurement]) -> list[tuple[ResultRow, dict[str, Any]]]:
+    """What a reader decides by, of all that was measured of the model as it is now, each row with its protocol."""
+    tuned = subject.tuning is not None
+    protocols = {row.key[:2]: row.protocol for row in measured if row.key[2] == tuned}
+    rows = [row for row in result_rows(subject.results) if (row.tuning is not None) == tuned]
+    first = [row for row in rows if (row.name, row.metric) in _DECISIVE and row.sparse is not None]
+    return [(row, protocols["copa" if row.name == "mean" else row.name, row.num_fewshot]) for row in first]
+
+
+def _megabytes(subject: CardSubject) -> tuple[float | None, float]:
+    """Of all parameters, were they dense in the dtype of the sparse layers', and of the weight files."""
+    report = subject.report
+    dense = None if report is None or not report.layers else report.num_parameters * _dense_bits(report) / 8e6
+    return dense, subject.file_bytes / 1e6
+
+
+def _dense_bits(report: SparsityReport) -> float:
+    return 8 * report.dense_bytes / max(1, report.num_weights)
+
+
+def _view_of_report(report: SparsityReport, dtype: str, is_packed: bool) -> dict[str, Any]:
     pattern, pruner = Pattern(str(report.config["pattern"])), report.pruner
     scope = METHODS[pruner].scope if pruner in METHODS else ""
     measured = any(row.relative_output_error is not None for row in report.layers)
@@ -116,6 +146,7 @@ def _view_of_report(report: SparsityReport, dtype: str) -> dict[str, Any]:
         "not_sparse": NOT_SPARSE,
         "found": pruner in METHODS and METHODS[pruner].recognise is not None,  # it was pruned elsewhere
         "quantised": report.config.get("values"),
+        "bits": (_dense_bits(report), report.bits_per_weight) if report.layers and is_packed else None,
         "has_kernels": all(name in GROUPS for name in report.patterns) and dtype in ("bfloat16", "float16"),
     }
 

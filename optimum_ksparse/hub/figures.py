@@ -92,8 +92,9 @@ def hangul_fonts() -> list[str]:
 
 
 def _drawable(results: EvaluationResults) -> list[Pair]:
-    """Comparable pairs with finite figures, before tuning first."""
+    """Comparable pairs of perplexity and F1 with finite figures, before tuning first."""
     pairs = [pair for pair in results.comparable() if pair[0].name in TASKS]
+    pairs = [pair for pair in pairs if {"perplexity", "f1"} & pair[0].metrics.keys()]
     pairs = [pair for pair in pairs if all(row.metrics.get("perplexity", 0) is not None for row in pair)]
     order = ["perplexity", *TASKS]
     return sorted(pairs, key=lambda pair: (pair[0].tuning is not None, order.index(pair[0].name), pair[0].num_fewshot))

@@ -42,9 +42,15 @@ def kobest(task: str = "copa", acc: float = 0.5, f1: float = 0.45, **protocol: A
     return Measurement(task, metrics, {**usual, **protocol}, {"device": "cpu", "batch_size": 8, "versions": versions})
 
 
-def make_results(tuned: bool = False, **protocol: Any) -> EvaluationResults:
+def decoding(per_second: float, **protocol: Any) -> Measurement:
+    usual = {"machine": "Some CPU", "threads": 2, "prompt_tokens": 256, "new_tokens": 32, "cuda_graph": False}
+    environment = {"device": "cpu", "batch_size": 1, "versions": {"torch": "2.13.0"}}
+    return Measurement("speed", {"tokens_per_s": per_second}, {**usual, "dtype": "bfloat16", **protocol}, environment)
+
+
+def make_results(tuned: bool = False, speed: bool = False, **protocol: Any) -> EvaluationResults:
     """Perplexity and all tasks, dense and sparse; `protocol` is of the sparse tasks alone. `tuned`: after a tuning as
-    well."""
+    well; `speed`: of decoding too."""
     results = EvaluationResults(
         "0123",
         sparse=[perplexity(), *(kobest(task, **protocol) for task in KOBEST_TASKS)],
@@ -55,6 +61,9 @@ def make_results(tuned: bool = False, **protocol: Any) -> EvaluationResults:
     if tuned:
         results.sparse += [perplexity(11.0, tuning=TUNING), kobest("copa", 0.6, 0.6, tuning=TUNING)]
         results.dense += [perplexity(9.0, tuning=TUNING)]
+    if speed:
+        results.sparse.append(decoding(25.0))
+        results.dense.append(decoding(20.0))
     return results
 
 
@@ -124,7 +133,7 @@ def _mixed() -> SparsityReport:
 
 # Subjects that between them take every branch of the templates.
 SUBJECTS: dict[str, Callable[[], CardSubject]] = {
-    "packed": lambda: make_subject(dense_revision="zeros"),
+    "packed": lambda: make_subject(results=make_results(speed=True), dense_revision="zeros"),
     "changed": lambda: make_changed(results=make_results(tuned=True)),
     "dense": lambda: make_subject(make_report("magnitude", "50%/32x16"), None, storage="dense", dense_revision="z"),
     "adapter": lambda: make_adapter(results=EvaluationResults("0", [perplexity(stride=512)])),

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import re
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...api import sparsify
 from ...blocks import find_blocks
 from ...checkpoint import sparse_modules
 from ...config import SparsityConfig
-from ...kernels import time_calls
+from ...evaluation.speed import decoding_speed, fitting_prompt, prefill_speed
 from ...nn import dense_weight, is_linear_map
 from ...runtime import autotune_kernels
-
-_REPEATS = 5
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -42,8 +37,7 @@ def bench_model(
     """A row of results for a model, sparse, or pruned by magnitude to `pattern` and `values` (as SparsityConfig has
     them): it is left as the other one. The prompt is cut to the context. Decoding takes one token a step, `new_tokens`
     in all, into a static cache, on a GPU as a CUDA graph, for the dense model too."""
-    context = getattr(model.config, "max_position_embeddings", prompt_tokens + new_tokens)
-    prompt_tokens = max(1, min(prompt_tokens, context - new_tokens - 16))
+    prompt_tokens = fitting_prompt(model, prompt_tokens, new_tokens)
     modules = sparse_modules(model).values()
     patterns = {str(module.pattern) for module in modules} or {pattern}
     named = patterns.pop() if len(patterns) == 1 else "mixed"
@@ -57,54 +51,14 @@ def bench_model(
             if not sparse_modules(model):
                 sparsify(model, SparsityConfig("magnitude", pattern, values=values))
             autotune_kernels(model)
-        prefill, decode, graphs = _speeds(model, batch, prompt_tokens, new_tokens)
-        row[f"{kind}_prefill_tokens_per_s"] = round(prefill, 2)
+        row[f"{kind}_prefill_tokens_per_s"] = round(prefill_speed(model, batch, prompt_tokens), 2)
+        decode, graphs = decoding_speed(model, batch, prompt_tokens, new_tokens)
         row[f"{kind}_decode_tokens_per_s"] = round(decode, 2)
         row["cuda_graphs"] = graphs and row.get("cuda_graphs", True)
     for phase in ("prefill", "decode"):
         sparse, dense = (row[f"{kind}_{phase}_tokens_per_s"] for kind in ("sparse", "dense"))
         row[f"{phase}_speedup"] = round(sparse / dense, 4)
     return row
-
-
-@torch.no_grad()
-def _speeds(model: PreTrainedModel, batch: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float, bool]:
-    """Tokens per second of prefill and of decoding, and whether the latter was a CUDA graph."""
-    device = next(model.parameters()).device
-    words = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(words, (batch, prompt_tokens), generator=generator).to(device)
-    prefill = _median_seconds(lambda: model(prompt, use_cache=False, logits_to_keep=1), device)
-
-    steps = new_tokens + 16  # those that are not timed too
-    cache = StaticCache(config=model.config, max_cache_len=prompt_tokens + steps)
-    model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    token = prompt[:, :1].clone()
-    position = torch.full((1, 1), prompt_tokens, device=device)
-
-    def step() -> Any:
-        return model(token, past_key_values=cache, position_ids=position, use_cache=True).logits
-
-    graphs, seconds = device.type == "cuda", 0.0
-    if graphs:
-        try:
-            seconds = time_calls([step], device, repeats=new_tokens) / 1e6
-        except RuntimeError:  # a model that cannot be captured runs step by step
-            torch.cuda.synchronize(device)
-            graphs = False
-    seconds = seconds or _median_seconds(step, device, min(new_tokens, 8))
-    return batch * prompt_tokens / prefill, batch / seconds, graphs
-
-
-def _median_seconds(call: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])  # the first one compiles, and measures kernels
 
 
 _SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers")

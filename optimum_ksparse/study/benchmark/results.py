@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import platform
 import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from ...checkpoint.staging import write_text
+from ...evaluation.running import machine
 from ...hub.figures import new_figure, save_figure
 from ...records import aligned, read_record, to_json
 from ...version import library_versions
@@ -43,8 +43,8 @@ class BenchResults:
         """Empty results of this machine: its GPU with the driver, or the processor; no name of it."""
         versions = library_versions("torch", "triton", "transformers")
         if device.type != "cuda":
-            name = _first(r"model name\s*: (.*)", "/proc/cpuinfo") or platform.processor() or platform.machine()
-            return cls({"device": name, "threads": torch.get_num_threads()}, versions)
+            here = machine(device)
+            return cls({"device": here["machine"], "threads": here["threads"]}, versions)
         properties = torch.cuda.get_device_properties(device)
         hardware = {
             "device": properties.name,
