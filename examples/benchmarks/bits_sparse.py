@@ -60,14 +60,13 @@ def main() -> None:
     logging.set_verbosity_error()
     rows = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else []
     done = {(row["pattern"], row["seed"]) for row in rows}
-    if ("dense", None) not in done:
-        rows += dense(args)
-    for seed in range(args.seeds):
-        for pattern in args.patterns:
-            if (pattern, seed) not in done:
-                rows += measured(args, pattern, seed)
-                args.results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-                print(*(f"{row['values']} {row['perplexity']:.2f}" for row in rows[-3:]), pattern, seed, flush=True)
+    cells = [("dense", None), *((pattern, seed) for seed in range(args.seeds) for pattern in args.patterns)]
+    for pattern, seed in cells:
+        if (pattern, seed) not in done:
+            found = dense(args) if seed is None else measured(args, pattern, seed)
+            rows += found
+            args.results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            print(*(f"{row['values']} {row['perplexity']:.2f}" for row in found), pattern, seed, flush=True)
 
 
 def load(args: argparse.Namespace):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bits_table import bits_table
 from cpu_speed_table import decoding_table, readme_table
 
 from optimum_ksparse.pruners import METHODS
@@ -21,7 +22,7 @@ PAGES = {
     "en": [_ROOT / "README.md", *(_ROOT / f"docs/{page}.md" for page in ("prune", "speed", "results"))],
     "ko": [_ROOT / "README_ko.md", *(_ROOT / f"docs/{page}.ko.md" for page in ("prune", "speed", "results"))],
 }
-TABLES = ("quality", "decoding", "methods", "cpu-avx2", "cpu-avx512", "speed")
+TABLES = ("quality", "decoding", "methods", "cpu-avx2", "cpu-avx512", "speed", "bits")
 CPUS = [HERE / "results" / f"cpu-{unit}-2-threads" / "results.json" for unit in ("avx2", "avx512")]
 STUDY = HERE / "results" / "study-gemma-3-270m-methods" / "results.json"
 TITLES = {
@@ -96,7 +97,7 @@ def filled(text: str, language: str) -> str:
     measured = [json.loads(path.read_text(encoding="utf-8")) for path in CPUS]
     cpus = [readme_table(one, language) for one in measured]
     short = quality_table(language), decoding_table(measured[-1], language)
-    tables = *short, methods_table(language), *cpus, speed_table(results, language)
+    tables = *short, methods_table(language), *cpus, speed_table(results, language), bits_table(language)
     for name, table in zip(TABLES, tables, strict=True):
         pattern = f"(?<=<!-- {name} table -->\n).*?(?=<!-- /{name} table -->)"
         text = re.sub(pattern, lambda _, new=table: new, text, count=1, flags=re.DOTALL)
