@@ -108,6 +108,7 @@ def test_what_was_not_measured_is_not_in_the_first_table(language: str) -> None:
     assert [row[1:] for row in titles(results=None)] == [["2,664", "1,862"], ["16.00", "9.00"]]
     assert [row[1:] for row in titles(report=None, results=None)] == [["1,862"]]
     assert titles(report=None, results=None, file_bytes=0) == []
+    assert [row[1:] for row in titles(report=None, results=None, file_bytes=123_456)] == [["0.12"]]
     # Stored dense, nothing is packed; a column of the dense model alone is nothing to decide by.
     assert len(titles(storage="dense", results=EvaluationResults("0", [], [perplexity()]))) == 1
     # Another machine for the dense model.
