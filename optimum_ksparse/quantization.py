@@ -48,6 +48,11 @@ def columns_of_group(group_size: int, in_features: int) -> int:
     return whole if group_size == ROW else min(group_size, whole)
 
 
+def groups_of_row(group_size: int, in_features: int) -> int:
+    """How many scales a row has."""
+    return -(-in_features // columns_of_group(group_size, in_features))
+
+
 def empty_quantised(
     values: str, shape: tuple[int, ...], scale_shape: tuple[int, ...], **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:

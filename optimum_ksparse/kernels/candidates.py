@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from ..packing import unpack, unpack_mask
 from ..pattern import Pattern
-from ..quantization import BITS, GROUP_SIZES, TYPES, columns_of_group, dequantize
+from ..quantization import BITS, GROUP_SIZES, TYPES, dequantize, groups_of_row
 from . import hardware
 from .cpu import DTYPES, NativeWeight, why_not_native
 from .hardware import on_device_of
@@ -120,7 +120,7 @@ class Problem:
         weights, value_bytes, groups = self.out_features * self.in_features, float(self.dtype.itemsize), 0
         if self.value_type is not None:
             value_bytes = BITS[self.value_type] / 8
-            groups = -(-self.in_features // columns_of_group(GROUP_SIZES[self.value_type], self.in_features))
+            groups = groups_of_row(GROUP_SIZES[self.value_type], self.in_features)
         packed = weights * (Pattern(self.pattern).density * value_bytes + 1 / 8)
         return int(packed) + self.out_features * groups * self.dtype.itemsize
 

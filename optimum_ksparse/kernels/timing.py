@@ -15,7 +15,7 @@ import torch
 
 from ..packing import pack
 from ..pattern import Pattern
-from ..quantization import GROUP_SIZES, columns_of_group, pack_integers
+from ..quantization import GROUP_SIZES, columns_of_group, groups_of_row, pack_integers
 from .candidates import PackedWeight, Problem
 
 _REPEATS = 11
@@ -111,7 +111,7 @@ def sample_weights(problem: Problem, copies: int) -> list[PackedWeight]:
     if problem.value_type is not None:
         size = columns_of_group(GROUP_SIZES[problem.value_type], columns)
         integers = (values * 3).round().clamp(-7, 7).to(torch.int8)
-        scale = torch.ones(rows, -(-columns // size), dtype=problem.dtype, device=problem.device)
+        scale = torch.ones(rows, groups_of_row(size, columns), dtype=problem.dtype, device=problem.device)
         values = pack_integers(integers, problem.value_type)
         first = first._replace(values=values, scale=scale, group_size=size)
     return [first, *(first._replace(values=first.values.clone(), bits=first.bits.clone()) for _ in range(copies - 1))]

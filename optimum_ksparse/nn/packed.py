@@ -15,7 +15,7 @@ from transformers.distributed.utils import is_dtensor
 from .. import kernels
 from ..packing import unpack_mask, values_shape
 from ..pattern import Pattern
-from ..quantization import TYPES, check_group_size, check_quantised, columns_of_group, empty_quantised
+from ..quantization import TYPES, check_group_size, check_quantised, columns_of_group, empty_quantised, groups_of_row
 from .placement import local, onloaded
 
 
@@ -66,7 +66,7 @@ class PackedModule(nn.Module):
             self.weight = nn.Parameter(torch.empty(shape, **options))
         else:
             self.group_size = columns_of_group(check_group_size("group_size", group_size), self.in_features)
-            scales = (*stack, self.out_features, -(-self.in_features // self.group_size))
+            scales = (*stack, self.out_features, groups_of_row(group_size, self.in_features))
             integers, scale = empty_quantised(values, shape, scales, **options)
             self.weight = nn.Parameter(integers, requires_grad=False)
         self.register_buffer("weight_scale", scale)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from ..evaluation import Measurement
-from ..quantization import columns_of_group
+from ..quantization import groups_of_row
 from ..records import Amount, As, Count, Share, read_record
 from ..report import SparsityReport
 from .quantities import BITS, QUANTITIES, Spread, figures_of, spread
@@ -67,8 +67,9 @@ def _bits_per_weight(report: SparsityReport) -> float:
     bits = 8 * report.packed_bytes
     for layer in report.layers:
         rows, columns = layer.shape
-        group = columns if group_size is None else columns_of_group(group_size, columns)
-        floats = layer.num_values if values is None else rows * -(-columns // group)
+        floats = layer.num_values
+        if values is not None and group_size is not None:
+            floats = rows * groups_of_row(group_size, columns)
         bits -= floats * (8 * layer.dense_bytes // (rows * columns) - 16)
     return bits / max(1, report.num_weights)
 

@@ -714,6 +714,16 @@ def test_no_space_is_noticed_before_the_work(
     assert not (tmp_path / "disk").exists()
 
 
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
+def test_as_much_space_is_asked_for_as_the_tensors_take(
+    values: str | None, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(disk_module, "check_space", lambda folder, needed, what: asked.append(needed))
+    prune_checkpoint(source, tmp_path / "disk", SparsityConfig("magnitude", "2:4", dataset=None, values=values))
+    assert asked == [sum(tensor.nbytes for tensor in tensors(tmp_path / "disk").values())]
+
+
 def test_arguments(tmp_path: Path, source: Path, config: Any) -> None:
     for arguments, error, message in (
         ({"activation_memory": "much"}, ValueError, "activation_memory='much' is no size"),

@@ -19,7 +19,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.utils import logging
 
-from ...quantization import GROUP_STEP
+from ...quantization import GROUP_STEP, groups_of_row
 from ..products import linear_by_rows, product_dtype
 from .loading import UNIT_VARIABLE, choose_unit, load_library
 
@@ -239,7 +239,7 @@ def _check_scale(scale: torch.Tensor, values: torch.Tensor, shape: tuple[int, in
             f"values are {values.dtype}, the scale is {scale.dtype} on {scale.device}: native code takes int8 and "
             f"uint8 with a contiguous scale in {', '.join(map(str, DTYPES))} on the CPU"
         )
-    groups = -(-in_features // group_size) if group_size > 0 else 0
+    groups = groups_of_row(group_size, in_features) if group_size > 0 else 0
     if scale.shape != (out_features, groups) or (group_size % GROUP_STEP and groups > 1):
         raise ValueError(
             f"scale is {list(scale.shape)} with group_size={group_size}, allowed for a weight {list(shape)}: "

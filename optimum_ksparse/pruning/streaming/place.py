@@ -17,7 +17,7 @@ from ...config import SparsityConfig
 from ...data import CalibrationTokens
 from ...nn import densified
 from ...pattern import Pattern
-from ...quantization import BITS
+from ...quantization import BITS, groups_of_row
 from ...report import PrunedBlock
 from ..job import Place
 from ..memory import peak_memory
@@ -164,10 +164,15 @@ def check_run_space(
     density = config.method_setting("target_density") or Pattern(config.pattern).density
     size = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
     pruned = [layer for layers in targets for layer in layers.values()]
-    dense = sum(weight_of(layer).nbytes for layer in pruned)
-    number = sum(weight_of(layer).numel() for layer in pruned)
-    of_values = dense if config.values is None else number * BITS[config.values] / 8
-    packed = of_values * density + number / 8
+    dense, packed = 0, 0.0
+    for weight in map(weight_of, pruned):
+        dense += weight.nbytes
+        packed += weight.numel() / 8
+        if config.values is None or config.group_size is None:
+            packed += weight.nbytes * density
+        else:
+            groups = groups_of_row(config.group_size, weight.shape[-1])
+            packed += weight.numel() * density * BITS[config.values] / 8 + weight[..., 0].nbytes * groups
     needed = sum(size.values()) - sum(map(stored_bytes, pruned)) + packed
     if config.storage == "dense":  # packed blocks are written first, and become dense ones at the end
         needed += dense

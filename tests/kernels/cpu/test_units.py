@@ -56,12 +56,13 @@ def test_units_of_this_machine(tmp_path, flags):
         run_test(unit, 300 if flags == ("-O2",) else 40, program)
 
 
-def test_avx512_emulated(tmp_path):
+@pytest.mark.parametrize(("unit", "flags"), [("avx512", ()), ("avx512bf16", ("-D__AVX512BF16__",))])
+def test_avx512_emulated(tmp_path, unit, flags):
     if platform.machine() != "x86_64":
         pytest.skip("the unit is for x86-64")
-    units = {**build._sources(), "avx512.c": EMULATED}
-    program = compile_test(tmp_path, "cc", units, ("-O1", "-DFORCED=unit_avx512"))
-    run_test("avx512", 100, program)
+    units = {**build._sources(), f"{unit}.c": (*EMULATED, *flags)}
+    program = compile_test(tmp_path, "cc", units, ("-O1", f"-DFORCED=unit_{unit}"))
+    run_test(unit, 100, program)
 
 
 def test_neon_emulated(tmp_path):

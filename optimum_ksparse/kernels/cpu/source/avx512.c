@@ -34,11 +34,14 @@ typedef uint32_t mask_t;
  * lane is masked away. The other 16 values lie 32 bytes behind. `top_bytes`: of 8-bit values. */
 static uint8_t upper_halves[2][64] __attribute__((aligned(64))), top_bytes[4][64] __attribute__((aligned(64)));
 
+/* For 8 halves of bytes the 5 bytes that they may be in, and the bits that they begin at; by half a byte the integer. */
+static uint8_t five_bytes[64] __attribute__((aligned(64))), shifts[2][64] __attribute__((aligned(64)));
+static float integers[16] __attribute__((aligned(64)));
+
 #ifdef __AVX512BF16__
 /* Of `expand_integer_pairs`: the bytes of bfloat16 by the size of an integer (128 is the first one), and by half a byte,
- * lower ones and upper ones; for 8 halves of bytes the 5 bytes that they may be in, and the bits that they begin at. */
+ * lower ones and upper ones. */
 static uint8_t of_sizes[2][128] __attribute__((aligned(64))), of_halves[2][64] __attribute__((aligned(64)));
-static uint8_t five_bytes[64] __attribute__((aligned(64))), shifts[2][64] __attribute__((aligned(64)));
 #endif
 
 static void start(void) {
@@ -46,14 +49,17 @@ static void start(void) {
         for (int byte = 0; byte < 64; byte++) upper_halves[part][byte] = 32 * part + byte / 4 * 2 + byte % 2;
     for (int part = 0; part < 4; part++)
         for (int byte = 0; byte < 64; byte++) top_bytes[part][byte] = 16 * part + byte / 4;
+    for (int i = 0; i < 64; i++) {
+        five_bytes[i] = i / 8 * 4 + i % 8 % 5;
+        for (int odd = 0; odd < 2; odd++) shifts[odd][i] = i % 8 * 4 + odd * 4;
+        integers[i % 16] = (i % 16 ^ 8) - 8;
+    }
 #ifdef __AVX512BF16__
     for (int i = 0; i < 128; i++)
         for (int part = 0; part < 2; part++) {
-            const union { float value; uint8_t byte[4]; } size = {i ? i : 128}, half = {(i % 16 ^ 8) - 8};
+            const union { float value; uint8_t byte[4]; } size = {i ? i : 128}, half = {integers[i % 16]};
             of_sizes[part][i] = size.byte[2 + part];
             of_halves[part][i % 64] = half.byte[2 + part];
-            five_bytes[i % 64] = i % 64 / 8 * 4 + i % 8 % 5;
-            shifts[part][i % 64] = i % 8 * 4 + part * 4;
         }
 #endif
 }
@@ -121,16 +127,33 @@ static inline int64_t expand_int8(const char *values, uint64_t word, int step, v
     return __builtin_popcountll(word);
 }
 
-#ifdef __AVX512BF16__
-#define v_dot(a, b, sum) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
-static inline void expand_pairs(const void *values, mask_t mask, vec *weights) {
-    weights[0] = _mm512_castsi512_ps(expand_32_halves(values, mask));
-}
-
 /* 64 integers from half a byte on, the first or the second one, each in the lower half of a byte. */
 static inline __m512i halves_to_bytes(__m512i halves, int odd) {
     const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(five_bytes), halves);
     return _mm512_multishift_epi64_epi8(_mm512_load_si512(shifts[odd]), words);
+}
+
+/* `vpermps` reads the lowest 4 bits of a lane, so it takes integers to weights, whatever else is in their bytes. */
+#define scaled_integers(scale) _mm512_mul_ps(_mm512_load_ps(integers), v_splat(scale))
+
+static inline void expand_int4(const char *values, int odd, uint64_t mask, vec table, vec *weights) {
+    const __m512i all = _mm512_mask_expand_epi8(cleared(), mask, halves_to_bytes(loaded(values), odd));
+    for (int part = 0; part < 4; part++)
+        weights[part] = _mm512_permutexvar_ps(_mm512_srli_epi32(all, 8 * part), table);
+}
+
+/* 64 floats: first every fourth one. */
+static inline void order_int4(float *x) {
+    float from[64];
+    memcpy(from, x, sizeof(from));
+    for (int i = 0; i < 64; i++) x[i] = from[i % 16 * 4 + i / 16];
+}
+#define expand_int4 expand_int4
+
+#ifdef __AVX512BF16__
+#define v_dot(a, b, sum) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
+static inline void expand_pairs(const void *values, mask_t mask, vec *weights) {
+    weights[0] = _mm512_castsi512_ps(expand_32_halves(values, mask));
 }
 
 /* 64 integers as bfloat16, in the order of `order_pairs`; tables have its lower and upper bytes. */

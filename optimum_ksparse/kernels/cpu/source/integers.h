@@ -5,8 +5,8 @@
  * half a byte become whole bytes first, in a buffer that stays in the first cache. All but `few` takes the weights as
  * floats. */
 
-/* Columns of a row that are read at a time; how far on lies, in bytes, what is to be read soon. */
-enum { SPAN = 4096, MOST_GROUPS = SPAN / 64, SOON = 2048 };
+/* Columns of a row that are read at a time. */
+enum { SPAN = 4096, MOST_GROUPS = SPAN / 64 };
 
 static void widen(int32_t dtype, const void *from, int64_t count, float *to);
 
@@ -53,17 +53,19 @@ INLINE const char *as_bytes(const struct weight *w, int64_t offset, int64_t coun
 /* Where `words` times 64 integers from `offset` on may be read 64 bytes at a time: in place, or, near the end of them, a
  * copy. */
 INLINE const char *readable_integers(const struct weight *w, int64_t offset, int64_t words, char *copy) {
-    const int64_t in_byte = w->dtype == INT4 ? 2 : 1, most = 64 * words / in_byte + 64 * (in_byte - 1);
-    const int64_t left = (w->num_values - offset + offset % in_byte) / in_byte;
-    const char *values = (const char *)w->values + offset / in_byte;
+    const int halves = w->dtype == INT4; /* shifts, for a division takes as long as dozens of weights */
+    const int64_t first = offset >> halves, left = (w->num_values >> halves) - first;
+    const int64_t most = (64 * words >> halves) + 64 * halves;
+    const char *values = (const char *)w->values + first;
     if (left >= most) return values;
     memset(copy, 0, most);
     if (left > 0) memcpy(copy, values, left);
     return copy;
 }
 
-INLINE void load_span(int32_t dtype, const struct weight *w, int64_t row, int64_t column, int64_t columns,
-                      int64_t offset, struct span *span) {
+/* `to_bytes`: whether halves of bytes become whole ones. */
+INLINE void load_span(int to_bytes, const struct weight *w, int64_t row, int64_t column, int64_t columns, int64_t offset,
+                      struct span *span) {
     const int64_t left = w->in_features - column, words = ((left < columns ? left : columns) + 63) / 64;
     const int64_t bytes = w->row_bytes - column / 8, group = column ? column / w->group_size : 0; /* it takes time */
     const void *scales = (const char *)w->scales + (row * w->groups + group) * size_of(w->x_dtype);
@@ -76,87 +78,117 @@ INLINE void load_span(int32_t dtype, const struct weight *w, int64_t row, int64_
         span->bits = memcpy(span->last_bits, span->bits, bytes);
     }
     widen(w->x_dtype, scales, groups, span->scales);
-    if (dtype == INTEGERS && w->dtype == INT4) {
+    if (to_bytes) {
         int64_t kept = 0;
         for (int64_t word = 0; word < words; word++) kept += __builtin_popcountll(load_bits(span->bits + 8 * word, 8));
         span->values = as_bytes(w, offset, kept, span->copy);
     } else span->values = readable_integers(w, offset, words, span->copy);
 }
 
-/* sums[tokens][chains] += the integers of 64 columns, divided by the unit, times x. `halves`: where they are halves of
- * bytes. Gives how many there are. */
-INLINE int64_t multiply_word(int32_t dtype, int tokens, int chains, int halves, uint64_t mask, const char *values,
-                             int64_t first, const float *x, int64_t stride, vec *sums) {
+/* sums[chains][tokens] += the weights of 64 columns, divided by the unit, times x. `halves`: where they are halves of
+ * bytes, from half number `odd` on; `table`: their weights by integer, where the unit takes it. Gives how many are kept. */
+INLINE int64_t multiply_word(int32_t dtype, int alike, int halves, int tokens, int chains, uint64_t mask,
+                             const char *values, int odd, vec table, const float *x, int64_t stride, vec *sums) {
+    vec weights[64 / LANES];
+    (void)alike, (void)halves, (void)odd, (void)table;
 #ifdef expand_integer_pairs
     if (dtype == INTEGER_DOTS) {
-        vec weights[2];
-        expand_integer_pairs(halves, values + (halves ? first >> 1 : first), halves && first & 1, mask, weights);
-        for (int part = 0; part < 2; part++)
-            for (int token = 0; token < tokens; token++) {
-                vec *sum = sums + token * chains + part % chains;
-                *sum = v_dot(weights[part], v_load(x + token * stride + part * LANES), *sum);
-            }
+        expand_integer_pairs(halves, values, odd, mask, weights);
+        multiply(dtype, tokens, 64 / LANES / 2, chains, 0, x, stride, weights, sums);
         return __builtin_popcountll(mask);
     }
 #endif
-    (void)dtype, (void)halves;
+#ifdef expand_int4
+    if (halves) {
+        expand_int4(values, odd, mask, table, weights);
+        multiply(dtype, tokens, 64 / LANES, chains, 0, x, stride, weights, sums);
+        return __builtin_popcountll(mask);
+    }
+#endif
+#ifdef expand_alike
+    if (alike) {
+        expand_alike(halves ? INT4 : INT8, values, mask, weights);
+        multiply(dtype, tokens, 64 / LANES, chains, 0, x, stride, weights, sums);
+        return 32;
+    }
+#endif
     enum { PARTS_OF_STEP = INTEGER_STEP / LANES };
     int64_t kept = 0;
     for (int step = 0; step < 64 / INTEGER_STEP; step++) {
-        vec weights[PARTS_OF_STEP];
-        kept += expand_int8(values + first + kept, mask, step, weights);
-        for (int part = 0; part < PARTS_OF_STEP; part++)
-            for (int token = 0; token < tokens; token++) {
-                vec *sum = sums + token * chains + (step * PARTS_OF_STEP + part) % chains;
-                *sum = v_fma(weights[part], v_load(x + token * stride + step * INTEGER_STEP + part * LANES), *sum);
-            }
+        kept += expand_int8(values + kept, mask, step, weights);
+        multiply(dtype, tokens, PARTS_OF_STEP, chains, step * PARTS_OF_STEP, x + step * INTEGER_STEP, stride, weights, sums);
     }
     return kept;
 }
 
-/* totals[tokens] += a span, divided by the unit, times x. Gives how many integers it has. */
-INLINE int64_t add_span(int32_t dtype, int tokens, int halves, const struct span *span, int64_t first, const float *x,
-                        int64_t stride, vec *totals) {
-    enum { CHAINS = 4 };
-    const int chains = tokens > 2 ? 1 : dtype == INTEGERS ? CHAINS : 2;
+/* totals[tokens] += a span, divided by the unit, times x. `single`: where each word is a group. Gives how many weights it
+ * keeps. */
+INLINE int64_t add_span(int32_t dtype, int alike, int halves, int single, int tokens, const struct span *span,
+                        int64_t first, const float *x, int64_t stride, vec *totals) {
+    const int scaled = HAS_INT4 && halves && dtype == INTEGERS;
+    const int chains = tokens > 2 ? 1 : dtype == INTEGER_DOTS || (single && !scaled) ? 2 : CHAINS;
     const char *values = span->values;
-    const uint8_t *bits = span->bits, *end = bits + 8 * span->words, *of_group = bits + 8 * span->in_first;
+    const uint8_t *bits = span->bits, *end = bits + 8 * span->words, *next_group = bits + 8 * span->in_first;
+    const int apart = tokens * (single ? chains : 1); /* sums of groups that are added at the end */
     int64_t at = first;
-    vec total[FEW], sums[CHAINS * FEW];
-    for (int token = 0; token < tokens; token++) total[token] = totals[token];
-    for (const float *scale = span->scales; bits < end; of_group += 8 * span->in_group, scale++) {
-        if (of_group > end) of_group = end;
-        for (int i = 0; i < tokens * chains; i++) sums[i] = v_zero();
-        for (; bits < of_group; bits += 8, x += 64 / in_lane(dtype)) {
-            __builtin_prefetch(values + (halves ? at >> 1 : at) + SOON);
-            at += multiply_word(dtype, tokens, chains, halves, load_bits(bits, 8), values, at, x, stride, sums);
+    vec total[CHAINS * FEW], sums[CHAINS * FEW], table = v_zero();
+    for (int i = 0; i < tokens * chains; i++) total[i] = i < tokens ? totals[i] : v_zero(), sums[i] = v_zero();
+    for (const float *scale = span->scales; bits < end; next_group += 8 * span->in_group, scale++) {
+        const uint8_t *of_group = single ? bits + 8 : next_group < end ? next_group : end;
+#ifdef expand_int4
+        table = scaled_integers(*scale);
+#endif
+        do {
+            const char *from = values + (halves ? at >> 1 : at);
+            __builtin_prefetch(from + SOON);
+            at += multiply_word(dtype, alike, halves, tokens, chains, load_bits(bits, 8), from, alike ? 0 : at & 1, table, x,
+                                stride, sums);
+            bits += 8, x += 64 / in_lane(dtype);
+        } while (!single && bits < of_group);
+        for (int i = 0; i < tokens * chains && !scaled; i++) {
+            total[i % apart] = v_fma(sums[i], v_splat(*scale), total[i % apart]);
+            sums[i] = v_zero();
         }
-        for (int token = 0; token < tokens; token++)
-            for (int chain = 0; chain < chains; chain++)
-                total[token] = v_fma(sums[token * chains + chain], v_splat(*scale), total[token]);
     }
-    for (int token = 0; token < tokens; token++) totals[token] = total[token];
+    for (int i = 0; i < tokens; i++) totals[i] = total[i];
+    for (int i = scaled ? 0 : tokens; i < (scaled ? tokens * chains : apart); i++)
+        totals[i % tokens] = v_add(totals[i % tokens], scaled ? sums[i] : total[i]);
     return at - first;
 }
 
 INLINE void few_integers(int32_t dtype, int tokens, const struct product *p, int64_t begin, int64_t end) {
     const struct weight *w = &p->w;
     const int64_t stride = p->stride / in_lane(dtype);
+    const int single = w->group_size == 64;
+    int64_t asked = begin;
+    int all = 0;
     for (int64_t row = begin; row < end; row++) {
         int64_t offset = row_start(w, row);
+        if (row >= asked) {
+            const int64_t more = rows_to_ask(w, row, end);
+            all = all_alike(w, row, more);
+            asked = row + more;
+        }
+        const int alike = all && (w->dtype == INT8 || offset % 2 == 0);
+        const int halves = w->dtype == INT4 && (HAS_INT4 || dtype == INTEGER_DOTS || alike);
+        const float unit = dtype == INTEGER_DOTS || halves ? 1 : INTEGER_UNIT;
         vec totals[FEW];
         for (int token = 0; token < tokens; token++) totals[token] = v_zero();
         for (int64_t column = 0; column < w->in_features; column += SPAN) {
             const float *x = p->x + column / in_lane(dtype);
+            const int odd = halves && offset % 2;
             struct span span;
-            load_span(dtype, w, row, column, SPAN, offset, &span);
-            if (dtype == INTEGER_DOTS && w->dtype == INT4)
-                offset += add_span(dtype, tokens, 1, &span, offset % 2, x, stride, totals);
-            else offset += add_span(dtype, tokens, 0, &span, 0, x, stride, totals);
+            load_span(w->dtype == INT4 && !halves, w, row, column, SPAN, offset, &span);
+            if (halves && alike && single) offset += add_span(dtype, 1, 1, 1, tokens, &span, 0, x, stride, totals);
+            else if (halves && alike) offset += add_span(dtype, 1, 1, 0, tokens, &span, 0, x, stride, totals);
+            else if (halves && single) offset += add_span(dtype, 0, 1, 1, tokens, &span, odd, x, stride, totals);
+            else if (halves) offset += add_span(dtype, 0, 1, 0, tokens, &span, odd, x, stride, totals);
+            else if (alike) offset += add_span(dtype, 1, 0, 0, tokens, &span, 0, x, stride, totals);
+            else if (single) offset += add_span(dtype, 0, 0, 1, tokens, &span, 0, x, stride, totals);
+            else offset += add_span(dtype, 0, 0, 0, tokens, &span, 0, x, stride, totals);
         }
         check_end(p, row, offset);
-        for (int token = 0; token < tokens; token++)
-            finish(dtype, p, row, token, v_sum(totals[token]) * (dtype == INTEGERS ? INTEGER_UNIT : 1));
+        for (int token = 0; token < tokens; token++) finish(dtype, p, row, token, v_sum(totals[token]) * unit);
     }
 }
 
@@ -164,7 +196,7 @@ INLINE void few_integers(int32_t dtype, int tokens, const struct product *p, int
 static int64_t expand_integers(const struct weight *w, int64_t row, int64_t column, int64_t most, int64_t offset,
                                float *out) {
     struct span span;
-    load_span(INTEGERS, w, row, column, most, offset, &span);
+    load_span(w->dtype == INT4, w, row, column, most, offset, &span);
     const char *values = span.values;
     for (int64_t word = 0, end = span.in_first, group = 0; word < span.words; end += span.in_group, group++)
         for (; word < end && word < span.words; word++)

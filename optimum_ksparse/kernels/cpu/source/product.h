@@ -12,6 +12,9 @@
  *   expand_int8(values, word, step, vec weights[INTEGER_STEP / LANES]): the same for bytes, of INTEGER_STEP columns,
  *                   whose mask is part `step` of 64 bits; times INTEGER_UNIT they are the integers. Gives how many
  *                   are kept
+ *   expand_alike(dtype, values, word, vec weights[64 / LANES]), are_alike(bits, words): only where it is faster to know
+ *                   that each byte of the mask keeps 4. The first of 64 columns, of any dtype but pairs; INT4 and INT8 as
+ *                   `expand_int8` or as integers are
  *   v_dot(a, b, sum), expand_pairs(values, mask, vec weights[STEP / LANES / 2]): only where the instruction set
  *                   multiplies pairs of bfloat16: each lane holds two, and so does each lane of x
  *   expand_integer_pairs(halves, values, odd, word, vec weights[64 / LANES / 2]), order_pairs(x): where that is the
@@ -27,6 +30,8 @@
 #define JOIN(a, b) JOIN_(a, b)
 
 enum { PARTS = STEP / LANES, COLUMNS = 512, PIECE = 16, VECTORS = BLOCK / LANES, PANEL = 256, AHEAD = 4 };
+/* Of `few`: independent sums of a row and token; how far on lies, in bytes, what is to be read soon. */
+enum { CHAINS = 4, SOON = 2048 };
 /* As a dtype: bfloat16 that is multiplied in pairs; either type of integers, where it is asked only when it runs which;
  * the same, multiplied in pairs.
  * HALVES: bfloat16 as `few` and `some` multiply it. */
@@ -35,6 +40,12 @@ enum { DOTS = -1, INTEGERS = -2, INTEGER_DOTS = -3 };
 enum { HALVES = DOTS, HAS_DOTS = 1 };
 #else
 enum { HALVES = BFLOAT16, HAS_DOTS = 0 };
+#endif
+
+#ifdef expand_int4
+enum { HAS_INT4 = 1 };
+#else
+enum { HAS_INT4 = 0 };
 #endif
 
 /* How many numbers of x, or weights to be multiplied with it, a lane holds. */
@@ -136,10 +147,14 @@ INLINE vec multiply_add(int32_t dtype, vec a, vec b, vec sum) {
     return v_fma(a, b, sum);
 }
 
-INLINE void multiply(int32_t dtype, int tokens, const float *x, int64_t stride, const vec *weights, vec *sums) {
-    for (int part = 0; part < PARTS / in_lane(dtype); part++)
-        for (int token = 0; token < tokens; token++)
-            sums[token] = multiply_add(dtype, weights[part], v_load(x + token * stride + part * LANES), sums[token]);
+/* sums[chains][tokens] += `parts` vectors of weights times x, from chain `chain` on. */
+INLINE void multiply(int32_t dtype, int tokens, int parts, int chains, int chain, const float *x, int64_t stride,
+                     const vec *weights, vec *sums) {
+    for (int part = 0; part < parts; part++)
+        for (int token = 0; token < tokens; token++) {
+            vec *sum = sums + (chain + part) % chains * tokens + token;
+            *sum = multiply_add(dtype, weights[part], v_load(x + token * stride + part * LANES), *sum);
+        }
 }
 
 /* The last of the offsets: that of the last row, unless a mask lies. */
@@ -149,18 +164,70 @@ INLINE int64_t last_of(const int64_t *offset, int rows) {
     return last;
 }
 
+/* out[rows][tokens] from independent sums [rows][chains][tokens] of each. */
+INLINE void add_chains(int rows, int tokens, int chains, const vec *sums, float *out) {
+    for (int r = 0; r < rows; r++)
+        for (int token = 0; token < tokens; token++) {
+            vec sum = sums[r * chains * tokens + token];
+            for (int chain = 1; chain < chains; chain++)
+                sum = v_add(sum, sums[(r * chains + chain) * tokens + token]);
+            out[r * tokens + token] = v_sum(sum);
+        }
+}
+
+/* How many rows are looked at together, which takes less time than one after the other. */
+INLINE int64_t rows_to_ask(const struct weight *w, int64_t row, int64_t end) {
+    const int64_t rows = w->row_bytes < 512 ? 2048 / (w->row_bytes + 1) / 4 * 4 : 4;
+    return end - row < rows ? end - row : rows;
+}
+
+/* Whether each byte of the mask of these rows keeps 4, as those of 2:4 and 4:8 do, where that helps. */
+INLINE int all_alike(const struct weight *w, int64_t row, int64_t rows) {
+#ifdef expand_alike
+    return w->in_features % 64 == 0 && are_alike(w->bits + row * w->row_bytes, rows * w->row_bytes / 8);
+#else
+    (void)w, (void)row, (void)rows;
+    return 0;
+#endif
+}
+
+/* `few_rows` where all are alike, and `in_features` values may be read behind them. */
+INLINE void alike_rows(int32_t dtype, int rows, int tokens, const struct product *p, int64_t row, float *out) {
+#ifdef expand_alike
+    const struct weight *w = &p->w;
+    const int64_t size = size_of(dtype), start = row_start(w, row), kept = w->in_features / 2;
+    const char *values = (const char *)w->values + start * size;
+    const uint8_t *bits = w->bits + row * w->row_bytes, *end = bits + w->row_bytes;
+    const int chains = rows * tokens > 2 ? 1 : CHAINS;
+    vec sums[4 * CHAINS * FEW];
+    for (int i = 0; i < rows * tokens * chains; i++) sums[i] = v_zero();
+    for (const float *x = p->x; bits < end; bits += 8, values += 32 * size, x += 64)
+        for (int r = 0; r < rows; r++) {
+            const char *from = values + r * kept * size;
+            vec weights[64 / LANES];
+            for (int64_t line = 0; line < 32 * size; line += 64)
+                __builtin_prefetch(from + SOON + (rows - 1) * kept * size + line);
+            expand_alike(dtype, from, load_bits(bits + r * w->row_bytes, 8), weights);
+            multiply(dtype, tokens, 64 / LANES, chains, 0, x, p->stride, weights, sums + r * chains * tokens);
+        }
+    for (int r = 0; r < rows; r++) check_end(p, row + r, start + (r + 1) * kept);
+    add_chains(rows, tokens, chains, sums, out);
+#else
+    (void)dtype, (void)rows, (void)tokens, (void)p, (void)row, (void)out;
+#endif
+}
+
 /* sums[rows][tokens] of a few rows, whose steps alternate, so that each load of x serves them all. */
 INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *p, int64_t row, float *out) {
-    enum { CHAINS = 4 }; /* independent sums of a row and token */
     const struct weight *w = &p->w;
     const int64_t size = size_of(dtype), stride = p->stride / in_lane(dtype);
     const char *values = w->values;
     int64_t offset[4];
     const uint8_t *bits[4];
     vec sums[4 * CHAINS * FEW];
-    const int chains = rows * tokens > 2 ? 1 : CHAINS;
+    const int chains = rows * tokens > 2 ? 1 : CHAINS, parts = PARTS / in_lane(dtype);
     /* What is read a little later, in this row or, when several are read, behind them all. */
-    const int64_t soon = 2048 + (row_start(w, row + rows - 1) - row_start(w, row)) * size;
+    const int64_t soon = SOON + (row_start(w, row + rows - 1) - row_start(w, row)) * size;
     for (int i = 0; i < rows * tokens * chains; i++) sums[i] = v_zero();
     for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r), bits[r] = w->bits + (row + r) * w->row_bytes;
     int64_t column = 0;
@@ -174,8 +241,8 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
                 vec weights[PARTS];
                 expand(dtype, values + offset[r] * size, mask, weights);
                 offset[r] += count_bits(mask);
-                multiply(dtype, tokens, p->x + (column + step * STEP) / in_lane(dtype), stride, weights,
-                         sums + (r * chains + step % chains) * tokens);
+                multiply(dtype, tokens, parts, chains, step * parts, p->x + (column + step * STEP) / in_lane(dtype), stride,
+                         weights, sums + r * chains * tokens);
             }
         }
     }
@@ -186,16 +253,11 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
             mask_t mask = step_mask(load_bits(bits[r] + column / 8, w->row_bytes - column / 8), 0);
             expand(dtype, readable(w, dtype, offset[r], copy), mask, weights);
             offset[r] += count_bits(mask);
-            multiply(dtype, tokens, p->x + column / in_lane(dtype), stride, weights, sums + r * chains * tokens);
+            multiply(dtype, tokens, parts, chains, 0, p->x + column / in_lane(dtype), stride, weights,
+                     sums + r * chains * tokens);
         }
     for (int r = 0; r < rows; r++) check_end(p, row + r, offset[r]);
-    for (int r = 0; r < rows; r++)
-        for (int token = 0; token < tokens; token++) {
-            vec sum = sums[r * chains * tokens + token];
-            for (int chain = 1; chain < chains; chain++)
-                sum = v_add(sum, sums[(r * chains + chain) * tokens + token]);
-            out[r * tokens + token] = v_sum(sum);
-        }
+    add_chains(rows, tokens, chains, sums, out);
 }
 
 INLINE void finish(int32_t dtype, const struct product *p, int64_t row, int64_t token, float sum) {
@@ -210,14 +272,21 @@ INLINE void few_of(int32_t dtype, int tokens, const struct product *p, int64_t b
     /* Rows alternate where x does not stay in the first cache. */
     const int together = tokens == 1 && p->w.in_features > 6144 ? 4 : 1;
     float sums[4 * FEW];
-    int64_t row = begin;
+    int64_t row = begin, asked = begin;
+    int alike = 0;
     if (dtype <= INTEGERS) few_integers(dtype, tokens, p, row, end), row = end;
     while (row < end) {
-        int rows = 1;
-        if (together == 4 && row + 4 <= end && row_start(&p->w, row + 3) <= p->w.num_values) {
-            few_rows(dtype, 4, 1, p, row, sums);
-            rows = 4;
-        } else few_rows(dtype, 1, tokens, p, row, sums);
+        const int rows = together == 4 && row + 4 <= end && row_start(&p->w, row + 3) <= p->w.num_values ? 4 : 1;
+        if (row + rows > asked) {
+            const int64_t more = rows_to_ask(&p->w, row, end);
+            alike = all_alike(&p->w, row, more);
+            asked = row + more;
+        }
+        const int at_end = row_start(&p->w, row) + (rows + 2) * (p->w.in_features / 2) > p->w.num_values;
+        if (rows == 4 && alike && !at_end) alike_rows(dtype, 4, 1, p, row, sums);
+        else if (rows == 4) few_rows(dtype, 4, 1, p, row, sums);
+        else if (alike && !at_end) alike_rows(dtype, 1, tokens, p, row, sums);
+        else few_rows(dtype, 1, tokens, p, row, sums);
         for (int r = 0; r < rows; r++)
             for (int token = 0; token < tokens; token++) finish(dtype, p, row + r, token, sums[r * tokens + token]);
         row += rows;
@@ -244,7 +313,9 @@ INLINE void copy_features(int32_t dtype, const struct product *p, int64_t token,
 }
 
 INLINE void few_in(int32_t dtype, struct product p, int64_t begin, int64_t end) {
-    const int as_it_is = (dtype == DOTS || dtype_of_x(dtype, &p.w) == FLOAT32) && p.stride == p.w.in_features;
+    const int32_t x_dtype = dtype_of_x(dtype, &p.w);
+    const int ordered = dtype == INTEGER_DOTS || (HAS_INT4 && dtype == INTEGERS && p.w.dtype == INT4);
+    const int as_it_is = !ordered && (dtype == DOTS || x_dtype == FLOAT32) && p.stride == p.w.in_features;
     float *x = NULL;
     if (as_it_is) p.x = p.raw;
     else if (posix_memalign((void **)&x, 64, p.tokens * p.stride * sizeof(float))) {
@@ -254,6 +325,9 @@ INLINE void few_in(int32_t dtype, struct product p, int64_t begin, int64_t end) 
         p.x = x;
         for (int64_t token = 0; token < p.tokens; token++)
             copy_features(dtype, &p, token, 0, p.stride, x + token * p.stride / in_lane(dtype));
+#ifdef expand_int4
+        for (int64_t i = 0; i < p.tokens * p.stride && dtype == INTEGERS && p.w.dtype == INT4; i += 64) order_int4(x + i);
+#endif
 #ifdef expand_integer_pairs
         for (int64_t i = 0; i < p.tokens * p.stride && dtype == INTEGER_DOTS; i += 64) order_pairs(x + i / 2);
 #endif

@@ -12,6 +12,7 @@ typedef uint64_t __mmask64;
 typedef struct { float lane[16]; } __m512;
 typedef struct { uint8_t byte[64]; } __m512i;
 typedef struct { uint8_t byte[32]; } __m256i;
+#define __m512bh __m512
 
 #define EMULATED static inline __attribute__((unused))
 
@@ -22,6 +23,10 @@ EMULATED void _mm512_storeu_si512(void *to, __m512i v) { memcpy(to, &v, 64); }
 EMULATED __m512i _mm512_load_si512(const void *from) {
     if ((uintptr_t)from % 64) abort();
     return _mm512_loadu_si512(from);
+}
+EMULATED __m512 _mm512_load_ps(const void *from) {
+    if ((uintptr_t)from % 64) abort();
+    return _mm512_loadu_ps(from);
 }
 EMULATED __m512 _mm512_castsi512_ps(__m512i v) { __m512 result; memcpy(&result, &v, 64); return result; }
 EMULATED __m256i _mm512_castsi512_si256(__m512i v) { __m256i half; memcpy(&half, &v, 32); return half; }
@@ -45,6 +50,10 @@ EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) {
 EMULATED __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
     for (int i = 0; i < 16; i++) c.lane[i] = (float)((double)a.lane[i] * b.lane[i] + c.lane[i]);
     return c;
+}
+EMULATED __m512 _mm512_mul_ps(__m512 a, __m512 b) {
+    for (int i = 0; i < 16; i++) a.lane[i] *= b.lane[i];
+    return a;
 }
 EMULATED float _mm512_reduce_add_ps(__m512 v) {
     for (int step = 8; step; step /= 2)
@@ -76,6 +85,104 @@ EMULATED __m512i _mm512_maskz_permutexvar_epi8(__mmask64 mask, __m512i index, __
     for (int j = 0; j < 64; j++)
         if (mask >> j & 1) v.byte[j] = a.byte[index.byte[j] & 63];
     return v;
+}
+
+EMULATED __m512i _mm512_permutexvar_epi8(__m512i index, __m512i a) {
+    return _mm512_maskz_permutexvar_epi8(UINT64_MAX, index, a);
+}
+
+/* VPERMI2B: the same of two vectors, by 7 bits. */
+EMULATED __m512i _mm512_maskz_permutex2var_epi8(__mmask64 mask, __m512i a, __m512i index, __m512i b) {
+    __m512i v = {{0}};
+    for (int j = 0; j < 64; j++)
+        if (mask >> j & 1) v.byte[j] = (index.byte[j] & 64 ? b : a).byte[index.byte[j] & 63];
+    return v;
+}
+EMULATED __m512i _mm512_permutex2var_epi8(__m512i a, __m512i index, __m512i b) {
+    return _mm512_maskz_permutex2var_epi8(UINT64_MAX, a, index, b);
+}
+
+/* VPERMPS: lane j is lane index[j] (4 bits) of a. */
+EMULATED __m512 _mm512_permutexvar_ps(__m512i index, __m512 a) {
+    __m512 v;
+    for (int j = 0; j < 16; j++) v.lane[j] = a.lane[index.byte[4 * j] & 15];
+    return v;
+}
+
+/* VPMULTISHIFTQB: byte j is the 8 bits of its quadword of a that begin at bit control[j], round its end. */
+EMULATED __m512i _mm512_multishift_epi64_epi8(__m512i control, __m512i a) {
+    __m512i v;
+    for (int j = 0; j < 64; j++) {
+        uint64_t quad;
+        memcpy(&quad, a.byte + j / 8 * 8, 8);
+        const int shift = control.byte[j] & 63;
+        v.byte[j] = (uint8_t)(shift ? quad >> shift | quad << (64 - shift) : quad);
+    }
+    return v;
+}
+
+EMULATED __m512i _mm512_srli_epi32(__m512i a, unsigned count) {
+    for (int j = 0; j < 16; j++) {
+        uint32_t lane;
+        memcpy(&lane, a.byte + 4 * j, 4);
+        lane = count < 32 ? lane >> count : 0;
+        memcpy(a.byte + 4 * j, &lane, 4);
+    }
+    return a;
+}
+
+/* VPUNPCKLBW, VPUNPCKHBW: in each 16 bytes the lower or upper ones of a and b by turns. */
+EMULATED __m512i unpacked(__m512i a, __m512i b, int high) {
+    __m512i v;
+    for (int j = 0; j < 64; j++) v.byte[j] = (j % 2 ? b : a).byte[j / 16 * 16 + 8 * high + j % 16 / 2];
+    return v;
+}
+EMULATED __m512i _mm512_unpacklo_epi8(__m512i a, __m512i b) { return unpacked(a, b, 0); }
+EMULATED __m512i _mm512_unpackhi_epi8(__m512i a, __m512i b) { return unpacked(a, b, 1); }
+
+EMULATED __m512i _mm512_set1_epi8(int byte) {
+    __m512i v;
+    memset(v.byte, byte, 64);
+    return v;
+}
+EMULATED __m512i _mm512_abs_epi8(__m512i a) {
+    for (int j = 0; j < 64; j++) a.byte[j] = a.byte[j] & 128 ? -a.byte[j] : a.byte[j];
+    return a;
+}
+EMULATED __mmask64 _mm512_test_epi8_mask(__m512i a, __m512i b) {
+    __mmask64 mask = 0;
+    for (int j = 0; j < 64; j++) mask |= (uint64_t)!!(a.byte[j] & b.byte[j]) << j;
+    return mask;
+}
+
+/* VPTERNLOGQ: bit 4 a + 2 b + c of `table`. */
+EMULATED __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, int table) {
+    for (int j = 0; j < 512; j++) {
+        const int bit = j % 8, of_a = a.byte[j / 8] >> bit & 1, of_b = b.byte[j / 8] >> bit & 1;
+        const int of_c = c.byte[j / 8] >> bit & 1, is = table >> (4 * of_a + 2 * of_b + of_c) & 1;
+        a.byte[j / 8] = (uint8_t)((a.byte[j / 8] & ~(1 << bit)) | is << bit);
+    }
+    return a;
+}
+
+/* VDPBF16PS, whose sums are rounded after each product; subnormal numbers count as zero. */
+EMULATED float widened_bf16(uint32_t bits) {
+    float value;
+    if (!(bits & 0x7f80)) bits &= 0x8000;
+    bits <<= 16;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+EMULATED __m512 _mm512_dpbf16_ps(__m512 sum, __m512 a, __m512 b) {
+    for (int j = 0; j < 16; j++)
+        for (int part = 1; part >= 0; part--) {
+            uint32_t one, other;
+            memcpy(&one, &a.lane[j], 4), memcpy(&other, &b.lane[j], 4);
+            const int shift = 16 * part;
+            const float product = widened_bf16(one >> shift & 0xffff) * widened_bf16(other >> shift & 0xffff);
+            sum.lane[j] += fabsf(product) < 0x1p-126f ? 0 : product;
+        }
+    return sum;
 }
 
 /* VCVTDQ2PS. */
