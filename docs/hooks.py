@@ -14,8 +14,8 @@ _UNTRANSLATED = '!!! note "이 페이지는 아직 번역되지 않아 영어로
 
 
 def _served(path: str) -> str:
-    """Where the site has a file of the repository: figures as they are, text so that a browser shows it."""
-    return f"repository/{path}" if path.endswith(".png") else f"repository/{path}.txt"
+    """Where the site has a file of the repository: figures and notebooks as they are, text for a browser to show."""
+    return f"repository/{path}" if path.endswith((".png", ".ipynb")) else f"repository/{path}.txt"
 
 
 @event_priority(-200)  # after i18n, which makes all files anew

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import partial, wraps
@@ -446,12 +447,12 @@ class SparsityConfig(QuantizationConfigMixin):
     def _repr_html_(self) -> str:
         """The settings that are read, the ones that were passed marked."""
         settings = {name: value for name, value in self.to_dict().items() if name not in (*RECORDED, "quant_method")}
+        rows = [(name, _shown(value)) for name, value in settings.items() if value not in (None, [])]
         given = self.given | self.method_settings.keys()
-        marked = [number for number, name in enumerate(settings) if name in given]
-        rows = [(name, "" if value is None else str(value)) for name, value in settings.items()]
-        return as_html(
-            [("setting", "value"), *rows], "SparsityConfig", ["Marked settings were passed."], marked=marked
-        )
+        marked = [number for number, (name, _) in enumerate(rows) if name in given]
+        unset = [name for name, value in settings.items() if value in (None, [])]
+        notes = ["Marked settings were passed.", f"Not set: {', '.join(unset)}."]
+        return as_html([("setting", "value"), *rows], "SparsityConfig", notes, marked=marked)
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
@@ -463,6 +464,16 @@ class SparsityConfig(QuantizationConfigMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> SparsityConfig:
         # transformers copies configs often; the calibration data are read only, and may be large.
         return copy.copy(self)
+
+
+def _shown(value: Any) -> str:
+    """A setting in a table, checksums shortened."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    text = str(value)
+    return f"{text[:8]}…" if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 class ForeignConfig(SparsityConfig):

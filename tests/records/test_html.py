@@ -60,6 +60,21 @@ def test_bars_are_as_long_as_their_share_of_the_longest():
     assert len(page.widths) == 2
     assert page.widths[1] == 4 * page.widths[0] > 0
     assert not Page(as_html([("error",), ("0",)], bars={0: [0.0]})).widths
+
+
+def test_figures_stay_below_each_other_whatever_their_bars():
+    text = as_html([("error",), ("1",), ("4",), ("none",)], bars={0: [1.0, 4.0, None]})
+    spans = re.findall(r'<span style="([^"]*)"', text)
+    assert (
+        len(spans) == 3
+        and len({sum(map(float, re.findall(r"([\d.]+)em", s.replace("height:.7em", "")))) for s in spans}) == 1
+    )
+
+
+def test_words_are_on_the_left_and_figures_on_the_right():
+    page = as_html([("layer", "count", "error"), ("a", "1,000", "12.5%"), ("b", "2", "not measured")])
+    assert re.findall(r"<t[hd]( style=\"text-align:left\")?>", page) == [' style="text-align:left"', "", ""] * 3
+
     assert not Page(as_html([("error",), ("inf",)], bars={0: [float("inf")]})).widths
 
 
@@ -116,4 +131,8 @@ def test_a_config_shows_what_is_read_and_marks_what_was_passed():
     texts = page.texts
     assert texts[texts.index("pattern") + 1] == "4:8"
     assert {"method", "dataset", "num_samples"} <= set(texts) and "quant_method" not in texts
+    assert "calibration_dtype" not in texts and "calibration_dtype" in texts[-1]  # is not set
+    checksum = SparsityConfig(dataset=["가"]).to_dict()["dataset"]["sha256"]
+    shown = SparsityConfig(dataset=["가"])._repr_html_()
+    assert checksum not in shown and f"sha256 {checksum[:8]}…" in shown
     assert page.tags.count("strong") == len(config().given)
