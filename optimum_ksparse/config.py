@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
@@ -442,7 +443,10 @@ class SparsityConfig(QuantizationConfigMixin):
     def __repr__(self) -> str:
         if "_description" not in vars(self):  # debuggers and tracebacks show what has been refused
             return f"{type(self).__name__} ({', '.join(sorted(self.given))})"
-        return str(super().__repr__())
+        settings = self.to_dict()
+        if settings["layers"]:  # of a large model hundreds
+            settings["layers"] = f"{len(settings['layers'])} sparse layers"
+        return f"{type(self).__name__} {json.dumps(settings, indent=2, sort_keys=True)}"
 
     def _repr_html_(self) -> str:
         """The settings that are read, the ones that were passed marked."""

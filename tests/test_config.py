@@ -98,6 +98,13 @@ def test_defaults_are_stored_in_full():
     assert f'"pattern": "{config.pattern}"' in repr(config)
 
 
+def test_the_text_of_settings_does_not_grow_with_the_model(make_pruned):
+    config = make_pruned().config.quantization_config
+    text = repr(config)
+    assert f"{len(config.layers)} sparse layers" in text and "q_proj" not in text
+    assert json.loads(text.removeprefix("SparsityConfig")).keys() == config.to_dict().keys()
+
+
 @pytest.mark.parametrize(("has_gpu", "pattern"), [(True, "2:4"), (False, "50%")])
 def test_the_default_pattern_is_the_one_for_this_machine(monkeypatch, has_gpu, pattern):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
