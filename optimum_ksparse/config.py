@@ -187,8 +187,8 @@ class SparsityConfig(QuantizationConfigMixin):
         pattern: `"2:4"`, `"4:8"`, any `"n:m"` (n nonzero weights in every m), a fraction of zeros (`"50%"`, `0.5`), or
             that fraction of whole tiles of r outputs x c inputs (`"50%/32x32"`), by the sum of the method's scores in
             each, over the layer (`sparsegpt`: over each `block_size` columns). None takes `"2:4"` where torch sees a
-            GPU or with `permute`, and elsewhere `"50%"`: there all are equally fast and this one loses least. With
-            `"existing"` each layer's own is found, and none is passed.
+            GPU or where other settings need n:m, and elsewhere `"50%"`: there all are equally fast and this one loses
+            least. With `"existing"` each layer's own is found, and none is passed.
         values: how the kept values are stored: None: in the dtype of the weights; `"int8"` (5.0 bits for each weight
             at 50 %, instead of 9) or `"int4"` (3.3): integers, each times the scale of its group.
         group_size: so many columns of a row share a scale, a multiple of 64; -1: all of a row. None takes what was
@@ -280,7 +280,9 @@ class SparsityConfig(QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         if self.pattern is None:
-            self.pattern = default_pattern()[0] if self.permute is None else "2:4"  # it needs n:m
+            special = self.method_settings if isinstance(self.method_settings, Mapping) else {}
+            needs_groups = self.permute is not None or "target_density" in special
+            self.pattern = "2:4" if needs_groups else default_pattern()[0]
         for name, check in _CHECKS.items():
             setattr(self, name, check(name, getattr(self, name)))
         self.method_settings = self._checked_method_settings()

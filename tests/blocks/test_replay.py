@@ -233,7 +233,12 @@ def test_bos_in_statistics_counts_the_first_position_or_not(
     layer = model.model.decoder.layers[0].fc1
     weight = layer.weight.detach().clone()
     inputs = layer_inputs(model, model.model.decoder.layers[0], tokens)["fc1"].float()
-    sparsify(model, SparsityConfig(method="sparsegpt", dataset=tokens, method_settings={"bos_in_statistics": counted}))
+    sparsify(
+        model,
+        SparsityConfig(
+            method="sparsegpt", pattern="2:4", dataset=tokens, method_settings={"bos_in_statistics": counted}
+        ),
+    )
     expected, _ = prune_weight(weight, inputs if counted else inputs[:, 1:], method="sparsegpt", pattern="2:4")
     found = model.model.decoder.layers[0].fc1.to_dense_weight()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -248,7 +253,7 @@ def test_the_first_position_has_at_least_its_share_of_the_statistics(
     weight = layer.weight.detach().clone()
     inputs = layer_inputs(model, model.model.decoder.layers[0], token_ids)["fc1"].float()
     settings = {} if share is None else {"first_position_share": share}
-    sparsify(model, SparsityConfig(method=method, dataset=token_ids, method_settings=settings))
+    sparsify(model, SparsityConfig(method=method, pattern="2:4", dataset=token_ids, method_settings=settings))
     share = (0.1 if method == "admm" else 0) if share is None else share
     others = inputs.shape[1] - 1
     inputs[:, 0] *= max(1, share / (1 - share) * others) ** 0.5
@@ -371,7 +376,7 @@ def test_later_blocks_are_calibrated_on_the_pruned_ones(
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_no_hook_and_no_stand_in_is_left_behind(name: str, make_model: MakeModel, token_ids: torch.Tensor) -> None:
     model = make_model(name)
-    sparsify(model, SparsityConfig(dataset=token_ids, batch_size=4))
+    sparsify(model, SparsityConfig(pattern="2:4", dataset=token_ids, batch_size=4))
     assert_untouched(model)
 
 
@@ -386,7 +391,7 @@ def test_nothing_is_left_behind_by_an_error_while_activations_are_captured(
     model = make_model().train()
     handle = model.get_submodule(place).register_forward_pre_hook(failing)
     with pytest.raises(RuntimeError, match="on purpose"):
-        sparsify(model, SparsityConfig(dataset=token_ids))
+        sparsify(model, SparsityConfig(pattern="2:4", dataset=token_ids))
     handle.remove()
     assert_untouched(model)
     assert all(module.training for module in model.modules())
@@ -398,7 +403,7 @@ def test_nothing_is_left_behind_by_an_error_in_the_stand_ins(
     model = make_model()
     monkeypatch.setattr("optimum_ksparse.blocks.calls.Pool.share", failing)
     with pytest.raises(RuntimeError, match="on purpose"):
-        sparsify(model, SparsityConfig(dataset=token_ids))
+        sparsify(model, SparsityConfig(pattern="2:4", dataset=token_ids))
     assert_untouched(model)
 
 
@@ -409,7 +414,7 @@ def test_nothing_is_left_behind_by_an_error_while_statistics_are_collected(
     model = make_model()
     monkeypatch.setattr(ColumnNorms, "update", failing)
     with pytest.raises(RuntimeError, match="on purpose"):
-        sparsify(model, SparsityConfig(dataset=token_ids, true_sequential=true_sequential))
+        sparsify(model, SparsityConfig(pattern="2:4", dataset=token_ids, true_sequential=true_sequential))
     assert_untouched(model)
 
 
@@ -424,7 +429,7 @@ def test_a_forward_of_the_blocks_own_comes_back(make_model: MakeModel, token_ids
         return original(*args, **kwargs)
 
     block.forward = forward
-    sparsify(model, SparsityConfig(dataset=token_ids))
+    sparsify(model, SparsityConfig(pattern="2:4", dataset=token_ids))
     assert vars(block)["forward"] is forward
     assert calls
 
@@ -435,7 +440,7 @@ def test_products_in_bfloat16_leave_float32_activations_nearly_as_they_are(
     name: str, make_model: MakeModel, token_ids: torch.Tensor
 ) -> None:
     model = make_model(name)
-    config = SparsityConfig("sparsegpt", dataset=token_ids, calibration_dtype="bfloat16", num_samples=6)
+    config = SparsityConfig("sparsegpt", "2:4", dataset=token_ids, calibration_dtype="bfloat16", num_samples=6)
     expected = block_outputs(model, token_ids)
     blocks = find_blocks(model)
     replay = BlockReplay(blocks, token_ids, 4, dtype=torch.bfloat16)

@@ -171,7 +171,7 @@ def test_the_layers_that_lose_most_stay_dense() -> None:
     [
         ({"allocation": "best"}, ValueError, "allocation='best'"),
         ({"target_density": 0.6}, ValueError, "target_density=0.6 is read with allocation='owl'"),
-        ({"allocation": "owl"}, ValueError, "needs target_density"),
+        ({"allocation": "owl", "pattern": "2:4"}, ValueError, "needs target_density"),
         ({"allocation": "owl", "target_density": 0.4}, ValueError, "target_density=0.4 .*the least is 0.5"),
         ({"allocation": "owl", "target_density": 1}, ValueError, "target_density=1"),
         ({"allocation": "owl", "target_density": "0.6"}, TypeError, "target_density"),

@@ -113,7 +113,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, source: Path, token_ids: tor
 
 def alone(source: Path, folder: Path, name: str, method: str = "wanda", **settings: Any) -> Path:
     ids = torch.load(folder / "ids.pt")
-    config = SparsityConfig.from_flat(method, **{"dataset": ids, "batch_size": 2, **settings})
+    config = SparsityConfig.from_flat(method, "2:4", **{"dataset": ids, "batch_size": 2, **settings})
     prune_checkpoint(source, folder / name, config)
     return folder / name
 
@@ -156,7 +156,7 @@ def test_a_layer_that_one_process_never_calls(kind: str, scene: Any) -> None:
     states = [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(2)]
     assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
     model = make_routed(kind)
-    sparsify(model, SparsityConfig("sparsegpt", dataset=routed_ids(), true_sequential=True))
+    sparsify(model, SparsityConfig("sparsegpt", "2:4", dataset=routed_ids(), true_sequential=True))
     assert_close(states[0], model.state_dict())
 
 
@@ -179,7 +179,7 @@ def test_a_model_in_memory_ends_the_same_in_all_processes(scene: Any, source: Pa
     states = [torch.load(folder / f"memory-{rank}.pt") for rank in range(2)]
     assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
     model = AutoModelForCausalLM.from_pretrained(source)
-    sparsify(model, SparsityConfig("wanda", dataset=torch.load(folder / "ids.pt")[:3], batch_size=2))
+    sparsify(model, SparsityConfig("wanda", "2:4", dataset=torch.load(folder / "ids.pt")[:3], batch_size=2))
     assert_close(states[0], model.state_dict())
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ def with_value(record: dict[str, Any], path: tuple[Any, ...], value: Any) -> dic
 
 
 def harmless(text: str) -> bool:
-    return all(char.isprintable() or char == "\n" for char in text.replace("\N{WORD JOINER}", ""))
+    return all(char.isprintable() or char == "\n" for char in re.sub("[\N{WORD JOINER}\N{NO-BREAK SPACE}]", "", text))
 
 
 def reads(kind: Any, path: Path, record: Any, place: tuple[Any, ...]) -> Any:
