@@ -808,7 +808,7 @@ def test_a_notebook_shows_the_tables(workplace):
     text = results._repr_html_()
     assert text.count("<table>") == text.count("</table>") == markdown(results).count("\n## ") - 1
     for cell in ("&lt;b&gt;*w*&lt;/b&gt;", "35.00 ± 1.41", "mean of COPA, HellaSwag, BoolQ, SentiNeg"):
-        assert f"<td>{cell}</td>" in text
+        assert f">{cell}</td>" in text
     assert "<b>" not in text and "seeds 0, 1 (n = 2)" in text
 
 
