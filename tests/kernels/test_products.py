@@ -126,8 +126,13 @@ def test_where_nothing_is_slow_nothing_is_done(monkeypatch: pytest.MonkeyPatch) 
         assert torch._C._len_torch_dispatch_stack() == 0
 
 
-def test_the_cpu_is_asked() -> None:
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_the_cpu_is_asked(has_instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products.platform, "machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: has_instructions, raising=False)
     for dtype, name in products._ONEDNN.items():
         supported = getattr(torch.ops.mkldnn, name, lambda: False)()
-        assert product_dtype(dtype, CPU) == (dtype if supported else torch.float32)
+        fast = supported and (has_instructions or dtype != torch.bfloat16)
+        assert products._multiplies.__wrapped__(dtype) == fast
     assert product_dtype(torch.float32, CPU) == torch.float32
