@@ -1,9 +1,9 @@
 """Perplexity of sparse models in float32, and with their kept values in 8 and 4 bits, from one pruning for all.
 
-python examples/benchmarks/bits_sparse.py MODEL CALIBRATION TEXTS RESULTS.json [--patterns 50% 2:4] [--seeds 3]
+python examples/benchmarks/bits_sparse.py MODEL CALIBRATION VALIDATION RESULTS.json [--patterns 50% 2:4] [--seeds 3]
 
-CALIBRATION and TEXTS are files of texts, or `english` both, as in `one_pass.py`. ADMM prunes the model in float32 with
-32 x 512 tokens, and each layer's values are rounded to each type beside, as `SparsityConfig(values=…)` rounds them,
+CALIBRATION and VALIDATION are files of texts, or `english` both, as in `one_pass.py`. ADMM prunes the model in
+float32 with 32 x 512 tokens, and values are rounded to each type beside, as `SparsityConfig(values=…)` does,
 with the statistics of the model whose values are not rounded; so seeds and types share masks and the ratio between
 them is what rounding costs. `bits_table.py` puts the figures beside those of `bits.py`. What RESULTS holds already is
 not measured again.
@@ -14,9 +14,8 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import english
+import cells
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -48,20 +47,15 @@ def rounded_beside(found: Rounded) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in ("model", "calibration", "texts"):
-        parser.add_argument(name)
-    parser.add_argument("results", type=Path)
+    parser = cells.parser_of(__doc__)
     parser.add_argument("--patterns", nargs="+", default=["50%", "2:4"])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     logging.set_verbosity_error()
     rows = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else []
     done = {(row["pattern"], row["seed"]) for row in rows}
-    cells = [("dense", None), *((pattern, seed) for seed in range(args.seeds) for pattern in args.patterns)]
-    for pattern, seed in cells:
+    wanted = [("dense", None), *((pattern, seed) for seed in range(args.seeds) for pattern in args.patterns)]
+    for pattern, seed in wanted:
         if (pattern, seed) not in done:
             found = dense(args) if seed is None else measured(args, pattern, seed)
             rows += found
@@ -75,8 +69,7 @@ def load(args: argparse.Namespace):
 
 
 def perplexity(args: argparse.Namespace, model, tokenizer) -> dict:
-    texts = english.VALIDATION if args.texts == "english" else args.texts
-    return evaluate_perplexity(model, tokenizer, texts, seq_len=LENGTH, max_tokens=WINDOWS * LENGTH)
+    return evaluate_perplexity(model, tokenizer, cells.texts_of(args)[1], seq_len=LENGTH, max_tokens=WINDOWS * LENGTH)
 
 
 def dense(args: argparse.Namespace) -> list[dict]:
@@ -87,11 +80,12 @@ def dense(args: argparse.Namespace) -> list[dict]:
 def measured(args: argparse.Namespace, pattern: str, seed: int) -> list[dict]:
     """A row for the floats, and one for each type of integers."""
     model, tokenizer = load(args)
-    calibration = english.CALIBRATION if args.calibration == "english" else args.calibration
     sizes = {"num_samples": SAMPLES, "seq_len": LENGTH, "batch_size": 4}
     found: Rounded = {}
     with rounded_beside(found):
-        sparsify(model, SparsityConfig("admm", pattern, dataset=calibration, seed=seed, **sizes), tokenizer)
+        sparsify(
+            model, SparsityConfig("admm", pattern, dataset=cells.texts_of(args)[0], seed=seed, **sizes), tokenizer
+        )
     rows = []
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "to_dense_weight")}
     with torch.no_grad():

@@ -12,15 +12,13 @@ again.
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 
-import english
+import cells
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,26 +36,19 @@ WINDOW, WINDOWS = 512, 24
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in ("model", "calibration", "validation"):
-        parser.add_argument(name)
-    parser.add_argument("results", type=Path)
+    parser = cells.parser_of(__doc__)
     parser.add_argument("--cells", nargs="+", required=True)
     parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     args = parser.parse_args()
     logging.set_verbosity_error()
-    rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    for seed, name in itertools.product(args.seeds, args.cells):
-        cell = {"model": Path(args.model).name, "cell": name, "samples": args.samples, "seed": seed}
-        cell |= {"reconstruct": "block" if args.blocks else None}
-        if not any(cell.items() <= row.items() for row in rows):
-            rows.append({**cell, **measure(args, name, seed)})
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+    reconstruct = "block" if args.blocks else None
+    wanted = [
+        {"cell": name, "samples": args.samples, "seed": seed, "reconstruct": reconstruct}
+        for seed, name in itertools.product(args.seeds, args.cells)
+    ]
+    cells.fill(args, wanted, lambda cell: measure(args, cell["cell"], cell["seed"]))
 
 
 def measure(args: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
@@ -66,9 +57,7 @@ def measure(args: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
     rank, _, merged = rank.partition(" ")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    calibration, texts = args.calibration, args.validation
-    if calibration == "english":
-        calibration, texts = english.CALIBRATION, english.VALIDATION
+    calibration, texts = cells.texts_of(args)
     data = {"dataset": calibration, "num_samples": args.samples, "seq_len": WINDOW, "seed": seed, "batch_size": 4}
     config = SparsityConfig("admm", pattern, **data, reconstruct="block" if args.blocks else None)
     started = time.perf_counter()

@@ -8,10 +8,9 @@ already is not measured again; a table closes, with mean ± sample standard devi
 """
 
 import argparse
-import json
-from pathlib import Path
+import itertools
 
-import english
+import cells
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity, sparsify
@@ -23,31 +22,20 @@ WINDOW, WINDOWS = 512, 4  # of the validation text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in ("model", "calibration", "validation"):
-        parser.add_argument(name)
-    parser.add_argument("results", type=Path)
+    parser = cells.parser_of(__doc__)
     parser.add_argument("--methods", nargs="+", required=True, help="`+block`: followed by reconstruction of blocks")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     logging.set_verbosity_error()
-    lines = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
-    rows = [json.loads(line) for line in lines]
-    model = Path(args.model).name
-    for method in args.methods:
-        for seed in range(args.seeds):
-            for passes in PASSES:
-                size = {"samples": args.samples, "seq_len": args.seq_len}
-                cell = {"model": model, "method": method, **size, "seed": seed, "passes": passes}
-                if any(cell.items() <= row.items() for row in rows):
-                    continue
-                rows.append({**cell, "windows": WINDOWS, "perplexity": round(perplexity(args, cell), 4)})
-                with args.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+    size = {"samples": args.samples, "seq_len": args.seq_len}
+    wanted = [
+        {"method": method, **size, "seed": seed, "passes": passes}
+        for method, seed, passes in itertools.product(args.methods, range(args.seeds), PASSES)
+    ]
+    measure = lambda cell: {"windows": WINDOWS, "perplexity": round(perplexity(args, cell), 4)}  # noqa: E731
+    rows = cells.fill(args, wanted, measure)
     print(table(rows))
 
 
@@ -55,11 +43,12 @@ def perplexity(args: argparse.Namespace, cell: dict) -> float:
     """That of the model pruned so, on the first windows of the validation text."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    calibration, texts = cells.texts_of(args)
     method, _, reconstruct = cell["method"].partition("+")
     config = SparsityConfig(
         method,
         "2:4",
-        dataset=english.CALIBRATION if args.calibration == "english" else args.calibration,
+        dataset=calibration,
         num_samples=args.samples,
         seq_len=args.seq_len,
         batch_size=4,
@@ -68,7 +57,6 @@ def perplexity(args: argparse.Namespace, cell: dict) -> float:
         true_sequential=cell["passes"] == "one",
     )
     sparsify(model, config, tokenizer)
-    texts = english.VALIDATION if args.validation == "english" else args.validation
     with densified(model):  # every pass on the CPU would decompress the packed weights anew
         found = evaluate_perplexity(model, tokenizer, texts, seq_len=WINDOW, max_tokens=WINDOWS * WINDOW, batch_size=1)
     return found["perplexity"]

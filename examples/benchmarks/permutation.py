@@ -12,10 +12,8 @@ itself and block by block. What RESULTS holds already is not measured again.
 
 import argparse
 import itertools
-import json
-from pathlib import Path
 
-import english
+import cells
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
@@ -32,32 +30,23 @@ SAMPLES, WINDOW, WINDOWS, ROWS = 8, 512, 12, 4096
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in ("model", "calibration", "validation"):
-        parser.add_argument(name)
-    parser.add_argument("results", type=Path)
+    parser = cells.parser_of(__doc__)
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
     logging.set_verbosity_error()
-    rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    for seed, method, order in itertools.product(range(args.seeds), args.methods, args.orders):
-        cell = {"model": Path(args.model).name, "method": method, "samples": SAMPLES, "seed": seed, "order": order}
-        if not any(cell.items() <= row.items() for row in rows):
-            rows.append({**cell, **measure(args, method, order, seed)})
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+    wanted = [
+        {"method": method, "samples": SAMPLES, "seed": seed, "order": order}
+        for seed, method, order in itertools.product(range(args.seeds), args.methods, args.orders)
+    ]
+    cells.fill(args, wanted, lambda cell: measure(args, cell["method"], cell["order"], cell["seed"]))
 
 
 def measure(args: argparse.Namespace, method: str, order: str, seed: int) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    calibration, texts = args.calibration, args.validation
-    if calibration == "english":
-        calibration, texts = english.CALIBRATION, english.VALIDATION
+    calibration, texts = cells.texts_of(args)
     data = CalibrationData(calibration, num_samples=SAMPLES, seq_len=WINDOW, seed=seed)
     ids = calibration_tokens(data, model, tokenizer).ids
     moved = {} if order == "as it is" else permute(model, ids, method, order)

@@ -17,12 +17,10 @@ are, and learns in this way a rotation of the values of each head, which the out
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-import english
+import cells
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
@@ -41,34 +39,25 @@ STEPS, RATE, SHARE = 120, 0.005, 0.3  # learning: steps, learning rate, share of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in ("model", "calibration", "validation"):
-        parser.add_argument(name)
-    parser.add_argument("results", type=Path)
+    parser = cells.parser_of(__doc__)
     parser.add_argument("--rotations", nargs="+", choices=ROTATIONS, default=ROTATIONS)
     parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     args = parser.parse_args()
     logging.set_verbosity_error()
-    rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    for seed, rotation in itertools.product(args.seeds, args.rotations):
-        cell = {"model": Path(args.model).name, "rotation": rotation, "samples": args.samples, "seed": seed}
-        cell |= {"reconstruct": "block" if args.blocks else None}
-        if not any(cell.items() <= row.items() for row in rows):
-            rows.append({**cell, **measure(args, rotation, seed)})
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+    reconstruct = "block" if args.blocks else None
+    wanted = [
+        {"rotation": rotation, "samples": args.samples, "seed": seed, "reconstruct": reconstruct}
+        for seed, rotation in itertools.product(args.seeds, args.rotations)
+    ]
+    cells.fill(args, wanted, lambda cell: measure(args, cell["rotation"], cell["seed"]))
 
 
 def measure(args: argparse.Namespace, rotation: str, seed: int) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    calibration, texts = args.calibration, args.validation
-    if calibration == "english":
-        calibration, texts = english.CALIBRATION, english.VALIDATION
+    calibration, texts = cells.texts_of(args)
     data = CalibrationData(calibration, num_samples=args.samples, seq_len=WINDOW, seed=seed)
     ids = calibration_tokens(data, model, tokenizer).ids
     started = time.perf_counter()

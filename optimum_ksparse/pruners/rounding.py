@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..quantization import GROUP_STEP, LIMITS, by_column, to_integers
+from ..quantization import GROUP_STEP, LIMITS, by_column, groups_of_row, to_integers
 from .sparsegpt import inverse_factor
 from .statistics import GramMatrix
 from .sweep import one_thread
@@ -187,7 +187,7 @@ class _Problem:
         self.gram, self.grid, self.group_size = gram.clone(), grid, size
         self.gram.diagonal().mul_(1 + _DAMPING)
         self.integers, self.rounded = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
-        self.scale = self.weight.new_zeros(-(-len(gram) // size), weight.shape[0])
+        self.scale = self.weight.new_zeros(groups_of_row(size, len(gram)), weight.shape[0])
 
     def sweep(self, pruned: torch.Tensor, factor: torch.Tensor, unit: torch.Tensor) -> None:
         """Rounds column by column from the pruned weight [out, in] on. `factor` and `unit` are U_jk/U_kk and U_jj, as

@@ -77,7 +77,7 @@ def test_floats_and_integers_are_of_one_pruning(scripts, make_model, tokenizer, 
         monkeypatch.setattr(scripts[2], name, value)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"문장 {number} 입니다 그리고 또 있습니다" for number in range(40)), encoding="utf-8")
-    args = SimpleNamespace(model=tmp_path, calibration=str(text), texts=str(text))
+    args = SimpleNamespace(model=tmp_path, calibration=str(text), validation=str(text))
     floats, *integers = scripts[2].measured(args, "50%", 0)
     assert [row["values"] for row in (floats, *integers)] == [None, "int8", "int4"]
     assert floats["bits_per_weight"] == pytest.approx(9, abs=0.1)
