@@ -37,7 +37,9 @@ def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_figures_show_what_there_are_data_for_and_always_by_the_same_bytes(tmp_path: Path) -> None:
+def test_figures_show_what_there_are_data_for_and_always_by_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
     (odd := make_report()).layers[0].name = "layers.0.$x^2$_\\frac\0"
     cases: list[tuple[SparsityReport | None, EvaluationResults | None, set[str]]] = [
@@ -46,6 +48,7 @@ def test_figures_show_what_there_are_data_for_and_always_by_the_same_bytes(tmp_p
         (make_changed().report, EvaluationResults("0", [perplexity(None)], [perplexity()]), set()),
         (odd, EvaluationResults("0", [kobest()], [kobest(split="validation")]), {ERROR_FIGURE}),
     ]
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # others import it
     contents = []
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()
