@@ -24,8 +24,9 @@ QUANT_METHOD, COMPRESSED_TENSORS = "optimum-ksparse", "compressed-tensors"
 # Where `config.json` of a dense-stored sparse checkpoint keeps the settings. Under `sparsity_config` the Auto classes
 # would choke on the keyword argument of that name.
 DENSE_CONFIG_KEY = "ksparse"
-# What stands in the config of packed weights for the name of their file: it stops any transformers that reads it.
-GUARD = "packed sparse weights, for which you need: pip install optimum-ksparse"
+# How that begins which stands in the config of packed weights for the name of their file: it stops any transformers
+# that reads it.
+GUARD = "packed sparse weights, for which you need"
 _is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
 _undo: list[Callable[[], object]] = []
 

@@ -272,7 +272,7 @@ def test_turned_off_nothing_reads_packed_weights_as_others_and_the_launcher_load
     (checkpoints / "load.py").write_text(LOAD)
     for arguments in ("{}", "{'ignore_mismatched_sizes': True}"):
         done = run_client(environment, checkpoints, "load.py", arguments, **{switch: "0"})
-        assert done.returncode == 1 and "pip install optimum-ksparse" in done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and "optimum-ksparse" in done.stderr.splitlines()[-1]
     (checkpoints / "scripts").mkdir(exist_ok=True)
     (checkpoints / "scripts" / "beside.py").write_text(LOAD)
     (checkpoints / "scripts" / "start.py").write_text("import beside")

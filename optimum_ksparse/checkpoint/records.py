@@ -22,8 +22,10 @@ from .modules import sparse_modules, stored_name
 
 # transformers reads the name of the weight file from this entry of `config.json`, if it is there. What is no such name
 # stops it, with a message that ends in it, even where `ignore_mismatched_sizes` would make random weights of packed
-# ones. This package takes it out of what is read.
+# ones. This package takes it out of what is read. A checkpoint keeps it for good, and an install command may change:
+# that stands in the card.
 _WEIGHTS_ENTRY = "transformers_weights"
+_GUARD = f"{GUARD} the package {QUANT_METHOD}: its README, or the model's card, says how to install it"
 
 
 def made_with(model: PreTrainedModel) -> SparsityConfig | None:
@@ -70,7 +72,7 @@ def guard_packed(folder: Path, config: PreTrainedConfig) -> None:
     text = config.get_text_config(decoder=True)
     parts = (settings[name] for name in config.sub_configs if name in settings and getattr(config, name) is text)
     for part in (settings, *parts):
-        part[_WEIGHTS_ENTRY] = GUARD
+        part[_WEIGHTS_ENTRY] = _GUARD
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -78,7 +80,7 @@ def drop_guard(settings: dict[str, Any]) -> None:
     """Takes out of what a `config.json` holds, or the attributes of a config, what `guard_packed` put there."""
     for part in (settings, *settings.values()):
         values = vars(part) if isinstance(part, PreTrainedConfig) else part
-        if isinstance(values, dict) and values.get(_WEIGHTS_ENTRY) == GUARD:
+        if isinstance(values, dict) and str(values.get(_WEIGHTS_ENTRY)).startswith(GUARD):
             del values[_WEIGHTS_ENTRY]
 
 
