@@ -79,6 +79,15 @@ class PackedWeight(NamedTuple):
         scale = None if self.scale is None else self.scale.to(device)
         return self._replace(values=self.values.to(device), bits=self.bits.to(device), scale=scale, library=None)
 
+    def contiguous(self) -> PackedWeight:
+        """The weight with contiguous tensors, as native code reads them."""
+        scale = None if self.scale is None else self.scale.contiguous()
+        return self._replace(values=self.values.contiguous(), bits=self.bits.contiguous(), scale=scale)
+
+    def native(self) -> NativeWeight:
+        """The weight for native code, good as long as the tensors of this one, which must be contiguous, are there."""
+        return NativeWeight(self.values, self.bits, self.in_features, self.scale, self.group_size)
+
     def dense(self) -> torch.Tensor:
         """The weight [out, in], in plain PyTorch."""
         if self.scale is None:
@@ -325,9 +334,8 @@ def _why_not_native(problem: Problem) -> str | None:
 
 
 def _run_native(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    values, bits = weight.values.contiguous(), weight.bits.contiguous()
-    scale = None if weight.scale is None else weight.scale.contiguous()
-    return NativeWeight(values, bits, weight.in_features, scale, weight.group_size).linear(x, bias)
+    weight = weight.contiguous()
+    return weight.native().linear(x, bias)
 
 
 def _run_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -16,7 +16,6 @@ from transformers.utils import logging
 from ..checks import check_one_of
 from .cache import Timings, read_timings, write_timings
 from .candidates import KERNELS, Candidate, Config, PackedWeight, Problem, has_kernels
-from .cpu import NativeWeight
 from .library import library_form
 from .timing import rotations, sample_weights, time_calls
 
@@ -221,8 +220,7 @@ def _may_be_fastest(name: str, problem: Problem) -> bool:
 def _call(candidate: Candidate, x: torch.Tensor, weight: PackedWeight) -> Callable[[], torch.Tensor]:
     """What a layer calls: one that runs natively keeps its weight as native code takes it."""
     if candidate.kernel == "native":
-        native = NativeWeight(weight.values, weight.bits, weight.in_features, weight.scale, weight.group_size)
-        return functools.partial(native.linear, x, None)
+        return functools.partial(weight.native().linear, x, None)
     return functools.partial(candidate.run, x, weight, None)
 
 

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from ..packing import unpack, unpack_mask
-from ..quantization import dequantize
+from ..packing import unpack_mask
 from .candidates import GROUPS, KERNELS, PackedWeight, Problem, aligned
 from .cpu import NativeWeight, multiplies_in
 from .dispatch import choose
@@ -34,11 +33,11 @@ def decompress(
         from .triton.dense import decompress
 
         return decompress(aligned(values), aligned(bits), in_features, GROUPS[pattern])
+    weight = PackedWeight(values, bits, in_features, pattern, None, scale, group_size)
     if _is_native(values, scale):
-        return _native(values, bits, in_features, scale, group_size).dense()
-    if scale is not None:
-        return dequantize(values, bits, in_features, scale, group_size)
-    return unpack(values, bits, in_features)
+        weight = weight.contiguous()
+        return weight.native().dense()
+    return weight.dense()
 
 
 @decompress.register_fake
@@ -65,9 +64,10 @@ def grad_input(
 ) -> torch.Tensor:
     """grad·W: grad [..., out] to [..., in_features]."""
     if gains_natively(values, grad.dtype, scale):
-        return _native(values, bits, in_features, scale, group_size).grad_input(grad)
-    weight = decompress(values, bits, in_features, pattern, scale, group_size)
-    return mm(grad.reshape(-1, grad.shape[-1]), weight).view(*grad.shape[:-1], in_features)
+        weight = PackedWeight(values, bits, in_features, pattern, None, scale, group_size).contiguous()
+        return weight.native().grad_input(grad)
+    dense = decompress(values, bits, in_features, pattern, scale, group_size)
+    return mm(grad.reshape(-1, grad.shape[-1]), dense).view(*grad.shape[:-1], in_features)
 
 
 @grad_input.register_fake
@@ -82,8 +82,8 @@ def grad_values(
     """gradᵀ·x at the mask, in the shape of the values; grad [..., out], x [..., in]."""
     in_features = x.shape[-1]
     if gains_natively(values, grad.dtype):
-        sums = _native(values, bits, in_features).grad_values(grad, x)
-        return sums.view(values.shape).to(values.dtype)
+        weight = PackedWeight(values, bits, in_features, pattern).contiguous()
+        return weight.native().grad_values(grad, x).view(values.shape).to(values.dtype)
     full = mm(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, in_features))
     if _has_kernel(full, bits, in_features, pattern):
         from .triton.dense import gather
@@ -173,13 +173,9 @@ def differentiable(weight: PackedWeight) -> torch.Tensor:
 def native_weight(weight: PackedWeight, kernel: str) -> NativeWeight | None:
     """The weight for native code on the CPU, to be kept for one call after the other; None where something else
     computes it."""
-    values, bits, in_features, _, _, scale, group_size = weight
-    tensors = (values, bits) if scale is None else (values, bits, scale)
-    if not values.is_cpu or not values.numel() or not all(tensor.is_contiguous() for tensor in tensors):
-        return None
-    if choose(weight, 1, kernel).kernel != "native":
-        return None
-    return NativeWeight(values, bits, in_features, scale, group_size)
+    tensors = [tensor for tensor in (weight.values, weight.bits, weight.scale) if tensor is not None]
+    usable = weight.values.is_cpu and weight.values.numel() and all(tensor.is_contiguous() for tensor in tensors)
+    return weight.native() if usable and choose(weight, 1, kernel).kernel == "native" else None
 
 
 def _compute(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, kernel: str) -> torch.Tensor:
@@ -205,13 +201,6 @@ def _has_kernel(values: torch.Tensor, bits: torch.Tensor, in_features: int, patt
 def _is_native(values: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
     problem = Problem(1, 1, 1, "", values.dtype if scale is None else scale.dtype, values.device)
     return values.numel() > 0 and KERNELS["native"].why_not(problem) is None
-
-
-def _native(
-    values: torch.Tensor, bits: torch.Tensor, in_features: int, scale: torch.Tensor | None = None, group_size: int = 0
-) -> NativeWeight:
-    scale = None if scale is None else scale.contiguous()
-    return NativeWeight(values.contiguous(), bits.contiguous(), in_features, scale, group_size)
 
 
 def gains_natively(values: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None) -> bool:

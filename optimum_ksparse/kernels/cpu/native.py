@@ -115,6 +115,8 @@ class NativeWeight:
                 f"bits are {bits.dtype} {list(bits.shape)} on {bits.device}, not of {in_features} columns"
             )
         self.in_features, self.dtype = in_features, values.dtype if scale is None else scale.dtype
+        if not (values.is_contiguous() and bits.is_contiguous()):
+            raise ValueError("native code takes contiguous values and bits: pass those of PackedWeight.contiguous()")
         if scale is not None:
             _check_scale(scale, values, (self.out_features, in_features), group_size)
         halves = 2 if values.dtype is torch.uint8 else 1

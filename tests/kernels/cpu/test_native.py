@@ -173,6 +173,27 @@ def test_input_that_is_not_contiguous():
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_a_weight_that_is_not_contiguous(pattern):
+    sparse, grad, x = layer(torch.float32, pattern, out=64), torch.randn(64, 64), torch.randn(64, 64)
+    values, bits = sparse.weight.detach(), sparse.weight_mask
+    apart = [torch.stack([tensor, tensor], -1)[..., 0] for tensor in (values, bits)]
+    assert not any(tensor.is_contiguous() for tensor in apart)
+    for _ in range(20):  # memory that was freed too early is overwritten now and then alone
+        assert torch.equal(operators.decompress(*apart, 64, pattern), sparse.to_dense_weight())
+        torch.testing.assert_close(
+            operators.grad_input(grad, *apart, 64, pattern), operators.grad_input(grad, values, bits, 64, pattern)
+        )
+        torch.testing.assert_close(
+            operators.grad_values(grad, x, *apart, pattern), operators.grad_values(grad, x, values, bits, pattern)
+        )
+        torch.testing.assert_close(
+            operators.linear(x, *apart, None, 64, pattern), operators.linear(x, values, bits, None, 64, pattern)
+        )
+    with pytest.raises(ValueError, match="contiguous"):
+        NativeWeight(*apart, 64)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
 @torch.no_grad()
 def test_what_is_written_into_a_layer_is_seen(pattern):
     sparse, x = layer(torch.float32, pattern), torch.randn(3, 64)
