@@ -10,7 +10,11 @@ from mkdocs.structure.files import File
 
 DOCS = Path(__file__).parent
 _LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(\.\./([^)#]+)\)")
-_UNTRANSLATED = '!!! note "이 페이지는 아직 번역되지 않아 영어로 보여 드립니다."\n\n'
+_FIGURE = re.compile(r"^(!\[[^\]]*\]\(([^)]+)\))$", re.M)
+_UNTRANSLATED = (
+    '<div class="admonition note"><p class="admonition-title">'
+    '이 페이지는 아직 번역되지 않아 영어로 보여 드립니다.</p></div><div lang="en">{}</div>'
+)
 
 
 def _served(path: str) -> str:
@@ -30,17 +34,21 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """Links to files of the repository lead to their copies, those to its folders are text."""
+    """Links to files of the repository lead to their copies, those to its folders are text; figures open full size."""
 
     def moved(link: re.Match[str]) -> str:
         text, path = link.groups()
         return f"[{text}]({_served(path)})" if (DOCS.parent / path).is_file() else text
 
-    markdown = _LINK.sub(moved, markdown)
+    return _FIGURE.sub(r"[\1](\2)", _LINK.sub(moved, markdown))
+
+
+def on_page_content(html: str, page: Any, config: Any, **_: Any) -> str:
+    """A page that is not translated says so, and that it is in English."""
     language = config.theme["language"]
     if language != "en" and f".{language}" not in PurePosixPath(page.file.src_uri).suffixes:
-        return _UNTRANSLATED + markdown
-    return markdown
+        return _UNTRANSLATED.format(html)
+    return html
 
 
 def on_post_build(config: Any) -> None:

@@ -4,6 +4,7 @@ what MkDocs finds."""
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,16 @@ def test_a_readme_is_short_and_begins_with_its_two_commands(readme: Path) -> Non
     assert len(text.encode()) <= 8192
     first = re.search(r"^```bash\n(.*?)^```$", text, re.M | re.S)
     assert first and [line.split()[:2] for line in first[1].splitlines()] == [["make", "demo"], ["make", "test"]]
+
+
+@pytest.mark.parametrize("page", [*READMES, *PAGES], ids=lambda page: page.name)
+def test_a_page_has_headings_in_order_and_figures_of_its_own_with_words_for_them(page: Path) -> None:
+    text = _CODE.sub("", page.read_text(encoding="utf-8"))
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.M)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    for words, path in re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", text):
+        assert words.strip() and not re.match(r"[a-z]+:|//", path), path
 
 
 def test_every_page_is_in_the_navigation() -> None:
