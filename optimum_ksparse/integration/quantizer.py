@@ -33,6 +33,7 @@ from ..checkpoint import (
 from ..checkpoint.bitmask import BESIDE, check_targets, compressed_state_dict, read_layers, renamings
 from ..config import FOREIGN_RECORD, MODULE_NAMES, ForeignConfig, SparsityConfig
 from ..hub import tag_model
+from ..nn import compute_by_torch, compute_natively
 from ..pruning.recognition import NotSparseError
 from ..records import COMPRESSED_TENSORS, sparse_format
 from .parallel import prepare_parallel
@@ -131,6 +132,8 @@ class SparsityQuantizer(HfQuantizer):
         elif isinstance(self.quantization_config, ForeignConfig) and not self.quantization_config.layers:
             self.remove_quantization_config(model)  # dense weights, with zeros in them
             self._recognise(model)
+        elif sparse_modules(model):
+            compute_natively(model)
         # Its weights have an ordinary dtype: `half` and `float` cast them as those of any other model.
         model.is_quantized = False  # type: ignore[assignment]
         return model
@@ -174,6 +177,7 @@ class SparsityQuantizer(HfQuantizer):
             replace_module(model, name, dense)
         if stacks:
             model.set_experts_implementation(model.get_correct_experts_implementation(None))  # its own choice
+        compute_by_torch(model)
         facts = facts_of(model)
         facts.forget()
         facts.is_dequantized = True

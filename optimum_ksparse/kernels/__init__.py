@@ -6,7 +6,7 @@ kernels, which are imported when they first run.
 """
 
 from .candidates import GROUPS, KERNELS, Candidate, PackedWeight, Problem, has_kernels
-from .cpu import NativeWeight, why_not_native
+from .cpu import NativeWeight, most_dense_tokens, whole_mask, why_not_native
 from .dispatch import BUCKETS, DENSE, bucket, choose, forget, measure, measured, prepare, time_dense, time_kernels
 from .hardware import describe_device, why_no_kernels
 from .library import library_form, shared_values

@@ -30,6 +30,9 @@ _INTEGERS = {torch.int8: 3, torch.uint8: 4}  # the latter two integers of 4 bits
 # On a CPU with fast products in 16 bit, from so many tokens on torch's take less time; bytes of a panel of dense rows.
 _PANEL_TOKENS, _PANEL_BYTES = 96, 4 << 20
 
+# Units on which products with dense weights were measured to take less time than torch's.
+_DENSE_UNITS = ("avx512bf16", "avx512", "avx2")
+
 _WRONG_MASK = 2  # of `enum failure`
 
 _pointer, _int32, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -90,12 +93,28 @@ def unit_name() -> str:
     return _loaded().name
 
 
+def most_dense_tokens(dtype: torch.dtype) -> int:
+    """Up to how many tokens a product with a dense weight takes less time here than in torch; 0 where it does not, or
+    where that was not measured (`examples/benchmarks/cpu_speed.py`)."""
+    if dtype not in DTYPES or why_not_native() is not None or unit_name() not in _DENSE_UNITS:
+        return 0
+    return 4 if multiplies_in(dtype) else 16
+
+
+@functools.cache
+def whole_mask(out_features: int, in_features: int) -> torch.Tensor:
+    """The mask of a dense weight: one row of bits for all, [out, ceil(in / 8)] uint8 with a stride of 0."""
+    bits = torch.full((-(-in_features // 8),), 255, dtype=torch.uint8, device="cpu")
+    bits[in_features // 8 :] = (1 << in_features % 8) - 1
+    return bits.expand(out_features, -1)
+
+
 class NativeWeight:
     """A packed weight (table in `packing`) as the library takes it. It holds addresses, not tensors: good as long as
     the tensors are there, and `is_of` says that they are the same.
 
     Args:
-        values, bits: contiguous, on the CPU. in_features: of the weight.
+        values, bits: contiguous, on the CPU; of a dense weight [out, in] its `whole_mask`. in_features: of the weight.
         scale, group_size: of values that are integers (table in `quantization`); contiguous, on the CPU. The layer's
             dtype is that of the scale.
     """
@@ -115,7 +134,8 @@ class NativeWeight:
                 f"bits are {bits.dtype} {list(bits.shape)} on {bits.device}, not of {in_features} columns"
             )
         self.in_features, self.dtype = in_features, values.dtype if scale is None else scale.dtype
-        if not (values.is_contiguous() and bits.is_contiguous()):
+        is_shared = bits.stride() == (0, 1)  # by all rows
+        if not (values.is_contiguous() and (is_shared or bits.is_contiguous())):
             raise ValueError("native code takes contiguous values and bits: pass those of PackedWeight.contiguous()")
         if scale is not None:
             _check_scale(scale, values, (self.out_features, in_features), group_size)
@@ -131,7 +151,7 @@ class NativeWeight:
             per_row,
             self.out_features,
             in_features,
-            row_bytes,
+            0 if is_shared else row_bytes,
             DTYPES[values.dtype] if scale is None else _INTEGERS[values.dtype],
             DTYPES[self.dtype],
             None if scale is None else scale.data_ptr(),

@@ -150,4 +150,13 @@ static __attribute__((noinline)) int are_alike(const uint8_t *bits, int64_t word
 }
 #define expand_alike expand_alike
 
+/* 8 weights of a row without zeros. */
+static inline void load_whole(int32_t dtype, const void *values, vec *weights) {
+    const __m128i eight = _mm_loadu_si128(values);
+    if (dtype == FLOAT32) weights[0] = _mm256_loadu_ps(values);
+    else if (dtype == FLOAT16) weights[0] = _mm256_cvtph_ps(eight);
+    else weights[0] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
+}
+#define load_whole load_whole
+
 #include "product.h"

@@ -67,7 +67,7 @@ INLINE const char *readable_integers(const struct weight *w, int64_t offset, int
 INLINE void load_span(int to_bytes, const struct weight *w, int64_t row, int64_t column, int64_t columns, int64_t offset,
                       struct span *span) {
     const int64_t left = w->in_features - column, words = ((left < columns ? left : columns) + 63) / 64;
-    const int64_t bytes = w->row_bytes - column / 8, group = column ? column / w->group_size : 0; /* it takes time */
+    const int64_t bytes = mask_left(w, column), group = column ? column / w->group_size : 0; /* it takes time */
     const void *scales = (const char *)w->scales + (row * w->groups + group) * size_of(w->x_dtype);
     const int64_t groups = w->groups - group < MOST_GROUPS ? w->groups - group : MOST_GROUPS;
     span->words = words, span->in_group = w->group_size / 64;

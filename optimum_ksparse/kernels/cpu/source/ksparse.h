@@ -15,7 +15,7 @@ typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void 
 
 /* A packed weight (table in `packing.py`): values, row-major; bits [out, row_bytes], little-endian; row r begins at
  * value starts[r], or at r * per_row where starts is NULL. Nothing is read beyond values[num_values], whatever the
- * bits say.
+ * bits say. Where row_bytes is 0 all rows have the bits of the first one, as those of a dense weight.
  *
  * Values may be integers; INT4 are two in a byte, the lower half first, and behind those of a row of n:m, or behind the
  * last of other ones, half a byte may be unused: per_row and num_values count it. An integer times the scale

@@ -15,6 +15,7 @@
  *   expand_alike(dtype, values, word, vec weights[64 / LANES]), are_alike(bits, words): only where it is faster to know
  *                   that each byte of the mask keeps 4. The first of 64 columns, of any dtype but pairs; INT4 and INT8 as
  *                   `expand_int8` or as integers are
+ *   load_whole(dtype, values, vec weights[STEP / LANES]): only where it is faster than to expand what a mask keeps whole
  *   v_dot(a, b, sum), expand_pairs(values, mask, vec weights[STEP / LANES / 2]): only where the instruction set
  *                   multiplies pairs of bfloat16: each lane holds two, and so does each lane of x
  *   expand_integer_pairs(halves, values, odd, word, vec weights[64 / LANES / 2]), order_pairs(x): where that is the
@@ -131,6 +132,9 @@ INLINE uint64_t load_bits(const uint8_t *bits, int64_t bytes) {
     return word;
 }
 
+/* How many bytes of a row's mask there are from a column on. */
+INLINE int64_t mask_left(const struct weight *w, int64_t column) { return (w->in_features + 7) / 8 - column / 8; }
+
 /* Where the values from `offset` on may be read STEP at a time: in place, or, near the end of them, a copy. */
 INLINE const char *readable(const struct weight *w, int32_t dtype, int64_t offset, char *copy) {
     const int64_t size = size_of(dtype), left = w->num_values - offset;
@@ -184,7 +188,7 @@ INLINE int64_t rows_to_ask(const struct weight *w, int64_t row, int64_t end) {
 /* Whether each byte of the mask of these rows keeps 4, as those of 2:4 and 4:8 do, where that helps. */
 INLINE int all_alike(const struct weight *w, int64_t row, int64_t rows) {
 #ifdef expand_alike
-    return w->in_features % 64 == 0 && are_alike(w->bits + row * w->row_bytes, rows * w->row_bytes / 8);
+    return w->row_bytes && w->in_features % 64 == 0 && are_alike(w->bits + row * w->row_bytes, rows * w->row_bytes / 8);
 #else
     (void)w, (void)row, (void)rows;
     return 0;
@@ -217,8 +221,22 @@ INLINE void alike_rows(int32_t dtype, int rows, int tokens, const struct product
 #endif
 }
 
-/* sums[rows][tokens] of a few rows, whose steps alternate, so that each load of x serves them all. */
-INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *p, int64_t row, float *out) {
+/* STEP weights, and how many of them there were; `whole`: their mask keeps all. */
+INLINE int64_t next_weights(int32_t dtype, int whole, const char *values, mask_t mask, vec *weights) {
+#ifdef load_whole
+    if (whole) {
+        load_whole(dtype, values, weights);
+        return STEP;
+    }
+#endif
+    (void)whole;
+    expand(dtype, values, mask, weights);
+    return count_bits(mask);
+}
+
+/* sums[rows][tokens] of a few rows, whose steps alternate, so that each load of x serves them all. `whole`: they have no
+ * zeros. */
+INLINE void few_rows(int32_t dtype, int rows, int tokens, int whole, const struct product *p, int64_t row, float *out) {
     const struct weight *w = &p->w;
     const int64_t size = size_of(dtype), stride = p->stride / in_lane(dtype);
     const char *values = w->values;
@@ -233,14 +251,13 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
     int64_t column = 0;
     for (; column + 64 <= w->in_features && last_of(offset, rows) + 64 <= w->num_values; column += 64) {
         for (int r = 0; r < rows; r++) {
-            for (int64_t line = 0; line < 32 * size; line += 64)
+            for (int64_t line = 0; line < (whole ? 64 : 32) * size; line += 64)
                 __builtin_prefetch(values + offset[r] * size + soon + line);
             uint64_t word = load_bits(bits[r] + column / 8, 8);
             for (int step = 0; step < 64 / STEP; step++) {
                 mask_t mask = step_mask(word, step);
                 vec weights[PARTS];
-                expand(dtype, values + offset[r] * size, mask, weights);
-                offset[r] += count_bits(mask);
+                offset[r] += next_weights(dtype, whole, values + offset[r] * size, mask, weights);
                 multiply(dtype, tokens, parts, chains, step * parts, p->x + (column + step * STEP) / in_lane(dtype), stride,
                          weights, sums + r * chains * tokens);
             }
@@ -250,7 +267,7 @@ INLINE void few_rows(int32_t dtype, int rows, int tokens, const struct product *
         for (int r = 0; r < rows; r++) {
             char copy[STEP * 4] = {0};
             vec weights[PARTS];
-            mask_t mask = step_mask(load_bits(bits[r] + column / 8, w->row_bytes - column / 8), 0);
+            mask_t mask = step_mask(load_bits(bits[r] + column / 8, mask_left(w, column)), 0);
             expand(dtype, readable(w, dtype, offset[r], copy), mask, weights);
             offset[r] += count_bits(mask);
             multiply(dtype, tokens, parts, chains, 0, p->x + column / in_lane(dtype), stride, weights,
@@ -270,7 +287,7 @@ INLINE void finish(int32_t dtype, const struct product *p, int64_t row, int64_t 
 
 INLINE void few_of(int32_t dtype, int tokens, const struct product *p, int64_t begin, int64_t end) {
     /* Rows alternate where x does not stay in the first cache. */
-    const int together = tokens == 1 && p->w.in_features > 6144 ? 4 : 1;
+    const int together = tokens == 1 && p->w.row_bytes && p->w.in_features > 6144 ? 4 : 1;
     float sums[4 * FEW];
     int64_t row = begin, asked = begin;
     int alike = 0;
@@ -284,9 +301,10 @@ INLINE void few_of(int32_t dtype, int tokens, const struct product *p, int64_t b
         }
         const int at_end = row_start(&p->w, row) + (rows + 2) * (p->w.in_features / 2) > p->w.num_values;
         if (rows == 4 && alike && !at_end) alike_rows(dtype, 4, 1, p, row, sums);
-        else if (rows == 4) few_rows(dtype, 4, 1, p, row, sums);
+        else if (rows == 4) few_rows(dtype, 4, 1, 0, p, row, sums);
         else if (alike && !at_end) alike_rows(dtype, 1, tokens, p, row, sums);
-        else few_rows(dtype, 1, tokens, p, row, sums);
+        else if (!p->w.row_bytes) few_rows(dtype, 1, tokens, 1, p, row, sums);
+        else few_rows(dtype, 1, tokens, 0, p, row, sums);
         for (int r = 0; r < rows; r++)
             for (int token = 0; token < tokens; token++) finish(dtype, p, row + r, token, sums[r * tokens + token]);
         row += rows;
@@ -373,7 +391,7 @@ INLINE int64_t expand_row(int32_t dtype, const struct weight *w, int64_t row, in
     }
     for (; column < end; column += STEP) {
         char copy[STEP * 4] = {0};
-        mask_t mask = step_mask(load_bits(bits + column / 8, w->row_bytes - column / 8), 0);
+        mask_t mask = step_mask(load_bits(bits + column / 8, mask_left(w, column)), 0);
         expand(dtype, readable(w, dtype, offset, copy), mask, weights);
         offset += count_bits(mask);
         for (int part = 0; part < parts; part++, out += LANES) v_store(out, weights[part]);
@@ -487,7 +505,7 @@ INLINE void many_rows(int32_t dtype, int vectors, const struct product *p, int64
         for (int64_t column = 0; column < w->in_features; column += 64)
             for (int r = 0; r < rows; r++) {
                 const uint8_t *bits = w->bits + (row + r) * w->row_bytes + column / 8;
-                const uint64_t word = load_bits(bits, w->row_bytes - column / 8);
+                const uint64_t word = load_bits(bits, mask_left(w, column));
                 __builtin_prefetch(values + offset[r + AHEAD] * size);
                 __builtin_prefetch(values + offset[r + AHEAD] * size + 64);
                 __builtin_prefetch(bits + AHEAD * w->row_bytes);
@@ -562,7 +580,7 @@ INLINE void transpose_tile(int32_t dtype, const struct product *p, int64_t row, 
     const int64_t size = size_of(dtype);
     for (int r = 0; r < 64 && row + r < w->out_features; r++) {
         const uint8_t *bits = w->bits + (row + r) * w->row_bytes + column / 8;
-        rows[r] = load_bits(bits, w->row_bytes - column / 8);
+        rows[r] = load_bits(bits, mask_left(w, column));
         if (offset[row + r] + __builtin_popcountll(rows[r]) > w->num_values) {
             *p->failed = WRONG_MASK;
             rows[r] = 0;
@@ -675,7 +693,7 @@ INLINE void correlate(int32_t dtype, int vectors, const struct product *p, int64
         for (int64_t column = 0; column < w->in_features; column += 64)
             for (int r = 0; r < rows; r++) {
                 const uint8_t *bits = w->bits + (row + r) * w->row_bytes + column / 8;
-                const uint64_t word = load_bits(bits, w->row_bytes - column / 8);
+                const uint64_t word = load_bits(bits, mask_left(w, column));
                 const int count = __builtin_popcountll(word);
                 __builtin_prefetch((float *)p->y + offset[r + AHEAD]);
                 __builtin_prefetch((float *)p->y + offset[r + AHEAD] + 16);
@@ -714,7 +732,7 @@ INLINE int64_t expand_halves(const struct weight *w, int64_t row, uint16_t *out)
         char copy[STEP * 2] = {0};
         uint16_t rest[STEP];
         const int64_t left = w->in_features - column;
-        mask_t mask = step_mask(load_bits(bits + column / 8, w->row_bytes - column / 8), 0);
+        mask_t mask = step_mask(load_bits(bits + column / 8, mask_left(w, column)), 0);
         expand_2_bytes(readable(w, BFLOAT16, offset, copy), mask, left < STEP ? rest : out + column);
         if (left < STEP) memcpy(out + column, rest, left * sizeof(uint16_t));
         offset += count_bits(mask);
