@@ -95,6 +95,27 @@ def _values(out: int, in_: int, pattern: str) -> Row:
     return row
 
 
+def dense() -> Tasks:
+    """Few tokens through dense weights, the heads of models among them: native code beside torch's two products."""
+    shapes = [(262144, 640), (151936, 896), (32000, 2048), (4096, 4096)]
+    for (out, in_), dtype, tokens in itertools.product(shapes, DTYPES, (1, 2, 4, 16)):
+        key = {"shape": [out, in_], "dtype": str(dtype)[6:], "tokens": tokens}
+        yield key, functools.partial(_dense, Problem(out, in_, tokens, "", dtype, CPU))
+
+
+def _dense(problem: Problem) -> Row:
+    row: Row = {}
+    for name, with_onednn in (("torch", True), ("torch, oneDNN off", False)):
+        with torch.backends.mkldnn.flags(enabled=with_onednn):
+            row[name] = kernels.time_dense(problem)
+    shape = problem.out_features, problem.in_features
+    x = torch.randn(problem.tokens, problem.in_features).to(problem.dtype)
+    weights = [torch.randn(shape).to(problem.dtype) for _ in range(rotations(problem.dense_bytes, CPU))]
+    native = [NativeWeight(weight, kernels.whole_mask(*shape), problem.in_features) for weight in weights]
+    row["native"] = time_calls([functools.partial(one.linear, x, None) for one in native], CPU)
+    return row
+
+
 def backward() -> Tasks:
     """Gradients of the input and of the weight, packed, beside dense float32."""
     shapes = [(2048, 640), (640, 2048), (4096, 4096)]
@@ -150,9 +171,9 @@ def _all(weights: list[NativeWeight], x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def whole_models(name: str) -> Tasks:
-    """Dense and packed (2:4), in float32 and bfloat16, the latter without oneDNN too: for one token torch's own dense
+    """Dense and packed (2:4), in float32 and bfloat16, the former without oneDNN too: for one token torch's own dense
     product may be the faster one, and for many it is the slower one by far."""
-    half = ("dense, oneDNN off", 0), ("dense", 0), ("packed", 0), ("packed, oneDNN off", 0)
+    half = ("dense, oneDNN off", 0), ("dense", 0), ("packed", 0)
     for kind, dtype in (("dense", 1), *half, ("packed", 1), ("packed int8", 0), ("packed int4", 0)):
         key = {"model": name, "kind": kind, "dtype": str(DTYPES[dtype])[6:]}
         yield key, functools.partial(_whole_model, name, kind, DTYPES[dtype])
@@ -282,6 +303,7 @@ PARTS: dict[str, tuple[str, Callable[[], Tasks]]] = {
     "layers-float16": ("layers", lambda: layers([(2048, 640), (4096, 4096)], DTYPES[2:], (1, 16, 256))),
     "layers-large": ("layers", large_layers),
     "values": ("values", values),
+    "dense": ("dense", dense),
     "backward": ("backward", backward),
     "calls": ("calls", calls),
     "fusing": ("fusing", fusing),

@@ -11,7 +11,6 @@ KINDS = {
     "dense": "#9aa5b1",
     "dense, oneDNN off": "#5b6570",
     "packed": "#1f6feb",
-    "packed, oneDNN off": "#0b3d91",
     "packed int8": "#2da44e",
     "packed int4": "#8250df",
     "llama.cpp": "#d1702c",
@@ -27,7 +26,6 @@ WORDS = {
         "dense": "dense {dtype}",
         "dense, oneDNN off": "dense {dtype}, oneDNN off",
         "packed": "**packed 2:4 {dtype}**",
-        "packed, oneDNN off": "**packed 2:4 {dtype}**, oneDNN off",
         "packed int8": "**packed 2:4 int8** in {dtype}",
         "packed int4": "**packed 2:4 int4** in {dtype}",
         "llama.cpp": "llama.cpp {dtype}",
@@ -41,7 +39,6 @@ WORDS = {
         "dense": "밀집 {dtype}",
         "dense, oneDNN off": "밀집 {dtype}, oneDNN 없이",
         "packed": "**압축 2:4 {dtype}**",
-        "packed, oneDNN off": "**압축 2:4 {dtype}**, oneDNN 없이",
         "packed int8": "**압축 2:4 int8**, {dtype}",
         "packed int4": "**압축 2:4 int4**, {dtype}",
         "llama.cpp": "llama.cpp {dtype}",
@@ -133,6 +130,11 @@ def write_table(results: dict[str, Any], path: Path) -> None:
         ["{} x {}".format(*row["shape"]), *_cells([row], ["pattern", *keys])[0]] for row in results.get("values", [])
     ]
     lines += _markdown(["one token, out x in", "pattern", *names], cells)
+    keys = ["dtype", "tokens", "torch", "torch, oneDNN off", "native"]
+    names = [*keys[:2], *(f"{key} µs" for key in keys[2:])]
+    some = results.get("dense", [])
+    cells = [["{} x {}".format(*row["shape"]), *_cells([row], keys)[0]] for row in some]
+    lines += _markdown(["dense, out x in", *names], cells)
     rows = results.get("backward", [])
     cells = [[*_product(row), row["of"], row["packed_us"], row["dense_float32_us"]] for row in rows]
     head = [*head[:4], "gradient of the", *head[4:6], "× float32"]
