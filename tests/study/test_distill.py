@@ -337,6 +337,15 @@ def test_a_run_comes_nearer_to_the_teacher_and_keeps_zeros_and_embeddings(folder
     assert "with `DistillTrainer`: 20 steps" in card and "no record" not in card
 
 
+def test_buffers_stay_as_they_are(folders, tokenizer, settings, tmp_path):
+    """Of a bfloat16 model some are float32, such as the biases of DeepSeek's routers and rotary frequencies."""
+    trainer = make_trainer(folders[1], tokenizer, settings(), tmp_path)
+    trainer.restore_dtypes()
+    before = dict(load(folders[1]).named_buffers())
+    assert any(buffer.dtype is torch.float32 for buffer in before.values())
+    torch.testing.assert_close(dict(trainer.model.named_buffers()), before, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_cut_off_goes_on_with_the_same_curve(folders, settings, tmp_path, monkeypatch):
     texts = tmp_path / "texts.txt"

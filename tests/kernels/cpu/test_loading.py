@@ -17,6 +17,13 @@ from optimum_ksparse.kernels.cpu import build, loading, native, why_not_native
 
 pytestmark = pytest.mark.skipif(why_not_native() is not None, reason=f"no native code here: {why_not_native()}")
 
+
+@pytest.fixture(autouse=True)
+def no_unit_is_named(monkeypatch) -> None:
+    """Whatever unit the tests are run with."""
+    monkeypatch.delenv(loading.UNIT_VARIABLE, raising=False)
+
+
 # $OUT is the word behind -o.
 SCRIPT = """#!/bin/sh
 echo "$@" >> {log}

@@ -3,7 +3,9 @@ which the teacher is in memory, or served, at every step; here the text is given
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ class DistillTrainer(TaskTrainer):
         texts = None if settings.texts is None else describe_texts(settings.texts)
         self.described = {**record, "learning_rate": settings.learning_rate, "texts": texts}
         logits = TeacherLogits(Path(settings.cache or Path(arguments["output_dir"], "teacher")), record)
-        self.dtype, self.dtypes = model.dtype, {name: tensor.dtype for name, tensor in model.named_parameters()}
+        self.dtype, self.dtypes = model.dtype, {name: tensor.dtype for name, tensor in _tensors(model)}
         if settings.method == "full":
             model.float()
         tuned = add_adapter(model, settings, "CAUSAL_LM")
@@ -135,20 +137,26 @@ class DistillTrainer(TaskTrainer):
         return {"tokens": steps * self.settings.batch_size * self.data.seq_len}
 
     def restore_dtypes(self) -> None:
-        """Gives each weight the dtype that it came with."""
+        """Gives each weight and buffer the dtype that it came with."""
         if self.settings.method == "full":
             others = {
-                name: parameter.detach().to(self.dtypes[name])
-                for name, parameter in self.model.named_parameters()
+                name: tensor.detach().to(self.dtypes[name])
+                for name, tensor in _tensors(self.model)
                 if self.dtypes[name] != self.dtype
             }
             self.model.to(self.dtype)
-            for name, values in others.items():
-                self.model.get_parameter(name).data = values
+            for name, tensor in _tensors(self.model):
+                if name in others:
+                    tensor.data = others[name]
 
     def save(self, folder: Path) -> None:
         self.restore_dtypes()  # a run that was cut off while it was saved has not trained again
         super().save(folder)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name."""
+    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 class _Restore(TrainerCallback):
