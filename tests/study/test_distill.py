@@ -321,6 +321,7 @@ def test_a_run_comes_nearer_to_the_teacher_and_keeps_zeros_and_embeddings(folder
     distances = [F.kl_div(x, p, log_target=True, reduction="sum") for x in (q, r)]
     assert distances[1] < 0.9 * distances[0]
     before, after = load(folders[1]), load(output)
+    assert after.config.use_cache == before.config.use_cache
     assert {p.dtype for p in after.parameters()} == {torch.bfloat16}
     assert torch.equal(after.get_input_embeddings().weight, before.get_input_embeddings().weight)
     assert not torch.equal(after.model.norm.weight, before.model.norm.weight)

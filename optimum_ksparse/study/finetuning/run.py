@@ -112,6 +112,7 @@ def finetune(
             names = ("trust_remote_code",) if tokenizer else ("trust_remote_code", "revision")
             remote = {name: loading[name] for name in names if name in loading}
             tokenizer = read_tokenizer(tokenizer or base["base"], **remote)
+        use_cache = getattr(model.config, "use_cache", None)  # `Trainer` turns it off
         trainer = settings.trainer_class()(model, tokenizer, settings, trainer_arguments(settings, output))
         chosen = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _UNRECORDED}
         job = {"task": trainer.task, **base, **chosen, **trainer.described, "num_processes": trainer.args.world_size}
@@ -120,6 +121,8 @@ def finetune(
         if (record := _finished(Path(output), job, overwrite=overwrite)) is not None:
             return record
         log = _train(trainer, job, resume=resume)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
         if not trainer.is_world_process_zero():
             return {}
         with staged(output, gone=(TUNING_NAME, RESULTS_NAME)) as staging:
