@@ -68,8 +68,8 @@ def merge_adapter(
 
     Returns:
         The model without PEFT. `model.ksparse.merge` says what happened; it is saved with the model. Results measured
-        before are no longer those of this model and are dropped. Layers that ran as one product, or kept a second
-        form, do so no longer: `configure` the model again.
+        before are no longer those of this model and are dropped. Layers that kept a second form of their weight do so
+        no longer: call `model.autotune_kernels()` again.
 
     Raises:
         TypeError, ValueError: a setting is wrong, or these adapters cannot be merged; nothing has been changed. On

@@ -14,7 +14,7 @@ from ..checkpoint.model_class import class_for_source
 from ..checkpoint.staging import check_apart, check_output, recover
 from ..checks import check_integer
 from ..config import FOREIGN_RECORD, SparsityConfig, recorded_settings
-from ..data import find_file, usual_context
+from ..data import find_file, hub_arguments, usual_context
 from ..data.dataset import holds
 from ..hub import card_of_source
 from ..pruners import METHODS
@@ -87,12 +87,12 @@ def prune_checkpoint(
     _check_arguments(config, loading)
     with joined() as processes:
         processes.once(lambda: _check_folders(source, output, config, overwrite))
-        commit = None if os.path.isdir(source) else processes.once(lambda: commit_of(source, **_hub(loading)))
+        commit = None if os.path.isdir(source) else processes.once(lambda: commit_of(source, **loading))
         if commit is not None:  # for as long as the run takes, whatever is pushed meanwhile
             loading["revision"] = commit
-        files = processes.once(lambda: find_weight_files(source, **_hub(loading)))  # one downloads them for all
+        files = processes.once(lambda: find_weight_files(source, **loading))  # one downloads them for all
         if not processes.is_main:
-            files = find_weight_files(source, **_hub(loading))
+            files = find_weight_files(source, **loading)
         made, earlier = _check_source(source, config, loading)
         model_class = model_class or class_for_source(source, **loading)
         config = config.fitted(usual_context(AutoConfig.from_pretrained(source, **loading)))
@@ -110,10 +110,6 @@ def prune_checkpoint(
         return CheckpointRun(read_from, config, Workspace(output, job), processes, place, limit, card)(
             resume, overwrite
         )
-
-
-def _hub(loading: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in loading.items() if name in _HUB_ARGUMENTS}
 
 
 def _check_folders(
@@ -145,7 +141,7 @@ def _check_source(
 ) -> tuple[SparsityConfig | None, SparsityReport | None]:
     """Of a sparse model of this package whose values are to be quantised, its settings and its report; None of any
     other source, which is dense or sparse by other means. Raises ValueError where it cannot be read so."""
-    values, _ = PreTrainedConfig.get_config_dict(source, **_hub(loading))
+    values, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments(loading))
     if values.get("transformers_weights") is not None:
         raise ValueError(
             f"the config of {source} names its own weight file ({values['transformers_weights']!r}), which cannot be "
@@ -165,7 +161,7 @@ def _check_source(
     made = SparsityConfig.from_dict(settings)
     if made.values is not None:
         raise ValueError(f"the values of {source} are {made.values} already: take the model that it was made from")
-    path = find_file(source, REPORT_NAME, **_hub(loading))
+    path = find_file(source, REPORT_NAME, **loading)
     return made, None if path is None else SparsityReport.load(path)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 
 import optimum_ksparse_autoload
 
 from ..checkpoint.model_class import class_for_config
 from ..config import QUANT_METHOD, RECORDED, SparsityConfig, recorded_settings
+from ..data import find_file
 from ..kernels import describe_device
 from ..records import REPORT_NAME, printable
 from ..report import SparsityReport
@@ -91,7 +92,7 @@ def inspect_checkpoint(
     layers = config.layers or {}
     hidden = ("quant_method", *RECORDED)
     settings = {name: value for name, value in config.to_dict().items() if name not in hidden}
-    path = cached_file(source, REPORT_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    path = find_file(source, REPORT_NAME, revision=revision)
     report = None if path is None else SparsityReport.load(path)
     num_parameters = (
         report.num_parameters if report is not None else _count_parameters(source, revision, trust_remote_code)

@@ -15,10 +15,14 @@ from ..kernels import fast_products
 
 def run_decoder(decoder: nn.Module, tokens: torch.Tensor) -> None:
     """Calls a decoder with token ids [batch, seq_len], without a cache."""
-    parameters = inspect.signature(decoder.forward).parameters
-    use_cache = {"use_cache": False} if "use_cache" in parameters or "kwargs" in parameters else {}
     with fast_products(decoder):
-        decoder(input_ids=tokens if tokens.is_meta else tokens.to(device_of(decoder)), **use_cache)
+        decoder(input_ids=tokens if tokens.is_meta else tokens.to(device_of(decoder)), **without_cache(decoder))
+
+
+def without_cache(decoder: nn.Module) -> dict[str, Any]:
+    """The argument of a decoder by which it keeps no keys and values; none where it takes no such one."""
+    parameters = inspect.signature(decoder.forward).parameters
+    return {"use_cache": False} if parameters.keys() & {"use_cache", "kwargs"} else {}
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import traceback
 import warnings
@@ -14,9 +15,10 @@ from typing import Any, ClassVar
 
 from ..checkpoint import facts_of
 from ..checkpoint.model_class import load_model
-from ..checkpoint.staging import recover
+from ..checkpoint.staging import check_output, recover, staged
+from ..data import save_tokenizer
 from ..evaluation import EvaluationProtocol, EvaluationResults, read_tuning
-from ..records import RESULTS_NAME, printable
+from ..records import HEAD_NAME, RESULTS_NAME, TUNING_NAME, printable
 from ..records.sources import check_no_token, redact
 from .errors import UsageError, describe_error
 from .hub import check_source, hub_access
@@ -102,6 +104,12 @@ class Command:
         """A line on standard error, without secrets and control characters."""
         print(redact(printable(text), self.args.token, os.environ.get("HF_TOKEN")), file=sys.stderr)
 
+    def save_tokenizer(self, source: str, folder: Path, output: str, **where: Any) -> None:
+        """Saves the tokenizer of a model, and the processor, in a folder; says where `output` then has none."""
+        if (error := save_tokenizer(source, folder, **where)) is not None:
+            reason = describe_error(error, self.flags, self.SWITCHES)
+            self.say(f"{output} has no tokenizer: none could be loaded from {source}: {reason}")
+
     @property
     def flags(self) -> dict[str, str]:
         """How the command line writes each setting."""
@@ -155,6 +163,20 @@ def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _strings(inner, name)
+
+
+def check_writable(output: str, reads: Sequence[object], overwrite: bool) -> None:
+    """`check_output`; and what cannot be written to is an error before the work, not after it."""
+    check_output(output, reads=reads, overwrite=overwrite)
+    with staged(output):
+        pass
+
+
+def copy_tuning(source: str, folder: Path) -> None:
+    """Copies from a local folder what says how its model was tuned, and the span head of one tuned on KorQuAD."""
+    for name in (TUNING_NAME, HEAD_NAME):
+        if os.path.isfile(os.path.join(source, name)):
+            shutil.copy(os.path.join(source, name), folder)
 
 
 def folder_of(checkpoint: str) -> Path:

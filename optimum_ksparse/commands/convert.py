@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -12,10 +10,8 @@ from ..api import prune_checkpoint
 from ..checkpoint import is_our_record, sparse_modules
 from ..checkpoint.staging import check_output, staged
 from ..config import CHOICES, FOREIGN_RECORD, SparsityConfig, recorded_settings
-from ..data import save_tokenizer
-from ..records import COMPRESSED_TENSORS, HEAD_NAME, TUNING_NAME
-from .base import LOADING_TEXTS, OVERWRITE, TRUST, Command, load_checkpoint
-from .errors import describe_error
+from ..records import COMPRESSED_TENSORS
+from .base import LOADING_TEXTS, OVERWRITE, TRUST, Command, copy_tuning, load_checkpoint
 
 _TEXTS = {
     "to": "packed; dense: zeros written out; compressed-tensors: as its versions up to 0.14 read it (default: packed)",
@@ -59,11 +55,7 @@ class ConvertCommand(Command):
         model.config.quantization_config.storage = storage
         where = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
         with staged(output) as folder:
-            if (error := save_tokenizer(source, folder, **where)) is not None:
-                reason = describe_error(error, self.flags, self.SWITCHES)
-                self.say(f"{output} has no tokenizer: none could be loaded from {source}: {reason}")
+            self.save_tokenizer(source, folder, output, **where)
             model.save_pretrained(folder)
-            for path in (os.path.join(source, name) for name in (TUNING_NAME, HEAD_NAME)):
-                if os.path.isfile(path):
-                    shutil.copy(path, folder)
+            copy_tuning(source, folder)
         return getattr(model, "sparsity_report", None)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 from typing import Any
 
 from ..adapters import require_peft
 from ..checkpoint import facts_of, sparse_modules
 from ..checkpoint.model_class import load_model
-from ..checkpoint.staging import check_output, staged
+from ..checkpoint.staging import staged
 from ..config import SparsityConfig
 from ..data import CalibrationData, copy_processor, read_tokenizer
 from ..pruners.solve import solve_on_mask
-from ..records import HEAD_NAME, TUNING_NAME, printable, recorded_repository
-from .base import DTYPES, LOADING_TEXTS, OVERWRITE, TRUST, Command
+from ..records import printable, recorded_repository
+from .base import DTYPES, LOADING_TEXTS, OVERWRITE, TRUST, Command, check_writable, copy_tuning
 from .prune import SETTINGS_TEXTS
 
 # Settings of merge_adapter. It cannot be asked for them without PEFT: they have the types of what it passes them to.
@@ -65,9 +64,7 @@ class MergeCommand(Command):
 
         adapter, output = settings["adapter"], settings["output"]
         reads = [settings.get(name) for name in ("adapter", "base", "tokenizer", "dataset")]
-        check_output(output, reads=reads, overwrite=settings.get("overwrite", False))
-        with staged(output):  # an output that cannot be written to is an error before the work, not after it
-            pass
+        check_writable(output, reads, settings.get("overwrite", False))
         if os.path.isdir(adapter) and not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
             raise FileNotFoundError(f"adapter={adapter!r} holds no adapter_config.json: name the folder of an adapter")
         source = settings.get("base") or _base_of(settings)
@@ -90,10 +87,7 @@ class MergeCommand(Command):
             copy_processor(source, folder, **base)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            # Results of the merged model are those after this tuning; and a span head goes with its decoder.
-            for path in (os.path.join(adapter, name) for name in (TUNING_NAME, HEAD_NAME)):
-                if os.path.isfile(path):
-                    shutil.copy(path, folder)
+            copy_tuning(adapter, folder)  # results of the merged model are those after it
         print(facts_of(model).merge)
         print(f"saved in {output}{missing}")
 

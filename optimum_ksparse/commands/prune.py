@@ -9,16 +9,16 @@ from typing import Any
 
 from ..api import prune_checkpoint, sparsify
 from ..checkpoint.model_class import class_for_source
-from ..checkpoint.staging import check_output, staged
+from ..checkpoint.staging import staged
 from ..config import CHOICES, FLAT_SETTINGS, METHOD_SETTINGS, SparsityConfig
-from ..data import load_tokenizer, save_tokenizer
+from ..data import load_tokenizer
 from ..pruners import METHODS
 from ..pruners.settings import share, whole
 from ..pruning import drop_experts, drop_layers
 from ..pruning.distributed import joined
 from ..pruning.progress import listening
-from .base import DTYPES, LOADING_TEXTS, OVERWRITE, TRUST, Command, usage
-from .errors import UsageError, describe_error
+from .base import DTYPES, LOADING_TEXTS, OVERWRITE, TRUST, Command, check_writable, usage
+from .errors import UsageError
 
 # Settings of SparsityConfig, whose types and defaults they have.
 SETTINGS_TEXTS = {
@@ -131,9 +131,7 @@ class PruneCommand(Command):
         overwrite = loading.pop("overwrite", False)
         save = {"max_shard_size": loading.pop("max_shard_size")} if "max_shard_size" in loading else {}
         if shown:
-            check_output(output, reads=(source, config.tokenizer, config.dataset), overwrite=overwrite)
-            with staged(output):  # an output that cannot be written to is an error before the work, not after it
-                pass
+            check_writable(output, (source, config.tokenizer, config.dataset), overwrite)
         where = {name: loading[name] for name in ("revision", "gguf_file", "trust_remote_code") if name in loading}
         model_class = class_for_source(source, **where)
         if not self.dropped:
@@ -145,9 +143,7 @@ class PruneCommand(Command):
         if not shown:
             return report
         with staged(output) as folder:
-            if (error := save_tokenizer(source, folder, **where)) is not None:
-                reason = describe_error(error, self.flags, self.SWITCHES)
-                self.say(f"{output} has no tokenizer: none could be loaded from {source}: {reason}")
+            self.save_tokenizer(source, folder, output, **where)
             model.save_pretrained(folder, **save)
         return report
 

@@ -127,12 +127,12 @@ def usual_context(config: PreTrainedConfig) -> int | None:
     return lengths[0] if lengths else None
 
 
-def check_context(model: PreTrainedModel, seq_len: int) -> None:
-    """Raises ValueError where `seq_len` is above the model's context."""
-    length = context_length(model)
-    if length is not None and seq_len > length:
+def check_context(model: PreTrainedModel, length: int, name: str = "seq_len") -> None:
+    """Raises ValueError where a length, the setting `name`, is above the model's context."""
+    context = context_length(model)
+    if context is not None and length > context:
         raise ValueError(
-            f"seq_len={seq_len} is above the model's context of {length} positions: pass at most seq_len={length}"
+            f"{name}={length} is above the model's context of {context} positions: pass at most {name}={context}"
         )
 
 

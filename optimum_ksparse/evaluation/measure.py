@@ -87,8 +87,7 @@ def evaluate_baseline(
     finally:
         del model
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def evaluate_kobest(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import platform
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from ..blocks import decoder_of
-from ..blocks.running import device_of
+from ..blocks.running import device_of, replaced_forward, without_cache
 from ..kernels import fast_products, product_dtype
 from ..version import library_versions
 
@@ -62,33 +60,15 @@ def map_logits(model: PreTrainedModel, ids: torch.Tensor, function: Callable[[sl
     """What `function` makes of the logits of all positions but the last of token ids [batch, positions], part after
     part: it takes the part's place and its logits [batch, part, vocabulary] in the model's dtype."""
     chunk = max(1, _LOGITS_BYTES // (4 * model.get_output_embeddings().weight.shape[0] * len(ids)))
-    taken = inspect.signature(model.base_model.forward).parameters.keys()
-    without_cache: dict[str, Any] = {"use_cache": False} if taken & {"use_cache", "kwargs"} else {}
+    # Most heads call the base, and some, such as OPT's, the decoder inside it.
+    bases = list(dict.fromkeys((model.base_model, decoder_of(model))))
     outcomes = []
     with fast_products(model):
-        output = model.base_model(input_ids=ids, **without_cache)
-        with _frozen_base(model, type(output)) as set_hidden:
+        output = model.base_model(input_ids=ids, **without_cache(model.base_model))
+        # The model's own head, with all that it does to logits (soft caps, scales), runs on a part of the positions.
+        with replaced_forward(bases, lambda _: lambda *args, **kwargs: hidden):
             for start in range(0, ids.shape[1] - 1, chunk):
                 part = slice(start, min(start + chunk, ids.shape[1] - 1))
-                set_hidden(output[0][:, part])
+                hidden = type(output)(last_hidden_state=output[0][:, part])
                 outcomes.append(function(part, model(input_ids=ids[:, part]).logits))
     return outcomes
-
-
-@contextmanager
-def _frozen_base(model: PreTrainedModel, kind: type[ModelOutput]) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Within it the model's base returns given hidden states in an output of its own `kind`, so that the model's own
-    head, with all that it does to logits (soft caps, scales), runs on a part of the positions at a time."""
-    # Most heads call the base, and some, such as OPT's, the decoder inside it.
-    frozen = {module: vars(module).get("forward") for module in (model.base_model, decoder_of(model))}
-    current: list[torch.Tensor] = []
-    for module in frozen:
-        module.forward = lambda *args, **kwargs: kind(last_hidden_state=current[0])
-    try:
-        yield lambda hidden: current.__setitem__(slice(None), [hidden])
-    finally:
-        for module, before in frozen.items():
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before

@@ -7,9 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, TypedDict
 
-from transformers.utils import cached_file
-
 from ..checkpoint import facts_of
+from ..data import find_file
 from ..records import TUNING_NAME, As, read_record
 
 # What tables call the task of a tuning, where its name does not do; what fine-tunes adds to it.
@@ -32,8 +31,7 @@ def read_tuning(
 ) -> dict[str, Any] | None:
     """What `finetuning.json` in a folder, or on the Hub, says, for `model.ksparse.tuning`; None where there is none.
     Raises ValueError where it is no JSON object, or names no `task`."""
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(source, TUNING_NAME, revision=revision, token=token, **quiet)
+    path = find_file(source, TUNING_NAME, quiet=True, revision=revision, token=token)
     if path is None:
         return None
     return read_record(Annotated[dict[str, Any], As(_Task, is_open=True)], path, "is not a record of a tuning")

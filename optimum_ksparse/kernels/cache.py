@@ -60,16 +60,21 @@ def write_timings(device: torch.device, timings: Timings) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=30):
             merged = {**read_timings(device), **timings}
-            file, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-            try:
-                with open(file, "w", encoding="utf-8") as stream:
-                    json.dump({**_identity(device), "timings": merged}, stream, indent=1)
-                os.replace(temporary, path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+            write_whole(path, json.dumps({**_identity(device), "timings": merged}, indent=1).encode())
     except (OSError, TimeoutError) as error:
         logger.warning_once(f"Measured speeds of kernels cannot be kept in {path.parent}: {error}")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; other processes may do so at the same time."""
+    file, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with open(file, "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def cache_folder() -> Path:

@@ -10,28 +10,22 @@ from .statistics import GramMatrix
 # Rows of the weight at a time, so that the pairs of an unstructured row fit into memory.
 _PAIR_ELEMENTS = 2**25
 # Of an unstructured row so many of the best weights to restore, and to prune, are paired.
-CANDIDATES = 64
+_CANDIDATES = 64
 _MOST_SWAPS = 100  # in each row
 
 
 def swap(
-    weight: torch.Tensor,
-    statistics: GramMatrix,
-    pattern: Pattern,
-    pruned: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    candidates: int = CANDIDATES,
+    weight: torch.Tensor, statistics: GramMatrix, pattern: Pattern, pruned: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """In each row, restores one weight and prunes another as long as that lowers the row's output error, the best pair
     first. A weight that is restored gets its dense value; those that stay kept are not changed.
 
     With r = w − ŵ and c = Hr, restoring p and pruning u changes the error by
     −2w_p·c_p + w_p²·H_pp + 2ŵ_u·c_u + ŵ_u²·H_uu − 2w_p·ŵ_u·H_pu. Pairs lie in one group for `n:m`, where all of them
-    are looked at; of an unstructured row those of the best `candidates` to restore with the best to prune.
+    are looked at; of an unstructured row those of the best 64 to restore with the best 64 to prune.
 
     Memory: five matrices [out, in]. Time: for each swap of a row a pass over the row, and over its m·in (or
-    candidates²) pairs; all rows go at once, so that the most swaps that any row needs count.
+    64²) pairs; all rows go at once, so that the most swaps that any row needs count.
 
     Args:
         weight: W [out, in] in any floating dtype: the dense weight.
@@ -39,7 +33,6 @@ def swap(
         pattern: of the mask.
         pruned: Ŵ [out, in]: kept weights as they are or as a method has updated them, zero outside the mask.
         mask: [out, in] bool, True where a weight is kept.
-        candidates: as above.
 
     Returns:
         Ŵ in the dtype of `pruned`, and its mask, both [out, in]. The output error of no row is above what it was.
@@ -55,7 +48,7 @@ def swap(
         restore = ((diagonal * w - 2 * correlation) * w).masked_fill_(kept, torch.inf)
         remove = ((diagonal * v + 2 * correlation) * v).masked_fill_(~kept, torch.inf)
         if pattern.m is None:
-            change, p, u = _best_of_row(restore, remove, w, v, gram, candidates)
+            change, p, u = _best_of_row(restore, remove, w, v, gram)
         else:
             change, p, u = _best_of_groups(restore, remove, w, v, gram, pattern.m)
         # Below the rounding of the sums a gain is none; without this two weights could be swapped for ever.
@@ -93,15 +86,10 @@ def _best_of_groups(
 
 
 def _best_of_row(
-    restore: torch.Tensor,
-    remove: torch.Tensor,
-    w: torch.Tensor,
-    v: torch.Tensor,
-    gram: torch.Tensor,
-    candidates: int,
+    restore: torch.Tensor, remove: torch.Tensor, w: torch.Tensor, v: torch.Tensor, gram: torch.Tensor
 ) -> _Best:
     """As `_best_of_groups`, of the pairs of the best candidates of the whole row."""
-    number = min(candidates, gram.shape[0])
+    number = min(_CANDIDATES, gram.shape[0])
     gains, p = restore.topk(number, dim=1, largest=False)
     losses, u = remove.topk(number, dim=1, largest=False)
     best, first, second = [], [], []

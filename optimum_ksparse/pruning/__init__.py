@@ -5,11 +5,3 @@ from .layer import relative_output_error
 from .layer_dropping import drop_layers
 from .loop import prune_blocks
 from .progress import blocks_with_progress
-
-__all__ = [
-    "blocks_with_progress",
-    "drop_experts",
-    "drop_layers",
-    "prune_blocks",
-    "relative_output_error",
-]

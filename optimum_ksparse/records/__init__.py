@@ -16,6 +16,7 @@ from .files import (
     UNWRITTEN,
     aligned,
     check_depth,
+    differences,
     printable,
     read_json,
     read_record,

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .build import build, clean
@@ -16,9 +16,9 @@ from .sources import redact
 REPORT_NAME = "sparsity_report.json"
 RESULTS_NAME = "evaluation_results.json"  # what was measured; see `evaluation.EvaluationResults`
 TUNING_NAME = "finetuning.json"  # how a model was fine-tuned; beside the adapter or the weights
-MERGE_REPORT_NAME = "merge_report.json"  # what merging an adapter did; see `finetuning.report.MergeReport`
-MASKS_NAME = "ksparse_adapter.json"  # which masks an adapter was trained over; see `finetuning.masks`
-HEAD_NAME = "korquad_head.safetensors"  # of a span model; see `finetuning.korquad.saving`
+MERGE_REPORT_NAME = "merge_report.json"  # what merging an adapter did; see `adapters.MergeReport`
+MASKS_NAME = "ksparse_adapter.json"  # which masks an adapter was trained over; see `adapters.masks`
+HEAD_NAME = "korquad_head.safetensors"  # of a span model; see `study.finetuning.korquad.model`
 
 # Metadata of a field that is left out where it is None, so that earlier versions, which do not know it, read the file.
 UNWRITTEN = {"where": "not None"}
@@ -42,6 +42,24 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def to_json(value: Any, indent: int | None = 2) -> str:
     """A dataclass, or a value, as the text of a JSON file. NaN and Inf, which are no JSON, become null."""
     return json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In which settings a job differs from an `earlier` one, which was read from a file, in words; settings of a
+    mapping in it by both names, as `settings.pattern`."""
+    was, is_now = _flat(earlier), _flat(json.loads(json.dumps(now)))
+    return [
+        f"{name}: was {was.get(name)!r}, is {is_now.get(name)!r}"
+        for name in sorted({*was, *is_now})
+        if was.get(name) != is_now.get(name)
+    ]
+
+
+def _flat(job: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in job.items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _without_nan(value: Any) -> Any:

@@ -117,8 +117,7 @@ class _Run:
         with self.during_stage:
             outcome = task()
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         self.seconds[name] = round(time.perf_counter() - started, 2)
         return outcome
 

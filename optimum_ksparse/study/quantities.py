@@ -24,9 +24,9 @@ from ..evaluation import (
 from ..evaluation.tasks import DATA, LENGTH, PER_CENT
 from ..evaluation.tuning import TUNING_TITLES
 from ..records import Positive
+from .finetuning.korquad.data import KORQUAD_DATASET
 
 TUNING_TITLES.update(distill="teacher logits", koalpaca="KoAlpaca", korquad="KorQuAD")
-KORQUAD_DATASET = "KorQuAD/squad_kor_v1"
 NSMC_DATASET = "e9t/nsmc"
 NSMC_TASKS = ("nsmc_prompt1", "nsmc_prompt2")
 

@@ -13,8 +13,7 @@ from ..checkpoint.staging import write_text
 from ..data.dataset import describe_dataset
 from ..data.texts import describe_texts
 from ..evaluation import EvaluationProtocol, HarnessTask
-from ..pruning.streaming import Journal
-from ..records import As, RelativePath, Version, describe_source, read_record, to_json
+from ..records import As, RelativePath, Version, describe_source, differences, read_record, to_json
 from .finetuning import FinetuningSettings, KoAlpacaSettings, KorQuADSettings
 from .grid import Cell
 from .recipe import SECTIONS, Recipe, nsmc_protocol
@@ -70,11 +69,10 @@ class Record:
             )
         if ours["weights"] == theirs.get("weights"):  # the same model in another folder
             theirs["model"] = ours["model"]
-        differences = Journal(theirs).differences(ours)
-        if differences:
+        if changes := differences(theirs, ours):
             raise ValueError(
                 f"the output holds a study of another model, or one that was measured in another way "
-                f"({'; '.join(differences)}): its figures cannot stand in one table with new ones; name another output"
+                f"({'; '.join(changes)}): its figures cannot stand in one table with new ones; name another output"
             )
 
 

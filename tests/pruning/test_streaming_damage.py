@@ -119,7 +119,8 @@ def _left(workspace: Workspace) -> Any:
     folder = workspace.path
     try:
         workspace.lock()
-        journal = workspace.open(resume=True)
+        workspace.open(resume=True)
+        journal = workspace.journal
     except (ValueError, OSError) as error:
         name = next(name for name in ("journal.json", "lock") if f"{WORK}/{name}" in str(error))
         if name == "journal.json":

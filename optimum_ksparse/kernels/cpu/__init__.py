@@ -9,13 +9,3 @@ from .native import (
     whole_mask,
     why_not_native,
 )
-
-__all__ = [
-    "DTYPES",
-    "NativeWeight",
-    "most_dense_tokens",
-    "multiplies_in",
-    "unit_name",
-    "whole_mask",
-    "why_not_native",
-]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..cache import cache_folder
+from ..cache import cache_folder, write_whole
 from .build import LIBRARY, compile_library, source_digest
 
 logger = logging.get_logger(__name__)
@@ -115,15 +115,8 @@ def _keep(compiled: Path, path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(path.parent)
     content = compiled.read_bytes()
-    for target, data in ((path, content), (_digest_path(path), hashlib.sha256(content).hexdigest().encode())):
-        file, temporary = tempfile.mkstemp(dir=path.parent)
-        try:
-            with open(file, "wb") as stream:
-                stream.write(data)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    write_whole(path, content)
+    write_whole(_digest_path(path), hashlib.sha256(content).hexdigest().encode())
 
 
 def _digest_path(path: Path) -> Path:

@@ -3,5 +3,3 @@ workspace of a run, and the journal with which a run that was cut off goes on.""
 
 from .journal import Journal, is_whole
 from .workspace import OURS, Workspace
-
-__all__ = ["OURS", "Journal", "Workspace", "is_whole"]

@@ -147,27 +147,10 @@ class Journal:
             self.snapshot = None
         return damaged
 
-    def differences(self, job: dict[str, Any]) -> list[str]:
-        """Where `job` is not the one of this journal, in words."""
-        now, then = _flat(json.loads(json.dumps(job))), _flat(self.job)
-        return [
-            f"{name}: was {then.get(name)!r}, is {now.get(name)!r}"
-            for name in sorted({*now, *then})
-            if now.get(name) != then.get(name)
-        ]
-
     def weight_names(self) -> list[str]:
         """Of the finished checkpoint's files: everything else first, then each block."""
         total = len(self.blocks) + 1
         return [f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
-
-
-def _flat(job: dict[str, Any]) -> dict[str, Any]:
-    """Settings one level down: `settings.pattern`."""
-    flat: dict[str, Any] = {}
-    for name, value in job.items():
-        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _checksum(data: dict[str, Any]) -> str:

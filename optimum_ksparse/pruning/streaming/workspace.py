@@ -20,7 +20,7 @@ from ...checkpoint import check_saved, storage_state_dict
 from ...checkpoint.files import DIGESTS, sha256_of
 from ...checkpoint.staging import locked, publish, recover, remove, save_tensors, sync_tree, write_text
 from ...data import CalibrationTokens
-from ...records import REPORT_NAME, read_record, to_json
+from ...records import REPORT_NAME, differences, read_record, to_json
 from ...report import PrunedBlock, SparsityReport
 from .blocks import DiskBlocks
 from .journal import FINAL, FinishedBlock, Journal
@@ -64,18 +64,17 @@ class Workspace:
         """Whether an earlier run has left its journal."""
         return Journal.is_in(self.path)
 
-    def open(self, resume: bool) -> Journal:
-        """Goes on from what the folder holds, or empties it. Gives the journal.
+    def open(self, resume: bool) -> None:
+        """Goes on from what the folder holds, or empties it.
 
         Raises:
             ValueError: it holds a run with other settings, which are named.
         """
         earlier = Journal.load(self.path) if resume else None
         if earlier is not None:
-            differences = earlier.differences(self.journal.job)
-            if differences:
+            if changes := differences(earlier.job, self.journal.job):
                 raise ValueError(
-                    f"{self.output} holds an unfinished run with other settings ({'; '.join(differences)}): go on "
+                    f"{self.output} holds an unfinished run with other settings ({'; '.join(changes)}): go on "
                     "with the same settings, start over with resume=False, or name another folder"
                 )
             self.journal = earlier
@@ -92,7 +91,6 @@ class Workspace:
                     remove(entry)
         self.journal.save(self.path)
         self._is_open = True
-        return self.journal
 
     def release(self) -> None:
         """Lets other processes at it; a folder in which nothing was done goes."""

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from ...data.dataset import describe_dataset
-from ...data.tokens import context_length
+from ...data.tokens import check_context
 from .instructions import instruction_rows, koalpaca_prompt
 from .run import TaskTrainer, add_adapter
 from .settings import KoAlpacaSettings
@@ -29,15 +29,12 @@ class KoAlpacaTrainer(TaskTrainer, SFTTrainer):
         settings: KoAlpacaSettings,
         arguments: dict[str, Any],
     ) -> None:
-        context = context_length(model)
-        if context is not None and settings.max_length > context:
-            raise ValueError(f"max_length={settings.max_length} is above the model's context of {context} positions")
+        check_context(model, settings.max_length, "max_length")
         name, rows = instruction_rows(settings.data, settings.max_examples)
         examples = koalpaca_examples(rows, tokenizer, settings.max_length)
         hashed = describe_dataset([text for row in rows for text in row.values()])
         self.described = {"data": name, "data_sha256": hashed["sha256"], "examples": len(examples)}
         config = SFTConfig(**arguments, max_length=settings.max_length)
-        config._n_gpu = min(1, config.n_gpu)  # one device a process: a step has `batch_size` examples
         tuned = add_adapter(model, settings, "CAUSAL_LM")
         super().__init__(model=tuned, args=config, train_dataset=examples, processing_class=tokenizer)
 

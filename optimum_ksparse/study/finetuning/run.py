@@ -12,7 +12,14 @@ from typing import Any, cast
 
 import torch
 from peft import HiraConfig, PeftConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 from ...adapters import prepare_for_training
@@ -24,8 +31,7 @@ from ...data import read_tokenizer
 from ...evaluation import EvaluationResults, Measurement, tuning_settings
 from ...evaluation.running import check_causal_lm
 from ...kernels import fast_products
-from ...pruning.streaming import Journal
-from ...records import RESULTS_NAME, TUNING_NAME, read_record, to_json
+from ...records import RESULTS_NAME, TUNING_NAME, differences, read_record, to_json
 from .settings import FinetuningSettings, linear_targets
 
 logger = logging.get_logger(__name__)
@@ -46,6 +52,16 @@ class TaskTrainer(Trainer):
     figure = ""  # that `evaluate` logs
     described: dict[str, Any]  # the data, as JSON holds them, and what else tells one job from another
     model: Any
+
+    def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
+        args._n_gpu = min(1, args.n_gpu)  # one device a process: a step has `batch_size` examples
+        super().__init__(args=args, **kwargs)
+
+    def log_figures(self, figures: dict[str, float]) -> dict[str, float]:
+        """Logs what `evaluate` has measured, and gives it back."""
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
 
     def prepare(self) -> None:
         """What takes long, and is done before training alone."""
@@ -268,8 +284,6 @@ def _check_job(path: Path, job: dict[str, Any], remedy: str) -> dict[str, Any]:
         return {}
     record: dict[str, Any] = read_record(dict[str, Any], path, "is no record of a tuning", f"; {remedy}")
     earlier = {name: value for name, value in record.items() if name not in _OUTCOMES}
-    if differences := Journal(earlier).differences(job):
-        raise ValueError(
-            f"{path.parent} holds another run ({'; '.join(differences)}): use another folder, or {remedy}"
-        )
+    if changes := differences(earlier, job):
+        raise ValueError(f"{path.parent} holds another run ({'; '.join(changes)}): use another folder, or {remedy}")
     return record

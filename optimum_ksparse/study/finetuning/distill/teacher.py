@@ -35,8 +35,7 @@ from ....checkpoint.staging import check_output, save_tensors, write_text
 from ....data import read_tokenizer
 from ....evaluation.running import check_causal_lm, map_logits
 from ....pruning.distributed import Processes
-from ....pruning.streaming import Journal
-from ....records import read_record, to_json
+from ....records import differences, read_record, to_json
 from .loss import log_outcomes
 
 logger = logging.get_logger(__name__)
@@ -108,8 +107,7 @@ class TeacherLogits(Dataset[dict[str, torch.Tensor]]):
             return
         self._run(processes.each(load), draw, batch_size, processes)
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _claim(self) -> bool:
         """Makes the folder this job's, and says whether all is there."""
@@ -117,9 +115,9 @@ class TeacherLogits(Dataset[dict[str, torch.Tensor]]):
         path = self.folder / _RECORD
         if path.is_file():
             earlier = read_record(dict[str, Any], path, "is no record of a teacher's logits")
-            if differences := Journal(earlier).differences(self.record):
+            if changes := differences(earlier, self.record):
                 raise ValueError(
-                    f"cache={os.fspath(self.folder)!r} holds logits of something else ({'; '.join(differences)}): "
+                    f"cache={os.fspath(self.folder)!r} holds logits of something else ({'; '.join(changes)}): "
                     "name another folder, or remove this one"
                 )
         else:

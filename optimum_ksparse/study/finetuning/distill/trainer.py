@@ -89,7 +89,7 @@ class DistillTrainer(TaskTrainer):
         settings = self.settings
         steps = settings.max_steps or math.ceil(settings.num_epochs * self.data.num_samples / settings.batch_size)
         warmup_steps = math.ceil(steps / 20) if settings.warmup_steps is None else settings.warmup_steps
-        config = TrainingArguments(
+        return TrainingArguments(
             **{**arguments, "warmup_steps": warmup_steps},
             lr_scheduler_type="cosine",
             remove_unused_columns=False,
@@ -97,8 +97,6 @@ class DistillTrainer(TaskTrainer):
             eval_steps=settings.eval_every or steps,
             eval_on_start=settings.texts is not None,
         )
-        config._n_gpu = min(1, config.n_gpu)  # one device a process: a step has `batch_size` samples
-        return config
 
     def prepare(self) -> None:
         def load() -> PreTrainedModel:
@@ -127,10 +125,7 @@ class DistillTrainer(TaskTrainer):
         how: dict[str, Any] = {name: getattr(settings, name) for name in ("prepend_bos", "max_tokens")}
         how |= {"seq_len": self.data.seq_len, "batch_size": 1}
         row = evaluate_perplexity(self.model, self.tokenizer, settings.texts, **how)
-        figures = {self.figure: round(row[self.figure], 4)}
-        self.log(figures)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
-        return figures
+        return self.log_figures({self.figure: round(row[self.figure], 4)})
 
     def outcome(self, steps: int) -> dict[str, Any]:
         """The tokens that were learnt from."""

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ....blocks import decoder_of
+from ....blocks.running import without_cache
 from ....checkpoint.model_class import load_model
 from ....checkpoint.staging import recover, save_tensors
 from ....records import HEAD_NAME
@@ -58,8 +58,6 @@ class SpanModel(nn.Module):
             parts = torch.arange(embedding.weight.shape[0], device=device).split(8192)
             mean = sum(embedding(part).float().sum(0) for part in parts) / embedding.weight.shape[0]
         self.markers = nn.Parameter(mean.repeat(2, 1))
-        taken = inspect.signature(decoder_of(model).forward).parameters.keys()
-        self._without_cache = {"use_cache": False} if taken & {"use_cache", "kwargs"} else {}
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -83,7 +81,8 @@ class SpanModel(nn.Module):
         markers = self.markers.to(embeddings.device, embeddings.dtype)
         for row, token in enumerate((-1, -2)):
             embeddings = torch.where((input_ids == token).unsqueeze(-1), markers[row], embeddings)
-        hidden = decoder_of(model)(inputs_embeds=embeddings, attention_mask=attention_mask, **self._without_cache)[0]
+        decoder = decoder_of(model)
+        hidden = decoder(inputs_embeds=embeddings, attention_mask=attention_mask, **without_cache(decoder))[0]
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.head(hidden.to(self.head.weight.device, torch.float32))
         start, end = (part.masked_fill(~span_mask.to(part.device), -torch.inf) for part in logits.unbind(-1))

@@ -55,7 +55,6 @@ class KorQuADTrainer(TaskTrainer):
             eval_strategy="no" if settings.eval_every is None else "steps",
             eval_steps=settings.eval_every,
         )
-        config._n_gpu = min(1, config.n_gpu)  # one device a process: a step has `batch_size` windows
         super().__init__(
             model=self.span_model,
             args=config,
@@ -72,10 +71,7 @@ class KorQuADTrainer(TaskTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         row = self.measure()
-        figures = {name: round(row[name], 4) for name in ("exact_match", "f1")}
-        self.log(figures)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
-        return figures
+        return self.log_figures({name: round(row[name], 4) for name in ("exact_match", "f1")})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         tensors = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)  # of what trains alone

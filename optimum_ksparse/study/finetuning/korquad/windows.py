@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ....data import prepends_bos
-from ....data.tokens import context_length
+from ....data.tokens import check_context, context_length
 from ..settings import KorQuADSettings
 from .data import Question
 
@@ -38,10 +38,8 @@ def fitted(settings: KorQuADSettings, model: PreTrainedModel, tokenizer: PreTrai
             f"{type(tokenizer).__name__} is a slow tokenizer, which does not tell the characters that its tokens are "
             "of: KorQuAD needs a fast one (tokenizer.json; AutoTokenizer converts most)"
         )
-    context = context_length(model) or settings.seq_len or _USUAL_LENGTH
-    seq_len = min(context, _USUAL_LENGTH) if settings.seq_len is None else settings.seq_len
-    if seq_len > context:
-        raise ValueError(f"seq_len={seq_len} is above the model's context of {context} positions")
+    seq_len = settings.seq_len or min(context_length(model) or _USUAL_LENGTH, _USUAL_LENGTH)
+    check_context(model, seq_len)
     return replace(settings, seq_len=seq_len, prepend_bos=prepends_bos(tokenizer, settings.prepend_bos))
 
 
