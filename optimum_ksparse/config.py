@@ -464,7 +464,7 @@ class SparsityConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """As of the dictionary that `config.json` holds: transformers asks so where a model's config is passed on."""
+        """A setting by name: transformers reads a `quantization_config` as the dictionary that `config.json` holds."""
         return getattr(self, name, default)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparsityConfig:

@@ -28,7 +28,7 @@ def adapted_layers(root: nn.Module, names: list[str]) -> dict[str, Any]:
 
 
 def adapters_of(layer: BaseTunerLayer, names: list[str]) -> list[str]:
-    """Those of `names` that a layer has."""
+    """The adapters of a layer that are among `names`."""
     available = layer._get_available_adapters()
     return [name for name in names if name in available]
 
@@ -112,7 +112,7 @@ def _check_layer(path: str, layer: Any, names: list[str]) -> None:
 
 
 def describe_adapters(peft_model: Any, names: list[str]) -> list[dict[str, Any]]:
-    """For the report: name, kind, base and main settings of adapters."""
+    """Name, kind, base and main settings of adapters, for the report."""
     described = []
     for name in names:
         config = peft_model.peft_config[name].to_dict()

@@ -34,7 +34,7 @@ class SparseLoraConfig(LoraConfig):
             raise ValueError(f"masked=True goes with LoRA and rsLoRA, not together with {', '.join(others)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As of `LoraConfig`; adapters that are not masked stay adapters of plain PEFT, which does not know it."""
+        """The settings of `LoraConfig`, and `masked` where it is True: plain PEFT does not know it."""
         settings = super().to_dict()
         if not self.masked:
             del settings["masked"]

@@ -42,7 +42,7 @@ class _KeepsZeros:
         self.fan_in_fan_out = False  # the dense weight of a sparse layer is [out, in], that of GPT-2 too
 
     def _get_base_layer_device_and_dtype(self, base_layer: SparseLinear) -> tuple[torch.device, torch.dtype]:
-        """Of PEFT, whose adapters are made so: not of the dtype of quantised values."""
+        """Device and dtype of new adapters: PEFT would take the dtype of the integers."""
         return base_layer.weight.device, base_layer.dtype
 
     def _adapt(self, name: str, effective: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -139,8 +139,8 @@ def _check_arguments(config: SparsityConfig, loading: dict[str, Any]) -> None:
 def _check_source(
     source: str | os.PathLike[str], config: SparsityConfig, loading: dict[str, Any]
 ) -> tuple[SparsityConfig | None, SparsityReport | None]:
-    """Of a sparse model of this package whose values are to be quantised, its settings and its report; None of any
-    other source, which is dense or sparse by other means. Raises ValueError where it cannot be read so."""
+    """Settings and report of a sparse model of this package whose values are to be quantised; None for any other
+    source. Raises ValueError where the source cannot be pruned."""
     values, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments(loading))
     if values.get("transformers_weights") is not None:
         raise ValueError(

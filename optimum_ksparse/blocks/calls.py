@@ -41,7 +41,8 @@ class Call:
         return any(type(value) is not dict or not value for value in mappings)
 
     def with_own_states(self, copies: dict[int, Any]) -> Call:
-        """The same call with copies of these, one each for all calls; `copies`: by the id of the original."""
+        """The same call with copies of its states. `copies` has the copy of each by the id of the original: calls that
+        share a state share its copy."""
 
         def copied(value: Any) -> Any:
             return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value

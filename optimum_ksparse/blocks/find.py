@@ -46,7 +46,7 @@ class DecoderBlocks:
         return f"{self.paths[index]}.{name}".rstrip(".")
 
     def name_in_model(self, index: int, name: str = "") -> str:
-        """The same from the model's root, as in `model.named_modules()`."""
+        """Path in the model of the module `name` of block `index`, or of the block itself."""
         return f"{self.decoder_name}.{self.name_in_decoder(index, name)}".lstrip(".")
 
     def of(self, model: PreTrainedModel) -> DecoderBlocks:

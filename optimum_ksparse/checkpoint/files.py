@@ -54,7 +54,7 @@ class WeightFiles:
 
     @property
     def num_bytes(self) -> int:
-        """Of the weight files."""
+        """Bytes of the weight files."""
         return sum(path.stat().st_size for path in self.paths.values())
 
     def digests(self) -> dict[str, str]:

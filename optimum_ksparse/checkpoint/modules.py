@@ -26,12 +26,12 @@ def sparse_modules(root: nn.Module) -> dict[str, SparseModule]:
 
 
 def sparse_layers(root: nn.Module) -> dict[str, SparseLinear]:
-    """Those that are linear maps."""
+    """All sparse linear maps under `root` by path."""
     return {name: module for name, module in sparse_modules(root).items() if isinstance(module, SparseLinear)}
 
 
 def sparse_experts(root: nn.Module) -> dict[str, SparseExperts]:
-    """Those that are stacks of matrices."""
+    """All sparse stacks of matrices under `root` by path."""
     return {name: module for name, module in sparse_modules(root).items() if isinstance(module, SparseExperts)}
 
 

@@ -130,7 +130,7 @@ def tell_default_text(dataset: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _tokens_for_a_character(tokenizer: PreTrainedTokenizerBase, text: str) -> float | None:
-    """None where some of the text is unknown to the tokenizer."""
+    """Tokens per character of a text; None where the tokenizer does not know some of it."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         return None

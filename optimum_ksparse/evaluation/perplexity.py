@@ -31,14 +31,14 @@ _Window = tuple[list[int], int]  # the tokens that the model sees, of which so m
 
 
 class _Texts(Named):
-    """With the SHA-256 of what was read."""
+    """The description of texts, with the SHA-256 of what was read."""
 
     sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Perplexity(Task):
-    """By the `texts` of a protocol."""
+    """Perplexity on the `texts` of a protocol."""
 
     def check(self, protocol: EvaluationProtocol) -> None:
         _check_stride(protocol.stride, protocol.seq_len)
@@ -253,8 +253,8 @@ def _bytes_of_spans(text: str, offsets: list[tuple[int, int]], spans: list[tuple
 
 
 def _bytes_of_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int], spans: list[tuple[int, int]]) -> int:
-    """The same for a tokenizer without offsets, by decoding runs of scored tokens; half a character at a run's end is
-    not counted."""
+    """`_bytes_of_spans` for a tokenizer without offsets, by decoding runs of scored tokens; half a character at a
+    run's end is not counted."""
     runs: list[list[int]] = []
     for start, stop in spans:
         if runs and runs[-1][1] == start:

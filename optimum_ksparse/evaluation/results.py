@@ -86,7 +86,7 @@ class Measurement:
 
     @property
     def tuning(self) -> dict[str, Any] | None:
-        """Of the model that was measured; None before tuning."""
+        """Task and settings of the tuning that the model went through; None before tuning."""
         return self.protocol.get("tuning")
 
     @property

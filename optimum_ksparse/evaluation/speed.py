@@ -29,7 +29,7 @@ _NOT_TIMED = 16  # steps beside those that are: the first ones compile, or are r
 
 @dataclass(frozen=True, kw_only=True)
 class _Speed(Task):
-    """By `decoding_speed`, of one sequence. What differs by machine, threads or dtype is not comparable."""
+    """`decoding_speed` of one sequence. Figures of another machine, number of threads or dtype are not comparable."""
 
     def request(self, model: PreTrainedModel, protocol: EvaluationProtocol) -> dict[str, Any]:
         prompt_tokens = fitting_prompt(model, _PROMPT, _NEW)

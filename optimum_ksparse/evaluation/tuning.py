@@ -44,7 +44,7 @@ def tuning_of(model: Any) -> dict[str, Any] | None:
 
 
 def tuning_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of what `finetuning.json` holds."""
+    """What a protocol holds of the content of a `finetuning.json`, as `tuning_of`."""
     # As JSON reads it back, so that a saved row and a new one are compared alike.
     return dict(json.loads(json.dumps({key: value for key, value in record.items() if key not in _NOT_SETTINGS})))
 

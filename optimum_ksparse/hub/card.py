@@ -116,7 +116,7 @@ def _decisive(subject: CardSubject, measured: list[Measurement]) -> list[tuple[R
 
 
 def _megabytes(subject: CardSubject) -> tuple[float | None, float]:
-    """Of all parameters, were they dense in the dtype of the sparse layers', and of the weight files."""
+    """Megabytes of all parameters, were they dense in the dtype of the sparse layers, and of the weight files."""
     report = subject.report
     dense = None if report is None or not report.layers else report.num_parameters * _dense_bits(report) / 8e6
     return dense, subject.file_bytes / 1e6

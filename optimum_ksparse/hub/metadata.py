@@ -39,7 +39,8 @@ _OURS = ("base_model", "base_model_relation", "library_name", "model-index")
 
 
 def card_of_source(model: PreTrainedModel, token: bool | str | None = None) -> dict[str, Any]:
-    """Of the card of what a model was loaded from; empty where it has none or cannot be read."""
+    """License, language and pipeline tag by the card of what a model was loaded from; empty where it has no card, or
+    that cannot be read."""
     folder, commit = model.name_or_path or "", facts_of(model).commit
     path, repository = Path(folder, "README.md"), recorded_repository(describe_model(model), commit)
     try:

@@ -55,7 +55,8 @@ def _describe(function: Any, more: Callable[..., Any]) -> None:
 
 
 def push_to_hub(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a model. Other models, tokenizers and configs pass through."""
+    """Wraps `push_to_hub`: a sparse model, or an adapter on one, is published by `push_model`, anything else as
+    before."""
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

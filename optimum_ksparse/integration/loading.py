@@ -43,9 +43,9 @@ logger = logging.get_logger(__name__)
 
 
 def from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `from_pretrained` of models: `sparsity_config`, which signature and docstring name, is a
-    `quantization_config`, by which the quantizer prunes; and the loading of sparse checkpoints is finished. Any other
-    model is returned as it is; where it came from is noted outside of it."""
+    """Wraps `from_pretrained` of models: passes `sparsity_config` on as a `quantization_config`, by which the
+    quantizer prunes, and finishes the loading of sparse checkpoints. Any other model is returned as it is; where it
+    came from is noted outside of it."""
 
     @functools.wraps(original)
     def wrapper(cls: type[PreTrainedModel], name: Any = None, *args: Any, **kwargs: Any) -> Any:

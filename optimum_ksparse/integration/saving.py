@@ -40,7 +40,7 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 def save_pretrained(original: Callable[..., None]) -> Callable[..., None]:
-    """Of `save_pretrained` of models; models that are and were dense pass through. With
+    """Wraps `save_pretrained` of models; a model that is, and always was, dense is saved as before. With
     `overwrite=True` a model that was pruned may take the place of the one that it was loaded from."""
     signature = inspect.signature(original)
 

@@ -95,7 +95,7 @@ _current: ContextVar[Source] = ContextVar("source")
 
 
 def current_source() -> Source:
-    """Of the model that is being loaded; the hooks of a quantizer are not told it."""
+    """The source of the model that is being loaded, which the hooks of a quantizer are not told."""
     return _current.get(Source())
 
 
@@ -110,13 +110,13 @@ def loading_from(source: Source) -> Iterator[None]:
 
 
 def recover_source(source: Any, subfolder: str | None = None) -> None:
-    """Of what `from_pretrained` is asked to read, where it is a folder."""
+    """Puts right what a save that was cut off has left in a folder that `from_pretrained` is asked to read."""
     if isinstance(source, str | os.PathLike) and os.path.isdir(source):
         recover(os.path.join(source, subfolder or ""))
 
 
 def reading(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a class method that reads a folder: configs, with which models begin, tokenizers, settings of adapters."""
+    """Wraps a class method that reads a folder (of configs, tokenizers, adapters): calls `recover_source` first."""
 
     @functools.wraps(original)
     def read(cls: type, source: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ def reading(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reading_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `PreTrainedConfig.get_config_dict`, by which all configs are read."""
+    """Wraps `PreTrainedConfig.get_config_dict`, by which all configs are read: takes `guard_packed` out of them."""
     read = reading(original)
 
     @functools.wraps(original)

@@ -24,7 +24,7 @@ _BUILDERS = ("arrow", "csv", "generator", "json", "pandas", "parquet", "text")
 
 
 def recording(original: Callable[..., None]) -> Callable[..., None]:
-    """Of `Trainer.__init__`. A trainer of any other model is as it was."""
+    """Wraps `Trainer.__init__`: adds to trainers of sparse models, and of adapters on them, what this file has."""
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807

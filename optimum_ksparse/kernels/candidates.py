@@ -54,7 +54,7 @@ class PackedWeight(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products."""
+        """The dtype of the products."""
         return self.values.dtype if self.scale is None else self.scale.dtype
 
     @property

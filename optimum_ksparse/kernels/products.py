@@ -63,8 +63,8 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In which dtype this package runs products of tensors of `dtype` on a device: float32 where a CPU has no fast
-    products in it."""
+    """The dtype in which this package runs products of tensors of `dtype` on a device: float32 where a CPU has no fast
+    products in `dtype`."""
     return torch.float32 if dtype in _ONEDNN and device.type == "cpu" and not _multiplies(dtype) else dtype
 
 

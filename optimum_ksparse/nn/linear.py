@@ -209,7 +209,7 @@ class SparseLinear(PackedModule, nn.Linear):
         return kernels.PackedWeight(values, bits, columns, self.pattern.text, form, scale, self.group_size)
 
     def _columns(self, bits: torch.Tensor) -> int:
-        """Of how many columns of the weight the mask is."""
+        """How many columns of the weight a mask, or a part of it, covers."""
         return min(self.in_features, 8 * bits.shape[-1])
 
     def keep_library_form(self, form: torch.Tensor, shared: torch.Tensor) -> None:

@@ -74,7 +74,7 @@ class PackedModule(nn.Module):
         self.register_buffer("weight_mask", bits)
 
     def _values_shape(self, stack: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the kept values of one of a stack of matrices, were they not quantised."""
+        """Shape of the kept values of one matrix of a stack, were they not quantised."""
         return values_shape(self.pattern, self.out_features, self.in_features, self.num_values // math.prod(stack))
 
     def to_dense_weight(self) -> torch.Tensor:
@@ -103,12 +103,12 @@ class PackedModule(nn.Module):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the dense weight."""
+        """The shape of the dense weight."""
         return torch.Size((*self.weight_mask.shape[:-1], self.in_features))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of inputs and outputs."""
+        """The dtype of inputs and outputs."""
         return self.weight.dtype if self.weight_scale is None else self.weight_scale.dtype
 
     @property
@@ -238,8 +238,7 @@ def check_trainable(root: nn.Module) -> None:
 
 
 def requires_grad_(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `nn.Module`: as it was, but for modules with quantised values in them, of which torch does not say where they
-    are and what to do."""
+    """Wraps `nn.Module.requires_grad_`: modules with quantised values are refused by name, with what to do."""
 
     @functools.wraps(original)
     def requires_grad_(self: nn.Module, requires_grad: bool = True) -> Any:

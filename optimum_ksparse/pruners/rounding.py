@@ -114,8 +114,8 @@ class Grid:
         return self._with_room(scale).to(self.dtype)
 
     def reaching(self, scale: torch.Tensor) -> torch.Tensor:
-        """The same, none rounded down: float16 is coarse below 6e-5, and a weight that is the greatest integer times
-        its scale would lose several of these."""
+        """As `representable`, none rounded down: float16 is coarse below 6e-5, and a weight that is the greatest
+        integer times its scale would lose several of these."""
         wanted = self._with_room(scale)
         nearest = wanted.to(self.dtype)
         bits = nearest.view(getattr(torch, f"int{8 * self.dtype.itemsize}"))  # one more is the next number

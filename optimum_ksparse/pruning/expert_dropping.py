@@ -154,7 +154,7 @@ def _routed(model: PreTrainedModel, layer: MoELayer, add: Callable[[int, torch.T
 
 
 def _all_at_once(model: PreTrainedModel, layer: MoELayer, add: Callable[[int, torch.Tensor], None]) -> Any:
-    """Those of Llama 4: each is given all tokens, [experts · tokens, hidden], times its weight, which is 0 for the
+    """Experts of Llama 4: each is given all tokens, [experts · tokens, hidden], times its weight, which is 0 for the
     tokens of others."""
     experts = model.get_submodule(layer.path)
     original = experts.forward

@@ -98,7 +98,7 @@ def prune_layer(
 
 
 def _masks(layer: Layer) -> list[torch.Tensor | None]:
-    """Of each matrix of a sparse layer its mask, [out, in]; None of those that are to be pruned."""
+    """The mask [out, in] of each matrix of a sparse layer; None for each that is to be pruned."""
     if isinstance(layer, SparseLinear | SparseExperts):
         mask = unpack_mask(layer.weight_mask, layer.in_features)
         return list(mask if mask.dim() == 3 else mask.unsqueeze(0))

@@ -41,7 +41,7 @@ class OutputLoss:
         self._energy = energy.clamp(min=max(_LEAST_ENERGY * float(energy.mean()), _TINY))
 
     def of(self, batch: int) -> torch.Tensor:
-        """Of one batch, float32."""
+        """The loss of one batch, float32."""
         # Products of 16-bit inputs with weights that are float32 for now. float16 has no room for gradients.
         precision = torch.autocast(self.targets.device.type, torch.bfloat16) if self._low else nullcontext()
         with precision, _norms_in_float32(self.block):
@@ -66,7 +66,7 @@ def held_out(batches: Sequence[int]) -> list[int]:
 
 
 def _cut(target: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """By what each token [..., 1] is multiplied so that its norm is at most `limit`."""
+    """The factor of each token [..., 1] that brings its norm to at most `limit`."""
     return (limit / target.float().norm(dim=-1, keepdim=True).clamp(min=_TINY)).clamp(max=1)
 
 

@@ -204,7 +204,7 @@ class _Steps:
 
 
 def _average_gradients(parameters: list[nn.Parameter], processes: Processes) -> None:
-    """Over the processes. An expert that no token of a process reached has none there."""
+    """Averages gradients over the processes; a process without one, whose tokens did not reach an expert, has zero."""
     if processes.size > 1:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

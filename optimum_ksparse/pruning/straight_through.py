@@ -47,7 +47,7 @@ class StraightThrough:
         return self._grid.representable(self._first.float() * self.growth.detach().clamp(min=0))
 
     def _quotients(self, values: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each value what is to be rounded, and the scale."""
+        """Each value divided by its scale, which is to be rounded, and the scale."""
         scale = self.scale.float().view(-1)[self._places]
         return (values.detach().float() / scale).nan_to_num_(0, 0, 0), scale
 

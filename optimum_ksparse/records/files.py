@@ -45,8 +45,8 @@ def to_json(value: Any, indent: int | None = 2) -> str:
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In which settings a job differs from an `earlier` one, which was read from a file, in words; settings of a
-    mapping in it by both names, as `settings.pattern`."""
+    """The settings in which a job differs from an `earlier` one, which was read from a file, in words; those of a
+    mapping in it are named by both, as `settings.pattern`."""
     was, is_now = _flat(earlier), _flat(json.loads(json.dumps(now)))
     return [
         f"{name}: was {was.get(name)!r}, is {is_now.get(name)!r}"

@@ -22,7 +22,7 @@ def with_note(note: str, more: str) -> str:
 
 
 class BaseArguments(TypedDict, total=False):
-    """Of `from_pretrained`, those that say which part of a repository was pruned."""
+    """Arguments of `from_pretrained` that say which part of a repository was pruned."""
 
     gguf_file: RelativePath
     subfolder: RelativePath

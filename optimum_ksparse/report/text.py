@@ -17,7 +17,7 @@ def in_words(report: SparsityReport) -> str:
 
 
 def in_html(report: SparsityReport) -> str:
-    """The same, with a bar for each density and output error."""
+    """The text of `in_words` as HTML, with a bar for each density and output error."""
     kinds = report.kinds()
     bars: dict[int, list[float | None]] = {
         4: [kind.density for kind in kinds],

@@ -63,7 +63,7 @@ class ServingConfig(QuantizationConfig):
         return []
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """For linear layers alone: embeddings, heads and attention stay vLLM's."""
+        """The method of a linear layer; None for others: embeddings, heads and attention stay vLLM's."""
         if not isinstance(layer, LinearBase):
             return None
         parent, _, merged = prefix.rpartition(".")

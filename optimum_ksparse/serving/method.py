@@ -23,8 +23,8 @@ _DONE = "_already_called_process_weights_after_loading"
 
 
 class SparseLinearMethod(LinearMethodBase):
-    """Of a layer into which vLLM may have merged several (q, k and v), and of which it may hold a share (tensor
-    parallelism). vLLM joins and cuts dense weights; what comes of it is packed here, one layer after the other.
+    """The method of a layer into which vLLM may have merged several (q, k and v), and of which it may hold a share
+    (tensor parallelism). vLLM joins and cuts dense weights; what comes of it is packed here, layer by layer.
 
     Args:
         config: of the model.

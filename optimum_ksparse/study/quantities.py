@@ -164,7 +164,7 @@ class Spread:
     count: int
 
     def text(self, digits: int) -> str:
-        """As tables have it."""
+        """Mean and deviation as tables show them."""
         mean = f"{self.mean:,.{digits}f}" if math.isfinite(self.mean) else "∞"
         return mean if self.deviation is None else f"{mean} ± {self.deviation:,.{digits}f}"
 

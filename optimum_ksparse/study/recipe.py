@@ -181,7 +181,7 @@ def _method(where: str, entry: str | Settings) -> Settings:
 
 
 def _calibration(where: str, entry: Settings) -> Settings:
-    """With what tables call the data: where they have no name, without the folder of a file."""
+    """Checks a calibration set, and gives it a name for tables, by data (a file without its folder) and size."""
     check_keys(entry, ["name", *CALIBRATION], where)
     dataset = entry.get("dataset", "mc4-ko")
     parts = [f"{weight:g} {PurePath(name).name}" for name, weight in dataset.items()] if is_mix(dataset) else []

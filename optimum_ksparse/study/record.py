@@ -51,7 +51,7 @@ class Record:
 
     @classmethod
     def load(cls, folder: Path) -> Record | None:
-        """None where there is none. Raises ValueError where it is damaged or of another version."""
+        """The record in a folder; None without one. Raises ValueError for a damaged one, or another version."""
         try:
             return read_record(cls, folder / RECORD_NAME, "is damaged", "; name another output")
         except FileNotFoundError:

@@ -57,12 +57,13 @@ class CellResult:
 
     @property
     def figures(self) -> dict[str, float]:
-        """By the keys of `QUANTITIES`, in the units of the tables."""
+        """Figures by the keys of `QUANTITIES`, in the units of the tables."""
         return figures_of(self.measurements, self.pruning)
 
 
 def _bits_per_weight(report: SparsityReport) -> float:
-    """Of the sparse layers, with masks and scales, where floating point has 16 bits, whatever a study computes in."""
+    """Bits for each weight of the sparse layers, masks and scales included; a float counts as 16 bits, whatever dtype
+    a study computes in."""
     values, group_size = (report.config.get(name) for name in ("values", "group_size"))
     bits = 8 * report.packed_bytes
     for layer in report.layers:

@@ -82,7 +82,7 @@ def _state(results: StudyResults) -> str:
 
 
 def _tables(results: StudyResults) -> Iterator[tuple[str, list[list[str]], str]]:
-    """Of each table its title, its lines, those of the head first, and where published figures are from."""
+    """For each table its title, its rows, the head first, and where published figures are from."""
     texts = (results.record.job.get("evaluation") or {}).get("texts") or {}
     for table, title in TABLES.items():
         rows = [row for row in results.rows() if QUANTITIES[row.quantity].table == table]

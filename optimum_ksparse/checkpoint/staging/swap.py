@@ -117,7 +117,7 @@ def recover(directory: str | os.PathLike[str]) -> None:
 
 
 def _put_right(directory: Path) -> None:
-    """The same, by the one who holds the lock."""
+    """`recover`, for a caller that holds the lock."""
     swap = _read_record(directory)
     if swap is not None:
         _carry_out(directory, swap)

@@ -47,7 +47,7 @@ def compile_library(library: Path) -> None:
 
 
 def source_digest() -> str:
-    """Of all that a library is made from: another one has another name."""
+    """A digest of all that a library is made from: its file is named after it."""
     digest = hashlib.sha256(repr((_compiler(), _sources(), platform.machine())).encode())
     for source in sorted(SOURCE.iterdir()):
         digest.update(source.read_bytes())

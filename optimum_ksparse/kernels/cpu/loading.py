@@ -76,7 +76,7 @@ def choose_unit(library: ctypes.CDLL) -> tuple[int, str]:
 
 
 def _units(library: ctypes.CDLL) -> dict[str, tuple[int, bool]]:
-    """By name, the fastest first: the number, and whether this CPU runs it."""
+    """The units of a library by name, the fastest first: number, and whether this CPU runs it."""
     units: dict[str, tuple[int, bool]] = {}
     runs = ctypes.c_int32()
     library.ksparse_unit.restype = ctypes.c_char_p

@@ -110,7 +110,7 @@ class DiskBlocks:
 
 
 def _offloaded_weights(block: nn.Module) -> dict[str, tuple[Path, str]]:
-    """For each offloaded parameter, or mask, of a block, by its name, the file that it is in, and its name there."""
+    """File, and name in it, of each offloaded parameter or mask of a block, by name."""
     places = {}
     for path, module in block.named_modules():
         weights: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)

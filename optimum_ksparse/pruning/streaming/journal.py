@@ -84,7 +84,7 @@ class Journal:
     version: Annotated[int, Version(_VERSION, _VERSION)] = _VERSION
 
     def save(self, folder: Path) -> None:
-        """With a checksum of its own."""
+        """Writes the journal, with a checksum of its own."""
         data = json.loads(to_json(self))
         write_text(folder / _NAME, to_json({**data, "sha256": _checksum(data)}, indent=1))
 
@@ -98,7 +98,8 @@ class Journal:
 
     @classmethod
     def load(cls, folder: Path) -> Journal | None:
-        """None where there is none. Raises ValueError where it is damaged or of another version."""
+        """The journal in a folder; None where there is none. Raises ValueError where it is damaged or of another
+        version."""
         path = folder / _NAME
         if not cls.is_in(folder):
             return None
@@ -148,7 +149,7 @@ class Journal:
         return damaged
 
     def weight_names(self) -> list[str]:
-        """Of the finished checkpoint's files: everything else first, then each block."""
+        """Names of the finished checkpoint's weight files: one for everything else, then one for each block."""
         total = len(self.blocks) + 1
         return [f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
 

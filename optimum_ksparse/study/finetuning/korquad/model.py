@@ -94,15 +94,15 @@ class SpanModel(nn.Module):
         return ModelOutput(loss=(losses[0] + losses[1]) / 2, **output)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Of what trains alone: a checkpoint of a run does not hold the backbone."""
+        """The parameters that train: a checkpoint of a run does not hold the backbone."""
         return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """As of transformers' models, for `Trainer`."""
+        """What `Trainer` calls of transformers' models."""
         self.language_model.activation_checkpointing_enable(**kwargs)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """The same by its former name, which earlier versions of transformers call."""
+        """The former name of `activation_checkpointing_enable`, which earlier versions of transformers call."""
         self.language_model.gradient_checkpointing_enable(**kwargs)
 
     def save(self, folder: Path) -> None:
