@@ -53,8 +53,8 @@ def prune_checkpoint(
     arguments, with as many threads as it began with. For the same bytes the versions of torch and transformers, the
     kind of device and the number of processes have to be the same, too; others give a warning. What it needs lies in a
     hidden folder in `output` until the checkpoint is whole; it is compared with its checksums, and what is damaged is
-    made anew. The processes that `torchrun` or `accelerate launch` starts share
-    the work (and `output`, which all must see).
+    made anew. The processes that `torchrun` or `accelerate launch` starts share the work (and `output`, which all must
+    see).
 
     Args:
         source: folder or Hub id of a dense checkpoint in safetensors; with `SparsityConfig("existing", values="int8")`
@@ -107,9 +107,8 @@ def prune_checkpoint(
         processes.agree({**job, **job["source"], **job["settings"], **how, "source": None, "settings": None})
         card = partial(card_of_source, token=loading.get("token"))
         read_from = Source(source, files, model_class, dtype, loading, made, earlier)
-        return CheckpointRun(read_from, config, Workspace(output, job), processes, place, limit, card)(
-            resume, overwrite
-        )
+        run = CheckpointRun(read_from, config, Workspace(output, job), processes, place, limit, card)
+        return run.execute(resume, overwrite)
 
 
 def _check_folders(

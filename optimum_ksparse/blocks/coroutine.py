@@ -40,7 +40,7 @@ class Coroutine:
         self.result: Any = None
         self._function, self._enter_settings = function, _settings_of_this_thread(device)
         self._mine, self._owners = threading.Semaphore(0), threading.Semaphore(0)  # whose turn it is
-        self._errand: Callable[[], None] | None = None  # what the owner is to compute
+        self._request: Callable[[], None] | None = None  # what the owner is to compute
         self._device = device
         self._error: BaseException | None = None
         self._is_unwanted = self._is_done = False
@@ -54,9 +54,9 @@ class Coroutine:
             self._owners_settings = _settings(self._device)
             self._mine.release()
             self._owners.acquire()
-            while self._errand is not None:
-                self._errand()
-                self._errand = None
+            while self._request is not None:
+                self._request()
+                self._request = None
                 self._mine.release()
                 self._owners.acquire()
         if self._error is not None:
@@ -90,13 +90,13 @@ class Coroutine:
         result: list[Any] = []
         errors: list[BaseException] = []
 
-        def errand() -> None:
+        def request() -> None:
             try:
                 result.append(function())
             except Exception as error:
                 errors.append(error)
 
-        self._errand = errand
+        self._request = request
         self.pause()
         if errors:
             raise errors.pop()

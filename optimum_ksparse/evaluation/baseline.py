@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..checkpoint import facts_of, sparse_modules
+from ..data import hub_arguments
 from ..records import describe_source, recorded_repository
 from ..report import BASE_ARGUMENTS
 from .tuning import read_tuning
@@ -97,10 +98,8 @@ def choose_baseline(
     base = Baseline(os.fspath(given)) if isinstance(given, str | os.PathLike) else recorded_baseline(model)
     if token is not None:
         base = replace(base, arguments={**base.arguments, "token": token})
-    names = ("token", "subfolder", "cache_dir", "revision")
-    hub = {name: value for name, value in base.loading.items() if name in names}
     try:
-        cached_file(base.source, base.arguments.get("gguf_file") or CONFIG_NAME, **hub)
+        cached_file(base.source, base.arguments.get("gguf_file") or CONFIG_NAME, **hub_arguments(base.loading))
     except Exception as error:  # transformers and huggingface_hub raise many kinds here
         raise ValueError(
             f"the dense baseline {describe_source(base.source)!r} cannot be read ({type(error).__name__}): pass "

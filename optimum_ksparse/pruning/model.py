@@ -84,7 +84,8 @@ def quantised_report(report: SparsityReport, earlier: SparsityReport, config: Sp
         if row.name in rows:
             row.relative_output_error = rows[row.name].relative_output_error
             row.sensitivity = rows[row.name].sensitivity
-    change = Change("quantised", by=config.values, dataset=_name_of(report.calibration.get("dataset")))
+    dataset = report.calibration.get("dataset")
+    change = Change("quantised", by=config.values, dataset=dataset if isinstance(dataset, str) else None)
     return replace(
         earlier,
         config=settings_of(config),
@@ -93,10 +94,6 @@ def quantised_report(report: SparsityReport, earlier: SparsityReport, config: Sp
         versions=report.versions,
         fingerprint=None,
     )
-
-
-def _name_of(dataset: Any) -> str | None:
-    return dataset if isinstance(dataset, str) else None
 
 
 def report_of(model: PreTrainedModel, config: SparsityConfig) -> SparsityReport:

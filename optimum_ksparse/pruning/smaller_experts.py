@@ -67,7 +67,8 @@ def plan_removal(blocks: DecoderBlocks, share: float) -> Removal:
     """What to change so that each layer loses `share` of its experts, rounded down to whole experts, as many from each
     group of a router that divides them. Raises ValueError where that makes no model of the same class."""
     model = blocks.model
-    counts = {name: value for name, value in _numbers(_text_config(model)) if _COUNTS.fullmatch(name)}
+    settings = vars(_text_config(model)).items()
+    counts = {name: value for name, value in settings if type(value) is int and _COUNTS.fullmatch(name)}
     layers = [layer for layer in _layers(blocks) if layer.number in counts.values()]
     numbers = {layer.number for layer in layers}
     if not layers:
@@ -192,10 +193,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
-
-
-def _numbers(config: Any) -> Iterator[tuple[str, int]]:
-    yield from ((name, value) for name, value in vars(config).items() if type(value) is int)
 
 
 def refusal(model: PreTrainedModel, reason: str) -> ValueError:

@@ -79,7 +79,7 @@ def clean_cell(folder: Path, keep_checkpoints: bool) -> None:
 
 def run_cell(folder: Path) -> None:
     """Does what `job.json` in a folder says."""
-    _Run(folder)()
+    _Run(folder).execute()
 
 
 class _Run:
@@ -94,7 +94,7 @@ class _Run:
         self.device = torch.device("cpu")
         self.during_stage = ExitStack()
 
-    def __call__(self) -> None:
+    def execute(self) -> None:
         pruning = None if self.settings is None else self._stage("pruning", self._prune)
         tasks = {"evaluation": self._evaluate, "korquad": self._korquad, "nsmc": self._nsmc}
         rows = [self._stage(name, task) for name, task in tasks.items() if self.job[name] is not None]

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-_OS_ERROR = re.compile(r"os error (\d+)|code: (\d+)")  # how safetensors, new and old, words one of the system's
+_OS_ERROR = re.compile(r"os error (\d+)")  # how safetensors words one of the system's
 
 
 def write_text(path: Path, text: str) -> None:
@@ -77,7 +77,7 @@ def system_errors(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         if (match := _OS_ERROR.search(str(error))) is None:
             raise
-        number = int(match[1] or match[2])
+        number = int(match[1])
         raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
 

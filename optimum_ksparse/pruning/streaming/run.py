@@ -45,7 +45,8 @@ class CheckpointRun:
     activation_memory: int
     base_card: Callable[[PreTrainedModel], dict[str, Any]]
 
-    def __call__(self, resume: bool, overwrite: bool = False) -> SparsityReport:
+    def execute(self, resume: bool, overwrite: bool) -> SparsityReport:
+        """Goes on with an unfinished run, or begins; gives the report of the finished checkpoint."""
         workspace, processes = self.workspace, self.processes
         try:
             finished = processes.once(lambda: self._begin(resume, overwrite))

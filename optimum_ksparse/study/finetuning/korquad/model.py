@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from ....blocks import decoder_of
 from ....blocks.running import without_cache
+from ....checkpoint import without_peft
 from ....checkpoint.model_class import load_model
 from ....checkpoint.staging import recover, save_tensors
 from ....records import HEAD_NAME
@@ -62,8 +63,8 @@ class SpanModel(nn.Module):
     @property
     def language_model(self) -> PreTrainedModel:
         """The causal LM, without the wrapper of PEFT."""
-        unwrap = getattr(self.backbone, "get_base_model", None)
-        return self.backbone if unwrap is None else unwrap()
+        model: PreTrainedModel = without_peft(self.backbone)
+        return model
 
     def forward(
         self,
