@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -148,7 +149,9 @@ def _first_inputs(run: _Run, layers: Mapping[str, nn.Module], names: list[str]) 
 def _disturbed(layer: nn.Module, rows: torch.Tensor) -> Iterator[None]:
     """Within it these outputs of a layer are others, by about their size."""
 
-    def disturb(_: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    def disturb(_: nn.Module, args: object, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor):  # of a router that is a linear map and gives its choice (Llama 4)
+            return output
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(output.shape, generator=generator).to(output) * output.std().clamp(min=1e-3)
         return torch.where(rows.to(output.device), output + 2 * noise, output)

@@ -65,6 +65,24 @@ def test_the_report_says_what_was_reordered(
     }
 
 
+def test_a_linear_map_may_give_more_than_its_product(make_model: MakeModel, token_ids: torch.Tensor) -> None:
+    """As the routers of Llama 4, which give their choice as well."""
+
+    class Router(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            logits = super().forward(x)
+            return logits.sigmoid(), logits
+
+    model = make_model()
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        mlp.router, inner = Router(32, 2), mlp.forward
+        mlp.forward = lambda x, mlp=mlp, inner=inner: inner(x) * mlp.router(x)[0][..., :1]
+    config = SparsityConfig(dataset=token_ids, permute="free", modules_to_not_convert=["router"])
+    report = sparsify(model, config)
+    assert any(layer.reordered_with for layer in report.layers)
+
+
 def test_layers_lose_less(make_model: MakeModel, token_ids: torch.Tensor) -> None:
     def error(permute: str | None) -> float:
         config = SparsityConfig("wanda", "2:4", dataset=token_ids, batch_size=2, permute=permute)
