@@ -113,7 +113,7 @@ class DistillSettings(FinetuningSettings):
     """Settings of distillation. `dataset` has the forms of that of `SparsityConfig`."""
 
     method: str = setting("full", "full: kept values, norms and biases; or an adapter: lora, masked, dora, hira")
-    learning_rate: _AboveZero = setting(1e-5, "at its highest; it falls as a cosine")
+    learning_rate: _AboveZero = setting(2e-5, "at its highest; it falls as a cosine")
     warmup_steps: Count | None = setting(  # type: ignore[assignment]
         None, "steps over which the learning rate rises (default: a twentieth of all)"
     )
