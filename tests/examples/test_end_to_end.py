@@ -67,7 +67,8 @@ import sys, torch, optimum_ksparse
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 ids = torch.tensor([[2, 238165, 239888]])
-torch.save((model(ids).logits.detach(), model.generate(ids, max_new_tokens=2, do_sample=False)), sys.argv[2])
+with torch.no_grad():
+    torch.save((model(ids).logits, model.generate(ids, max_new_tokens=2, do_sample=False)), sys.argv[2])
 """
     subprocess.run([sys.executable, "-c", script, tmp_path, tmp_path / "out.pt"], check=True)
     logits, written = torch.load(tmp_path / "out.pt")
