@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.distributed.utils import is_dtensor
 
 from .. import kernels
 
@@ -25,14 +24,15 @@ class DenseLinear(nn.Linear):
         # What is compiled must not come to the rest.
         plain = x.is_cpu and kernels.runs_plainly(x) and not torch.is_autocast_enabled("cpu")
         if plain and weight is not None and 0 < x.numel() <= kernels.most_dense_tokens(x.dtype) * self.in_features:
-            native = self._native_of(weight)
-            if native is not None and x.dtype is native.dtype and x.shape[-1] == native.in_features:
+            native = self._native_of(weight) if x.dtype is weight.dtype else None
+            if native is not None and x.shape[-1] == native.in_features:
                 return native.linear(x, self.bias)
         return super().forward(x)
 
     def _native_of(self, weight: torch.Tensor) -> kernels.NativeWeight | None:
         """The weight for native code; None where that cannot read it."""
-        if is_dtensor(weight) or not weight.is_cpu or not weight.is_contiguous() or weight.is_neg():
+        # Tensors of other classes (DTensor, quantised ones) may have their numbers elsewhere.
+        if type(weight) is not nn.Parameter or not weight.is_cpu or not weight.is_contiguous() or weight.is_neg():
             return None
         native, mask = self._native, kernels.whole_mask(*weight.shape)
         if native is None or not native.is_of(weight, mask):

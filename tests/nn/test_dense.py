@@ -110,6 +110,24 @@ def test_what_is_written_into_the_weight_or_put_in_its_place_is_computed(called)
             layer(torch.randn(1, 69, dtype=torch.float64))
 
 
+class Wrapped(torch.Tensor):
+    """A tensor whose numbers may be anywhere, as those of other libraries."""
+
+
+@native
+def test_weights_of_other_dtypes_and_kinds_are_left_to_torch(called):
+    x = torch.randn(1, 70)
+    layer = make().double()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x)
+        torch.testing.assert_close(layer(x.double()), F.linear(x.double(), layer.weight, layer.bias))
+        layer = make()
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Wrapped))
+        assert layer(x).shape == (1, 9)
+    assert not called
+
+
 @native
 def test_copies_pickles_threads_and_graphs_compute_the_same():
     layer, x = make(), torch.randn(2, 70)
