@@ -51,6 +51,11 @@ def on_page_content(html: str, page: Any, config: Any, **_: Any) -> str:
     return html
 
 
+def on_post_template(output: str, template_name: str, config: Any) -> str:
+    """The site has one page for addresses that it does not have, the English one."""
+    return "" if template_name == "404.html" and config.theme["language"] != "en" else output
+
+
 def on_post_build(config: Any) -> None:
     """The theme looks for a map of the site in each language's folder."""
     site = Path(config.site_dir)

@@ -4,11 +4,20 @@ what MkDocs finds."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+
+from optimum_ksparse import EvaluationProtocol, RuntimeConfig
+from optimum_ksparse.__main__ import COMMANDS
+from optimum_ksparse.commands.parser import Parser
+from optimum_ksparse.config import METHOD_SETTINGS, SETTINGS
+from optimum_ksparse.study import RECIPE_KEYS
 
 from .conftest import REPOSITORY
 
@@ -72,3 +81,28 @@ def test_every_page_is_in_the_navigation() -> None:
     english = {page.name for page in PAGES if not page.name.endswith(".ko.md")}
     assert set(named) == english and len(named) == len(english)
     assert {page.name.replace(".ko.md", ".md") for page in PAGES} == english
+
+
+def flags(commands: Mapping[str, Any]) -> Iterator[str]:
+    for _, command in commands.values():
+        if isinstance(command, Mapping):
+            yield from flags(command)
+            continue
+        parser = Parser()
+        command.add_arguments(parser)
+        yield from (action.option_strings[-1] for action in parser._actions if action.option_strings)
+
+
+@pytest.mark.parametrize("end", [".md", ".ko.md"])
+def test_every_setting_flag_and_environment_variable_is_in_code_on_a_page(end: str) -> None:
+    pages = [page for page in PAGES if page.name.endswith(".ko.md") == (end == ".ko.md")]
+    code = " ".join(word for page in pages for word in _CODE.findall(page.read_text(encoding="utf-8")))
+    sources = [path.read_text(encoding="utf-8") for path in REPOSITORY.glob("optimum_ksparse*/**/*.py")]
+    names = {
+        *(re.findall(r'"((?:OPTIMUM_)?KSPARSE_[A-Z]+(?:_[A-Z]+)*)"', "".join(sources))),
+        *(name.removeprefix("--") for name in flags(COMMANDS)),
+        *(name for names in (SETTINGS, METHOD_SETTINGS, RECIPE_KEYS) for name in names),
+        *(field.name for settings in (EvaluationProtocol, RuntimeConfig) for field in fields(settings)),
+    }
+    said = {word.replace("_", "-") for word in re.findall(r"\w+(?:-\w+)*", code)}
+    assert sorted(name for name in names if name.replace("_", "-") not in said) == []

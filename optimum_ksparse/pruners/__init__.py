@@ -46,7 +46,7 @@ class Method:
     @property
     def summary(self) -> str:
         """What it does, for help texts and tables: the first sentence of its file, behind the method's name."""
-        sentence = str(inspect.getdoc(inspect.getmodule(self.prune))).split(". ")[0]
+        sentence = str(inspect.getdoc(inspect.getmodule(self.prune))).split(". ")[0].removesuffix(".")
         return " ".join(sentence.partition(": ")[2].split())
 
     @property
