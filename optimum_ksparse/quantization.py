@@ -14,9 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .checks import check_integer, check_one_of
 from .packing import unpack_mask
+
+logger = logging.get_logger(__name__)
 
 # Least and greatest integer of a type of values.
 LIMITS = {"int8": (-127, 127), "int4": (-8, 7)}
@@ -77,6 +80,19 @@ def check_quantised(packed: torch.Tensor, scale: torch.Tensor, name: str) -> Non
         )
     if packed.dtype is torch.int8 and bool((packed < LIMITS["int8"][0]).any()):
         raise ValueError(f"{name}.weight holds -128, integers are from -127 to 127; the file is damaged")
+
+
+def check_cast(scale: torch.Tensor, dtype: torch.dtype, values: str, name: str) -> None:
+    """Warns, naming layer `name`, where scales become others in `dtype` by more than a rounding, or the greatest
+    weight has no room there."""
+    wide, cast = scale.float(), scale.to(dtype)
+    lost = ((cast.float() - wide).abs() > 2**-8 * wide) | ~(cast * LIMITS[values][0]).isfinite()
+    if bool(lost.any()):
+        logger.warning(
+            f"{name}: {int(lost.sum())} of {lost.numel()} scales of its {values} values have no room in {dtype}, "
+            f"among them {float(wide[lost][0]):.3g}, so that its weights change: load or cast the model to bfloat16 "
+            "or float32, or call dequantize_values() on it before the cast, which rounds each weight by itself"
+        )
 
 
 def pack_integers(integers: torch.Tensor, values: str) -> torch.Tensor:

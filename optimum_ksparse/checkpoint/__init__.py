@@ -3,7 +3,7 @@
 from .digests import fingerprint, tensor_digests
 from .facts import ModelFacts, commit_of, facts_of, note_origin, sparsity_report, without_peft
 from .files import WeightFiles, changed_files, check_index, check_space, find_weight_files, read_headers, sha256_of
-from .loading import check_finite, check_headers, check_loaded, random_weights
+from .loading import check_finite, check_headers, check_loaded, check_scales, random_weights
 from .modules import (
     MASK_SUFFIX,
     SCALE_SUFFIX,

@@ -32,12 +32,11 @@ from ..packing import check_bits, unpack_mask, values_shape
 from ..pattern import Pattern
 from ..pruners.existing import exact_groups, share_of_zeros
 from ..records import BITMASK, COMPRESSED_TENSORS, TWO_OF_FOUR, printable
-from .files import Header, read_headers
+from .files import FLOATS, Header, read_headers
 from .modules import MASK_SUFFIX, logical_parameters, sparse_layers, sparse_modules, stored_name
 
 VALUES, BITS, SHAPE, OFFSETS = ".compressed", ".bitmask", ".shape", ".row_offsets"
 BESIDE = (rf"\{SHAPE}$", rf"\{OFFSETS}$")  # what the model has no place for
-_FLOATS = ("F32", "F16", "BF16")
 
 
 def renamings() -> list[WeightRenaming]:
@@ -138,7 +137,7 @@ def _read_layer(tensors: _Tensors, rows: int, columns: int, has_offsets: bool) -
     if ".weight" in tensors:
         raise ValueError(f"tensors {layer}.weight and {layer}{BITS} are both in the checkpoint: one has to go")
     tensors.header(BITS, ("U8",), [rows, -(-columns // 8)])
-    stored = tensors.header(VALUES, _FLOATS).shape
+    stored = tensors.header(VALUES, FLOATS).shape
     tensors.header(SHAPE, ("I64",))
     shape = tensors.read(SHAPE).flatten().tolist()
     if shape != [rows, columns]:
@@ -149,7 +148,7 @@ def _read_layer(tensors: _Tensors, rows: int, columns: int, has_offsets: bool) -
         expected = list(values_shape(pattern, rows, columns, count))
     except ValueError as error:
         raise ValueError(f"tensor {layer}{VALUES} {stored} does not fit {layer} {shape}: {error}") from None
-    tensors.header(VALUES, _FLOATS, expected)
+    tensors.header(VALUES, FLOATS, expected)
     bits = tensors.read(BITS)
     check_bits(bits, pattern, columns, count, f"tensor {layer}{BITS}")
     if has_offsets:

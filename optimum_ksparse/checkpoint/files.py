@@ -32,6 +32,8 @@ DIGESTS = "sha256"  # of each weight file, in the metadata of an index that `pru
 _AGAIN = "download or copy the checkpoint again"
 _PIECE_BYTES = 1 << 22
 _SHOWN_BYTES = 1 << 30  # reading less is done before anybody has read what a bar says
+# What headers call the dtypes of weights.
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Header(NamedTuple):

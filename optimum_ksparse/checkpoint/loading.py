@@ -7,19 +7,19 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from ..blocks import DecoderBlocks
 from ..nn import local
-from .files import Header
+from ..quantization import check_cast
+from .files import FLOATS, Header
 from .modules import MASK_SUFFIX, SCALE_SUFFIX, SparseModule, stored_tensors
 
 # Set to "1", a sparse model whose weights hold NaN or infinity is loaded all the same.
 NONFINITE_VARIABLE = "KSPARSE_ALLOW_NONFINITE"
 
-
 # What headers call the dtypes.
-_FLOATS = ("F32", "F16", "BF16")
 _INTEGERS = {torch.int8: ("I8",), torch.uint8: ("U8",)}
 
 
@@ -40,10 +40,10 @@ def check_headers(headers: Mapping[str, Header], modules: Mapping[str, SparseMod
         layer = stored.get(name, name)
         needed: list[tuple[str, torch.Tensor, tuple[str, ...]]] = [
             (f"{layer}{MASK_SUFFIX}", module.weight_mask, ("U8",)),
-            (f"{layer}.weight", module.weight, _INTEGERS.get(module.weight.dtype, _FLOATS)),
+            (f"{layer}.weight", module.weight, _INTEGERS.get(module.weight.dtype, FLOATS)),
         ]
         if module.weight_scale is not None:
-            needed.append((f"{layer}{SCALE_SUFFIX}", module.weight_scale, _FLOATS))
+            needed.append((f"{layer}{SCALE_SUFFIX}", module.weight_scale, FLOATS))
         for tensor, expected, dtypes in needed:
             if tensor not in headers:
                 raise ValueError(
@@ -55,6 +55,17 @@ def check_headers(headers: Mapping[str, Header], modules: Mapping[str, SparseMod
                     f"tensor {tensor} is {dtype} {shape}, the checkpoint's config and model need "
                     f"{' or '.join(dtypes)} {list(expected.shape)}"
                 )
+
+
+def check_scales(files: Iterable[str], modules: Iterable[SparseModule]) -> None:
+    """Warns, naming the layer, where scales in weight files have no room in the dtype that the (still empty) modules
+    have. float16 alone has less than the others; of other models nothing is read."""
+    scaled = next((module for module in modules if module.weight_scale is not None), None)
+    for path in files if scaled is not None and scaled.dtype is torch.float16 else ():
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if key.endswith(SCALE_SUFFIX) and file.get_slice(key).get_dtype() != "F16":
+                    check_cast(file.get_tensor(key), torch.float16, str(scaled.values), key.removesuffix(SCALE_SUFFIX))
 
 
 def random_weights(model: PreTrainedModel) -> list[str]:

@@ -20,6 +20,7 @@ from ..blocks import decoder_of
 from ..checkpoint import (
     MASK_SUFFIX,
     check_headers,
+    check_scales,
     dense_state_dict,
     facts_of,
     install_layers,
@@ -123,6 +124,7 @@ class SparsityQuantizer(HfQuantizer):
             prepare_parallel(model, distributed)
         if headers:
             check_headers(headers, sparse_modules(decoder_of(model)))
+            check_scales(checkpoint_files or (), sparse_modules(model).values())
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -15,7 +15,15 @@ from transformers.distributed.utils import is_dtensor
 from .. import kernels
 from ..packing import unpack_mask, values_shape
 from ..pattern import Pattern
-from ..quantization import TYPES, check_group_size, check_quantised, columns_of_group, empty_quantised, groups_of_row
+from ..quantization import (
+    TYPES,
+    check_cast,
+    check_group_size,
+    check_quantised,
+    columns_of_group,
+    empty_quantised,
+    groups_of_row,
+)
 from .placement import local, onloaded
 
 
@@ -183,8 +191,11 @@ class PackedModule(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedModule:
+        before = self.weight_scale
         self._part()
         super()._apply(*args, **kwargs)
+        if before is not None and not before.is_meta and before.dtype != self.dtype:
+            check_cast(local(before), self.dtype, str(self.values), str(self))  # torch tells no module its name
         self._prepare()
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ NAME = "model.layers.1.mlp.up_proj"
 def saved(make_pruned: Any, tmp_path: Path) -> Any:
     """A model with quantised values, and the folder that it was saved into."""
 
-    def make(values: str = "int8", pattern: str = "2:4", **settings: Any) -> tuple[Any, Path]:
-        model = make_pruned("llama", pattern, torch.bfloat16, values=values, **settings)
+    def make(values: str = "int8", pattern: str = "2:4", dtype: Any = torch.bfloat16, **settings: Any) -> Any:
+        model = make_pruned("llama", pattern, dtype, values=values, **settings)
         model.save_pretrained(tmp_path / "saved")
         return model, tmp_path / "saved"
 
@@ -218,6 +219,36 @@ def test_scales_without_room_in_the_dtype_are_refused(saved):
     AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match=r"up_proj\.weight_scale.*bfloat16"):
         AutoModelForCausalLM.from_pretrained(folder, dtype="float16")
+
+
+@EVERY
+@pytest.mark.parametrize("scale", [1e-9, 3e-7, 1e4])
+def test_scales_that_a_cast_changes_are_told_of(saved, values, scale, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("optimum_ksparse.quantization.logger.warning", told.append)
+    model, folder = saved(values, dtype=torch.float32)
+    layer = model.get_submodule(NAME)
+    layer.weight_scale[:] = 0.01
+    layer.weight_scale[3] = scale
+    model.save_pretrained(folder)
+    copy.deepcopy(model).bfloat16().float()
+    assert not told
+    model.half()
+    (text,) = told
+    assert "SparseLinear(in_features=32" in text and f"1 of 64 scales of its {values} values" in text
+    assert f"{scale:.3g}" in text and "dequantize_values()" in text
+    if scale < 1:  # the others are refused
+        AutoModelForCausalLM.from_pretrained(folder, dtype="float16")
+        assert len(told) == 2 and told[1].startswith(f"{NAME}: 1 of 64 scales")
+
+
+@EVERY
+def test_a_model_in_float64_is_saved_and_loaded(saved, values, tmp_path):
+    model, _ = saved(values)
+    model.double().save_pretrained(tmp_path / "double")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "double", dtype="auto")
+    assert loaded.dtype is torch.float64
+    assert_same_model(loaded, model)
 
 
 def test_an_earlier_version_refuses_and_says_what_to_do(saved, monkeypatch):

@@ -2,6 +2,8 @@
 
 By ctypes, with the address of torch's `parallel_for`: no header of torch is needed to compile, and one library serves
 every Python and every torch from 2.11 on. A call takes 2 microseconds more than `F.linear`.
+Of quantised values, sums of x times integers overflow from 2e31 on where a float32 would hold 3e38 (integers are read
+as floats 2^24 times as large): activations are far from both.
 """
 
 from __future__ import annotations
