@@ -110,9 +110,10 @@ def prepends_bos(tokenizer: PreTrainedTokenizerBase, setting: bool | None) -> bo
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos] if setting is None else setting
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def context_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:
     """Positions that the model can attend over; None where it has no limit (ALiBi, state spaces)."""
-    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 
 
@@ -127,7 +128,7 @@ def usual_context(config: PreTrainedConfig) -> int | None:
     return lengths[0] if lengths else None
 
 
-def check_context(model: PreTrainedModel, length: int, name: str = "seq_len") -> None:
+def check_context(model: PreTrainedModel | PreTrainedConfig, length: int, name: str = "seq_len") -> None:
     """Raises ValueError where a length, the setting `name`, is above the model's context."""
     context = context_length(model)
     if context is not None and length > context:

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -280,6 +281,10 @@ def test_what_does_not_fit_is_refused_before_the_teacher_is_read(folders, tokeni
     tokenizer.save_pretrained(renamed)
     text = (renamed / "tokenizer.json").read_text(encoding="utf-8")
     (renamed / "tokenizer.json").write_text(text.replace("</s>", "<end>"), encoding="utf-8")
+    short = tmp_path / "short"
+    shutil.copytree(folders[0], short)
+    facts = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**facts, "max_position_embeddings": 16}))
     quantised = tmp_path / "int8"
     model = load(folders[0])
     sparsify(model, SparsityConfig("magnitude", "2:4", values="int8"))
@@ -292,7 +297,9 @@ def test_what_does_not_fit_is_refused_before_the_teacher_is_read(folders, tokeni
         (folders[1], {"top_k": VOCABULARY}, f"top_k={VOCABULARY}"),
         (folders[1], {"num_samples": 9}, "num_samples=9 .*batch_size=2"),
         (folders[1], {"seq_len": CONTEXT + 1}, f"context of {CONTEXT}"),
+        (folders[1], {"teacher": str(short)}, "seq_len=24 is above the model's context of 16"),
         (quantised, {}, "int8 values.*dequantize_values"),
+        (folders[1], {"num_samples": 4096}, "num_samples=4096 .* needs"),
     ]
     for model, given, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -33,6 +33,7 @@ from ....blocks.running import device_of
 from ....checkpoint import check_space
 from ....checkpoint.staging import check_output, save_tensors, write_text
 from ....data import read_tokenizer
+from ....data.tokens import check_context
 from ....evaluation.running import check_causal_lm, map_logits
 from ....pruning.distributed import Processes
 from ....records import differences, read_record, to_json
@@ -46,10 +47,11 @@ _TOKENS_A_FILE = 1 << 14
 
 
 def check_teacher(
-    teacher: str, revision: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    teacher: str, revision: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seq_len: int
 ) -> None:
     """Raises ValueError where the vocabulary of the teacher, a folder or Hub id, is not that of the student, or its
-    tokenizer, where it has one, makes other tokens. Its weights are not read."""
+    tokenizer, where it has one, makes other tokens, or samples are longer than its context. Its weights are not
+    read."""
     config = AutoConfig.from_pretrained(teacher, revision=revision).get_text_config(decoder=True)
     size = model.get_output_embeddings().weight.shape[0]
     if config.vocab_size != size:
@@ -57,6 +59,7 @@ def check_teacher(
             f"teacher={teacher!r} has a vocabulary of {config.vocab_size}, the model one of {size}: their logits "
             "cannot be compared; name the dense model that it was made from, or another one of the same vocabulary"
         )
+    check_context(config, seq_len, "with this teacher seq_len")
     try:
         vocabulary = read_tokenizer(teacher, revision=revision).get_vocab()
     except Exception as error:  # transformers and huggingface_hub raise many kinds here
@@ -91,12 +94,15 @@ class TeacherLogits(Dataset[dict[str, torch.Tensor]]):
         draw: Callable[[PreTrainedModel], torch.Tensor],
         batch_size: int,
         processes: Processes,
+        drawn_for: PreTrainedModel | None,
     ) -> None:
         """Writes what is missing: every process runs the teacher on its share. The teacher, which `load` gives, is in
         memory meanwhile alone.
 
         Args:
-            draw: gives the tokens [samples, seq_len]; the teacher may have to write them.
+            draw: gives the tokens [samples, seq_len] for a model.
+            drawn_for: a model of the same vocabulary, for which they are drawn before the teacher is there; None
+                where the teacher has to write them.
             batch_size: samples in one forward pass.
 
         Raises:
@@ -105,6 +111,8 @@ class TeacherLogits(Dataset[dict[str, torch.Tensor]]):
         """
         if processes.once(self._claim):
             return
+        if drawn_for is not None:
+            processes.once(lambda: self._write_tokens(draw, drawn_for))
         self._run(processes.each(load), draw, batch_size, processes)
         gc.collect()
         torch.cuda.empty_cache()
@@ -134,9 +142,12 @@ class TeacherLogits(Dataset[dict[str, torch.Tensor]]):
         batch_size: int,
         processes: Processes,
     ) -> None:
-        tokens = self.folder / _TOKENS
-        processes.once(lambda: None if tokens.is_file() else save_tensors({"input_ids": draw(teacher).int()}, tokens))
+        processes.once(lambda: self._write_tokens(draw, teacher))
         processes.each(lambda: self._write_share(teacher, batch_size, processes))
+
+    def _write_tokens(self, draw: Callable[[PreTrainedModel], torch.Tensor], model: PreTrainedModel) -> None:
+        if not (tokens := self.folder / _TOKENS).is_file():
+            save_tensors({"input_ids": draw(model).int()}, tokens)
 
     @torch.no_grad()
     def _write_share(self, teacher: PreTrainedModel, batch_size: int, processes: Processes) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from ....checkpoint import find_weight_files
+from ....checkpoint import find_weight_files, without_peft
 from ....checkpoint.model_class import load_model
 from ....data import calibration_tokens
-from ....data.dataset import describe_dataset
+from ....data.dataset import describe_dataset, mix_shares
 from ....data.texts import describe_texts
 from ....data.tokens import check_context
 from ....evaluation import evaluate_perplexity
@@ -83,7 +83,7 @@ class DistillTrainer(TaskTrainer):
                 f"num_samples={data.num_samples} is not a multiple of batch_size={settings.batch_size}: the last step "
                 "would have fewer samples"
             )
-        check_teacher(settings.checked_teacher, settings.teacher_revision, model, self.tokenizer)
+        check_teacher(settings.checked_teacher, settings.teacher_revision, model, self.tokenizer, data.seq_len)
 
     def _arguments(self, arguments: dict[str, Any]) -> TrainingArguments:
         settings = self.settings
@@ -104,10 +104,14 @@ class DistillTrainer(TaskTrainer):
             moved: PreTrainedModel = teacher.to(self.args.device)
             return moved
 
-        def draw(teacher: PreTrainedModel) -> torch.Tensor:
-            return calibration_tokens(self.data, teacher, self.tokenizer).ids
+        def draw(model: PreTrainedModel) -> torch.Tensor:
+            return calibration_tokens(self.data, model, self.tokenizer).ids
 
-        self.logits.fill(load, draw, self.settings.micro_batch_size, current())
+        shares = mix_shares(self.data.dataset, self.data.num_samples)
+        is_written = any(isinstance(part, str) and part == "self" for part, _ in shares)
+        self.logits.fill(
+            load, draw, self.settings.micro_batch_size, current(), None if is_written else without_peft(self.model)
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
