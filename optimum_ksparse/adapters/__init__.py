@@ -30,7 +30,8 @@ def prepare_for_training(model: PreTrainedModel, *, gradient_checkpointing: bool
         gradient_checkpointing: keep the inputs of blocks only, and compute the blocks again in the backward pass.
 
     Returns:
-        The same model: no parameter requires gradients, the cache of keys and values is off.
+        The same model: no parameter requires gradients. Its config, which is saved, stays as it is; transformers
+        has no cache of keys and values where it keeps the inputs of blocks only.
 
     Raises:
         TypeError: `model` is not a model of transformers (PEFT's models are not: prepare the model inside first).
@@ -45,7 +46,6 @@ def prepare_for_training(model: PreTrainedModel, *, gradient_checkpointing: bool
     if gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise ValueError(f"{type(model).__name__} has no gradient checkpointing: pass gradient_checkpointing=False")
     model.requires_grad_(False)
-    model.config.use_cache = False
     if gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -28,11 +28,13 @@ def recording(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        _check_trains(args[0] if args else kwargs.get("model"))
+        model = args[0] if args else kwargs.get("model")
+        _check_trains(model)
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         original(self, *args, **kwargs)
         if is_ours(self.model):
             _check_trains(self.model)  # what `model_init` gave
-            self.add_callback(_Provenance(self))
+            self.add_callback(_Provenance(self, use_cache))
             self.create_model_card = _with_section(self, self.create_model_card)
             self.training_step = _with_fast_products(self, self.training_step)
             self.prediction_step = _with_fast_products(self, self.prediction_step)
@@ -71,10 +73,11 @@ def _with_fast_products(trainer: Any, original: Any) -> Any:
 
 
 class _Provenance(TrainerCallback):
-    """Notes the training on the model, and puts report and card beside the weights of each push."""
+    """Notes the training on the model, and puts report and card beside the weights of each push. When it ends, the
+    model has its cache of keys and values again, which `Trainer` turns off in the config that is saved."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Any, use_cache: bool | None) -> None:
+        self.trainer, self.use_cache = trainer, use_cache
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = TrainingRun(type(self.trainer).__name__, _dataset_name(self.trainer.train_dataset), state)
@@ -82,6 +85,8 @@ class _Provenance(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = self.trainer.model
+        if self.use_cache is not None:
+            model.config.use_cache = self.use_cache
         run = facts_of(model).run
         if isinstance(run, TrainingRun):
             if not is_adapter(model) and is_ours(model):

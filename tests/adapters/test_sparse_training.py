@@ -38,7 +38,7 @@ def test_prepare_for_training(make_pruned, token_ids, name="gpt2"):
     assert prepare_for_training(model) is model
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model.config.use_cache is False
+    assert model.config.use_cache is True  # as it is saved
     assert model.is_gradient_checkpointing
     assert model.get_input_embeddings()(token_ids).requires_grad
     model = adapted(model, "masked", name).train()
@@ -79,6 +79,7 @@ def test_trainer_trains_adapters(make_pruned, token_ids, tmp_path, method, dtype
     model = adapted(model, method)
     before, adapter = state(model), {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = train(model, token_ids, tmp_path, **settings)
+    assert model.config.use_cache is True  # as it is saved with what is merged
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert all(torch.isfinite(torch.tensor(losses)))
     assert same(state(model), before)

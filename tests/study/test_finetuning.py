@@ -202,6 +202,8 @@ def test_finished_runs(folder, tmp_path, monkeypatch):
     before = contents(output)
     monkeypatch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail("trained"))
     assert finetune(folder, None, KoAlpacaSettings(**settings), output) == record
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert finetune(model, None, KoAlpacaSettings(**settings), output) == record and model.config.use_cache
     with pytest.raises(ValueError, match="data_sha256"):
         finetune(folder, None, KoAlpacaSettings(**settings, max_examples=3), output)
     with pytest.raises(ValueError, match="is the source"):

@@ -128,17 +128,21 @@ def finetune(
             names = ("trust_remote_code",) if tokenizer else ("trust_remote_code", "revision")
             remote = {name: loading[name] for name in names if name in loading}
             tokenizer = read_tokenizer(tokenizer or base["base"], **remote)
-        use_cache = getattr(model.config, "use_cache", None)  # `Trainer` turns it off
-        trainer = settings.trainer_class()(model, tokenizer, settings, trainer_arguments(settings, output))
-        chosen = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _UNRECORDED}
-        job = {"task": trainer.task, **base, **chosen, **trainer.described, "num_processes": trainer.args.world_size}
-        with suppress(OSError):
-            (Path(output) / CHECKPOINTS).rmdir()  # `Trainer` made it; where there is something in it, it stays
-        if (record := _finished(Path(output), job, overwrite=overwrite)) is not None:
-            return record
-        log = _train(trainer, job, resume=resume)
-        if use_cache is not None:
-            model.config.use_cache = use_cache
+        with _with_own_cache(model):
+            trainer = settings.trainer_class()(model, tokenizer, settings, trainer_arguments(settings, output))
+            chosen = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _UNRECORDED}
+            job = {
+                "task": trainer.task,
+                **base,
+                **chosen,
+                **trainer.described,
+                "num_processes": trainer.args.world_size,
+            }
+            with suppress(OSError):
+                (Path(output) / CHECKPOINTS).rmdir()  # `Trainer` made it; where there is something in it, it stays
+            if (record := _finished(Path(output), job, overwrite=overwrite)) is not None:
+                return record
+            log = _train(trainer, job, resume=resume)
         if not trainer.is_world_process_zero():
             return {}
         with staged(output, gone=(TUNING_NAME, RESULTS_NAME)) as staging:
@@ -178,6 +182,17 @@ def _claimed(output: str | os.PathLike[str], reads: list[object], *, overwrite: 
         yield
 
 
+@contextmanager
+def _with_own_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Within it `Trainer` may turn the cache of keys and values off, which the saved config would say too."""
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+
+
 def add_adapter(model: PreTrainedModel, settings: FinetuningSettings, task_type: str | None = None) -> Any:
     """The PEFT model that `settings` ask for, drawn with their seed; with `method="full"` the model itself, all of
     whose weights train. `task_type` is PEFT's."""
@@ -185,7 +200,6 @@ def add_adapter(model: PreTrainedModel, settings: FinetuningSettings, task_type:
     if settings.method == "full":
         if model.dtype.itemsize < 4:
             logger.warning(f"The weights train in {model.dtype}, where small updates are lost: load them in float32.")
-        model.config.use_cache = False
         return model.requires_grad_(True).train()
     common: dict[str, Any] = {"r": settings.r, "task_type": task_type}
     common["target_modules"] = settings.target_modules or linear_targets(model)
