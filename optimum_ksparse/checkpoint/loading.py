@@ -61,7 +61,9 @@ def check_scales(files: Iterable[str], modules: Iterable[SparseModule]) -> None:
     """Warns, naming the layer, where scales in weight files have no room in the dtype that the (still empty) modules
     have. float16 alone has less than the others; of other models nothing is read."""
     scaled = next((module for module in modules if module.weight_scale is not None), None)
-    for path in files if scaled is not None and scaled.dtype is torch.float16 else ():
+    if scaled is None or scaled.dtype is not torch.float16:
+        return
+    for path in files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 if key.endswith(SCALE_SUFFIX) and file.get_slice(key).get_dtype() != "F16":
