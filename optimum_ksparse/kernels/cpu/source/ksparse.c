@@ -142,11 +142,20 @@ static void transpose_tokens(int64_t begin, int64_t end, void *context) {
         const int64_t features = c->features - feature < 64 ? c->features - feature : 64;
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t place = (block + t) * c->features + feature;
-            c->unit->widen(c->dtype, c->from + place * size_of(c->dtype), features, piece[t]);
+            const char *from = c->from + place * size_of(c->dtype);
+            /* Of the next piece: the rows of 64 tokens are more streams than the CPU follows by itself. */
+            for (int64_t ahead = 64; ahead < 128; ahead += 64 / size_of(c->dtype))
+                __builtin_prefetch(from + ahead * size_of(c->dtype));
+            c->unit->widen(c->dtype, from, features, piece[t]);
         }
         float *to = c->to + block * c->stride + feature * width;
-        for (int64_t f = 0; f < 64; f++) /* zero behind the features, where a mask that lies may point */
-            for (int64_t t = 0; t < width; t++) to[f * width + t] = t < tokens && f < features ? piece[t][f] : 0;
+        /* Zero behind the features, where a mask that lies may point, and behind the tokens. */
+        for (int64_t t = 0; t < width; t++)
+            memset(t < tokens ? piece[t] + features : piece[t], 0, (t < tokens ? 64 - features : 64) * sizeof(float));
+        for (int64_t f = 0; f < 64; f += 4)
+            for (int64_t t = 0; t < width; t += 4)
+                for (int i = 0; i < 4; i++)
+                    for (int j = 0; j < 4; j++) to[(f + i) * width + t + j] = piece[t + j][f + i];
     }
 }
 
