@@ -168,7 +168,9 @@ def check_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         raise ValueError(f"the model is quantized ({method}); prune the model that it was made from")
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
         raise ValueError("the model, or a part of it, is compiled; prune it first, then compile it")
-    if getattr(model, "_hf_peft_config_loaded", False):
+    # PEFT puts a layer into its own, as `base_layer`; what an adapter of another kind is, transformers says.
+    inside = any(name.endswith(".base_layer") for name, _ in model.named_modules())
+    if inside or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model carries an adapter; merge it, or prune the model before adding one")
     if config.storage != "packed":
         check_reversible(model)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from optimum_ksparse import SparsityConfig, sparsify
 from optimum_ksparse.adapters import prepare_for_training
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.nn import SparseLinear
@@ -44,6 +45,18 @@ def test_prepare_for_training(make_pruned, token_ids, name="gpt2"):
     model = adapted(model, "masked", name).train()
     model(token_ids, labels=token_ids).loss.backward()
     assert all(bool(grad.any()) for grad in trained(model).values())
+
+
+def test_what_an_adapter_wraps_is_not_pruned(make_model, make_pruned, token_ids):
+    wanted = SparsityConfig("magnitude", "2:4", dataset=token_ids)
+    inside = adapted(make_model(), "lora")
+    with pytest.raises(ValueError, match="carries an adapter"):
+        sparsify(inside.get_base_model(), wanted)
+    with pytest.raises(ValueError, match="carries an adapter"):
+        sparsify(adapted(make_pruned(), "lora").get_base_model(), SparsityConfig("existing", values="int8"))
+    merged = inside.merge_and_unload()
+    sparsify(merged, wanted)
+    assert sparse_modules(merged)
 
 
 def test_what_cannot_be_prepared(make_pruned):
