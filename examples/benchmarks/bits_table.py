@@ -22,6 +22,7 @@ WORDS = {
         "perplexity": "perplexity",
         "dense": "dense",
         "rounded": "rounded",
+        "blocks": "blocks",
     },
     "ko": {
         "head": "선형층의 가중치",
@@ -29,6 +30,7 @@ WORDS = {
         "perplexity": "퍼플렉시티",
         "dense": "밀집",
         "rounded": "반올림",
+        "blocks": "블록",
     },
 }
 # Series of the figure: colour and marker.
@@ -36,7 +38,9 @@ STYLES = {
     "dense, GPTQ": ("#000000", "o"),
     "dense, rounded": ("#999999", "s"),
     "50 %": ("#0072B2", "^"),
+    "50 %, blocks": ("#56B4E9", "v"),
     "2:4": ("#D55E00", "D"),
+    "2:4, blocks": ("#E69F00", "P"),
 }
 
 
@@ -53,7 +57,8 @@ def read(folder: Path) -> tuple[Spread, list[Point]]:
     """Perplexity of the dense model, and the others, those with the most bits first."""
     cells: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for row in json.loads((folder / "sparse.json").read_text(encoding="utf-8")):
-        cells.setdefault((row["pattern"], row["values"]), []).append(row)
+        blocks = ", blocks" if row.get("method") == "admm + block" else ""
+        cells.setdefault((row["pattern"] + blocks, row["values"]), []).append(row)
     found = {cell: spread([row["perplexity"] for row in rows]) for cell, rows in cells.items()}
     points, dense = [], found.pop(("dense", None))
     for (pattern, values), perplexity in found.items():
@@ -81,7 +86,7 @@ def bits_table(language: str = "en") -> str:
             cells.setdefault((point.series, point.values), {})[name] = point
     for (series, values), row in cells.items():
         text = [f"{row[name].bits:.2f} | {row[name].perplexity.text(2)}" if name in row else " | " for name in found]
-        for word in ("dense", "rounded"):
+        for word in ("dense", "rounded", "blocks"):
             series = series.replace(word, words[word])
         lines.append(f"| {series}, {values} | {' | '.join(text)} |")
     return "\n".join(lines) + "\n"
