@@ -28,7 +28,7 @@ from optimum_ksparse.nn import densified
 from optimum_ksparse.pruning import layer as pruning
 
 SAMPLES, LENGTH, WINDOWS = 32, 512, 24
-TYPES = ("int4", "int8")
+TYPES = ("int8", "int4")
 Rounded = dict[str, dict[str, PackedWeight]]  # type of values → name of the layer → its weight
 
 

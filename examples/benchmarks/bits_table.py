@@ -84,7 +84,8 @@ def bits_table(language: str = "en") -> str:
     for name, (_, points) in found.items():
         for point in points:
             cells.setdefault((point.series, point.values), {})[name] = point
-    for (series, values), row in cells.items():
+    most_first = sorted(cells.items(), key=lambda cell: -next(iter(cell[1].values())).bits)
+    for (series, values), row in most_first:
         text = [f"{row[name].bits:.2f} | {row[name].perplexity.text(2)}" if name in row else " | " for name in found]
         for word in ("dense", "rounded", "blocks"):
             series = series.replace(word, words[word])

@@ -83,3 +83,6 @@ def test_floats_and_integers_are_of_one_pruning(scripts, make_model, tokenizer, 
     assert floats["bits_per_weight"] == pytest.approx(9, abs=0.1)
     assert 9 > integers[0]["bits_per_weight"] > integers[1]["bits_per_weight"] > 3
     assert abs(integers[0]["perplexity"] / floats["perplexity"] - 1) < 0.05
+    [blocks] = scripts[2].with_blocks(args, "50%", 0, "int4")
+    assert blocks["bits_per_weight"] == pytest.approx(integers[1]["bits_per_weight"])
+    assert blocks["perplexity"] != integers[1]["perplexity"] > 1
