@@ -51,8 +51,8 @@ def main(model_name: str, pattern: str, method: str, folder: str) -> None:
         print(f"pattern {config.pattern}: {default_pattern()[1]}")
     model = AutoModelForCausalLM.from_pretrained(source, sparsity_config=config)  # the one line
     measured[config.pattern] = evaluate_perplexity(model, tokenizer, texts, seq_len=256)
-    model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    model.save_pretrained(output)
     sparse_bytes = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     print(f"\n{model.sparsity_report}\n")
     for name, result in measured.items():
