@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ....checkpoint import find_weight_files, without_peft
 from ....checkpoint.model_class import load_model
 from ....data import calibration_tokens
-from ....data.dataset import describe_dataset, mix_shares
+from ....data.dataset import describe_dataset, holds
 from ....data.texts import describe_texts
 from ....data.tokens import check_context
 from ....evaluation import evaluate_perplexity
@@ -107,11 +107,9 @@ class DistillTrainer(TaskTrainer):
         def draw(model: PreTrainedModel) -> torch.Tensor:
             return calibration_tokens(self.data, model, self.tokenizer).ids
 
-        shares = mix_shares(self.data.dataset, self.data.num_samples)
-        is_written = any(isinstance(part, str) and part == "self" for part, _ in shares)
-        self.logits.fill(
-            load, draw, self.settings.micro_batch_size, current(), None if is_written else without_peft(self.model)
-        )
+        # Tokens that the teacher writes wait for it; the others are drawn, and may be too few, before it is there.
+        drawn_for = None if holds(self.data.dataset, "self") else without_peft(self.model)
+        self.logits.fill(load, draw, self.settings.micro_batch_size, current(), drawn_for)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
