@@ -89,6 +89,8 @@ def grad_values(
         from .triton.dense import gather
 
         return gather(aligned(full), aligned(bits), GROUPS[pattern])
+    if _is_native(values) and full.dtype == values.dtype:
+        return PackedWeight(values, bits, in_features, pattern).contiguous().native().gather(full).view(values.shape)
     return full[unpack_mask(bits, in_features)].view(values.shape)
 
 

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 # Of a panel in float32. Narrower ones take longer with many tokens, wider ones with few, for fresh memory.
 _PANEL_BYTES = 16 << 20
-# With more tokens at a time each processor reads rows that another one has just written.
+# With more tokens at a time each processor reads rows that another one has just written. Products in tiles (AMX) take
+# twice as long in such parts.
 _CPU_TOKENS = 256
 # Operator → the places of its factors [..., rows, inner] and [..., inner, columns] among its arguments.
 _PRODUCTS = {
@@ -60,6 +61,12 @@ def _multiplies(dtype: torch.dtype) -> bool:
     # oneDNN has such products on AVX-512 without instructions for them too, in four times the time of float32.
     instructions = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
     return any(known is None or known() for known in instructions)
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -102,7 +109,7 @@ def linear_by_rows(
     """`F.linear` of x [tokens, in] with a weight of which `dense` makes some rows, `height` at a time; without
     autograd."""
     y = x.new_empty(x.shape[0], out_features)
-    tokens = _CPU_TOKENS if x.is_cpu else max(1, len(x))
+    tokens = _CPU_TOKENS if x.is_cpu and not (x.dtype is torch.bfloat16 and _has_tiles()) else max(1, len(x))
     for start in range(0, out_features, height):
         rows = slice(start, min(start + height, out_features))
         weight = dense(rows).T

@@ -29,11 +29,12 @@ logger = logging.get_logger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INTEGERS = {torch.int8: 3, torch.uint8: 4}  # the latter two integers of 4 bits
-# On a CPU with fast products in 16 bit, from so many tokens on torch's take less time; bytes of a panel of dense rows.
-_PANEL_TOKENS, _PANEL_BYTES = 96, 4 << 20
+# On a CPU with fast products in 16 bit, from so many tokens on torch's take less time, also than products of bfloat16
+# in tiles; bytes of a panel of dense rows.
+_PANEL_TOKENS, _TILED_TOKENS, _PANEL_BYTES = 96, 512, 4 << 20
 
 # Units on which products with dense weights were measured to take less time than torch's.
-_DENSE_UNITS = ("avx512bf16", "avx512", "avx2")
+_DENSE_UNITS = ("avx512amx", "avx512bf16", "avx512", "avx2")
 
 _WRONG_MASK = 2  # of `enum failure`
 
@@ -73,6 +74,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "ksparse_linear": (_pointer, _int32, _pointer, _pointer, _int64, _pointer, _pointer),
     "ksparse_grad_input": (_pointer, _int32, _pointer, _pointer, _int64, _pointer),
     "ksparse_grad_values": (_pointer, _int32, _pointer, _pointer, _pointer, _int64, _pointer),
+    "ksparse_gather": (_pointer, _int32, _pointer, _pointer, _pointer),
     "ksparse_row_starts": (_pointer, _int64, _int64, _pointer),
     "ksparse_expand": (_pointer, _int32, _pointer, _int64, _int64, _pointer),
 }
@@ -161,7 +163,8 @@ class NativeWeight:
             -(-min(group_size, in_features) // GROUP_STEP) * GROUP_STEP,
         )
         self._identity = _identity(values, bits, scale)
-        self.in_panels = multiplies_in(self.dtype)
+        tiled = library.name == "avx512amx" and self.dtype is torch.bfloat16
+        self._most = (_TILED_TOKENS if tiled else _PANEL_TOKENS) if multiplies_in(self.dtype) else math.inf
         self.address = ctypes.addressof(self._struct)
         self._linear = functools.partial(
             library.functions.ksparse_linear, library.parallel_for, library.unit, self.address
@@ -188,7 +191,7 @@ class NativeWeight:
             x = x.contiguous()
         if bias is not None:
             bias = self._checked(bias)
-        if self.in_panels and width and x.numel() >= _PANEL_TOKENS * width:
+        if width and x.numel() >= self._most * width:
             height = min(self.out_features, max(1, _PANEL_BYTES // (width * self.dtype.itemsize)))
             panel = torch.empty(height, width, dtype=self.dtype, device="cpu")
 
@@ -223,6 +226,13 @@ class NativeWeight:
         sums = torch.empty(self._struct.num_values, dtype=torch.float32, device="cpu")
         self._call("ksparse_grad_values", grad.data_ptr(), x.data_ptr(), grad.shape[:-1].numel(), sums.data_ptr())
         return sums
+
+    def gather(self, dense: torch.Tensor) -> torch.Tensor:
+        """dense [out, in] at the mask: [number of values]; both of the weight's dtype."""
+        dense = dense.contiguous()
+        values = torch.empty(self._struct.num_values, dtype=dense.dtype, device="cpu")
+        self._call("ksparse_gather", dense.data_ptr(), values.data_ptr())
+        return values
 
     def dense(self) -> torch.Tensor:
         """The dense weight [out, in] in its dtype."""

@@ -56,7 +56,10 @@ def test_units_of_this_machine(tmp_path, flags):
         run_test(unit, 300 if flags == ("-O2",) else 40, program)
 
 
-@pytest.mark.parametrize(("unit", "flags"), [("avx512", ()), ("avx512bf16", ("-D__AVX512BF16__",))])
+BF16 = ("-D__AVX512BF16__",)
+
+
+@pytest.mark.parametrize(("unit", "flags"), [("avx512", ()), ("avx512bf16", BF16), ("avx512amx", BF16)])
 def test_avx512_emulated(tmp_path, unit, flags):
     if platform.machine() != "x86_64":
         pytest.skip("the unit is for x86-64")

@@ -62,8 +62,11 @@ static int differ(int32_t dtype, const void *some, const void *others, int64_t c
     float one[MOST], other[MOST];
     unit_portable.widen(dtype, some, count, one);
     unit_portable.widen(dtype, others, count, other);
+    float largest = 0;
+    for (int64_t i = 0; i < count; i++) largest = fmaxf(largest, fabsf(other[i]));
+    /* In tiles integers times their scales are rounded to bfloat16, which shows where large products cancel out. */
     for (int64_t i = 0; i < count; i++)
-        if (!(fabsf(one[i] - other[i]) <= fabsf(other[i]) / 64 + 1e-3f)) return 1;
+        if (!(fabsf(one[i] - other[i]) <= fabsf(other[i]) / 64 + largest / 256 + 1e-3f)) return 1;
     return 0;
 }
 

@@ -37,6 +37,19 @@ static int runs_avx512bf16(void) {
     uint32_t a, b, c, d;
     return runs_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
 }
+
+#ifdef HAS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static int runs_avx512amx(void) {
+    uint32_t a, b, c, d;
+    const uint32_t bf16 = 1u << 22, tiles = 1u << 24;
+    const long request_permission = 0x1023, tile_data = 18; /* of arch_prctl: a process must ask for these registers */
+    if (!runs_avx512bf16() || !keeps(0x600e6) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    return (d & bf16) && (d & tiles) && !syscall(SYS_arch_prctl, request_permission, tile_data);
+}
+#endif
 #endif
 
 #if defined(__aarch64__)
@@ -60,6 +73,9 @@ static int always(void) { return 1; }
 /* The fastest first. */
 static const struct { const struct unit *unit; int (*runs)(void); } units[] = {
 #if defined(__x86_64__)
+#ifdef HAS_AMX
+    {&unit_avx512amx, runs_avx512amx},
+#endif
     {&unit_avx512bf16, runs_avx512bf16},
     {&unit_avx512, runs_avx512},
     {&unit_avx2, runs_avx2},
@@ -83,7 +99,7 @@ struct task {
     struct product product;
 };
 
-/* From SOME tokens on only kept weights are multiplied, but where pairs are. SLAB tokens are multiplied at a time; GRAIN
+/* From SOME tokens on only kept weights are multiplied, but where bfloat16 is in pairs. SLAB tokens are multiplied at a time; GRAIN
  * multiplications make it worth waking another thread. */
 enum { SOME = 24, SLAB = 512, GRAIN = 1 << 15 };
 
@@ -91,10 +107,8 @@ static int64_t size_of(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 static int64_t grain(int64_t work) { return (GRAIN / (work + 1) / 8 + 1) * 8; }
 
-static int in_pairs(const struct unit *unit, int32_t dtype) { return unit->dots && dtype == BFLOAT16; }
-
-static int are_many(const struct unit *unit, int32_t dtype, int64_t tokens) {
-    return tokens >= SOME && !in_pairs(unit, dtype);
+static int are_many(const struct unit *unit, const struct weight *w, int64_t tokens) {
+    return tokens >= SOME && !(w->x_dtype == BFLOAT16 && unit->pairs > (w->dtype != BFLOAT16));
 }
 
 static void multiply_rows(int64_t begin, int64_t end, void *context) {
@@ -117,6 +131,40 @@ static void value_rows(int64_t begin, int64_t end, void *context) {
 static void expand_rows(int64_t begin, int64_t end, void *context) {
     const struct task *task = context;
     task->unit->expand(&task->product, begin, end);
+}
+
+struct gathering {
+    const struct weight *w;
+    const char *dense;
+    char *values;
+    int32_t *failed;
+};
+
+static void gather_rows(int64_t begin, int64_t end, void *context) {
+    const struct gathering *g = context;
+    const struct weight *w = g->w;
+    const int64_t size = size_of(w->x_dtype);
+    for (int64_t row = begin; row < end; row++) {
+        const uint8_t *bits = w->bits + row * w->row_bytes;
+        const char *dense = g->dense + row * w->in_features * size;
+        int64_t offset = w->starts ? w->starts[row] : row * w->per_row;
+        for (int64_t column = 0; column < w->in_features; column += 64) {
+            uint64_t word = 0;
+            const int64_t left = (w->in_features - column + 7) / 8;
+            memcpy(&word, bits + column / 8, left < 8 ? left : 8);
+            if (offset + __builtin_popcountll(word) > w->num_values) {
+                *g->failed = WRONG_MASK;
+                return;
+            }
+            for (; word; word &= word - 1, offset++) {
+                const int64_t from = column + __builtin_ctzll(word);
+                if (size == 4) ((uint32_t *)g->values)[offset] = ((const uint32_t *)dense)[from];
+                else ((uint16_t *)g->values)[offset] = ((const uint16_t *)dense)[from];
+            }
+        }
+        const int64_t next = row + 1 == w->out_features ? w->num_values : w->starts ? w->starts[row + 1] : (row + 1) * w->per_row;
+        if (offset != next) *g->failed = WRONG_MASK;
+    }
 }
 
 static int64_t padded(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
@@ -214,7 +262,7 @@ static int32_t compute(const struct call *call, void (*body)(int64_t, int64_t, v
 /* y [tokens, out] = x [tokens, in] · Wᵀ + bias, x, bias and y of x_dtype. */
 EXPORT int32_t ksparse_linear(parallel_for run, int32_t unit, const struct weight *w, const void *x, int64_t tokens,
                               const void *bias, void *y) {
-    const int many = are_many(units[unit].unit, w->dtype, tokens);
+    const int many = are_many(units[unit].unit, w, tokens);
     const struct call call = {run, units[unit].unit, w, tokens, x, NULL, w->in_features, many, bias, y,
                               w->out_features * size_of(w->x_dtype)};
     const int64_t work = w->in_features * (tokens < 8 ? tokens : 8);
@@ -235,6 +283,14 @@ EXPORT int32_t ksparse_grad_values(parallel_for run, int32_t unit, const struct 
     const struct call call = {run, units[unit].unit, w, tokens, x, grad, w->in_features, 1, NULL, (char *)grads, 0};
     memset(grads, 0, w->num_values * sizeof(float));
     return compute(&call, value_rows, w->out_features, 8);
+}
+
+/* values = dense [out, in] at the mask, both of x_dtype. */
+EXPORT int32_t ksparse_gather(parallel_for run, int32_t unit, const struct weight *w, const void *dense, void *values) {
+    (void)unit;
+    int32_t error = 0;
+    struct gathering gathering = {w, dense, values, &error};
+    return run(0, w->out_features, grain(w->in_features), gather_rows, &gathering) ? NO_MEMORY : error;
 }
 
 /* starts [out]: how many weights the rows before keep. */

@@ -45,7 +45,8 @@ struct product {
 /* A unit: the same functions compiled for one instruction set. All take rows [begin, end). */
 struct unit {
     const char *name;
-    int32_t dots; /* whether `few` and `some` multiply bfloat16 as it is, instead of floats */
+    /* Whether `few` and `some` multiply bfloat16 as it is, instead of floats; 2: with integers `some` does, too. */
+    int32_t pairs;
     /* Once, before the others. Nothing of a unit may run before the CPU was asked, so no constructors. */
     void (*start)(void);
     /* Up to FEW tokens: each row's packed weights are read once, straight into the sums. */
@@ -69,7 +70,13 @@ enum { FEW = 4, BLOCK = 64 };
 
 extern const struct unit unit_portable;
 #if defined(__x86_64__)
-extern const struct unit unit_avx2, unit_avx512, unit_avx512bf16;
+extern const struct unit unit_avx2, unit_avx512, unit_avx512bf16, unit_avx512amx;
+/* The compiler knows the instructions, and the way to ask the system for their registers is this one. */
+#if defined(__linux__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>)
+#define HAS_AMX
+#endif
+#endif
 #elif defined(__aarch64__)
 extern const struct unit unit_neon, unit_neonbf16;
 #endif
@@ -84,6 +91,7 @@ EXPORT int32_t ksparse_grad_input(parallel_for, int32_t unit, const struct weigh
                                   void *grad_x);
 EXPORT int32_t ksparse_grad_values(parallel_for, int32_t unit, const struct weight *, const void *grad, const void *x,
                                    int64_t tokens, float *grads);
+EXPORT int32_t ksparse_gather(parallel_for, int32_t unit, const struct weight *, const void *dense, void *values);
 EXPORT void ksparse_row_starts(const uint8_t *bits, int64_t out_features, int64_t row_bytes, int64_t *starts);
 EXPORT int32_t ksparse_expand(parallel_for, int32_t unit, const struct weight *, int64_t begin, int64_t end,
                               void *out);

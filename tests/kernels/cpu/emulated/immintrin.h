@@ -1,4 +1,5 @@
-/* What `avx512.c` takes of AVX-512, in plain C after the pseudocode of Intel's manual: for machines without it. */
+/* What `avx512.c` and `tiles.h` take of AVX-512 and AMX, in plain C after the pseudocode of Intel's manual: for machines
+ * without it. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -13,6 +14,7 @@ typedef struct { float lane[16]; } __m512;
 typedef struct { uint8_t byte[64]; } __m512i;
 typedef struct { uint8_t byte[32]; } __m256i;
 #define __m512bh __m512
+typedef struct { uint16_t half[16]; } __m256bh;
 
 #define EMULATED static inline __attribute__((unused))
 
@@ -208,4 +210,91 @@ EMULATED __m512 _mm512_cvtph_ps(__m256i a) {
         v.lane[j] = half & 0x8000 ? -size : size;
     }
     return v;
+}
+
+/* VPUNPCKLDQ, VPUNPCKHDQ, VPUNPCKLQDQ, VPUNPCKHQDQ: in each 16 bytes the lower or upper words of a and b by turns. */
+EMULATED __m512i unpacked_words(__m512i a, __m512i b, int bytes, int high) {
+    __m512i v;
+    for (int j = 0; j < 64; j += bytes)
+        memcpy(v.byte + j, (j / bytes % 2 ? b : a).byte + j / 16 * 16 + 8 * high + j % 16 / bytes / 2 * bytes, bytes);
+    return v;
+}
+EMULATED __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) { return unpacked_words(a, b, 4, 0); }
+EMULATED __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) { return unpacked_words(a, b, 4, 1); }
+EMULATED __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) { return unpacked_words(a, b, 8, 0); }
+EMULATED __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) { return unpacked_words(a, b, 8, 1); }
+
+/* VSHUFI32X4: two of the four 16 bytes of a, then two of b, by 2 bits each. */
+EMULATED __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int places) {
+    __m512i v;
+    for (int j = 0; j < 4; j++) memcpy(v.byte + 16 * j, (j < 2 ? a : b).byte + 16 * (places >> 2 * j & 3), 16);
+    return v;
+}
+
+/* VMOVDQU16: what is masked away is not read. */
+EMULATED __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void *from) {
+    __m512i v = {{0}};
+    for (int j = 0; j < 32; j++)
+        if (mask >> j & 1) memcpy(v.byte + 2 * j, (const uint8_t *)from + 2 * j, 2);
+    return v;
+}
+
+/* VCVTNEPS2BF16, VCVTNE2PS2BF16: to the nearest, to an even one of two; subnormal numbers count as zero. */
+EMULATED uint16_t rounded_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if (isnan(value)) return bits >> 16 | 0x40;
+    if (!(bits & 0x7f800000)) return bits >> 31 << 15;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+EMULATED __m256bh _mm512_cvtneps_pbh(__m512 a) {
+    __m256bh v;
+    for (int j = 0; j < 16; j++) v.half[j] = rounded_bf16(a.lane[j]);
+    return v;
+}
+EMULATED __m512bh _mm512_cvtne2ps_pbh(__m512 upper, __m512 lower) {
+    const __m256bh halves[2] = {_mm512_cvtneps_pbh(lower), _mm512_cvtneps_pbh(upper)};
+    __m512 v;
+    memcpy(&v, halves, 64);
+    return v;
+}
+
+/* AMX: LDTILECFG, STTILECFG, TILELOADD, TILESTORED and TDPBF16PS, whose products are added as VDPBF16PS adds them. */
+struct emulated_tiles {
+    struct { uint8_t palette, start, zeros[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config;
+    uint8_t tile[8][16][64];
+};
+EMULATED struct emulated_tiles *emulated_tiles(void) { static _Thread_local struct emulated_tiles tiles; return &tiles; }
+EMULATED void _tile_loadconfig(const void *from) {
+    struct emulated_tiles *tiles = emulated_tiles();
+    memcpy(&tiles->config, from, 64);
+    if (tiles->config.palette > 1) abort();
+    memset(tiles->tile, 0, sizeof(tiles->tile));
+}
+EMULATED void _tile_storeconfig(void *to) { memcpy(to, &emulated_tiles()->config, 64); }
+EMULATED void moved_tile(int tile, char *memory, int64_t stride, int load) {
+    struct emulated_tiles *tiles = emulated_tiles();
+    if (!tiles->config.palette) abort();
+    for (int row = 0; row < tiles->config.rows[tile]; row++) {
+        const int bytes = tiles->config.row_bytes[tile];
+        if (load) memcpy(tiles->tile[tile][row], memory + row * stride, bytes);
+        else memcpy(memory + row * stride, tiles->tile[tile][row], bytes);
+    }
+}
+#define _tile_loadd(tile, from, stride) moved_tile(tile, (char *)(from), stride, 1)
+#define _tile_stored(tile, to, stride) moved_tile(tile, (char *)(to), stride, 0)
+EMULATED void _tile_dpbf16ps(int to, int a, int b) {
+    struct emulated_tiles *tiles = emulated_tiles();
+    if (!tiles->config.palette || tiles->config.rows[a] != tiles->config.rows[to]) abort();
+    for (int row = 0; row < tiles->config.rows[a]; row++)
+        for (int pair = 0; pair < tiles->config.row_bytes[a] / 4; pair++) {
+            __m512 sum, one, other;
+            uint32_t bits;
+            memcpy(&bits, tiles->tile[a][row] + 4 * pair, 4);
+            for (int j = 0; j < 16; j++) memcpy(&one.lane[j], &bits, 4);
+            memcpy(&sum, tiles->tile[to][row], 64);
+            memcpy(&other, tiles->tile[b][pair], 64);
+            sum = _mm512_dpbf16_ps(sum, one, other);
+            memcpy(tiles->tile[to][row], &sum, 64);
+        }
 }
