@@ -5,7 +5,7 @@
 #include <string.h>
 
 /* What the Python side was written for: it refuses another number. */
-EXPORT int32_t ksparse_version(void) { return 4; }
+EXPORT int32_t ksparse_version(void) { return 5; }
 
 #if defined(__x86_64__)
 #include <cpuid.h>

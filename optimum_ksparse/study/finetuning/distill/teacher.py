@@ -2,7 +2,7 @@
 
 | file of the cache | key | shape | dtype | meaning |
 |---|---|---|---|---|
-| `cache.json` | | | | what was written: teacher, tokenizer, data, k, temperature |
+| `cache.json` | | | | what was written: teacher, tokenizer, data, k, temperature, dtype of products |
 | `tokens.safetensors` | `input_ids` | [samples, seq_len] | int32 | the text |
 | `00000.safetensors`, … | `indices` | [samples, seq_len − 1, k] | int32 | the likeliest tokens after each position |
 | | `log_probs` | [samples, seq_len − 1, k + 1] | float16 | their log-probabilities, and that of all others together |
@@ -35,6 +35,7 @@ from ....checkpoint.staging import check_output, save_tensors, write_text
 from ....data import read_tokenizer
 from ....data.tokens import check_context
 from ....evaluation.running import check_causal_lm, map_logits
+from ....kernels import fast_products
 from ....pruning.distributed import Processes
 from ....records import differences, read_record, to_json
 from .loss import log_outcomes
@@ -82,7 +83,7 @@ class TeacherLogits(Dataset[dict[str, torch.Tensor]]):
     `log_probs`, without its first dimension."""
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
-        """`record`: what the logits are of; `num_samples`, `seq_len`, `top_k` and `temperature` among it."""
+        """`record`: what the logits are of; `num_samples`, `seq_len`, `top_k`, `temperature` and `bf16` among it."""
         self.folder, self.record = folder, record
         self.samples_a_file = max(1, _TOKENS_A_FILE // record["seq_len"])
         starts = range(0, record["num_samples"], self.samples_a_file)
@@ -170,7 +171,9 @@ class TeacherLogits(Dataset[dict[str, torch.Tensor]]):
             indices = logits.topk(self.record["top_k"], sorted=False).indices
             return indices.int().cpu(), log_outcomes(logits, indices).half().cpu()
 
-        parts = map_logits(teacher, ids.to(device_of(teacher)), keep)
+        device, dtype = device_of(teacher), torch.bfloat16 if self.record["bf16"] else None
+        with fast_products(teacher, dtype), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            parts = map_logits(teacher, ids.to(device), keep)
         indices, log_probs = (torch.cat(column, 1) for column in zip(*parts, strict=True))
         return indices, log_probs
 

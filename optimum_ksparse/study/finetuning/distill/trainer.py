@@ -51,7 +51,7 @@ class DistillTrainer(TaskTrainer):
             "tokenizer_sha256": vocabulary_digest(tokenizer),
             "dataset": describe_dataset(self.data.dataset),
             **{name: getattr(self.data, name) for name in ("num_samples", "seq_len", "seed", "prepend_bos")},
-            **{name: getattr(settings, name) for name in ("top_k", "temperature")},
+            **{name: getattr(settings, name) for name in ("top_k", "temperature", "bf16")},
         }
         texts = None if settings.texts is None else describe_texts(settings.texts)
         self.described = {**record, "learning_rate": settings.learning_rate, "texts": texts}
