@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..blocks import decoder_of
 from ..blocks.running import device_of, replaced_forward, without_cache
@@ -59,16 +61,26 @@ def check_causal_lm(model: Any) -> None:
 def map_logits(model: PreTrainedModel, ids: torch.Tensor, function: Callable[[slice, torch.Tensor], T]) -> list[T]:
     """What `function` makes of the logits of all positions but the last of token ids [batch, positions], part after
     part: it takes the part's place and its logits [batch, part, vocabulary] in the model's dtype."""
-    chunk = max(1, _LOGITS_BYTES // (4 * model.get_output_embeddings().weight.shape[0] * len(ids)))
-    # Most heads call the base, and some, such as OPT's, the decoder inside it.
-    bases = list(dict.fromkeys((model.base_model, decoder_of(model))))
-    outcomes = []
     with fast_products(model):
         output = model.base_model(input_ids=ids, **without_cache(model.base_model))
-        # The model's own head, with all that it does to logits (soft caps, scales), runs on a part of the positions.
-        with replaced_forward(bases, lambda _: lambda *args, **kwargs: hidden):
-            for start in range(0, ids.shape[1] - 1, chunk):
-                part = slice(start, min(start + chunk, ids.shape[1] - 1))
-                hidden = type(output)(last_hidden_state=output[0][:, part])
-                outcomes.append(function(part, model(input_ids=ids[:, part]).logits))
+        return map_head(model, ids, output, function)
+
+
+def map_head(
+    model: PreTrainedModel, ids: torch.Tensor, output: ModelOutput, function: Callable[[slice, torch.Tensor], T]
+) -> list[T]:
+    """The same of the base's `output` for them."""
+    chunk = max(1, _LOGITS_BYTES // (4 * model.get_output_embeddings().weight.shape[0] * len(ids)))
+    outcomes = []
+    # The model's own head, with all that it does to logits (soft caps, scales), runs on a part of the positions.
+    with replaced_forward(bases_of(model), lambda _: lambda *args, **kwargs: hidden):
+        for start in range(0, ids.shape[1] - 1, chunk):
+            part = slice(start, min(start + chunk, ids.shape[1] - 1))
+            hidden = type(output)(last_hidden_state=output[0][:, part])
+            outcomes.append(function(part, model(input_ids=ids[:, part]).logits))
     return outcomes
+
+
+def bases_of(model: PreTrainedModel) -> list[nn.Module]:
+    """What the head may call: most call the base, and some, such as OPT's, the decoder inside it."""
+    return list(dict.fromkeys((model.base_model, decoder_of(model))))

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Logits held in float32 at a time, beside those of the model.
-_PART_BYTES = 128 * 2**20
 # Log of a probability that counts as none; float16 holds it.
 _LEAST = -1e4
 
@@ -41,21 +39,21 @@ def _outcomes(logits: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor
 
 def distillation_loss(
     logits: torch.Tensor,
-    input_ids: torch.Tensor,
+    next_ids: torch.Tensor,
     indices: torch.Tensor,
     log_probs: torch.Tensor,
     temperature: float = 1.0,
     weight: float = 0.0,
 ) -> torch.Tensor:
-    """(1 − w)·T²·KL(teacher ‖ student) + w·CE, the mean over all positions but the last of each sample; T² keeps the
-    gradients' size (Hinton et al. 2015, 1503.02531, section 2.1), CE is that of the next token at T = 1.
+    """(1 − w)·T²·KL(teacher ‖ student) + w·CE, the sum over all positions; T² keeps the gradients' size (Hinton et al.
+    2015, 1503.02531, section 2.1), CE is that of the next token at T = 1.
 
     Args:
-        logits: of the student, [samples, positions, vocabulary]. input_ids: [samples, positions].
-        indices, log_probs: [samples, positions − 1, k] and [..., k + 1], of the teacher at the same temperature.
+        logits: of the student, [samples, positions, vocabulary]. next_ids: [samples, positions], the next tokens.
+        indices, log_probs: [samples, positions, k] and [..., k + 1], of the teacher at the same temperature.
         temperature, weight: T and w.
     """
-    loss: torch.Tensor = _Loss.apply(logits, input_ids, indices, log_probs, temperature, weight)
+    loss: torch.Tensor = _Loss.apply(logits, next_ids, indices, log_probs, temperature, weight)
     return loss
 
 
@@ -72,35 +70,30 @@ def _divergence(
 
 
 class _Loss(torch.autograd.Function):
-    """The gradient is computed with the loss, a part of the positions at a time: beside logits and gradient nothing is
-    as large as they are."""
+    """The gradient is computed with the loss, in the place of what it is computed from."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, *targets: Any) -> torch.Tensor:
-        input_ids, indices, log_probs, temperature, weight = targets
-        samples, positions, vocabulary = logits.shape
-        count = samples * (positions - 1)
-        total, grad = logits.new_zeros((), dtype=torch.float32), torch.zeros_like(logits)
-        step = max(1, _PART_BYTES // (4 * samples * vocabulary))
-        for start in range(0, positions - 1, step):
-            part = slice(start, min(start + step, positions - 1))
-            if weight < 1:
-                student = logits[:, part].float().div(temperature)
-                teacher = log_probs[:, part].float().log_softmax(-1)
-                loss, of_student = _divergence(student, indices[:, part].long(), teacher)
-                total += (1 - weight) * temperature**2 / count * loss
-                grad[:, part] = of_student.mul_((1 - weight) * temperature / count)
-            if weight > 0:
-                student = logits[:, part].detach().float().requires_grad_()
-                with torch.enable_grad():
-                    loss = weight / count * F.cross_entropy(student.mT, input_ids[:, 1:][:, part], reduction="sum")
-                total += loss.detach()
-                grad[:, part] += torch.autograd.grad(loss, student)[0]
+        next_ids, indices, log_probs, temperature, weight = targets
+        total, grad = logits.new_zeros((), dtype=torch.float32), None
+        if weight < 1:
+            student = logits.detach().float() / temperature
+            loss, of_student = _divergence(student, indices.long(), log_probs.float().log_softmax(-1))
+            total += (1 - weight) * temperature**2 * loss
+            grad = of_student.mul_((1 - weight) * temperature)
+        if weight > 0:
+            student = logits.detach().float().requires_grad_()
+            with torch.enable_grad():
+                loss = weight * F.cross_entropy(student.mT, next_ids, reduction="sum")
+            total += loss.detach()
+            (of_loss,) = torch.autograd.grad(loss, student)
+            grad = of_loss if grad is None else grad.add_(of_loss)
         ctx.save_for_backward(grad)
+        ctx.dtype = logits.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad.mul_(grad_loss), None, None, None, None, None
+        return grad.mul_(grad_loss).to(ctx.dtype), None, None, None, None, None

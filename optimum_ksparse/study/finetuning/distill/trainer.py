@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.utils import ModelOutput
 
+from ....blocks.running import replaced_forward
 from ....checkpoint import find_weight_files, without_peft
 from ....checkpoint.model_class import load_model
 from ....data import calibration_tokens
@@ -20,6 +23,7 @@ from ....data.dataset import describe_dataset, holds
 from ....data.texts import describe_texts
 from ....data.tokens import check_context
 from ....evaluation import evaluate_perplexity
+from ....evaluation.running import bases_of, map_head
 from ....nn import check_trainable
 from ....pruning.distributed import current
 from ....records import describe_source
@@ -68,6 +72,7 @@ class DistillTrainer(TaskTrainer):
             model=tuned, args=config, train_dataset=logits, eval_dataset=logits, callbacks=[_Restore(self)]
         )
         self.logits = logits
+        self._head: torch.Tensor | None = None  # its weight in bfloat16
         self.model_accepts_loss_kwargs = False  # the loss is a mean, over samples of one length
 
     def _check(self, model: PreTrainedModel) -> None:
@@ -114,9 +119,41 @@ class DistillTrainer(TaskTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        logits = model(input_ids=inputs["input_ids"]).logits
-        temperature, weight = self.settings.temperature, self.settings.cross_entropy
-        return distillation_loss(logits, **inputs, temperature=temperature, weight=weight)
+        """The mean over all positions but the last of each sample. Logits and their gradients, which with a large
+        vocabulary are larger than all else, are there for a part of the positions at a time: the head runs forward
+        and backward here, and `backward` goes on from its input."""
+        student, ids = without_peft(self.model), inputs["input_ids"]
+        with _without_head(student) as outputs:
+            model(input_ids=ids)
+        (output,) = outputs
+        hidden = output[0].detach().requires_grad_()
+
+        def loss_of(part: slice, logits: torch.Tensor) -> torch.Tensor:
+            targets = ids[:, 1:][:, part], inputs["indices"][:, part], inputs["log_probs"][:, part]
+            loss = distillation_loss(logits, *targets, self.settings.temperature, self.settings.cross_entropy)
+            loss = loss / ids[:, 1:].numel()
+            loss.backward()
+            return loss.detach()
+
+        with self.accelerator.autocast(), self._head_in_product_dtype():
+            losses = map_head(student, ids, type(output)(last_hidden_state=hidden), loss_of)
+        loss: torch.Tensor = _WithGradient.apply(output[0], torch.stack(losses).sum(), hidden.grad)
+        return loss
+
+    @contextmanager
+    def _head_in_product_dtype(self) -> Iterator[None]:
+        """Autocast keeps no copy of weights that are not trained: it would make one for each part."""
+        weight = without_peft(self.model).get_output_embeddings().weight
+        if not self.args.bf16 or weight.dtype is torch.bfloat16:
+            yield
+            return
+        if self._head is None:
+            self._head = weight.detach().bfloat16()
+        before, weight.data = weight.data, self._head
+        try:
+            yield
+        finally:
+            weight.data = before
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         step, settings = self.state.global_step, self.settings
@@ -149,6 +186,42 @@ class DistillTrainer(TaskTrainer):
     def save(self, folder: Path) -> None:
         self.restore_dtypes()  # a run that was cut off while it was saved has not trained again
         super().save(folder)
+
+
+@contextmanager
+def _without_head(model: PreTrainedModel) -> Iterator[list[ModelOutput]]:
+    """Within it the model's forward notes what its base gives, and runs the head on the last position alone."""
+    outputs: list[ModelOutput] = []
+    bases, called = bases_of(model), []
+    forwards = [base.forward for base in bases]
+
+    def make(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            called.append(index)
+            output = forwards[index](*args, **kwargs)
+            if called[0] != index:  # inside the one that the head called
+                return output
+            outputs.append(output)
+            return type(output)(last_hidden_state=output[0][:, -1:])
+
+        return forward
+
+    with replaced_forward(bases, make):
+        yield outputs
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient to `hidden` is known."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, loss: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(grad)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss, None, None
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
