@@ -29,9 +29,9 @@ logger = logging.get_logger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INTEGERS = {torch.int8: 3, torch.uint8: 4}  # the latter two integers of 4 bits
-# On a CPU with fast products in 16 bit, from so many tokens on torch's take less time, also than products of bfloat16
-# in tiles; bytes of a panel of dense rows.
-_PANEL_TOKENS, _TILED_TOKENS, _PANEL_BYTES = 96, 512, 4 << 20
+# On a CPU with fast products in 16 bit, from so many tokens on torch's take less time, with panels of dense rows of so
+# many bytes; and where bfloat16 is multiplied in tiles.
+_PANELS, _PANELS_BESIDE_TILES = (96, 4 << 20), (512, 8 << 20)
 
 # Units on which products with dense weights were measured to take less time than torch's.
 _DENSE_UNITS = ("avx512amx", "avx512bf16", "avx512", "avx2")
@@ -164,7 +164,7 @@ class NativeWeight:
         )
         self._identity = _identity(values, bits, scale)
         tiled = library.name == "avx512amx" and self.dtype is torch.bfloat16
-        self._most = (_TILED_TOKENS if tiled else _PANEL_TOKENS) if multiplies_in(self.dtype) else math.inf
+        self._panels = (_PANELS_BESIDE_TILES if tiled else _PANELS) if multiplies_in(self.dtype) else (math.inf, 0)
         self.address = ctypes.addressof(self._struct)
         self._linear = functools.partial(
             library.functions.ksparse_linear, library.parallel_for, library.unit, self.address
@@ -191,8 +191,9 @@ class NativeWeight:
             x = x.contiguous()
         if bias is not None:
             bias = self._checked(bias)
-        if width and x.numel() >= self._most * width:
-            height = min(self.out_features, max(1, _PANEL_BYTES // (width * self.dtype.itemsize)))
+        tokens, panel_bytes = self._panels
+        if width and x.numel() >= tokens * width:
+            height = min(self.out_features, max(1, panel_bytes // (width * self.dtype.itemsize)))
             panel = torch.empty(height, width, dtype=self.dtype, device="cpu")
 
             def dense(rows: slice) -> torch.Tensor:

@@ -252,7 +252,8 @@ def test_gradients_of_a_layer_are_the_dense_ones():
 def test_on_a_cpu_with_products_in_16_bit_many_tokens_take_those(monkeypatch, bias):
     for module in (native, operators):
         monkeypatch.setattr(module, "multiplies_in", lambda dtype: dtype is torch.bfloat16)
-    monkeypatch.setattr(native, "_PANEL_BYTES", 7 * 64 * 2)
+    for name in ("_PANELS", "_PANELS_BESIDE_TILES"):
+        monkeypatch.setattr(native, name, (16, 7 * 64 * 2))
     sparse, x = layer(bias=bias), torch.randn(2, 24, 64).bfloat16().requires_grad_()
     expected = F.linear(x, sparse.to_dense_weight(), sparse.bias)
     with torch.no_grad():
