@@ -72,7 +72,7 @@ class DistillTrainer(TaskTrainer):
             model=tuned, args=config, train_dataset=logits, eval_dataset=logits, callbacks=[_Restore(self)]
         )
         self.logits = logits
-        self._head: torch.Tensor | None = None  # its weight in bfloat16
+        self._head: nn.Parameter | None = None  # its weight in bfloat16
         self.model_accepts_loss_kwargs = False  # the loss is a mean, over samples of one length
 
     def _check(self, model: PreTrainedModel) -> None:
@@ -142,18 +142,17 @@ class DistillTrainer(TaskTrainer):
 
     @contextmanager
     def _head_in_product_dtype(self) -> Iterator[None]:
-        """Autocast keeps no copy of weights that are not trained: it would make one for each part."""
-        weight = without_peft(self.model).get_output_embeddings().weight
-        if not self.args.bf16 or weight.dtype is torch.bfloat16:
-            yield
-            return
-        if self._head is None:
-            self._head = weight.detach().bfloat16()
-        before, weight.data = weight.data, self._head
+        """Autocast keeps no copy of weights that are not trained: it would make one of the head for each part."""
+        head = without_peft(self.model).get_output_embeddings()
+        before = head.weight
+        if self.args.bf16 and before.dtype is not torch.bfloat16:
+            if self._head is None:
+                self._head = nn.Parameter(before.detach().bfloat16(), requires_grad=False)
+            head.weight = self._head
         try:
             yield
         finally:
-            weight.data = before
+            head.weight = before
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         step, settings = self.state.global_step, self.settings
@@ -163,7 +162,8 @@ class DistillTrainer(TaskTrainer):
             return {}
         how: dict[str, Any] = {name: getattr(settings, name) for name in ("prepend_bos", "max_tokens")}
         how |= {"seq_len": self.data.seq_len, "batch_size": 1}
-        row = evaluate_perplexity(self.model, self.tokenizer, settings.texts, **how)
+        with self._head_in_product_dtype():
+            row = evaluate_perplexity(self.model, self.tokenizer, settings.texts, **how)
         return self.log_figures({self.figure: round(row[self.figure], 4)})
 
     def outcome(self, steps: int) -> dict[str, Any]:
