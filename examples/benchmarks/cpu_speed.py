@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, L
 from optimum_ksparse import SparseLinear, SparsityConfig, kernels, sparsify
 from optimum_ksparse.checkpoint import sparse_modules
 from optimum_ksparse.kernels import NativeWeight, Problem, fast_products, sample_weights, time_calls
+from optimum_ksparse.kernels.operators import grad_input, grad_values
 from optimum_ksparse.kernels.timing import rotations
 from optimum_ksparse.pattern import Pattern
 from optimum_ksparse.study.benchmark import BenchResults, bench_layers
@@ -133,9 +134,11 @@ def _backward(problem: Problem, of: str) -> Row:
         dense_weights = [torch.randn(out, in_) for _ in range(rotations(out * in_ * 4, CPU))]
         dense = [functools.partial(torch.mm, grad, weight) for weight in dense_weights]
     weights = sample_weights(problem, rotations(problem.packed_bytes, CPU))
-    native = [NativeWeight(weight.values, weight.bits, in_) for weight in weights]
-    arguments = (grad.to(dtype),) if of == "input" else (grad.to(dtype), x.to(dtype))
-    packed = [functools.partial(getattr(one, f"grad_{of}"), *arguments) for one in native]
+    grad, x = grad.to(dtype), x.to(dtype)
+    if of == "input":
+        packed = [functools.partial(grad_input, grad, one.values, one.bits, in_, problem.pattern) for one in weights]
+    else:
+        packed = [functools.partial(grad_values, grad, x, one.values, one.bits, problem.pattern) for one in weights]
     return {"dense_float32_us": time_calls(dense, CPU), "packed_us": time_calls(packed, CPU)}
 
 

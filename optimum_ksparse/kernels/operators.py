@@ -81,16 +81,14 @@ def grad_values(
 ) -> torch.Tensor:
     """gradᵀ·x at the mask, in the shape of the values; grad [..., out], x [..., in]."""
     in_features = x.shape[-1]
-    if gains_natively(values, grad.dtype):
+    if _is_native(values) and grad.dtype == values.dtype:
         weight = PackedWeight(values, bits, in_features, pattern).contiguous()
-        return weight.native().grad_values(grad, x).view(values.shape).to(values.dtype)
+        return weight.native().grad_values(grad, x).view(values.shape)
     full = mm(grad.reshape(-1, grad.shape[-1]).T, x.reshape(-1, in_features))
     if _has_kernel(full, bits, in_features, pattern):
         from .triton.dense import gather
 
         return gather(aligned(full), aligned(bits), GROUPS[pattern])
-    if _is_native(values) and full.dtype == values.dtype:
-        return PackedWeight(values, bits, in_features, pattern).contiguous().native().gather(full).view(values.shape)
     return full[unpack_mask(bits, in_features)].view(values.shape)
 
 

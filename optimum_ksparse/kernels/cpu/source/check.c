@@ -9,7 +9,7 @@
 enum { OUT = 5, IN = 150, ROW = (IN + 7) / 8, GROUP = 64, GROUPS = 3, TOKENS = 40, MOST = TOKENS * IN };
 
 /* Of one unit; there is room for floats, whatever the dtype. */
-struct results { float y[TOKENS * OUT], grad_x[TOKENS * IN], grads[OUT * IN], dense[OUT * IN]; };
+struct results { float y[TOKENS * OUT], grad_x[TOKENS * IN], dense[OUT * IN]; };
 
 static int32_t serial(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void *), void *context) {
     (void)grain;
@@ -54,7 +54,6 @@ static int32_t compute(int32_t unit, int32_t dtype, int64_t tokens, struct resul
     memset(results, 0, sizeof(*results));
     return ksparse_linear(serial, unit, &w, x, tokens, bias, results->y) ||
            ksparse_grad_input(serial, unit, &w, grad, tokens, results->grad_x) ||
-           (dtype < INT8 && ksparse_grad_values(serial, unit, &w, grad, x, tokens, results->grads)) ||
            ksparse_expand(serial, unit, &w, 0, OUT, results->dense);
 }
 
@@ -83,7 +82,6 @@ EXPORT int32_t ksparse_check(int32_t index) {
             agrees = !compute(index, dtype, tokens, results) && !compute(portable, dtype, tokens, expected) &&
                      !differ(x_dtype, results->y, expected->y, tokens * OUT) &&
                      !differ(x_dtype, results->grad_x, expected->grad_x, tokens * IN) &&
-                     !differ(FLOAT32, results->grads, expected->grads, OUT * IN) &&
                      !differ(x_dtype, results->dense, expected->dense, OUT * IN);
         }
     agrees = agrees && results;

@@ -99,8 +99,8 @@ struct task {
     struct product product;
 };
 
-/* From SOME tokens on only kept weights are multiplied, but where bfloat16 is in pairs. SLAB tokens are multiplied at a time; GRAIN
- * multiplications make it worth waking another thread. */
+/* From SOME tokens on only kept weights are multiplied, but where bfloat16 is in pairs. SLAB tokens are multiplied at a
+ * time; GRAIN multiplications make it worth waking another thread. */
 enum { SOME = 24, SLAB = 512, GRAIN = 1 << 15 };
 
 static int64_t size_of(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
@@ -123,11 +123,6 @@ static void input_columns(int64_t begin, int64_t end, void *context) {
     task->unit->grad_input(&task->product, begin, end);
 }
 
-static void value_rows(int64_t begin, int64_t end, void *context) {
-    const struct task *task = context;
-    task->unit->grad_values(&task->product, begin, end);
-}
-
 static void expand_rows(int64_t begin, int64_t end, void *context) {
     const struct task *task = context;
     task->unit->expand(&task->product, begin, end);
@@ -135,7 +130,8 @@ static void expand_rows(int64_t begin, int64_t end, void *context) {
 
 struct gathering {
     const struct weight *w;
-    const char *dense;
+    const char *dense; /* rows from first_row on */
+    int64_t first_row;
     char *values;
     int32_t *failed;
 };
@@ -146,7 +142,7 @@ static void gather_rows(int64_t begin, int64_t end, void *context) {
     const int64_t size = size_of(w->x_dtype);
     for (int64_t row = begin; row < end; row++) {
         const uint8_t *bits = w->bits + row * w->row_bytes;
-        const char *dense = g->dense + row * w->in_features * size;
+        const char *dense = g->dense + (row - g->first_row) * w->in_features * size;
         int64_t offset = w->starts ? w->starts[row] : row * w->per_row;
         for (int64_t column = 0; column < w->in_features; column += 64) {
             uint64_t word = 0;
@@ -225,12 +221,12 @@ struct call {
     const struct unit *unit;
     const struct weight *w;
     int64_t tokens;
-    const char *x, *gradient; /* [tokens, x_features]; for the gradient of the values [tokens, out], else NULL */
+    const char *x; /* [tokens, x_features] */
     int64_t x_features;
     int transposed; /* whether `body` takes them as floats, transposed */
     const void *bias;
     char *y;
-    int64_t y_bytes; /* of a token; 0 where all tokens are summed */
+    int64_t y_bytes; /* of a token */
 };
 
 /* `body` over `items` of each slab, at least `least` of them in a thread. 0, or one of `failure`. */
@@ -238,24 +234,17 @@ static int32_t compute(const struct call *call, void (*body)(int64_t, int64_t, v
     const struct weight *w = call->w;
     const int64_t size = size_of(w->x_dtype);
     float *x = call->transposed ? room(call->tokens, call->x_features) : NULL;
-    float *gradient = call->gradient ? room(call->tokens, w->out_features) : NULL;
-    int32_t error = (call->transposed && !x) || (call->gradient && !gradient) ? NO_MEMORY : 0;
+    int32_t error = call->transposed && !x ? NO_MEMORY : 0;
     for (int64_t token = 0; token < call->tokens && !error; token += SLAB) {
         const int64_t count = call->tokens - token < SLAB ? call->tokens - token : SLAB;
         const char *raw = call->x + token * call->x_features * size;
         if (x && transpose(call->run, (struct copying){call->unit, w->x_dtype, raw, count, call->x_features, 0, x}))
             error = NO_MEMORY;
-        if (gradient && !error) {
-            const char *from = call->gradient + token * w->out_features * size;
-            if (transpose(call->run, (struct copying){call->unit, w->x_dtype, from, count, w->out_features, 0, gradient}))
-                error = NO_MEMORY;
-        }
-        struct task task = {call->unit, {*w, raw, x, gradient, count, padded(call->x_features, 64), call->bias,
+        struct task task = {call->unit, {*w, raw, x, count, padded(call->x_features, 64), call->bias,
                                          call->y + token * call->y_bytes, 0, &error}};
         if (!error && call->run(0, items, least, body, &task)) error = NO_MEMORY;
     }
     free(x);
-    free(gradient);
     return error;
 }
 
@@ -263,7 +252,7 @@ static int32_t compute(const struct call *call, void (*body)(int64_t, int64_t, v
 EXPORT int32_t ksparse_linear(parallel_for run, int32_t unit, const struct weight *w, const void *x, int64_t tokens,
                               const void *bias, void *y) {
     const int many = are_many(units[unit].unit, w, tokens);
-    const struct call call = {run, units[unit].unit, w, tokens, x, NULL, w->in_features, many, bias, y,
+    const struct call call = {run, units[unit].unit, w, tokens, x, w->in_features, many, bias, y,
                               w->out_features * size_of(w->x_dtype)};
     const int64_t work = w->in_features * (tokens < 8 ? tokens : 8);
     return compute(&call, multiply_rows, w->out_features, grain(work));
@@ -272,25 +261,18 @@ EXPORT int32_t ksparse_linear(parallel_for run, int32_t unit, const struct weigh
 /* grad_x [tokens, in] = grad [tokens, out] · W, both of x_dtype. */
 EXPORT int32_t ksparse_grad_input(parallel_for run, int32_t unit, const struct weight *w, const void *grad,
                                   int64_t tokens, void *grad_x) {
-    const struct call call = {run, units[unit].unit, w, tokens, grad, NULL, w->out_features, 1, NULL, grad_x,
+    const struct call call = {run, units[unit].unit, w, tokens, grad, w->out_features, 1, NULL, grad_x,
                               w->in_features * size_of(w->x_dtype)};
     return compute(&call, input_columns, padded(w->in_features, 64) / 64, 1);
 }
 
-/* grads, floats in the places of the values, = gradᵀ [out, tokens] · x [tokens, in] at the mask. */
-EXPORT int32_t ksparse_grad_values(parallel_for run, int32_t unit, const struct weight *w, const void *grad,
-                                   const void *x, int64_t tokens, float *grads) {
-    const struct call call = {run, units[unit].unit, w, tokens, x, grad, w->in_features, 1, NULL, (char *)grads, 0};
-    memset(grads, 0, w->num_values * sizeof(float));
-    return compute(&call, value_rows, w->out_features, 8);
-}
-
-/* values = dense [out, in] at the mask, both of x_dtype. */
-EXPORT int32_t ksparse_gather(parallel_for run, int32_t unit, const struct weight *w, const void *dense, void *values) {
+/* Values of rows [begin, end) = dense [end - begin, in] at the mask, both of x_dtype; `values` are those of all rows. */
+EXPORT int32_t ksparse_gather(parallel_for run, int32_t unit, const struct weight *w, int64_t begin, int64_t end,
+                              const void *dense, void *values) {
     (void)unit;
     int32_t error = 0;
-    struct gathering gathering = {w, dense, values, &error};
-    return run(0, w->out_features, grain(w->in_features), gather_rows, &gathering) ? NO_MEMORY : error;
+    struct gathering gathering = {w, dense, begin, values, &error};
+    return run(begin, end, grain(w->in_features), gather_rows, &gathering) ? NO_MEMORY : error;
 }
 
 /* starts [out]: how many weights the rows before keep. */
@@ -306,6 +288,6 @@ EXPORT void ksparse_row_starts(const uint8_t *bits, int64_t out_features, int64_
 EXPORT int32_t ksparse_expand(parallel_for run, int32_t unit, const struct weight *w, int64_t begin, int64_t end,
                               void *out) {
     int32_t error = 0;
-    struct task task = {units[unit].unit, {*w, NULL, NULL, NULL, 0, 0, NULL, out, begin, &error}};
+    struct task task = {units[unit].unit, {.w = *w, .y = out, .first_row = begin, .failed = &error}};
     return run(begin, end, grain(w->in_features), expand_rows, &task) ? NO_MEMORY : error;
 }

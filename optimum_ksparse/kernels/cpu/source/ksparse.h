@@ -34,7 +34,7 @@ struct weight {
 struct product {
     struct weight w;
     const void *raw; /* x [tokens, in] as it came: for `few` and `some` */
-    const float *x, *gradient; /* the same as floats, transposed; the latter for `grad_values` */
+    const float *x; /* the same as floats, transposed */
     int64_t tokens, stride; /* stride: the features of x, filled up to a multiple of 64 */
     const void *bias;
     void *y;
@@ -58,8 +58,6 @@ struct unit {
     void (*many)(const struct product *, int64_t begin, int64_t end);
     /* Backward, over blocks of 64 columns: y [tokens, in] = x · W, x [tokens, out] transposed as for `many`. */
     void (*grad_input)(const struct product *, int64_t begin, int64_t end);
-    /* Backward, over rows: y, floats in the places of the values, += gradientᵀ · x at the mask, both transposed. */
-    void (*grad_values)(const struct product *, int64_t begin, int64_t end);
     /* Rows of the dense weight in x_dtype: y [rows from first_row on, in]; without x. */
     void (*expand)(const struct product *, int64_t begin, int64_t end);
     /* count numbers of a dtype to floats. */
@@ -89,9 +87,8 @@ EXPORT int32_t ksparse_linear(parallel_for, int32_t unit, const struct weight *,
                               const void *bias, void *y);
 EXPORT int32_t ksparse_grad_input(parallel_for, int32_t unit, const struct weight *, const void *grad, int64_t tokens,
                                   void *grad_x);
-EXPORT int32_t ksparse_grad_values(parallel_for, int32_t unit, const struct weight *, const void *grad, const void *x,
-                                   int64_t tokens, float *grads);
-EXPORT int32_t ksparse_gather(parallel_for, int32_t unit, const struct weight *, const void *dense, void *values);
+EXPORT int32_t ksparse_gather(parallel_for, int32_t unit, const struct weight *, int64_t begin, int64_t end,
+                              const void *dense, void *values);
 EXPORT void ksparse_row_starts(const uint8_t *bits, int64_t out_features, int64_t row_bytes, int64_t *starts);
 EXPORT int32_t ksparse_expand(parallel_for, int32_t unit, const struct weight *, int64_t begin, int64_t end,
                               void *out);

@@ -667,54 +667,6 @@ static void grad_input(const struct product *p, int64_t begin, int64_t end) {
     free(sums);
 }
 
-/* grads[index] += the products of one row's gradient, gt [vectors], and its kept columns of xt [64][vectors]. */
-INLINE void kept_products(int vectors, uint64_t word, const float *gt, const float *xt, float *grads) {
-    vec gradient[VECTORS];
-    for (int v = 0; v < vectors; v++) gradient[v] = v_load(gt + v * LANES);
-    for (int64_t index = 0; word; index++, word &= word - 1) {
-        const float *x = xt + __builtin_ctzll(word) * (vectors * LANES);
-        __asm__("" : "+r"(x));
-        vec sums[2] = {v_zero(), v_zero()};
-        for (int v = 0; v < vectors; v++) sums[v % 2] = v_fma(gradient[v], v_load(x + v * LANES), sums[v % 2]);
-        grads[index] += v_sum(v_add(sums[0], sums[1]));
-    }
-}
-
-INLINE void correlate(int32_t dtype, int vectors, const struct product *p, int64_t begin, int64_t end, const float *xt,
-                      int64_t token, int64_t tokens, const float *gradient) {
-    const struct weight *w = &p->w;
-    const int width = vectors * LANES;
-    const float *gt = gradient + token * ((w->out_features + 63) / 64 * 64);
-    int64_t offset[PANEL + AHEAD] = {0};
-    (void)tokens, (void)dtype;
-    for (int64_t row = begin; row < end; row += PANEL) {
-        const int rows = end - row < PANEL ? (int)(end - row) : PANEL;
-        for (int r = 0; r < rows; r++) offset[r] = row_start(w, row + r);
-        for (int64_t column = 0; column < w->in_features; column += 64)
-            for (int r = 0; r < rows; r++) {
-                const uint8_t *bits = w->bits + (row + r) * w->row_bytes + column / 8;
-                const uint64_t word = load_bits(bits, mask_left(w, column));
-                const int count = __builtin_popcountll(word);
-                __builtin_prefetch((float *)p->y + offset[r + AHEAD]);
-                __builtin_prefetch((float *)p->y + offset[r + AHEAD] + 16);
-                __builtin_prefetch(bits + AHEAD * w->row_bytes);
-                if (offset[r] + count > w->num_values) {
-                    *p->failed = WRONG_MASK;
-                    continue;
-                }
-                kept_products(vectors, word, gt + (row + r) * width, xt + column * width, (float *)p->y + offset[r]);
-                offset[r] += count;
-            }
-        for (int r = 0; r < rows; r++) check_end(p, row + r, offset[r]);
-    }
-}
-
-/* Rows [begin, end) of the gradient of the values, added to p->y, floats: grad^T · x at the mask. p->x is x transposed,
- * p->gradient grad transposed. */
-static void grad_values(const struct product *p, int64_t begin, int64_t end) {
-    FOR_BLOCKS_OF(FLOAT32, correlate, p->gradient)
-}
-
 INLINE int64_t expand_floats(const struct weight *w, int64_t row, float *out) {
     const int64_t whole = w->in_features / STEP * STEP;
     int64_t offset = expand_row(FLOAT32, w, row, 0, whole, row_start(w, row), 1, out);
@@ -761,4 +713,4 @@ enum { PAIRS = HAS_DOTS };
 #define NAME_(unit) #unit
 #define NAME(unit) NAME_(unit)
 const struct unit JOIN(unit, UNIT) = {
-    NAME(UNIT), PAIRS, start, few, some, many, grad_input, grad_values, expand_rows, widen};
+    NAME(UNIT), PAIRS, start, few, some, many, grad_input, expand_rows, widen};
