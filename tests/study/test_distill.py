@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from optimum_ksparse import SparsityConfig, evaluate_perplexity, sparsify
 from optimum_ksparse.__main__ import parse as parse_words
@@ -157,6 +157,26 @@ def test_a_step_has_loss_and_gradients_of_all_logits_at_once(
     torch.testing.assert_close(value, expected)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_no_part_of_a_head_of_several_maps_is_trained(tokenizer, settings, tmp_path):
+    """Its gradients would be added up apart from those of the blocks."""
+    from optimum_ksparse.study.finetuning.run import trainer_arguments
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id"), 1) | dict.fromkeys(
+        ("eos_token_id", "sep_token_id"), 2
+    )
+    config = AutoConfig.for_model("modernbert-decoder", vocab_size=VOCABULARY, **sizes, **ids)
+    model, chosen = AutoModelForCausalLM.from_config(config), settings(top_k=8)
+    trainer = trainer_module.DistillTrainer(model, tokenizer, chosen, trainer_arguments(chosen, tmp_path))
+    ids, logits = torch.randint(3, VOCABULARY, (2, 6)), torch.randn(2, 5, VOCABULARY)
+    indices = logits.topk(8).indices
+    inputs = {"input_ids": ids, "indices": indices.int(), "log_probs": log_outcomes(logits, indices)}
+    trainer.compute_loss(model, inputs).backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith("model.") for name in trained)
 
 
 # the cache

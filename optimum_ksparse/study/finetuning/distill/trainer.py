@@ -65,8 +65,12 @@ class DistillTrainer(TaskTrainer):
             model.float()
         tuned = add_adapter(model, settings, "CAUSAL_LM")
         for module in model.modules():
-            if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
+            if isinstance(module, nn.Embedding):
                 module.requires_grad_(False)
+        of_base = set(model.base_model.parameters())
+        for parameter in model.parameters():  # those of the head, which may have more than one map
+            if parameter not in of_base:
+                parameter.requires_grad_(False)
         config = self._arguments({**arguments, "learning_rate": settings.learning_rate})
         super().__init__(
             model=tuned, args=config, train_dataset=logits, eval_dataset=logits, callbacks=[_Restore(self)]
