@@ -21,7 +21,7 @@ from .build import LIBRARY, compile_library, source_digest
 
 logger = logging.get_logger(__name__)
 
-VERSION = 5  # of ksparse.c, that the Python side was written for
+VERSION = 6  # of ksparse.c, that the Python side was written for
 UNIT_VARIABLE = "KSPARSE_CPU"
 
 

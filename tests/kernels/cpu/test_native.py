@@ -235,6 +235,13 @@ def test_wrong_input_is_refused_as_by_a_dense_layer():
         NativeWeight(sparse.weight, sparse.weight_mask[:, :-1].contiguous(), 64)
 
 
+def test_bits_behind_a_row_are_no_columns():
+    """Of a mask that was written in memory: the gradient would be gathered from behind the dense rows."""
+    bits, values = torch.full((4, 2), 255, dtype=torch.uint8), torch.ones(64)
+    with pytest.raises(ValueError, match="weight_mask"):
+        NativeWeight(values, bits, 10).grad_values(torch.ones(3, 4), torch.ones(3, 10))
+
+
 def test_gradients_of_a_layer_are_the_dense_ones(monkeypatch):
     monkeypatch.setattr(native, "_GRADIENT_BYTES", 7 * 64 * 4)  # panels of seven rows
     sparse, x = layer(torch.float32, "50%"), torch.randn(2, 7, 64, requires_grad=True)

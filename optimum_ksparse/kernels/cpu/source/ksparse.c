@@ -5,7 +5,7 @@
 #include <string.h>
 
 /* What the Python side was written for: it refuses another number. */
-EXPORT int32_t ksparse_version(void) { return 5; }
+EXPORT int32_t ksparse_version(void) { return 6; }
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -146,8 +146,9 @@ static void gather_rows(int64_t begin, int64_t end, void *context) {
         int64_t offset = w->starts ? w->starts[row] : row * w->per_row;
         for (int64_t column = 0; column < w->in_features; column += 64) {
             uint64_t word = 0;
-            const int64_t left = (w->in_features - column + 7) / 8;
-            memcpy(&word, bits + column / 8, left < 8 ? left : 8);
+            const int64_t left = w->in_features - column;
+            memcpy(&word, bits + column / 8, left < 64 ? (left + 7) / 8 : 8);
+            if (left < 64) word &= ((uint64_t)1 << left) - 1; /* bits behind the row are no columns */
             if (offset + __builtin_popcountll(word) > w->num_values) {
                 *g->failed = WRONG_MASK;
                 return;

@@ -51,6 +51,7 @@ static void make_tiles(const struct product *p, int64_t tiles, int64_t groups, _
 /* sums [2][tiles] of `halves` tiles each += 2 tiles of rows times tokens, over `groups` of 32 columns. */
 WITH_TILES INLINE void multiply_tiles(int halves, const uint16_t *weights, const __m512i *x, int64_t next_x, int64_t groups,
                                       float *sums, int64_t next_sums) {
+    __asm__ volatile("" ::: "memory"); /* loads of tiles do not tell the compiler that they read memory */
     _tile_loadd(0, sums, 64);
     _tile_loadd(2, sums + next_sums, 64);
     if (halves == 2) _tile_loadd(1, sums + SIDE * SIDE, 64);

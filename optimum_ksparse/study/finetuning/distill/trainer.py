@@ -3,6 +3,7 @@ which the teacher is in memory, or served, at every step; here the text is given
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -64,13 +65,9 @@ class DistillTrainer(TaskTrainer):
         if settings.method == "full":
             model.float()
         tuned = add_adapter(model, settings, "CAUSAL_LM")
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
+        for module in model.modules() if settings.method == "full" else ():
+            if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():
                 module.requires_grad_(False)
-        of_base = set(model.base_model.parameters())
-        for parameter in model.parameters():  # those of the head, which may have more than one map
-            if parameter not in of_base:
-                parameter.requires_grad_(False)
         config = self._arguments({**arguments, "learning_rate": settings.learning_rate})
         super().__init__(
             model=tuned, args=config, train_dataset=logits, eval_dataset=logits, callbacks=[_Restore(self)]
@@ -131,17 +128,20 @@ class DistillTrainer(TaskTrainer):
             model(input_ids=ids)
         (output,) = outputs
         hidden = output[0].detach().requires_grad_()
+        of_base = set(student.base_model.parameters())
+        # Of a head with more maps than one, or with an adapter.
+        others = [p for p in student.parameters() if p.requires_grad and p not in of_base]
 
-        def loss_of(part: slice, logits: torch.Tensor) -> torch.Tensor:
+        def loss_of(part: slice, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
             targets = ids[:, 1:][:, part], inputs["indices"][:, part], inputs["log_probs"][:, part]
             loss = distillation_loss(logits, *targets, self.settings.temperature, self.settings.cross_entropy)
             loss = loss / ids[:, 1:].numel()
-            loss.backward()
-            return loss.detach()
+            return loss.detach(), *torch.autograd.grad(loss, [hidden, *others])
 
         with self.accelerator.autocast(), self._head_in_product_dtype():
-            losses = map_head(student, ids, type(output)(last_hidden_state=hidden), loss_of)
-        loss: torch.Tensor = _WithGradient.apply(output[0], torch.stack(losses).sum(), hidden.grad)
+            parts = map_head(student, ids, type(output)(last_hidden_state=hidden), loss_of)
+        total, *grads = (functools.reduce(torch.Tensor.add_, column) for column in zip(*parts, strict=True))
+        loss: torch.Tensor = _WithGradients.apply(total, grads, output[0], *others)
         return loss
 
     @contextmanager
@@ -149,10 +149,12 @@ class DistillTrainer(TaskTrainer):
         """Autocast keeps no copy of weights that are not trained: it would make one of the head for each part."""
         head = without_peft(self.model).get_output_embeddings()
         before = head.weight
-        if self.args.bf16 and before.dtype is not torch.bfloat16:
-            if self._head is None:
-                self._head = nn.Parameter(before.detach().bfloat16(), requires_grad=False)
-            head.weight = self._head
+        if not self.args.bf16 or before.dtype is torch.bfloat16 or "weight" not in head._parameters:  # an adapter's
+            yield
+            return
+        if self._head is None:
+            self._head = nn.Parameter(before.detach().bfloat16(), requires_grad=False)
+        head.weight = self._head
         try:
             yield
         finally:
@@ -166,8 +168,8 @@ class DistillTrainer(TaskTrainer):
             return {}
         how: dict[str, Any] = {name: getattr(settings, name) for name in ("prepend_bos", "max_tokens")}
         how |= {"seq_len": self.data.seq_len, "batch_size": 1}
-        with self._head_in_product_dtype():
-            row = evaluate_perplexity(self.model, self.tokenizer, settings.texts, **how)
+        with self.accelerator.autocast(), self._head_in_product_dtype():
+            row = evaluate_perplexity(without_peft(self.model), self.tokenizer, settings.texts, **how)
         return self.log_figures({self.figure: round(row[self.figure], 4)})
 
     def outcome(self, steps: int) -> dict[str, Any]:
@@ -214,18 +216,17 @@ def _without_head(model: PreTrainedModel) -> Iterator[list[ModelOutput]]:
         yield outputs
 
 
-class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient to `hidden` is known."""
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients to `tensors` are known."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, loss: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(grad)
+    def forward(ctx: Any, loss: torch.Tensor, grads: list[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*grads)
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_loss, None, None
+        return None, None, *(grad * grad_loss for grad in ctx.saved_tensors)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
