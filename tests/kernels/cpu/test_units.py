@@ -65,7 +65,7 @@ def test_avx512_emulated(tmp_path, unit, flags):
         pytest.skip("the unit is for x86-64")
     units = {**build._sources(), f"{unit}.c": (*EMULATED, *flags)}
     program = compile_test(tmp_path, "cc", units, ("-O1", f"-DFORCED=unit_{unit}"))
-    run_test(unit, 100, program)
+    run_test(unit, 50, program)
 
 
 def test_neon_emulated(tmp_path):
