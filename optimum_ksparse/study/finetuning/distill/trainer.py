@@ -124,7 +124,7 @@ class DistillTrainer(TaskTrainer):
         vocabulary are larger than all else, are there for a part of the positions at a time: the head runs forward
         and backward here, and `backward` goes on from its input."""
         student, ids = without_peft(self.model), inputs["input_ids"]
-        with _without_head(student) as outputs:
+        with _without_head(student) as outputs, self._head_in_product_dtype():
             model(input_ids=ids)
         (output,) = outputs
         hidden = output[0].detach().requires_grad_()
