@@ -20,8 +20,7 @@ _MACOS = ("-mmacosx-version-min=11.0",) if sys.platform == "darwin" else ()
 _FLAGS = ("-O3", "-fPIC", "-fvisibility=hidden", "-std=gnu11", *_MACOS)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi", "-mavx512vbmi2")
-_BF16 = (*_AVX2, *_AVX512, "-mavx512bf16")
-_X86 = {"avx2.c": _AVX2, "avx512.c": _AVX2 + _AVX512, "avx512bf16.c": _BF16, "avx512amx.c": _BF16}
+_X86 = {"avx2.c": _AVX2, "avx512.c": _AVX2 + _AVX512, "avx512bf16.c": (*_AVX2, *_AVX512, "-mavx512bf16")}
 _ARM = {"neon.c": (), "neonbf16.c": ("-march=armv8.2-a+bf16",)}
 _UNITS: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": _X86, "aarch64": _ARM, "arm64": _ARM}
 _LINES = 8  # of the compiler's last words that an error repeats

@@ -703,14 +703,7 @@ static void expand_rows(const struct product *p, int64_t begin, int64_t end) {
     }
 }
 
-#ifdef TILES
-#include "tiles.h"
-enum { PAIRS = 2 };
-#else
-enum { PAIRS = HAS_DOTS };
-#endif
-
 #define NAME_(unit) #unit
 #define NAME(unit) NAME_(unit)
 const struct unit JOIN(unit, UNIT) = {
-    NAME(UNIT), PAIRS, start, few, some, many, grad_input, expand_rows, widen};
+    NAME(UNIT), HAS_DOTS, start, few, some, many, grad_input, expand_rows, widen};

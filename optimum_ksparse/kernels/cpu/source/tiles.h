@@ -156,4 +156,3 @@ WITH_TILES static void some_in_tiles(const struct product *p, int64_t begin, int
 static void some_or_tiles(const struct product *p, int64_t begin, int64_t end) {
     (p->w.x_dtype == BFLOAT16 ? some_in_tiles : some)(p, begin, end);
 }
-#define some some_or_tiles
